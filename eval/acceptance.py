@@ -1,0 +1,69 @@
+"""Acceptance length of a drafter on sets of prompts: overall, a position, a set.
+
+Counted by the engine while it decodes: nothing is simulated, and the text is the target's own. The headline is tokens
+committed / decode rounds with the target's bonus token included, so it is the number of times fewer the target runs.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from speedstack.eval.results import AcceptanceResult, AcceptanceSet
+from speedstack.runtime import Engine, Generation
+
+
+def measure_acceptance(
+    engine: Engine,
+    prompt_sets: Mapping[str, Sequence[str | list[int]]],
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> AcceptanceResult:
+    """Generate `max_new_tokens` from every prompt (end-of-text ignored, so that lengths are equal) and count.
+
+    Raises ValueError for an engine without a drafter, no prompts, or fewer than 2 new tokens (no round would run).
+    """
+    if engine.num_drafts == 0:
+        raise ValueError("acceptance needs a drafter: load the engine with Engine.from_pretrained(target, drafter)")
+    if max_new_tokens < 2:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: the prefill makes the first token, so use at least 2")
+    if not prompt_sets or not all(prompt_sets.values()):
+        raise ValueError("every prompt set needs at least one prompt")
+    generations = {
+        name: engine.generate(
+            list(prompts), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, ignore_eos=True
+        )
+        for name, prompts in prompt_sets.items()
+    }
+    everything = [generation for group in generations.values() for generation in group]
+    return AcceptanceResult(
+        block_size=1 + max(len(generation.stats.drafted_by_position) for generation in everything),
+        temperature=temperature,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        overall=summarize("all prompts", everything),
+        sets=tuple(summarize(name, group) for name, group in generations.items()),
+    )
+
+
+def summarize(name: str, generations: Sequence[Generation]) -> AcceptanceSet:
+    """Acceptance pooled over `generations`. Raises ValueError when no decode round ran."""
+    stats = [generation.stats for generation in generations if generation.stats.num_rounds > 0]
+    if not stats:
+        raise ValueError(f"no decode round ran on {name}: generate more tokens")
+    num_rounds = sum(entry.num_rounds for entry in stats)
+    num_committed = sum(entry.num_round_tokens for entry in stats)
+    num_positions = max(len(entry.drafted_by_position) for entry in stats)
+    accepted, drafted = [0] * num_positions, [0] * num_positions
+    for entry in stats:
+        for i, count in enumerate(entry.accepted_by_position):
+            accepted[i] += count
+        for i, count in enumerate(entry.drafted_by_position):
+            drafted[i] += count
+    return AcceptanceSet(
+        name=name,
+        num_prompts=len(generations),
+        num_rounds=num_rounds,
+        num_committed=num_committed,
+        acceptance_length=num_committed / num_rounds,
+        mean_of_responses=sum(entry.acceptance_length for entry in stats) / len(stats),
+        survival=tuple(a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)),
+    )

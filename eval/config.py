@@ -1,0 +1,80 @@
+"""Configs of the verbs that measure: `eval`, `bench` and `report`. One frozen pydantic model a verb.
+
+Defaults point at what `speedstack demo` leaves behind, so that every verb runs after a demo without a single flag.
+Reading files and flags is the command line's business; a notebook builds these models directly.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+DEMO_RUN = Path("runs/demo")
+
+
+class VerbConfig(BaseModel):
+    """Immutable, and an unknown key is an error instead of a silent default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(VerbConfig):
+    """Which checkpoints run, and on what."""
+
+    target: Path = Field(DEMO_RUN / "qad" / "export", description="Model directory, experts packed in MXFP4 or not.")
+    drafter: Path | None = Field(None, description="Directory of a DFlash drafter trained for the target; None: none.")
+    backend: Literal["auto", "reference", "cpu"] = Field(
+        "auto", description="How a step is computed; auto takes the fastest that this machine and model allow."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device; auto takes CUDA if present.")
+
+
+class EvalConfig(ModelConfig):
+    """Quality of one model through the runtime: held-out perplexity, divergence from a teacher, lm-eval tasks."""
+
+    teacher: Path | None = Field(
+        None, description="Full-precision model directory; adds KL divergence from it and top-1 agreement with it."
+    )
+    corpus: Path = Field(DEMO_RUN / "corpus", description="Prepared corpus whose held-out part is read.")
+    tasks: tuple[str, ...] = Field(
+        ("heldout_perplexity", "next_line", "repeat_line"),
+        description="lm-eval tasks: ours, made from the held-out part, or any name lm-eval itself knows.",
+    )
+    limit: int | None = Field(None, ge=1, description="Documents a task at most; None: all.")
+    num_tokens: int = Field(16384, ge=1, description="Held-out tokens of perplexity and divergence.")
+    window: int = Field(256, ge=2, description="Tokens in one of their windows.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="dtype of everything but packed experts; auto: float32 on a CPU, bfloat16 on a GPU."
+    )
+    max_length: int | None = Field(None, ge=2, description="Positions of a sequence's buffers; None: the model's.")
+    max_batch_size: int = Field(8, ge=1, description="Sequences decoded together.")
+    seed: int = Field(0, ge=0, description="Seed of the choice of held-out documents.")
+    out: Path = Field(Path("runs/eval"), description="Directory for quality.json and the tasks' data.")
+
+
+class BenchConfig(ModelConfig):
+    """Decode speed: the engine and transformers, each with and without the drafter, interleaved in one process."""
+
+    drafter: Path | None = Field(
+        DEMO_RUN / "drafter" / "export", description="Directory of the target's DFlash drafter; None: none."
+    )
+    corpus: Path = Field(DEMO_RUN / "corpus", description="Prepared corpus; prompts come from its held-out part.")
+    num_prompts: int = Field(4, ge=1, description="Prompts of each kind (module openings, function bodies).")
+    num_prompt_tokens: int = Field(64, ge=2, description="Tokens in a prompt.")
+    num_new_tokens: int = Field(128, ge=2, description="Tokens generated after each prompt.")
+    num_repeats: int = Field(5, ge=1, description="Timed repeats of every contestant, interleaved.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of all contestants.")
+    num_threads: int | None = Field(None, ge=1, description="Threads of torch and of the kernels; None: torch's own.")
+    seed: int = Field(0, ge=0, description="Seed of the choice of prompts.")
+    out: Path = Field(Path("runs/bench"), description="Directory for timing.json and acceptance.json.")
+
+
+class ReportConfig(VerbConfig):
+    """One report from whatever finished runs and result files are given."""
+
+    inputs: tuple[Path, ...] = Field(
+        (DEMO_RUN,),
+        description="Run directories and result files; a directory stands for the runs and results inside it.",
+    )
+    title: str = Field("speedstack", min_length=1, description="Title of the report.")
+    out: Path = Field(Path("runs/report"), description="Directory for report.html and report.json.")

@@ -1,0 +1,195 @@
+"""Quality of models against a teacher, all through the runtime: held-out perplexity, divergence, lm-eval tasks.
+
+Perplexity and divergence are taken from the same logits of the same windows, so a quantized model's loss and its
+distance to full precision are two readings of one measurement. The teacher's logits are computed once a window and
+dropped: nothing of size tokens x vocabulary is kept, and all models under test are in memory together.
+"""
+
+import difflib
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+import yaml
+from lm_eval.tasks import TaskManager
+
+from speedstack.eval.divergence import token_kl, token_nll, top1_matches
+from speedstack.eval.lm import EngineLM
+from speedstack.eval.results import MethodQuality, QualityResult, TaskScore, to_plain
+from speedstack.runtime import Engine
+
+TASKS_DIR = Path(__file__).resolve().parent / "tasks"
+TASK_NAMES = ("heldout_perplexity", "next_line", "repeat_line")
+# The part of lm-eval's output that a result keeps; the rest is every request and every response.
+LM_EVAL_KEYS = ("results", "versions", "n-samples", "n-shot", "higher_is_better", "lm_eval_version")
+
+
+def heldout_windows(
+    documents: Iterable[Sequence[int]], window: int, max_tokens: int, prefix_id: int
+) -> list[list[int]]:
+    """Windows of at most `window` ids, each starting with `prefix_id` and lying in one document.
+
+    Stops after `max_tokens` predicted tokens; takes one window a document and turn, so a few long documents do not fill
+    the budget. Raises ValueError when the window is shorter than 2 or no document has a token.
+    """
+    if window < 2:
+        raise ValueError(f"a window of {window} tokens predicts none: use at least 2")
+    queues = [list(document) for document in documents if len(document) > 0]
+    windows: list[list[int]] = []
+    num_predicted = 0
+    while queues and num_predicted < max_tokens:
+        remaining = []
+        for ids in queues:
+            taken = ids[: min(window - 1, max_tokens - num_predicted)]
+            if not taken:
+                break
+            windows.append([prefix_id, *taken])
+            num_predicted += len(taken)
+            if len(ids) > window - 1:
+                remaining.append(ids[window - 1 :])
+        queues = remaining
+    if not windows:
+        raise ValueError("no held-out text: every document is empty, or max_tokens is 0")
+    return windows
+
+
+def measure_quality(
+    engines: Mapping[str, Engine],
+    teacher: str,
+    windows: Sequence[Sequence[int]],
+    task_data: str | Path | None = None,
+    tasks: Sequence[str] = TASK_NAMES,
+    limit: int | None = None,
+    progress: bool = True,
+) -> QualityResult:
+    """Held-out perplexity of each engine, its divergence from `engines[teacher]`, and the scores of `tasks`.
+
+    `windows` are id sequences of 2 tokens or more; `task_data` is the directory `make_tasks` wrote, None for no tasks;
+    `limit` caps the documents a task. Raises ValueError for a teacher that is not an engine, and as `run_tasks`.
+    """
+    if teacher not in engines:
+        raise ValueError(f"teacher {teacher!r} is not among the engines: {', '.join(engines)}")
+    nll: dict[str, list[torch.Tensor]] = {name: [] for name in engines}
+    kl: dict[str, list[torch.Tensor]] = {name: [] for name in engines}
+    matches: dict[str, list[torch.Tensor]] = {name: [] for name in engines}
+    for window in windows:
+        targets_T = torch.tensor(window[1:])
+        # The last row predicts a token that the window does not have.
+        teacher_TV = engines[teacher].logits(list(window))[:-1].cpu()
+        for name, engine in engines.items():
+            logits_TV = teacher_TV if name == teacher else engine.logits(list(window))[:-1].cpu()
+            nll[name].append(token_nll(logits_TV, targets_T))
+            kl[name].append(token_kl(teacher_TV, logits_TV))
+            matches[name].append(top1_matches(teacher_TV, logits_TV))
+    raw: dict[str, dict[str, Any]] = {}
+    scores: dict[str, tuple[TaskScore, ...]] = {name: () for name in engines}
+    if task_data is not None:
+        for name, engine in engines.items():
+            raw[name] = run_tasks(engine, task_data, tasks, limit=limit, progress=progress)
+            scores[name] = task_scores(raw[name])
+    methods = []
+    for name in engines:
+        mean_nll = float(torch.cat(nll[name]).mean())
+        methods.append(
+            MethodQuality(
+                method=name,
+                num_tokens=sum(len(part) for part in nll[name]),
+                nll_nats=mean_nll,
+                perplexity=math.exp(mean_nll),
+                kl_to_teacher_nats=None if name == teacher else float(torch.cat(kl[name]).mean()),
+                kl_stderr_nats=None if name == teacher else _stderr_over_windows(kl[name]),
+                top1_agreement=None if name == teacher else float(torch.cat(matches[name]).double().mean()),
+                tasks=scores[name],
+            )
+        )
+    return QualityResult(teacher=teacher, methods=tuple(methods), lm_eval=raw)
+
+
+def run_tasks(
+    engine: Engine,
+    task_data: str | Path,
+    tasks: Sequence[str] = TASK_NAMES,
+    limit: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """lm-eval's results of `tasks`, ours on the data in `task_data` or any that lm-eval has, as plain JSON types.
+
+    Raises ValueError for a task nobody knows, and for a directory that lacks the data of one of ours. What lm-eval's
+    own tasks need (data sets to download, for most) is between them and the network.
+    """
+    foreign = [name for name in tasks if name not in TASK_NAMES]
+    # Reading lm-eval's own tasks takes seconds and is left out where none is asked for.
+    manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=bool(foreign))
+    for name in foreign:
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, [*TASK_NAMES, *manager.task_index], n=3)
+            hint = f"; near names: {', '.join(near)}" if near else f"; ours are {', '.join(TASK_NAMES)}"
+            raise ValueError(f"no task {name!r}{hint}")
+    configs = [name if name in foreign else _task_config(name, Path(task_data)) for name in tasks]
+    # lm-eval reports each step at INFO; a caller that wants that sets the level itself.
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    output = lm_eval.simple_evaluate(
+        model=EngineLM(engine, progress=progress),
+        tasks=configs,
+        task_manager=manager,
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
+    assert output is not None  # None is what the other ranks of a distributed run get
+    return to_plain({key: output[key] for key in LM_EVAL_KEYS if key in output})
+
+
+def task_scores(results: Mapping[str, Any]) -> tuple[TaskScore, ...]:
+    """One entry a metric from lm-eval's results; shares get the standard error sqrt(p (1 - p) / (n - 1))."""
+    scores = []
+    for task, metrics in results["results"].items():
+        if task not in results["n-samples"]:  # a group; its members are listed themselves
+            continue
+        num_documents = int(results["n-samples"][task]["effective"])
+        for key, value in metrics.items():
+            metric, _, _ = key.partition(",")
+            if key == metric or metric.endswith("_stderr"):  # no filter in the name: "alias" and the like
+                continue
+            if not isinstance(value, int | float):
+                continue
+            stderr = None
+            if metric in ("acc", "acc_norm", "exact_match") and num_documents > 1:
+                stderr = math.sqrt(value * (1.0 - value) / (num_documents - 1))
+            scores.append(
+                TaskScore(
+                    task=task.removeprefix("speedstack_"),
+                    metric=metric,
+                    value=value,
+                    stderr=stderr,
+                    higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
+                    num_documents=num_documents,
+                )
+            )
+    return tuple(scores)
+
+
+def _task_config(name: str, data_dir: Path) -> dict[str, Any]:
+    """The task's YAML with its data file's absolute path; data may move between runs, so the YAML cannot name it."""
+    config = yaml.safe_load((TASKS_DIR / f"{name}.yaml").read_text(encoding="utf-8"))
+    data_file = (data_dir / f"{name}.jsonl").resolve()
+    if not data_file.is_file():
+        raise ValueError(f"no data of task {name} at {data_file}: write it with speedstack.eval.task_data.make_tasks")
+    config["dataset_kwargs"] = {"data_files": {"test": str(data_file)}, "cache_dir": str(data_file.parent / ".cache")}
+    return config
+
+
+def _stderr_over_windows(parts: Sequence[torch.Tensor]) -> float | None:
+    """Standard error of the token mean, taking windows (not tokens, which correlate) as the independent draws."""
+    if len(parts) < 2:
+        return None
+    sizes = torch.tensor([len(part) for part in parts], dtype=torch.float64)
+    sums = torch.stack([part.sum() for part in parts])
+    mean = sums.sum() / sizes.sum()
+    # Ratio estimator: residuals of the sums about mean x size.
+    variance = (sums - mean * sizes).square().sum() * len(parts) / (len(parts) - 1)
+    return float(variance.sqrt() / sizes.sum())

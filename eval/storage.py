@@ -1,0 +1,56 @@
+"""What a checkpoint is made of: parameters, active parameters, and the bytes of its routed experts.
+
+Counted from the tensors a directory holds, not from formulas over its config, so that the numbers of a report are those
+of the files.
+"""
+
+import math
+from pathlib import Path
+
+from speedstack.eval.results import ExpertStorage, ModelSummary
+from speedstack.quant.checkpoint import load_checkpoint
+
+EXPERTS = ".experts."
+BF16_BYTES = 2
+
+
+def summarize_model(path: str | Path, name: str) -> ModelSummary:
+    """The model in directory `path`; a token's active parameters count the share of the experts that it is sent to.
+
+    Raises ValueError as `load_checkpoint` does.
+    """
+    checkpoint = load_checkpoint(path)
+    config = checkpoint.config
+    sizes = {key: math.prod(tensor.shape) for key, tensor in checkpoint.tensors.items()}
+    num_parameters = sum(sizes.values())
+    num_expert_parameters = sum(size for key, size in sizes.items() if EXPERTS in key)
+    num_active_parameters = None
+    description = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}"
+    if num_expert_parameters:
+        # `num_local_experts` is transformers' common name for what families call by several.
+        num_experts, num_chosen = config.num_local_experts, config.num_experts_per_tok
+        num_active_parameters = num_parameters - num_expert_parameters * (num_experts - num_chosen) // num_experts
+        description += f", {num_experts} experts a layer of which {num_chosen} compute a token"
+    return ModelSummary(
+        name=name,
+        architecture=(config.architectures or [config.model_type])[0],
+        num_parameters=num_parameters,
+        num_active_parameters=num_active_parameters,
+        num_expert_parameters=num_expert_parameters,
+        description=description,
+    )
+
+
+def expert_storage(path: str | Path) -> ExpertStorage:
+    """Bytes of the routed experts in the files of directory `path`, against the same weights in bfloat16.
+
+    Raises ValueError for a model without routed experts, and as `load_checkpoint` does.
+    """
+    experts = [tensor for key, tensor in load_checkpoint(path).tensors.items() if EXPERTS in key]
+    if not experts:
+        raise ValueError(f"{path} holds no routed experts")
+    return ExpertStorage(
+        place="on disk",
+        packed_bytes=sum(tensor.nbytes for tensor in experts),
+        bf16_bytes=BF16_BYTES * sum(math.prod(tensor.shape) for tensor in experts),
+    )

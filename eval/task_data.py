@@ -1,0 +1,238 @@
+"""Data of our lm-eval tasks and the prompts of acceptance and timing, made from held-out source files.
+
+The tasks must be answerable by a model of ten million parameters that has read only source code, so they ask what such
+a model can know: how likely real code is, which of four real lines comes next, and how a line ends that stood above.
+Everything is a function of (documents, seed), whatever order the documents arrive in. A document is a (name, text)
+entry of a mapping; nothing here reads the training split, so the caller decides what is held out.
+"""
+
+import itertools
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+NUM_CHOICES = 4
+CONTEXT_LINES = 20
+CONTEXT_CHARS = 900
+MIN_CONTEXT_LINES = 4
+# A choice must say something: neither a lone bracket nor a wrapped comment rule.
+CHOICE_CHARS = range(12, 89)
+ANSWER_CHARS = range(3, 49)
+PER_DOCUMENT_SHARE = 3  # at most this many times the even share of questions from one document
+
+
+@dataclass(frozen=True)
+class TaskSizes:
+    """How many items each task gets at most, and the length of a perplexity document in characters."""
+
+    num_perplexity_documents: int = 24
+    perplexity_chars: int = 2000
+    num_next_line: int = 100
+    num_repeat_line: int = 64
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A held-out document cut into lines without trailing blanks."""
+
+    name: str
+    lines: tuple[str, ...]
+
+
+def read_documents(paths: Sequence[str | Path], root: str | Path | None = None) -> dict[str, str]:
+    """Texts of the files, keyed by path relative to `root`. Raises ValueError naming a file that is no UTF-8 text."""
+    documents = {}
+    for path in map(Path, paths):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read {path} as UTF-8 text: {error}") from error
+        documents[str(path.relative_to(root) if root is not None else path)] = text
+    return documents
+
+
+def make_tasks(
+    documents: Mapping[str, str], out_dir: str | Path, seed: int = 0, sizes: TaskSizes | None = None
+) -> dict[str, int]:
+    """Write one JSON-lines file a task into `out_dir`; returns how many items each has.
+
+    Raises ValueError when the documents are too few or too short for a task to have any item.
+    """
+    sizes = sizes or TaskSizes()
+    files = _source_files(documents)
+    items = {
+        "heldout_perplexity": list(_perplexity_items(files, seed, sizes)),
+        "next_line": list(_next_line_items(files, seed, sizes.num_next_line)),
+        "repeat_line": list(_repeat_line_items(files, seed, sizes.num_repeat_line)),
+    }
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, rows in items.items():
+        if not rows:
+            raise ValueError(f"{len(files)} held-out documents give no item for task {name}: hold out more text")
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+        (out_dir / f"{name}.jsonl").write_text(content, encoding="utf-8")
+    return {name: len(rows) for name, rows in items.items()}
+
+
+def make_prompt_sets(
+    documents: Mapping[str, str],
+    encode: Callable[[str], list[int]],
+    num_prompts: int,
+    num_tokens: int,
+    prefix_id: int,
+    seed: int = 0,
+) -> dict[str, list[list[int]]]:
+    """Two sets of `num_prompts` prompts of at most `num_tokens` ids: how a module opens, and a function to be written.
+
+    "module opening" starts at a document's first token, after the separator `prefix_id` as in training; "function body"
+    ends right after a `def` line with the text before it. Raises ValueError when the documents give fewer prompts.
+    """
+    files = _source_files(documents)
+    rng = random.Random(f"prompts:{seed}")
+    openings: list[list[int]] = []
+    bodies: list[list[int]] = []
+    for file in rng.sample(files, len(files)):
+        if len(openings) < num_prompts:
+            opening = [prefix_id, *encode(_limit_lines(file.lines, num_tokens * 8))][:num_tokens]
+            if len(opening) == num_tokens:
+                openings.append(opening)
+        headers = [i for i, line in enumerate(file.lines) if re.match(r"\s*def \w+\(.*\):$", line)]
+        headers = [i for i in headers if i >= CONTEXT_LINES]
+        if headers and len(bodies) < num_prompts:
+            end = rng.choice(headers)
+            context = "\n".join(file.lines[max(0, end - 4 * CONTEXT_LINES) : end + 1]) + "\n"
+            bodies.append(encode(context)[-num_tokens:])
+    sets = {"module opening": openings, "function body": bodies}
+    for name, prompts in sets.items():
+        if len(prompts) < num_prompts:
+            raise ValueError(
+                f"{len(files)} held-out documents give {len(prompts)} of {num_prompts} prompts ({name}): "
+                "hold out more files, or ask for fewer or shorter prompts"
+            )
+    return sets
+
+
+def _source_files(documents: Mapping[str, str]) -> list[SourceFile]:
+    """Documents in name order, so that results do not depend on the mapping's."""
+    return [
+        SourceFile(name, tuple(line.rstrip() for line in documents[name].splitlines())) for name in sorted(documents)
+    ]
+
+
+def _limit_lines(lines: Sequence[str], max_chars: int) -> str:
+    """The first lines that fit into `max_chars`, each ended by a newline."""
+    kept: list[str] = []
+    num_chars = 0
+    for line in lines:
+        num_chars += len(line) + 1
+        if num_chars > max_chars:
+            break
+        kept.append(line)
+    return "".join(line + "\n" for line in kept)
+
+
+def _context_start(lines: Sequence[str], end: int) -> int:
+    """First line of the context before line `end`: at most CONTEXT_LINES lines and CONTEXT_CHARS characters."""
+    start, num_chars = end, 0
+    while start > 0 and end - start < CONTEXT_LINES and num_chars + len(lines[start - 1]) + 1 <= CONTEXT_CHARS:
+        start -= 1
+        num_chars += len(lines[start]) + 1
+    return start
+
+
+def _perplexity_items(files: Sequence[SourceFile], seed: int, sizes: TaskSizes) -> Iterator[dict]:
+    rng = random.Random(f"perplexity:{seed}")
+    chosen = rng.sample(files, min(sizes.num_perplexity_documents, len(files)))
+    for file in chosen:
+        text = _limit_lines(file.lines, sizes.perplexity_chars)
+        if text.strip():
+            yield {"name": file.name, "text": text}
+
+
+def _spread_over_files(
+    files: Sequence[SourceFile], rng: random.Random, num_items: int, candidates: Callable[[SourceFile], list[int]]
+) -> Iterator[tuple[SourceFile, int]]:
+    """Candidate (file, line) places in random order, no file giving much more than its even share."""
+    places = {file.name: candidates(file) for file in files}
+    useful = [file for file in files if places[file.name]]
+    share = PER_DOCUMENT_SHARE * (1 + num_items // max(1, len(useful)))
+    drawn = [(file, i) for file in useful for i in rng.sample(places[file.name], min(share, len(places[file.name])))]
+    rng.shuffle(drawn)
+    yield from drawn
+
+
+def _is_choice(line: str) -> bool:
+    stripped = line.strip()
+    return len(stripped) in CHOICE_CHARS and any(character.isalpha() for character in stripped)
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _next_line_items(files: Sequence[SourceFile], seed: int, num_items: int) -> Iterator[dict]:
+    """Four lines of equal indentation where there are: the true next one, one of the same file, two of other files."""
+    rng = random.Random(f"next_line:{seed}")
+    by_indent: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for file in files:
+        for line in file.lines:
+            if _is_choice(line):
+                by_indent[_indent(line)].append((file.name, line))
+
+    def candidates(file: SourceFile) -> list[int]:
+        return [i for i in range(MIN_CONTEXT_LINES, len(file.lines)) if _is_choice(file.lines[i])]
+
+    num_made = 0
+    for file, i in _spread_over_files(files, rng, num_items, candidates):
+        if num_made == num_items:
+            return
+        answer = file.lines[i]
+        context_lines = file.lines[_context_start(file.lines, i) : i]
+        excluded = {line.strip() for line in context_lines} | {answer.strip()}
+        if len(context_lines) < MIN_CONTEXT_LINES or answer.strip() in {line.strip() for line in context_lines}:
+            continue
+        pool = by_indent[_indent(answer)]
+        distractors: list[str] = []
+        for wanted, same_file in ((1, True), (NUM_CHOICES - 2, False)):
+            lines = sorted({line for name, line in pool if (name == file.name) == same_file})
+            lines = [line for line in lines if line.strip() not in excluded]
+            drawn = rng.sample(lines, min(wanted, len(lines)))
+            distractors += drawn
+            excluded |= {line.strip() for line in drawn}
+        if len(distractors) < NUM_CHOICES - 1:
+            continue
+        choices = [answer, *distractors]
+        rng.shuffle(choices)
+        context = "\n".join(context_lines) + "\n"
+        yield {"name": file.name, "context": context, "choices": choices, "label": choices.index(answer)}
+        num_made += 1
+
+
+def _repeat_line_items(files: Sequence[SourceFile], seed: int, num_items: int) -> Iterator[dict]:
+    """Lines that stood in their own context before, cut after their first word, which there always continues so."""
+    rng = random.Random(f"repeat_line:{seed}")
+
+    def candidates(file: SourceFile) -> list[int]:
+        return [i for i in range(MIN_CONTEXT_LINES, len(file.lines)) if _repeated_answer(file.lines, i) is not None]
+
+    for file, i in itertools.islice(_spread_over_files(files, rng, num_items, candidates), num_items):
+        answer = _repeated_answer(file.lines, i)
+        assert answer is not None  # it is a candidate
+        first_word = file.lines[i].removesuffix(f" {answer}")
+        context = "\n".join((*file.lines[_context_start(file.lines, i) : i], first_word))
+        yield {"name": file.name, "context": context, "answer": answer}
+
+
+def _repeated_answer(lines: Sequence[str], i: int) -> str | None:
+    """The rest of line `i` after its first word if the context above determines it by repetition, else None."""
+    first, _, rest = lines[i].strip().partition(" ")
+    if len(rest) not in ANSWER_CHARS or not any(character.isalpha() for character in rest) or rest != rest.strip():
+        return None
+    above = [line.strip().partition(" ") for line in lines[_context_start(lines, i) : i]]
+    endings = {line_rest for line_first, _, line_rest in above if line_first == first}
+    return rest if endings == {rest} else None

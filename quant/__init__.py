@@ -1,0 +1,9 @@
+"""Number formats, expert fake-quantization, post-training quantization and checkpoint formats.
+
+The ground floor: torch, transformers and safetensors only, no configuration files and nothing of the other packages.
+
+    mxfp4         the one definition of MXFP4: scale rules, rounding, packing, straight-through fake-quant
+    experts       routed experts of a transformers model, and their fake-quantized forward for QAT
+    ptq           post-training quantization by rounding to nearest
+    checkpoint    packed and plain Hugging Face directories, in and out
+"""

@@ -1,0 +1,159 @@
+"""Routed experts of a transformers model, and their forward with fake-quantized weights for QAT.
+
+transformers keeps a layer's routed experts as 3-D parameters and dispatches their forward through a registry,
+`ALL_EXPERTS_FUNCTIONS`. Fake-quant registers one more implementation there instead of replacing modules or
+parametrizing weights: state-dict keys, `save_pretrained` and optimizer references stay as they are, and the masters
+are quantized once a layer and step. It computes with transformers' `grouped_mm`.
+
+That implementation ignores autocast, so FP32 masters would be multiplied in FP32, four times as slow as bfloat16 on a
+CPU. Ours casts the weights as autocast does for a linear layer, with fake-quant or without (`enable_autocast`);
+fake-quantized weights are exact in bfloat16.
+
+Left out: experts that bypass the registry (Llama 4, LongCat, JetMoE: a ValueError names the class) and saving the
+packed weights instead of the dequantized ones for the backward.
+"""
+
+from functools import partial
+from typing import cast, get_args
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule, fake_quantize
+
+AUTOCAST_IMPLEMENTATION = "grouped_mm_autocast"
+
+
+def routed_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold fused routed experts, by qualified name, in the order of the layers.
+
+    Raises ValueError for a model that has none, or whose experts bypass transformers' experts registry.
+    """
+    experts = {name: module for name, module in model.named_modules() if _is_registered(module)}
+    for name, module in model.named_modules():
+        if _holds_unregistered_experts(module):
+            raise ValueError(
+                f"{type(module).__name__} ({name}) bypasses transformers' experts registry, so its weights cannot be "
+                "quantized here: use a model family that dispatches through it, such as MiMo-V2, Qwen3-MoE or gpt-oss"
+            )
+    if not experts:
+        raise ValueError(
+            f"{type(model).__name__} has no fused routed experts: only Mixture-of-Experts models that keep them as 3-D "
+            "parameters (transformers 5 or newer) can have them quantized"
+        )
+    return experts
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The 3-D weights of all routed experts by state-dict name: what is quantized, and nothing else is.
+
+    Usually `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I]; families with `is_transposed` (gpt-oss) store
+    [E, H, 2I] and [E, I, H]. Raises ValueError as `routed_experts` does.
+    """
+    return {
+        f"{module_name}.{weight_name}" if module_name else weight_name: getattr(module, weight_name)
+        for module_name, module in routed_experts(model).items()
+        for weight_name in weight_names(module)
+    }
+
+
+def weight_names(experts: nn.Module) -> tuple[str, str]:
+    """Names of the two weights of one module of `routed_experts`."""
+    return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+
+
+def contraction_last(experts: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A view of an expert weight with its contraction axis last, as MXFP4 blocks need it. Its own inverse."""
+    return weight.transpose(-1, -2) if experts.is_transposed else weight
+
+
+def enable_fake_quant(model: PreTrainedModel, scale_rule: ScaleRule = DEFAULT_SCALE_RULE) -> None:
+    """From now on the forward sees every routed expert weight as MXFP4 would store it; gradients pass straight through.
+
+    Parameters, their names and dtypes do not change. Raises ValueError as `routed_experts` does, for an unknown scale
+    rule, and for sizes that are not multiples of 32.
+    """
+    if scale_rule not in get_args(ScaleRule):
+        raise ValueError(f"unknown scale rule {scale_rule!r}: choose one of {', '.join(get_args(ScaleRule))}")
+    for module in routed_experts(model).values():
+        for weight_name in weight_names(module):
+            # Quantizing one row is the cheapest complete check of shape and dtype.
+            fake_quantize(contraction_last(module, getattr(module, weight_name).detach())[0, 0], scale_rule)
+    _set_implementation(model, f"mxfp4_qat_{scale_rule}", scale_rule)
+
+
+def disable_fake_quant(model: PreTrainedModel) -> None:
+    """Undo `enable_fake_quant`: the forward computes with the weights themselves again, as after `enable_autocast`."""
+    enable_autocast(model)
+
+
+def enable_autocast(model: PreTrainedModel) -> None:
+    """Compute routed experts in autocast's dtype where autocast is on; elsewhere bit for bit as with `grouped_mm`.
+
+    Raises ValueError as `routed_experts` does.
+    """
+    _set_implementation(model, AUTOCAST_IMPLEMENTATION, None)
+
+
+def _is_registered(module: nn.Module) -> bool:
+    """Whether transformers' `use_experts_implementation` decorates the module's class: it sets these attributes."""
+    weight = getattr(module, "down_proj", None)
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and isinstance(weight, nn.Parameter)
+
+
+def _holds_unregistered_experts(module: nn.Module) -> bool:
+    class_name = type(module).__name__
+    is_experts = "Experts" in class_name and "Shared" not in class_name
+    has_fused_weight = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    return is_experts and has_fused_weight and not _is_registered(module)
+
+
+def _set_implementation(model: PreTrainedModel, name: str, scale_rule: ScaleRule | None) -> None:
+    experts = routed_experts(model)
+    ALL_EXPERTS_FUNCTIONS.register(name, partial(_experts_forward, scale_rule=scale_rule))
+    model.set_experts_implementation(name)
+    for module_name, module in experts.items():
+        if getattr(module.config, "_experts_implementation", None) != name:
+            raise ValueError(f"{type(model).__name__} does not let the implementation of {module_name} be set")
+
+
+class _WithWeights:
+    """An experts module as `grouped_mm_experts_forward` sees it, with other weights."""
+
+    def __init__(self, module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+        self._module = module
+        self.__dict__.update(weights)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._module, name)
+
+
+def _experts_forward(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *,
+    scale_rule: ScaleRule | None,
+) -> torch.Tensor:
+    """hidden_states [tokens, H], top_k_index and top_k_weights [tokens, k] to [tokens, H] in the input's dtype."""
+    weights = {}
+    for weight_name in weight_names(module):
+        weight = getattr(module, weight_name)
+        if scale_rule is not None:
+            weight = contraction_last(module, fake_quantize(contraction_last(module, weight), scale_rule)).contiguous()
+        weights[weight_name] = weight.to(_compute_dtype(weight, is_quantized=scale_rule is not None))
+    view = cast(nn.Module, _WithWeights(module, weights))
+    return grouped_mm_experts_forward(view, hidden_states, top_k_index, top_k_weights)
+
+
+def _compute_dtype(weight: torch.Tensor, is_quantized: bool) -> torch.dtype:
+    device_type = weight.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return weight.dtype
+    dtype = torch.get_autocast_dtype(device_type)
+    if is_quantized and dtype == torch.float16:
+        raise ValueError("float16 autocast cannot hold the range of MXFP4 scales: use bfloat16 autocast")
+    return dtype

@@ -1,0 +1,22 @@
+"""The decode runtime: model specs, packed weights, backends that compute a step, and the engine in front of them."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from speedstack.runtime.engine import Engine
+    from speedstack.runtime.results import Generation, GenerationStats, Score
+
+__all__ = ["Engine", "Generation", "GenerationStats", "Score"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: importing a sub-module for its spec or cost must not load the engine and transformers.
+    if name == "Engine":
+        from speedstack.runtime.engine import Engine
+
+        return Engine
+    if name in __all__:
+        from speedstack.runtime import results
+
+        return getattr(results, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,79 @@
+"""How many tokens to draft in a round, and how many of the proposals to verify.
+
+Drafting and verifying rows cost time, and a proposal brings a token only if all before it are right as well. Where text
+is easy a whole block pays; where it is hard one step a token is faster than any draft. Two estimates decide: before
+drafting, how often this sequence's recent proposals were right; after it, the drafter's own probabilities. Each time
+the number with the most expected tokens a unit of time is taken. Whatever is chosen, the text is the same: only rows
+that would be thrown away are saved.
+
+Costs are constants and not measurements of the running machine, so that the rounds of a seeded run are the same every
+time. Unit: one step of a single row.
+"""
+
+from collections.abc import Sequence
+
+# Measured with the compiled CPU kernels on a 12M-parameter model and a two-layer drafter, two threads: a step of R rows
+# takes 0.8 + 0.2 R, a draft of k tokens 0.45 + 0.08 k.
+DRAFT_COST = 0.45
+DRAFT_TOKEN_COST = 0.08
+ROW_COST = 0.2
+
+# Weight of past rounds after one more round: about the last five count.
+_MEMORY = 0.8
+# What is believed before the first round: four proposals in five right, worth two observations.
+_PRIOR_RIGHT, _PRIOR_WRONG = 1.6, 0.4
+# After so many rounds without a draft the text may have become easy again: try.
+_ROUNDS_TO_RETRY = 8
+
+
+def num_worth(chances: Sequence[float], base_cost: float, token_cost: float) -> int:
+    """The number of leading proposals, 0 to all, that maximizes expected tokens over time.
+
+    Args:
+        chances: probability of each proposal to be right if those before it are.
+        base_cost: of taking any proposal at all, beside the step of one row.
+        token_cost: of each proposal.
+    """
+    best, best_rate = 0, 1.0
+    expected, all_right = 1.0, 1.0
+    for count, chance in enumerate(chances, start=1):
+        all_right *= chance
+        expected += all_right
+        rate = expected / (1.0 + base_cost + token_cost * count)
+        if rate > best_rate:
+            best, best_rate = count, rate
+    return best
+
+
+class DraftBudget:
+    """One sequence's choice of how much to draft and verify; `limit` is the most that the drafter proposes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._right, self._wrong = _PRIOR_RIGHT, _PRIOR_WRONG
+        self._num_skipped = 0
+        self._has_drafted = False
+
+    def num_to_draft(self) -> int:
+        """Proposals worth asking for, judged by what was right lately."""
+        chance = self._right / (self._right + self._wrong)
+        count = num_worth([chance] * self._limit, DRAFT_COST, DRAFT_TOKEN_COST + ROW_COST)
+        if count == 0 and self._num_skipped >= _ROUNDS_TO_RETRY:
+            count = (self._limit + 1) // 2
+        return count
+
+    def num_to_verify(self, probabilities: Sequence[float]) -> int:
+        """Leading proposals worth verifying, judged by the drafter's probabilities; drafting is paid for by now."""
+        self._has_drafted = True
+        return num_worth(probabilities, base_cost=0.0, token_cost=ROW_COST)
+
+    def record(self, num_verified: int, num_accepted: int) -> None:
+        """Remembers a round; 0 verified is a round without a draft, or one whose drafts were not worth a row."""
+        has_drafted, self._has_drafted = self._has_drafted, False
+        if not has_drafted:
+            self._num_skipped += 1
+            return
+        self._num_skipped = 0
+        self._right = self._right * _MEMORY + num_accepted
+        # A draft that was not worth verifying was paid for as well: it counts as wrong.
+        self._wrong = self._wrong * _MEMORY + (num_accepted < num_verified or num_verified == 0)

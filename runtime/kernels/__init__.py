@@ -1,0 +1,1 @@
+"""Kernels of the runtime: C++ for CPUs, compiled once a machine by the compiler that is there."""

@@ -1,0 +1,244 @@
+"""The reference backend: a step in plain PyTorch, on any device. The oracle for faster backends.
+
+Row invariance. BLAS libraries choose their reduction order by the number of rows, so every step is cut into groups of
+exactly `GROUP` rows, the last one padded with idle rows: at a fixed number a row's bits depend neither on its place nor
+on its neighbours. Experts are a batched product a (row, choice) pair, with fixed shapes too. Attention walks keys in
+chunks of `KEY_CHUNK` absolute positions with a running softmax; a chunk that a row does not see changes none of its
+bits. Rows of a prompt chunk go through in ascending order, so that a group attends to what earlier groups wrote.
+
+Left out: speed. Packed experts are unpacked for every group.
+
+Legend: R rows (always GROUP), D hidden, N heads, G key/value heads, H head dim, C key chunk, E experts, K choices a
+row, I expert intermediate, V vocabulary, L buffer length.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from speedstack.dflash.model import DFlashDraftModel, DraftContext
+from speedstack.quant.mxfp4 import MXFP4Tensor
+from speedstack.runtime.backend import Draft, Rows, ring_length
+from speedstack.runtime.spec import AttentionSpec, MoeSpec
+from speedstack.runtime.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights, Weight
+
+GROUP = 8
+KEY_CHUNK = 128
+
+
+def rms_norm(x_RD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x_RD.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight_D * wide.to(x_RD.dtype)
+
+
+def rotary_tables(spec: AttentionSpec, num_positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines, float32 [positions, rotary_dim / 2]."""
+    exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32, device=device) / spec.rotary_dim
+    angles = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None] * (
+        1.0 / spec.rope_theta**exponents
+    )
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_RNH: torch.Tensor, cos_RH: torch.Tensor, sin_RH: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of the leading dimensions of every head, halves paired."""
+    half = cos_RH.shape[-1]
+    cos, sin = cos_RH[:, None].to(x_RNH.dtype), sin_RH[:, None].to(x_RNH.dtype)
+    first, second, rest = x_RNH.split([half, half, x_RNH.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def route(logits_RE: torch.Tensor, bias_E: torch.Tensor | None, spec: MoeSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expert indices [R, K] and their weights, float32, best choice first, ties to the lower index."""
+    scores_RE = logits_RE.sigmoid() if spec.scoring == "sigmoid" else logits_RE.softmax(-1)
+    choice_RE = scores_RE if bias_E is None else scores_RE + bias_E
+    experts_RK = torch.sort(choice_RE, dim=-1, descending=True, stable=True).indices[:, : spec.top_k]
+    weights_RK = scores_RE.gather(1, experts_RK)
+    if spec.renormalize:
+        weights_RK = weights_RK / (weights_RK.sum(-1, keepdim=True) + 1e-20)
+    return experts_RK, weights_RK * spec.routed_scale
+
+
+def _experts(weight: Weight, index_P: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(weight, MXFP4Tensor):
+        return MXFP4Tensor(weight.codes[index_P], weight.scales[index_P]).dequantize(dtype)
+    return weight[index_P]
+
+
+def mixture(x_RD: torch.Tensor, moe: MoeWeights, spec: MoeSpec) -> torch.Tensor:
+    """Sum over a row's experts in the order of choice; one matrix-vector product a (row, choice) pair."""
+    experts_RK, weights_RK = route(x_RD.float() @ moe.router_ED.T, moe.correction_bias_E, spec)
+    out_RD = torch.zeros_like(x_RD)
+    for k in range(spec.top_k):
+        experts_R = experts_RK[:, k]
+        gate_up_RI = torch.bmm(_experts(moe.gate_up_EID, experts_R, x_RD.dtype), x_RD[:, :, None])[..., 0]
+        gate_RI, up_RI = gate_up_RI.chunk(2, dim=-1)
+        hidden_RI = F.silu(gate_RI) * up_RI
+        down_RD = torch.bmm(_experts(moe.down_EDI, experts_R, x_RD.dtype), hidden_RI[:, :, None])[..., 0]
+        out_RD = out_RD + down_RD * weights_RK[:, k, None].to(x_RD.dtype)
+    return out_RD
+
+
+class _LayerCache:
+    """Keys and values of one layer for every slot: a ring over absolute positions."""
+
+    def __init__(self, spec: AttentionSpec, num_slots: int, max_length: int, like: torch.Tensor) -> None:
+        self.length = ring_length(spec.window, max_length)
+        shape = (num_slots, self.length, spec.num_kv_heads)
+        self.k_SLGH = like.new_zeros((*shape, spec.qk_head_dim))
+        self.v_SLGH = like.new_zeros((*shape, spec.v_head_dim))
+
+    def nbytes(self) -> int:
+        return self.k_SLGH.nbytes + self.v_SLGH.nbytes
+
+
+class ReferenceBackend:
+    """A step in PyTorch; see the module. `drafter`: in the same dtype and on the same device as the weights."""
+
+    name = "reference"
+    prepare_seconds = 0.0
+
+    def __init__(
+        self, weights: ModelWeights, drafter: DFlashDraftModel | None, num_slots: int, max_length: int
+    ) -> None:
+        self.weights, self.drafter, self.num_slots = weights, drafter, num_slots
+        self.device, self.dtype = weights.embedding_VD.device, weights.embedding_VD.dtype
+        spec = weights.spec
+        self.max_length = max_length
+        # One slot more than sequences: idle rows of a padded group write there.
+        self.caches = [
+            _LayerCache(layer.attention, num_slots + 1, max_length, weights.embedding_VD) for layer in spec.layers
+        ]
+        tables = {a: rotary_tables(a, max_length, self.device) for a in {layer.attention for layer in spec.layers}}
+        self.rotary = [tables[layer.attention] for layer in spec.layers]
+        self.contexts = [DraftContext(drafter, max_length) for _ in range(num_slots)] if drafter else []
+
+    def weight_bytes(self) -> dict[str, int]:
+        drafter = {"drafter": sum(p.nbytes for p in self.drafter.parameters())} if self.drafter is not None else {}
+        return self.weights.nbytes_by_part() | drafter
+
+    def cache_bytes(self) -> int:
+        drafter = sum(c.keys_LTGH.nbytes + c.values_LTGH.nbytes for c in self.contexts)
+        return sum(cache.nbytes() for cache in self.caches) + drafter
+
+    @torch.no_grad()
+    def step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        wanted = {row: index for index, row in enumerate(logit_rows)}
+        logits_WV = torch.empty(len(logit_rows), self.weights.spec.vocab_size, device=self.device)
+        for start in range(0, len(rows.tokens), GROUP):
+            stop = min(start + GROUP, len(rows.tokens))
+            h_RD = self._group(rows, start, stop)
+            here = [row for row in range(start, stop) if row in wanted]
+            if here:
+                final_RD = rms_norm(h_RD, self.weights.norm_D, self.weights.spec.rms_norm_eps)
+                logits_RV = (final_RD @ self.weights.lm_head_VD.T).float()
+                for row in here:
+                    logits_WV[wanted[row]] = logits_RV[row - start]
+        # numpy's argmax takes the first of equals, torch's makes no promise; NaN rows are named, not chosen from.
+        best = [-1 if bool(torch.isnan(row_V).any()) else int(row_V.numpy(force=True).argmax()) for row_V in logits_WV]
+        return logits_WV, best
+
+    def _group(self, rows: Rows, start: int, stop: int) -> torch.Tensor:
+        idle = GROUP - (stop - start)
+        tokens_R = torch.tensor([*rows.tokens[start:stop], *([0] * idle)], device=self.device)
+        slots_R = torch.tensor([*rows.slots[start:stop], *([self.num_slots] * idle)], device=self.device)
+        positions_R = torch.tensor([*rows.positions[start:stop], *([0] * idle)], device=self.device)
+        weights, eps = self.weights, self.weights.spec.rms_norm_eps
+        h_RD = weights.embedding_VD[tokens_R]
+        taps: dict[int, torch.Tensor] = {}
+        for index, (layer, spec) in enumerate(zip(weights.layers, weights.spec.layers, strict=True)):
+            x_RD = rms_norm(h_RD, layer.attention.norm_D, eps)
+            h_RD = h_RD + self._attention(index, x_RD, layer.attention, spec.attention, slots_R, positions_R)
+            x_RD = rms_norm(h_RD, layer.mlp.norm_D, eps)
+            if isinstance(layer.mlp, DenseWeights):
+                gate_RF, up_RF = (x_RD @ layer.mlp.gate_up_FD.T).chunk(2, dim=-1)
+                h_RD = h_RD + (F.silu(gate_RF) * up_RF) @ layer.mlp.down_DF.T
+            else:
+                assert isinstance(spec.mlp, MoeSpec)
+                h_RD = h_RD + mixture(x_RD, layer.mlp, spec.mlp)
+            taps[index] = h_RD
+        if self.drafter is not None:
+            features_RC = torch.cat([taps[i] for i in self.drafter.config.target_layer_ids], dim=-1)
+            for row in range(stop - start):
+                context = self.contexts[rows.slots[start + row]]
+                context.write(self.drafter, features_RC[row : row + 1], rows.positions[start + row])
+        return h_RD
+
+    def _attention(
+        self,
+        layer: int,
+        x_RD: torch.Tensor,
+        weights: AttentionWeights,
+        spec: AttentionSpec,
+        slots_R: torch.Tensor,
+        positions_R: torch.Tensor,
+    ) -> torch.Tensor:
+        heads, kv_heads, eps = spec.num_heads, spec.num_kv_heads, self.weights.spec.rms_norm_eps
+        sizes = [heads * spec.qk_head_dim, kv_heads * spec.qk_head_dim, kv_heads * spec.v_head_dim]
+        q, k, v = (x_RD @ weights.qkv_OD.T).split(sizes, dim=-1)
+        q_RNH, k_RGH = q.unflatten(-1, (heads, -1)), k.unflatten(-1, (kv_heads, -1))
+        v_RGH = v.unflatten(-1, (kv_heads, -1)) * spec.value_scale
+        if weights.q_norm_H is not None and weights.k_norm_H is not None:
+            q_RNH, k_RGH = rms_norm(q_RNH, weights.q_norm_H, eps), rms_norm(k_RGH, weights.k_norm_H, eps)
+        cos_RH, sin_RH = (table[positions_R] for table in self.rotary[layer])
+        q_RNH, k_RGH = rotate(q_RNH, cos_RH, sin_RH), rotate(k_RGH, cos_RH, sin_RH)
+        cache = self.caches[layer]
+        cache.k_SLGH[slots_R, positions_R % cache.length] = k_RGH
+        cache.v_SLGH[slots_R, positions_R % cache.length] = v_RGH
+        out_RNH = _attend(q_RNH, cache, spec, weights.sinks_N, slots_R, positions_R)
+        return out_RNH.flatten(1) @ weights.output_DO.T
+
+    @torch.no_grad()
+    def draft(
+        self, anchors: Sequence[int], slots: Sequence[int], positions: Sequence[int], num_drafts: int
+    ) -> list[Draft]:
+        assert self.drafter is not None
+        mask = [self.drafter.config.mask_token_id] * num_drafts
+        drafts = []
+        for anchor, slot, position in zip(anchors, slots, positions, strict=True):
+            block = torch.tensor([anchor, *mask], device=self.device)
+            hidden_KD = self.contexts[slot].draft_hidden(self.drafter, self.weights.embedding_VD[block], position)
+            probabilities_KV = torch.softmax((hidden_KD @ self.weights.lm_head_VD.T).float(), dim=-1)
+            best_K = probabilities_KV.max(-1)
+            drafts.append(Draft(best_K.indices.tolist(), best_K.values.tolist()))
+        return drafts
+
+
+def _attend(
+    q_RNH: torch.Tensor,
+    cache: _LayerCache,
+    spec: AttentionSpec,
+    sinks_N: torch.Tensor | None,
+    slots_R: torch.Tensor,
+    positions_R: torch.Tensor,
+) -> torch.Tensor:
+    """Attention with a running softmax in float32 over chunks of absolute positions."""
+    kv_heads, group = spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
+    q_RGMH = q_RNH.float().unflatten(1, (kv_heads, group)) * spec.softmax_scale
+    last_R = positions_R
+    first_R = torch.zeros_like(last_R) if spec.window is None else (last_R - spec.window + 1).clamp(min=0)
+    shape = (*q_RGMH.shape[:3], 1)
+    peak = q_RGMH.new_full(shape, float("-inf"))
+    total = q_RGMH.new_zeros(shape)
+    if sinks_N is not None:
+        peak = sinks_N.float().view(1, kv_heads, group, 1).expand(shape)
+        total = torch.ones_like(peak)
+    out_RGMH = q_RGMH.new_zeros((*q_RGMH.shape[:3], spec.v_head_dim))
+    offsets_C = torch.arange(KEY_CHUNK, device=q_RNH.device)
+    for chunk in range(int(first_R.min()) // KEY_CHUNK, int(last_R.max()) // KEY_CHUNK + 1):
+        keys_C = chunk * KEY_CHUNK + offsets_C
+        index_C = keys_C % cache.length
+        k_RCGH, v_RCGH = cache.k_SLGH[slots_R][:, index_C].float(), cache.v_SLGH[slots_R][:, index_C].float()
+        visible_RC = (keys_C >= first_R[:, None]) & (keys_C <= last_R[:, None])
+        # What lies beyond the row's position may be anything: 0 * inf would leak it into the sum.
+        v_RCGH = v_RCGH.masked_fill(~visible_RC[:, :, None, None], 0.0)
+        scores = torch.matmul(q_RGMH, k_RCGH.permute(0, 2, 3, 1)).masked_fill(~visible_RC[:, None, None], float("-inf"))
+        new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
+        shift = torch.where(new_peak.isinf(), torch.zeros_like(new_peak), new_peak)
+        rescale, probs = torch.exp(peak - shift), torch.exp(scores - shift)
+        total = total * rescale + probs.sum(-1, keepdim=True)
+        out_RGMH = out_RGMH * rescale + torch.matmul(probs, v_RCGH.transpose(1, 2))
+        peak = new_peak
+    return (out_RGMH / total).flatten(1, 2).to(q_RNH.dtype)

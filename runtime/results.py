@@ -1,0 +1,52 @@
+"""What the engine returns: generated tokens with their statistics, and log-probabilities."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+
+@dataclass
+class GenerationStats:
+    """Counts and times of one sequence. Decode time is shared when sequences are decoded together.
+
+    A round is one pass of the target after the prompt; position i of the two lists counts draft position i + 1 of the
+    block: how often it was verified, and how often it was accepted.
+    """
+
+    num_prompt_tokens: int = 0
+    num_new_tokens: int = 0
+    num_rounds: int = 0
+    num_round_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    drafted_by_position: list[int] = field(default_factory=list)
+    accepted_by_position: list[int] = field(default_factory=list)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens committed a round, the target's own included (tau): 1.0 without a drafter, at most the block size."""
+        return self.num_round_tokens / self.num_rounds if self.num_rounds else float("nan")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoded tokens a second, the prompt and the token that its pass yields left out."""
+        return self.num_round_tokens / self.decode_seconds if self.decode_seconds else float("nan")
+
+
+@dataclass
+class Generation:
+    """One sequence's new tokens. The text ends before a stop string; the tokens end with the one that completes it."""
+
+    tokens: list[int]
+    text: str
+    finish_reason: Literal["length", "eos", "stop"]
+    stats: GenerationStats
+
+
+@dataclass
+class Score:
+    """Float32 log-probabilities of ids[1:] given what precedes them, and whether each was the most probable token."""
+
+    logprobs: torch.Tensor
+    is_greedy: torch.Tensor

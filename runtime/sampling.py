@@ -1,0 +1,106 @@
+"""Counter-based sampling: the token at a position is a function of (seed, sequence, position) and the logits there.
+
+Gumbel-max with Philox noise: `argmax(logits / temperature + gumbel)` over the tokens that top-k and top-p keep. There
+is no generator state, so it does not matter how many rows are sampled together, in which order, or whether a position
+was a draft: speculation cannot change the output. Philox4x32-10 is what GPU libraries and Triton use, so a kernel can
+draw the same integers.
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC'11); test vectors of Random123.
+
+Legend: V vocabulary, R rows.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1.0 keep every token."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature != 0.0 and not 1e-4 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 (greedy) or a number from 1e-4 on, got {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be >= 0 (0 keeps every token), got {self.top_k}")
+
+
+def sequence_key(prompt: Sequence[int]) -> int:
+    """64 bits that name a sequence by its prompt alone, so that a batch's make-up cannot change what is sampled."""
+    data = b"".join(int(token).to_bytes(4, "little") for token in prompt)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def philox4x32(
+    counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor | int, torch.Tensor | int]
+) -> tuple[torch.Tensor, ...]:
+    """Ten rounds of Philox4x32 on int64 tensors that hold unsigned 32-bit values; all four broadcast together."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _multiply(x: torch.Tensor, multiplier: int) -> tuple[torch.Tensor, torch.Tensor]:
+    # The product of two unsigned 32-bit numbers wraps in a signed int64, but its 64 bits are right.
+    product = x * multiplier
+    return (product >> 32) & _MASK, product & _MASK
+
+
+def gumbel_noise(
+    seeds: Sequence[int], sequences: Sequence[int], positions: Sequence[int], vocab_size: int, device: torch.device
+) -> torch.Tensor:
+    """Standard Gumbel noise, float32 [R, V]: row r is a function of its seed, sequence and position."""
+
+    def column(values: Sequence[int], shift: int = 0) -> torch.Tensor:
+        return torch.tensor([(value >> shift) & _MASK for value in values], device=device)[:, None]
+
+    block = torch.arange((vocab_size + 3) // 4, dtype=torch.int64, device=device)
+    counter = (block.expand(len(seeds), -1), column(positions), column(sequences), column(sequences, 32))
+    words = torch.stack(philox4x32(counter, (column(seeds), column(seeds, 32))), dim=-1)
+    bits_RV = words.flatten(1)[:, :vocab_size] >> 9
+    uniform_RV = (bits_RV.to(torch.float32) + 0.5) * 2.0**-23
+    # Row by row: torch's vectorized logarithm treats the end of a tensor differently from its middle, and a row's bits
+    # must not depend on how many rows there are.
+    return torch.stack([-torch.log(-torch.log(uniform_V.clone())) for uniform_V in uniform_RV])
+
+
+def filter_logits(logits_V: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Float32 logits divided by the temperature, with every token that top-k or top-p drops set to -inf.
+
+    Top-p keeps the smallest set of most probable tokens whose probability reaches `top_p` (Holtzman et al. 2019); ties
+    at top-k's edge are kept, as transformers does. Order: temperature, top-k, top-p.
+    """
+    scaled_V = logits_V.float() / params.temperature
+    if 0 < params.top_k < scaled_V.numel():
+        edge = torch.topk(scaled_V, params.top_k).values[-1]
+        scaled_V = scaled_V.masked_fill(scaled_V < edge, float("-inf"))
+    if params.top_p < 1.0:
+        sorted_V, order_V = torch.sort(scaled_V, descending=True, stable=True)
+        probability_V = torch.softmax(sorted_V, dim=-1)
+        dropped_V = torch.cumsum(probability_V, dim=-1) - probability_V >= params.top_p
+        dropped_V[0] = False
+        scaled_V = scaled_V.masked_fill(torch.zeros_like(dropped_V).scatter(0, order_V, dropped_V), float("-inf"))
+    return scaled_V
+
+
+def sample(logits_V: torch.Tensor, noise_V: torch.Tensor, params: SamplingParams) -> int:
+    """The token that logits predict, given `gumbel_noise` of its position. Temperature must be above 0."""
+    return int(torch.argmax(filter_logits(logits_V, params) + noise_V))

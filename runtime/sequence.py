@@ -1,0 +1,109 @@
+"""One sequence while it is decoded: its tokens, what may still come, and why it ends."""
+
+from collections.abc import Sequence as Many
+from typing import Any, Literal
+
+from speedstack.runtime.backend import Draft
+from speedstack.runtime.budget import DraftBudget
+from speedstack.runtime.results import Generation, GenerationStats
+from speedstack.runtime.sampling import SamplingParams, sequence_key
+from speedstack.runtime.text import TextStream
+
+
+class Sequence:
+    """State of one prompt's continuation. `slot` is the cache slot, -1 until the engine admits it."""
+
+    def __init__(
+        self,
+        prompt: Many[int],
+        max_new_tokens: int,
+        params: SamplingParams,
+        seed: int,
+        eos_token_ids: Many[int],
+        stop: Many[str],
+        tokenizer: Any,
+        num_drafts: int,
+        is_adaptive: bool,
+    ) -> None:
+        self.tokens = list(prompt)
+        self.params, self.seed = params, seed
+        self.key = sequence_key(prompt)
+        self.slot = -1
+        self.finish_reason: Literal["length", "eos", "stop"] | None = None
+        self._num_prompt_tokens, self._max_new_tokens = len(prompt), max_new_tokens
+        self._eos = frozenset(eos_token_ids)
+        self._text = TextStream(tokenizer, stop) if tokenizer is not None else None
+        # Decoding a token costs as much as a small model's step: it waits until somebody looks.
+        self._has_stop, self._undecoded = bool(stop), list[int]()
+        self._num_drafts = num_drafts
+        self._budget = DraftBudget(num_drafts) if is_adaptive else None
+        self.stats = GenerationStats(
+            num_prompt_tokens=len(prompt),
+            drafted_by_position=[0] * num_drafts,
+            accepted_by_position=[0] * num_drafts,
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still be added."""
+        return self._max_new_tokens - (len(self.tokens) - self._num_prompt_tokens)
+
+    def num_to_draft(self) -> int:
+        """Proposals to ask for in the next round: none that could not be committed."""
+        wanted = self._budget.num_to_draft() if self._budget else self._num_drafts
+        return min(wanted, self.num_left - 1)
+
+    def worth_verifying(self, draft: Draft) -> list[int]:
+        """The leading proposals that are worth a row of the target."""
+        limit = min(len(draft.tokens), self.num_left - 1)
+        if self._budget:
+            limit = min(limit, self._budget.num_to_verify(draft.probabilities))
+        return draft.tokens[:limit]
+
+    def record_round(self, num_drafts: int, num_accepted: int, num_committed: int) -> None:
+        """Counts a round: drafts verified, drafts accepted, tokens that `commit` added."""
+        if self._budget:
+            self._budget.record(num_drafts, num_accepted)
+        self.stats.num_rounds += 1
+        self.stats.num_round_tokens += num_committed
+        for i in range(num_drafts):
+            self.stats.drafted_by_position[i] += 1
+            self.stats.accepted_by_position[i] += i < num_accepted
+
+    def commit(self, tokens: Many[int]) -> int:
+        """Adds tokens up to the one that ends the sequence; how many were added."""
+        num_before = len(self.tokens)
+        for token in tokens:
+            self.tokens.append(token)
+            if token in self._eos:
+                self.finish_reason = "eos"
+            else:
+                self._undecoded.append(token)
+                if self._has_stop and self._decode().stopped:
+                    self.finish_reason = "stop"
+                if self.finish_reason is None and self.num_left == 0:
+                    self.finish_reason = "length"
+            if self.is_finished:
+                break
+        self.stats.num_new_tokens = len(self.tokens) - self._num_prompt_tokens
+        return len(self.tokens) - num_before
+
+    def take_text(self) -> str:
+        """New text that is certain by now."""
+        return self._decode().take(is_last=self.is_finished)
+
+    def result(self) -> Generation:
+        assert self.finish_reason is not None
+        text = self._decode().text if self._text is not None else ""
+        return Generation(self.tokens[self._num_prompt_tokens :], text, self.finish_reason, self.stats)
+
+    def _decode(self) -> TextStream:
+        assert self._text is not None, "the engine refuses stop strings and streams without a tokenizer"
+        if self._undecoded:
+            self._text.push(*self._undecoded)
+            self._undecoded = []
+        return self._text

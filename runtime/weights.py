@@ -1,0 +1,239 @@
+"""A model's weights as the backends take them: projections joined per layer, experts packed in MXFP4 or plain.
+
+Joining query, key and value (and gate and up) projections happens once, at load. Packed experts stay packed: their
+codes and scales are the bytes of the checkpoint. Everything else is converted to the engine's dtype. A drafter is the
+same structure with a smaller layer count, so that one set of kernels serves both.
+
+Legend: D hidden, N heads, H head dim, F dense intermediate, E experts, I expert intermediate, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from speedstack.dflash.model import DFlashDraftModel
+from speedstack.quant.mxfp4 import MXFP4Tensor
+from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec
+
+Weight = torch.Tensor | MXFP4Tensor
+
+
+@dataclass
+class AttentionWeights:
+    norm_D: torch.Tensor
+    qkv_OD: torch.Tensor  # query heads, then key heads, then value heads
+    output_DO: torch.Tensor
+    q_norm_H: torch.Tensor | None = None
+    k_norm_H: torch.Tensor | None = None
+    sinks_N: torch.Tensor | None = None
+
+
+@dataclass
+class DenseWeights:
+    norm_D: torch.Tensor
+    gate_up_FD: torch.Tensor  # gate rows, then up rows
+    down_DF: torch.Tensor
+
+
+@dataclass
+class MoeWeights:
+    norm_D: torch.Tensor
+    router_ED: torch.Tensor  # float32 always: near ties between experts must not depend on the engine's dtype
+    correction_bias_E: torch.Tensor | None
+    gate_up_EID: Weight  # gate rows, then up rows
+    down_EDI: Weight
+
+
+@dataclass
+class LayerWeights:
+    attention: AttentionWeights
+    mlp: DenseWeights | MoeWeights
+
+
+@dataclass
+class ModelWeights:
+    spec: ModelSpec
+    embedding_VD: torch.Tensor
+    layers: list[LayerWeights]
+    norm_D: torch.Tensor
+    lm_head_VD: torch.Tensor
+
+    def nbytes_by_part(self) -> dict[str, int]:
+        """Bytes of every part, by the names that reports show."""
+        sizes: dict[str, int] = {}
+
+        def add(part: str, *weights: Weight | None) -> None:
+            sizes[part] = sizes.get(part, 0) + sum(w.nbytes for w in weights if w is not None)
+
+        add("embedding and LM head", self.embedding_VD)
+        if self.lm_head_VD is not self.embedding_VD:
+            add("embedding and LM head", self.lm_head_VD)
+        add("norms and router", self.norm_D)
+        for layer in self.layers:
+            a, m = layer.attention, layer.mlp
+            add("attention", a.qkv_OD, a.output_DO, a.sinks_N)
+            add("norms and router", a.norm_D, a.q_norm_H, a.k_norm_H, m.norm_D)
+            if isinstance(m, DenseWeights):
+                add("dense MLP", m.gate_up_FD, m.down_DF)
+            else:
+                is_packed = isinstance(m.gate_up_EID, MXFP4Tensor)
+                add("experts (MXFP4)" if is_packed else "experts", m.gate_up_EID, m.down_EDI)
+                add("norms and router", m.router_ED, m.correction_bias_E)
+        return sizes
+
+
+@dataclass
+class _Reader:
+    """Hands out checkpoint tensors by name, converted, and remembers which were not asked for."""
+
+    tensors: dict[str, Weight]
+    dtype: torch.dtype
+    device: torch.device
+    used: set[str] = field(default_factory=set)
+
+    def packed_or_plain(self, name: str, shape: tuple[int, ...]) -> Weight:
+        if name not in self.tensors:
+            raise ValueError(f"the checkpoint has no tensor {name!r}; it does not fit its config.json")
+        self.used.add(name)
+        tensor = self.tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, the config asks for {shape}")
+        if isinstance(tensor, MXFP4Tensor):
+            return tensor.to(self.device)
+        return tensor.to(self.device, self.dtype)
+
+    def plain(self, name: str, *shape: int) -> torch.Tensor:
+        tensor = self.packed_or_plain(name, shape)
+        if isinstance(tensor, MXFP4Tensor):
+            raise ValueError(f"tensor {name!r} is packed in MXFP4; the runtime takes packed weights for experts only")
+        return tensor
+
+
+def read_weights(
+    spec: ModelSpec, tensors: dict[str, Weight], dtype: torch.dtype, device: torch.device, tied: bool
+) -> ModelWeights:
+    """Arranges a checkpoint's tensors (transformers' own names, experts fused) for decoding.
+
+    Args:
+        tied: the LM head is the embedding, whether or not the checkpoint stores it twice.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape than the config says.
+    """
+    reader = _Reader(tensors, dtype, device)
+    exact = _Reader(tensors, torch.float32, device, reader.used)
+    D, V = spec.hidden_size, spec.vocab_size
+    layers = [_read_layer(reader, exact, f"model.layers.{i}.", layer, D) for i, layer in enumerate(spec.layers)]
+    embedding_VD = reader.plain("model.embed_tokens.weight", V, D)
+    weights = ModelWeights(
+        spec=spec,
+        embedding_VD=embedding_VD,
+        layers=layers,
+        norm_D=reader.plain("model.norm.weight", D),
+        lm_head_VD=embedding_VD if tied else reader.plain("lm_head.weight", V, D),
+    )
+    unused = set(tensors) - reader.used - ({"lm_head.weight"} if tied else set())
+    if unused:
+        raise ValueError(f"the runtime would ignore {len(unused)} tensors of the checkpoint, {min(unused)!r} first")
+    return weights
+
+
+def _read_layer(reader: _Reader, exact: _Reader, prefix: str, spec: LayerSpec, D: int) -> LayerWeights:
+    a, at = spec.attention, prefix + "self_attn."
+    q, k, v = a.num_heads * a.qk_head_dim, a.num_kv_heads * a.qk_head_dim, a.num_kv_heads * a.v_head_dim
+    attention = AttentionWeights(
+        norm_D=reader.plain(prefix + "input_layernorm.weight", D),
+        qkv_OD=torch.cat(
+            [
+                reader.plain(at + "q_proj.weight", q, D),
+                reader.plain(at + "k_proj.weight", k, D),
+                reader.plain(at + "v_proj.weight", v, D),
+            ]
+        ),
+        output_DO=reader.plain(at + "o_proj.weight", D, a.num_heads * a.v_head_dim),
+        q_norm_H=reader.plain(at + "q_norm.weight", a.qk_head_dim) if a.has_qk_norm else None,
+        k_norm_H=reader.plain(at + "k_norm.weight", a.qk_head_dim) if a.has_qk_norm else None,
+        sinks_N=reader.plain(at + "sinks", a.num_heads) if a.has_sinks else None,
+    )
+    norm_D = reader.plain(prefix + "post_attention_layernorm.weight", D)
+    at = prefix + "mlp."
+    mlp: DenseWeights | MoeWeights
+    if isinstance(spec.mlp, DenseSpec):
+        F = spec.mlp.intermediate_size
+        gate_FD, up_FD = reader.plain(at + "gate_proj.weight", F, D), reader.plain(at + "up_proj.weight", F, D)
+        mlp = DenseWeights(norm_D, torch.cat([gate_FD, up_FD]), reader.plain(at + "down_proj.weight", D, F))
+    else:
+        mlp = _read_moe(reader, exact, at, spec.mlp, norm_D)
+    return LayerWeights(attention, mlp)
+
+
+def _read_moe(reader: _Reader, exact: _Reader, at: str, moe: MoeSpec, norm_D: torch.Tensor) -> MoeWeights:
+    D, E, I = norm_D.shape[0], moe.num_experts, moe.intermediate_size  # noqa: E741
+    bias = exact.plain(at + "gate.e_score_correction_bias", E) if moe.has_correction_bias else None
+    return MoeWeights(
+        norm_D=norm_D,
+        router_ED=exact.plain(at + "gate.weight", E, D),
+        correction_bias_E=bias,
+        gate_up_EID=reader.packed_or_plain(at + "experts.gate_up_proj", (E, 2 * I, D)),
+        down_EDI=reader.packed_or_plain(at + "experts.down_proj", (E, D, I)),
+    )
+
+
+@dataclass
+class DrafterWeights:
+    """A DFlash drafter in the target's structures: every layer is attention with QK-norm and a dense SwiGLU."""
+
+    attention: AttentionSpec
+    rms_norm_eps: float
+    fc_DC: torch.Tensor
+    hidden_norm_D: torch.Tensor
+    layers: list[tuple[AttentionWeights, DenseWeights]]
+    norm_D: torch.Tensor
+
+
+def read_drafter(model: DFlashDraftModel) -> DrafterWeights:
+    """Arranges a drafter's parameters for a backend with kernels of its own: matrices in bfloat16, the rest in float32.
+
+    Drafters are stored in bfloat16, so that this changes nothing; of one that is not, proposals may change, and with
+    them the speed, but never the text.
+    """
+    config = model.config
+    tensors = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
+
+    def joined(*names: str) -> torch.Tensor:
+        joined = torch.cat([tensors[f"{name}.weight"] for name in names])
+        return joined.to(torch.bfloat16) if joined.dim() == 2 else joined
+
+    layers = []
+    for i in range(config.num_hidden_layers):
+        at, mlp = f"layers.{i}.self_attn.", f"layers.{i}.mlp."
+        attention = AttentionWeights(
+            norm_D=tensors[f"layers.{i}.input_layernorm.weight"],
+            qkv_OD=joined(at + "q_proj", at + "k_proj", at + "v_proj"),
+            output_DO=joined(at + "o_proj"),
+            q_norm_H=joined(at + "q_norm"),
+            k_norm_H=joined(at + "k_norm"),
+        )
+        dense = DenseWeights(
+            norm_D=tensors[f"layers.{i}.post_attention_layernorm.weight"],
+            gate_up_FD=joined(mlp + "gate_proj", mlp + "up_proj"),
+            down_DF=joined(mlp + "down_proj"),
+        )
+        layers.append((attention, dense))
+    spec = AttentionSpec(
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        qk_head_dim=config.head_dim,
+        v_head_dim=config.head_dim,
+        rotary_dim=config.head_dim,
+        rope_theta=config.rope_theta,
+        has_qk_norm=True,
+    )
+    return DrafterWeights(
+        attention=spec,
+        rms_norm_eps=config.rms_norm_eps,
+        fc_DC=joined("fc"),
+        hidden_norm_D=tensors["hidden_norm.weight"],
+        layers=layers,
+        norm_D=tensors["norm.weight"],
+    )

@@ -1,0 +1,209 @@
+"""The `speedstack` command: `speedstack <verb> [CONFIG.yaml] [--section.key value ...]`.
+
+A verb is a row of `VERBS`: what it does, the type of its config and the function that does it, the last two as names,
+so that `speedstack --help` imports neither torch nor the verb. Nothing is computed here. What this file owns is the
+boundary to the shell: a user's mistake becomes one line on stderr and an exit code (2 for bad input, 1 for a file
+system that refuses, 130 for Ctrl-C); `--debug`, or SPEEDSTACK_DEBUG=1, shows the traceback as well. An exception that
+is none of these is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from speedstack import __version__
+
+EXIT_OK = 0
+EXIT_SYSTEM = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command: `config` and `job` are 'module:name'; the job takes the config and prints where its result lies.
+
+    `continues` says that an interrupted job goes on where it was when the same command is given again.
+    """
+
+    summary: str
+    config: str
+    job: str
+    continues: bool = False
+
+
+VERBS = {
+    "demo": Verb(
+        "the whole stack on a small model: pretrain, quantize, QAT, drafter, quality, timing, report",
+        "speedstack.demo_config:load_demo_config",
+        "speedstack.demo:demo",
+        continues=True,
+    ),
+    "pretrain": Verb(
+        "train a Mixture-of-Experts model from scratch",
+        "speedstack.train.config:PretrainConfig",
+        "speedstack.jobs:pretrain",
+        continues=True,
+    ),
+    "qat": Verb(
+        "train a model with its experts in MXFP4, distilled from itself in full precision",
+        "speedstack.train.config:QatConfig",
+        "speedstack.jobs:qat",
+        continues=True,
+    ),
+    "drafter": Verb(
+        "train a DFlash drafter for a model",
+        "speedstack.train.config:DrafterConfig",
+        "speedstack.jobs:drafter",
+        continues=True,
+    ),
+    "generate": Verb(
+        "stream text from a model, with or without a drafter",
+        "speedstack.generate:GenerateConfig",
+        "speedstack.generate:generate",
+    ),
+    "eval": Verb(
+        "lm-eval suites and held-out perplexity through the runtime",
+        "speedstack.eval.config:EvalConfig",
+        "speedstack.jobs:evaluate",
+    ),
+    "bench": Verb(
+        "time the decode loop, with peers side by side",
+        "speedstack.eval.config:BenchConfig",
+        "speedstack.jobs:bench",
+    ),
+    "report": Verb(
+        "HTML and JSON from finished runs",
+        "speedstack.eval.config:ReportConfig",
+        "speedstack.jobs:report",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's own) and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get("SPEEDSTACK_DEBUG", "0") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        verb = VERBS.get(arguments[0]) if arguments else None
+        way_on = "; the same command continues from the last finished piece of work"
+        return _fail(f"interrupted{way_on if verb and verb.continues else ''}", debug, EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output, `| head` for example, is gone: nobody is left to tell, and the interpreter's own
+        # flush at exit must not raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_SYSTEM
+    except OSError as error:
+        return _fail(_describe_os_error(error), debug, EXIT_SYSTEM)
+    except ValueError as error:  # pydantic's ValidationError is one
+        return _fail(str(error), debug, EXIT_BAD_INPUT)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return EXIT_OK
+    if arguments[0] == "--version":
+        print(__version__)
+        return EXIT_OK
+    name, *rest = arguments
+    if name not in VERBS:
+        raise ValueError(f"unknown verb '{name}'{_did_you_mean(name)}; verbs: {', '.join(VERBS)}")
+    verb = VERBS[name]
+    path = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
+    if "-h" in rest or "--help" in rest:
+        print(f"speedstack {name} [CONFIG.yaml] [--section.key value ...]\n{verb.summary}\n")
+    config = _load(verb, path, rest)
+    if config is not None:
+        _resolve(verb.job)(config)
+    return EXIT_OK
+
+
+def usage() -> str:
+    """The text of `speedstack --help`."""
+    width = max(map(len, VERBS))
+    rows = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    return (
+        "speedstack <verb> [CONFIG.yaml] [--section.key value ...]\n\n"
+        f"{rows}\n\n"
+        "speedstack <verb> --help lists every setting. Flags win over the file, the file over defaults.\n"
+        "--debug shows the traceback of an error, --version the version."
+    )
+
+
+def config_loader(verb: Verb) -> Callable[[Path | None, Sequence[str]], Any]:
+    """The function that makes the verb's config of a file and flags: its own, or the common one over its type."""
+    from speedstack.train.config import load_config
+
+    config = _resolve(verb.config)
+    return partial(load_config, config) if isinstance(config, type) else config
+
+
+def _load(verb: Verb, path: Path | None, overrides: list[str]) -> Any:
+    """The verb's config, or None after `--help` was printed. tyro's error boxes become one line."""
+    load = config_loader(verb)
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return load(path, overrides)
+    except SystemExit as stop:
+        if not stop.code:
+            return None
+        raise ValueError(_first_message(stderr.getvalue())) from None
+
+
+def _first_message(box: str) -> str:
+    """The message inside one of tyro's boxes: the text above its first inner rule, on one line."""
+    lines: list[str] = []
+    for line in box.splitlines():
+        text = line.strip(" \u2502")
+        if text.startswith("\u2500") and lines:
+            break
+        if text and text[0] not in "\u2500\u256d\u2570" and not re.match(r"For further information|https?://", text):
+            lines.append(text)
+    return " ".join(lines)
+
+
+def _resolve(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _did_you_mean(name: str) -> str:
+    import difflib
+
+    matches = difflib.get_close_matches(name, VERBS, n=1)
+    return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def _describe_os_error(error: OSError) -> str:
+    """'No space left on device: runs/demo' instead of '[Errno 28] ...'."""
+    if error.strerror is None:
+        return str(error)
+    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+
+
+def _fail(message: str, debug: bool, code: int) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"speedstack: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

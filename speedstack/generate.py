@@ -1,0 +1,90 @@
+"""The `generate` verb: stream a continuation to stdout, and what it cost to stderr.
+
+The text alone goes to stdout, so that it can be piped. Batches, files of prompts and log-probabilities are left to the
+Python API (`speedstack.runtime.Engine`), which does them in three lines.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from speedstack.eval.config import ModelConfig
+
+if TYPE_CHECKING:
+    from speedstack.runtime import Generation
+
+
+class GenerateConfig(ModelConfig):
+    """Continue a prompt."""
+
+    prompt: str = Field("", description="Text to continue; '-' reads it from stdin.")
+    prompt_ids: tuple[int, ...] = Field((), description="Token ids to continue, instead of text.")
+    max_new_tokens: int = Field(128, ge=1, description="Tokens generated at most.")
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: the probability mass kept.")
+    top_k: int = Field(0, ge=0, description="Most probable tokens kept; 0 keeps all.")
+    seed: int = Field(0, ge=0, description="Seed of the sampling noise.")
+    stop: tuple[str, ...] = Field((), description="Strings that end the text; they are not part of it.")
+    ignore_eos: bool = Field(False, description="Go on past the end-of-text token.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="dtype of everything but packed experts; auto: float32 on a CPU, bfloat16 on a GPU."
+    )
+    max_length: int | None = Field(None, ge=2, description="Positions of the sequence's buffers; None: the model's.")
+    num_drafts: int | Literal["adaptive"] | None = Field(
+        None, description="Proposals verified a round; adaptive: as many as pay. None: adaptive if there is a drafter."
+    )
+
+
+def generate(config: GenerateConfig) -> None:
+    """Stream the continuation. Raises ValueError as `Engine` does, and for no prompt or two."""
+    if bool(config.prompt) == bool(config.prompt_ids):
+        raise ValueError("give one prompt: --prompt TEXT (or '-' for stdin), or --prompt-ids 1 2 3")
+    from speedstack.runtime import Engine
+
+    engine = Engine.from_pretrained(
+        config.target,
+        config.drafter,
+        backend=config.backend,
+        device=config.device,
+        dtype=None if config.dtype == "auto" else config.dtype,
+        max_length=config.max_length,
+        max_batch_size=1,
+        num_drafts="adaptive" if config.num_drafts is None and config.drafter is not None else config.num_drafts,
+    )
+    text = sys.stdin.read() if config.prompt == "-" else config.prompt
+    options: dict[str, Any] = {
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+        "seed": config.seed,
+        "stop": config.stop,
+        "ignore_eos": config.ignore_eos,
+    }
+    prompt = text or list(config.prompt_ids)
+    if engine.tokenizer is None:
+        generation = engine.generate(prompt, **options)
+        print(" ".join(map(str, generation.tokens)))
+    else:
+        generation = _stream(engine.stream(prompt, **options))
+    stats = generation.stats
+    line = f"{stats.num_new_tokens} tokens ({generation.finish_reason}), {engine.backend_name} backend"
+    if stats.num_rounds:
+        line += f", {stats.tokens_per_second:.1f} tokens/s"
+        if config.drafter is not None:
+            line += f", {stats.acceptance_length:.2f} tokens a round"
+    print(line, file=sys.stderr)
+
+
+def _stream(pieces: Generator[str, None, Generation]) -> Generation:
+    """Print pieces as they come, then a newline; the generation they belong to."""
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as stop:
+            print()
+            return stop.value

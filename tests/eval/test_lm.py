@@ -1,0 +1,140 @@
+"""The lm-eval adapter gives what lm-eval's own Hugging Face adapter gives on the same weights."""
+
+import logging
+from pathlib import Path
+
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM
+
+from speedstack.eval.lm import EngineLM, cut_at_stop
+from speedstack.runtime import Engine
+
+# Float32 sums of up to 250 terms in another order: 1e-3 nats is some 50 times what was seen.
+LOGPROB_TOLERANCE_NATS = 1e-3
+
+
+def requests(kind: str, *arguments: tuple) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]
+
+
+@pytest.fixture(scope="module")
+def lm(engine: Engine) -> EngineLM:
+    return EngineLM(engine, progress=False)
+
+
+@pytest.fixture(scope="module")
+def hf_lm(tiny_model_dir: Path, engine: Engine) -> HFLM:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, attn_implementation="eager").eval()
+    # Its windows have max_length inputs and a target beyond them; the engine's hold inputs and target.
+    return HFLM(
+        pretrained=model, tokenizer=engine.tokenizer, backend="causal", max_length=engine.max_length - 1, batch_size=1
+    )
+
+
+def test_loglikelihood_equals_the_hugging_face_adapter(lm: EngineLM, hf_lm: HFLM) -> None:
+    pairs = [
+        ("def wrap(text, width):\n", "    return text"),
+        ("import", " textwrap"),
+        ("", "class TextWrapper:"),
+        ("    lines ", " = []"),
+        ("a" * 600, " = b"),  # loses its beginning
+    ]
+    ours = lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    theirs = hf_lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    for (logprob, is_greedy), (expected, expected_greedy) in zip(ours, theirs, strict=True):
+        assert logprob == pytest.approx(expected, abs=LOGPROB_TOLERANCE_NATS)
+        assert is_greedy == expected_greedy
+
+
+def test_rolling_equals_the_hugging_face_adapter_over_several_windows(
+    lm: EngineLM, hf_lm: HFLM, documents: dict[str, str]
+) -> None:
+    texts = [("short",), (documents["bisect.py"][:2500],), ("",)]
+    assert len(lm.tok_encode(texts[1][0])) > 2 * lm.max_length  # three windows
+    ours = lm.loglikelihood_rolling(requests("loglikelihood_rolling", *texts), disable_tqdm=True)
+    theirs = hf_lm.loglikelihood_rolling(requests("loglikelihood_rolling", *texts[:2]), disable_tqdm=True)
+    assert ours[:2] == pytest.approx(theirs, abs=LOGPROB_TOLERANCE_NATS)
+    assert ours[2] == 0.0
+
+
+def test_every_token_is_scored_once(lm: EngineLM, engine: Engine) -> None:
+    text = "x = 1\n" * 30
+    ids = lm.tok_encode(text)
+    assert len(ids) < engine.max_length
+    (total,) = lm.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)), disable_tqdm=True)
+    logprobs = engine.score([lm.eot_token_id, *ids]).logprobs
+    assert len(logprobs) == len(ids) and total == pytest.approx(float(logprobs.double().sum()), rel=1e-12)
+
+
+def test_generation_equals_the_hugging_face_adapter(lm: EngineLM, hf_lm: HFLM) -> None:
+    greedy = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
+    # The stop string of the second group occurs in what the model writes after the third context.
+    contexts = [("def f(x):\n    return", greedy), ("import os", greedy), ("class A", {**greedy, "until": ["e"]})]
+    ours = lm.generate_until(requests("generate_until", *contexts), disable_tqdm=True)
+    assert ours == hf_lm.generate_until(requests("generate_until", *contexts), disable_tqdm=True)
+    assert all("\n" not in text for text in ours[:2]) and "e" not in ours[2]
+    assert any(ours)
+
+
+def test_sampling_takes_temperature_and_seed(engine: Engine) -> None:
+    contexts = [("def f(x):", {"until": [], "max_gen_toks": 16, "do_sample": True, "temperature": 1.0})]
+    texts = [
+        EngineLM(engine, seed=seed, progress=False).generate_until(requests("generate_until", *contexts), True)[0]
+        for seed in (0, 0, 1)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_drafter_changes_no_answer(lm: EngineLM, drafting_engine: Engine) -> None:
+    contexts = [(text, {"until": ["\n\n"], "max_gen_toks": 24}) for text in ("def f(x):", "import os", "class A")]
+    drafted = EngineLM(drafting_engine, progress=False)
+    ours = drafted.generate_until(requests("generate_until", *contexts), disable_tqdm=True)
+    assert ours == lm.generate_until(requests("generate_until", *contexts), disable_tqdm=True)
+
+
+def test_long_prompts_keep_their_end_and_say_so(lm: EngineLM, caplog: pytest.LogCaptureFixture) -> None:
+    end = "def f(x):\n    return"
+    settings = {"until": [], "max_gen_toks": 24}
+    with caplog.at_level(logging.WARNING):
+        (long,) = lm.generate_until(requests("generate_until", ("pass\n" * 300 + end, settings)), disable_tqdm=True)
+    assert "1 of 1 prompts lost their beginning" in caplog.text
+    kept = lm.tok_encode("pass\n" * 300 + end)[-(lm.max_length - 24) :]
+    assert long == lm.engine.generate(kept, max_new_tokens=24).text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 4}, "unsupported generation setting num_beams; known are do_sample, max_gen_toks"),
+        ({"max_gen_toks": 256}, "max_gen_toks is 256, but prompt and text share 256 tokens"),
+        ({"max_gen_toks": 0}, "max_gen_toks is 0"),
+    ],
+)
+def test_settings_the_engine_does_not_have_are_refused(lm: EngineLM, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lm.generate_until(requests("generate_until", ("x", settings)), disable_tqdm=True)
+
+
+def test_a_continuation_without_room_for_context_is_refused(lm: EngineLM) -> None:
+    with pytest.raises(ValueError, match="leaves no room for context: the engine holds 256 tokens"):
+        lm.loglikelihood(requests("loglikelihood", ("x", "y = 1\n" * 200)), disable_tqdm=True)
+
+
+def test_a_continuation_without_a_token_is_refused(lm: EngineLM) -> None:
+    # It would score a probability of one, and win every multiple choice.
+    with pytest.raises(ValueError, match="the continuation '' has no token of its own"):
+        lm.loglikelihood(requests("loglikelihood", ("x", "")), disable_tqdm=True)
+
+
+def test_a_model_without_text_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "tokenizer", None)
+    with pytest.raises(ValueError, match="save a tokenizer into the model directory"):
+        EngineLM(engine)
+
+
+def test_cut_at_stop_takes_the_first() -> None:
+    assert cut_at_stop("a\nb#c", ("#", "\n")) == "a"
+    assert cut_at_stop("abc", ("#",)) == "abc"
+    assert cut_at_stop("abc", ()) == "abc"

@@ -1,0 +1,200 @@
+"""Reading model directories: plain ones, sharded ones, and every way in which one can be broken."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from speedstack.quant.checkpoint import load_checkpoint, load_model, save_packed, weights_sha256
+from speedstack.quant.checkpoint.names import _FAMILIES
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def plain(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model_dir, tmp_path / "plain"))
+
+
+@pytest.fixture
+def packed(tiny_packed_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_packed_dir, tmp_path / "packed"))
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    fields = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(fields | changes))
+
+
+def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path / WEIGHTS)
+    change(tensors)
+    (path / WEIGHTS).unlink()
+    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+
+
+def fails(
+    path: Path, match: str, functions: tuple[Callable[[Path], object], ...] = (load_checkpoint, load_model)
+) -> None:
+    for function in functions:
+        with pytest.raises(ValueError, match=match) as caught:
+            function(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", _FAMILIES)
+def test_plain_directory(model_type: str, make_family: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:
+    model = make_family(model_type)
+    model.save_pretrained(tmp_path)
+    checkpoint = load_checkpoint(tmp_path)
+    loaded = load_model(tmp_path)
+    assert not checkpoint.is_packed
+    assert set(checkpoint.tensors) == set(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        stored = checkpoint.tensors[name]
+        assert isinstance(stored, torch.Tensor) and torch.equal(stored, tensor)
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_sharded_plain_directory(make_tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    model = make_tiny_model()
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    tensors = load_checkpoint(tmp_path).tensors
+    for name, tensor in model.state_dict().items():
+        stored = tensors[name]
+        assert isinstance(stored, torch.Tensor) and torch.equal(stored, tensor)
+
+
+def test_models_are_ordinary_models(packed: Path) -> None:
+    """A loaded packed model can be trained, saved and loaded without a trace of quantization."""
+    model = load_model(packed)
+    assert getattr(model.config, "quantization_config", None) is None
+    assert not getattr(model, "is_quantized", False)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert not model.training
+    assert model.config._experts_implementation == "grouped_mm"
+    assert load_model(packed, experts_implementation="eager").config._experts_implementation == "eager"
+
+
+def test_tensors_outlive_the_files(packed: Path) -> None:
+    checkpoint = load_checkpoint(packed)
+    expected = load_model(packed).state_dict()
+    shutil.rmtree(packed)
+    name = "model.embed_tokens.weight"
+    stored = checkpoint.tensors[name]
+    assert isinstance(stored, torch.Tensor) and torch.equal(stored, expected[name])
+
+
+def test_gpt_oss_loads_as_a_model(make_family: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:
+    """Families without a table entry can still be trained: only their packed form has none."""
+    model = make_family("gpt_oss")
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    fails(tmp_path, "gpt-oss experts have biases", (load_checkpoint,))
+
+
+def test_missing_files(plain: Path) -> None:
+    both = (load_checkpoint, load_model)
+    fails(plain / "nowhere", "no model directory at .*/nowhere", (*both, weights_sha256))
+    fails(plain / "config.json", "no model directory at", (*both, weights_sha256))
+    (plain / WEIGHTS).unlink()
+    fails(plain, r"has no model\.safetensors and no model\.safetensors\.index\.json", (*both, weights_sha256))
+    (plain / "config.json").unlink()
+    fails(plain, r"config\.json is missing: is .* a Hugging Face model directory")
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, -1000])
+def test_truncated_weights(plain: Path, size: int) -> None:
+    """Cut before, inside and after the header."""
+    content = (plain / WEIGHTS).read_bytes()
+    (plain / WEIGHTS).write_bytes(content[:size])
+    fails(plain, r"model\.safetensors is truncated or corrupt")
+
+
+@pytest.mark.parametrize("garbage", [b"\xff" * 64, b"\x10\x00\x00\x00\x00\x00\x00\x00{not json at all}"])
+def test_corrupt_header(plain: Path, garbage: bytes) -> None:
+    content = (plain / WEIGHTS).read_bytes()
+    (plain / WEIGHTS).write_bytes(garbage + content[len(garbage) :])
+    fails(plain, r"model\.safetensors is truncated or corrupt")
+
+
+def test_broken_index(make_tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    save_packed(make_tiny_model(), tmp_path / "model", max_shard_bytes=60_000)
+    path = tmp_path / "model"
+    shard = sorted(path.glob("*.safetensors"))[1]
+    shard.rename(tmp_path / "elsewhere")
+    everyone = (load_checkpoint, load_model, weights_sha256)
+    fails(path, f"{shard.name} is missing although model.safetensors.index.json names it", everyone)
+    (tmp_path / "elsewhere").rename(shard)
+    index = path / "model.safetensors.index.json"
+    index.write_text('{"metadata": {}}')
+    fails(path, "has no weight_map", everyone)
+    index.write_text("{")
+    fails(path, r"index\.json is not valid JSON", everyone)
+
+
+def test_missing_tensors(plain: Path, packed: Path) -> None:
+    edit_weights(plain, lambda tensors: tensors.pop("model.norm.weight"))
+    fails(plain, r"lacks .*model\.norm\.weight")
+    edit_weights(packed, lambda tensors: tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight_scale"))
+    fails(packed, r"lacks the tensor model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight_scale")
+
+
+def test_wrong_shapes_and_dtypes(plain: Path, packed: Path) -> None:
+    edit_config(plain, hidden_size=96)
+    fails(plain, "has shape .* config.json asks for", (load_checkpoint,))
+    fails(plain, "the weights do not fit the configuration", (load_model,))
+    name = "model.layers.1.mlp.experts.3.up_proj.weight_scale"
+    edit_weights(packed, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    fails(packed, f"{name} is torch.int8, not the bytes of MXFP4")
+
+
+def test_broken_configuration(plain: Path) -> None:
+    config = (plain / "config.json").read_text()
+    for text, match in [
+        ("{", r"config\.json is not valid JSON"),
+        ("[]", "holds a JSON list instead of an object"),
+        ("{}", "transformers knows no model_type None"),
+        (config.replace("mimo_v2_flash", "mimo_v9"), "transformers knows no model_type 'mimo_v9'"),
+        (config.replace('"hidden_size": 64', '"hidden_size": "wide"'), "is not a valid mimo_v2_flash configuration"),
+    ]:
+        (plain / "config.json").write_text(text)
+        fails(plain, match)
+
+
+def test_other_quantization_formats(plain: Path, packed: Path) -> None:
+    edit_config(plain, quantization_config={"quant_method": "fp8", "fmt": "e4m3"})
+    fails(plain, "is quantized as fp8: only unquantized weights and compressed-tensors mxfp4-pack-quantized")
+    edit_config(plain, quantization_config={"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"})
+    fails(plain, "is quantized as compressed-tensors nvfp4-pack-quantized")
+    extra = {"model.layers.0.self_attn.q_proj.weight_packed": torch.zeros(4, dtype=torch.uint8)}
+    edit_weights(packed, lambda tensors: tensors.update(extra))
+    fails(packed, "q_proj.weight_packed is quantized and no routed expert")
+
+
+def test_quantized_activations_are_left_out_loudly(packed: Path) -> None:
+    quantization = json.loads((packed / "config.json").read_text())["quantization_config"]
+    quantization["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "type": "float"}
+    edit_config(packed, quantization_config=quantization)
+    with pytest.warns(UserWarning, match="asks for quantized activations, which are left as they are"):
+        load_checkpoint(packed)
+
+
+def test_extra_tensors(plain: Path) -> None:
+    """Multi-token-prediction layers, which transformers leaves out too, are no surprise; anything else is."""
+    edit_weights(plain, lambda tensors: tensors.update({"model.mtp.layers.0.weight": torch.zeros(2)}))
+    load_checkpoint(plain)
+    edit_weights(plain, lambda tensors: tensors.update({"model.surprise": torch.zeros(2)}))
+    with pytest.warns(
+        UserWarning, match=r"has 1 tensors that MiMoV2FlashForCausalLM does not have, such as model\.sur"
+    ):
+        load_checkpoint(plain)

@@ -1,0 +1,50 @@
+"""Budgets: as many drafts as pay, and none where none do."""
+
+from speedstack.runtime.budget import DraftBudget, num_worth
+
+SURE, DOUBTFUL = [0.99] * 7, [0.05] * 7
+
+
+def play(budget: DraftBudget, probabilities: list[float], num_right: int, num_rounds: int) -> list[int]:
+    """Plays rounds in which `num_right` proposals would be accepted; how many were drafted in each."""
+    drafted = []
+    for _ in range(num_rounds):
+        count = budget.num_to_draft()
+        drafted.append(count)
+        verified = budget.num_to_verify(probabilities[:count]) if count else 0
+        budget.record(verified, min(verified, num_right))
+    return drafted
+
+
+def test_proposals_are_worth_what_they_bring() -> None:
+    assert num_worth([1.0] * 7, base_cost=0.5, token_cost=0.28) == 7
+    assert num_worth([0.0] * 7, base_cost=0.5, token_cost=0.28) == 0
+    # After two sure proposals a third that is right one time in ten costs more than it brings.
+    assert num_worth([1.0, 1.0, 0.1, 1.0, 1.0], base_cost=0.0, token_cost=0.25) == 2
+    # Where rows are free everything is verified; where drafting costs three steps, nothing is drafted.
+    assert num_worth([0.5, 0.01, 0.01], base_cost=0.0, token_cost=0.0) == 3
+    assert num_worth([0.9, 0.9, 0.9], base_cost=3.0, token_cost=0.25) == 0
+
+
+def test_budget_follows_the_text() -> None:
+    budget = DraftBudget(limit=7)
+    assert play(budget, SURE, num_right=7, num_rounds=8)[-1] == 7
+    assert play(budget, SURE, num_right=0, num_rounds=20)[8:].count(0) > 8
+
+
+def test_drafts_that_are_thrown_away_count_as_wrong() -> None:
+    drafted = play(DraftBudget(limit=7), DOUBTFUL, num_right=7, num_rounds=40)
+    assert 0 < sum(count > 0 for count in drafted) < 12
+
+
+def test_budget_tries_again_after_eight_rounds_without_a_draft() -> None:
+    budget = DraftBudget(limit=7)
+    drafted = play(budget, SURE, num_right=0, num_rounds=60)
+    gaps = "".join("d" if count else "-" for count in drafted[10:]).strip("d").split("d")
+    assert {len(gap) for gap in gaps[1:-1] if gap} == {8}
+
+
+def test_doubtful_proposals_are_not_verified() -> None:
+    budget = DraftBudget(limit=7)
+    assert budget.num_to_verify([0.99, 0.98, 0.1, 0.9]) == 2
+    assert budget.num_to_verify([0.1, 0.99]) == 0

@@ -1,0 +1,78 @@
+"""Sampling: known random numbers, the right distribution, and nothing that depends on company."""
+
+import pytest
+import torch
+
+from speedstack.runtime.sampling import SamplingParams, filter_logits, gumbel_noise, philox4x32, sample, sequence_key
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        # Random123's kat_vectors, philox4x32 10 rounds
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_published_numbers(
+    counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
+) -> None:
+    words = philox4x32(tuple(torch.tensor(c) for c in counter), key)
+    assert tuple(int(word) for word in words) == expected
+
+
+def test_samples_follow_the_softmax() -> None:
+    logits_V = torch.tensor([1.0, 0.0, -1.0, 2.0, 0.5])
+    params = SamplingParams(temperature=0.7)
+    num_samples = 4000
+    counts_V = torch.zeros(5)
+    noise_RV = gumbel_noise([3] * num_samples, [11] * num_samples, list(range(num_samples)), 5, torch.device("cpu"))
+    for noise_V in noise_RV:
+        counts_V[sample(logits_V, noise_V, params)] += 1
+    expected_V = torch.softmax(logits_V / 0.7, -1) * num_samples
+    chi_square = float(((counts_V - expected_V) ** 2 / expected_V).sum())
+    assert chi_square < 18.5  # 99.9th percentile of chi-square with 4 degrees of freedom
+
+
+def test_noise_depends_on_seed_sequence_and_position_and_nothing_else() -> None:
+    device = torch.device("cpu")
+    rows = [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4), (1, 2 + (1 << 32), 3), (1 + (1 << 32), 2, 3)]
+    for vocab_size in (4096, 1001):  # a multiple of every vector width, and of none
+        seeds, sequences, positions = (list(column) for column in zip(*rows, strict=True))
+        together_RV = gumbel_noise(seeds, sequences, positions, vocab_size, device)
+        assert torch.isfinite(together_RV).all()
+        assert len(set(map(tuple, together_RV.tolist()))) == len(rows)
+        for (seed, sequence, position), noise_V in zip(rows, together_RV, strict=True):
+            alone_1V = gumbel_noise([seed], [sequence], [position], vocab_size, device)
+            assert torch.equal(alone_1V[0], noise_V)
+
+
+def test_sequence_key_names_the_prompt() -> None:
+    assert sequence_key([1, 2, 3]) == sequence_key([1, 2, 3]) != sequence_key([1, 2])
+    assert sequence_key([258]) != sequence_key([2, 1])
+
+
+def test_top_k_and_top_p_keep_the_most_probable_tokens() -> None:
+    logits_V = torch.log(torch.tensor([0.1, 0.4, 0.3, 0.15, 0.05]))
+
+    def kept(**options: float) -> list[int]:
+        filtered_V = filter_logits(logits_V, SamplingParams(temperature=1.0, **options))  # type: ignore[arg-type]
+        return torch.isfinite(filtered_V).nonzero()[:, 0].tolist()
+
+    assert kept() == [0, 1, 2, 3, 4]
+    assert kept(top_k=2) == [1, 2]
+    assert kept(top_p=0.69) == [1, 2]
+    assert kept(top_p=0.71) == [1, 2, 3]
+    assert kept(top_p=1e-6) == [1]
+    assert kept(top_k=3, top_p=0.5) == [1, 2]
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_k": -1}])
+def test_parameters_out_of_range_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        SamplingParams(**bad)  # type: ignore[arg-type]

@@ -1,0 +1,48 @@
+"""Text streams: whole characters, and nothing of a stop string."""
+
+from typing import Any
+
+from speedstack.runtime.text import TextStream
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+
+def pieces(text: str, stop: tuple[str, ...] = (), tokenizer: Any = None) -> tuple[list[str], TextStream]:
+    stream = TextStream(tokenizer or Bytes(), stop)
+    taken = []
+    data = text.encode()
+    for index, token in enumerate(data):
+        stream.push(token)
+        taken.append(stream.take(is_last=index == len(data) - 1))
+        if stream.stopped:
+            break
+    return taken, stream
+
+
+def test_characters_are_held_back_until_they_are_whole() -> None:
+    taken, stream = pieces("aé漢!")
+    assert [piece for piece in taken if piece] == ["a", "é", "漢", "!"]
+    assert stream.text == "aé漢!"
+
+
+def test_a_broken_character_at_the_end_is_shown() -> None:
+    stream = TextStream(Bytes(), ())
+    for token in "é".encode()[:1]:
+        stream.push(token)
+    assert stream.take(is_last=False) == "" and stream.take(is_last=True) == "�"
+
+
+def test_a_possible_stop_string_is_held_back() -> None:
+    taken, stream = pieces("x\n\n# y", stop=("\n\ndef", "!"))
+    assert taken == ["x", "", "", "\n\n#", " ", "y"]
+    assert not stream.stopped
+
+
+def test_the_first_stop_string_cuts() -> None:
+    taken, stream = pieces("one two three", stop=("three", " tw"))
+    assert stream.stopped and stream.text == "one" == "".join(taken)

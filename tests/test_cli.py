@@ -1,0 +1,370 @@
+"""The command line: help of every verb, and one clear line with an exit code for everything a user can get wrong."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from speedstack import __version__, cli, demo
+from speedstack.cli import VERBS, main
+from speedstack.demo_config import DemoConfig, load_demo_config
+from speedstack.eval.environment import describe_environment
+from speedstack.eval.results import TimingResult
+from speedstack.gather import CROSS_ENTROPY, KL, WEIGHTED, gather, run_curves
+from speedstack.train.config import dump_config
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`fails(*arguments, code=2)`: the one line that the command leaves on stderr, after checking its exit code."""
+
+    def run(*arguments: object, code: int = 2) -> str:
+        capsys.readouterr()
+        exit_code = main([str(argument) for argument in arguments])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("speedstack: error: ")]
+        assert exit_code == code, lines
+        assert len(lines) == 1
+        assert len(lines[0]) > len("speedstack: error: ")
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert VERBS[verb].summary in text
+    assert "options" in text and "(default:" in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_all_verbs(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in VERBS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_help_is_quick_because_it_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom speedstack.cli import main\n"
+        "main(['--help']); main(['pretrain', '--help']); main(['generate', '--help']); main(['demo', '--help'])\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stderr.strip() == "False"
+
+
+def test_unknown_verb_names_the_nearest(fails: Callable[..., str]) -> None:
+    assert "did you mean 'pretrain'" in fails("pretrian")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_unknown_key_in_a_file_names_the_nearest(verb: str, fails: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    wrong, right = {
+        "demo": ("sead: 1", "seed"),
+        "pretrain": ("optim: {lrr: 1}", "optim.lr"),
+        "qat": ("qat: {modle: x}", "qat.model"),
+        "drafter": ("drafter: {bloc_size: 8}", "drafter.block_size"),
+        "generate": ("promt: x", "prompt"),
+        "eval": ("techer: x", "teacher"),
+        "bench": ("num_repeat: 2", "num_repeats"),
+        "report": ("input: []", "inputs"),
+    }[verb]
+    path.write_text(wrong + "\n", encoding="utf-8")
+    line = fails(verb, path)
+    assert str(path) in line and f"did you mean '{right}'" in line
+
+
+def test_unknown_flag_names_the_nearest(fails: Callable[..., str]) -> None:
+    assert "did you mean '--prompt'" in fails("generate", "--promt", "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {lr: fast}", "optim.lr"),
+        ("optim: {lr: -1.0}", "optim.lr"),
+        ("optim: 3", "optim"),
+        ("optim: {name: sgd}", "optim.name"),
+        ("- 1\n- 2", "expected sections"),
+        ("optim: {lr: 1", "not YAML"),
+    ],
+)
+def test_wrong_type_in_a_file(text: str, message: str, fails: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text + "\n", encoding="utf-8")
+    assert message in fails("pretrain", path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optim.lr", "fast"], "--optim.lr"),
+        (["--optim.lr", "-1"], "greater than 0"),
+        (["--optim.name", "sgd"], "muon"),
+        (["--optim.lr"], "--optim.lr"),
+        (["--loop.batch-size", "6", "--loop.micro-batch-size", "4"], "multiple"),
+    ],
+)
+def test_wrong_value_of_a_flag(arguments: list[str], message: str, fails: Callable[..., str]) -> None:
+    assert message in fails("pretrain", *arguments)
+
+
+def test_missing_config_file(fails: Callable[..., str]) -> None:
+    assert "nowhere.yaml" in fails("generate", "nowhere.yaml")
+
+
+def test_generate_with_text_ids_and_drafter(
+    tiny_packed_dir: Path, tiny_packed_drafter_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["generate", "--target", str(tiny_packed_dir), "--device", "cpu", "--backend", "reference"]
+    base += ["--max-new-tokens", "12", "--prompt", "def add(", "--ignore-eos"]
+    assert main(base) == 0
+    alone = capsys.readouterr()
+    assert main([*base, "--drafter", str(tiny_packed_drafter_dir)]) == 0
+    drafted = capsys.readouterr()
+    assert alone.out == drafted.out and alone.out.strip()
+    assert "12 tokens (length)" in alone.err and "tokens a round" in drafted.err
+
+
+def test_generate_prints_ids_where_there_is_no_tokenizer(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "bare"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_model_dir / name, model / name)
+    command = ["generate", "--target", str(model), "--device", "cpu", "--backend", "reference"]
+    assert main([*command, "--prompt-ids", "5", "6", "7", "--max-new-tokens", "4", "--ignore-eos"]) == 0
+    assert len(capsys.readouterr().out.split()) == 4
+
+
+def test_missing_model_directory(fails: Callable[..., str], tmp_path: Path) -> None:
+    assert "nowhere" in fails("generate", "--target", tmp_path / "nowhere", "--prompt", "x")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--prompt", "x", "--prompt-ids", "1"]])
+def test_no_prompt_or_two(arguments: list[str], fails: Callable[..., str], tiny_model_dir: Path) -> None:
+    assert "give one prompt" in fails("generate", "--target", tiny_model_dir, *arguments)
+
+
+def test_drafter_of_another_target(fails: Callable[..., str], tiny_packed_dir: Path, tiny_drafter_dir: Path) -> None:
+    line = fails("generate", "--target", tiny_packed_dir, "--drafter", tiny_drafter_dir, "--prompt", "x")
+    assert "another target" in line
+
+
+def test_drafts_without_a_drafter(fails: Callable[..., str], tiny_model_dir: Path) -> None:
+    for num_drafts in ("3", "adaptive"):
+        command = ["generate", "--target", tiny_model_dir, "--device", "cpu", "--num-drafts", num_drafts]
+        assert "needs a drafter" in fails(*command, "--prompt", "x")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
+def test_damaged_safetensors(damage: str, fails: Callable[..., str], tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = tmp_path / "damaged"
+    shutil.copytree(tiny_model_dir, model)
+    file = model / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes({"truncated": content[:-1000], "header": b"\xff" * 64 + content[64:], "empty": b""}[damage])
+    assert "model.safetensors" in fails("generate", "--target", model, "--prompt", "x", "--device", "cpu")
+
+
+@pytest.mark.parametrize("token", ["512", "-1"])
+def test_token_ids_out_of_range(token: str, fails: Callable[..., str], tiny_model_dir: Path) -> None:
+    line = fails("generate", "--target", tiny_model_dir, "--device", "cpu", "--prompt-ids", "3", token)
+    assert token in line and "512" in line
+
+
+def test_prompt_longer_than_the_buffers(fails: Callable[..., str], tiny_model_dir: Path) -> None:
+    ids = ["7"] * 40
+    line = fails("generate", "--target", tiny_model_dir, "--device", "cpu", "--max-length", "32", "--prompt-ids", *ids)
+    assert "40" in line and "32" in line
+
+
+def test_device_that_is_not_there(fails: Callable[..., str], tiny_model_dir: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    assert "cuda" in fails("generate", "--target", tiny_model_dir, "--device", "cuda", "--prompt", "x")
+    assert "cuda" in fails("demo", "--device", "cuda", "--out", "unused-by-this-test")
+    assert not Path("unused-by-this-test").exists()
+
+
+def test_report_of_nothing(fails: Callable[..., str], tmp_path: Path) -> None:
+    assert "nowhere" in fails("report", "--inputs", tmp_path / "nowhere", "--out", tmp_path / "report")
+    assert "no finished run" in fails("report", "--inputs", tmp_path, "--out", tmp_path / "report")
+
+
+def test_bench_without_a_corpus(fails: Callable[..., str], tmp_path: Path) -> None:
+    assert "corpus" in fails("bench", "--corpus", tmp_path / "corpus", "--out", tmp_path / "out")
+
+
+def test_demo_refuses_an_unwritable_directory(fails: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way", encoding="utf-8")
+    assert str(file) in fails("demo", "--out", file / "demo", "--device", "cpu", code=1)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_demo_refuses_a_directory_without_permission(fails: Callable[..., str], tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert str(tmp_path) in fails("demo", "--out", tmp_path / "demo", "--device", "cpu", code=1)
+
+
+def test_demo_refuses_a_full_disk(fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(demo.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    line = fails("demo", "--out", tmp_path / "demo", "--device", "cpu", code=1)
+    assert "GiB free" in line and str(tmp_path / "demo") in line
+
+
+def test_demo_refuses_a_directory_that_is_not_its_own(fails: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious", encoding="utf-8")
+    assert "neither empty nor a demo's" in fails("demo", "--out", tmp_path, "--device", "cpu")
+    assert (tmp_path / "thesis.tex").read_text(encoding="utf-8") == "precious"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--seed", "1"], "(seed 0 there, 1 now)"),
+        (["--size", "small"], "size tiny there, small now"),
+        (["--qat.loop.num-steps", "3"], "qat.loop.num_steps"),
+    ],
+)
+def test_demo_refuses_a_directory_trained_with_other_settings(
+    changed: list[str], message: str, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    settings = load_demo_config(None, ["--device", "cpu", "--out", str(tmp_path)])
+    (tmp_path / "demo.yaml").write_text(dump_config(settings), encoding="utf-8")
+    line = fails("demo", "--device", "cpu", "--out", tmp_path, *changed)
+    assert message in line and "pass another --out, or delete" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.yaml"]
+
+
+def test_demo_refuses_a_directory_of_another_release(fails: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "demo.yaml").write_text("size: tiny\nshape: round\n", encoding="utf-8")
+    line = fails("demo", "--device", "cpu", "--out", tmp_path)
+    assert "shape" in line and "pass another --out, or delete" in line
+
+
+def test_demo_measures_other_amounts_in_the_same_directory(tmp_path: Path) -> None:
+    settings = load_demo_config(None, ["--device", "cpu", "--out", str(tmp_path)])
+    (tmp_path / "demo.yaml").write_text(dump_config(settings), encoding="utf-8")
+    other = ["--acceptance.num-prompts", "3", "--pretrain.loop.log-every", "7"]
+    demo._open(load_demo_config(None, ["--device", "cpu", "--out", str(tmp_path), *other]))
+
+
+def test_demo_refuses_a_size_that_does_not_exist(fails: Callable[..., str]) -> None:
+    assert "tiny or small" in fails("demo", "--size", "huge")
+
+
+def raise_in_demo(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Make the verb `demo` end with `error`."""
+
+    def job(config: DemoConfig) -> None:
+        raise error
+
+    monkeypatch.setattr(demo, "demo", job)
+
+
+def test_disk_that_fills_up_while_working(fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    raise_in_demo(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/demo/model.safetensors"))
+    assert fails("demo", code=1).endswith("No space left on device: runs/demo/model.safetensors")
+
+
+def test_interrupt(fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    raise_in_demo(monkeypatch, KeyboardInterrupt())
+    assert "interrupted; the same command continues" in fails("demo", code=130)
+
+
+def test_interrupt_of_what_does_not_continue(fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def job(config: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("speedstack.jobs.bench", job)
+    assert fails("bench", code=130) == "speedstack: error: interrupted"
+
+
+@pytest.mark.parametrize("how", ["flag", "variable"])
+def test_traceback_only_when_asked(
+    how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raise_in_demo(monkeypatch, ValueError("two\nlines"))
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == "speedstack: error: two lines\n"
+    if how == "variable":
+        monkeypatch.setenv("SPEEDSTACK_DEBUG", "1")
+    assert main(["demo", "--debug"] if how == "flag" else ["demo"]) == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    raise_in_demo(monkeypatch, AssertionError("impossible"))
+    with pytest.raises(AssertionError, match="impossible"):
+        main(["demo"])
+
+
+def test_one_line_of_a_box() -> None:
+    rule, side = "\u2500" * 3, "\u2502"
+    lines = [rule, f"{side} first part {side}", f"{side} second {side}", f"{side} {rule} {side}", f"{side} help {side}"]
+    assert cli._first_message("\n".join(lines)) == "first part second"
+
+
+def test_report_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "runs" / "pretrain"
+    run.mkdir(parents=True)
+    lines = [{"kind": "train", "step": step, "loss": 3.0 / step} for step in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert main(["report", "--inputs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--title", "Mine"]) == 0
+    assert str(tmp_path / "out" / "report.html") in capsys.readouterr().out
+    assert "Mine" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert report["curves"][0]["values"] == [3.0, 1.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("config", "training", "heldout"),
+    [
+        ("kind: pretrain", CROSS_ENTROPY, CROSS_ENTROPY),
+        ("{kind: qat, qat: {objective: kl}}", KL, CROSS_ENTROPY),
+        ("{kind: qat, qat: {objective: ce}}", CROSS_ENTROPY, CROSS_ENTROPY),
+        ("kind: drafter", WEIGHTED, WEIGHTED),
+    ],
+)
+def test_curves_name_what_their_recipe_trains_on(config: str, training: str, heldout: str, tmp_path: Path) -> None:
+    lines = [{"kind": "train", "step": 1, "loss": 2.0}, {"kind": "eval", "step": 1, "heldout_loss": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
+    assert [(c.label, c.quantity) for c in run_curves(tmp_path)] == [("training", training), ("held-out", heldout)]
+
+
+def test_report_names_the_machine_that_was_timed(tmp_path: Path) -> None:
+    elsewhere = describe_environment().model_copy(update={"cpu_model": "Abacus"})
+    timing = TimingResult(
+        device="cpu",
+        dtype="float32",
+        num_threads=1,
+        num_prompts=1,
+        num_prompt_tokens=(4,),
+        num_new_tokens=2,
+        num_repeats=1,
+        contestants=(),
+        environment=elsewhere,
+    )
+    timing.save(tmp_path / "timing.json")
+    assert gather([tmp_path], "Timed elsewhere").environment == elsewhere

@@ -1,0 +1,92 @@
+"""Jobs small enough to train in a second: a corpus of made-up programs and a model of a hundred thousand weights."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from speedstack.train.config import PretrainConfig, QatConfig
+from speedstack.train.corpus import prepare_corpus
+from speedstack.train.loop import RunResult
+from speedstack.train.pretrain import pretrain
+
+MODEL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "v_head_dim": 16,
+    "sliding_window": 8,
+    "max_position_embeddings": 64,
+}
+
+
+def job_sections(corpus: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    """Sections of a job of 6 steps; `changes` are dotted names with `__` for the dot."""
+    sections: dict[str, Any] = {
+        "run": {"name": "job", "out": str(out), "device": "cpu", "precision": "float32"},
+        "data": {"corpus": str(corpus), "source": "", "vocab_size": 300, "sequence_length": 32, "eval_sequences": 4},
+        "loop": {"num_steps": 6, "batch_size": 4, "log_every": 2, "eval_every": 3, "save_every": 2},
+    }
+    sections["data"] |= {"source": str(corpus.parent / "source.jsonl"), "heldout_fraction": 0.2}
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        sections.setdefault(section, {})[key] = value
+    return sections
+
+
+def write_source(path: Path, num_documents: int = 30) -> Path:
+    """Documents that a small model can learn something about."""
+    rng = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "count", "total", "value", "index"]
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(num_documents):
+            lines = [f"{rng.choice(words)} = {rng.choice(words)} + {rng.randrange(10)}\n" for _ in range(40)]
+            file.write(json.dumps({"text": "".join(lines)}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus, with its source next to it."""
+    directory = tmp_path_factory.mktemp("corpus")
+    source = write_source(directory / "source.jsonl")
+    return prepare_corpus(directory / "corpus", 300, source=str(source), heldout_fraction=0.2).path
+
+
+@pytest.fixture(scope="session")
+def make_pretrain_config(corpus_path: Path) -> Callable[..., PretrainConfig]:
+    """`make_pretrain_config(out, **changes)`: a job of a second; `changes` are fields, as in `loop__num_steps=4`."""
+
+    def make(out: Path, **changes: Any) -> PretrainConfig:
+        sections = job_sections(corpus_path, out, **changes)
+        return PretrainConfig.model_validate({**sections, "model": MODEL | sections.get("model", {})})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_qat_config(corpus_path: Path) -> Callable[..., QatConfig]:
+    """`make_qat_config(out, model, **changes)`: likewise, starting from the model directory `model`."""
+
+    def make(out: Path, model: Path, **changes: Any) -> QatConfig:
+        sections = job_sections(corpus_path, out, **changes)
+        return QatConfig.model_validate({**sections, "qat": {"model": str(model)} | sections.get("qat", {})})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pretrained(
+    make_pretrain_config: Callable[..., PretrainConfig], tmp_path_factory: pytest.TempPathFactory
+) -> RunResult:
+    """A finished pretraining run of 6 steps, read only."""
+    return pretrain(make_pretrain_config(tmp_path_factory.mktemp("runs")))

@@ -1,0 +1,230 @@
+"""The drafter recipe on the tiny packed model: batches, what evaluation counts, and a run from end to end."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from speedstack.dflash.checkpoint import load_drafter
+from speedstack.quant.checkpoint import load_model, weights_sha256
+from speedstack.runtime import Engine
+from speedstack.train.config import DrafterConfig
+from speedstack.train.distributed import World
+from speedstack.train.drafter import DrafterRecipe, FrozenTarget, draft_config, train_drafter, write_text
+
+MODULES = [
+    "textwrap",
+    "heapq",
+    "bisect",
+    "string",
+    "shlex",
+    "fnmatch",
+    "glob",
+    "keyword",
+    "queue",
+    "sched",
+    "abc",
+    "csv",
+]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_packed_dir: Path) -> DrafterConfig:
+    import importlib
+    import inspect
+
+    root = tmp_path_factory.mktemp("drafter")
+    texts = [inspect.getsource(importlib.import_module(name)) for name in MODULES]
+    (root / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return DrafterConfig.model_validate(
+        {
+            "run": {"name": "run", "out": root, "device": "cpu", "precision": "float32"},
+            "data": {
+                "corpus": root / "corpus",
+                "source": str(root / "texts.jsonl"),
+                "heldout_fraction": 0.2,
+                "sequence_length": 48,
+            },
+            "optim": {"lr": 0.02, "adamw_lr": 0.005},
+            "loop": {"num_steps": 30, "batch_size": 8, "eval_every": 0, "save_every": 10},
+            "drafter": {
+                "target": tiny_packed_dir,
+                "target_dtype": "float32",
+                "target_layer_ids": [0, 2],
+                "block_size": 4,
+                "intermediate_size": 128,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "text": root / "text",
+                "num_sequences": 24,
+                "num_eval_sequences": 6,
+                "prompt_length": 12,
+                "num_anchors": 8,
+                "written_fraction": 0.5,
+            },
+        }
+    )
+
+
+def changed(config: DrafterConfig, **sections: dict[str, Any]) -> DrafterConfig:
+    raw = config.model_dump()
+    for section, values in sections.items():
+        raw[section] |= values
+    return DrafterConfig.model_validate(raw)
+
+
+@pytest.fixture(scope="module")
+def recipe(config: DrafterConfig) -> DrafterRecipe:
+    built = DrafterRecipe(config, show_progress=False)
+    built.build(one_process())
+    return built
+
+
+def one_process() -> World:
+    return World(rank=0, size=1, device=torch.device("cpu"))
+
+
+def test_text_is_a_stage_of_its_own(config, tmp_path):
+    apart = changed(config, run={"name": "apart"}, drafter={"text": tmp_path / "text"})
+    counts: list[tuple[int, int]] = []
+    write_text(apart, on_progress=lambda done, total: counts.append((done, total)))
+    assert [done for done, _ in counts] == sorted(done for done, _ in counts)
+    assert counts[-1] == (30, 30)
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "text").rglob("*.safetensors")}
+    assert len(written) == 2
+    DrafterRecipe(apart, show_progress=False).build(one_process())
+    assert written == {file: file.stat().st_mtime_ns for file in (tmp_path / "text").rglob("*.safetensors")}
+
+
+def test_a_batch_is_a_function_of_the_example_numbers(recipe):
+    together = vars(recipe.batch([0, 1, 2, 3, 40]))
+    for place, index in enumerate([0, 1, 2, 3, 40]):
+        alone = vars(recipe.batch([index]))
+        assert all(torch.equal(alone[name][0], together[name][place]) for name in together)
+    anchors = together["anchors_BA"]
+    assert not torch.equal(anchors[0], anchors[2])
+
+
+def test_written_windows_and_corpus_windows_alternate_at_one_half(recipe):
+    batch = recipe.batch(range(8))
+    written = {tuple(row) for row in recipe.written_ids_NT.tolist()}
+    assert [tuple(row) in written for row in batch.ids_BT.tolist()] == [False, True] * 4
+    prompt_length = recipe.config.drafter.prompt_length
+    assert not batch.predictable_BT[1, :prompt_length].any() and batch.predictable_BT[1, prompt_length:].all()
+    assert batch.predictable_BT[0].all()
+
+
+def test_an_epoch_of_written_text_reads_every_sequence_once(recipe):
+    num = len(recipe.written_ids_NT)
+    first = [recipe._written_window(place, 0).ids_BT[0].tolist() for place in range(num)]
+    second = [recipe._written_window(place, 0).ids_BT[0].tolist() for place in range(num, 2 * num)]
+    assert sorted(first) == sorted(second) == sorted(recipe.written_ids_NT.tolist())
+    assert first != second
+
+
+def test_features_are_the_tapped_layers_outputs(recipe, tiny_packed_dir):
+    ids = recipe.eval_ids_NT[:2]
+    features = recipe.target.features(ids)
+    whole = load_model(tiny_packed_dir)
+    with torch.no_grad():
+        states = whole.model(ids, output_hidden_states=True, use_cache=False)
+    width = whole.config.hidden_size
+    assert torch.equal(features[..., :width], states.hidden_states[1])
+    # The last layer's entry in hidden_states is final-normed; the tap is its output before that.
+    assert torch.equal(whole.model.norm(features[..., width:]), states.hidden_states[3])
+
+
+def test_layers_after_the_last_tap_are_not_computed(tiny_packed_dir):
+    target = FrozenTarget(tiny_packed_dir, torch.device("cpu"))
+    target.tap((1,))
+    assert len(target.decoder.layers) == 2
+    assert not any(p.requires_grad for p in target.decoder.parameters())
+
+
+def test_training_end_to_end(config, tiny_packed_dir):
+    steps: list[int] = []
+    memorise = changed(config, loop={"num_steps": 120}, drafter={"written_fraction": 1.0})
+    result = train_drafter(memorise, on_step=lambda done, total, metrics: steps.append(done))
+    assert steps[-1] == 120
+    lines = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert losses[-1] < 0.7 * losses[0]
+    drafter = load_drafter(result.export_path)
+    assert drafter.config.target_sha256 == weights_sha256(tiny_packed_dir)
+
+    # Evaluation walks over greedy text instead of decoding. The engine decodes: the same rounds, but for the last of a
+    # sequence, which evaluation leaves out where a whole block no longer fits. Nobody can foresee a random target,
+    # so the text is the one the drafter has learnt by heart.
+    recipe = DrafterRecipe(memorise, show_progress=False)
+    recipe.build(one_process())
+    recipe.eval_ids_NT = recipe.written_ids_NT
+    with torch.no_grad():
+        counted = recipe.evaluate(drafter)["acceptance_length"]
+    engine = Engine.from_pretrained(tiny_packed_dir, drafter=result.export_path, device="cpu", max_length=48)
+    num_rounds = 0
+    for ids in recipe.written_ids_NT.tolist():
+        generation = engine.generate(ids[:12], max_new_tokens=36, ignore_eos=True)
+        assert generation.tokens == ids[12:]
+        num_rounds += generation.stats.num_rounds
+    num_sequences = len(recipe.written_ids_NT)
+    decoded = 35 * num_sequences / num_rounds
+    assert counted > 1.4
+    assert abs(counted - decoded) < 1.5 * num_sequences / num_rounds
+    assert result.metrics["engine_acceptance_length"] == pytest.approx(result.metrics["acceptance_length"], abs=0.05)
+
+    again = train_drafter(memorise, on_step=lambda done, total, metrics: steps.append(done))
+    assert again.metrics == result.metrics
+
+
+def test_a_stopped_run_continues_bit_for_bit(config):
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int, metrics: dict[str, float]) -> None:
+        if done == 7:
+            raise Stop
+
+    short = {"num_steps": 10, "save_every": 5}
+    whole = train_drafter(changed(config, run={"name": "whole"}, loop=short), on_step=lambda *_: None)
+    broken = changed(config, run={"name": "broken"}, loop=short)
+    with pytest.raises(Stop):
+        train_drafter(broken, on_step=stop)
+    resumed = train_drafter(broken, on_step=lambda *_: None)
+    files = [run.export_path / "model.safetensors" for run in (whole, resumed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(("num_layers", "expected"), [(3, (0, 1, 2)), (8, tuple(range(8))), (36, (1, 9, 17, 25, 33))])
+def test_layers_tapped_by_default(config, num_layers, expected):
+    target = SimpleNamespace(hidden_size=64, num_hidden_layers=num_layers, vocab_size=512, max_position_embeddings=256)
+    assert (
+        draft_config(changed(config, drafter={"target_layer_ids": []}), target, 2, "sha").target_layer_ids == expected
+    )
+
+
+def test_impossible_drafters_are_one_line(config, tmp_path):
+    target = SimpleNamespace(hidden_size=64, num_hidden_layers=3, vocab_size=512, max_position_embeddings=256)
+    with pytest.raises(ValueError, match="no mask token"):
+        draft_config(config, target, None, "sha")
+    with pytest.raises(ValueError, match=r"distinct layers of 0\.\.2"):
+        draft_config(changed(config, drafter={"target_layer_ids": [0, 3]}), target, 2, "sha")
+    with pytest.raises(ValueError, match=r"nowhere"):
+        train_drafter(changed(config, run={"name": "x"}, drafter={"target": tmp_path / "nowhere"}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_attention_heads": 3}, "multiple of num_key_value_heads"),
+        ({"num_sequences": 0}, "needs num_sequences"),
+        ({"temperatures": [-1.0]}, "not be negative"),
+        ({"prompt_length": 45}, "hold a prompt and a block"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(config, values, message):
+    with pytest.raises(ValueError, match=message):
+        changed(config, drafter=values)

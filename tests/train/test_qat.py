@@ -1,0 +1,179 @@
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from speedstack.eval.divergence import token_kl
+from speedstack.quant.checkpoint import load_checkpoint, load_model
+from speedstack.quant.experts import expert_parameters
+from speedstack.quant.ptq import round_to_nearest
+from speedstack.train.config import QatConfig
+from speedstack.train.corpus import load_corpus
+from speedstack.train.data import PackedWindows
+from speedstack.train.loop import RunResult
+from speedstack.train.metrics import read_metrics
+from speedstack.train.objective import forward_kl
+from speedstack.train.qat import qat
+
+MakeConfig = Callable[..., QatConfig]
+
+
+def test_forward_kl_is_the_mean_over_positions_in_nats() -> None:
+    teacher = torch.tensor([[[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]]).log()
+    student = torch.tensor([[[0.25, 0.5, 0.25], [0.2, 0.2, 0.6]]]).log() + 3.0
+    by_hand = (0.5 * torch.tensor(2.0).log() - 0.25 * torch.tensor(2.0).log()) / 2
+    torch.testing.assert_close(forward_kl(teacher, student), by_hand)
+    assert forward_kl(teacher.bfloat16(), student.bfloat16()).dtype == torch.float32
+
+
+def mean_kl(teacher_BTV: torch.Tensor, student_BTV: torch.Tensor) -> float:
+    return token_kl(teacher_BTV.flatten(0, 1), student_BTV.flatten(0, 1)).mean().item()
+
+
+@pytest.fixture(scope="module")
+def trained(pretrained: RunResult, make_qat_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """40 steps of QAD of the pretrained model, experts only."""
+    return qat(
+        make_qat_config(
+            tmp_path_factory.mktemp("qat"),
+            pretrained.export_path,
+            optim__name="adamw",
+            optim__lr=1e-3,
+            loop__num_steps=40,
+            loop__eval_every=0,
+        )
+    )
+
+
+def heldout_ids(corpus_path: Path) -> torch.Tensor:
+    windows = PackedWindows(load_corpus(corpus_path).heldout, 32)
+    return torch.stack([windows.window(index * len(windows) // 4) for index in range(4)])
+
+
+@torch.no_grad()
+def test_distillation_beats_rounding(trained: RunResult, pretrained: RunResult, corpus_path: Path) -> None:
+    ids = heldout_ids(corpus_path)
+    teacher, rounded = load_model(pretrained.export_path), load_model(pretrained.export_path)
+    round_to_nearest(rounded)
+    ptq_kl = forward_kl(teacher(input_ids=ids).logits, rounded(input_ids=ids).logits).item()
+    assert 0 < trained.metrics["heldout_kl"] < 0.8 * ptq_kl
+
+
+@torch.no_grad()
+def test_the_packed_export_is_the_student_that_was_evaluated(
+    trained: RunResult, pretrained: RunResult, corpus_path: Path
+) -> None:
+    assert load_checkpoint(trained.export_path).is_packed
+    ids = heldout_ids(corpus_path)
+    student = load_model(trained.export_path)(input_ids=ids).logits
+    teacher = load_model(pretrained.export_path)(input_ids=ids).logits
+    # Equal weights, another experts implementation: float32 rounding of the products.
+    assert mean_kl(teacher, student) == pytest.approx(trained.metrics["heldout_kl"], rel=1e-3)
+    loss = F.cross_entropy(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+    assert loss == pytest.approx(trained.metrics["heldout_loss"], abs=1e-5)
+
+
+def test_only_the_experts_have_moved(trained: RunResult, pretrained: RunResult) -> None:
+    before = load_model(pretrained.export_path)
+    after = load_model(trained.export_path).state_dict()
+    experts = set(expert_parameters(before))
+    assert experts
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(tensor, after[name]) == (name not in experts), name
+
+
+def test_evaluation_before_the_first_step_is_post_training_quantization(
+    pretrained: RunResult, make_qat_config: MakeConfig, corpus_path: Path, tmp_path: Path
+) -> None:
+    config = make_qat_config(tmp_path, pretrained.export_path, loop__num_steps=1, qat__scale_rule="floor")
+    first = read_metrics(qat(config).path)[0]
+    assert (first["kind"], first["step"]) == ("eval", 0)
+    ids = heldout_ids(corpus_path)
+    teacher, rounded = load_model(pretrained.export_path), load_model(pretrained.export_path)
+    round_to_nearest(rounded, "floor")
+    with torch.no_grad():
+        expected = mean_kl(teacher(input_ids=ids).logits, rounded(input_ids=ids).logits)
+    assert first["heldout_kl"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"qat__objective": "ce", "qat__trainable": "all"}, set()),
+        ({"qat__objective": "mix", "qat__ce_weight": 0.25, "run__precision": "bfloat16"}, {"kl", "cross_entropy"}),
+        ({"qat__teacher_dtype": "bfloat16", "run__precision": "bfloat16"}, set()),
+    ],
+)
+def test_options(
+    pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path, changes: dict[str, object], keys: set[str]
+) -> None:
+    result = qat(make_qat_config(tmp_path, pretrained.export_path, loop__num_steps=2, **changes))
+    line = next(line for line in read_metrics(result.path) if line["kind"] == "train")
+    assert keys <= line.keys()
+    if keys:
+        assert line["loss"] == pytest.approx(0.25 * line["cross_entropy"] + 0.75 * line["kl"], rel=1e-5)
+    before, after = load_model(pretrained.export_path), load_model(result.export_path)
+    moved = not torch.equal(before.get_output_embeddings().weight, after.get_output_embeddings().weight)
+    assert moved == (changes.get("qat__trainable") == "all")
+
+
+def random_model(family: str, path: Path, corpus_path: Path) -> Path:
+    """A random instance of another model family, with the corpus's tokenizer."""
+    common: dict[str, Any] = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 1, "bos_token_id": 0,
+        "eos_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if family == "qwen3_moe":
+        qwen3 = Qwen3MoeConfig(**common, moe_intermediate_size=32)
+        Qwen3MoeForCausalLM(qwen3).save_pretrained(path)
+    else:
+        OlmoeForCausalLM(OlmoeConfig(**common)).save_pretrained(path)
+    load_corpus(corpus_path).tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
+def test_other_families(family: str, make_qat_config: MakeConfig, corpus_path: Path, tmp_path: Path) -> None:
+    model = random_model(family, tmp_path / family, corpus_path)
+    result = qat(make_qat_config(tmp_path, model, loop__num_steps=3, optim__name="adamw", optim__lr=1e-3))
+    assert result.metrics["heldout_kl"] > 0
+    before, after = load_model(model), load_model(result.export_path)
+    rounded = load_model(model)
+    round_to_nearest(rounded)
+    for name, weight in expert_parameters(after).items():
+        assert not torch.equal(weight, expert_parameters(rounded)[name]), "trained beyond rounding"
+    name = "model.embed_tokens.weight"
+    assert torch.equal(before.get_parameter(name), after.get_parameter(name))
+
+
+def test_a_model_replaced_in_place_is_refused(
+    pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pretrained.export_path, model)
+    config = make_qat_config(tmp_path, model, loop__num_steps=1)
+    qat(config)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] += 1.0
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the model of this run has changed since it was started"):
+        qat(config)
+
+
+def test_bad_models_are_refused(pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        qat(make_qat_config(tmp_path / "a", tmp_path / "nowhere"))
+    broken = tmp_path / "broken"
+    shutil.copytree(pretrained.export_path, broken)
+    (broken / "tokenizer.json").unlink()
+    (broken / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        qat(make_qat_config(tmp_path / "b", broken))

@@ -1,0 +1,218 @@
+"""Optimizers and learning-rate schedules: Muon with AdamW for what is not a hidden matrix, or AdamW throughout.
+
+Muon (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
+semi-orthogonal one, approximated by five Newton-Schulz steps. Fused expert tensors [E, out, in] are stacks of such
+matrices. All matrices of one shape, experts or not, are orthogonalized in one batched product: a model of many small
+matrices then spends its time in matrix products and not in launching them. `torch.optim.Muon` has the same update but
+takes 2-D parameters only, one at a time.
+
+Master weights and optimizer state are float32; mixed precision is autocast's business. Learning rates are set from
+outside at every step (`set_learning_rate`), as a pure function of the step, so there is no scheduler state to save.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.adamw import adamw
+
+from speedstack.train.config import OptimSection
+
+# Quintic whose iterates push every singular value towards 1 (Jordan 2024, "Newton-Schulz iteration").
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_NUM_NEWTON_SCHULZ_STEPS = 5
+# Elements orthogonalized at once: bounds the temporary memory on models with gigabytes of experts.
+_MAX_BATCH_ELEMENTS = 2**26
+# Matrices that are tables or read-outs rather than maps between hidden states; AdamW trains them.
+_ADAMW_NAMES = ("embed", "lm_head", "gate.weight", "router")
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the groups with `algorithm` "muon" and AdamW for those with "adamw", in one optimizer.
+
+    Parameters of a Muon group are float32 tensors of two or more dimensions, [..., out, in].
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "num_joined": 1})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        assert closure is None, "closures are not used by the training loop"
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["algorithm"] == "muon":
+                self._muon_step(group, parameters)
+            elif parameters:
+                self._adamw_step(group, parameters)
+
+    def _muon_step(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
+        batches: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        for parameter in parameters:
+            assert parameter.grad is not None
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+            update = parameter.grad.lerp(momentum, group["momentum"])
+            num_rows, num_columns = _matrix_shape(parameter, group)
+            update = update.reshape(-1, num_rows, num_columns)
+            # A wide matrix and the transpose of a tall one share a batch.
+            short_side_first = update if num_rows <= num_columns else update.mT
+            batches[tuple(short_side_first.shape[-2:])].append((parameter, short_side_first))
+        for pairs in batches.values():
+            for chunk in _chunks(pairs):
+                updates = [update for _, update in chunk]
+                parts = orthogonalize(torch.cat(updates)).split([len(update) for update in updates])
+                for (parameter, _), part in zip(chunk, parts, strict=True):
+                    num_rows, num_columns = _matrix_shape(parameter, group)
+                    part = part if num_rows <= num_columns else part.mT
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    scale = max(1.0, num_rows / num_columns) ** 0.5
+                    parameter.add_(part.reshape(parameter.shape), alpha=-group["lr"] * scale)
+
+    def _adamw_step(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],  # type: ignore[misc]
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _matrix_shape(parameter: torch.Tensor, group: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of each matrix that the parameter is a stack of."""
+    return parameter.shape[-2] // group["num_joined"], parameter.shape[-1]
+
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Approximately U V^T of each matrix U S V^T, by Newton-Schulz: float32 [batch, m, n] with m <= n in and out.
+
+    Singular values end between about 0.7 and 1.2, which serves as well as exactly 1, and so do products in bfloat16
+    (Jordan 2024), which are used wherever the hardware multiplies in bfloat16.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if matrices.is_cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        x = x.to(torch.bfloat16)
+    for _ in range(_NUM_NEWTON_SCHULZ_STEPS):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.to(matrices.dtype)
+
+
+def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optimizer:
+    """The optimizer of `section` over the parameters of `model` that require gradients.
+
+    Every group carries `peak_lr`, what its learning rate is multiplied from. Matrices get `weight_decay`, vectors none.
+
+    Raises:
+        ValueError: nothing to train, or a master weight that is not float32.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not named:
+        raise ValueError("the model has no parameter to train")
+    for name, parameter in named:
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"{name} is {parameter.dtype}: master weights have to be float32, load the model as such")
+    matrices = [parameter for name, parameter in named if is_muon_parameter(name, parameter)]
+    others = [parameter for name, parameter in named if not is_muon_parameter(name, parameter)]
+    if section.name == "adamw":
+        matrices, others = [], [parameter for _, parameter in named]
+    adamw_lr = section.lr if section.name == "adamw" else section.adamw_lr
+    adamw_options = {"betas": section.betas, "eps": section.eps, "peak_lr": adamw_lr, "lr": adamw_lr}
+    adamw_groups = [
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": section.weight_decay, **adamw_options},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, **adamw_options},
+    ]
+    adamw_groups = [group for group in adamw_groups if group["params"]]
+    if section.name == "adamw":
+        return torch.optim.AdamW(adamw_groups, fused=True)
+    # A fused gate-and-up projection [E, 2 I, H] is two maps, and two small matrices are cheaper than a large one.
+    fused = {
+        id(module.gate_up_proj)
+        for module in model.modules()
+        if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
+        and not getattr(module, "is_transposed", False)
+    }
+    groups = [
+        {
+            "params": [parameter for parameter in matrices if (id(parameter) in fused) == is_fused],
+            "algorithm": "muon",
+            "num_joined": 2 if is_fused else 1,
+            "momentum": section.momentum,
+            "weight_decay": section.weight_decay,
+            "peak_lr": section.lr,
+            "lr": section.lr,
+        }
+        for is_fused in (False, True)
+    ]
+    groups = [group for group in groups if group["params"]]
+    return Muon(groups + [{**group, "algorithm": "adamw"} for group in adamw_groups])
+
+
+def is_muon_parameter(name: str, parameter: torch.Tensor) -> bool:
+    """Whether Muon trains this parameter: a matrix, or a stack of expert matrices, between hidden states."""
+    return parameter.ndim >= 2 and not any(part in name for part in _ADAMW_NAMES)
+
+
+def learning_rate_factor(section: OptimSection, step: int, num_steps: int) -> float:
+    """What the peak learning rate is multiplied by in step `step` (from 0) of `num_steps`.
+
+    The final fraction is what a step after the last one would have; the last one itself still learns.
+    """
+    num_warmup_steps = max(1, round(section.warmup_fraction * num_steps))
+    if step < num_warmup_steps:
+        return (step + 1) / num_warmup_steps
+    floor = section.final_lr_fraction
+    if section.schedule == "cosine":
+        progress = (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    num_decay_steps = round(section.decay_fraction * num_steps)
+    if not num_decay_steps:
+        return 1.0
+    return floor + (1 - floor) * min(1.0, (num_steps - step) / num_decay_steps)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's learning rate to `factor` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def _chunks(
+    pairs: list[tuple[torch.Tensor, torch.Tensor]],
+) -> Iterable[list[tuple[torch.Tensor, torch.Tensor]]]:
+    chunk: list[tuple[torch.Tensor, torch.Tensor]] = []
+    num_elements = 0
+    for pair in pairs:
+        if chunk and num_elements + pair[1].numel() > _MAX_BATCH_ELEMENTS:
+            yield chunk
+            chunk, num_elements = [], 0
+        chunk.append(pair)
+        num_elements += pair[1].numel()
+    if chunk:
+        yield chunk
