@@ -1,29 +1,31 @@
-"""Routed experts of a transformers model, and their forward with fake-quantized weights for QAT.
+"""Routed experts of a transformers model, and the switch that makes its forward see them quantized, for QAT.
 
 transformers keeps a layer's routed experts as 3-D parameters and dispatches their forward through a registry,
-`ALL_EXPERTS_FUNCTIONS`. Fake-quant registers one more implementation there instead of replacing modules or
-parametrizing weights: state-dict keys, `save_pretrained` and optimizer references stay as they are, and the masters
-are quantized once a layer and step. It computes with transformers' `grouped_mm`.
+`ALL_EXPERTS_FUNCTIONS`. Fake-quant registers one more implementation there (`grouped.py`) instead of replacing modules
+or parametrizing weights: state-dict keys, `save_pretrained` and optimizer references stay as they are, and the masters
+are quantized once a layer and step.
 
-That implementation ignores autocast, so FP32 masters would be multiplied in FP32, four times as slow as bfloat16 on a
-CPU. Ours casts the weights as autocast does for a linear layer, with fake-quant or without (`enable_autocast`);
-fake-quantized weights are exact in bfloat16.
+transformers' own implementations ignore autocast, so FP32 masters would be multiplied in FP32, four times as slow as
+bfloat16 on a CPU. Ours casts the weights as autocast does for a linear layer, with fake-quant or without
+(`enable_autocast`); MXFP4 values are exact in bfloat16.
 
-Left out: experts that bypass the registry (Llama 4, LongCat, JetMoE: a ValueError names the class) and saving the
-packed weights instead of the dequantized ones for the backward.
+Left out: experts that bypass the registry (Llama 4, LongCat, JetMoE): a ValueError names the class.
 """
 
 from functools import partial
-from typing import cast, get_args
+from typing import get_args
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from speedstack.quant.grouped import WeightForm, experts_forward
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule, fake_quantize
 
 AUTOCAST_IMPLEMENTATION = "grouped_mm_autocast"
+# What transformers' Mixture-of-Experts blocks call the module that routes tokens to the experts next to it.
+_ROUTER_NAMES = ("gate", "router")
 
 
 def routed_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -59,6 +61,26 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def router_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that choose each token's routed experts, by state-dict name.
+
+    Gates of shared experts are not among them. Raises ValueError as `routed_experts` does, and for a model whose
+    experts have no router beside them.
+    """
+    parameters: dict[str, nn.Parameter] = {}
+    for experts_name in routed_experts(model):
+        block_name = experts_name.rpartition(".")[0]
+        block = model.get_submodule(block_name)
+        routers = [name for name, _ in block.named_children() if name in _ROUTER_NAMES]
+        if not routers:
+            raise ValueError(f"{type(block).__name__} ({block_name}) has no child named {' or '.join(_ROUTER_NAMES)}")
+        for router_name in routers:
+            router = block.get_submodule(router_name)
+            prefix = f"{block_name}.{router_name}"
+            parameters |= {f"{prefix}.{name}": parameter for name, parameter in router.named_parameters()}
+    return parameters
+
+
 def weight_names(experts: nn.Module) -> tuple[str, str]:
     """Names of the two weights of one module of `routed_experts`."""
     return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
@@ -69,19 +91,28 @@ def contraction_last(experts: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     return weight.transpose(-1, -2) if experts.is_transposed else weight
 
 
-def enable_fake_quant(model: PreTrainedModel, scale_rule: ScaleRule = DEFAULT_SCALE_RULE) -> None:
+def enable_fake_quant(
+    model: PreTrainedModel, scale_rule: ScaleRule = DEFAULT_SCALE_RULE, dampening: float = 0.0
+) -> None:
     """From now on the forward sees every routed expert weight as MXFP4 would store it; gradients pass straight through.
 
-    Parameters, their names and dtypes do not change. Raises ValueError as `routed_experts` does, for an unknown scale
-    rule, and for sizes that are not multiples of 32.
+    Parameters, their names and dtypes do not change. With `dampening` every backward also pulls the masters to their
+    MXFP4 values, see `speedstack.quant.grouped.WeightForm`. Raises ValueError as `routed_experts` does, for an unknown
+    scale rule, a negative dampening, and for sizes that are not multiples of 32.
     """
     if scale_rule not in get_args(ScaleRule):
         raise ValueError(f"unknown scale rule {scale_rule!r}: choose one of {', '.join(get_args(ScaleRule))}")
+    if dampening < 0:
+        raise ValueError(f"dampening must not be negative, got {dampening}")
     for module in routed_experts(model).values():
         for weight_name in weight_names(module):
-            # Quantizing one row is the cheapest complete check of shape and dtype.
-            fake_quantize(contraction_last(module, getattr(module, weight_name).detach())[0, 0], scale_rule)
-    _set_implementation(model, f"mxfp4_qat_{scale_rule}", scale_rule)
+            weight = getattr(module, weight_name).detach()
+            # A weight that ZeRO-3 has sharded is empty between its uses; its first forward checks it.
+            if weight.numel():
+                # Quantizing one row is the cheapest complete check of shape and dtype.
+                fake_quantize(contraction_last(module, weight)[0, 0], scale_rule)
+    name = f"mxfp4_qat_{scale_rule}" + (f"_dampening_{dampening!r}" if dampening else "")
+    _set_implementation(model, name, WeightForm(scale_rule, dampening))
 
 
 def disable_fake_quant(model: PreTrainedModel) -> None:
@@ -94,7 +125,7 @@ def enable_autocast(model: PreTrainedModel) -> None:
 
     Raises ValueError as `routed_experts` does.
     """
-    _set_implementation(model, AUTOCAST_IMPLEMENTATION, None)
+    _set_implementation(model, AUTOCAST_IMPLEMENTATION, WeightForm(None))
 
 
 def _is_registered(module: nn.Module) -> bool:
@@ -110,50 +141,10 @@ def _holds_unregistered_experts(module: nn.Module) -> bool:
     return is_experts and has_fused_weight and not _is_registered(module)
 
 
-def _set_implementation(model: PreTrainedModel, name: str, scale_rule: ScaleRule | None) -> None:
+def _set_implementation(model: PreTrainedModel, name: str, form: WeightForm) -> None:
     experts = routed_experts(model)
-    ALL_EXPERTS_FUNCTIONS.register(name, partial(_experts_forward, scale_rule=scale_rule))
+    ALL_EXPERTS_FUNCTIONS.register(name, partial(experts_forward, form=form))
     model.set_experts_implementation(name)
     for module_name, module in experts.items():
         if getattr(module.config, "_experts_implementation", None) != name:
             raise ValueError(f"{type(model).__name__} does not let the implementation of {module_name} be set")
-
-
-class _WithWeights:
-    """An experts module as `grouped_mm_experts_forward` sees it, with other weights."""
-
-    def __init__(self, module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-        self._module = module
-        self.__dict__.update(weights)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._module, name)
-
-
-def _experts_forward(
-    module: nn.Module,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    *,
-    scale_rule: ScaleRule | None,
-) -> torch.Tensor:
-    """hidden_states [tokens, H], top_k_index and top_k_weights [tokens, k] to [tokens, H] in the input's dtype."""
-    weights = {}
-    for weight_name in weight_names(module):
-        weight = getattr(module, weight_name)
-        if scale_rule is not None:
-            weight = contraction_last(module, fake_quantize(contraction_last(module, weight), scale_rule)).contiguous()
-        weights[weight_name] = weight.to(_compute_dtype(weight, is_quantized=scale_rule is not None))
-    view = cast(nn.Module, _WithWeights(module, weights))
-    return grouped_mm_experts_forward(view, hidden_states, top_k_index, top_k_weights)
-
-
-def _compute_dtype(weight: torch.Tensor, is_quantized: bool) -> torch.dtype:
-    device_type = weight.device.type
-    if not torch.is_autocast_enabled(device_type):
-        return weight.dtype
-    dtype = torch.get_autocast_dtype(device_type)
-    if is_quantized and dtype == torch.float16:
-        raise ValueError("float16 autocast cannot hold the range of MXFP4 scales: use bfloat16 autocast")
-    return dtype

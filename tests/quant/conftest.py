@@ -34,6 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": COMMON | LATENT_ATTENTION | GROUPED_ROUTER | {"moe_intermediate_size": 32, "n_routed_experts": 4},
     "glm4_moe": COMMON | GROUPED_ROUTER | {"moe_intermediate_size": 32, "n_routed_experts": 4, "head_dim": 32},
     "gpt_oss": COMMON | {"num_local_experts": 4, "head_dim": 32},
+    "minimax_m2": COMMON | {"num_local_experts": 4, "head_dim": 32},
     "mixtral": COMMON | {"num_local_experts": 4},
     "olmoe": COMMON | {"num_experts": 4},
     "qwen2_moe": COMMON | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 4},

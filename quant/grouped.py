@@ -1,0 +1,203 @@
+"""The forward of routed experts as two grouped products, whose backward keeps packed weights instead of dense ones.
+
+Autograd of a plain grouped product keeps the weights it multiplied by: with fake-quant, or with autocast, that is a
+bfloat16 copy of every expert of every layer, 58 GB on a model of 30B parameters. Here one autograd function holds
+quantization and product together. It saves MXFP4 codes and scales (4.25 bits a weight), or the master itself where
+nothing is quantized, and makes the dense weights again in the backward. Gradients are straight-through, and to the bit
+those of the plain way: the same products on operands of the same layout.
+
+The rest of the forward is that of transformers' `grouped_mm` implementation, step by step, so that a model has the same
+bits with either. Left out: expert parallelism, in which a process holds some of the experts, and float16.
+
+Shape suffixes: T tokens, J experts a token is sent to, S = T * J pairs sorted by expert, E experts, H hidden size,
+K contraction, O outputs of a product.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from speedstack.quant.mxfp4 import MXFP4Tensor, ScaleRule, dequantize, fake_quantize, quantize
+
+# Weights quantized at once: bounds the temporaries, which are several times a float32 copy of them.
+_MAX_PART_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True)
+class WeightForm:
+    """What the products see of the masters.
+
+    scale_rule: the MXFP4 values under this rule; None: the masters themselves.
+    dampening: coefficient d of a pull of every master w to its MXFP4 value q, the gradient of d / 2 * (w - q)**2, added
+        at each backward (Nagel et al. 2022, arXiv 2203.11086, section 4.1).
+    """
+
+    scale_rule: ScaleRule | None
+    dampening: float = 0.0
+
+
+def experts_forward(
+    module: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *,
+    form: WeightForm,
+) -> torch.Tensor:
+    """The weighted sum of each token's experts: what `ALL_EXPERTS_FUNCTIONS` calls an experts module's forward with.
+
+    module has the attributes that transformers' `use_experts_implementation` sets, and the family's weights.
+    hidden_states [T, H] float; top_k_index [T, J] integer; top_k_weights [T, J] float. Returns [T, H] in the dtype of
+    hidden_states. Products are in autocast's dtype where autocast is on, else in the weights'.
+
+    Raises ValueError for float16 autocast of quantized weights and for expert parallelism.
+    """
+    if getattr(module, "_is_expert_parallel", False):
+        raise ValueError(
+            f"{type(module).__name__} is split by expert parallelism: load the model without a plan for it"
+        )
+    (num_tokens, num_choices), hidden_size = top_k_index.shape, hidden_states.shape[-1]
+    expert_S, order_S = torch.sort(top_k_index.reshape(-1))
+    experts_E = torch.arange(module.num_experts, device=expert_S.device)
+    ends_E = torch.searchsorted(expert_S, experts_E, right=True, out_int32=True)
+
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    x_SO = _linear(module, up_name, hidden_states[order_S // num_choices], expert_S, ends_E, form)
+    x_SO = module._apply_gate(x_SO) if module.has_gate else module.act_fn(x_SO)
+    x_SH = _linear(module, "down_proj", x_SO, expert_S, ends_E, form)
+    if getattr(module, "has_post_expert_norm", False):
+        x_SH = module.post_expert_norm(x_SH)
+    x_SH = x_SH * top_k_weights.reshape(-1)[order_S].unsqueeze(-1)
+
+    places_S = torch.empty_like(order_S)
+    places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+    # Adding up each token's own rows has a fixed order, which scattering them with atomics has not.
+    out_TH = x_SH[places_S].view(num_tokens, num_choices, hidden_size).sum(dim=1)
+    return out_TH.to(hidden_states.dtype)
+
+
+def _linear(
+    module: Any, name: str, x_SK: torch.Tensor, expert_S: torch.Tensor, ends_E: torch.Tensor, form: WeightForm
+) -> torch.Tensor:
+    master = getattr(module, name)
+    dtype = _compute_dtype(master, form)
+    arguments = (x_SK.to(dtype), master, ends_E, module.is_transposed, form, torch.is_grad_enabled())
+    out_SO = _GroupedLinear.apply(*arguments)
+    if module.has_bias:
+        # In place, as transformers has it: a float32 bias then leaves the product in autocast's dtype.
+        out_SO.add_(getattr(module, f"{name}_bias")[expert_S])
+    return out_SO
+
+
+def _compute_dtype(weight: torch.Tensor, form: WeightForm) -> torch.dtype:
+    device_type = weight.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return weight.dtype
+    dtype = torch.get_autocast_dtype(device_type)
+    if form.scale_rule is not None and dtype == torch.float16:
+        raise ValueError("float16 autocast cannot hold the range of MXFP4 scales: use bfloat16 autocast")
+    return dtype
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """x [S, K] times each row's expert's weight, [S, O]; rows of expert e end at `ends_E[e]`.
+
+    `master` is [E, O, K], or [E, K, O] if transposed, and gets its gradient in its own layout and dtype.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_SK: torch.Tensor,
+        master: torch.Tensor,
+        ends_E: torch.Tensor,
+        is_transposed: bool,
+        form: WeightForm,
+        is_grad_enabled: bool,
+    ) -> torch.Tensor:
+        needs_x_grad, needs_master_grad = (is_grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        kept: tuple[torch.Tensor, ...] = ()
+        if form.scale_rule is None:
+            weight_EKO = _operand(master.to(x_SK.dtype), is_transposed)
+            kept = (master,) if needs_x_grad else ()
+        else:
+            master_EOK = master.transpose(-1, -2) if is_transposed else master
+            if needs_x_grad or (needs_master_grad and form.dampening):
+                packed = _pack(master_EOK, form.scale_rule)
+                weight_EKO = _quantized_operand(_unpack(packed, x_SK.dtype), is_transposed)
+                kept = (packed.codes, packed.scales)
+                kept += (master,) if needs_master_grad and form.dampening else ()
+            else:
+                weight_EOK = fake_quantize(master_EOK, form.scale_rule).to(x_SK.dtype)
+                weight_EKO = _quantized_operand(weight_EOK, is_transposed)
+        ctx.save_for_backward(x_SK if needs_master_grad else None, ends_E, *kept)
+        ctx.is_transposed, ctx.form, ctx.master_dtype = is_transposed, form, master.dtype
+        return F.grouped_mm(x_SK, weight_EKO, offs=ends_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x_SK, ends_E, *kept = ctx.saved_tensors
+        needs_x_grad, needs_master_grad = ctx.needs_input_grad[:2]
+        packed = MXFP4Tensor(kept[0], kept[1]) if ctx.form.scale_rule is not None and kept else None
+        grad_x_SK = grad_master = None
+        if needs_x_grad:
+            if packed is None:
+                weight_EKO = _operand(kept[0].to(grad_SO.dtype), ctx.is_transposed)
+            else:
+                weight_EKO = _quantized_operand(_unpack(packed, grad_SO.dtype), ctx.is_transposed)
+            grad_x_SK = F.grouped_mm(grad_SO, weight_EKO.transpose(-1, -2), offs=ends_E)
+            del weight_EKO
+        if needs_master_grad:
+            left, right = (x_SK, grad_SO) if ctx.is_transposed else (grad_SO, x_SK)
+            grad_master = F.grouped_mm(left.transpose(0, 1), right, offs=ends_E).to(ctx.master_dtype)
+            if ctx.form.dampening:
+                assert packed is not None
+                _add_dampening(grad_master, kept[2], packed, ctx.is_transposed, ctx.form.dampening)
+        return grad_x_SK, grad_master, None, None, None, None
+
+
+def _operand(weight: torch.Tensor, is_transposed: bool) -> torch.Tensor:
+    """[E, K, O], the right side of the product, as a view of a weight in the master's layout."""
+    return weight if is_transposed else weight.transpose(-1, -2)
+
+
+def _quantized_operand(weight_EOK: torch.Tensor, is_transposed: bool) -> torch.Tensor:
+    """[E, K, O], in memory as the master is: the order of a product's sums, hence its bits, can depend on that."""
+    weight_EKO = weight_EOK.transpose(-1, -2)
+    return weight_EKO.contiguous() if is_transposed else weight_EKO
+
+
+def _pack(master_EOK: torch.Tensor, scale_rule: ScaleRule) -> MXFP4Tensor:
+    parts = [quantize(master_EOK[part], scale_rule) for part in _parts(master_EOK.shape)]
+    if len(parts) == 1:
+        return parts[0]
+    return MXFP4Tensor(torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]))
+
+
+def _unpack(packed: MXFP4Tensor, dtype: torch.dtype) -> torch.Tensor:
+    parts = _parts(packed.shape)
+    if len(parts) == 1:
+        return dequantize(packed, dtype)
+    weight_EOK = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
+    for part in parts:
+        weight_EOK[part] = dequantize(MXFP4Tensor(packed.codes[part], packed.scales[part]), dtype)
+    return weight_EOK
+
+
+def _add_dampening(
+    grad: torch.Tensor, master: torch.Tensor, packed: MXFP4Tensor, is_transposed: bool, dampening: float
+) -> None:
+    grad_EOK, master_EOK = (tensor.transpose(-1, -2) if is_transposed else tensor for tensor in (grad, master))
+    for part in _parts(packed.shape):
+        value_EOK = dequantize(MXFP4Tensor(packed.codes[part], packed.scales[part]))
+        grad_EOK[part] += dampening * (master_EOK[part] - value_EOK)
+
+
+def _parts(shape: torch.Size) -> list[slice]:
+    """Ranges of as many whole experts as are quantized at once."""
+    num_experts = max(1, _MAX_PART_ELEMENTS // (shape[1] * shape[2]))
+    return [slice(start, start + num_experts) for start in range(0, shape[0], num_experts)]
