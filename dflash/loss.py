@@ -94,7 +94,7 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, hidden_AJD.shape[0], blocks_a_chunk):
             rows = slice(start, start + blocks_a_chunk)
             labels = labels_AJ[rows, :, None]
-            logits_AJV = (hidden_AJD[rows].to(head_VD.dtype) @ head_VD.T).float()
+            logits_AJV = torch.nn.functional.linear(hidden_AJD[rows].to(head_VD.dtype), head_VD).float()
             correct_AJ[rows] = (logits_AJV.argmax(-1, keepdim=True) == labels)[..., 0] & valid_AJ[rows]
             log_p_AJV = logits_AJV.log_softmax(-1)
             nll = -log_p_AJV.gather(-1, labels)[..., 0]

@@ -59,24 +59,20 @@ def experts_forward(
         raise ValueError(
             f"{type(module).__name__} is split by expert parallelism: load the model without a plan for it"
         )
-    (num_tokens, num_choices), hidden_size = top_k_index.shape, hidden_states.shape[-1]
+    num_choices = top_k_index.shape[-1]
     expert_S, order_S = torch.sort(top_k_index.reshape(-1))
     experts_E = torch.arange(module.num_experts, device=expert_S.device)
     ends_E = torch.searchsorted(expert_S, experts_E, right=True, out_int32=True)
 
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    x_SO = _linear(module, up_name, hidden_states[order_S // num_choices], expert_S, ends_E, form)
+    x_SO = _linear(module, up_name, _Gather.apply(hidden_states, order_S, num_choices), expert_S, ends_E, form)
     x_SO = module._apply_gate(x_SO) if module.has_gate else module.act_fn(x_SO)
     x_SH = _linear(module, "down_proj", x_SO, expert_S, ends_E, form)
     if getattr(module, "has_post_expert_norm", False):
         x_SH = module.post_expert_norm(x_SH)
     x_SH = x_SH * top_k_weights.reshape(-1)[order_S].unsqueeze(-1)
 
-    places_S = torch.empty_like(order_S)
-    places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-    # Adding up each token's own rows has a fixed order, which scattering them with atomics has not.
-    out_TH = x_SH[places_S].view(num_tokens, num_choices, hidden_size).sum(dim=1)
-    return out_TH.to(hidden_states.dtype)
+    return _Sum.apply(x_SH, order_S, num_choices).to(hidden_states.dtype)
 
 
 def _linear(
@@ -100,6 +96,56 @@ def _compute_dtype(weight: torch.Tensor, form: WeightForm) -> torch.dtype:
     if form.scale_rule is not None and dtype == torch.float16:
         raise ValueError("float16 autocast cannot hold the range of MXFP4 scales: use bfloat16 autocast")
     return dtype
+
+
+def _places(order_S: torch.Tensor, num_choices: int) -> torch.Tensor:
+    """[T, J], where each token's pairs lie in `order_S`, by choice."""
+    places_S = torch.empty_like(order_S)
+    places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+    return places_S.view(-1, num_choices)
+
+
+class _Gather(torch.autograd.Function):
+    """x [T, H] to the rows of its pairs, [S, H].
+
+    Autograd of indexing adds a token's gradients one row at a time. The rows of every first, second, ... pair are added
+    at once here, in the same order, by expert, and so to the same bits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: torch.Tensor, order_S: torch.Tensor, num_choices: int) -> torch.Tensor:
+        ctx.save_for_backward(order_S)
+        ctx.num_choices = num_choices
+        return x_TH[order_S // num_choices]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (order_S,) = ctx.saved_tensors
+        places_TJ = _places(order_S, ctx.num_choices).sort(dim=-1).values
+        grad_TH = grad_SH[places_TJ[:, 0]]
+        for choice in range(1, ctx.num_choices):
+            grad_TH += grad_SH[places_TJ[:, choice]]
+        return grad_TH, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """The rows of pairs, [S, H], added up by token, [T, H].
+
+    Adding up each token's own rows has a fixed order, which scattering them with atomics has not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_SH: torch.Tensor, order_S: torch.Tensor, num_choices: int) -> torch.Tensor:
+        ctx.save_for_backward(order_S)
+        ctx.num_choices = num_choices
+        return x_SH[_places(order_S, num_choices)].sum(dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (order_S,) = ctx.saved_tensors
+        return grad_TH[order_S // ctx.num_choices], None, None
 
 
 class _GroupedLinear(torch.autograd.Function):

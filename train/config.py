@@ -27,6 +27,9 @@ _FREE_ON_RESUME = frozenset(
 )
 
 
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
 class Section(BaseModel):
     """Base of every section: immutable, and an unknown key is an error instead of a silent default."""
 
@@ -40,8 +43,10 @@ class RunSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Device to train on; auto takes CUDA if present."
     )
-    precision: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="Autocast dtype of matrix products; master weights and optimizer state are float32."
+    precision: Precision = Field(
+        "auto",
+        description="Autocast dtype of matrix products; auto takes the faster one on the device. Master weights and "
+        "optimizer state are float32.",
     )
     wandb_mode: Literal["disabled", "offline", "online"] = Field(
         "offline",
@@ -164,8 +169,14 @@ class DrafterSection(Section):
     """The drafter's geometry, its training text and its objective. Hidden size and vocabulary are the target's."""
 
     target: Path = Field(Path("runs/qat-tiny/export"), description="Model directory the drafter is trained for.")
-    target_dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="dtype the frozen target computes the features in; bfloat16 is over twice as fast."
+    target_dtype: Precision = Field(
+        "auto", description="dtype the frozen target computes the features in; auto takes the faster one on the device."
+    )
+    feature_cache_gib: float = Field(
+        0.0,
+        ge=0,
+        description="Memory, in GiB, for features of windows that come back: T x taps x hidden float32 each. Above 0, "
+        "windows pass through the target one at a time.",
     )
     block_size: int = Field(8, ge=2, description="Anchor plus the positions drafted in one round.")
     num_layers: int = Field(2, ge=1, description="Decoder layers of the drafter.")

@@ -24,6 +24,7 @@ from speedstack.train.checkpoint import CheckpointStore
 from speedstack.train.config import JobConfig
 from speedstack.train.distributed import World
 from speedstack.train.optim import build_optimizer, set_learning_rate
+from speedstack.train.precision import resolve_precision
 
 _TAG = "deepspeed"
 
@@ -39,7 +40,7 @@ class DeepSpeedTrainer:
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=self._base_optimizer,
-            config=engine_config(config, world.size, num_micro_batches),
+            config=engine_config(config, world, num_micro_batches),
             dist_init_required=False,
         )
         self.model: nn.Module = self._engine
@@ -87,11 +88,11 @@ class DeepSpeedTrainer:
         self._engine.destroy()
 
 
-def engine_config(config: JobConfig, world_size: int, num_micro_batches: int) -> dict[str, Any]:
+def engine_config(config: JobConfig, world: World, num_micro_batches: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a job."""
     return {
         "train_batch_size": config.loop.batch_size,
-        "train_micro_batch_size_per_gpu": config.loop.batch_size // (world_size * num_micro_batches),
+        "train_micro_batch_size_per_gpu": config.loop.batch_size // (world.size * num_micro_batches),
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": config.optim.grad_clip,
         "zero_optimization": {"stage": config.distributed.zero_stage},
@@ -99,7 +100,7 @@ def engine_config(config: JobConfig, world_size: int, num_micro_batches: int) ->
         "zero_allow_untested_optimizer": True,
         # An empty list of modules keeps the exchange of gradients in float32.
         "torch_autocast": {
-            "enabled": config.run.precision == "bfloat16",
+            "enabled": resolve_precision(config.run.precision, world.device) == torch.bfloat16,
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],
         },

@@ -2,14 +2,14 @@
 
 The target is the model that will be served, quantized experts and all. Before the first step it continues prompts from
 the training documents through the engine (kept on disk, see `selftext`); training windows are those sequences mixed
-with corpus windows. In every step the frozen target computes the features of the step's windows, and the drafter is
+with corpus windows. The frozen target computes the features of the step's windows (`frozen_target`), and the drafter is
 trained on blocks that start at random anchors: a function of (seed, example number), like everything else in a batch.
 
 Evaluation is no proxy. Greedy text does not depend on the drafter, so on held-out text that the target wrote greedily
 the leading runs at all anchors give the very rounds that decoding would make, up to the dtype of the features. The
 engine confirms the number once, on the exported drafter.
 
-Left out: distillation from the target's logits, and features kept on disk, thousands of times the size of the tokens.
+Left out: distillation from the target's logits.
 
 Shape suffixes: B windows, T positions, A blocks a window, J = block size - 1 predicted offsets, C = taps * hidden.
 """
@@ -34,14 +34,16 @@ from speedstack.dflash.loss import BlockLoss, block_loss
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.acceptance import measure_acceptance
 from speedstack.eval.results import AcceptanceResult
-from speedstack.quant.checkpoint import load_model, weights_sha256
+from speedstack.quant.checkpoint import weights_sha256
 from speedstack.runtime import Engine
 from speedstack.train.checkpoint import write_atomically
 from speedstack.train.config import DrafterConfig
 from speedstack.train.corpus import Corpus, corpus_for
 from speedstack.train.data import PackedWindows, generator
 from speedstack.train.distributed import World
+from speedstack.train.frozen_target import FrozenTarget
 from speedstack.train.loop import RunResult, run
+from speedstack.train.precision import resolve_precision
 from speedstack.train.qat import load_tokenizer
 from speedstack.train.selftext import Sampling, continue_prompts, cut_prompts, load_text, num_sequences_of
 
@@ -65,50 +67,6 @@ class Windows:
         return Windows(*(tensor.to(device) for tensor in vars(self).values()))
 
 
-class FrozenTarget:
-    """The target as training sees it: embedding, the layers up to the last tapped one, and the LM head; no gradients.
-
-    Raises ValueError when a tapped layer does not exist.
-    """
-
-    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        # Loaded in `dtype`, not cast to it: routers keep in float32 what their model says they must.
-        model: Any = load_model(path, dtype=dtype)
-        self.config = model.config.get_text_config()
-        self.decoder = model.get_decoder().to(device).requires_grad_(False).eval()
-        self.embedding_VD: Tensor = model.get_input_embeddings().weight.detach().to(device, torch.float32)
-        self._heads_VD = {torch.float32: model.get_output_embeddings().weight.detach().to(device, torch.float32)}
-        self._taps: dict[int, Tensor] = {}
-
-    def tap(self, layer_ids: Sequence[int]) -> None:
-        """Keep the outputs of these layers in every forward, and drop the layers after the last of them."""
-        self.layer_ids = tuple(layer_ids)
-        self.decoder.layers = self.decoder.layers[: max(layer_ids) + 1]
-        for i in layer_ids:
-            self.decoder.layers[i].register_forward_hook(self._keep(i))
-
-    def _keep(self, layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._taps[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    @torch.no_grad()
-    def features(self, ids_BT: Tensor) -> Tensor:
-        """Outputs of the tapped layers, float32 [B, T, C], concatenated in the order of `tap`."""
-        with torch.autocast(ids_BT.device.type, enabled=False):
-            self.decoder(input_ids=ids_BT, use_cache=False)
-        features_BTC = torch.cat([self._taps[i].float() for i in self.layer_ids], dim=-1)
-        self._taps.clear()
-        return features_BTC
-
-    def head_VD(self, dtype: torch.dtype) -> Tensor:
-        """The LM head in `dtype`, cast once."""
-        if dtype not in self._heads_VD:
-            self._heads_VD[dtype] = self._heads_VD[torch.float32].to(dtype)
-        return self._heads_VD[dtype]
-
-
 class DrafterRecipe:
     """The drafter's part of the training loop; see `speedstack.train.loop.Recipe`."""
 
@@ -125,7 +83,8 @@ class DrafterRecipe:
         section = self.config.drafter
         self.device = world.device
         self.target_sha256 = weights_sha256(section.target)
-        self.target = FrozenTarget(section.target, world.device, getattr(torch, section.target_dtype))
+        dtype = resolve_precision(section.target_dtype, world.device)
+        self.target = FrozenTarget(section.target, world.device, dtype, int(section.feature_cache_gib * 2**30))
         with world.main_first():
             corpus = corpus_for(self.config.data, load_tokenizer(section.target))
         self.separator_id = int(corpus.tokenizer.eos_token_id)

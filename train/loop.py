@@ -32,6 +32,7 @@ from speedstack.train.data import generator
 from speedstack.train.distributed import World, join_world
 from speedstack.train.metrics import MetricsLog, read_metrics
 from speedstack.train.optim import learning_rate_factor
+from speedstack.train.precision import resolve_precision
 from speedstack.train.rundir import open_run_directory
 from speedstack.train.trainer import Trainer, make_trainer
 
@@ -223,7 +224,7 @@ def _step(recipe: Recipe, config: JobConfig, world: World, trainer: Trainer, ste
     rows, names = [], ["loss"]
     for start in range(0, len(indices), size):
         batch = recipe.batch(indices[start : start + size])
-        use_autocast = config.run.precision == "bfloat16"
+        use_autocast = resolve_precision(config.run.precision, world.device) == torch.bfloat16
         with torch.autocast(world.device.type, torch.bfloat16, enabled=use_autocast):
             loss, extra = recipe.loss(trainer.model, batch)
         trainer.backward(loss)

@@ -22,6 +22,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from speedstack.train.config import OptimSection
+from speedstack.train.precision import is_bfloat16_faster
 
 # Quintic whose iterates push every singular value towards 1 (Jordan 2024, "Newton-Schulz iteration").
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -116,7 +117,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """
     a, b, c = _NEWTON_SCHULZ
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    if matrices.is_cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if is_bfloat16_faster(matrices.device):
         x = x.to(torch.bfloat16)
     for _ in range(_NUM_NEWTON_SCHULZ_STEPS):
         gram = torch.bmm(x, x.mT)

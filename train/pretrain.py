@@ -16,6 +16,7 @@ from transformers import MiMoV2FlashConfig, MiMoV2FlashForCausalLM, PreTrainedTo
 
 from speedstack.eval.divergence import token_nll
 from speedstack.quant.experts import enable_autocast
+from speedstack.train.attention import enable_blockwise_attention
 from speedstack.train.config import ModelSection, PretrainConfig
 from speedstack.train.corpus import corpus_for
 from speedstack.train.data import PackedWindows
@@ -51,6 +52,7 @@ class PretrainRecipe:
         self.heldout = PackedWindows(corpus.heldout, data.sequence_length)
         model = MiMoV2FlashForCausalLM(model_config(self.config.model, corpus.tokenizer))
         enable_autocast(model)
+        enable_blockwise_attention(model, world.device)
         return nn.Module.to(model, world.device)
 
     def batch(self, indices: Sequence[int]) -> torch.Tensor:

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from speedstack.eval.divergence import token_kl, token_nll, top1_matches
 from speedstack.quant.checkpoint import load_model, save_packed, weights_sha256
 from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters
+from speedstack.train.attention import enable_blockwise_attention
 from speedstack.train.config import QatConfig
 from speedstack.train.corpus import corpus_for
 from speedstack.train.data import PackedWindows
@@ -58,6 +59,8 @@ class QatRecipe:
         nn.Module.to(self.teacher.requires_grad_(False).eval(), world.device)
 
         enable_fake_quant(student, section.scale_rule)
+        for model in (student, self.teacher):
+            enable_blockwise_attention(model, world.device)
         if section.trainable == "experts":
             student.requires_grad_(False)
             for parameter in expert_parameters(student).values():

@@ -11,9 +11,11 @@ import torch
 from speedstack.dflash.checkpoint import load_drafter
 from speedstack.quant.checkpoint import load_model, weights_sha256
 from speedstack.runtime import Engine
+from speedstack.train.attention import enable_blockwise_attention
 from speedstack.train.config import DrafterConfig
 from speedstack.train.distributed import World
-from speedstack.train.drafter import DrafterRecipe, FrozenTarget, draft_config, train_drafter, write_text
+from speedstack.train.drafter import DrafterRecipe, draft_config, train_drafter, write_text
+from speedstack.train.frozen_target import FrozenTarget
 
 MODULES = [
     "textwrap",
@@ -130,12 +132,35 @@ def test_features_are_the_tapped_layers_outputs(recipe, tiny_packed_dir):
     ids = recipe.eval_ids_NT[:2]
     features = recipe.target.features(ids)
     whole = load_model(tiny_packed_dir)
+    enable_blockwise_attention(whole, torch.device("cpu"))
     with torch.no_grad():
         states = whole.model(ids, output_hidden_states=True, use_cache=False)
     width = whole.config.hidden_size
     assert torch.equal(features[..., :width], states.hidden_states[1])
     # The last layer's entry in hidden_states is final-normed; the tap is its output before that.
     assert torch.equal(whole.model.norm(features[..., width:]), states.hidden_states[3])
+
+
+def test_kept_features_are_those_of_each_window_alone(recipe, tiny_packed_dir):
+    ids = recipe.eval_ids_NT[:3]
+    target = FrozenTarget(tiny_packed_dir, torch.device("cpu"))
+    target.tap((0, 2))
+    alone = torch.cat([target.features(window) for window in ids.split(1)])
+    room_for_two = 2 * alone[0].nbytes
+    caching = FrozenTarget(tiny_packed_dir, torch.device("cpu"), cache_bytes=room_for_two)
+    caching.tap((0, 2))
+    for _ in range(2):
+        assert torch.equal(caching.features(ids), alone)
+        assert torch.equal(caching.features(ids.flip(0)), alone.flip(0))
+    num_forwards = 0
+
+    def count(*_):
+        nonlocal num_forwards
+        num_forwards += 1
+
+    caching.decoder.register_forward_hook(count)
+    caching.features(ids)
+    assert num_forwards == 1  # the third window has no room
 
 
 def test_layers_after_the_last_tap_are_not_computed(tiny_packed_dir):
