@@ -172,11 +172,11 @@ class DrafterSection(Section):
     target_dtype: Precision = Field(
         "auto", description="dtype the frozen target computes the features in; auto takes the faster one on the device."
     )
-    feature_cache_gib: float = Field(
+    kept_features_gib: float = Field(
         0.0,
         ge=0,
-        description="Memory, in GiB, for features of windows that come back: T x taps x hidden float32 each. Above 0, "
-        "windows pass through the target one at a time.",
+        description="Memory, in GiB, for features of written windows, computed before the first step and not every "
+        "epoch; a window takes T x taps x hidden float32.",
     )
     block_size: int = Field(8, ge=2, description="Anchor plus the positions drafted in one round.")
     num_layers: int = Field(2, ge=1, description="Decoder layers of the drafter.")

@@ -84,7 +84,7 @@ class DrafterRecipe:
         self.device = world.device
         self.target_sha256 = weights_sha256(section.target)
         dtype = resolve_precision(section.target_dtype, world.device)
-        self.target = FrozenTarget(section.target, world.device, dtype, int(section.feature_cache_gib * 2**30))
+        self.target = FrozenTarget(section.target, world.device, dtype)
         with world.main_first():
             corpus = corpus_for(self.config.data, load_tokenizer(section.target))
         self.separator_id = int(corpus.tokenizer.eos_token_id)
@@ -110,6 +110,7 @@ class DrafterRecipe:
         }
         self.eval_ids_NT = sequences["heldout"]
         self.written_ids_NT = sequences.get("train", self.eval_ids_NT[:0])
+        self.target.keep(self.written_ids_NT, int(section.kept_features_gib * 2**30))
         model = DFlashDraftModel(self.draft_config)
         model.init_weights(self.config.run.seed)
         return model.to(world.device)

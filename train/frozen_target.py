@@ -1,8 +1,8 @@
 """The target as a drafter's training sees it: embedding, features of the tapped layers, LM head; all of it frozen.
 
-Features are a function of a window alone, and a window comes back every epoch. Where memory allows they are kept: the
-target's forward is otherwise half of a training step. A kept window passes through the target by itself, because on a
-CPU the bits of a product depend on what else is in the batch, and a resumed run fills its cache in other company.
+A window comes back every epoch, and its features do not change. Where memory allows they are kept: the target's forward
+is otherwise half of a training step. They are computed before the first step and not when they are first needed: on a
+CPU the bits of a product depend on what else is in the batch, and a resumed run must have the same ones.
 
 Left out: features on disk, thousands of times the size of the tokens.
 
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from speedstack.quant.checkpoint import load_model
 from speedstack.train.attention import enable_blockwise_attention
 
+_WINDOWS_AT_ONCE = 8
+
 
 class FrozenTarget:
     """Raises ValueError as `load_model`.
@@ -29,12 +31,9 @@ class FrozenTarget:
         path: model directory.
         device: where its products run; kept features lie there too.
         dtype: of the features' products.
-        cache_bytes: memory for features of windows seen before; 0 computes every batch anew.
     """
 
-    def __init__(
-        self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32, cache_bytes: int = 0
-    ) -> None:
+    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         # Loaded in `dtype`, not cast to it: routers keep in float32 what their model says they must.
         model: Any = load_model(path, dtype=dtype)
         enable_blockwise_attention(model, device)
@@ -43,8 +42,7 @@ class FrozenTarget:
         self.embedding_VD: Tensor = model.get_input_embeddings().weight.detach().to(device, torch.float32)
         self._heads_VD = {torch.float32: model.get_output_embeddings().weight.detach().to(device, torch.float32)}
         self._taps: dict[int, Tensor] = {}
-        self._is_caching, self._free_cache_bytes = cache_bytes > 0, cache_bytes
-        self._cached: dict[bytes, Tensor] = {}
+        self._kept: dict[bytes, Tensor] = {}
 
     def tap(self, layer_ids: Sequence[int]) -> None:
         """Keep the outputs of these layers in every forward, and drop the layers after the last of them."""
@@ -59,23 +57,25 @@ class FrozenTarget:
 
         return hook
 
-    @torch.no_grad()
+    def keep(self, ids_BT: Tensor, max_bytes: int) -> None:
+        """Compute the features of as many of these windows as fit into `max_bytes`, and keep them."""
+        bytes_a_window = ids_BT.shape[1] * len(self.layer_ids) * self.config.hidden_size * torch.float32.itemsize
+        num_windows = min(len(ids_BT), max_bytes // bytes_a_window)
+        for start in range(0, num_windows, _WINDOWS_AT_ONCE):
+            part_BT = ids_BT[start : min(start + _WINDOWS_AT_ONCE, num_windows)]
+            features_BTC = self._forward(part_BT.to(self.embedding_VD.device))
+            self._kept |= zip(_keys(part_BT), features_BTC, strict=True)
+
     def features(self, ids_BT: Tensor) -> Tensor:
         """Outputs of the tapped layers, float32 [B, T, C], concatenated in the order of `tap`."""
-        if not self._is_caching:
+        keys = _keys(ids_BT) if self._kept else [b""] * len(ids_BT)
+        missing = [place for place, key in enumerate(keys) if key not in self._kept]
+        if len(missing) == len(keys):
             return self._forward(ids_BT)
-        return torch.cat([self._cached_features(ids_1T) for ids_1T in ids_BT.split(1)])
+        found = dict(zip(missing, self._forward(ids_BT[missing]), strict=True)) if missing else {}
+        return torch.stack([found[place] if place in found else self._kept[key] for place, key in enumerate(keys)])
 
-    def _cached_features(self, ids_1T: Tensor) -> Tensor:
-        key = ids_1T.cpu().numpy().tobytes()
-        features_1TC = self._cached.get(key)
-        if features_1TC is None:
-            features_1TC = self._forward(ids_1T)
-            if features_1TC.nbytes <= self._free_cache_bytes:
-                self._free_cache_bytes -= features_1TC.nbytes
-                self._cached[key] = features_1TC
-        return features_1TC
-
+    @torch.no_grad()
     def _forward(self, ids_BT: Tensor) -> Tensor:
         with torch.autocast(ids_BT.device.type, enabled=False):
             self.decoder(input_ids=ids_BT, use_cache=False)
@@ -88,3 +88,7 @@ class FrozenTarget:
         if dtype not in self._heads_VD:
             self._heads_VD[dtype] = self._heads_VD[torch.float32].to(dtype)
         return self._heads_VD[dtype]
+
+
+def _keys(ids_BT: Tensor) -> list[bytes]:
+    return [ids_T.tobytes() for ids_T in ids_BT.cpu().numpy()]

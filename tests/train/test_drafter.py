@@ -141,26 +141,23 @@ def test_features_are_the_tapped_layers_outputs(recipe, tiny_packed_dir):
     assert torch.equal(whole.model.norm(features[..., width:]), states.hidden_states[3])
 
 
-def test_kept_features_are_those_of_each_window_alone(recipe, tiny_packed_dir):
+def test_kept_features_are_used_and_the_rest_computed(recipe, tiny_packed_dir):
     ids = recipe.eval_ids_NT[:3]
     target = FrozenTarget(tiny_packed_dir, torch.device("cpu"))
     target.tap((0, 2))
-    alone = torch.cat([target.features(window) for window in ids.split(1)])
-    room_for_two = 2 * alone[0].nbytes
-    caching = FrozenTarget(tiny_packed_dir, torch.device("cpu"), cache_bytes=room_for_two)
-    caching.tap((0, 2))
-    for _ in range(2):
-        assert torch.equal(caching.features(ids), alone)
-        assert torch.equal(caching.features(ids.flip(0)), alone.flip(0))
-    num_forwards = 0
+    first_two, last = target.features(ids[:2]), target.features(ids[2:])
+    target.keep(ids, max_bytes=2 * first_two[0].nbytes)
+    num_windows = 0
 
-    def count(*_):
-        nonlocal num_forwards
-        num_forwards += 1
+    def count(module, args, kwargs):
+        nonlocal num_windows
+        num_windows += len(kwargs["input_ids"])
 
-    caching.decoder.register_forward_hook(count)
-    caching.features(ids)
-    assert num_forwards == 1  # the third window has no room
+    target.decoder.register_forward_pre_hook(count, with_kwargs=True)
+    assert torch.equal(target.features(ids), torch.cat([first_two, last]))
+    assert num_windows == 1  # there was room for two
+    assert torch.equal(target.features(ids[:2].flip(0)), first_two.flip(0))
+    assert num_windows == 1
 
 
 def test_layers_after_the_last_tap_are_not_computed(tiny_packed_dir):
