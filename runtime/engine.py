@@ -26,7 +26,7 @@ from speedstack.runtime.backend import MAX_ROWS, Backend, Rows
 from speedstack.runtime.results import Generation, Score
 from speedstack.runtime.sampling import SamplingParams, gumbel_noise, sample
 from speedstack.runtime.select import choose_device, choose_dtype, make_backend
-from speedstack.runtime.sequence import Sequence as RunningSequence
+from speedstack.runtime.sequence import RunningSequence
 from speedstack.runtime.spec import ModelSpec, spec_from_config
 from speedstack.runtime.weights import ModelWeights, read_weights
 

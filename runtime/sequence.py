@@ -1,6 +1,6 @@
 """One sequence while it is decoded: its tokens, what may still come, and why it ends."""
 
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from speedstack.runtime.backend import Draft
@@ -10,17 +10,17 @@ from speedstack.runtime.sampling import SamplingParams, sequence_key
 from speedstack.runtime.text import TextStream
 
 
-class Sequence:
+class RunningSequence:
     """State of one prompt's continuation. `slot` is the cache slot, -1 until the engine admits it."""
 
     def __init__(
         self,
-        prompt: Many[int],
+        prompt: Sequence[int],
         max_new_tokens: int,
         params: SamplingParams,
         seed: int,
-        eos_token_ids: Many[int],
-        stop: Many[str],
+        eos_token_ids: Sequence[int],
+        stop: Sequence[str],
         tokenizer: Any,
         num_drafts: int,
         is_adaptive: bool,
@@ -74,7 +74,7 @@ class Sequence:
             self.stats.drafted_by_position[i] += 1
             self.stats.accepted_by_position[i] += i < num_accepted
 
-    def commit(self, tokens: Many[int]) -> int:
+    def commit(self, tokens: Sequence[int]) -> int:
         """Adds tokens up to the one that ends the sequence; how many were added."""
         num_before = len(self.tokens)
         for token in tokens:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import tokenizers
+
 from speedstack.runtime.text import TextStream
 
 
@@ -10,6 +12,18 @@ class Bytes:
 
     def decode(self, tokens: list[int]) -> str:
         return bytes(tokens).decode("utf-8", errors="replace")
+
+
+class Words:
+    """A tokenizer of words, "▁" for a space, that drops the first space of what it decodes, as SentencePiece does."""
+
+    def __init__(self) -> None:
+        self._decoder = tokenizers.decoders.Sequence(
+            [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace()]
+        )
+
+    def decode(self, tokens: list[str]) -> str:
+        return self._decoder.decode(tokens)
 
 
 def pieces(text: str, stop: tuple[str, ...] = (), tokenizer: Any = None) -> tuple[list[str], TextStream]:
@@ -28,6 +42,17 @@ def test_characters_are_held_back_until_they_are_whole() -> None:
     taken, stream = pieces("aé漢!")
     assert [piece for piece in taken if piece] == ["a", "é", "漢", "!"]
     assert stream.text == "aé漢!"
+
+
+def test_spaces_between_words_survive() -> None:
+    tokens: list[Any] = ["▁one", "▁two", "▁", "<0xE6>", "<0xBC>", "<0xA2>", "<0xC3>", "<0xA9>", "▁three"]
+    stream = TextStream(Words(), ())
+    taken = []
+    for token in tokens:
+        stream.push(token)
+        taken.append(stream.take(is_last=token == tokens[-1]))
+    assert "".join(taken) == stream.text == Words().decode(tokens) == "one two 漢é three"
+    assert "".join(taken[:2]) == "one two"
 
 
 def test_a_broken_character_at_the_end_is_shown() -> None:
