@@ -37,7 +37,7 @@ class EvalConfig(ModelConfig):
     )
     corpus: Path = Field(DEMO_RUN / "corpus", description="Prepared corpus whose held-out part is read.")
     tasks: tuple[str, ...] = Field(
-        ("heldout_perplexity", "next_line", "repeat_line"),
+        ("heldout_perplexity", "next_line", "close_line"),
         description="lm-eval tasks: ours, made from the held-out part, or any name lm-eval itself knows.",
     )
     limit: int | None = Field(None, ge=1, description="Documents a task at most; None: all.")

@@ -23,7 +23,7 @@ from speedstack.eval.results import MethodQuality, QualityResult, TaskScore, to_
 from speedstack.runtime import Engine
 
 TASKS_DIR = Path(__file__).resolve().parent / "tasks"
-TASK_NAMES = ("heldout_perplexity", "next_line", "repeat_line")
+TASK_NAMES = ("heldout_perplexity", "next_line", "close_line")
 # The part of lm-eval's output that a result keeps; the rest is every request and every response.
 LM_EVAL_KEYS = ("results", "versions", "n-samples", "n-shot", "higher_is_better", "lm_eval_version")
 

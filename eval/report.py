@@ -19,7 +19,7 @@ from speedstack.eval.results import Curve, MethodQuality, Report, Spread, TaskSc
 TEMPLATES_DIR = Path(__file__).resolve().parent / "templates"
 MAX_CURVE_POINTS = 400
 # The metric of each task that a plot shows; both are shares of documents answered right.
-PLOTTED_METRICS = {"next_line": "acc", "repeat_line": "exact_match"}
+PLOTTED_METRICS = {"next_line": "acc", "close_line": "exact_match"}
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _figures(report: Report) -> dict[str, list[FigureBlock]]:
             caption = "Distance of each quantized model from the full-precision one (whiskers: standard error)."
             figures["quality"].append(FigureBlock(plots.divergence_by_method(report.quality), caption))
         if any(entry.tasks for entry in report.quality.methods):
-            caption = "Two tasks with a right answer: pick the next line of four, and finish a line that stood above."
+            caption = "Two tasks with a right answer: pick the next line of four, and close the first line of a block."
             figures["quality"].append(
                 FigureBlock(plots.task_scores_by_method(report.quality, PLOTTED_METRICS), caption)
             )

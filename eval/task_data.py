@@ -1,7 +1,7 @@
 """Data of our lm-eval tasks and the prompts of acceptance and timing, made from held-out source files.
 
-The tasks must be answerable by a model of ten million parameters that has read only source code, so they ask what such
-a model can know: how likely real code is, which of four real lines comes next, and how a line ends that stood above.
+The tasks must be answerable by a model of ten million parameters that has read only source code, so they ask what it
+can know: how likely real code is, which of four real lines comes next, and how the first line of a block closes.
 Everything is a function of (documents, seed), whatever order the documents arrive in. A document is a (name, text)
 entry of a mapping; nothing here reads the training split, so the caller decides what is held out.
 """
@@ -21,7 +21,8 @@ CONTEXT_CHARS = 900
 MIN_CONTEXT_LINES = 4
 # A choice must say something: neither a lone bracket nor a wrapped comment rule.
 CHOICE_CHARS = range(12, 89)
-ANSWER_CHARS = range(3, 49)
+# The first line of a block of code, up to the last word; then its closing brackets and the colon.
+BLOCK_OPENING = re.compile(r"(\s*(?:class|def|elif|except|for|if|while|with) .*\w)([\])}]*:)")
 PER_DOCUMENT_SHARE = 3  # at most this many times the even share of questions from one document
 
 
@@ -32,7 +33,7 @@ class TaskSizes:
     num_perplexity_documents: int = 24
     perplexity_chars: int = 2000
     num_next_line: int = 100
-    num_repeat_line: int = 64
+    num_close_line: int = 100
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def make_tasks(
     items = {
         "heldout_perplexity": list(_perplexity_items(files, seed, sizes)),
         "next_line": list(_next_line_items(files, seed, sizes.num_next_line)),
-        "repeat_line": list(_repeat_line_items(files, seed, sizes.num_repeat_line)),
+        "close_line": list(_close_line_items(files, seed, sizes.num_close_line)),
     }
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -213,26 +214,21 @@ def _next_line_items(files: Sequence[SourceFile], seed: int, num_items: int) -> 
         num_made += 1
 
 
-def _repeat_line_items(files: Sequence[SourceFile], seed: int, num_items: int) -> Iterator[dict]:
-    """Lines that stood in their own context before, cut after their first word, which there always continues so."""
-    rng = random.Random(f"repeat_line:{seed}")
+def _close_line_items(files: Sequence[SourceFile], seed: int, num_items: int) -> Iterator[dict]:
+    """First lines of blocks without their closing brackets and colon; half of them have brackets to close."""
+    rng = random.Random(f"close_line:{seed}")
 
-    def candidates(file: SourceFile) -> list[int]:
-        return [i for i in range(MIN_CONTEXT_LINES, len(file.lines)) if _repeated_answer(file.lines, i) is not None]
+    def openings(has_brackets: bool) -> Iterator[tuple[SourceFile, int]]:
+        def candidates(file: SourceFile) -> list[int]:
+            matches = [(i, BLOCK_OPENING.fullmatch(line)) for i, line in enumerate(file.lines)]
+            matches = matches[MIN_CONTEXT_LINES:]
+            return [i for i, match in matches if match is not None and (match[2] != ":") == has_brackets]
 
-    for file, i in itertools.islice(_spread_over_files(files, rng, num_items, candidates), num_items):
-        answer = _repeated_answer(file.lines, i)
-        assert answer is not None  # it is a candidate
-        first_word = file.lines[i].removesuffix(f" {answer}")
-        context = "\n".join((*file.lines[_context_start(file.lines, i) : i], first_word))
-        yield {"name": file.name, "context": context, "answer": answer}
+        return _spread_over_files(files, rng, num_items, candidates)
 
-
-def _repeated_answer(lines: Sequence[str], i: int) -> str | None:
-    """The rest of line `i` after its first word if the context above determines it by repetition, else None."""
-    first, _, rest = lines[i].strip().partition(" ")
-    if len(rest) not in ANSWER_CHARS or not any(character.isalpha() for character in rest) or rest != rest.strip():
-        return None
-    above = [line.strip().partition(" ") for line in lines[_context_start(lines, i) : i]]
-    endings = {line_rest for line_first, _, line_rest in above if line_first == first}
-    return rest if endings == {rest} else None
+    pairs = zip(openings(True), openings(False), strict=False)
+    for file, i in itertools.islice(itertools.chain.from_iterable(pairs), num_items):
+        match = BLOCK_OPENING.fullmatch(file.lines[i])
+        assert match is not None  # it is a candidate
+        context = "\n".join((*file.lines[_context_start(file.lines, i) : i], match[1]))
+        yield {"name": file.name, "context": context, "answer": match[2]}

@@ -17,7 +17,7 @@ from speedstack.runtime import Engine
 @pytest.fixture(scope="module")
 def task_dir(documents: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tasks")
-    sizes = TaskSizes(num_perplexity_documents=2, perplexity_chars=300, num_next_line=4, num_repeat_line=3)
+    sizes = TaskSizes(num_perplexity_documents=2, perplexity_chars=300, num_next_line=4, num_close_line=3)
     # The tiny tokenizer needs a token for every two characters; short contexts fit its 256 positions.
     make_tasks(documents, path, sizes=sizes)
     return path
@@ -75,7 +75,7 @@ def test_the_three_tasks_run_from_their_yaml(engine: Engine, task_dir: Path, tmp
         ("heldout_perplexity", "bits_per_byte"),
         ("next_line", "acc"),
         ("next_line", "acc_norm"),
-        ("repeat_line", "exact_match"),
+        ("close_line", "exact_match"),
     }
     assert {score.num_documents for score in scores.values()} == {2, 4, 3}
     assert scores["next_line", "acc"].higher_is_better
@@ -91,14 +91,14 @@ def test_the_three_tasks_run_from_their_yaml(engine: Engine, task_dir: Path, tmp
 
 
 def test_exact_match_is_one_for_an_oracle(engine: Engine, task_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    items = [json.loads(line) for line in (task_dir / "repeat_line.jsonl").read_text().splitlines()]
-    answers = {item["context"]: f" {item['answer']}" for item in items}
+    items = [json.loads(line) for line in (task_dir / "close_line.jsonl").read_text().splitlines()]
+    answers = {item["context"]: item["answer"] for item in items}
 
     def answer(self: object, requests: list, disable_tqdm: bool = False) -> list[str]:
         return [answers[request.args[0]] for request in requests]
 
     monkeypatch.setattr("speedstack.eval.lm.EngineLM.generate_until", answer)
-    (score,) = task_scores(run_tasks(engine, task_dir, ["repeat_line"], progress=False))
+    (score,) = task_scores(run_tasks(engine, task_dir, ["close_line"], progress=False))
     assert (score.metric, score.value, score.stderr) == ("exact_match", 1.0, 0.0)
 
 

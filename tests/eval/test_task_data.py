@@ -8,7 +8,7 @@ import pytest
 
 from speedstack.eval.task_data import TaskSizes, make_prompt_sets, make_tasks, read_documents
 
-SIZES = TaskSizes(num_perplexity_documents=6, perplexity_chars=500, num_next_line=40, num_repeat_line=30)
+SIZES = TaskSizes(num_perplexity_documents=6, perplexity_chars=500, num_next_line=40, num_close_line=30)
 
 
 def read_items(directory: Path, name: str) -> list[dict]:
@@ -21,7 +21,7 @@ def test_same_seed_same_bytes_whatever_the_order(documents: dict[str, str], tmp_
     counts = make_tasks(documents, tmp_path / "a", seed=3, sizes=SIZES)
     make_tasks({name: documents[name] for name in names}, tmp_path / "b", seed=3, sizes=SIZES)
     make_tasks(documents, tmp_path / "c", seed=4, sizes=SIZES)
-    assert counts == {"heldout_perplexity": 6, "next_line": 40, "repeat_line": 30}
+    assert counts == {"heldout_perplexity": 6, "next_line": 40, "close_line": 30}
     for name in counts:
         file = f"{name}.jsonl"
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
@@ -45,14 +45,15 @@ def test_next_line_is_the_next_line_and_distractors_are_real(documents: dict[str
     assert labels == {0, 1, 2, 3}
 
 
-def test_repeated_lines_are_determined_by_their_context(documents: dict[str, str], tmp_path: Path) -> None:
+def test_lines_to_close_are_real_and_half_have_brackets(documents: dict[str, str], tmp_path: Path) -> None:
     make_tasks(documents, tmp_path, sizes=SIZES)
-    for item in read_items(tmp_path, "repeat_line"):
+    items = read_items(tmp_path, "close_line")
+    for item in items:
         text = "\n".join(line.rstrip() for line in documents[item["name"]].splitlines())
-        assert f"{item['context']} {item['answer']}\n" in text + "\n"
-        *above, last = item["context"].split("\n")
-        endings = {line.strip().partition(" ")[2] for line in above if line.strip().partition(" ")[0] == last.strip()}
-        assert endings == {item["answer"]}
+        assert f"{item['context']}{item['answer']}\n" in text + "\n"
+        assert item["context"][-1].isalnum() or item["context"][-1] == "_"
+        assert item["answer"].endswith(":") and set(item["answer"]) <= set(")]}:")
+    assert sum(item["answer"] == ":" for item in items) == len(items) // 2
 
 
 def test_no_document_dominates(documents: dict[str, str], tmp_path: Path) -> None:
