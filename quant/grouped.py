@@ -108,8 +108,8 @@ def _places(order_S: torch.Tensor, num_choices: int) -> torch.Tensor:
 class _Gather(torch.autograd.Function):
     """x [T, H] to the rows of its pairs, [S, H].
 
-    Autograd of indexing adds a token's gradients one row at a time. The rows of every first, second, ... pair are added
-    at once here, in the same order, by expert, and so to the same bits.
+    Autograd of indexing adds a token's gradients one row at a time, with atomics where there are threads. Here the rows
+    of all first, second, ... pairs are added at once, in the order of the pairs: always the bits that one thread makes.
     """
 
     @staticmethod

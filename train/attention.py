@@ -2,13 +2,13 @@
 
 transformers computes attention with sinks in full: every query against every key, a dozen passes over a matrix that is
 larger than a CPU's cache, most of it masked where the window is short. Here a block of 64 queries meets the keys that
-any of them sees, everything stays in the cache, and the backward is written out: a training step of the model of record
-spends 9 ms in such a layer instead of 22.
+any of them sees, one block fits the cache, and the backward is written out: a training step of the model of record
+spends 9 ms in such a layer instead of 22. The probabilities are kept for the backward, as transformers keeps them.
 
 A sink is a logit that takes part in the softmax and has no value (MiMo-V2-Flash, gpt-oss). With P the probabilities and
 O = P V, dS = P * (dP - rowsum(P * dP)) as without one, and the sink's gradient is -p_sink * rowsum(O * dO).
 
-Left out: padding, key/value caches, dropout and other devices, where FlexAttention serves.
+Left out: padding, packed documents, key/value caches and dropout, which are refused, and other devices.
 
 Shape suffixes: B sequences, N query heads, M key/value heads, T tokens, H query/key head size, V value head size,
 P = B * N pairs, C queries of a block, S keys that a block sees.
@@ -21,21 +21,29 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 IMPLEMENTATION = "blockwise_sinks"
 # Families for which transformers has nothing but its full attention on a CPU.
 _FAMILIES = ("mimo_v2_flash", "gpt_oss")
 _BLOCK_SIZE = 64
+_REFUSAL = (
+    "blockwise attention takes whole sequences without padding, packing, cache or dropout: "
+    "call model.set_attn_implementation('eager') for others"
+)
 
 
 def enable_blockwise_attention(model: PreTrainedModel, device: torch.device) -> None:
     """Make a model of a family with sinks compute its attention here, if it runs on a CPU; others stay as they are.
 
-    For forwards of whole sequences without padding; others raise ValueError. Files that the model saves do not change.
+    So do models with attention dropout. For forwards of whole sequences without padding; with it they raise ValueError.
+    Files that the model saves do not change.
     """
-    if device.type == "cpu" and model.config.model_type in _FAMILIES:
+    config = model.config
+    if device.type == "cpu" and config.model_type in _FAMILIES and not getattr(config, "attention_dropout", 0.0):
         ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _no_mask)
         model.set_attn_implementation(IMPLEMENTATION)
 
 
@@ -44,10 +52,17 @@ def blockwise_attention(
 ) -> Tensor:
     """Softmax attention of every position to itself and those before it, [B, N, T, V] in v's dtype; differentiable.
 
-    Products run in v's dtype, which under autocast is not that of rotated queries and keys; the softmax in float32.
-    window: how many positions a query sees, its own included; None: all before it.
+    Products run in v's dtype, which under autocast is not that of rotated queries and keys; the softmax of their
+    results in float32. window: how many positions a query sees, its own included; None: all before it.
+
+    Raises ValueError when queries and keys are not equally many, and for a window below 1.
     """
-    return _BlockwiseAttention.apply(q_BNTH, k_BMTH, v_BMTV, sinks_N, scale, window)
+    if q_BNTH.shape[2] != k_BMTH.shape[2] or (window is not None and window < 1):
+        raise ValueError(
+            f"blockwise attention takes as many keys as queries and a window of 1 or more, got {q_BNTH.shape[2]} "
+            f"queries, {k_BMTH.shape[2]} keys and window {window}"
+        )
+    return _BlockwiseAttention.apply(q_BNTH, k_BMTH, v_BMTV, sinks_N, scale, window, torch.is_grad_enabled())
 
 
 def _attention(
@@ -63,12 +78,20 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What ALL_ATTENTION_FUNCTIONS calls; [B, N, T, ...] in, [B, T, N, V] out."""
-    if attention_mask is not None or dropout or query.shape[2] != key.shape[2]:
-        raise ValueError(
-            "blockwise attention takes whole sequences without padding, cache or dropout: "
-            "call model.set_attn_implementation('eager') for others"
-        )
+    if attention_mask is not None or dropout:
+        raise ValueError(_REFUSAL)
     return blockwise_attention(query, key, value, s_aux, scaling, sliding_window).transpose(1, 2).contiguous(), None
+
+
+def _no_mask(
+    *args: Any, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **kwargs: Any
+) -> None:
+    """What ALL_MASK_ATTENTION_FUNCTIONS calls before a forward, with a 2-D mask where there is padding.
+
+    transformers allows no skip of the mask where `position_ids` pack several documents into a sequence.
+    """
+    if (attention_mask is not None and not attention_mask.all()) or not allow_is_causal_skip:
+        raise ValueError(_REFUSAL)
 
 
 def _blocks(num_tokens: int, window: int | None) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -93,7 +116,9 @@ class _BlockwiseAttention(torch.autograd.Function):
         sinks_N: Tensor | None,
         scale: float,
         window: int | None,
+        is_grad_enabled: bool,
     ) -> Tensor:
+        is_kept = is_grad_enabled and any(ctx.needs_input_grad)
         num_sequences, num_heads, num_tokens, _ = q_BNTH.shape
         num_shared = num_heads // k_BMTH.shape[1]
         dtype = v_BMTV.dtype
@@ -101,7 +126,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         k_PTH, v_PTV = (x.to(dtype).repeat_interleave(num_shared, dim=1).flatten(0, 1) for x in (k_BMTH, v_BMTV))
         sink_P11 = None if sinks_N is None else sinks_N.float().repeat(num_sequences)[:, None, None]
         out_PTV = torch.empty((*q_PTH.shape[:2], v_PTV.shape[-1]), dtype=dtype)
-        probabilities = []
+        probabilities, sink_shares = [], []
         with torch.autocast("cpu", enabled=False):
             for queries, keys, bias_CS in _blocks(num_tokens, window):
                 bias_CS = bias_CS.to(dtype)
@@ -111,21 +136,29 @@ class _BlockwiseAttention(torch.autograd.Function):
                 else:
                     top_PC1 = torch.maximum(scores_PCS.amax(dim=-1, keepdim=True), sink_P11)
                     p_PCS = scores_PCS.sub_(top_PC1).exp_()
-                    p_PCS.div_(p_PCS.sum(dim=-1, keepdim=True).add_((sink_P11 - top_PC1).exp_()))
+                    sink_PC1 = (sink_P11 - top_PC1).exp_()
+                    total_PC1 = p_PCS.sum(dim=-1, keepdim=True).add_(sink_PC1)
+                    p_PCS.div_(total_PC1)
+                    sink_shares.append(sink_PC1.div_(total_PC1).squeeze(-1))
                 p_PCS = p_PCS.to(dtype)
                 out_PTV[:, queries] = torch.bmm(p_PCS, v_PTV[:, keys])
-                probabilities.append(p_PCS)
-        ctx.save_for_backward(q_PTH, k_PTH, v_PTV, out_PTV, sinks_N, *probabilities)
+                if is_kept:
+                    probabilities.append(p_PCS)
+        if is_kept:
+            # The sink's own share in float32: 1 minus the others, once rounded, would be mostly rounding.
+            p_sink_PT = torch.cat(sink_shares, dim=-1) if sink_shares else None
+            ctx.save_for_backward(q_PTH, k_PTH, v_PTV, out_PTV, sinks_N, p_sink_PT, *probabilities)
         ctx.scale, ctx.window, ctx.heads, ctx.num_shared = scale, window, (num_sequences, num_heads), num_shared
         return out_PTV.unflatten(0, (num_sequences, num_heads))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BNTV: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q_PTH, k_PTH, v_PTV, out_PTV, sinks_N, *probabilities = ctx.saved_tensors
+        q_PTH, k_PTH, v_PTV, out_PTV, sinks_N, p_sink_PT, *probabilities = ctx.saved_tensors
         grad_PTV = grad_BNTV.flatten(0, 1)
-        dq_PTH, dk_PTH, dv_PTV = torch.empty_like(q_PTH), torch.zeros_like(k_PTH), torch.zeros_like(v_PTV)
-        missing = []
+        dq_PTH = torch.empty_like(q_PTH)
+        # Many blocks add to a key's gradient.
+        dk_PTH, dv_PTV = (torch.zeros_like(x, dtype=torch.float32) for x in (k_PTH, v_PTV))
         for (queries, keys, _), p_PCS in zip(_blocks(q_PTH.shape[1], ctx.window), probabilities, strict=True):
             grad_PCV = grad_PTV[:, queries]
             dv_PTV[:, keys] += torch.bmm(p_PCS.mT, grad_PCV)
@@ -133,10 +166,8 @@ class _BlockwiseAttention(torch.autograd.Function):
             ds_PCS = torch._softmax_backward_data(dp_PCS, p_PCS, -1, p_PCS.dtype).mul_(ctx.scale)
             dq_PTH[:, queries] = torch.bmm(ds_PCS, k_PTH[:, keys])
             dk_PTH[:, keys] += torch.bmm(ds_PCS.mT, q_PTH[:, queries])
-            missing.append(1 - p_PCS.sum(dim=-1, dtype=torch.float32))
         d_sinks_N = None
         if sinks_N is not None:
-            p_sink_PT = torch.cat(missing, dim=-1)
             d_sinks_N = -(p_sink_PT * (out_PTV * grad_PTV).float().sum(dim=-1)).unflatten(0, ctx.heads).sum(dim=(0, 2))
             d_sinks_N = d_sinks_N.to(sinks_N.dtype)
         dq_BNTH = dq_PTH.unflatten(0, ctx.heads)
@@ -144,4 +175,4 @@ class _BlockwiseAttention(torch.autograd.Function):
         # Query heads that share a key/value head lie side by side.
         shared = (num_sequences, num_heads // ctx.num_shared, ctx.num_shared)
         dk_BMTH, dv_BMTV = (x.unflatten(0, shared).sum(dim=2) for x in (dk_PTH, dv_PTV))
-        return dq_BNTH, dk_BMTH, dv_BMTV, d_sinks_N, None, None
+        return dq_BNTH, dk_BMTH.to(k_PTH.dtype), dv_BMTV.to(v_PTV.dtype), d_sinks_N, None, None, None

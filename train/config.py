@@ -172,11 +172,11 @@ class DrafterSection(Section):
     target_dtype: Precision = Field(
         "auto", description="dtype the frozen target computes the features in; auto takes the faster one on the device."
     )
-    kept_features_gib: float = Field(
+    precomputed_features_gib: float = Field(
         0.0,
         ge=0,
-        description="Memory, in GiB, for features of written windows, computed before the first step and not every "
-        "epoch; a window takes T x taps x hidden float32.",
+        description="Memory a process, in GiB, for features of the written windows, computed before the first step and "
+        "not again every epoch; a window takes T x taps x hidden float32.",
     )
     block_size: int = Field(8, ge=2, description="Anchor plus the positions drafted in one round.")
     num_layers: int = Field(2, ge=1, description="Decoder layers of the drafter.")
@@ -220,6 +220,8 @@ class DrafterSection(Section):
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if self.written_fraction > 0 and not self.num_sequences:
             raise ValueError("written_fraction above 0 needs num_sequences above 0")
+        if self.precomputed_features_gib and not self.written_fraction:
+            raise ValueError("precomputed_features_gib is for written windows: set written_fraction above 0")
         if any(temperature < 0 for temperature in self.temperatures):
             raise ValueError("temperatures must not be negative")
         return self

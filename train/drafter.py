@@ -110,7 +110,8 @@ class DrafterRecipe:
         }
         self.eval_ids_NT = sequences["heldout"]
         self.written_ids_NT = sequences.get("train", self.eval_ids_NT[:0])
-        self.target.keep(self.written_ids_NT, int(section.kept_features_gib * 2**30))
+        if section.precomputed_features_gib:
+            self.target.precompute(self.written_ids_NT, int(section.precomputed_features_gib * 2**30))
         model = DFlashDraftModel(self.draft_config)
         model.init_weights(self.config.run.seed)
         return model.to(world.device)

@@ -5,7 +5,7 @@
 Resume is exact. Data are numbered examples (`data.py`), the learning rate is a function of the step, and the global
 random generators are seeded anew from (seed, step), so a checkpoint is parameters, optimizer state and a few counters.
 A run that was killed and continued gives the same bits on the same device as one that was not, wherever the device's
-kernels are deterministic; on a CPU they are.
+kernels are deterministic. On a CPU they are, but for the experts' biases of gpt-oss on several threads.
 
 On one process this is plain PyTorch, on several DeepSpeed (`trainer.py`).
 """
@@ -32,7 +32,7 @@ from speedstack.train.data import generator
 from speedstack.train.distributed import World, join_world
 from speedstack.train.metrics import MetricsLog, read_metrics
 from speedstack.train.optim import learning_rate_factor
-from speedstack.train.precision import resolve_precision
+from speedstack.train.precision import resolve_config, resolve_precision
 from speedstack.train.rundir import open_run_directory
 from speedstack.train.trainer import Trainer, make_trainer
 
@@ -111,7 +111,7 @@ def run(recipe: Recipe, config: JobConfig, on_step: OnStep | None = None) -> Run
         OSError: the run directory cannot be written or the disk is full; what is complete on disk stays complete.
     """
     with join_world(config) as world:
-        return _run(recipe, config, world, on_step)
+        return _run(recipe, world.on_main(lambda: resolve_config(config, world.device)), world, on_step)
 
 
 def _run(recipe: Recipe, config: JobConfig, world: World, on_step: OnStep | None) -> RunResult:

@@ -113,7 +113,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Approximately U V^T of each matrix U S V^T, by Newton-Schulz: float32 [batch, m, n] with m <= n in and out.
 
     Singular values end between about 0.7 and 1.2, which serves as well as exactly 1, and so do products in bfloat16
-    (Jordan 2024), which are used wherever the hardware multiplies in bfloat16.
+    (Jordan 2024), which are used wherever the hardware multiplies those faster.
     """
     a, b, c = _NEWTON_SCHULZ
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)

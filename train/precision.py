@@ -7,10 +7,13 @@ on what the CPU is and not on a timing, so that it is the same in every run.
 
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from speedstack.train.config import Precision
+from speedstack.train.config import DrafterConfig, JobConfig, Precision
+
+ConfigT = TypeVar("ConfigT", bound=JobConfig)
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
@@ -18,6 +21,20 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     if precision == "auto":
         return torch.bfloat16 if is_bfloat16_faster(device) else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def resolve_config(config: ConfigT, device: torch.device) -> ConfigT:
+    """`config` with a dtype in the place of every "auto", as the run directory keeps it: a resumed run has the same."""
+    run = config.run.model_copy(update={"precision": _name(config.run.precision, device)})
+    update: dict[str, object] = {"run": run}
+    if isinstance(config, DrafterConfig):
+        target_dtype = _name(config.drafter.target_dtype, device)
+        update["drafter"] = config.drafter.model_copy(update={"target_dtype": target_dtype})
+    return config.model_copy(update=update)
+
+
+def _name(precision: Precision, device: torch.device) -> Precision:
+    return "bfloat16" if resolve_precision(precision, device) == torch.bfloat16 else "float32"
 
 
 def is_bfloat16_faster(device: torch.device) -> bool:

@@ -18,7 +18,7 @@ from speedstack.quant.mxfp4 import dequantize, fake_quantize, quantize
 
 # Concatenated gate and up; interleaved, transposed and with biases.
 LAYOUTS = ["qwen3_moe", "gpt_oss"]
-NUM_TOKENS, NUM_CHOICES, HIDDEN_SIZE = 24, 2, 64
+NUM_TOKENS, NUM_CHOICES, HIDDEN_SIZE = 24, 3, 64
 
 
 class WithWeights:

@@ -1,12 +1,19 @@
 """Blockwise attention against transformers' full attention, outputs and gradients."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.models.mimo_v2_flash.modeling_mimo_v2_flash import eager_attention_forward
 
 from speedstack.quant.checkpoint import load_model
@@ -94,14 +101,62 @@ def test_a_model_computes_the_same_and_saves_the_same(
     assert IMPLEMENTATION not in (tmp_path / "config.json").read_text()
 
 
-def test_padding_is_refused(tiny_model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("sink", [0.0, -4.0, -8.0])
+def test_gradients_in_bfloat16_are_as_good_as_transformers(sink: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 4, 200, 16), (1, 2, 200, 16), (1, 2, 200, 16), (1, 4, 200, 16))
+    tensors = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    sinks = torch.full((4,), sink)
+
+    def gradients(dtype: torch.dtype, is_blockwise: bool) -> list[torch.Tensor]:
+        q, k, v, cotangent = (tensor.to(dtype) for tensor in tensors)
+        leaves = [q, k, v, sinks.to(torch.float64 if dtype == torch.float64 else torch.float32)]
+        for leaf in leaves:
+            leaf.requires_grad_(True)
+        if is_blockwise:
+            out = blockwise_attention(q, k, v, leaves[3], 0.25, 128).transpose(1, 2)
+        else:
+            module: Any = SimpleNamespace(num_key_value_groups=2, sinks=leaves[3].to(dtype), training=True)
+            out, _ = eager_attention_forward(module, q, k, v, additive_mask(200, 128).to(dtype), scaling=0.25)
+        return list(torch.autograd.grad(out, leaves, cotangent.transpose(1, 2)))
+
+    exact = gradients(torch.float64, is_blockwise=False)
+    for ours, theirs, true in zip(
+        gradients(torch.bfloat16, True), gradients(torch.bfloat16, False), exact, strict=True
+    ):
+        error, their_error = (((value.double() - true).norm() / true.norm()).item() for value in (ours, theirs))
+        # Eight bits each: one may be luckier than the other, none may be several times as far off.
+        assert error < 2 * their_error + 2**-9
+
+
+def test_padding_packing_and_dropout_are_refused(tiny_model: PreTrainedModel) -> None:
     enable_blockwise_attention(tiny_model, CPU)
     ids = torch.zeros(1, 8, dtype=torch.long)
-    with pytest.raises(ValueError, match="without padding"):
-        tiny_model(input_ids=ids, use_cache=False, attention_mask=torch.zeros(1, 1, 8, 8))
+    padding = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    documents = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    tiny_model(input_ids=ids, use_cache=False, attention_mask=torch.ones_like(padding))
+    for refused in ({"attention_mask": padding}, {"position_ids": documents}):
+        with pytest.raises(ValueError, match="without padding, packing"):
+            tiny_model(input_ids=ids, use_cache=False, **refused)
+    q, k, v = torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 4, 16), torch.zeros(1, 2, 4, 16)
+    with pytest.raises(ValueError, match="3 queries, 4 keys"):
+        blockwise_attention(q, k, v, None, 1.0, None)
+    with pytest.raises(ValueError, match="window 0"):
+        blockwise_attention(k, k, v, None, 1.0, 0)
 
 
-def test_other_devices_and_families_are_left_alone(tiny_model: PreTrainedModel) -> None:
+def test_other_devices_families_and_dropout_are_left_alone(
+    tiny_model: PreTrainedModel, make_tiny_model: Callable[..., PreTrainedModel]
+) -> None:
     tiny_model.set_attn_implementation("eager")
     enable_blockwise_attention(tiny_model, torch.device("cuda"))
     assert tiny_model.config._attn_implementation == "eager"
+    dropping = make_tiny_model(attention_dropout=0.1)
+    enable_blockwise_attention(dropping, CPU)
+    assert dropping.config._attn_implementation == "eager"
+    config = Qwen3MoeConfig(
+        vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_experts=2
+    )
+    other = Qwen3MoeForCausalLM(config)
+    enable_blockwise_attention(other, CPU)
+    assert other.config._attn_implementation != IMPLEMENTATION

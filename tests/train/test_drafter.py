@@ -141,12 +141,13 @@ def test_features_are_the_tapped_layers_outputs(recipe, tiny_packed_dir):
     assert torch.equal(whole.model.norm(features[..., width:]), states.hidden_states[3])
 
 
-def test_kept_features_are_used_and_the_rest_computed(recipe, tiny_packed_dir):
+def test_precomputed_features_are_used_and_the_rest_computed(recipe, tiny_packed_dir):
     ids = recipe.eval_ids_NT[:3]
     target = FrozenTarget(tiny_packed_dir, torch.device("cpu"))
     target.tap((0, 2))
     first_two, last = target.features(ids[:2]), target.features(ids[2:])
-    target.keep(ids, max_bytes=2 * first_two[0].nbytes)
+    with pytest.warns(UserWarning, match="2 of 3 windows have room"):
+        target.precompute(ids, max_bytes=2 * first_two[0].nbytes)
     num_windows = 0
 
     def count(module, args, kwargs):
@@ -202,7 +203,8 @@ def test_training_end_to_end(config, tiny_packed_dir):
     assert again.metrics == result.metrics
 
 
-def test_a_stopped_run_continues_bit_for_bit(config):
+@pytest.mark.parametrize("precomputed_features_gib", [0, 0.5])
+def test_a_stopped_run_continues_bit_for_bit(config, precomputed_features_gib, tmp_path, monkeypatch):
     class Stop(Exception):
         pass
 
@@ -210,9 +212,24 @@ def test_a_stopped_run_continues_bit_for_bit(config):
         if done == 7:
             raise Stop
 
-    short = {"num_steps": 10, "save_every": 5}
-    whole = train_drafter(changed(config, run={"name": "whole"}, loop=short), on_step=lambda *_: None)
-    broken = changed(config, run={"name": "broken"}, loop=short)
+    forward, num_windows = FrozenTarget._forward, 0
+
+    def counting_forward(self, ids_BT):
+        nonlocal num_windows
+        num_windows += len(ids_BT)
+        return forward(self, ids_BT)
+
+    monkeypatch.setattr(FrozenTarget, "_forward", counting_forward)
+    options = {
+        "loop": {"num_steps": 10, "save_every": 5},
+        "drafter": {"precomputed_features_gib": precomputed_features_gib, "written_fraction": 1.0},
+    }
+    whole = train_drafter(changed(config, run={"name": "whole", "out": tmp_path}, **options), on_step=lambda *_: None)
+    # 10 steps of 8 windows and one evaluation, against every window once and one evaluation.
+    num_evaluated = config.drafter.num_eval_sequences
+    num_trained = config.drafter.num_sequences if precomputed_features_gib else 80
+    assert num_windows == num_trained + num_evaluated
+    broken = changed(config, run={"name": "broken", "out": tmp_path}, **options)
     with pytest.raises(Stop):
         train_drafter(broken, on_step=stop)
     resumed = train_drafter(broken, on_step=lambda *_: None)

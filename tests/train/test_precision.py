@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from speedstack.train.precision import _is_fast_cpu, is_bfloat16_faster, resolve_precision
+from speedstack.train.config import DrafterConfig, PretrainConfig
+from speedstack.train.precision import _is_fast_cpu, is_bfloat16_faster, resolve_config, resolve_precision
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,18 @@ def test_bfloat16_is_taken_where_it_is_known_to_be_faster(
 
 def test_a_cpu_that_cannot_be_read_computes_in_float32(tmp_path: Path) -> None:
     assert _is_fast_cpu(tmp_path / "absent") is False
+
+
+def test_a_run_keeps_the_dtypes_it_started_with() -> None:
+    auto, cuda = DrafterConfig(), torch.device("cuda")
+    resolved = resolve_config(auto, cuda)
+    assert (auto.run.precision, resolved.run.precision, resolved.drafter.target_dtype) == (
+        "auto",
+        "bfloat16",
+        "bfloat16",
+    )
+    assert resolve_config(resolved, torch.device("cpu")) == resolved
+    assert resolve_config(PretrainConfig(), cuda).run.precision == "bfloat16"
 
 
 def test_auto_follows_the_device_and_a_name_is_obeyed() -> None:
