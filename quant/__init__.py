@@ -4,6 +4,8 @@ The ground floor: torch, transformers and safetensors only, no configuration fil
 
     mxfp4         the one definition of MXFP4: scale rules, rounding, packing, straight-through fake-quant
     experts       routed experts of a transformers model, and their fake-quantized forward for QAT
+    formats       other number formats for ablations, by name
+    kernels       the same MXFP4, fast: C++ and Triton
     ptq           post-training quantization by rounding to nearest
     checkpoint    packed and plain Hugging Face directories, in and out
 """

@@ -5,6 +5,10 @@ so what training saw is what is deployed, bit for bit. Everything is integer or 
 scale's byte is read off the bits of the block's largest magnitude, never from `log2`, and an element is rounded by
 adding and subtracting a constant whose last place is the grid's step. Results are therefore the same on every device.
 
+`quantize`, `dequantize` and `fake_quantize` run compiled kernels (`speedstack.quant.kernels`): C++ on a CPU with a
+compiler, Triton on a GPU. The functions named `*_reference` define what those compute, in PyTorch on any device; they
+take over where there is no kernel, and only time tells the difference.
+
 Layout: the blocks lie along the last (contraction) dimension. A byte of `codes` holds element 2i in its low nibble and
 element 2i + 1 in its high nibble; a code is sign * 8 + index into 0, .5, 1, 1.5, 2, 3, 4, 6. A scale byte b means
 2**(b - 127), and 255 is NaN. These are the bytes of compressed-tensors' `mxfp4-pack-quantized`, MiMo and DeepSeek-V4.
@@ -18,6 +22,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+
+from speedstack.quant.kernels import kernels_for
 
 BLOCK_SIZE = 32
 ScaleRule = Literal["floor", "rceil", "even", "mse"]
@@ -43,6 +49,7 @@ _F32_ONE_BITS = 0x3F800000
 _EXPONENT_CARRY = {"floor": 0, "even": 0x200000, "rceil": 0x3FFFFF}
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16)
+_NON_FINITE = "cannot quantize NaN or infinity to MXFP4: check the weights (a diverged run, a bad download)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +107,22 @@ def quantize(w_NK: torch.Tensor, scale_rule: ScaleRule = DEFAULT_SCALE_RULE) -> 
 
     Raises ValueError for another dtype, K not a multiple of 32, an unknown rule, NaN or infinity.
     """
+    _check(w_NK, scale_rule)
+    kernels = kernels_for(w_NK)
+    if kernels is None:
+        return quantize_reference(w_NK, scale_rule)
+    codes_NH, scales_NG = kernels.quantize(w_NK.contiguous(), scale_rule)
+    if (scales_NG == _NAN_SCALE).any():
+        raise ValueError(_NON_FINITE)
+    return MXFP4Tensor(codes_NH, scales_NG)
+
+
+def quantize_reference(w_NK: torch.Tensor, scale_rule: ScaleRule = DEFAULT_SCALE_RULE) -> MXFP4Tensor:
+    """What `quantize` computes, in PyTorch."""
     w_NGB = _blocks(w_NK, scale_rule)
     scales_NG = _scale_bytes(w_NGB, scale_rule)
     if (scales_NG == _NAN_SCALE).any():
-        raise ValueError("cannot quantize NaN or infinity to MXFP4: check the weights (a diverged run, a bad download)")
+        raise ValueError(_NON_FINITE)
     y_NGB = _round_to_grid(w_NGB, scales_NG)
     code_of_doubled_magnitude = torch.zeros(13, dtype=torch.uint8, device=w_NK.device)
     for code, magnitude in enumerate(E2M1_MAGNITUDES):
@@ -124,11 +143,19 @@ def dequantize(tensor: MXFP4Tensor, dtype: torch.dtype = torch.float32) -> torch
     """
     if dtype not in _FLOAT_DTYPES:
         raise ValueError(f"MXFP4 values need the range of float32 or bfloat16, not {dtype}: cast them afterwards")
+    kernels = kernels_for(tensor.codes, tensor.scales)
+    if kernels is None:
+        return dequantize_reference(tensor, dtype)
+    return kernels.dequantize(tensor.codes.contiguous(), tensor.scales.contiguous(), dtype)
+
+
+def dequantize_reference(tensor: MXFP4Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What `dequantize` computes, in PyTorch."""
     codes_NH = tensor.codes
     codes_NK = torch.stack((codes_NH & 0xF, codes_NH >> 4), dim=-1).flatten(-2)
     values = torch.tensor(E2M1_VALUES, dtype=dtype, device=codes_NH.device)
     y_NGB = values[codes_NK.int()].unflatten(-1, (-1, BLOCK_SIZE))
-    scale_NG = _power_of_two(tensor.scales.to(torch.int32)).to(dtype)
+    scale_NG = power_of_two(tensor.scales.to(torch.int32)).to(dtype)
     return y_NGB.mul_(scale_NG.unsqueeze(-1)).flatten(-2)
 
 
@@ -144,20 +171,28 @@ def fake_quantize(w_NK: torch.Tensor, scale_rule: ScaleRule = DEFAULT_SCALE_RULE
     return _FakeQuantize.apply(w_NK, scale_rule)
 
 
+def fake_quantize_reference(w_NK: torch.Tensor, scale_rule: ScaleRule = DEFAULT_SCALE_RULE) -> torch.Tensor:
+    """What the forward of `fake_quantize` computes, in PyTorch."""
+    w_NGB = _blocks(w_NK, scale_rule)
+    scales_NG = _scale_bytes(w_NGB, scale_rule)
+    return _snap(w_NGB, scales_NG).view(w_NK.shape).to(w_NK.dtype)
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
-        w_NGB = _blocks(w_NK, scale_rule)
-        scales_NG = _scale_bytes(w_NGB, scale_rule)
-        return _snap(w_NGB, scales_NG).view(w_NK.shape).to(w_NK.dtype)
+        _check(w_NK, scale_rule)
+        kernels = kernels_for(w_NK)
+        if kernels is None:
+            return fake_quantize_reference(w_NK, scale_rule)
+        return kernels.fake_quantize(w_NK.contiguous(), scale_rule)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grads[0], None
 
 
-def _blocks(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
-    """Check the arguments; w as contiguous float32 blocks."""
+def _check(w_NK: torch.Tensor, scale_rule: ScaleRule) -> None:
     if scale_rule not in get_args(ScaleRule):
         raise ValueError(f"unknown scale rule {scale_rule!r}: choose one of {', '.join(get_args(ScaleRule))}")
     if w_NK.dtype not in _FLOAT_DTYPES:
@@ -167,6 +202,11 @@ def _blocks(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
             f"MXFP4 needs a last dimension that is a multiple of {BLOCK_SIZE}, got shape {tuple(w_NK.shape)}: "
             "choose sizes of the model accordingly"
         )
+
+
+def _blocks(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
+    """Check the arguments; w as contiguous float32 blocks."""
+    _check(w_NK, scale_rule)
     return w_NK.float().contiguous().unflatten(-1, (-1, BLOCK_SIZE))
 
 
@@ -207,7 +247,7 @@ def _squared_errors(w_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tenso
 
 def _snap(w_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tensor:
     """Each element replaced by its MXFP4 value."""
-    return _round_to_grid(w_NGB, scales_NG).mul_(_power_of_two(scales_NG).unsqueeze(-1))
+    return _round_to_grid(w_NGB, scales_NG).mul_(power_of_two(scales_NG).unsqueeze(-1))
 
 
 def _round_to_grid(w_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tensor:
@@ -216,7 +256,7 @@ def _round_to_grid(w_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tensor
     The grid's step is 0.5 below 2, 1 below 4 and 2 above. Adding 1.5 * 2**23 steps puts the step in float32's last
     place, so that the addition itself rounds, and to even; 1.5 rather than 1 keeps a negative element in the binade.
     """
-    y_NGB = w_NGB * _power_of_two(2 * 127 - scales_NG).unsqueeze(-1)
+    y_NGB = w_NGB * power_of_two(2 * 127 - scales_NG).unsqueeze(-1)
     binade_bits_NGB = (y_NGB.view(torch.int32) & _F32_INFINITY_BITS).clamp_(min=_F32_ONE_BITS)
     half_steps_bits = 22 << _F32_MANTISSA_BITS
     one_and_a_half_bits = 1 << (_F32_MANTISSA_BITS - 1)
@@ -225,7 +265,7 @@ def _round_to_grid(w_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tensor
     return y_NGB.copysign_(w_NGB)
 
 
-def _power_of_two(scale: torch.Tensor) -> torch.Tensor:
+def power_of_two(scale: torch.Tensor) -> torch.Tensor:
     """2**(scale - 127) in float32 for int32 0 to 254; NaN otherwise. Exact, which `exp2` is not on every device."""
     normal_bits = scale << _F32_MANTISSA_BITS
     subnormal_bits = 1 << (_F32_MANTISSA_BITS - 1)

@@ -1,0 +1,245 @@
+"""Other number formats beside MXFP4, for ablations: how a weight would look in them, and how many bits it would take.
+
+Each format is a block shape, a rule for the block's scale and an element type; `fake_quantize` rounds to it, with the
+straight-through gradient. Elements are rounded to nearest, ties to even, saturating, in float32; the result is rounded
+once more to the weight's dtype where that is bfloat16 and cannot hold it. Float elements keep the sign of zero.
+
+    mxfp4          `speedstack.quant.mxfp4`
+    mxfp6_e2m3     E2M3 (5.3.2: largest 7.5), E8M0 scale a block of 32; OCP Microscaling Formats v1.0, clauses as cited
+    mxfp6_e3m2     E3M2 (5.3.2: largest 28), E8M0 scale a block of 32
+    mxfp8_e4m3     E4M3 (5.3.1: largest 448, no infinity), E8M0 scale a block of 32
+    nvfp4          E2M1, E4M3 scale a block of 16, float32 scale a matrix (arXiv 2509.25149); rounded as
+                   compressed-tensors' `nvfp4-pack-quantized` is
+    int4_g32       integers -7 to 7, bfloat16 scale amax / 7 a block of 32, as Kimi K2 Thinking was trained; stored in
+                   compressed-tensors' `pack-quantized`
+    fp8_block128   E4M3, float32 scale amax / 448 a block of 128 x 128 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2)
+
+Left out: packed storage, which only MXFP4 has, activations, and compiled kernels.
+
+Shape suffixes: N = any leading dimensions, K = contraction, G = blocks, B = elements of a block; R = rows of a matrix.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch.nn import functional as F
+
+from speedstack.quant import mxfp4
+from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule, power_of_two
+
+FormatName = Literal["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "nvfp4", "int4_g32", "fp8_block128"]
+
+_F32_MANTISSA_BITS = 23
+_F32_EXPONENT_BIAS = 127
+_F32_INFINITY_BITS = 0x7F800000
+_NAN_SCALE = 255
+
+
+@dataclass(frozen=True)
+class FloatElement:
+    """A float type with subnormals: its mantissa bits, exponents of smallest normal and largest, its largest value."""
+
+    mantissa_bits: int
+    min_exponent: int
+    max_exponent: int
+    max_value: float
+
+    def round(self, y: torch.Tensor) -> torch.Tensor:
+        """float32 values to the nearest ones of this type, ties to even, saturating; NaN stays, zeros keep their sign.
+
+        Adding 1.5 * 2**23 steps puts the type's step in float32's last place, so that the addition itself rounds.
+        """
+        y = y.clamp(-self.max_value, self.max_value)
+        smallest_normal_bits = (self.min_exponent + _F32_EXPONENT_BIAS) << _F32_MANTISSA_BITS
+        binade_bits = (y.view(torch.int32) & _F32_INFINITY_BITS).clamp_(min=smallest_normal_bits)
+        steps_bits = (_F32_MANTISSA_BITS - self.mantissa_bits) << _F32_MANTISSA_BITS
+        one_and_a_half_bits = 1 << (_F32_MANTISSA_BITS - 1)
+        magic = (binade_bits + (steps_bits + one_and_a_half_bits)).view(torch.float32)
+        return (y + magic).sub_(magic).copysign_(y)
+
+
+E2M1 = FloatElement(mantissa_bits=1, min_exponent=0, max_exponent=2, max_value=6.0)
+E2M3 = FloatElement(mantissa_bits=3, min_exponent=0, max_exponent=2, max_value=7.5)
+E3M2 = FloatElement(mantissa_bits=2, min_exponent=-2, max_exponent=4, max_value=28.0)
+E4M3 = FloatElement(mantissa_bits=3, min_exponent=-6, max_exponent=8, max_value=448.0)
+_INT4_MAX = 7
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """What a format is. `block_shape`: rows and columns (contraction) under one scale of `scale_bits`.
+
+    `bits_per_weight` counts block scales, not `nvfp4`'s one float32 a matrix, nor the smaller blocks that
+    `fp8_block128` has at the edges of a matrix.
+    """
+
+    name: FormatName
+    block_shape: tuple[int, int]
+    element_bits: int
+    scale_bits: int
+    has_scale_rule: bool
+    round: Callable[[torch.Tensor, ScaleRule], torch.Tensor]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits an element, its share of the block's scale included."""
+        rows, columns = self.block_shape
+        return self.element_bits + self.scale_bits / (rows * columns)
+
+
+def number_format(name: str) -> NumberFormat:
+    """The format of that name. Raises ValueError for an unknown one."""
+    if name not in FORMATS:
+        raise ValueError(f"unknown number format {name!r}: choose one of {', '.join(get_args(FormatName))}")
+    return FORMATS[cast(FormatName, name)]
+
+
+def fake_quantize(w_NK: torch.Tensor, name: FormatName, scale_rule: ScaleRule | None = None) -> torch.Tensor:
+    """Float32 or bfloat16 [..., K] as the format `name` would store it, in the same dtype; the gradient passes through.
+
+    `scale_rule` is for the formats whose scales are powers of two (names that begin with mx); None is the default rule.
+    With X the largest power of two such that the block's largest magnitude is at least X times the element type's
+    largest power of two, and M the type's largest value (6, 7.5, 28, 448), the scale is
+        floor   X (OCP 6.3)
+        rceil   X, or 2 X if anything would clip
+        even    2 X from M plus half a step on, which the wider grid represents better, else X
+        mse     whichever of X / 2, X, 2 X has the least squared error over the block; X if equal
+    A block with NaN or infinity becomes NaN (a whole matrix in `nvfp4`).
+
+    Raises ValueError for an unknown format or rule, a rule for a format without one, another dtype, K not a multiple of
+    the block, and fewer than two dimensions where blocks have rows.
+    """
+    chosen = number_format(name)
+    if scale_rule is not None and not chosen.has_scale_rule:
+        raise ValueError(f"{name} has no scale rule, got {scale_rule!r}: rules choose between powers of two")
+    if name == "mxfp4":
+        return mxfp4.fake_quantize(w_NK, scale_rule or DEFAULT_SCALE_RULE)
+    return _FakeQuantize.apply(w_NK, chosen, scale_rule or DEFAULT_SCALE_RULE)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w_NK: torch.Tensor, chosen: NumberFormat, scale_rule: ScaleRule) -> torch.Tensor:
+        _check(w_NK, chosen, scale_rule)
+        return chosen.round(w_NK.float().contiguous(), scale_rule).to(w_NK.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grads[0], None, None
+
+
+def _check(w_NK: torch.Tensor, chosen: NumberFormat, scale_rule: ScaleRule) -> None:
+    if scale_rule not in get_args(ScaleRule):
+        raise ValueError(f"unknown scale rule {scale_rule!r}: choose one of {', '.join(get_args(ScaleRule))}")
+    if w_NK.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{chosen.name} quantizes float32 or bfloat16, got {w_NK.dtype}: cast the weights first")
+    rows, columns = chosen.block_shape
+    if rows > 1:
+        if w_NK.ndim < 2 or w_NK.numel() == 0:
+            raise ValueError(f"{chosen.name} needs matrices, got shape {tuple(w_NK.shape)}")
+    elif w_NK.ndim == 0 or w_NK.shape[-1] == 0 or w_NK.shape[-1] % columns:
+        raise ValueError(
+            f"{chosen.name} needs a last dimension that is a multiple of {columns}, got shape {tuple(w_NK.shape)}: "
+            "choose sizes of the model accordingly"
+        )
+
+
+def _mx(element: FloatElement) -> Callable[[torch.Tensor, ScaleRule], torch.Tensor]:
+    """Rounds to blocks of 32 under E8M0 scales (OCP v1.0, 5.4.1 and 6.3)."""
+    # The fraction of a binade that lies above the largest value, and half a step of the type: see `fake_quantize`.
+    above = 2.0 - element.max_value / 2.0**element.max_exponent
+    half_step = 2.0 ** -(element.mantissa_bits + 1)
+    one = 1 << _F32_MANTISSA_BITS
+    # Added to the bits of a block's largest magnitude, a carry out of the mantissa raises the scale.
+    carries = {"floor": 0, "mse": 0, "rceil": int(above * one) - 1, "even": int((above - half_step) * one)}
+    # The largest value times the largest scale is below float32's overflow.
+    max_scale = 2 * _F32_EXPONENT_BIAS - element.max_exponent
+
+    def snap(w_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tensor:
+        y_NGB = element.round(w_NGB * power_of_two(2 * _F32_EXPONENT_BIAS - scales_NG).unsqueeze(-1))
+        return y_NGB.mul_(power_of_two(scales_NG).unsqueeze(-1))
+
+    def squared_errors(w_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tensor:
+        errors = (snap(w_NGB, scales_NG).double() - w_NGB.double()).square_()
+        while errors.shape[-1] > 1:  # a fixed tree: `sum` adds in an order that depends on the device
+            low, high = errors.chunk(2, dim=-1)
+            errors = low + high
+        return errors.squeeze(-1)
+
+    def round_(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
+        w_NGB = w_NK.unflatten(-1, (-1, 32))
+        amax_bits_NG = w_NGB.abs().amax(dim=-1).view(torch.int32)
+        exponents_NG = ((amax_bits_NG + carries[scale_rule]) >> _F32_MANTISSA_BITS) - element.max_exponent
+        scales_NG = exponents_NG.clamp_(0, max_scale)
+        if scale_rule == "mse":
+            floor_scales_NG, least_NG = scales_NG, squared_errors(w_NGB, scales_NG)
+            for step in (1, -1):
+                other_NG = (floor_scales_NG + step).clamp_(0, max_scale)
+                errors_NG = squared_errors(w_NGB, other_NG)
+                scales_NG = torch.where(errors_NG < least_NG, other_NG, scales_NG)
+                least_NG = torch.minimum(errors_NG, least_NG)
+        scales_NG = scales_NG.masked_fill(amax_bits_NG >= _F32_INFINITY_BITS, _NAN_SCALE)
+        return snap(w_NGB, scales_NG).view(w_NK.shape)
+
+    return round_
+
+
+def _nvfp4(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
+    w_NRK = w_NK if w_NK.ndim > 1 else w_NK.unsqueeze(0)
+    w_NRGB = w_NRK.unflatten(-1, (-1, 16))
+    amax_NRG = w_NRGB.abs().amax(dim=-1)
+    amax_N = amax_NRG.amax(dim=(-2, -1), keepdim=True)
+    smallest_normal = torch.finfo(torch.float32).tiny
+    # The scale of a matrix spreads its block scales over E4M3's range; its inverse multiplies the values. torch divides
+    # a number by a tensor as number times reciprocal, and so does compressed-tensors.
+    global_N = E4M3.max_value * E2M1.max_value / amax_N.clamp(min=smallest_normal)
+    global_N = torch.where(global_N.isinf(), 1.0, global_N)
+    block_scale_NRG = E4M3.round(global_N * (amax_NRG / E2M1.max_value))
+    scale_NRG = block_scale_NRG / global_N
+    # A block whose scale rounds to zero is a block of zeros.
+    is_zero_NRG = scale_NRG == 0
+    y_NRGB = E2M1.round(w_NRGB / scale_NRG.masked_fill(is_zero_NRG, torch.inf).unsqueeze(-1))
+    y_NRGB.mul_(scale_NRG.unsqueeze(-1))
+    return _nan_where_not_finite(y_NRGB, amax_N.unsqueeze(-1)).view(w_NK.shape)
+
+
+def _int4(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
+    w_NGB = w_NK.unflatten(-1, (-1, 32))
+    amax_NG1 = w_NGB.abs().amax(dim=-1, keepdim=True)
+    scale_NG1 = (amax_NG1 / _INT4_MAX).bfloat16().float()
+    scale_NG1 = torch.where(scale_NG1 == 0, 1.0, scale_NG1)
+    # Adding 0 makes the integer's only zero of a negative one.
+    y_NGB = (w_NGB / scale_NG1).round_().clamp_(-_INT4_MAX, _INT4_MAX).add_(0.0).mul_(scale_NG1)
+    return _nan_where_not_finite(y_NGB, amax_NG1).view(w_NK.shape)
+
+
+def _fp8_block128(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
+    num_rows, num_columns = w_NK.shape[-2:]
+    # Zeros at the edges change no block's largest magnitude.
+    padded = F.pad(w_NK, (0, -num_columns % 128, 0, -num_rows % 128))
+    w_NGBGB = padded.unflatten(-1, (-1, 128)).unflatten(-3, (-1, 128))
+    amax = w_NGBGB.abs().amax(dim=(-3, -1), keepdim=True)
+    scale = amax / E4M3.max_value
+    scale = torch.where(scale == 0, 1.0, scale)
+    y_NGBGB = _nan_where_not_finite(E4M3.round(w_NGBGB / scale).mul_(scale), amax)
+    return y_NGBGB.flatten(-4, -3).flatten(-2, -1)[..., :num_rows, :num_columns].contiguous()
+
+
+def _nan_where_not_finite(y: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    return y.masked_fill_(~amax.isfinite(), torch.nan)
+
+
+FORMATS: dict[FormatName, NumberFormat] = {
+    each.name: each
+    for each in (
+        NumberFormat("mxfp4", (1, 32), 4, 8, True, _mx(E2M1)),
+        NumberFormat("mxfp6_e2m3", (1, 32), 6, 8, True, _mx(E2M3)),
+        NumberFormat("mxfp6_e3m2", (1, 32), 6, 8, True, _mx(E3M2)),
+        NumberFormat("mxfp8_e4m3", (1, 32), 8, 8, True, _mx(E4M3)),
+        NumberFormat("nvfp4", (1, 16), 4, 8, False, _nvfp4),
+        NumberFormat("int4_g32", (1, 32), 4, 16, False, _int4),
+        NumberFormat("fp8_block128", (128, 128), 8, 32, False, _fp8_block128),
+    )
+}

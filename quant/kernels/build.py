@@ -1,0 +1,96 @@
+"""Compiles a C++ source for this machine and loads it; the result is cached by source, flags, compiler and CPU.
+
+Plain C symbols and ctypes: no torch headers, so a build takes seconds, works for any torch, and needs nothing but a C++
+compiler with OpenMP. The cache is `$SPEEDSTACK_CACHE`, else `$XDG_CACHE_HOME/speedstack`, else `~/.cache/speedstack`.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+# No -ffast-math anywhere: it would let the compiler reorder sums whose order results rest on.
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+BUILD_TIMEOUT_SECONDS = 300
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels are kept."""
+    if os.environ.get("SPEEDSTACK_CACHE"):
+        return Path(os.environ["SPEEDSTACK_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speedstack"
+
+
+def find_compiler(needed_by: str) -> str:
+    """Path of `$CXX` if that is set, else of g++ or c++.
+
+    Raises:
+        ValueError: none of them is there; the message says what it is `needed_by`.
+    """
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++"]
+    for name in names:
+        path = shutil.which(name)
+        if path:
+            return path
+    raise ValueError(f"{needed_by} needs GCC, and {' or '.join(names)} is not there: install it, or set CXX")
+
+
+def load_library(
+    source: Path, needed_by: str, headers: Sequence[Path] = (), flags: Sequence[str] = FLAGS
+) -> ctypes.CDLL:
+    """The library made of one source and the headers it includes, built unless the cache has it.
+
+    `needed_by` names in errors what cannot work without it.
+
+    Raises:
+        ValueError: there is no compiler, it failed (the message holds its first error line), or the cache directory
+            cannot be used.
+    """
+    compiler = find_compiler(needed_by)
+    texts = [path.read_text(encoding="utf-8") for path in (source, *headers)]
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+        identity = "\n".join([*texts, " ".join(flags), compiler, version, _cpu_identity()])
+        library = cache_dir() / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+        if not library.exists():
+            _compile(compiler, source, flags, library, needed_by)
+        return ctypes.CDLL(str(library.resolve()))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{needed_by} cannot be built in {cache_dir()} ({reason}); set SPEEDSTACK_CACHE to a directory that can "
+            "be written and executed from"
+        ) from error
+
+
+def _cpu_identity() -> str:
+    # -march=native code must not be reused on another CPU that shares the cache directory.
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    )
+
+
+def _compile(compiler: str, source: Path, flags: Sequence[str], library: Path, needed_by: str) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        built = Path(scratch) / library.name
+        result = subprocess.run(
+            [compiler, *flags, str(source), "-o", str(built)],
+            capture_output=True,
+            text=True,
+            timeout=BUILD_TIMEOUT_SECONDS,
+            check=False,
+        )
+        if result.returncode:
+            errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
+            raise ValueError(f"{compiler} could not build {needed_by}: {errors[0] if errors else 'no message'}")
+        os.replace(built, library)

@@ -1,0 +1,271 @@
+"""The compiled kernels against the PyTorch reference, bit for bit: C++ on a CPU, Triton on a GPU or interpreted.
+
+Triton decides when it is imported whether it interprets, so without a GPU one test runs this file again in a process
+that has TRITON_INTERPRET set.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import hypothesis.extra.numpy as hypothesis_numpy
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speedstack.quant.kernels import Kernels, kernels_for, mxfp4_cpu
+from speedstack.quant.mxfp4 import (
+    BLOCK_SIZE,
+    MXFP4Tensor,
+    ScaleRule,
+    dequantize,
+    dequantize_reference,
+    fake_quantize,
+    fake_quantize_reference,
+    quantize,
+    quantize_reference,
+)
+
+SCALE_RULES: tuple[ScaleRule, ...] = get_args(ScaleRule)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=["cpu", "triton"] if INTERPRETED or torch.cuda.is_available() else ["cpu"], scope="module")
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    if request.param == "cpu":
+        assert mxfp4_cpu.load_kernels() is not None, "the tests need a C++ compiler, as the README says"
+        yield mxfp4_cpu
+        return
+    pytest.importorskip("triton", reason="triton is not installed: its kernels are not tested")
+    from speedstack.quant.kernels import mxfp4_triton
+
+    yield mxfp4_triton
+
+
+def device_of(kernels: Kernels) -> str:
+    return "cuda" if kernels is not mxfp4_cpu and torch.cuda.is_available() else "cpu"
+
+
+def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal bits, signed zeros included; of NaN only that it is one, because PyTorch's own payloads vary."""
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    found, expected = found.cpu(), expected.cpu()
+    assert torch.equal(found.isnan(), expected.isnan())
+    integer = torch.int32 if found.dtype == torch.float32 else torch.int16
+    known = ~expected.isnan()
+    assert torch.equal(found.view(integer)[known], expected.view(integer)[known])
+
+
+def check(kernels: Kernels, w_NK: torch.Tensor, scale_rule: ScaleRule) -> None:
+    """All three functions against the reference, for a tensor that may hold NaN and infinity."""
+    on_device = w_NK.to(device_of(kernels))
+    assert_same_bits(kernels.fake_quantize(on_device, scale_rule), fake_quantize_reference(w_NK, scale_rule))
+    codes_NH, scales_NG = (part.cpu() for part in kernels.quantize(on_device, scale_rule))
+    is_finite = w_NK.unflatten(-1, (-1, BLOCK_SIZE)).isfinite().all(-1)
+    assert torch.equal(scales_NG == 255, ~is_finite)
+    expected = quantize_reference(torch.where(w_NK.isfinite(), w_NK, 0.0), scale_rule)
+    assert torch.equal(scales_NG[is_finite], expected.scales[is_finite])
+    blocks = codes_NH.unflatten(-1, (-1, BLOCK_SIZE // 2))
+    assert torch.equal(blocks[is_finite], expected.codes.unflatten(-1, (-1, BLOCK_SIZE // 2))[is_finite])
+    for dtype in DTYPES:
+        values = kernels.dequantize(codes_NH.to(device_of(kernels)), scales_NG.to(device_of(kernels)), dtype)
+        assert_same_bits(values, dequantize_reference(MXFP4Tensor(codes_NH, scales_NG), dtype))
+
+
+def edge_cases() -> torch.Tensor:
+    """[blocks, 32]: around every midpoint and every scale threshold, at every exponent of float32."""
+    points = torch.tensor([0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 6.5, 7, 7.5, 8.0]).double()
+    ulp = 2.0**-22
+    around = torch.cat([points, points * (1 - ulp), points * (1 + ulp), torch.zeros(1), points[:1] * 1e-30])
+    around = torch.cat([around, -around])
+    mantissas = torch.tensor([1.0, 1.5, 1.75, 2 - 2.0**-23, 1.5 - 2.0**-23, 1.5 + 2.0**-23, 1.75 - 2.0**-23])
+    rows = []
+    for index in range(0, len(around), BLOCK_SIZE - 1):
+        chunk = around[index : index + BLOCK_SIZE - 1]
+        rows.append(torch.cat([chunk, torch.zeros(BLOCK_SIZE - 1 - len(chunk))]))
+    block = torch.stack(rows)
+    # Each mantissa times four is a block's largest magnitude where it tops the points, and one of many where not.
+    tops = (4 * mantissas.double())[:, None, None].expand(-1, len(rows), 1)
+    blocks = torch.cat([tops, block.expand(len(mantissas), -1, -1)], dim=-1).flatten(0, 1)
+    exponents = torch.arange(-152, 126).double()[:, None, None]
+    w = (blocks * torch.exp2(exponents)).float().flatten(0, 1)
+    return w[w.isfinite().all(-1)]
+
+
+@pytest.mark.parametrize("scale_rule", SCALE_RULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_edges_equal_the_reference(
+    kernels: Kernels, scale_rule: ScaleRule, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if INTERPRETED:
+        from speedstack.quant.kernels import mxfp4_triton
+
+        # The interpreter takes as long for a program of many blocks as for one of few.
+        monkeypatch.setattr(mxfp4_triton, "BLOCKS_PER_PROGRAM", 4096)
+    check(kernels, edge_cases().to(dtype).flatten().unsqueeze(0), scale_rule)
+
+
+@pytest.mark.parametrize("scale_rule", SCALE_RULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_tensors_equal_the_reference(kernels: Kernels, scale_rule: ScaleRule, dtype: torch.dtype) -> None:
+    """Every exponent, mixed blocks, NaN and infinities; a number of blocks that fills no whole program or thread."""
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-150, 125, (3, 67, 1), generator=generator).float()
+    w = (torch.randn(3, 67, 96, generator=generator) * torch.exp2(exponents)).to(dtype)
+    for index, bad in enumerate((float("nan"), float("inf"), -float("inf"), -float("nan"))):
+        w[1, 10 * index, 33 + index] = bad
+    check(kernels, w, scale_rule)
+
+
+# Any bits at all, and blocks of values that are close to each other.
+any_blocks = st.one_of(
+    hypothesis_numpy.arrays(np.uint32, (4, BLOCK_SIZE), elements=st.integers(0, 2**32 - 1)).map(
+        lambda bits: bits.view(np.float32)
+    ),
+    st.tuples(
+        hypothesis_numpy.arrays(np.float32, (4, BLOCK_SIZE), elements=st.floats(-8, 8, width=32)),
+        hypothesis_numpy.arrays(np.int32, (4, 1), elements=st.integers(-150, 125)),
+    ).map(lambda pair: np.ldexp(*pair).astype(np.float32)),
+)
+
+
+@pytest.mark.parametrize("scale_rule", SCALE_RULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_block_equals_the_reference(kernels: Kernels, scale_rule: ScaleRule, dtype: torch.dtype) -> None:
+    @settings(max_examples=8 if INTERPRETED else 100, deadline=None, derandomize=True)
+    @given(blocks=any_blocks)
+    def run(blocks: np.ndarray) -> None:
+        check(kernels, torch.from_numpy(blocks.copy()).to(dtype), scale_rule)
+
+    run()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_codes_under_all_scales(kernels: Kernels, dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(256, 16, 16).contiguous()
+    scales = torch.arange(256, dtype=torch.uint8).view(256, 1, 1).expand(256, 16, 1).contiguous()
+    values = kernels.dequantize(codes.to(device_of(kernels)), scales.to(device_of(kernels)), dtype)
+    assert_same_bits(values, dequantize_reference(MXFP4Tensor(codes, scales), dtype))
+
+
+def test_more_than_one_thread_changes_nothing() -> None:
+    w = torch.randn(64, 4096, generator=torch.Generator().manual_seed(1)).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        check(mxfp4_cpu, w, "mse")
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="about the choice of kernels, not about them")
+def test_public_functions_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lie of the kernels shows up in what the public functions return; elsewhere the reference works."""
+    w = torch.randn(2, 64, generator=torch.Generator().manual_seed(2))
+    packed = quantize(w)
+    lie = torch.full((2, 64), 7.0)
+    for name, answer in {
+        "fake_quantize": lie,
+        "dequantize": lie,
+        "quantize": (torch.zeros_like(packed.codes), packed.scales),
+    }.items():
+        monkeypatch.setattr(mxfp4_cpu, name, lambda *args, answer=answer: answer)
+    assert torch.equal(fake_quantize(w), lie) and torch.equal(dequantize(packed), lie)
+    assert not quantize(w).codes.any()
+    monkeypatch.setattr(mxfp4_cpu, "load_kernels", lambda: None)
+    assert torch.equal(fake_quantize(w), fake_quantize_reference(w))
+    assert torch.equal(quantize(w).codes, packed.codes)
+    assert torch.equal(dequantize(packed), dequantize_reference(packed))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="about the choice of kernels, not about them")
+def test_kernels_are_offered_only_for_plain_tensors() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Subclass(torch.Tensor):
+        pass
+
+    plain = torch.zeros(2, 32)
+    assert kernels_for(plain) is mxfp4_cpu and kernels_for(torch.nn.Parameter(plain)) is mxfp4_cpu
+    assert kernels_for(plain.as_subclass(Subclass)) is None
+    assert kernels_for(torch.zeros(0, 32)) is None
+    assert kernels_for(plain.to("meta")) is None and kernels_for(plain, plain.to("meta")) is None
+    with FakeTensorMode():
+        assert fake_quantize(torch.zeros(2, 32)).shape == (2, 32)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="about the default device, not about the kernels")
+def test_results_lie_where_the_input_does() -> None:
+    w = torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
+    with torch.device("meta"):
+        packed = quantize(w)
+        assert packed.codes.device == packed.dequantize().device == fake_quantize(w).device == w.device
+
+
+def test_layouts_other_than_contiguous() -> None:
+    w = torch.randn(64, 96, generator=torch.Generator().manual_seed(4))
+    for view in (w.t(), w[:, 32:], w[::2], w[:, :64].t()):
+        assert torch.equal(fake_quantize(view), fake_quantize_reference(view))
+        assert torch.equal(quantize(view).codes, quantize_reference(view).codes)
+    packed = quantize(w)
+    part = MXFP4Tensor(packed.codes[:, 16:], packed.scales[:, 1:])
+    assert torch.equal(part.dequantize(), dequantize_reference(part))
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="runs the others, which run here by themselves")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.slow
+def test_triton_under_the_interpreter() -> None:
+    selection = "triton and not test_triton"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection, __file__]
+    result = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed and int(passed[1]) >= 26 and " skipped" not in result.stdout, result.stdout[-1000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels cannot be compiled")
+@pytest.mark.slow
+def test_triton_compiles_for_hopper() -> None:
+    """Without a GPU: wide loads and stores, no flushed subnormals, no fused multiply-add, no spilled register."""
+    pytest.importorskip("triton", reason="triton is not installed: its kernels are not compiled")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from speedstack.quant.kernels import mxfp4_triton
+
+    variants: list[tuple[Any, tuple[str, ...], dict[str, Any]]] = []
+    for word in ("*i16", "*i32"):
+        for rule in SCALE_RULES:
+            variants.append((mxfp4_triton.fake_quantize_kernel, (word, word), {"RULE": rule}))
+            variants.append((mxfp4_triton.quantize_kernel, (word, "*u8", "*u8"), {"RULE": rule}))
+        variants.append((mxfp4_triton.dequantize_kernel, ("*u8", "*u8", word), {}))
+    for kernel, pointers, options in variants:
+        constants = options | {"G": mxfp4_triton.BLOCKS_PER_PROGRAM}
+        types = (*pointers, "i32", *("constexpr" for _ in constants))
+        source = ASTSource(
+            kernel,
+            dict(zip(kernel.arg_names, types, strict=True)),
+            {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+            {(index,): [["tt.divisibility", 16]] for index in range(len(pointers))},
+        )
+        built = compile(
+            source,
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": mxfp4_triton.NUM_WARPS, "enable_fp_fusion": False},
+        )
+        ptx = built.asm["ptx"]
+        assert ".target sm_90a" in ptx
+        assert ".ftz" not in ptx and "fma." not in ptx
+        wide = r"global\.v4\.b32" if "*i16" in pointers or "*i32" in pointers else r"global"
+        assert re.search(r"[sl][td]\." + wide, ptx), kernel.fn.__name__
+        assert "st.local" not in ptx
