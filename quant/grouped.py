@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from speedstack.quant.mxfp4 import MXFP4Tensor, ScaleRule, dequantize, fake_quantize, quantize
 
 # Weights quantized at once: bounds the temporaries, which are several times a float32 copy of them.
-_MAX_PART_ELEMENTS = 2**24
+_MAX_PART_ELEMENTS = 2**26
 
 
 @dataclass(frozen=True)

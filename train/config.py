@@ -156,12 +156,24 @@ class QatSection(Section):
         "kl", description="kl: forward KL to the full-precision model; ce: next-token cross-entropy; mix: both."
     )
     ce_weight: float = Field(0.1, ge=0, le=1, description="Weight of cross-entropy in mix; KL has 1 - ce_weight.")
-    trainable: Literal["experts", "all"] = Field("experts", description="Parameters that are trained.")
+    trainable: Literal["experts", "all_but_router", "all"] = Field(
+        "experts", description="Parameters that are trained; the router is what chooses each token's experts."
+    )
     scale_rule: Literal["floor", "rceil", "even", "mse"] = Field(
         "even", description="Rule that chooses the shared exponent of an MXFP4 block."
     )
     teacher_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype the frozen teacher is held in; bfloat16 halves its memory."
+    )
+    dampening: float = Field(
+        0.0, ge=0, description="Pull of the masters to their MXFP4 values, against oscillation; 0 is none."
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Keep one activation a layer for the backward and compute the rest again: less memory, slower.",
+    )
+    look_every: int = Field(
+        10, ge=0, description="Steps between two looks at which masters changed their MXFP4 value; 0 looks at none."
     )
 
 

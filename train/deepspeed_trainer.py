@@ -5,8 +5,8 @@ they are on one device and a stage changes where tensors live, not what is compu
 state are pickles; they are read only from the run's own directory, after the SHA-256 of every file has been checked.
 They fit the number of processes they were written by and no other. Saving is not overlapped with training here.
 
-Left out: parameter offload, tensor and expert parallelism, and building a model in pieces: every process builds the
-whole model before ZeRO shards it.
+Left out: parameter offload, tensor and expert parallelism. A recipe that does not load its model in parts
+(`sharding.py`) has it whole on every process before ZeRO shards it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from speedstack.train.config import JobConfig
 from speedstack.train.distributed import World
 from speedstack.train.optim import build_optimizer, set_learning_rate
 from speedstack.train.precision import resolve_precision
+from speedstack.train.sharding import gathered
+from speedstack.train.trainer import save_recipe_tensors
 
 _TAG = "deepspeed"
 
@@ -64,9 +66,10 @@ class DeepSpeedTrainer:
         assert grad_norm is not None
         return float(grad_norm)
 
-    def save(self, store: CheckpointStore, step: int, state: dict[str, Any]) -> None:
+    def save(self, store: CheckpointStore, step: int, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         path = self._world.on_main(lambda: store.prepare(step))
         self._engine.save_checkpoint(str(path), tag=_TAG, save_latest=False)
+        self._world.on_main(lambda: save_recipe_tensors(tensors, path))
         self._world.barrier()
         self._world.on_main(lambda: store.complete(step, state))
 
@@ -80,8 +83,15 @@ class DeepSpeedTrainer:
         if self._stage < 3:
             yield
             return
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
-            yield
+        # One at a time, and into host memory: a device that needs ZeRO-3 cannot hold them all.
+        whole = {}
+        for parameter in self.module.parameters():
+            with gathered([parameter]):
+                if self._world.is_main:
+                    whole[parameter] = parameter.detach().to("cpu", copy=True)
+        for parameter, tensor in whole.items():
+            parameter.data = tensor
+        yield
 
     def close(self) -> None:
         self._world.barrier()

@@ -42,7 +42,7 @@ from speedstack.train.corpus import Corpus, corpus_for
 from speedstack.train.data import PackedWindows, generator
 from speedstack.train.distributed import World
 from speedstack.train.frozen_target import FrozenTarget
-from speedstack.train.loop import RunResult, run
+from speedstack.train.loop import Recipe, RunResult, run
 from speedstack.train.precision import resolve_precision
 from speedstack.train.qat import load_tokenizer
 from speedstack.train.selftext import Sampling, continue_prompts, cut_prompts, load_text, num_sequences_of
@@ -67,7 +67,7 @@ class Windows:
         return Windows(*(tensor.to(device) for tensor in vars(self).values()))
 
 
-class DrafterRecipe:
+class DrafterRecipe(Recipe):
     """The drafter's part of the training loop; see `speedstack.train.loop.Recipe`."""
 
     name = "drafter"

@@ -34,13 +34,13 @@ from speedstack.train.metrics import MetricsLog, read_metrics
 from speedstack.train.optim import learning_rate_factor
 from speedstack.train.precision import resolve_config, resolve_precision
 from speedstack.train.rundir import open_run_directory
-from speedstack.train.trainer import Trainer, make_trainer
+from speedstack.train.trainer import Trainer, load_recipe_tensors, make_trainer
 
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
 class Recipe(Protocol):
-    """What makes a job pretraining, quantization-aware training or drafter training."""
+    """What makes a job pretraining, quantization-aware training or drafter training. Recipes inherit its defaults."""
 
     def inputs(self) -> dict[str, str]:
         """Digests of the weights the run starts from, by what they are; a run with others is another run.
@@ -71,6 +71,18 @@ class Recipe(Protocol):
 
     def export(self, model: nn.Module, path: Path) -> None:
         """Write the finished model to the directory `path`, which does not exist yet."""
+
+    def after_step(self, num_steps_done: int) -> None:
+        """Called on every process after every optimizer step, with gradients on."""
+        return None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a resumed run has to know besides the model and what `build` makes again. Equal on all processes."""
+        return {}
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take what `state` gave when the checkpoint was written; called after `build`."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,7 @@ def _run(recipe: Recipe, config: JobConfig, world: World, on_step: OnStep | None
     if manifest is not None:
         first_step, progress = manifest.step, _Progress(**manifest.state)
         trainer.load(store.path(first_step))
+        recipe.load_state(load_recipe_tensors(store.path(first_step)))
 
     log = None
     if world.is_main:
@@ -185,6 +198,7 @@ def _train(
             _evaluate(recipe, world, trainer, log, 0, started)
         for step in range(first_step, loop.num_steps):
             metrics = _step(recipe, config, world, trainer, step)
+            recipe.after_step(step + 1)
             done, is_last = step + 1, step + 1 == loop.num_steps
             for name, value in metrics.items():
                 progress.sums[name] = progress.sums.get(name, 0.0) + value
@@ -211,7 +225,7 @@ def _train(
                 interval_started += time.monotonic() - evaluation_started
             if is_last or (loop.save_every and done % loop.save_every == 0):
                 progress.elapsed_seconds = time.monotonic() - started
-                trainer.save(store, done, asdict(progress))
+                trainer.save(store, done, asdict(progress), recipe.state())
 
 
 def _step(recipe: Recipe, config: JobConfig, world: World, trainer: Trainer, step: int) -> dict[str, float]:

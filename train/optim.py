@@ -23,6 +23,7 @@ from torch.optim.adamw import adamw
 
 from speedstack.train.config import OptimSection
 from speedstack.train.precision import is_bfloat16_faster
+from speedstack.train.sharding import whole_shape
 
 # Quintic whose iterates push every singular value towards 1 (Jordan 2024, "Newton-Schulz iteration").
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -146,8 +147,8 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Opti
     adamw_lr = section.lr if section.name == "adamw" else section.adamw_lr
     adamw_options = {"betas": section.betas, "eps": section.eps, "peak_lr": adamw_lr, "lr": adamw_lr}
     adamw_groups = [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": section.weight_decay, **adamw_options},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, **adamw_options},
+        {"params": [p for p in others if is_matrix(p)], "weight_decay": section.weight_decay, **adamw_options},
+        {"params": [p for p in others if not is_matrix(p)], "weight_decay": 0.0, **adamw_options},
     ]
     adamw_groups = [group for group in adamw_groups if group["params"]]
     if section.name == "adamw":
@@ -177,7 +178,12 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Opti
 
 def is_muon_parameter(name: str, parameter: torch.Tensor) -> bool:
     """Whether Muon trains this parameter: a matrix, or a stack of expert matrices, between hidden states."""
-    return parameter.ndim >= 2 and not any(part in name for part in _ADAMW_NAMES)
+    return is_matrix(parameter) and not any(part in name for part in _ADAMW_NAMES)
+
+
+def is_matrix(parameter: torch.Tensor) -> bool:
+    """Whether the whole parameter has two or more dimensions; a part of it, as ZeRO-3 holds it, has one."""
+    return len(whole_shape(parameter)) >= 2
 
 
 def learning_rate_factor(section: OptimSection, step: int, num_steps: int) -> float:

@@ -21,14 +21,14 @@ from speedstack.train.config import ModelSection, PretrainConfig
 from speedstack.train.corpus import corpus_for
 from speedstack.train.data import PackedWindows
 from speedstack.train.distributed import World
-from speedstack.train.loop import OnStep, RunResult, run
+from speedstack.train.loop import OnStep, Recipe, RunResult, run
 from speedstack.train.objective import heldout_batches, next_token_cross_entropy
 
 # Base of the rotary frequencies: long for global attention, short for a window.
 _ROPE_THETA = {"full_attention": 5e5, "sliding_attention": 1e4}
 
 
-class PretrainRecipe:
+class PretrainRecipe(Recipe):
     """Pretraining's part of the training loop; see `speedstack.train.loop.Recipe`."""
 
     def __init__(self, config: PretrainConfig) -> None:

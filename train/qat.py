@@ -6,31 +6,39 @@ plain corpus text: the aim is a quantized model that says what the original says
 teach it something else. `qat.objective` has the alternatives for comparison. Evaluation before the first step is
 post-training quantization, the baseline.
 
-The export is packed: its dequantized experts are, bit for bit, the weights the student was evaluated with.
+The export is packed: its dequantized experts are, bit for bit, the weights the student was evaluated with. A family
+that no packed format is known for is exported as `save_pretrained` writes it, with the same values.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speedstack.eval.divergence import token_kl, token_nll, top1_matches
-from speedstack.quant.checkpoint import load_model, save_packed, weights_sha256
-from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters
+from speedstack.quant.checkpoint import save_packed, weights_sha256
+from speedstack.quant.checkpoint.names import hub_names
+from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters, router_parameters
+from speedstack.quant.ptq import round_to_nearest
 from speedstack.train.attention import enable_blockwise_attention
 from speedstack.train.config import QatConfig
 from speedstack.train.corpus import corpus_for
 from speedstack.train.data import PackedWindows
 from speedstack.train.distributed import World
-from speedstack.train.loop import OnStep, RunResult, run
+from speedstack.train.flips import FlipWatch
+from speedstack.train.loop import OnStep, Recipe, RunResult, run
 from speedstack.train.objective import forward_kl, heldout_batches, next_token_cross_entropy
+from speedstack.train.sharding import load_for_stage, shard_frozen
+from speedstack.train.trainer import count_micro_batches
 
 
-class QatRecipe:
+class QatRecipe(Recipe):
     """Quantization-aware training's part of the training loop; see `speedstack.train.loop.Recipe`."""
 
     def __init__(self, config: QatConfig) -> None:
@@ -40,8 +48,8 @@ class QatRecipe:
         return {"model": weights_sha256(self.config.qat.model)}
 
     def build(self, world: World) -> nn.Module:
-        section, data = self.config.qat, self.config.data
-        student = load_model(section.model)
+        section, data, stage = self.config.qat, self.config.data, self.config.distributed.zero_stage
+        student = load_for_stage(section.model, torch.float32, stage, world)
         self.tokenizer = load_tokenizer(section.model)
         if len(self.tokenizer) > student.config.get_text_config().vocab_size:
             raise ValueError(
@@ -54,18 +62,32 @@ class QatRecipe:
         self.train = PackedWindows(corpus.train, data.sequence_length)
         self.heldout = PackedWindows(corpus.heldout, data.sequence_length)
 
-        self.teacher = load_model(section.model, dtype=getattr(torch, section.teacher_dtype))
+        self.teacher = load_for_stage(section.model, getattr(torch, section.teacher_dtype), stage, world)
         enable_autocast(self.teacher)
         nn.Module.to(self.teacher.requires_grad_(False).eval(), world.device)
+        # Kept for as long as the teacher is called: the engine's hooks gather what it needs.
+        self._teacher_engine = shard_frozen(self.teacher, world) if stage == 3 else None
 
-        enable_fake_quant(student, section.scale_rule)
+        if not _can_be_packed(student) and world.is_main:
+            warnings.warn(
+                f"no packed format is known for {student.config.model_type}: the export will have its experts' MXFP4 "
+                f"values in {student.dtype}",
+                stacklevel=2,
+            )
+        # The pull comes with every backward, of which an optimizer step has several.
+        enable_fake_quant(student, section.scale_rule, section.dampening / count_micro_batches(self.config, world))
         for model in (student, self.teacher):
             enable_blockwise_attention(model, world.device)
-        if section.trainable == "experts":
-            student.requires_grad_(False)
-            for parameter in expert_parameters(student).values():
-                parameter.requires_grad_(True)
-        return nn.Module.to(student, world.device)
+        trained = _trained_names(student, section.trainable)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(name in trained)
+        if section.activation_checkpointing:
+            # Its name before transformers 5.23 is the second.
+            enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        student = nn.Module.to(student, world.device)
+        self.flips = FlipWatch(student, section.scale_rule) if section.look_every else None
+        return student
 
     def batch(self, indices: Sequence[int]) -> torch.Tensor:
         return self.train.examples(self.config.run.seed, indices).to(self.world.device)
@@ -96,15 +118,49 @@ class QatRecipe:
             for name, value in zip(sums, values, strict=True):
                 sums[name] += value.mean().item() * len(ids_BT)
             num_windows += len(ids_BT)
-        return {name: total / num_windows for name, total in sums.items()}
+        flips = self.flips.metrics() if self.flips is not None else {}
+        return {name: total / num_windows for name, total in sums.items()} | flips
+
+    def after_step(self, num_steps_done: int) -> None:
+        if self.flips is not None and num_steps_done % self.config.qat.look_every == 0:
+            self.flips.look()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return self.flips.state() if self.flips is not None else {}
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        if self.flips is not None:
+            self.flips.load_state(tensors)
 
     def export(self, model: nn.Module, path: Path) -> None:
         assert isinstance(model, PreTrainedModel)
-        save_packed(model, path, tokenizer=self.tokenizer, scale_rule=self.config.qat.scale_rule)
+        scale_rule = self.config.qat.scale_rule
+        if _can_be_packed(model):
+            save_packed(model, path, tokenizer=self.tokenizer, scale_rule=scale_rule)
+            return
+        round_to_nearest(model, scale_rule)
+        model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
 
     @torch.no_grad()
     def _teacher_logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
         return self.teacher(input_ids=ids_BT, use_cache=False).logits
+
+
+def _trained_names(student: PreTrainedModel, trainable: Literal["experts", "all_but_router", "all"]) -> set[str]:
+    """State-dict names of the parameters that `qat.trainable` names."""
+    if trainable == "experts":
+        return set(expert_parameters(student))
+    names = {name for name, _ in student.named_parameters()}
+    return names - router_parameters(student).keys() if trainable == "all_but_router" else names
+
+
+def _can_be_packed(model: PreTrainedModel) -> bool:
+    try:
+        hub_names(model.config)
+    except ValueError:
+        return False
+    return True
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

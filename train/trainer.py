@@ -23,7 +23,7 @@ from speedstack.train.config import JobConfig
 from speedstack.train.distributed import World
 from speedstack.train.optim import build_optimizer, set_learning_rate
 
-MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
+MODEL_FILE, OPTIMIZER_FILE, RECIPE_FILE = "model.safetensors", "optimizer.safetensors", "recipe.safetensors"
 
 
 class Trainer(Protocol):
@@ -38,15 +38,18 @@ class Trainer(Protocol):
     def step(self, learning_rate_factor: float) -> float:
         """Clip, update and clear the gradients; the gradient norm before clipping."""
 
-    def save(self, store: CheckpointStore, step: int, state: dict[str, Any]) -> None:
-        """Start saving a checkpoint; it is complete after `store.wait()`. Raises OSError."""
+    def save(self, store: CheckpointStore, step: int, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Start saving a checkpoint; it is complete after `store.wait()`. Raises OSError.
+
+        `state` is JSON; `tensors`, which nobody changes any more, come back from `load_recipe_tensors`.
+        """
 
     def load(self, path: Path) -> None:
         """Take everything from the complete checkpoint at `path`. Raises ValueError if it does not fit the model."""
 
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
-        """Inside, `module` has all its parameters on every process."""
+        """Inside, `module` has all its parameters on the main process. Training is over afterwards."""
 
     def close(self) -> None:
         """Free what the processes share."""
@@ -77,7 +80,7 @@ class PlainTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
-    def save(self, store: CheckpointStore, step: int, state: dict[str, Any]) -> None:
+    def save(self, store: CheckpointStore, step: int, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         store.wait()
         _check_disk(store.directory, 4 * sum(p.numel() for p in self._trained.values()))
         # Copies: training overwrites the originals while the file is being written.
@@ -91,6 +94,7 @@ class PlainTrainer:
         def write(directory: Path) -> None:
             save_tensors(model, directory / MODEL_FILE)
             save_tensors(optimizer, directory / OPTIMIZER_FILE)
+            save_recipe_tensors(tensors, directory)
 
         store.save(step, state, write)
 
@@ -117,15 +121,31 @@ class PlainTrainer:
         return {name: tensor for name, tensor in self.module.state_dict().items() if name not in frozen}
 
 
+def count_micro_batches(config: JobConfig, world: World) -> int:
+    """Forward passes of one process in one optimizer step."""
+    share = config.loop.batch_size // world.size
+    return share // (config.loop.micro_batch_size or share)
+
+
 def make_trainer(module: nn.Module, config: JobConfig, world: World) -> Trainer:
     """The trainer for this many processes."""
-    share = config.loop.batch_size // world.size
-    num_micro_batches = share // (config.loop.micro_batch_size or share)
+    num_micro_batches = count_micro_batches(config, world)
     if world.size == 1:
         return PlainTrainer(module, config, num_micro_batches)
     from speedstack.train.deepspeed_trainer import DeepSpeedTrainer
 
     return DeepSpeedTrainer(module, config, world, num_micro_batches)
+
+
+def save_recipe_tensors(tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    """Write what the recipe itself remembers, if anything. Raises OSError."""
+    if tensors:
+        save_tensors(tensors, directory / RECIPE_FILE)
+
+
+def load_recipe_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """What `save_recipe_tensors` wrote to a checkpoint's directory."""
+    return load_file(directory / RECIPE_FILE) if (directory / RECIPE_FILE).is_file() else {}
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -9,41 +9,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.integrations.moe import grouped_mm_experts_forward
 
+from speedstack.eval.bench_qat import plain_experts_forward
 from speedstack.quant import grouped
-from speedstack.quant.experts import contraction_last, enable_autocast, enable_fake_quant, routed_experts, weight_names
+from speedstack.quant.experts import contraction_last, enable_fake_quant, routed_experts, weight_names
 from speedstack.quant.grouped import WeightForm, experts_forward
-from speedstack.quant.mxfp4 import dequantize, fake_quantize, quantize
+from speedstack.quant.mxfp4 import dequantize, quantize
 
 # Concatenated gate and up; interleaved, transposed and with biases.
 LAYOUTS = ["qwen3_moe", "gpt_oss"]
 NUM_TOKENS, NUM_CHOICES, HIDDEN_SIZE = 24, 3, 64
-
-
-class WithWeights:
-    """An experts module as transformers' forward sees it, with other weights."""
-
-    def __init__(self, module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-        self._module = module
-        self.__dict__.update(weights)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._module, name)
-
-
-def plain_forward(module: nn.Module, *inputs: torch.Tensor, form: WeightForm) -> torch.Tensor:
-    """The plain way: dense weights, fake-quantized and cast under autograd, into transformers' own forward."""
-    weights = {}
-    for name in weight_names(module):
-        weight = getattr(module, name)
-        if form.scale_rule is not None:
-            weight = contraction_last(module, fake_quantize(contraction_last(module, weight), form.scale_rule))
-            weight = weight.contiguous()
-        if torch.is_autocast_enabled("cpu"):
-            weight = weight.to(torch.bfloat16)
-        weights[name] = weight
-    return grouped_mm_experts_forward(cast(nn.Module, WithWeights(module, weights)), *inputs)
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -95,7 +70,7 @@ def assert_same_bits(
 def test_output_and_gradients_are_those_of_the_plain_way(
     experts: nn.Module, form: WeightForm, dtype: torch.dtype
 ) -> None:
-    assert_same_bits(run(experts, experts_forward, form, dtype), run(experts, plain_forward, form, dtype))
+    assert_same_bits(run(experts, experts_forward, form, dtype), run(experts, plain_experts_forward, form, dtype))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -105,7 +80,7 @@ def test_activation_checkpointing(experts: nn.Module, dtype: torch.dtype, use_re
         return checkpoint(function, *inputs, use_reentrant=use_reentrant)
 
     form = WeightForm("even")
-    assert_same_bits(run(experts, experts_forward, form, dtype, wrap), run(experts, plain_forward, form, dtype))
+    assert_same_bits(run(experts, experts_forward, form, dtype, wrap), run(experts, plain_experts_forward, form, dtype))
 
 
 def saved_tensors(module: nn.Module, forward: Callable[..., torch.Tensor], form: WeightForm) -> list[torch.Tensor]:
@@ -139,7 +114,7 @@ def test_backward_keeps_codes_and_no_dense_weight(experts: nn.Module) -> None:
     # Without fake-quant the master itself is kept, and no copy of it in bfloat16.
     assert not dense(saved_tensors(experts, experts_forward, WeightForm(None)))
     # The same probe sees the dense weights where they are kept.
-    assert dense(saved_tensors(experts, plain_forward, WeightForm("even"))) == sizes
+    assert dense(saved_tensors(experts, plain_experts_forward, WeightForm("even"))) == sizes
 
 
 def test_nothing_is_packed_without_gradients(experts: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,20 +178,3 @@ def test_expert_parallel_modules_are_refused(experts: nn.Module) -> None:
     experts._is_expert_parallel = True  # type: ignore[assignment]
     with pytest.raises(ValueError, match="split by expert parallelism"):
         experts_forward(experts, *make_inputs(), form=WeightForm("even"))
-
-
-def test_gradient_checkpointing_of_a_whole_model(make_family: Callable[[str], PreTrainedModel]) -> None:
-    """transformers' own checkpointing of every layer, as long sequences need it."""
-    ids = torch.arange(3, 27).view(2, 12)
-    gradients = []
-    for checkpointing in (False, True):
-        model = make_family("qwen3_moe").train()
-        enable_autocast(model)
-        enable_fake_quant(model)
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        with torch.autocast("cpu", torch.bfloat16):
-            model(input_ids=ids).logits.float().square().mean().backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    for name, gradient in gradients[0].items():
-        assert gradient is not None and torch.equal(gradient, cast(torch.Tensor, gradients[1][name])), name

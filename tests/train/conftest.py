@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from speedstack.train.config import PretrainConfig, QatConfig
-from speedstack.train.corpus import prepare_corpus
+from speedstack.train.corpus import load_corpus, prepare_corpus
 from speedstack.train.loop import RunResult
 from speedstack.train.pretrain import pretrain
 
@@ -90,3 +92,27 @@ def pretrained(
 ) -> RunResult:
     """A finished pretraining run of 6 steps, read only."""
     return pretrain(make_pretrain_config(tmp_path_factory.mktemp("runs")))
+
+
+@pytest.fixture(scope="session")
+def random_model(corpus_path: Path) -> Callable[[str, Path], Path]:
+    """`random_model(model_type, path)`: write a random instance of another family, with the corpus's tokenizer."""
+    fields: dict[str, Any] = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "num_experts_per_tok": 2, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    own: dict[str, dict[str, Any]] = {
+        "gpt_oss": {"num_local_experts": 4, "head_dim": 16},
+        "minimax_m2": {"num_local_experts": 4, "head_dim": 16},
+        "olmoe": {"num_experts": 4},
+        "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32},
+    }
+
+    def write(model_type: str, path: Path) -> Path:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(model_type, **fields, **own[model_type])
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+        load_corpus(corpus_path).tokenizer.save_pretrained(path)
+        return path
+
+    return write

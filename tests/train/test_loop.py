@@ -17,7 +17,7 @@ from torch import nn
 
 from speedstack.train.checkpoint import COMPLETE
 from speedstack.train.config import PretrainConfig, dump_config
-from speedstack.train.loop import DivergedError, RunResult, run
+from speedstack.train.loop import DivergedError, Recipe, RunResult, run
 from speedstack.train.metrics import read_metrics
 from speedstack.train.pretrain import pretrain
 
@@ -126,7 +126,7 @@ def test_training_learns(pretrained: RunResult) -> None:
     assert pretrained.metrics == {"heldout_loss": losses[-1]}
 
 
-class Line:
+class Line(Recipe):
     """A recipe of one number, whose loss can be made to go wrong."""
 
     def __init__(self, bad_step: int = -1, bad: float = float("nan"), model: str = "a") -> None:

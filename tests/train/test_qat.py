@@ -7,18 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from speedstack.eval.divergence import token_kl
 from speedstack.quant.checkpoint import load_checkpoint, load_model
-from speedstack.quant.experts import expert_parameters
+from speedstack.quant.experts import expert_parameters, router_parameters
+from speedstack.quant.mxfp4 import fake_quantize
 from speedstack.quant.ptq import round_to_nearest
-from speedstack.train.config import QatConfig
+from speedstack.train.config import OptimSection, QatConfig
 from speedstack.train.corpus import load_corpus
 from speedstack.train.data import PackedWindows
 from speedstack.train.loop import RunResult
 from speedstack.train.metrics import read_metrics
 from speedstack.train.objective import forward_kl
+from speedstack.train.optim import build_optimizer
 from speedstack.train.qat import qat
 
 MakeConfig = Callable[..., QatConfig]
@@ -108,6 +109,7 @@ def test_evaluation_before_the_first_step_is_post_training_quantization(
         ({"qat__objective": "ce", "qat__trainable": "all"}, set()),
         ({"qat__objective": "mix", "qat__ce_weight": 0.25, "run__precision": "bfloat16"}, {"kl", "cross_entropy"}),
         ({"qat__teacher_dtype": "bfloat16", "run__precision": "bfloat16"}, set()),
+        ({"qat__trainable": "all_but_router", "run__precision": "bfloat16"}, set()),
     ],
 )
 def test_options(
@@ -119,30 +121,91 @@ def test_options(
     if keys:
         assert line["loss"] == pytest.approx(0.25 * line["cross_entropy"] + 0.75 * line["kl"], rel=1e-5)
     before, after = load_model(pretrained.export_path), load_model(result.export_path)
-    moved = not torch.equal(before.get_output_embeddings().weight, after.get_output_embeddings().weight)
-    assert moved == (changes.get("qat__trainable") == "all")
+    moved = {name for name, tensor in before.state_dict().items() if not torch.equal(tensor, after.state_dict()[name])}
+    trainable = changes.get("qat__trainable", "experts")
+    assert ("lm_head.weight" in moved) == (trainable != "experts")
+    assert bool(moved & router_parameters(before).keys()) == (trainable == "all")
 
 
-def random_model(family: str, path: Path, corpus_path: Path) -> Path:
-    """A random instance of another model family, with the corpus's tokenizer."""
-    common: dict[str, Any] = {
-        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 1, "bos_token_id": 0,
-        "eos_token_id": 0,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    if family == "qwen3_moe":
-        qwen3 = Qwen3MoeConfig(**common, moe_intermediate_size=32)
-        Qwen3MoeForCausalLM(qwen3).save_pretrained(path)
-    else:
-        OlmoeForCausalLM(OlmoeConfig(**common)).save_pretrained(path)
-    load_corpus(corpus_path).tokenizer.save_pretrained(path)
-    return path
+def numbers(run_directory: Path) -> list[dict[str, Any]]:
+    """The record without what a clock says."""
+    clock = {"elapsed_seconds", "tokens_per_second"}
+    return [{key: value for key, value in line.items() if key not in clock} for line in read_metrics(run_directory)]
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
-def test_other_families(family: str, make_qat_config: MakeConfig, corpus_path: Path, tmp_path: Path) -> None:
-    model = random_model(family, tmp_path / family, corpus_path)
+def test_flips_are_recorded_and_survive_a_resume(
+    pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"qat__look_every": 1, "optim__name": "adamw", "optim__lr": 1e-2, "loop__eval_every": 2}
+    whole = qat(make_qat_config(tmp_path / "whole", pretrained.export_path, **options))
+    first, *_, last = (line for line in numbers(whole.path) if line["kind"] == "eval")
+    assert first["flips_since_start"] == first["oscillating"] == 0.0
+    assert last["flips_since_start"] > last["flips_since_look"] > 0.0
+    assert last["oscillating"] > 0.0
+
+    config = make_qat_config(tmp_path / "resumed", pretrained.export_path, **options)
+    shutil.copytree(whole.path, config.run_directory)
+    shutil.rmtree(config.run_directory / "export")
+    shutil.rmtree(config.run_directory / "checkpoints" / "step-6")
+    assert numbers(qat(config).path) == numbers(whole.path)
+
+    silent = qat(make_qat_config(tmp_path / "silent", pretrained.export_path, **(options | {"qat__look_every": 0})))
+    assert "oscillating" not in silent.metrics
+    assert silent.metrics["heldout_kl"] == last["heldout_kl"], "looking changes nothing"
+
+
+def test_activation_checkpointing_changes_no_number(
+    pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"run__precision": "bfloat16", "loop__num_steps": 3}
+    plain = qat(make_qat_config(tmp_path / "plain", pretrained.export_path, **options))
+    options["qat__activation_checkpointing"] = True
+    assert numbers(qat(make_qat_config(tmp_path / "lean", pretrained.export_path, **options)).path) == numbers(
+        plain.path
+    )
+
+
+def test_dampening_keeps_masters_near_their_values(
+    pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path
+) -> None:
+    def distance(dampening: float, micro_batch_size: int) -> float:
+        config = make_qat_config(
+            tmp_path / f"{dampening}-{micro_batch_size}",
+            pretrained.export_path,
+            qat__dampening=dampening,
+            loop__micro_batch_size=micro_batch_size,
+            optim__name="adamw",
+            optim__lr=1e-3,
+            optim__grad_clip=0.0,
+        )
+        masters = load_file(qat(config).path / "checkpoints" / "step-6" / "model.safetensors")
+        return sum((w - fake_quantize(w)).square().sum().item() for w in masters.values() if w.ndim == 3)
+
+    assert distance(10.0, 0) < 0.9 * distance(0.0, 0)
+    # The pull is of an optimizer step, however many backward passes make one.
+    assert distance(10.0, 1) == pytest.approx(distance(10.0, 0), rel=1e-2)
+
+
+def test_masters_are_float32_whatever_the_file_holds(
+    pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path
+) -> None:
+    """In bfloat16 an update of 1e-5 of a weight would vanish without a trace."""
+    model = load_model(pretrained.export_path, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    load_corpus(make_qat_config(tmp_path, tmp_path).data.corpus).tokenizer.save_pretrained(tmp_path / "half")
+    result = qat(make_qat_config(tmp_path, tmp_path / "half", loop__num_steps=1))
+    masters = load_file(result.path / "checkpoints" / "step-1" / "model.safetensors")
+    assert {tensor.dtype for tensor in masters.values() if tensor.ndim == 3} == {torch.float32}
+    with pytest.raises(ValueError, match=r"down_proj.weight is torch.bfloat16: master weights have to be float32"):
+        build_optimizer(torch.nn.ModuleDict({"down_proj": torch.nn.Linear(2, 2).bfloat16()}), OptimSection())
+
+
+@pytest.mark.filterwarnings("ignore:no packed format is known for minimax_m2")
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "gpt_oss", "minimax_m2"])
+def test_other_families(
+    family: str, make_qat_config: MakeConfig, random_model: Callable[[str, Path], Path], tmp_path: Path
+) -> None:
+    model = random_model(family, tmp_path / family)
     result = qat(make_qat_config(tmp_path, model, loop__num_steps=3, optim__name="adamw", optim__lr=1e-3))
     assert result.metrics["heldout_kl"] > 0
     before, after = load_model(model), load_model(result.export_path)

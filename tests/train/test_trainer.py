@@ -57,7 +57,7 @@ def test_a_checkpoint_is_the_state_when_it_was_saved(
     advance(trainer)
     trainer.module.get_buffer("bias").add_(1.0)
     saved = state(trainer)
-    trainer.save(store, 1, {})
+    trainer.save(store, 1, {}, {})
     # Training goes on while the files are not written yet.
     advance(trainer)
     trainer.module.get_buffer("bias").add_(1.0)
@@ -100,7 +100,7 @@ def test_micro_batches_add_up_to_their_mean(make_pretrain_config: MakeConfig, tm
 def test_a_checkpoint_of_another_model_is_refused(make_pretrain_config: MakeConfig, tmp_path: Path) -> None:
     config = make_pretrain_config(tmp_path)
     store = CheckpointStore(tmp_path / "checkpoints", num_kept=1, world_size=1, config_hash="a")
-    make(config).save(store, 1, {})
+    make(config).save(store, 1, {}, {})
     store.wait()
     other = PlainTrainer(nn.Linear(3, 3), config, num_micro_batches=1)
     with pytest.raises(ValueError, match="does not hold the tensors of this model"):
