@@ -101,7 +101,9 @@ def measure_quality(
                 nll_nats=mean_nll,
                 perplexity=math.exp(mean_nll),
                 kl_to_teacher_nats=None if name == teacher else float(torch.cat(kl[name]).mean()),
-                kl_stderr_nats=None if name == teacher else _stderr_over_windows(kl[name]),
+                kl_stderr_nats=None
+                if name == teacher
+                else stderr_over_windows([float(part.sum()) for part in kl[name]], [len(part) for part in kl[name]]),
                 top1_agreement=None if name == teacher else float(torch.cat(matches[name]).double().mean()),
                 tasks=scores[name],
             )
@@ -183,13 +185,15 @@ def _task_config(name: str, data_dir: Path) -> dict[str, Any]:
     return config
 
 
-def _stderr_over_windows(parts: Sequence[torch.Tensor]) -> float | None:
-    """Standard error of the token mean, taking windows (not tokens, which correlate) as the independent draws."""
-    if len(parts) < 2:
+def stderr_over_windows(sums: Sequence[float], sizes: Sequence[int]) -> float | None:
+    """Standard error of a mean over tokens, given each window's sum and tokens; None for one window.
+
+    Windows, not tokens, which correlate, are the independent draws.
+    """
+    num_windows, num_tokens = len(sums), sum(sizes)
+    if num_windows < 2:
         return None
-    sizes = torch.tensor([len(part) for part in parts], dtype=torch.float64)
-    sums = torch.stack([part.sum() for part in parts])
-    mean = sums.sum() / sizes.sum()
+    mean = sum(sums) / num_tokens
     # Ratio estimator: residuals of the sums about mean x size.
-    variance = (sums - mean * sizes).square().sum() * len(parts) / (len(parts) - 1)
-    return float(variance.sqrt() / sizes.sum())
+    residuals = sum((part - mean * size) ** 2 for part, size in zip(sums, sizes, strict=True))
+    return math.sqrt(residuals * num_windows / (num_windows - 1)) / num_tokens

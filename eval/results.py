@@ -5,6 +5,7 @@ guess. Units are in the names. Not-a-number and infinity are refused when a resu
 result that holds one is a bug upstream, not a value.
 """
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -225,6 +226,52 @@ class TimingResult(Document):
         return fast.decode_tokens_per_second.median / slow.decode_tokens_per_second.median
 
 
+class UnitSensitivity(Record):
+    """A layer's routed experts, or one of them, quantized alone: the distance to full precision that this makes.
+
+    `expert` is None for the whole layer; `num_tokens` counts the tokens sent to it, a token once an expert.
+    """
+
+    layer: int
+    expert: int | None
+    num_parameters: int
+    num_tokens: int
+    kl_nats: float
+    kl_stderr_nats: float | None
+    top1_agreement: float
+
+
+class SensitivityResult(Document):
+    """KL to the full-precision model when only one layer or expert is quantized; `all_kl_nats` when all are."""
+
+    kind: Literal["sensitivity"] = "sensitivity"
+    rounding: str
+    num_tokens: int
+    all_kl_nats: float
+    units: tuple[UnitSensitivity, ...]
+    environment: Environment
+
+    def layers(self) -> tuple[UnitSensitivity, ...]:
+        """The whole layers, in order."""
+        return tuple(unit for unit in self.units if unit.expert is None)
+
+    def experts(self) -> tuple[UnitSensitivity, ...]:
+        """The single experts, in order; empty when only layers were measured."""
+        return tuple(unit for unit in self.units if unit.expert is not None)
+
+    def save_csv(self, path: str | Path) -> Path:
+        """Write the units as CSV, a row each, an empty `expert` for whole layers; returns the path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(UnitSensitivity.model_fields))
+            writer.writeheader()
+            writer.writerows(unit.model_dump() for unit in self.units)
+        os.replace(temporary, path)
+        return path
+
+
 class Curve(Record):
     """A quantity over training steps: one line in a plot of its stage."""
 
@@ -297,7 +344,7 @@ class Report(Document):
     notes: tuple[str, ...] = ()
 
 
-DOCUMENTS: tuple[type[Document], ...] = (QualityResult, AcceptanceResult, TimingResult, Report)
+DOCUMENTS: tuple[type[Document], ...] = (QualityResult, AcceptanceResult, TimingResult, SensitivityResult, Report)
 
 
 def to_plain(value: object) -> Any:

@@ -7,5 +7,9 @@ The ground floor: torch, transformers and safetensors only, no configuration fil
     formats       other number formats for ablations, by name
     kernels       the same MXFP4, fast: C++ and Triton
     ptq           post-training quantization by rounding to nearest
+    gptq          GPTQ of a stack of matrices, given the second moments of their inputs
+    calibration   GPTQ of a model's routed experts, layer by layer
+    replay        decoder layers of a model one at a time, or from one of them on
+    routing       what reaches the routed experts in a forward
     checkpoint    packed and plain Hugging Face directories, in and out
 """

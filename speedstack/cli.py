@@ -61,6 +61,11 @@ VERBS = {
         "speedstack.jobs:qat",
         continues=True,
     ),
+    "quantize": Verb(
+        "quantize a model's experts to MXFP4 after training, by rounding or GPTQ",
+        "speedstack.quantize:load_quantize_config",
+        "speedstack.quantize:quantize",
+    ),
     "drafter": Verb(
         "train a DFlash drafter for a model",
         "speedstack.train.config:DrafterConfig",

@@ -65,8 +65,8 @@ class DataSection(Section):
     corpus: Path = Field(Path("runs/corpus"), description="Tokenized corpus; prepared there if it does not exist yet.")
     source: str = Field(
         "stdlib",
-        description="Text to tokenize: stdlib (the interpreter's standard library), a .jsonl or .parquet file, a "
-        "directory of such files, or the name of a dataset on the Hugging Face Hub; all with a column `text`.",
+        description="Text to tokenize: stdlib (the interpreter's standard library), a .jsonl, .parquet or .txt "
+        "file, a directory of such files, or the name of a dataset on the Hugging Face Hub; with a column `text`.",
     )
     vocab_size: int = Field(4096, ge=300, description="Vocabulary of the byte-level BPE tokenizer trained by pretrain.")
     heldout_fraction: float = Field(0.05, gt=0, lt=1, description="Fraction of the documents kept for evaluation.")

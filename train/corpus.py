@@ -37,7 +37,7 @@ _SKIPPED_DIRECTORIES = frozenset(
     {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
 )
 _MIN_DOCUMENT_CHARACTERS = 200
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def prepare_corpus(
         path: Corpus directory; it appears complete or not at all.
         vocab_size: Size of the BPE tokenizer trained here; ignored when `tokenizer` is given.
         seed: Seed of the split into training and held-out documents.
-        source: "stdlib", a .jsonl or .parquet file, a directory of such files, or a name on the Hugging Face Hub.
+        source: "stdlib", a .jsonl, .parquet or .txt file (of text: one document), a directory of such files, or a name
+            on the Hugging Face Hub.
         heldout_fraction: Fraction of the documents, at least one, kept for evaluation.
         tokenizer: Tokenizer of the model that will read the corpus.
 
@@ -82,7 +83,7 @@ def prepare_corpus(
     if path.exists():
         return _load_matching(path, settings)
 
-    train_rows, heldout_rows = _split(_documents(source), heldout_fraction, seed)
+    train_rows, heldout_rows = _split(load_documents(source), heldout_fraction, seed)
     if tokenizer is None:
         tokenizer = train_tokenizer((row["text"] for row in train_rows), vocab_size)
     if tokenizer.eos_token_id is None:
@@ -93,9 +94,9 @@ def prepare_corpus(
         shutil.rmtree(stale, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".partial", dir=path.parent))
     try:
-        with _quiet_datasets():
-            _tokenize(heldout_rows, tokenizer, keep_text=True).save_to_disk(str(temporary / "heldout"))
-            _tokenize(train_rows, tokenizer, keep_text=False).save_to_disk(str(temporary / "train"))
+        with quiet_datasets():
+            tokenize(heldout_rows, tokenizer, keep_text=True).save_to_disk(str(temporary / "heldout"))
+            tokenize(train_rows, tokenizer, keep_text=False).save_to_disk(str(temporary / "train"))
         tokenizer.save_pretrained(str(temporary / "tokenizer"))
         # `vocab_size` stays what was asked for, which little text does not always reach.
         settings |= {"num_tokens": len(tokenizer), "tokenizer_sha256": _tokenizer_sha256(tokenizer)}
@@ -158,28 +159,38 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def _documents(source: str) -> datasets.Dataset:
-    """Columns `name` and `text` of the documents, in an order that depends on nothing but the source."""
+def load_documents(source: str) -> datasets.Dataset:
+    """Columns `name` and `text` of the documents, in an order that depends on nothing but the source.
+
+    `source` is as in `prepare_corpus`. Raises ValueError for one that is neither files nor a dataset that can be
+    fetched, and for one without text.
+    """
     if source == "stdlib":
         pairs = list(_standard_library())
         return datasets.Dataset.from_dict({"name": [name for name, _ in pairs], "text": [text for _, text in pairs]})
     place = Path(source)
     if place.exists():
         files = sorted(file for file in ([place] if place.is_file() else place.rglob("*")) if file.suffix in _FORMATS)
+        # A README.txt beside the data is not data.
+        files = [file for file in files if file.suffix != ".txt"] or files
         formats = {_FORMATS[file.suffix] for file in files}
         if len(formats) != 1:
-            raise ValueError(f"data.source {source}: expected .jsonl or .parquet files of one kind, found {len(files)}")
-        loaded = datasets.load_dataset(formats.pop(), data_files=[str(file) for file in files], split="train")
+            raise ValueError(
+                f"source {source}: expected .jsonl, .parquet or .txt files of one kind, found {len(files)}"
+            )
+        kind = formats.pop()
+        options = {"sample_by": "document"} if kind == "text" else {}
+        loaded = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
     else:
         try:
             loaded = datasets.load_dataset(source, split="train")
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(
-                f"data.source {source} is neither a file nor a dataset that can be fetched: {reason}"
+                f"source {source} is neither a file nor a dataset that can be fetched: {reason}"
             ) from error
     if "text" not in loaded.column_names:
-        raise ValueError(f"data.source {source} has no column 'text'; its columns are {', '.join(loaded.column_names)}")
+        raise ValueError(f"source {source} has no column 'text'; its columns are {', '.join(loaded.column_names)}")
     names = [f"{place.name}/{index}" for index in range(len(loaded))]
     return loaded.select_columns(["text"]).add_column("name", names)
 
@@ -210,7 +221,9 @@ def _split(
     return documents.select(order[num_heldout:]), documents.select(order[:num_heldout])
 
 
-def _tokenize(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, keep_text: bool) -> datasets.Dataset:
+def tokenize(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, keep_text: bool) -> datasets.Dataset:
+    """Columns `name` and `input_ids` (int32), and `text` if it is kept; each document is closed by the separator."""
+
     def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         encoded = tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
         return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded]}
@@ -260,7 +273,7 @@ def _tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @contextmanager
-def _quiet_datasets() -> Iterator[None]:
+def quiet_datasets() -> Iterator[None]:
     """No progress bars of `datasets`: the caller's own bar stands for the whole stage."""
     were_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()

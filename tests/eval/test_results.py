@@ -101,6 +101,7 @@ def test_json_schemas_are_written_for_every_kind(tmp_path: Path, made_up_report:
         "quality.schema.json",
         "acceptance.schema.json",
         "timing.schema.json",
+        "sensitivity.schema.json",
         "report.schema.json",
     ]
     for path, document in zip(paths, DOCUMENTS, strict=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from speedstack.train.corpus import _documents, load_corpus, prepare_corpus
+from speedstack.train.corpus import load_corpus, load_documents, prepare_corpus
 
 
 def test_split_is_by_document_and_complete(corpus_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_what_a_killed_process_left_is_removed(corpus_path: Path, tmp_path: Path
     directory = tmp_path / "out"
     code = (
         "import os, signal, sys, pathlib, speedstack.train.corpus as corpus\n"
-        "corpus._tokenize = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "corpus.tokenize = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "corpus.prepare_corpus(pathlib.Path(sys.argv[1]), 300, source=sys.argv[2])\n"
     )
     source = str(corpus_path.parent / "source.jsonl")
@@ -102,11 +102,11 @@ def test_a_directory_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a prepared corpus"):
         prepare_corpus(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"expected \.jsonl or \.parquet"):
+    with pytest.raises(ValueError, match=r"expected \.jsonl, \.parquet or \.txt"):
         prepare_corpus(tmp_path / "new", source=str(tmp_path / "empty"))
 
 
 def test_the_standard_library_is_found_without_its_tests() -> None:
-    names = set(_documents("stdlib")["name"])
+    names = set(load_documents("stdlib")["name"])
     assert {"argparse.py", "asyncio/base_events.py"} <= names
     assert not any({"test", "site-packages"} & set(Path(name).parts) for name in names)

@@ -1,0 +1,210 @@
+"""The `quantize` verb: routed experts to MXFP4 after training, by rounding or by GPTQ, as a packed model directory.
+
+Next to the model lies quantize.json: what was asked for, on which machine, how long it took, and for GPTQ what each
+expert's matrices were calibrated on and what came out. The model appears whole or not at all, the record after it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from speedstack.eval.config import DEMO_RUN, VerbConfig
+from speedstack.eval.results import Document, Environment, Record
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from speedstack.quant.calibration import GptqReport
+    from speedstack.quant.mxfp4 import ScaleRule
+
+RECORD_FILE = "quantize.json"
+
+
+class CalibrationSection(VerbConfig):
+    """Text for GPTQ; the other methods need none."""
+
+    source: str = Field(
+        str(DEMO_RUN / "corpus"),
+        description="Prepared corpus (its training part is read), a .jsonl, .parquet or .txt file, a directory of such "
+        "files, or the name of a dataset on the Hugging Face Hub; with a column `text`.",
+    )
+    num_sequences: int = Field(128, ge=1, description="Sequences.")
+    sequence_length: int = Field(256, ge=2, description="Tokens in each.")
+    batch_size: int = Field(8, ge=1, description="Sequences computed together.")
+    seed: int = Field(0, ge=0, description="Seed of the choice of sequences.")
+
+
+class QuantizeConfig(VerbConfig):
+    """Quantize a model's routed experts to MXFP4 without training."""
+
+    model: Path = Field(DEMO_RUN / "pretrain" / "export", description="Unquantized model directory.")
+    method: Literal["rtn", "mse", "gptq"] = Field(
+        "gptq",
+        description="rtn: round to nearest. mse: the same, each block with the scale of least squared error. gptq: "
+        "columns in turn, each making up for the errors before it on the calibration text.",
+    )
+    scale_rule: Literal["auto", "floor", "rceil", "even", "mse"] = Field(
+        "auto",
+        description="Rule that chooses the shared exponent of an MXFP4 block; auto: even for rtn, mse for the others. "
+        "Under gptq, mse searches for the least error of the output instead of the weights.",
+    )
+    damping: float = Field(
+        0.01, ge=0, description="gptq: added to the diagonal of the inputs' second moments, as a part of its mean."
+    )
+    calibration: CalibrationSection = Field(CalibrationSection(), description="Text for gptq.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device; auto takes CUDA if present.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="dtype of computation and of the weights that stay unquantized; auto: the model's own."
+    )
+    out: Path = Field(Path("runs/quantize"), description="Directory for the packed model.")
+
+    @property
+    def chosen_scale_rule(self) -> ScaleRule:
+        """The rule that `auto` stands for."""
+        if self.scale_rule != "auto":
+            return self.scale_rule
+        return "even" if self.method == "rtn" else "mse"
+
+    @model_validator(mode="after")
+    def _rule_fits(self) -> QuantizeConfig:
+        if self.method == "mse" and self.scale_rule not in ("auto", "mse"):
+            raise ValueError(f"method mse is the scale rule mse; for the rule {self.scale_rule} choose method rtn")
+        return self
+
+
+class QuantizedExpert(Record):
+    """One expert's matrix, as in `speedstack.quant.calibration.ExpertReport`, which says what the fields are."""
+
+    weight: str
+    layer: int
+    expert: int
+    num_tokens: int
+    num_borrowed: int
+    error: float
+    rtn_error: float
+    damping: float | None
+    is_fallback: bool
+
+
+class QuantizeResult(Document):
+    """The record beside a quantized model. `experts` is empty for methods without calibration."""
+
+    kind: Literal["quantize"] = "quantize"
+    config: dict[str, Any]
+    scale_rule: str
+    seconds: float
+    num_calibration_tokens: int
+    experts: tuple[QuantizedExpert, ...]
+    environment: Environment
+
+
+def load_quantize_config(path: Path | None, overrides: Sequence[str]) -> QuantizeConfig:
+    """As every verb's; instead of a YAML file, a model directory may be named, which is then `model`."""
+    from speedstack.train.config import load_config
+
+    if path is not None and path.suffix not in (".yaml", ".yml"):
+        return load_config(QuantizeConfig, None, ["--model", str(path), *overrides])
+    return load_config(QuantizeConfig, path, overrides)
+
+
+def quantize(config: QuantizeConfig) -> None:
+    """Write the packed model and its record.
+
+    Raises ValueError for a model that is missing, quantized already, broken or of a family that cannot be packed, for
+    missing or too little calibration text, and for an output directory that holds something else; OSError as
+    `save_packed` does. Whatever fails, `out` is as it was.
+    """
+    _check_directories(config)
+    import torch
+
+    from speedstack.eval.environment import describe_environment
+    from speedstack.quant.checkpoint import load_model, save_packed
+    from speedstack.quant.checkpoint.names import hub_names
+    from speedstack.quant.checkpoint.reader import read_config
+    from speedstack.runtime.select import choose_device
+    from speedstack.train.qat import load_tokenizer
+
+    device = choose_device(config.device)
+    tokenizer = load_tokenizer(config.model)
+    # Before the work: a family that cannot be packed, and text that is not there.
+    model_config = read_config(config.model)[0]
+    hub_names(model_config)
+    windows_NT = _calibration_windows(config, tokenizer, model_config) if config.method == "gptq" else None
+    stored_dtype = getattr(model_config, "dtype", None) or torch.float32
+    model = load_model(config.model, stored_dtype if config.dtype == "auto" else getattr(torch, config.dtype))
+    torch.nn.Module.to(model, device)
+
+    start = time.perf_counter()
+    report = None if windows_NT is None else _gptq(model, windows_NT, config)
+    save_packed(model, config.out, tokenizer, config.chosen_scale_rule)
+    result = QuantizeResult(
+        config=config.model_dump(mode="json"),
+        scale_rule=config.chosen_scale_rule,
+        seconds=time.perf_counter() - start,
+        num_calibration_tokens=0 if report is None else report.num_tokens,
+        experts=() if report is None else tuple(QuantizedExpert(**vars(entry)) for entry in report.experts),
+        environment=describe_environment(),
+    )
+    if report is not None:
+        print(
+            f"{len(report.experts)} matrices on {report.num_tokens} tokens: output error {report.error_ratio:.3f} of "
+            f"rounding to nearest; {report.num_borrowers} borrowed tokens, {report.num_fallbacks} rounded to nearest"
+        )
+    print(f"model: {config.out}")
+    print(f"written: {result.save(config.out / RECORD_FILE)}")
+
+
+def _check_directories(config: QuantizeConfig) -> None:
+    """What can be said without loading anything."""
+    from speedstack.quant.checkpoint.files import CONFIG_FILE, checkpoint_directory, read_json
+
+    quantization = read_json(checkpoint_directory(config.model) / CONFIG_FILE).get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ValueError(f"{config.model} is quantized already ({method}): give the model it was made from")
+    if config.out.resolve() == config.model.resolve():
+        raise ValueError(f"out is the model itself, {config.model}, which it would replace: choose another directory")
+    is_empty = not config.out.exists() or (config.out.is_dir() and not any(config.out.iterdir()))
+    if not is_empty and not (config.out / CONFIG_FILE).is_file():
+        raise ValueError(f"{config.out} exists and is not a model directory: choose another path")
+
+
+def _calibration_windows(
+    config: QuantizeConfig, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig
+) -> torch.Tensor:
+    """Token ids, int64 [N, T], that the model can read."""
+    from speedstack.train.calibration import calibration_windows
+
+    section, text_config = config.calibration, model_config.get_text_config()
+    if len(tokenizer) > text_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {config.model} has {len(tokenizer)} tokens, the model an embedding of "
+            f"{text_config.vocab_size}: they do not belong together"
+        )
+    max_length = getattr(text_config, "max_position_embeddings", None)
+    if max_length is not None and section.sequence_length > max_length:
+        raise ValueError(
+            f"calibration.sequence_length {section.sequence_length} exceeds the model's {max_length} positions"
+        )
+    return calibration_windows(section.source, tokenizer, section.num_sequences, section.sequence_length, section.seed)
+
+
+def _gptq(model: PreTrainedModel, windows_NT: torch.Tensor, config: QuantizeConfig) -> GptqReport:
+    from tqdm import tqdm
+
+    from speedstack.quant.calibration import gptq_experts
+
+    with tqdm(total=model.config.get_text_config().num_hidden_layers, desc="GPTQ", unit="layer") as bar:
+        return gptq_experts(
+            model,
+            windows_NT.split(config.calibration.batch_size),
+            config.chosen_scale_rule,
+            config.damping,
+            on_layer=lambda done, total: bar.update(),
+        )

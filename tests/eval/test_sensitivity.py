@@ -1,0 +1,139 @@
+"""Sensitivity by layer and by expert: against whole forwards of models quantized for real, and nothing left behind."""
+
+import copy
+import csv
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from speedstack.eval.divergence import token_kl
+from speedstack.eval.results import SensitivityResult
+from speedstack.eval.sensitivity import main, measure_sensitivity
+from speedstack.quant.experts import expert_parameters
+from speedstack.quant.mxfp4 import fake_quantize
+from speedstack.quant.ptq import round_to_nearest
+
+# Two lengths, as `heldout_windows` gives them.
+WINDOWS = [[0, *range(start, start + length)] for start, length in ((3, 30), (60, 30), (120, 30), (200, 11))]
+
+
+@pytest.fixture
+def model(make_tiny_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return make_tiny_model()
+
+
+@torch.no_grad()
+def mean_kl(teacher: PreTrainedModel, student: PreTrainedModel) -> float:
+    """Over the positions that predict a token of the window, a window at a time."""
+    parts = []
+    for window in WINDOWS:
+        teacher_TV, student_TV = (each(input_ids=torch.tensor([window])).logits[0, :-1] for each in (teacher, student))
+        parts.append(token_kl(teacher_TV, student_TV))
+    return float(torch.cat(parts).mean())
+
+
+def test_each_unit_equals_a_model_with_that_unit_quantized(model: PreTrainedModel) -> None:
+    result = measure_sensitivity(model, WINDOWS, batch_size=2)
+    assert [(unit.layer, unit.expert) for unit in result.units] == [
+        (layer, expert) for layer in (1, 2) for expert in (None, *range(8))
+    ]
+    assert result.num_tokens == 30 * 3 + 11
+    for unit in result.units:
+        student = copy.deepcopy(model)
+        num_parameters = 0
+        for name, parameter in expert_parameters(student).items():
+            if f"layers.{unit.layer}." in name:
+                part = parameter.data if unit.expert is None else parameter.data[unit.expert]
+                part.copy_(fake_quantize(part))
+                num_parameters += part.numel()
+        # A window alone or beside another is rounded differently in float32.
+        assert unit.kl_nats == pytest.approx(mean_kl(model, student), rel=1e-3, abs=1e-9)
+        assert unit.num_parameters == num_parameters
+    everything = copy.deepcopy(model)
+    round_to_nearest(everything)
+    assert result.all_kl_nats == pytest.approx(mean_kl(model, everything), rel=1e-3)
+
+
+def test_tokens_are_counted_by_expert(model: PreTrainedModel) -> None:
+    result = measure_sensitivity(model, WINDOWS)
+    num_ids = sum(map(len, WINDOWS))
+    for layer in result.layers():
+        assert layer.num_tokens == 2 * num_ids  # two experts a token
+        assert layer.num_tokens == sum(unit.num_tokens for unit in result.experts() if unit.layer == layer.layer)
+
+
+def test_an_expert_that_nobody_chose_changes_nothing(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.e_score_correction_bias[3] = -100.0
+    (unit,) = [u for u in measure_sensitivity(model, WINDOWS).experts() if (u.layer, u.expert) == (1, 3)]
+    assert (unit.num_tokens, unit.kl_nats, unit.top1_agreement) == (0, 0.0, 1.0)
+
+
+def test_weights_are_as_before_even_after_an_error(model: PreTrainedModel) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    measure_sensitivity(model, WINDOWS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    calls = 0
+
+    def breaks(weight: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise ValueError("no more")
+        return fake_quantize(weight)
+
+    with pytest.raises(ValueError, match="no more"):
+        measure_sensitivity(model, WINDOWS, breaks)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_another_rounding_and_layers_only(model: PreTrainedModel) -> None:
+    exact = measure_sensitivity(model, WINDOWS, torch.clone, by_expert=False)
+    assert exact.experts() == () and len(exact.layers()) == 2
+    assert [unit.kl_nats for unit in exact.units] == [0.0, 0.0] and exact.all_kl_nats == 0.0
+    floor = measure_sensitivity(model, WINDOWS, partial(fake_quantize, scale_rule="floor"), by_expert=False)
+    assert floor.rounding == "fake_quantize(scale_rule=floor)"
+    assert floor.all_kl_nats > 0 and floor.all_kl_nats != measure_sensitivity(model, WINDOWS).all_kl_nats
+
+
+def test_files(model: PreTrainedModel, tmp_path: Path) -> None:
+    result = measure_sensitivity(model, WINDOWS)
+    assert SensitivityResult.load(result.save(tmp_path / "a" / "sensitivity.json")) == result
+    with result.save_csv(tmp_path / "b" / "sensitivity.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["expert"] for row in rows[:3]] == ["", "0", "1"]
+    assert [float(row["kl_nats"]) for row in rows] == [unit.kl_nats for unit in result.units]
+    assert [entry.name for entry in (tmp_path / "b").iterdir()] == ["sensitivity.csv"]
+
+
+def test_no_windows(model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="no windows"):
+        measure_sensitivity(model, [])
+
+
+def test_command(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = datasets.Dataset.from_dict({"input_ids": [[*range(3, 100), 0], [*range(200, 300), 0]]})
+    documents.save_to_disk(str(tmp_path / "corpus" / "heldout"))
+    command = [str(tiny_model_dir), "--corpus", str(tmp_path / "corpus"), "--out", str(tmp_path / "out")]
+    assert main([*command, "--window", "33", "--num-tokens", "100", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    result = SensitivityResult.load(tmp_path / "out" / "sensitivity.json")
+    assert result.num_tokens == 100 and len(result.units) == 18
+    worst = max(result.experts(), key=lambda unit: unit.kl_nats)
+    assert f"layer {worst.layer} expert {worst.expert}" in text and (tmp_path / "out" / "sensitivity.csv").is_file()
+    for wrong, message in (
+        (["--corpus", str(tmp_path)], "is not a prepared corpus"),
+        (["--batch-size", "0"], "must be at least 1"),
+        (["--window", "1"], "use at least 2"),
+        (["--device", "tpu"], "tpu"),
+    ):
+        assert main([*command, *wrong]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert message in lines[-1] and lines[-1].startswith("sensitivity: error: ")
+    assert main([str(tmp_path / "nowhere"), *command[1:]]) == 2
+    assert "no model directory" in capsys.readouterr().err
