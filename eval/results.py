@@ -272,6 +272,35 @@ class SensitivityResult(Document):
         return path
 
 
+class ConversionCost(Record):
+    """One conversion of a checkpoint, in a process of its own.
+
+    `peak_bytes` is the largest resident memory above what the process held before. `max_shard_bytes` bounds the files
+    of the source and of the result alike.
+    """
+
+    name: str
+    description: str
+    source_bytes: int
+    num_source_shards: int
+    max_shard_bytes: int
+    seconds: float
+    peak_bytes: int
+
+    @property
+    def peak_shards(self) -> float:
+        """Peak memory in shards of the source."""
+        return self.peak_bytes / self.max_shard_bytes
+
+
+class ConversionResult(Document):
+    """Memory and time of converting checkpoints, a peer among them."""
+
+    kind: Literal["conversion"] = "conversion"
+    conversions: tuple[ConversionCost, ...]
+    environment: Environment
+
+
 class Curve(Record):
     """A quantity over training steps: one line in a plot of its stage."""
 
@@ -344,7 +373,14 @@ class Report(Document):
     notes: tuple[str, ...] = ()
 
 
-DOCUMENTS: tuple[type[Document], ...] = (QualityResult, AcceptanceResult, TimingResult, SensitivityResult, Report)
+DOCUMENTS: tuple[type[Document], ...] = (
+    QualityResult,
+    AcceptanceResult,
+    TimingResult,
+    SensitivityResult,
+    ConversionResult,
+    Report,
+)
 
 
 def to_plain(value: object) -> Any:

@@ -11,5 +11,6 @@ The ground floor: torch, transformers and safetensors only, no configuration fil
     calibration   GPTQ of a model's routed experts, layer by layer
     replay        decoder layers of a model one at a time, or from one of them on
     routing       what reaches the routed experts in a forward
-    checkpoint    packed and plain Hugging Face directories, in and out
+    fp8           FP8 in tiles, as some checkpoints hold their other linear layers
+    checkpoint    Hugging Face directories in six formats, in and out
 """

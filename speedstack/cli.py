@@ -72,6 +72,11 @@ VERBS = {
         "speedstack.jobs:drafter",
         continues=True,
     ),
+    "convert": Verb(
+        "turn a checkpoint of one format into one of another",
+        "speedstack.convert:load_convert_config",
+        "speedstack.convert:convert",
+    ),
     "generate": Verb(
         "stream text from a model, with or without a drafter",
         "speedstack.generate:GenerateConfig",

@@ -134,7 +134,7 @@ def quantize(config: QuantizeConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     # Before the work: a family that cannot be packed, and text that is not there.
     model_config = read_config(config.model)[0]
-    hub_names(model_config)
+    hub_names(model_config.model_type)
     windows_NT = _calibration_windows(config, tokenizer, model_config) if config.method == "gptq" else None
     stored_dtype = getattr(model_config, "dtype", None) or torch.float32
     model = load_model(config.model, stored_dtype if config.dtype == "auto" else getattr(torch, config.dtype))

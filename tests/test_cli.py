@@ -79,6 +79,7 @@ def test_unknown_key_in_a_file_names_the_nearest(verb: str, fails: Callable[...,
         "qat": ("qat: {modle: x}", "qat.model"),
         "drafter": ("drafter: {bloc_size: 8}", "drafter.block_size"),
         "quantize": ("calibration: {num_sequence: 8}", "calibration.num_sequences"),
+        "convert": ("sorce: x", "source"),
         "generate": ("promt: x", "prompt"),
         "eval": ("techer: x", "teacher"),
         "bench": ("num_repeat: 2", "num_repeats"),
@@ -369,3 +370,29 @@ def test_report_names_the_machine_that_was_timed(tmp_path: Path) -> None:
     )
     timing.save(tmp_path / "timing.json")
     assert gather([tmp_path], "Timed elsewhere").environment == elsewhere
+
+
+def test_convert_names_its_source_before_the_flags(
+    tiny_packed_dir: Path, fails: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["convert", str(tiny_packed_dir), "--to", "mimo", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "compressed-tensors to mimo: 4 expert weights" in text and f"written: {out}" in text
+    assert (out / "tokenizer.json").is_file()
+    job = tmp_path / "job.yaml"
+    job.write_text(f"source: {out}\nto: plain\nout: {tmp_path / 'plain'}\n", encoding="utf-8")
+    assert main(["convert", str(job)]) == 0
+    assert "did you mean 'mimo'" in fails("convert", tiny_packed_dir, "--to", "mimi", "--out", tmp_path / "x")
+    assert "nowhere" in fails("convert", tmp_path / "nowhere", "--to", "mimo", "--out", tmp_path / "x")
+    assert "already" in fails("convert", out, "--to", "mimo", "--out", tmp_path / "x")
+    assert str(job) in fails("convert", out, "--to", "plain", "--out", job / "x", code=1)
+    assert not (tmp_path / "x").exists()
+
+
+def test_convert_describes_every_format() -> None:
+    from speedstack.convert import ConvertConfig
+    from speedstack.quant.checkpoint import FORMATS
+
+    description = ConvertConfig.model_fields["to"].description
+    assert description is not None and all(name in description for name in FORMATS)

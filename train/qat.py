@@ -157,7 +157,7 @@ def _trained_names(student: PreTrainedModel, trainable: Literal["experts", "all_
 
 def _can_be_packed(model: PreTrainedModel) -> bool:
     try:
-        hub_names(model.config)
+        hub_names(model.config.model_type)
     except ValueError:
         return False
     return True

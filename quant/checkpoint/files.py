@@ -1,7 +1,9 @@
 """The files of a Hugging Face directory: config.json, and safetensors in one file or in shards under an index.
 
 Every defect a download, a full disk or a typing error leaves behind becomes a ValueError of one line, before anything
-is computed with it.
+is computed with it. Tensors are read when asked for, whole or a slice of the first dimension, into memory of their own:
+a view of a mapped file would change, or end the process, when somebody overwrites that file, and its pages would count
+as the process's memory.
 """
 
 import json
@@ -46,16 +48,20 @@ def weight_files(path: str | Path) -> list[Path]:
     path = checkpoint_directory(path)
     if (path / SINGLE_FILE).is_file():
         return [path / SINGLE_FILE]
+    files = [path / name for name in sorted(set(_weight_map(path).values()))]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} is missing although {INDEX_FILE} names it: download the shard again")
+    return files
+
+
+def _weight_map(path: Path) -> dict[str, str]:
     if not (path / INDEX_FILE).is_file():
         raise ValueError(f"{path} has no {SINGLE_FILE} and no {INDEX_FILE}: only safetensors weights can be read")
     weight_map = read_json(path / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{path / INDEX_FILE} has no weight_map: download it again")
-    files = [path / name for name in sorted(set(weight_map.values()))]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file} is missing although {INDEX_FILE} names it: download the shard again")
-    return files
+    return weight_map
 
 
 class WeightFiles:
@@ -69,11 +75,18 @@ class WeightFiles:
         self.used: set[str] = set()
         for file in weight_files(path):
             try:
-                handle = safe_open(file, framework="pt")
+                handle, self._is_mapped = _open(file)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} is truncated or corrupt ({error}): write or download it again") from error
             self._handles.append(handle)
             self._handle_of |= dict.fromkeys(handle.keys(), handle)
+        if not (self.path / SINGLE_FILE).is_file():
+            for name, file_name in _weight_map(self.path).items():
+                if name not in self._handle_of:
+                    raise ValueError(
+                        f"{self.path / file_name} lacks the tensor {name} although {INDEX_FILE} names it: "
+                        "download the shard again"
+                    )
 
     def __enter__(self) -> "WeightFiles":
         return self
@@ -87,20 +100,49 @@ class WeightFiles:
     def __contains__(self, name: str) -> bool:
         return name in self._handle_of
 
+    def names(self) -> list[str]:
+        """Names of all tensors, unordered."""
+        return list(self._handle_of)
+
     def unused(self) -> list[str]:
         """Names of tensors that nobody asked for."""
         return sorted(set(self._handle_of) - self.used)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that exists, from the file's header."""
+        return tuple(self._handle_of[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Of a tensor that exists, as safetensors spells it: 'BF16', 'U8', 'F8_E4M3', ..."""
+        return str(self._handle_of[name].get_slice(name).get_dtype())
+
     def get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Raises ValueError when the tensor is missing or has another shape."""
+        self._check(name, shape)
+        tensor = self._handle_of[name].get_tensor(name)
+        return tensor.clone() if self._is_mapped else tensor
+
+    def get_row(self, name: str, index: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """`get(name, shape)[index]`, reading nothing else."""
+        self._check(name, shape)
+        tensor = self._handle_of[name].get_slice(name)[index : index + 1][0]
+        return tensor.clone() if self._is_mapped else tensor
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._handle_of:
             raise ValueError(f"{self.path} lacks the tensor {name}: is it a complete model of this {CONFIG_FILE}?")
         self.used.add(name)
-        tensor = self._handle_of[name].get_tensor(name)
-        if tuple(tensor.shape) != tuple(shape):
+        found = self.shape(name)
+        if found != tuple(shape):
             raise ValueError(
-                f"{self.path}: {name} has shape {tuple(tensor.shape)}, {CONFIG_FILE} asks for {tuple(shape)}: "
+                f"{self.path}: {name} has shape {found}, {CONFIG_FILE} asks for {tuple(shape)}: "
                 "the weights and the configuration are of different models"
             )
-        # A view of the mapped file would change, or end the process, when somebody overwrites that file.
-        return tensor.clone()
+
+
+def _open(file: Path) -> tuple[Any, bool]:
+    """The open file, and whether its tensors are views of a mapping: safetensors before 0.8 knows nothing else."""
+    try:
+        return safe_open(file, framework="pt", backend="pread"), False
+    except TypeError:
+        return safe_open(file, framework="pt"), True

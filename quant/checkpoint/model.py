@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
 from speedstack.quant.checkpoint.reader import build_skeleton, load_checkpoint, read_config
+from speedstack.quant.experts import contraction_last
 from speedstack.quant.mxfp4 import MXFP4Tensor
 
 
@@ -20,12 +21,11 @@ def load_model(
     packed ones of those that `load_checkpoint` reads. Raises ValueError as `load_checkpoint` does.
     """
     path = checkpoint_directory(path)
-    config, is_packed = read_config(path)
-    if is_packed:
-        checkpoint = load_checkpoint(path)
+    config, codec = read_config(path)
+    skeleton = build_skeleton(config)
+    if codec.is_packed:
         state_dict = {
-            name: tensor.dequantize(dtype) if isinstance(tensor, MXFP4Tensor) else tensor
-            for name, tensor in checkpoint.tensors.items()
+            name: _values(skeleton, name, tensor, dtype) for name, tensor in load_checkpoint(path).tensors.items()
         }
         source = None
     else:
@@ -33,7 +33,7 @@ def load_model(
         with WeightFiles(path):
             state_dict, source = None, path
     # The automatic class cannot make a model of tensors in memory, its own class can.
-    model_class: Any = type(build_skeleton(config))
+    model_class: Any = type(skeleton)
     try:
         model, report = model_class.from_pretrained(
             source,
@@ -50,3 +50,13 @@ def load_model(
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} tensors, such as {missing[0]}: is it a complete model?")
     return model.eval()
+
+
+def _values(
+    skeleton: PreTrainedModel, name: str, tensor: torch.Tensor | MXFP4Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """A tensor as the model holds it: packed experts have the contraction axis last, some models do not."""
+    if not isinstance(tensor, MXFP4Tensor):
+        return tensor
+    experts = skeleton.get_submodule(name.rpartition(".")[0])
+    return contraction_last(experts, tensor.dequantize(dtype)).contiguous()

@@ -2,57 +2,129 @@
 
 On disk every expert has three 2-D tensors; transformers fuses them on loading. Its own table of these conversions is
 private and bound to dense tensors, so the families we can pack are listed here, and a test compares each with what
-`save_pretrained` of the installed transformers writes.
+`save_pretrained` of the installed transformers writes. gpt-oss alone keeps its experts fused on disk.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
-from transformers import PreTrainedConfig
+import torch
+
+MODEL_PREFIX = "model."
 
 
 @dataclass(frozen=True)
 class HubNames:
-    """gate, up, down: an expert's projections on disk; renames: (transformers' part of a name, the part on disk)."""
+    """How the family `model_type` names its tensors on disk.
 
+    gate, up, down: an expert's projections.
+    renames: (transformers' part of a name, the part on disk), applied in this order.
+    released: further renames, from what `save_pretrained` writes to what the family's makers released.
+    is_fused: a layer's experts are one tensor, with gate and up rows taking turns and the contraction axis first.
+    """
+
+    model_type: str = ""
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     renames: tuple[tuple[str, str], ...] = ()
+    released: tuple[tuple[str, str], ...] = ()
+    is_fused: bool = False
 
     def of(self, native_name: str) -> str:
         """The name on disk of a module or of a tensor that is not an expert weight."""
-        for native, hub in self.renames:
-            native_name = native_name.replace(native, hub)
-        return native_name
+        return _replace(native_name, self.renames)
 
-    def of_expert(self, experts_name: str, weight_name: str, index: int) -> list[str]:
-        """Modules on disk of expert `index`, in the order in which transformers stacks their rows."""
-        parts = {"gate_up_proj": [self.gate, self.up], "down_proj": [self.down]}[weight_name]
-        return [f"{self.of(experts_name)}.{index}.{part}" for part in parts]
+    def as_released(self) -> "HubNames":
+        """The names in the checkpoints of the family's makers."""
+        return replace(self, renames=self.renames + self.released, released=())
+
+    def parts(self, module: str, weight_name: str, index: int) -> list[str]:
+        """Modules on disk of expert `index` of `module`, in the order in which transformers stacks their rows."""
+        leaves = {"gate_up_proj": [self.gate, self.up], "down_proj": [self.down]}[weight_name]
+        return [f"{module}.{index}.{leaf}" for leaf in leaves]
+
+    def split(self, weight_name: str, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Rows [R, ...] of one expert as transformers stacks them: those of gate and of up, or those of down."""
+        if weight_name == "down_proj":
+            return [rows]
+        return [rows[0::2].contiguous(), rows[1::2].contiguous()] if self.is_fused else list(rows.chunk(2))
+
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The inverse of `split`."""
+        if len(parts) == 2 and self.is_fused:
+            return torch.stack(parts, dim=1).flatten(0, 1)
+        return torch.cat(parts)
 
 
-_FAMILIES = {
+def layer_index(module: str) -> int | None:
+    """The decoder layer a module belongs to; None for one of a multi-token-prediction head or of no layer."""
+    match = re.match(r"(?:model\.)?layers\.(\d+)\.", module)
+    return int(match[1]) if match else None
+
+
+def _replace(name: str, renames: tuple[tuple[str, str], ...]) -> str:
+    for old, new in renames:
+        name = name.replace(old, new)
+    return name
+
+
+_DEEPSEEK_V4 = HubNames(
+    gate="w1",
+    up="w3",
+    down="w2",
+    renames=(
+        (".self_attn.compressor.indexer.scorer.weights_proj.", ".attn.indexer.weights_proj."),
+        (".self_attn.compressor.indexer.q_b_proj.", ".attn.indexer.wq_b."),
+        (".self_attn.compressor.indexer.", ".attn.indexer.compressor."),
+        (".self_attn.", ".attn."),
+        (".compressor.gate_proj.", ".compressor.wgate."),
+        (".kv_proj.", ".wkv."),
+        (".kv_norm.", ".norm."),
+        (".position_bias", ".ape"),
+        (".q_a_proj.", ".wq_a."),
+        (".q_b_proj.", ".wq_b."),
+        (".o_a_proj.", ".wo_a."),
+        (".o_b_proj.", ".wo_b."),
+        (".q_a_norm.", ".q_norm."),
+        (".sinks", ".attn_sink"),
+        (".shared_experts.gate_proj.", ".shared_experts.w1."),
+        (".shared_experts.down_proj.", ".shared_experts.w2."),
+        (".shared_experts.up_proj.", ".shared_experts.w3."),
+        (".gate.e_score_correction_bias", ".gate.bias"),
+        (".mlp.", ".ffn."),
+        (".input_layernorm.", ".attn_norm."),
+        (".post_attention_layernorm.", ".ffn_norm."),
+        (".attn_hc.", ".hc_attn_"),
+        (".ffn_hc.", ".hc_ffn_"),
+        ("lm_head.", "head."),
+    ),
+    released=(
+        ("model.embed_tokens.", "embed."),
+        ("model.hc_head.hc_", "hc_head_"),
+        (".attn.norm.", ".attn.kv_norm."),
+        (MODEL_PREFIX, ""),
+    ),
+)
+
+FAMILIES = {
     "deepseek_v2": HubNames(),
     "deepseek_v3": HubNames(),
+    "deepseek_v4": _DEEPSEEK_V4,
     "glm4_moe": HubNames(),
+    "gpt_oss": HubNames(is_fused=True),
     "mimo_v2_flash": HubNames(renames=((".self_attn.sinks", ".self_attn.attention_sink_bias"),)),
-    "mixtral": HubNames("w1", "w3", "w2", renames=((".mlp.", ".block_sparse_moe."), (".mlp", ".block_sparse_moe"))),
+    "mixtral": HubNames(gate="w1", up="w3", down="w2", renames=((".mlp.", ".block_sparse_moe."),)),
     "olmoe": HubNames(),
     "qwen2_moe": HubNames(),
     "qwen3_moe": HubNames(),
 }
 
 
-def hub_names(config: PreTrainedConfig) -> HubNames:
-    """Raises ValueError for a family whose names are not known, or whose experts the packed format cannot express."""
-    if config.model_type == "gpt_oss":
+def hub_names(model_type: str) -> HubNames:
+    """Raises ValueError for a family whose names are not known."""
+    if model_type not in FAMILIES:
         raise ValueError(
-            "gpt-oss experts have biases and interleaved rows, which mxfp4-pack-quantized cannot express: "
-            "save them with save_pretrained, or use gpt-oss' own MXFP4 format"
+            f"the tensor names of model_type {model_type!r} are not known: choose a model of {', '.join(FAMILIES)}"
         )
-    if config.model_type not in _FAMILIES:
-        raise ValueError(
-            f"the tensor names of model_type {config.model_type!r} are not known: "
-            f"choose a model of {', '.join(_FAMILIES)}"
-        )
-    return _FAMILIES[config.model_type]
+    return replace(FAMILIES[model_type], model_type=model_type)

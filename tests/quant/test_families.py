@@ -60,7 +60,7 @@ def outputs_of_first_block(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def save(model: PreTrainedModel, path: Path) -> None:
     """Packed where the family's format is known, else the rounded weights as `save_pretrained` writes them."""
     try:
-        hub_names(model.config)
+        hub_names(model.config.model_type)
     except ValueError:
         rounded = copy.deepcopy(model)
         round_to_nearest(rounded)

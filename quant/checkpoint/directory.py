@@ -1,0 +1,123 @@
+"""Writes a model directory that appears whole or not at all: next to its place first, then renamed onto it.
+
+Tensors come one at a time and leave memory a shard at a time.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from speedstack.quant.checkpoint.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+
+MAX_SHARD_BYTES = 5 * 10**9
+# Above the size from which the C library always gives freed memory back to the system, 32 MiB.
+_CHUNK_BYTES = 64 << 20
+_ALIGNMENT = 64
+
+
+def check_target(path: Path) -> None:
+    """Raises ValueError when something lies at `path` that is neither a model directory nor an empty one."""
+    if path.exists() and not (path.is_dir() and ((path / CONFIG_FILE).is_file() or not any(path.iterdir()))):
+        raise ValueError(f"{path} exists and is not a model directory: choose another path")
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, which takes the place of the one at `path` when the block ends without an exception.
+
+    Raises ValueError as `check_target` does, and OSError when `path` cannot be written, on a full disk for one.
+    """
+    path = path.absolute()
+    check_target(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        _rename_over(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class ShardWriter:
+    """Collects named tensors into safetensors shards of at most `max_shard_bytes`; one shard is held in memory.
+
+    A tensor larger than that is a shard of its own.
+    """
+
+    def __init__(self, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        self._directory = directory
+        self._max_shard_bytes = max_shard_bytes
+        self._shards: list[list[str]] = []
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._arena = _Arena()
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """`tensor` is contiguous and on the CPU."""
+        if self._pending and self._pending_bytes + tensor.nbytes > self._max_shard_bytes:
+            self._flush()
+        self._pending[name] = self._arena.copy(tensor)
+        self._pending_bytes += tensor.nbytes
+        self.total_bytes += tensor.nbytes
+
+    def finish(self) -> None:
+        """Write what is left, give the shards their names, and the index if there are several."""
+        self._flush()
+        if len(self._shards) == 1:
+            (self._directory / "0.shard").rename(self._directory / SINGLE_FILE)
+            return
+        weight_map: dict[str, str] = {}
+        for index, shard in enumerate(self._shards):
+            file_name = f"model-{index + 1:05d}-of-{len(self._shards):05d}.safetensors"
+            (self._directory / f"{index}.shard").rename(self._directory / file_name)
+            weight_map |= dict.fromkeys(shard, file_name)
+        fields = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (self._directory / INDEX_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+    def _flush(self) -> None:
+        save_file(self._pending, self._directory / f"{len(self._shards)}.shard", metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes, self._arena = {}, 0, _Arena()
+
+
+class _Arena:
+    """Memory for the tensors of one shard, in chunks.
+
+    A shard's tensors outlive the temporaries they were computed with. Between those on the heap they would keep it from
+    shrinking, and a process that holds one shard would take up the memory of three.
+    """
+
+    def __init__(self) -> None:
+        self._chunk: torch.Tensor | None = None
+        self._used_bytes = 0
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in the arena; `tensor` itself if it is larger than a chunk."""
+        if tensor.nbytes > _CHUNK_BYTES:
+            return tensor
+        if self._chunk is None or self._used_bytes + tensor.nbytes > _CHUNK_BYTES:
+            self._chunk, self._used_bytes = torch.empty(_CHUNK_BYTES, dtype=torch.uint8), 0
+        place = self._chunk[self._used_bytes : self._used_bytes + tensor.nbytes]
+        self._used_bytes += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        place.copy_(tensor.reshape(-1).view(torch.uint8))
+        return place.view(tensor.dtype).view(tensor.shape)
+
+
+def _rename_over(source: Path, target: Path) -> None:
+    """Rename a directory onto another one, of which a crash in between leaves a copy at `.<name>.old`."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

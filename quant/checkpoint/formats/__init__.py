@@ -1,0 +1,89 @@
+"""Checkpoint formats: one codec a file, all between the same `ExpertWeight`s and `MXFP4Tensor`s.
+
+codec                what a format is, and what the formats that name every expert share
+plain                unquantized safetensors
+compressed_tensors   mxfp4-pack-quantized, the default export
+gpt_oss              gpt-oss' fused blocks and scales
+mimo                 Xiaomi's store_dtype mxfp4
+deepseek_v4          DeepSeek's expert_dtype fp4
+gguf                 llama.cpp's blocks, for the experts alone
+"""
+
+import difflib
+import warnings
+from pathlib import Path
+from typing import Any
+
+from speedstack.quant.checkpoint.files import CONFIG_FILE
+from speedstack.quant.checkpoint.formats.codec import Codec, ExpertWeight, Sink, Weight
+from speedstack.quant.checkpoint.formats.compressed_tensors import CompressedTensors
+from speedstack.quant.checkpoint.formats.deepseek_v4 import DeepSeekV4
+from speedstack.quant.checkpoint.formats.gguf import EXPERTS_FILE, Gguf
+from speedstack.quant.checkpoint.formats.gpt_oss import GptOss
+from speedstack.quant.checkpoint.formats.mimo import MiMo
+from speedstack.quant.checkpoint.formats.plain import Plain
+from speedstack.quant.checkpoint.names import HubNames
+
+__all__ = [
+    "EXPERTS_FILE",
+    "FORMATS",
+    "Codec",
+    "ExpertWeight",
+    "Plain",
+    "Sink",
+    "Weight",
+    "check_family",
+    "default_format",
+    "detect",
+    "format_named",
+]
+
+_CODECS: tuple[type[Codec], ...] = (CompressedTensors, GptOss, MiMo, DeepSeekV4, Gguf, Plain)
+FORMATS: dict[str, type[Codec]] = {codec.name: codec for codec in _CODECS}
+
+
+def format_named(name: str) -> type[Codec]:
+    """Raises ValueError for an unknown name, with the nearest known one."""
+    if name not in FORMATS:
+        matches = difflib.get_close_matches(name, FORMATS, n=1)
+        hint = f"; did you mean {matches[0]!r}?" if matches else ""
+        raise ValueError(f"unknown checkpoint format {name!r}{hint}; formats: {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def detect(path: Path, config: dict[str, Any]) -> type[Codec]:
+    """The format that the config.json of directory `path` names.
+
+    Warns about quantized activations, which are not ours to read. Raises ValueError for any other quantization.
+    """
+    quantization = config.get("quantization_config")
+    for codec in _CODECS:
+        try:
+            is_described = codec.describes(config)
+        except ValueError as error:
+            raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
+        if is_described:
+            groups = (quantization or {}).get("config_groups") or {}
+            if any(group.get("input_activations") for group in groups.values()):
+                warnings.warn(f"{path} asks for quantized activations, which are left as they are", stacklevel=3)
+            return codec
+    assert quantization is not None
+    found = " ".join(str(quantization[key]) for key in ("quant_method", "format") if quantization.get(key))
+    raise ValueError(
+        f"{path} is quantized as {found or 'unknown'}: only unquantized weights and the MXFP4 formats "
+        f"{', '.join(name for name in FORMATS if name != Plain.name)} can be read"
+    )
+
+
+def default_format(names: HubNames) -> type[Codec]:
+    """What a family is exported as: compressed-tensors, or gpt-oss' own where that cannot express it."""
+    return GptOss if names.is_fused else CompressedTensors
+
+
+def check_family(codec: type[Codec], names: HubNames) -> None:
+    """Raises ValueError when the format cannot express the family."""
+    reason = codec.refusal(names)
+    if reason is not None:
+        able = [name for name, other in FORMATS.items() if other.refusal(names) is None]
+        choice = f"choose one of {', '.join(able)}"
+        raise ValueError(f"format {codec.name} is not for {names.model_type}: {reason}; {choice}")

@@ -1,0 +1,98 @@
+"""The tensors of a checkpoint that are no routed experts: passed through, or FP8 in tiles where a format says so.
+
+A format without FP8 gets FP8 layers as bfloat16. That is the one lossy step between formats (an E4M3 element times a
+float32 scale has more digits than bfloat16), and it is announced.
+"""
+
+import torch
+
+from speedstack.quant.checkpoint.files import WeightFiles
+from speedstack.quant.checkpoint.formats.codec import Codec
+from speedstack.quant.fp8 import TILE_SIZE, FP8Tensor, quantize_fp8
+
+# Linear layers of attention and of dense MLPs, by the last part of their module's name.
+_FP8_LEAVES = (
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    *("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "wq_a", "wq_b", "wkv", "wo_a", "wo_b"),
+)
+# DeepSeek-V4's sparse attention keeps these in full precision.
+_NEVER_FP8 = (".compressor.", ".indexer.")
+_QUANTIZED_DTYPES = ("U8", "I8", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0")
+
+
+def scale_name(codec: type[Codec], name: str) -> str | None:
+    """Where the scales of the FP8 tensor `name` lie; None when the format has no FP8."""
+    if codec.linear_scale is None or not name.endswith(".weight"):
+        return None
+    return f"{name.removesuffix('weight')}{codec.linear_scale[0]}"
+
+
+def other_names(files: WeightFiles, codec: type[Codec], expert_names: set[str]) -> list[str]:
+    """Names of all tensors but the experts' and the scales that belong to another of them, unordered.
+
+    Raises ValueError for quantized tensors that the format does not account for.
+    """
+    names = [name for name in files.names() if name not in expert_names]
+    scales = {scale_name(codec, name) for name in names if files.dtype(name) == "F8_E4M3"} & set(names)
+    kept = [name for name in names if name not in scales]
+    for name in sorted(kept):
+        if files.dtype(name) in _QUANTIZED_DTYPES and scale_name(codec, name) not in scales:
+            raise ValueError(
+                f"{files.path}: {name} is {files.dtype(name)}, quantized and no routed expert: format {codec.name} "
+                "does not say how to read it"
+            )
+    return kept
+
+
+def read_linear(files: WeightFiles, codec: type[Codec], name: str, shape: tuple[int, ...]) -> torch.Tensor | FP8Tensor:
+    """One of `other_names`. Raises ValueError when it is missing or has another shape."""
+    tensor = files.get(name, shape)
+    scales = scale_name(codec, name)
+    if tensor.dtype != torch.float8_e4m3fn or scales is None:
+        return tensor
+    tiles = tuple(-(-size // TILE_SIZE) for size in shape)
+    try:
+        return FP8Tensor(tensor, files.get(scales, tiles))
+    except ValueError as error:
+        raise ValueError(f"{files.path}: {name}: {error}") from error
+
+
+def write_linear(tensor: torch.Tensor | FP8Tensor, codec: type[Codec], name: str) -> dict[str, torch.Tensor]:
+    """The tensors that `tensor` is stored as; FP8 the format cannot hold exactly becomes bfloat16."""
+    if isinstance(tensor, torch.Tensor):
+        return {name: tensor}
+    scales = scale_name(codec, name)
+    stored = None if codec.linear_scale is None else tensor.with_scales(codec.linear_scale[1])
+    if stored is None or scales is None:
+        return {name: tensor.dequantize(torch.bfloat16)}
+    return {name: stored.codes_OI, scales: stored.scales_PQ}
+
+
+def to_fp8(tensor: torch.Tensor, codec: type[Codec], name: str) -> torch.Tensor | FP8Tensor:
+    """`tensor` in FP8 if it is a linear layer that the format's makers store so, else itself.
+
+    Only matrices of whole tiles: loaders disagree on partial ones. Raises ValueError for NaN and infinity.
+    """
+    assert codec.linear_scale is not None
+    leaf = name.removesuffix(".weight").rpartition(".")[2]
+    is_linear = name.endswith(".weight") and leaf in _FP8_LEAVES and leaf not in codec.plain_linears
+    is_kept = any(part in name for part in _NEVER_FP8) or tensor.dtype not in (torch.float32, torch.bfloat16)
+    if not is_linear or is_kept or tensor.ndim != 2 or any(size % TILE_SIZE for size in tensor.shape):
+        return tensor
+    try:
+        return quantize_fp8(tensor, codec.linear_scale[1])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def plain_matrices(shapes: dict[str, tuple[int, ...]], fp8_names: set[str]) -> list[str]:
+    """Modules of the unquantized matrices among stored tensors, for a config's list of what is not quantized.
+
+    Embeddings are no linear layers; a language-model head that is one of them is not stored, and listed all the same.
+    """
+    modules = [
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2 and "embed" not in name and name not in fp8_names
+    ]
+    return modules if {"lm_head", "head"} & set(modules) else [*modules, "lm_head"]

@@ -1,0 +1,97 @@
+"""FP8 linear layers as MiMo and DeepSeek store them: E4M3 elements under one scale for each tile of 128 x 128.
+
+Not part of our recipe, which leaves everything but the routed experts alone; checkpoints of these families hold their
+other linear layers this way, and what reads or writes those has to speak it. Scales are multipliers, float32 (MiMo,
+DeepSeek-V3) or E8M0 powers of two (DeepSeek-V4).
+
+Left out: activations, per-tensor and per-channel scales, and computing with FP8.
+
+Shape suffixes: O = out features, I = in features, P = ceil(O / 128), Q = ceil(I / 128).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+TILE_SIZE = 128
+ELEMENT_DTYPE = torch.float8_e4m3fn
+SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu)
+_MAX = 448.0
+
+
+@dataclass(frozen=True, eq=False)
+class FP8Tensor:
+    """A matrix of shape [O, I].
+
+    codes_OI: float8_e4m3fn. scales_PQ: float32 or float8_e8m0fnu, one a tile; tiles at the edges may be partial.
+
+    Raises ValueError when dtypes or shapes do not fit together.
+    """
+
+    codes_OI: torch.Tensor
+    scales_PQ: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.codes_OI.dtype != ELEMENT_DTYPE or self.scales_PQ.dtype not in SCALE_DTYPES:
+            raise ValueError(
+                f"FP8 tiles are {ELEMENT_DTYPE} with scales of {SCALE_DTYPES[0]} or {SCALE_DTYPES[1]}, got "
+                f"{self.codes_OI.dtype} and {self.scales_PQ.dtype}"
+            )
+        expected = tuple(-(-size // TILE_SIZE) for size in self.codes_OI.shape)
+        if self.codes_OI.ndim != 2 or tuple(self.scales_PQ.shape) != expected:
+            raise ValueError(
+                f"FP8 codes {tuple(self.codes_OI.shape)} need scales of shape {expected}, "
+                f"got {tuple(self.scales_PQ.shape)}"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the matrix that `dequantize` returns."""
+        return self.codes_OI.shape
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The matrix [O, I]: multiplied in float32, then rounded once to `dtype`."""
+        w_OI = torch.empty(self.shape, dtype=dtype)
+        for row, scales_Q in enumerate(self.scales_PQ.float()):
+            rows = slice(row * TILE_SIZE, (row + 1) * TILE_SIZE)
+            scales_I = scales_Q.repeat_interleave(TILE_SIZE)[: self.shape[1]]
+            w_OI[rows] = (self.codes_OI[rows].float() * scales_I).to(dtype)
+        return w_OI
+
+    def with_scales(self, dtype: torch.dtype) -> "FP8Tensor | None":
+        """The same values with scales of `dtype`; None where that cannot hold every one of them exactly."""
+        scales_PQ = self.scales_PQ.float().to(dtype)
+        if not torch.equal(scales_PQ.float(), self.scales_PQ.float()):
+            return None
+        return FP8Tensor(self.codes_OI, scales_PQ)
+
+
+def quantize_fp8(w_OI: torch.Tensor, scale_dtype: torch.dtype = torch.float32) -> FP8Tensor:
+    """Round a float32 or bfloat16 matrix to E4M3 under each tile's largest magnitude / 448.
+
+    E8M0 scales are the next power of two above, so that nothing is clipped. A tile of zeros has scale 1. Elements are
+    rounded to nearest, ties to even. Raises ValueError for other dtypes and shapes, NaN and infinity.
+    """
+    if w_OI.ndim != 2 or w_OI.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"FP8 tiles hold float32 or bfloat16 matrices, got {w_OI.dtype} {tuple(w_OI.shape)}")
+    O, I = w_OI.shape  # noqa: E741
+    codes_OI = torch.empty((O, I), dtype=ELEMENT_DTYPE)
+    rows_of_scales = []
+    for start in range(0, O, TILE_SIZE):
+        rows_RI = w_OI[start : start + TILE_SIZE].float()
+        amax_Q = torch.stack([tile.abs().amax() for tile in rows_RI.split(TILE_SIZE, dim=1)])
+        if not torch.isfinite(amax_Q).all():
+            raise ValueError("cannot quantize NaN or infinity to FP8: check the weights")
+        scales_Q = torch.where(amax_Q > 0, amax_Q / _MAX, torch.ones_like(amax_Q))
+        if scale_dtype == torch.float8_e8m0fnu:
+            scales_Q = _next_power_of_two(scales_Q)
+        rows_of_scales.append(scales_Q)
+        scales_I = scales_Q.repeat_interleave(TILE_SIZE)[:I]
+        codes_OI[start : start + TILE_SIZE] = (rows_RI / scales_I).clamp_(-_MAX, _MAX).to(ELEMENT_DTYPE)
+    return FP8Tensor(codes_OI, torch.stack(rows_of_scales).to(scale_dtype))
+
+
+def _next_power_of_two(scales: torch.Tensor) -> torch.Tensor:
+    """The smallest normal power of two at or above each positive float32, from its bits: `log2` may be off by one."""
+    bits = (scales.view(torch.int32) + 0x007FFFFF) & 0x7F800000
+    return bits.clamp_(min=0x00800000).view(torch.float32)

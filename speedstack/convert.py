@@ -1,0 +1,70 @@
+"""The `convert` verb: a checkpoint of one format becomes one of another.
+
+The checkpoint may be named before the flags, where other verbs take a config file: `speedstack convert SRC --to FORMAT
+--out DIR`. A name that ends in .yaml or .yml is a config file here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from speedstack.eval.config import DEMO_RUN, VerbConfig
+from speedstack.train.config import load_config
+
+
+class ConvertConfig(VerbConfig):
+    """Convert a checkpoint to another format."""
+
+    source: Path = Field(DEMO_RUN / "qad" / "export", description="Model directory, in any of the formats.")
+    to: str = Field(
+        "plain", description="Format to write: compressed-tensors, gpt-oss, mimo, deepseek-v4, gguf or plain."
+    )
+    out: Path = Field(Path("runs/convert"), description="Directory of the result; a model already there is replaced.")
+    scale_rule: Literal["floor", "rceil", "even", "mse"] = Field(
+        "even", description="How scales are chosen where an unquantized source is rounded to MXFP4."
+    )
+    linears: Literal["keep", "fp8"] = Field(
+        "keep",
+        description="Linear layers other than experts: keep them as they are, or (mimo, deepseek-v4) round them to FP8 "
+        "in tiles of 128 x 128.",
+    )
+    max_shard_bytes: int = Field(5 * 10**9, ge=1, description="Largest safetensors file written, in bytes.")
+
+
+def load_convert_config(path: Path | None, overrides: Sequence[str]) -> ConvertConfig:
+    """The config of a file and flags, or of a source directory and flags. Raises ValueError as `load_config` does."""
+    if path is not None and path.suffix not in (".yaml", ".yml"):
+        return load_config(ConvertConfig, None, ["--source", str(path), *overrides])
+    return load_config(ConvertConfig, path, overrides)
+
+
+def convert(config: ConvertConfig) -> None:
+    """Convert, with a progress bar, and say where the result lies."""
+    from tqdm import tqdm
+
+    from speedstack.quant.checkpoint import convert as run
+
+    with tqdm(unit=" tensors", desc=f"to {config.to}", leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = run(
+            config.source,
+            config.to,
+            config.out,
+            scale_rule=config.scale_rule,
+            linears=config.linears,
+            max_shard_bytes=config.max_shard_bytes,
+            on_progress=show,
+        )
+    print(
+        f"{result.source_format} to {result.target_format}: {result.num_expert_weights} expert weights, "
+        f"{result.num_other_tensors} other tensors"
+    )
+    print(f"written: {config.out}")
