@@ -91,9 +91,13 @@ def edge_cases() -> torch.Tensor:
         chunk = around[index : index + BLOCK_SIZE - 1]
         rows.append(torch.cat([chunk, torch.zeros(BLOCK_SIZE - 1 - len(chunk))]))
     block = torch.stack(rows)
-    # Each mantissa times four is a block's largest magnitude where it tops the points, and one of many where not.
+    # Each mantissa times four is a block's largest magnitude; what would top it is left out.
     tops = (4 * mantissas.double())[:, None, None].expand(-1, len(rows), 1)
-    blocks = torch.cat([tops, block.expand(len(mantissas), -1, -1)], dim=-1).flatten(0, 1)
+    rest = block.expand(len(mantissas), -1, -1)
+    blocks = torch.cat([tops, rest.where(rest.abs() <= tops, 0.0)], dim=-1).flatten(0, 1)
+    # Exact at more than one scale, so that the errors of `mse` tie.
+    ties = torch.stack([torch.full((BLOCK_SIZE,), value) for value in (0.0, -0.0, 1.0, 4.0, 6.0)]).double()
+    blocks = torch.cat([blocks, torch.nn.functional.pad(block, (0, 1)), ties])
     exponents = torch.arange(-152, 126).double()[:, None, None]
     w = (blocks * torch.exp2(exponents)).float().flatten(0, 1)
     return w[w.isfinite().all(-1)]
