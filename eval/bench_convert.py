@@ -111,7 +111,7 @@ def make_checkpoint(path: Path, sizes: dict[str, Any], num_shards: int) -> None:
 
 def _shard_bytes(total_bytes: int, num_shards: int) -> int:
     """A little more than its share, because shards end between tensors."""
-    return int(total_bytes / num_shards * 1.01)
+    return int(total_bytes / num_shards * 1.03)
 
 
 def _cost(work: Work, name: str, source: Path, out: Path, target: str) -> ConversionCost:
@@ -132,7 +132,7 @@ def _cost(work: Work, name: str, source: Path, out: Path, target: str) -> Conver
     print(f"{name}: {peak_bytes / 1e6:.0f} MB over baseline, {seconds:.1f} s", file=sys.stderr)
     return ConversionCost(
         name=name,
-        description=f"shards of at most {max_shard_bytes / 1e6:.0f} MB in and out",
+        description=f"written in shards of at most {max_shard_bytes / 1e6:.0f} MB",
         source_bytes=source_bytes,
         num_source_shards=len(files),
         max_shard_bytes=max_shard_bytes,

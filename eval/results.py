@@ -275,8 +275,8 @@ class SensitivityResult(Document):
 class ConversionCost(Record):
     """One conversion of a checkpoint, in a process of its own.
 
-    `peak_bytes` is the largest resident memory above what the process held before. `max_shard_bytes` bounds the files
-    of the source and of the result alike.
+    `peak_bytes` is the largest resident memory above what the process held before. `max_shard_bytes` bounds the
+    safetensors files that are written.
     """
 
     name: str
@@ -289,7 +289,7 @@ class ConversionCost(Record):
 
     @property
     def peak_shards(self) -> float:
-        """Peak memory in shards of the source."""
+        """Peak memory in shards of the result."""
         return self.peak_bytes / self.max_shard_bytes
 
 

@@ -102,6 +102,7 @@ def test_json_schemas_are_written_for_every_kind(tmp_path: Path, made_up_report:
         "acceptance.schema.json",
         "timing.schema.json",
         "sensitivity.schema.json",
+        "conversion.schema.json",
         "report.schema.json",
     ]
     for path, document in zip(paths, DOCUMENTS, strict=True):
