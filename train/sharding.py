@@ -57,8 +57,8 @@ def load_for_stage(path: Path, dtype: torch.dtype, zero_stage: int, world: World
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     path = checkpoint_directory(path)
-    config, is_packed = read_config(path)
-    if is_packed:
+    config, codec = read_config(path)
+    if codec.is_packed:
         raise ValueError(
             f"{path} is packed: ZeRO-3 shards unquantized models only, use distributed.zero_stage 2 or less"
         )

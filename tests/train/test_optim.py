@@ -147,3 +147,13 @@ def test_fused_gate_and_up_projections_are_two_matrices_each() -> None:
     apart.step()
     # bfloat16 products of another batch may be blocked differently
     torch.testing.assert_close(module.gate_up_proj, torch.cat([gate, up], dim=1), rtol=0, atol=2e-3)
+
+
+def test_a_part_of_a_matrix_decays_like_the_matrix() -> None:
+    """ZeRO-3 leaves one-dimensional parts of the parameters of a model that was loaded in parts."""
+    model = nn.ParameterDict({"matrix": nn.Parameter(torch.empty(0)), "vector": nn.Parameter(torch.empty(0))})
+    model["matrix"].ds_shape = torch.Size((8, 12))  # type: ignore[attr-defined]
+    model["vector"].ds_shape = torch.Size((8,))  # type: ignore[attr-defined]
+    decayed, kept = build_optimizer(model, OptimSection(name="adamw", weight_decay=0.1)).param_groups
+    assert decayed["params"] == [model["matrix"]] and decayed["weight_decay"] == 0.1
+    assert kept["params"] == [model["vector"]] and kept["weight_decay"] == 0.0
