@@ -82,7 +82,9 @@ def quantize_fp8(w_OI: torch.Tensor, scale_dtype: torch.dtype = torch.float32) -
         amax_Q = torch.stack([tile.abs().amax() for tile in rows_RI.split(TILE_SIZE, dim=1)])
         if not torch.isfinite(amax_Q).all():
             raise ValueError("cannot quantize NaN or infinity to FP8: check the weights")
-        scales_Q = torch.where(amax_Q > 0, amax_Q / _MAX, torch.ones_like(amax_Q))
+        scales_Q = amax_Q / _MAX
+        # 0 for a tile of zeros, or of values so small that the quotient vanishes.
+        scales_Q = torch.where(scales_Q > 0, scales_Q, torch.ones_like(scales_Q))
         if scale_dtype == torch.float8_e8m0fnu:
             scales_Q = _next_power_of_two(scales_Q)
         rows_of_scales.append(scales_Q)

@@ -135,9 +135,12 @@ def quantize(config: QuantizeConfig) -> None:
     # Before the work: a family that cannot be packed, and text that is not there.
     model_config = read_config(config.model)[0]
     hub_names(model_config.model_type)
-    windows_NT = _calibration_windows(config, tokenizer, model_config) if config.method == "gptq" else None
     stored_dtype = getattr(model_config, "dtype", None) or torch.float32
-    model = load_model(config.model, stored_dtype if config.dtype == "auto" else getattr(torch, config.dtype))
+    dtype = stored_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{config.model} is stored as {dtype}, which MXFP4 is not rounded from: use --dtype float32")
+    windows_NT = _calibration_windows(config, tokenizer, model_config) if config.method == "gptq" else None
+    model = load_model(config.model, dtype)
     torch.nn.Module.to(model, device)
 
     start = time.perf_counter()
@@ -162,17 +165,15 @@ def quantize(config: QuantizeConfig) -> None:
 
 def _check_directories(config: QuantizeConfig) -> None:
     """What can be said without loading anything."""
+    from speedstack.quant.checkpoint.directory import check_apart, check_target
     from speedstack.quant.checkpoint.files import CONFIG_FILE, checkpoint_directory, read_json
 
     quantization = read_json(checkpoint_directory(config.model) / CONFIG_FILE).get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ValueError(f"{config.model} is quantized already ({method}): give the model it was made from")
-    if config.out.resolve() == config.model.resolve():
-        raise ValueError(f"out is the model itself, {config.model}, which it would replace: choose another directory")
-    is_empty = not config.out.exists() or (config.out.is_dir() and not any(config.out.iterdir()))
-    if not is_empty and not (config.out / CONFIG_FILE).is_file():
-        raise ValueError(f"{config.out} exists and is not a model directory: choose another path")
+    check_apart(config.model, config.out)
+    check_target(config.out)
 
 
 def _calibration_windows(

@@ -137,7 +137,7 @@ def test_a_tokenizer_of_another_model(
 
 def test_places(fails: Callable[..., str], tiny_model_dir: Path, tmp_path: Path) -> None:
     assert "no model directory at" in fails(tmp_path / "nowhere")
-    assert "which it would replace" in fails(tiny_model_dir, "--out", tiny_model_dir)
+    assert "is or holds" in fails(tiny_model_dir, "--out", tiny_model_dir)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").write_text("keep")
     for occupied in (tmp_path / "notes", tmp_path / "notes" / "todo.txt"):

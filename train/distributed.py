@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,9 @@ import torch.distributed as dist
 from speedstack.train.config import JobConfig
 
 T = TypeVar("T")
+# One process may tokenize a corpus, digest or export a checkpoint of hundreds of gigabytes while the others wait;
+# DeepSpeed would end them after ten minutes.
+_TIMEOUT = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ def join_world(config: JobConfig) -> Iterator[World]:
         import deepspeed
 
         deepspeed.utils.logger.setLevel("WARNING")
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, timeout=_TIMEOUT, verbose=False)
         # Once a process and not once a job: DeepSpeed holds on to the groups of the first job.
         atexit.register(dist.destroy_process_group)
     world = World(rank=dist.get_rank(), size=size, device=device)

@@ -6,11 +6,12 @@ oscillates, and its quantized value at the end is a matter of chance. Both were 
 
     flips_since_start   share of the weights whose value is not the one it had before the first step
     flips_since_look    share of the weights whose value changed between the last two looks
-    oscillating         share of the weights that left a value and came back to it within the last 8 looks
+    oscillating         share of the weights that took again the value they had just left, within the last 8 looks
 
 A value is the product of code and scale: a block's new scale alone is no flip. What is kept are packed codes, 0.53
-bytes a weight and look, of a sample: whole rows, evenly spread over all tensors, of at most 4M weights together. The
-shares of a larger model are estimates, off by less than 0.001 as far as rows are alike.
+bytes a weight and look, of a sample: every n-th row of each expert, the first always among them, n such that about 4M
+weights are watched. A model with experts so many that one row of each is more than that is watched at those rows. The
+shares of a larger model are estimates, as good as its rows are alike.
 """
 
 from __future__ import annotations

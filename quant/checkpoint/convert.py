@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from speedstack.quant.checkpoint.directory import MAX_SHARD_BYTES, ShardWriter, check_target, new_directory
+from speedstack.quant.checkpoint.directory import MAX_SHARD_BYTES, ShardWriter, check_apart, check_target, new_directory
 from speedstack.quant.checkpoint.files import CONFIG_FILE, INDEX_FILE, WeightFiles, checkpoint_directory, read_json
 from speedstack.quant.checkpoint.formats import (
     Codec,
@@ -78,9 +78,9 @@ def convert(
     `on_progress` is called with the number of tensors written and in all.
 
     Warns when FP8 layers become bfloat16, when few loaders know the result, and about sub-directories, which are not
-    copied. Raises ValueError, of one
-    line, for an unknown format, a source that is already in it or is quantized otherwise, a format that cannot express
-    the family, NaN, and anything missing, corrupt or inconsistent. Raises OSError when `out` cannot be written.
+    copied. Raises ValueError, of one line, for an unknown format, a source that is already in it or is quantized
+    otherwise, a format that cannot express the family, NaN in experts, an `out` whose replacement would delete
+    something else, and anything missing, corrupt or inconsistent. Raises OSError when `out` cannot be written.
     """
     codec_type = format_named(target_format)
     source, out = checkpoint_directory(source), Path(out)
@@ -93,9 +93,8 @@ def convert(
     names = hub_names(str(fields.get("model_type")))
     check_family(source_type, names)
     check_family(codec_type, names)
+    check_apart(source, out)
     check_target(out)
-    if out.exists() and out.samefile(source):
-        raise ValueError(f"{out} is the source itself: choose another path for the result")
     with WeightFiles(source) as files:
         names = stored_names(files, names)
         source_codec = source_type(names)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from speedstack.quant.checkpoint.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from speedstack.quant.checkpoint.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_json
 
 MAX_SHARD_BYTES = 5 * 10**9
 # Above the size from which the C library always gives freed memory back to the system, 32 MiB.
@@ -22,9 +22,24 @@ _ALIGNMENT = 64
 
 
 def check_target(path: Path) -> None:
-    """Raises ValueError when something lies at `path` that is neither a model directory nor an empty one."""
-    if path.exists() and not (path.is_dir() and ((path / CONFIG_FILE).is_file() or not any(path.iterdir()))):
+    """Raises ValueError when something lies at `path` that is neither a model directory nor an empty one.
+
+    What is replaced is deleted, so a model directory is one beyond doubt: config.json names a model, and there are no
+    directories inside.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not path.is_dir() or not (path / CONFIG_FILE).is_file() or "model_type" not in read_json(path / CONFIG_FILE):
         raise ValueError(f"{path} exists and is not a model directory: choose another path")
+    inside = sorted(child.name for child in path.iterdir() if child.is_dir())
+    if inside:
+        raise ValueError(f"{path} holds more than a model, such as the directory {inside[0]}: choose another path")
+
+
+def check_apart(source: Path, out: Path) -> None:
+    """Raises ValueError when replacing `out` would delete `source`."""
+    if out.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ValueError(f"{out} is or holds {source}, from which the result is made: choose another path")
 
 
 @contextmanager
@@ -33,7 +48,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
     Raises ValueError as `check_target` does, and OSError when `path` cannot be written, on a full disk for one.
     """
-    path = path.absolute()
+    path = path.resolve()
     check_target(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -119,5 +134,10 @@ def _rename_over(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
-    source.rename(target)
+    try:
+        source.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)

@@ -48,8 +48,10 @@ def read_linear(files: WeightFiles, codec: type[Codec], name: str, shape: tuple[
     """One of `other_names`. Raises ValueError when it is missing or has another shape."""
     tensor = files.get(name, shape)
     scales = scale_name(codec, name)
-    if tensor.dtype != torch.float8_e4m3fn or scales is None:
+    if tensor.dtype != torch.float8_e4m3fn:
         return tensor
+    if scales is None:
+        raise ValueError(f"{files.path}: {name} is FP8, which the format that config.json names does not have")
     tiles = tuple(-(-size // TILE_SIZE) for size in shape)
     try:
         return FP8Tensor(tensor, files.get(scales, tiles))

@@ -20,10 +20,13 @@ BUILD_TIMEOUT_SECONDS = 300
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept."""
+    """Where compiled kernels are kept. Raises ValueError for a user without a home directory."""
     if os.environ.get("SPEEDSTACK_CACHE"):
         return Path(os.environ["SPEEDSTACK_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speedstack"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speedstack"
+    except RuntimeError as error:
+        raise ValueError(f"there is no home directory to cache kernels in ({error}): set SPEEDSTACK_CACHE") from error
 
 
 def find_compiler(needed_by: str) -> str:

@@ -29,7 +29,7 @@ def load_kernels() -> ctypes.CDLL | None:
         # Without contraction: the reference rounds a product before it is added to another.
         library = load_library(source, "fast MXFP4 on a CPU", flags=(*FLAGS, "-ffp-contract=off"))
     except ValueError as reason:
-        logger.info("MXFP4 by the PyTorch reference, because %s", reason)
+        logger.warning("MXFP4 by the PyTorch reference, because %s", reason)
         return None
     pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.mxfp4_fake_quantize.argtypes = (pointer, pointer, count, flag, flag, flag)

@@ -57,6 +57,8 @@ def detect(path: Path, config: dict[str, Any]) -> type[Codec]:
     Warns about quantized activations, which are not ours to read. Raises ValueError for any other quantization.
     """
     quantization = config.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise ValueError(f"{path / CONFIG_FILE}: quantization_config is no object: download it again")
     for codec in _CODECS:
         try:
             is_described = codec.describes(config)

@@ -61,10 +61,18 @@ class Plain(PerExpert):
     def read(self, files: WeightFiles, weight: ExpertWeight, index: int) -> Weight:
         if self.names.is_fused:
             fused_shape = (weight.num_experts, weight.num_columns, weight.num_rows)
-            return files.get_row(f"{weight.module}.{weight.name}", index, fused_shape).T
-        parts = self.names.parts(weight.module, weight.name, index)
-        shape = (weight.num_rows // len(parts), weight.num_columns)
-        return self.names.join([files.get(f"{part}.weight", shape) for part in parts])
+            tensors = [files.get_row(f"{weight.module}.{weight.name}", index, fused_shape).T]
+        else:
+            parts = self.names.parts(weight.module, weight.name, index)
+            shape = (weight.num_rows // len(parts), weight.num_columns)
+            tensors = [files.get(f"{part}.weight", shape) for part in parts]
+        for tensor in tensors:
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(
+                    f"{files.path}: {weight.module} holds {tensor.dtype} though config.json names no quantization: "
+                    "its quantization_config is missing"
+                )
+        return tensors[0] if self.names.is_fused else self.names.join(tensors)
 
     def write(self, weight: ExpertWeight, experts: Iterator[MXFP4Tensor], sink: Sink) -> None:
         if self.names.is_fused:

@@ -268,6 +268,21 @@ def refuses(source: Path, target: str, match: str, out: Path | None = None) -> N
     assert sorted(entry.name for entry in source.parent.iterdir()) == before
 
 
+def test_quantized_tensors_that_the_config_keeps_quiet_about(plain: Path) -> None:
+    tensors = load_file(plain / "model.safetensors")
+    name = next(name for name in tensors if ".experts." in name)
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        save_file(tensors | {name: tensors[name].to(dtype)}, plain / "model.safetensors")
+        refuses(plain, "compressed-tensors", "though config.json names no quantization")
+        with pytest.raises(ValueError, match=r"though config\.json names no quantization"):
+            load_checkpoint(plain)
+    linear = next(name for name in tensors if "q_proj" in name)
+    save_file(tensors | {linear: tensors[linear].to(torch.float8_e4m3fn)}, plain / "model.safetensors")
+    refuses(plain, "compressed-tensors", "is F8_E4M3, quantized and no routed expert")
+    with pytest.raises(ValueError, match="is FP8, which the format"):
+        load_checkpoint(plain)
+
+
 def test_unknown_format_names_the_nearest(plain: Path) -> None:
     refuses(plain, "gptoss", "unknown checkpoint format 'gptoss'; did you mean 'gpt-oss'")
     refuses(plain, "q4_k_m", "unknown checkpoint format 'q4_k_m'; formats: compressed-tensors, gpt-oss, mimo")
@@ -409,7 +424,20 @@ def test_places_for_the_result(packed: Path, tmp_path: Path) -> None:
     for occupied in (tmp_path / "notes", tmp_path / "notes" / "todo.txt"):
         refuses(packed, "mimo", "exists and is not a model directory: choose another path", occupied)
     assert (tmp_path / "notes" / "todo.txt").read_text() == "keep"
-    refuses(packed, "mimo", "is the source itself: choose another path", packed)
+    refuses(packed, "mimo", "is or holds .*, from which the result is made", packed)
+    (packed.parent / "config.json").write_text('{"model_type": "mixtral"}')
+    refuses(packed, "mimo", "is or holds .*, from which the result is made", packed.parent)
+    (packed.parent / "config.json").unlink()
+    for content, message in (
+        ('{"name": "a web page"}', "is not a model directory"),
+        ('{"model_type": "mimo"}', "original"),
+    ):
+        site = tmp_path / message
+        (site / "original").mkdir(parents=True)
+        (site / "original" / "kept.txt").write_text("keep")
+        (site / "config.json").write_text(content)
+        refuses(packed, "mimo", message, site)
+        assert (site / "original" / "kept.txt").read_text() == "keep"
     refuses(tmp_path / "nowhere", "mimo", "no model directory at .*/nowhere")
     with pytest.raises(OSError, match=r"cannot write .*todo.txt/model") as caught:
         convert(packed, "mimo", tmp_path / "notes" / "todo.txt" / "model")
