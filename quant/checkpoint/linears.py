@@ -54,7 +54,10 @@ def read_linear(files: WeightFiles, codec: type[Codec], name: str, shape: tuple[
         raise ValueError(f"{files.path}: {name} is FP8, which the format that config.json names does not have")
     tiles = tuple(-(-size // TILE_SIZE) for size in shape)
     try:
-        return FP8Tensor(tensor, files.get(scales, tiles))
+        scales_PQ = files.get(scales, tiles)
+        if not torch.isfinite(scales_PQ.float()).all():
+            raise ValueError("scales hold NaN or infinity")
+        return FP8Tensor(tensor, scales_PQ)
     except ValueError as error:
         raise ValueError(f"{files.path}: {name}: {error}") from error
 

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
 from speedstack.quant.checkpoint.reader import build_skeleton, load_checkpoint, read_config
@@ -49,6 +50,9 @@ def load_model(
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} tensors, such as {missing[0]}: is it a complete model?")
+    if source is None and (path / GENERATION_CONFIG_NAME).is_file():
+        # transformers reads it only where it reads the weights as well.
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval()
 
 

@@ -283,6 +283,16 @@ def test_quantized_tensors_that_the_config_keeps_quiet_about(plain: Path) -> Non
         load_checkpoint(plain)
 
 
+def test_nan_scales_of_linears(fp8_model: MiMoV2FlashForCausalLM, tmp_path: Path) -> None:
+    save_packed(fp8_model, tmp_path / "packed")
+    convert(tmp_path / "packed", "mimo", tmp_path / "mimo", linears="fp8")
+    edit_weights(
+        tmp_path / "mimo",
+        lambda tensors: next(t for name, t in tensors.items() if name.endswith("weight_scale_inv")).fill_(torch.nan),
+    )
+    refuses(tmp_path / "mimo", "deepseek-v4", "scales hold NaN or infinity")
+
+
 def test_unknown_format_names_the_nearest(plain: Path) -> None:
     refuses(plain, "gptoss", "unknown checkpoint format 'gptoss'; did you mean 'gpt-oss'")
     refuses(plain, "q4_k_m", "unknown checkpoint format 'q4_k_m'; formats: compressed-tensors, gpt-oss, mimo")
