@@ -23,9 +23,9 @@ from speedstack.quant.mxfp4 import (
     BLOCK_SIZE,
     DEFAULT_SCALE_RULE,
     ScaleRule,
-    _scale_bytes,
-    _snap,
     fake_quantize,
+    scale_bytes,
+    snap,
 )
 
 DEFAULT_DAMPING = 0.01
@@ -139,8 +139,8 @@ def _round_columns(w_EOK: torch.Tensor, factor_EKK: torch.Tensor, scale_rule: Sc
 def _candidate_scales(w_EOB: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
     """E8M0 scales that a block may take, int32 [C, E, O]: the rule's own, or for `mse` those it searches."""
     if scale_rule != "mse":
-        return _scale_bytes(w_EOB, scale_rule)[None]
-    floor_EO = _scale_bytes(w_EOB, "floor")
+        return scale_bytes(w_EOB, scale_rule)[None]
+    floor_EO = scale_bytes(w_EOB, "floor")
     return torch.stack([floor_EO, floor_EO + 1, (floor_EO - 1).clamp_(min=0)])
 
 
@@ -152,7 +152,7 @@ def _round_block(
     errors_CEOB = torch.empty_like(w_CEOB)
     for column in range(BLOCK_SIZE):
         w_CEO1 = w_CEOB[..., column : column + 1].contiguous()
-        q_CEO1 = _snap(w_CEO1, scales_CEO)
+        q_CEO1 = snap(w_CEO1, scales_CEO)
         error_CEO1 = (w_CEO1 - q_CEO1) / factor_EBB[:, column : column + 1, column : column + 1]
         w_CEOB[..., column + 1 :] -= error_CEO1 * factor_EBB[:, column : column + 1, column + 1 :]
         w_CEOB[..., column : column + 1] = q_CEO1

@@ -120,7 +120,7 @@ def quantize(w_NK: torch.Tensor, scale_rule: ScaleRule = DEFAULT_SCALE_RULE) -> 
 def quantize_reference(w_NK: torch.Tensor, scale_rule: ScaleRule = DEFAULT_SCALE_RULE) -> MXFP4Tensor:
     """What `quantize` computes, in PyTorch."""
     w_NGB = _blocks(w_NK, scale_rule)
-    scales_NG = _scale_bytes(w_NGB, scale_rule)
+    scales_NG = scale_bytes(w_NGB, scale_rule)
     if (scales_NG == _NAN_SCALE).any():
         raise ValueError(_NON_FINITE)
     y_NGB = _round_to_grid(w_NGB, scales_NG)
@@ -174,8 +174,8 @@ def fake_quantize(w_NK: torch.Tensor, scale_rule: ScaleRule = DEFAULT_SCALE_RULE
 def fake_quantize_reference(w_NK: torch.Tensor, scale_rule: ScaleRule = DEFAULT_SCALE_RULE) -> torch.Tensor:
     """What the forward of `fake_quantize` computes, in PyTorch."""
     w_NGB = _blocks(w_NK, scale_rule)
-    scales_NG = _scale_bytes(w_NGB, scale_rule)
-    return _snap(w_NGB, scales_NG).view(w_NK.shape).to(w_NK.dtype)
+    scales_NG = scale_bytes(w_NGB, scale_rule)
+    return snap(w_NGB, scales_NG).view(w_NK.shape).to(w_NK.dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -210,7 +210,7 @@ def _blocks(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
     return w_NK.float().contiguous().unflatten(-1, (-1, BLOCK_SIZE))
 
 
-def _scale_bytes(w_NGB: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
+def scale_bytes(w_NGB: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
     """E8M0 scale of each block as int32; 255 (NaN) for a block with NaN or infinity."""
     amax_bits_NG = w_NGB.abs().amax(dim=-1).view(torch.int32)
     carry = _EXPONENT_CARRY["floor" if scale_rule == "mse" else scale_rule]
@@ -238,14 +238,14 @@ def _squared_errors(w_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tenso
 
     Summed over a fixed tree: `sum` adds in an order that depends on the device, and with it could a tie.
     """
-    errors = (_snap(w_NGB, scales_NG).double() - w_NGB.double()).square_()
+    errors = (snap(w_NGB, scales_NG).double() - w_NGB.double()).square_()
     while errors.shape[-1] > 1:
         low, high = errors.chunk(2, dim=-1)
         errors = low + high
     return errors.squeeze(-1)
 
 
-def _snap(w_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tensor:
+def snap(w_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tensor:
     """Each element replaced by its MXFP4 value."""
     return _round_to_grid(w_NGB, scales_NG).mul_(power_of_two(scales_NG).unsqueeze(-1))
 

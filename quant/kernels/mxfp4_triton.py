@@ -29,7 +29,6 @@ _ONE_BITS = tl.constexpr(0x3F800000)
 _HALF_BITS = tl.constexpr(0x3F000000)
 _MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
 _MAGIC_BITS = tl.constexpr((22 << 23) + (1 << 22))
-_UPPER_HALF = tl.constexpr(-65536)
 _SIGN_BIT = tl.constexpr(-(2**31))
 
 
