@@ -11,6 +11,7 @@ Several slots walk through disjoint parts of the order side by side, so that sho
 Left out: slots that share with each other; a beginning shared by everything is computed once a slot in use.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -88,14 +89,15 @@ def score_continuations(
     The score of a request is that of `engine.score(context + continuation)`, cut to the continuation, bit for bit.
 
     Raises:
-        ValueError: an empty context or continuation, ids outside the vocabulary, more than `engine.max_length` tokens,
-            or logits that are not numbers. Scores yielded before that stand.
+        ValueError: an empty context or continuation, ids outside the vocabulary, more than `engine.max_length` tokens
+            before the last one, or logits that are not numbers. Scores yielded before that stand.
     """
     sequences = []
     for context, continuation in requests:
         if not context or not continuation:
             raise ValueError("scoring a continuation needs a context of one token or more, and a token to score")
-        sequences.append(engine.encode([*context, *continuation]))
+        # The last token is looked up in the logits before it and needs no position of its own.
+        sequences.append([*engine.encode([*context, *continuation][:-1]), *engine.encode([continuation[-1]])])
     passes = _passes(sequences, [len(context) for context, _ in requests])
     if not passes:
         return
@@ -174,7 +176,7 @@ def _passes(sequences: Sequence[list[int]], context_lengths: Sequence[int]) -> l
 
 def _cut(passes: list[_Pass], max_parts: int) -> list[list[_Pass]]:
     """At most `max_parts` stretches of about equal work, cut only where neighbours share next to nothing."""
-    shared = [0, *(_common_length(a.inputs, b.inputs) for a, b in zip(passes, passes[1:], strict=False))]
+    shared = [0, *(_common_length(a.inputs, b.inputs) for a, b in itertools.pairwise(passes))]
     rows = [max(1, len(p.inputs) - common) for p, common in zip(passes, shared, strict=True)]
     even_share = sum(rows) / max_parts
     parts: list[list[_Pass]] = [[]]

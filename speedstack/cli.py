@@ -84,8 +84,14 @@ VERBS = {
     ),
     "eval": Verb(
         "lm-eval suites and held-out perplexity through the runtime",
-        "speedstack.eval.config:EvalConfig",
-        "speedstack.jobs:evaluate",
+        "speedstack.evaluate:load_eval_config",
+        "speedstack.evaluate:evaluate",
+        continues=True,
+    ),
+    "compare": Verb(
+        "results of a suite side by side, with significance and recovery",
+        "speedstack.jobs:load_compare_config",
+        "speedstack.jobs:compare",
     ),
     "bench": Verb(
         "time the decode loop, with peers side by side",

@@ -117,8 +117,16 @@ def test_what_cannot_be_scored_is_named(tiny_model_dir: Path) -> None:
     with pytest.raises(ValueError, match="outside the vocabulary"):
         list(score_continuations(engine, [([1], [engine.vocab_size])]))
     with pytest.raises(ValueError, match="do not fit the buffers"):
-        list(score_continuations(engine, [([1] * engine.max_length, [1])]))
+        list(score_continuations(engine, [([3] * engine.max_length, [4, 5])]))
     assert list(score_continuations(engine, [])) == []
+
+
+def test_the_last_token_needs_no_position(tiny_model_dir: Path) -> None:
+    engine = load(tiny_model_dir)
+    context = [3 + i % 400 for i in range(engine.max_length)]
+    (one,) = score_continuations(engine, [(context, [7])])
+    logits_V = engine.logits(context)[-1]
+    assert torch.equal(one.score.logprobs, torch.log_softmax(logits_V, -1)[7:8])
 
 
 def test_logits_that_are_no_numbers_are_named_and_scores_before_them_stand(tiny_model_dir: Path) -> None:
