@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from speedstack.eval.results import Document, Record
+from speedstack.eval.results import Document, Environment, Record
 from speedstack.eval.suite_result import SuiteResult
 
 # Resamples drawn at once: bounds memory for tasks of ten thousand documents.
@@ -57,7 +57,10 @@ class ComparedMetric(Record):
 
 
 class Comparison(Document):
-    """All tasks that the results have in common; `mean_recovery` by result, over those that have a recovery."""
+    """All tasks of the suite; by result, the target's SHA-256, and the mean over the tasks that have a recovery.
+
+    `environment` is where the first result was measured.
+    """
 
     kind: Literal["comparison"] = "comparison"
     suite: str
@@ -65,6 +68,8 @@ class Comparison(Document):
     significance: float
     metrics: tuple[ComparedMetric, ...]
     mean_recovery: dict[str, float]
+    target_sha256: dict[str, str]
+    environment: Environment
 
     def markdown(self) -> str:
         """The table, a row a task and result."""
@@ -169,6 +174,8 @@ def compare_results(
         significance=significance,
         metrics=tuple(metrics),
         mean_recovery={label: float(np.mean(values)) for label, values in recoveries.items() if values},
+        target_sha256={label: result.block.target_sha256 for label, result in results.items()},
+        environment=first.block.environment,
     )
 
 
