@@ -12,6 +12,7 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from speedstack.eval.compare import compare_results
 from speedstack.eval.lm import EngineLM
 from speedstack.eval.quality import run_tasks
 from speedstack.eval.request_cache import RequestCache, model_key, request_key
@@ -136,6 +137,12 @@ def test_a_killed_evaluation_asks_only_the_rest(
     engine: Engine, tiny_model_dir: Path, task_data: Path, result: SuiteResult, tmp_path: Path
 ) -> None:
     cache = cache_directory(tmp_path, engine, tiny_model_dir)
+    suite = OFFLINE.without(("heldout_perplexity", "same_text"))
+
+    def check_equal(again: SuiteResult) -> None:
+        for task, documents in again.block.documents.items():
+            assert documents == result.block.documents[task]
+            assert again.lm_eval["results"][task] == result.lm_eval["results"][task]
 
     class Killed(BaseException):
         """What no handler expects."""
@@ -148,17 +155,17 @@ def test_a_killed_evaluation_asks_only_the_rest(
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr("speedstack.eval.suite.RequestCache", Dying)
-        run_suite(engine, tiny_model_dir, None, "offline", OFFLINE, settings(task_data, cache))
+        run_suite(engine, tiny_model_dir, None, "mine", suite, settings(task_data, cache))
     (file,) = cache.iterdir()
     assert len(file.read_text().splitlines()) == 5
     with file.open("a") as torn:
         torn.write('["half a li')
-    again = run_suite(engine, tiny_model_dir, None, "offline", OFFLINE, settings(task_data, cache))
+    again = run_suite(engine, tiny_model_dir, None, "mine", suite, settings(task_data, cache))
     assert sum(counts.num_cached for counts in again.block.requests.values()) == 5
-    assert again.lm_eval["results"] == result.lm_eval["results"] and again.block.documents == result.block.documents
-    third = run_suite(engine, tiny_model_dir, None, "offline", OFFLINE, settings(task_data, cache))
+    check_equal(again)
+    third = run_suite(engine, tiny_model_dir, None, "mine", suite, settings(task_data, cache))
     assert all(counts.num_cached == counts.num_requests for counts in third.block.requests.values())
-    assert third.lm_eval["results"] == result.lm_eval["results"]
+    check_equal(third)
 
 
 def test_cache_survives_torn_lines_and_keeps_models_apart(
@@ -315,6 +322,52 @@ def test_without_a_network_the_files_to_provide_are_named(gsm8k_only: None, tmp_
         TaskLoader(["gsm8k"], data=tmp_path).load("gsm8k")
 
 
+GROUP = {
+    "group": "pair",
+    "task": ["pair_one", "pair_two"],
+    "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+}
+MEMBER = {
+    "dataset_path": "made/up",
+    "output_type": "multiple_choice",
+    "test_split": "test",
+    "fewshot_split": "train",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": ["A", "B"],
+    "doc_to_target": "label",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+def test_groups_take_examples_data_and_a_score(
+    engine: Engine, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "pair.yaml").write_text(json.dumps(GROUP))
+    for name, size in (("one", 2), ("two", 3)):
+        (tasks / f"{name}.yaml").write_text(json.dumps(MEMBER | {"task": f"pair_{name}", "dataset_name": name}))
+        place = tmp_path / "data" / "made" / "up" / name
+        place.mkdir(parents=True)
+        rows = [{"question": f"{name} {i}?", "label": i % 2} for i in range(size)]
+        for split in ("train", "test"):
+            (place / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def manager(include_path: str, include_defaults: bool) -> TaskManager:
+        return TaskManager(include_path=str(tasks), include_defaults=False)
+
+    monkeypatch.setattr("speedstack.eval.task_loading.TaskManager", manager)
+    suite = Suite(tasks=(SuiteTask(task="pair", num_fewshot=1, metric="acc,none"),))
+    result = run_suite(
+        engine, tiny_model_dir, None, "mine", suite, SuiteSettings(data=tmp_path / "data", progress=False)
+    )
+    assert result.lm_eval["n-shot"] == {"pair": 1, "pair_one": 1, "pair_two": 1}
+    assert {task: len(one.doc_hashes) for task, one in result.block.documents.items()} == {"pair_one": 2, "pair_two": 3}
+    (entry,) = compare_results({"a": result, "b": result}).metrics
+    assert (entry.task, entry.num_documents, entry.test) == ("pair", 5, "McNemar")
+    assert entry.baseline == result.value("pair", "acc,none") and entry.others[0].p_value == 1.0
+
+
 HUMANEVAL = [
     {
         "task_id": f"made/{i}",
@@ -382,3 +435,24 @@ def test_programs_are_drawn_run_and_counted(
     # Problems 2, 3 and 4, solved; then the question.
     assert [prompt.count(f"Add {i}.") for i in range(1, 7)] == [0, 1, 1, 1, 1, 0]
     assert prompt.count("[DONE]") == 3 and prompt.endswith("[BEGIN]\n")
+
+
+def test_prompts_are_put_into_the_chat_template(
+    engine: Engine, tiny_model_dir: Path, task_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def write(self: EngineLM, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        asked.extend(request.args[0] for request in requests)
+        return [""] * len(requests)
+
+    monkeypatch.setattr(EngineLM, "generate_until", write)
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}"
+    )
+    monkeypatch.setattr(engine.tokenizer, "chat_template", template)
+    suite = Suite(tasks=(SuiteTask(task="close_line", metric="exact_match,strip"),))
+    result = run_suite(engine, tiny_model_dir, None, "mine", suite, settings(task_data, chat_template=True))
+    contexts = [json.loads(line)["context"] for line in (task_data / "close_line.jsonl").read_text().splitlines()]
+    assert asked == [f"<user>{context}<assistant>" for context in contexts]
+    assert result.block.chat_template
