@@ -13,6 +13,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,7 +134,7 @@ def bench(
             # A drafter has no part in scoring.
             if label == ENGINE or kind == "generate_until"
         }
-        contestants[ADAPTER] = lambda requests, kind=kind: getattr(adapter, kind)(requests, disable_tqdm=True)
+        contestants[ADAPTER] = partial(getattr(adapter, kind), disable_tqdm=True)
         implementation = _fastest_experts(model, kind, contestants[ADAPTER], task.instances)
         model.set_experts_implementation(implementation)
         tasks.append(_bench_task(name, kind, task, contestants, implementation, num_repeats))

@@ -72,7 +72,7 @@ def score_by_bits(comparison: Comparison, task: str, bits: Mapping[str, float], 
     entry = next((entry for entry in comparison.metrics if entry.task == task), None)
     if entry is None:
         raise ValueError(f"no task {task!r}; there are {', '.join(each.task for each in comparison.metrics)}")
-    points = [(comparison.baseline, entry.baseline, None)]
+    points: list[tuple[str, float, float | None]] = [(comparison.baseline, entry.baseline, None)]
     points += [(other.result, other.value, other.stderr) for other in entry.others]
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(3.2)
