@@ -9,6 +9,7 @@ admitted as others finish; who runs beside whom changes nothing either.
 Left out: paged buffers, prefix sharing and preemption; every sequence owns a slot of `max_length` positions.
 """
 
+import copy
 import operator
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -58,29 +59,22 @@ class Engine:
             )
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
-        limit = drafter.config.num_proposals if drafter is not None else 0
-        self.is_adaptive = num_drafts == "adaptive"
-        self.num_drafts = limit if num_drafts is None or num_drafts == "adaptive" else num_drafts
-        if num_drafts is not None and not 1 <= self.num_drafts <= limit:
-            what = f"must be 'adaptive' or between 1 and the drafter's {limit}" if drafter else "needs a drafter"
-            raise ValueError(f"num_drafts {num_drafts} {what}")
-        if self.num_drafts + 1 > MAX_ROWS:
-            raise ValueError(f"num_drafts {self.num_drafts} is more than the {MAX_ROWS - 1} that one step can verify")
         self._is_decoding = False
+        self._weights, self._backend_choice, self._num_drafts_choice = weights, backend, num_drafts
         self.max_batch_size = max_batch_size
         self.tokenizer = tokenizer
         self.target_sha256: str | None = None
         self.drafter_sha256: str | None = None
-        self.backend: Backend = make_backend(backend, weights, drafter, max_batch_size, self.max_length)
         self.spec: ModelSpec = spec
         self.dtype: torch.dtype = weights.embedding_VD.dtype
         self.device: torch.device = weights.embedding_VD.device
+        self._install(drafter)
 
     @classmethod
     def from_pretrained(
         cls,
         target: str | Path,
-        drafter: str | Path | None = None,
+        drafter: str | Path | DFlashDraftModel | None = None,
         backend: Literal["auto", "reference", "cpu"] = "auto",
         device: str = "auto",
         dtype: str | torch.dtype | None = None,
@@ -92,7 +86,8 @@ class Engine:
 
         Args:
             target: Hugging Face directory, experts packed in MXFP4 or not.
-            drafter: DFlash directory in z-lab's format; refused when it names another target.
+            drafter: DFlash directory in z-lab's format, or a model in memory (see `set_drafter`); refused when it
+                names another target.
             backend: `reference` is PyTorch on any device, `cpu` compiled kernels for float32 on a CPU; `auto` takes
                 `cpu` where it can and says why where it cannot.
             device: `cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is one.
@@ -110,17 +105,39 @@ class Engine:
         checkpoint = load_checkpoint(target)
         spec = spec_from_config(checkpoint.config)
         sha256 = weights_sha256(target)
-        model = None
-        if drafter is not None:
-            model = load_drafter(drafter)
-            check_target(model.config, sha256, spec.hidden_size, spec.num_layers, spec.vocab_size)
-            model = model.to(torch_device, torch_dtype).eval()
         tied = bool(checkpoint.config.tie_word_embeddings)
         weights = read_weights(spec, checkpoint.tensors, torch_dtype, torch_device, tied)
+        model = _load_drafter(drafter, spec, sha256, torch_dtype, torch_device) if drafter is not None else None
         engine = cls(weights, model, _load_tokenizer(target), backend, max_length, max_batch_size, num_drafts)
         engine.target_sha256 = sha256
-        engine.drafter_sha256 = weights_sha256(drafter) if drafter is not None else None
+        engine.drafter_sha256 = weights_sha256(drafter) if isinstance(drafter, str | Path) else None
         return engine
+
+    def set_drafter(self, drafter: DFlashDraftModel | None) -> None:
+        """Drafts with another model from now on, or with none: a drafter in training is measured this way.
+
+        The weights are copied, so that training may go on. Raises ValueError for a drafter of another target, one that
+        proposes fewer tokens than the engine's `num_drafts`, or while a stream is read.
+        """
+        if drafter is not None:
+            drafter = _load_drafter(drafter, self.spec, self.target_sha256, self.dtype, self.device)
+        with self._alone():
+            self._install(drafter)
+        self.drafter_sha256 = None
+
+    def _install(self, drafter: DFlashDraftModel | None) -> None:
+        limit = drafter.config.num_proposals if drafter is not None else 0
+        wanted = self._num_drafts_choice
+        num_drafts = limit if wanted is None or wanted == "adaptive" else wanted
+        if wanted is not None and not 1 <= num_drafts <= limit:
+            what = f"must be 'adaptive' or between 1 and the drafter's {limit}" if drafter else "needs a drafter"
+            raise ValueError(f"num_drafts {wanted} {what}")
+        if num_drafts + 1 > MAX_ROWS:
+            raise ValueError(f"num_drafts {num_drafts} is more than the {MAX_ROWS - 1} that one step can verify")
+        self.backend: Backend = make_backend(
+            self._backend_choice, self._weights, drafter, self.max_batch_size, self.max_length
+        )
+        self.num_drafts, self.is_adaptive = num_drafts, wanted == "adaptive"
 
     @property
     def backend_name(self) -> str:
@@ -394,6 +411,19 @@ class Engine:
         if -1 in greedy:
             raise ValueError("the target's logits are not numbers; the checkpoint is broken or its dtype overflows")
         return Score(torch.cat(logprobs), torch.tensor(greedy) == torch.tensor(ids[1:]))
+
+
+def _load_drafter(
+    drafter: str | Path | DFlashDraftModel,
+    spec: ModelSpec,
+    target_sha256: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> DFlashDraftModel:
+    """A drafter as backends take it, checked against the target; a model in memory is copied."""
+    model = copy.deepcopy(drafter) if isinstance(drafter, DFlashDraftModel) else load_drafter(drafter)
+    check_target(model.config, target_sha256, spec.hidden_size, spec.num_layers, spec.vocab_size)
+    return model.to(device, dtype).eval().requires_grad_(False)
 
 
 def _load_tokenizer(path: str | Path) -> Any:

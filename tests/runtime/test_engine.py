@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from speedstack.dflash.checkpoint import load_drafter
 from speedstack.quant.checkpoint import load_model
 from speedstack.runtime import Engine
 from speedstack.runtime.backend import Draft
@@ -198,6 +199,46 @@ def test_loading_refuses_what_does_not_fit(
     ):
         with pytest.raises(ValueError, match=f"{next(iter(option.values()))}"):
             Engine.from_pretrained(tiny_model_dir, **option)  # type: ignore[arg-type]
+
+
+def test_a_drafter_in_memory_serves_as_the_same_on_disk(
+    backend: str, plain: Engine, drafting: Engine, tiny_packed_dir: Path, tiny_packed_drafter_dir: Path
+) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True}
+    expected = drafting.generate(PROMPTS, **options)
+    model = load_drafter(tiny_packed_drafter_dir).train()
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    engine = Engine.from_pretrained(tiny_packed_dir, model, backend=backend)  # type: ignore[arg-type]
+    for _ in range(2):
+        found = engine.generate(PROMPTS, **options)
+        assert [g.tokens for g in found] == [g.tokens for g in expected]
+        assert [g.stats.num_rounds for g in found] == [g.stats.num_rounds for g in expected]
+        # Training goes on with the module: the engine has a copy.
+        with torch.no_grad():
+            model.norm.weight.fill_(float("nan"))
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    model.load_state_dict(kept)
+    plain_engine = Engine.from_pretrained(tiny_packed_dir, backend=backend)  # type: ignore[arg-type]
+    plain_engine.set_drafter(model)
+    assert plain_engine.num_drafts == 7
+    assert [g.stats.num_rounds for g in plain_engine.generate(PROMPTS, **options)] == [
+        g.stats.num_rounds for g in expected
+    ]
+    plain_engine.set_drafter(None)
+    assert plain_engine.generate(PROMPTS[0], **options).stats.num_rounds == 29
+
+
+def test_set_drafter_refuses_what_does_not_fit(
+    plain: Engine, drafting: Engine, tiny_drafter_dir: Path, tiny_packed_drafter_dir: Path
+) -> None:
+    with pytest.raises(ValueError, match="drafter of another target"):
+        plain.set_drafter(load_drafter(tiny_drafter_dir))
+    assert plain.num_drafts == 0
+    stream = drafting.stream("def f(x):", max_new_tokens=20, ignore_eos=True)
+    next(stream)
+    with pytest.raises(ValueError, match="decoding already"):
+        drafting.set_drafter(load_drafter(tiny_packed_drafter_dir))
+    stream.close()
 
 
 def test_bfloat16_runs_on_the_reference_backend(tiny_packed_dir: Path, tiny_packed_drafter_dir: Path) -> None:
