@@ -236,12 +236,19 @@ class DFlashDraftModel(nn.Module):
         `previous_ids` [...]: the token before each proposal, in the target's vocabulary: labels in training, drafted
         tokens in serving. Only a Markov head reads it, and raises ValueError where it is None.
         """
-        logits = F.linear(hidden.to(head_VD.dtype), self.draft_head(head_VD)).float()
+        return self.corrected(self.base_logits(hidden, head_VD), previous_ids)
+
+    def base_logits(self, hidden: Tensor, head_VD: Tensor) -> Tensor:
+        """`logits` before the Markov head's correction: all slots at once, before any token is drafted."""
+        return F.linear(hidden.to(head_VD.dtype), self.draft_head(head_VD)).float()
+
+    def corrected(self, base_logits: Tensor, previous_ids: Tensor | None) -> Tensor:
+        """`logits` from `base_logits` [..., U] and the token before each proposal [...]."""
         if self.markov_head is None:
-            return logits
+            return base_logits
         if previous_ids is None:
             raise ValueError("a drafter with a Markov head needs the token before each proposal: pass previous_ids")
-        return logits + self.markov_head(previous_ids).float()
+        return base_logits + self.markov_head(previous_ids).float()
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         """The target's token ids of draft-vocabulary ids, of any shape."""
