@@ -92,7 +92,7 @@ class Engine:
         Args:
             target: Hugging Face directory, experts packed in MXFP4 or not.
             drafter: DFlash directory, or a model in memory (see `set_drafter`); refused when it names another target.
-                `"ngram"` is prompt look-up, which needs no drafter.
+                `"ngram"` is prompt look-up, which needs no drafter; a directory of that name needs its whole path.
             backend: `reference` is PyTorch on any device, `cpu` compiled kernels for float32 on a CPU; `auto` takes
                 `cpu` where it can and says why where it cannot.
             device: `cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is one.
@@ -116,31 +116,25 @@ class Engine:
         tied = bool(checkpoint.config.tie_word_embeddings)
         weights = read_weights(spec, checkpoint.tensors, torch_dtype, torch_device, tied)
         strategy = DraftStrategy(num_drafts, draft_noise, tree_budget)
-        model: DFlashDraftModel | Literal["ngram"] | None = None
-        if drafter is not None:
-            model = NGRAM if drafter == NGRAM else _load_drafter(drafter, spec, sha256, torch_dtype, torch_device)
+        model, drafter_sha256 = _load_drafter(drafter, spec, sha256, torch_dtype, torch_device)
         engine = cls(weights, model, _load_tokenizer(target), backend, max_length, max_batch_size, strategy)
-        engine.target_sha256 = sha256
-        engine.drafter_sha256 = (
-            weights_sha256(drafter) if isinstance(drafter, str | Path) and drafter != NGRAM else None
-        )
+        engine.target_sha256, engine.drafter_sha256 = sha256, drafter_sha256
         return engine
 
-    def set_drafter(self, drafter: DFlashDraftModel | Literal["ngram"] | None) -> None:
-        """Drafts with another model from now on, or with none: a drafter in training is measured this way.
+    def set_drafter(self, drafter: str | Path | DFlashDraftModel | None) -> None:
+        """Drafts with another drafter from now on, or with none: one in training is measured this way.
 
-        The weights are copied, so that training may go on. With None the strategy is reset. Raises ValueError for a
-        drafter of another target, one that the engine's strategy does not fit, or while a stream is read.
+        Takes what `from_pretrained` takes. The weights of a model in memory are copied, so that training may go on.
+        With None the strategy is reset. Raises ValueError for a drafter of another target, one that the engine's
+        strategy does not fit, or while a stream is read; then nothing has changed.
         """
-        model = drafter
-        if isinstance(drafter, DFlashDraftModel):
-            model = _load_drafter(drafter, self.spec, self.target_sha256, self.dtype, self.device)
+        model, sha256 = _load_drafter(drafter, self.spec, self.target_sha256, self.dtype, self.device)
         strategy = self.strategy if drafter is not None else DraftStrategy()
         strategy.num_per_round(model)
         with self._alone():
             self.backend.set_drafter(model if isinstance(model, DFlashDraftModel) else None)
             self._plan(model, strategy)
-        self.drafter_sha256 = None
+        self.drafter_sha256 = sha256
 
     def set_strategy(self, strategy: DraftStrategy) -> None:
         """Speculates differently from now on; the text stays the same.
@@ -366,16 +360,21 @@ class Engine:
 
 
 def _load_drafter(
-    drafter: str | Path | DFlashDraftModel,
+    drafter: str | Path | DFlashDraftModel | None,
     spec: ModelSpec,
     target_sha256: str | None,
     dtype: torch.dtype,
     device: torch.device,
-) -> DFlashDraftModel:
-    """A drafter as backends take it, checked against the target; a model in memory is copied."""
+) -> tuple[DFlashDraftModel | Literal["ngram"] | None, str | None]:
+    """A drafter as backends take it, checked against the target, and the SHA-256 of its file if it has one."""
+    if drafter is None:
+        return None, None
+    if isinstance(drafter, str | Path) and str(drafter) == NGRAM:
+        return NGRAM, None
     model = copy.deepcopy(drafter) if isinstance(drafter, DFlashDraftModel) else load_drafter(drafter)
     check_target(model.config, target_sha256, spec.hidden_size, spec.num_layers, spec.vocab_size)
-    return model.to(device, dtype).eval().requires_grad_(False)
+    sha256 = None if isinstance(drafter, DFlashDraftModel) else weights_sha256(drafter)
+    return model.to(device, dtype).eval().requires_grad_(False), sha256
 
 
 def _load_tokenizer(path: str | Path) -> Any:
