@@ -41,7 +41,7 @@ def test_round_trip_is_exact_and_replaces_what_was_there(drafter, tmp_path):
     assert loaded.config == drafter.config
     assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in drafter.state_dict().items())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["drafter"]
-    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in path.iterdir()) == ["README.md", "card.json", "config.json", "model.safetensors"]
 
 
 def test_bfloat16_is_stored_as_such(drafter, tmp_path):
