@@ -78,19 +78,16 @@ def save_drafter(
         os.replace(staged, path)
 
 
-def convert_drafter(
-    source: str | Path, to: str, out: str | Path, target: Target | None = None
-) -> tuple[DrafterFormat, DrafterFormat]:
-    """Write the drafter at `source` in the format named `to`, its card included; returns both formats.
+def convert_drafter(source: str | Path, to: str, out: str | Path, target: Target | None = None) -> DFlashConfig:
+    """Write the drafter at `source` in the format named `to`, its card included; returns its config.
 
     Raises ValueError as `load_drafter` and `save_drafter` do, and when `out` is `source`.
     """
-    written = named_format(to)
     if Path(out).resolve() == Path(source).resolve():
         raise ValueError(f"{out} is the drafter to convert; choose another --out")
     model = load_drafter(source)
     save_drafter(model, out, card=model_card.read(source), to=to, target=target)
-    return drafter_format(source), written
+    return model.config
 
 
 def named_format(name: str) -> DrafterFormat:

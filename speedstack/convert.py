@@ -92,13 +92,13 @@ def _convert_drafter(config: ConvertConfig) -> None:
     if config.target is not None:
         checkpoint = load_checkpoint(config.target)
         text = checkpoint.config.get_text_config()
-        drafter, sha256 = load_config(config.source), weights_sha256(config.target)
-        check_target(drafter, sha256, text.hidden_size, text.num_hidden_layers, text.vocab_size)
+        sha256 = weights_sha256(config.target)
+        check_target(load_config(config.source), sha256, text.hidden_size, text.num_hidden_layers, text.vocab_size)
         head = "model.embed_tokens.weight" if text.tie_word_embeddings else "lm_head.weight"
         names = tuple(checkpoint.config.architectures or ())
         head_VD = checkpoint.tensors[head]
         assert isinstance(head_VD, torch.Tensor), "only experts are packed"
         target = Target(str(config.target), names, head_VD)
-    read, written = convert_drafter(config.source, config.to, config.out, target)
-    print(f"drafter: {read.title} to {written.title}")
+    drafter = convert_drafter(config.source, config.to, config.out, target)
+    print(f"drafter of {drafter.num_hidden_layers} layers for blocks of {drafter.block_size}: to {config.to}")
     print(f"written: {config.out}")

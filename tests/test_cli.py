@@ -411,7 +411,7 @@ def test_convert_recognizes_a_drafter(
     out = tmp_path / "out"
     target = ("--target", str(tiny_model_dir))
     assert main(["convert", str(tiny_drafter_dir), "--to", "speculators", "--out", str(out), *target]) == 0
-    assert "drafter: speedstack's format to speculators' format" in capsys.readouterr().out
+    assert "drafter of 2 layers for blocks of 8: to speculators" in capsys.readouterr().out
     verifier = json.loads((out / "config.json").read_text(encoding="utf-8"))["speculators_config"]["verifier"]
     assert verifier == {"architectures": ["MiMoV2FlashForCausalLM"], "name_or_path": str(tiny_model_dir)}
     back = tmp_path / "back"

@@ -6,6 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def mapping(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The object called `name`, empty where there is none. Raises ValueError when it is something else."""
+    found = raw.get(name)
+    if found is not None and not isinstance(found, Mapping):
+        raise ValueError(f"drafter config.json: {name} must be an object, got {found!r}")
+    return found or {}
+
+
 class Reader:
     """Looks a key up in the first of `nested` objects that has it, then in the file's top level `raw`.
 
@@ -15,7 +23,7 @@ class Reader:
 
     def __init__(self, raw: Mapping[str, Any], *nested: Mapping[str, Any]) -> None:
         places = (*nested, raw)
-        self.places = (*places, *(place.get("rope_parameters") or {} for place in places))
+        self.places = (*places, *(mapping(place, "rope_parameters") for place in places))
 
     def has(self, name: str) -> bool:
         return any(place.get(name) is not None for place in self.places)
@@ -42,6 +50,12 @@ class Reader:
         found = self.value(name, False)
         if not isinstance(found, bool):
             raise ValueError(f"drafter config.json: {name} must be true or false, got {found!r}")
+        return found
+
+    def text(self, name: str, default: str) -> str:
+        found = self.value(name, default)
+        if not isinstance(found, str):
+            raise ValueError(f"drafter config.json: {name} must be a string, got {found!r}")
         return found
 
     def integers(self, name: str) -> tuple[int, ...]:
@@ -72,7 +86,7 @@ class Reader:
             "rms_norm_eps": self.number("rms_norm_eps"),
             "rope_theta": self.number("rope_theta"),
             "max_position_embeddings": self.integer("max_position_embeddings"),
-            "target_sha256": self.value("target_sha256", "") or None,
+            "target_sha256": self.text("target_sha256", "") or None,
         }
 
     def refuse_unknown_numerics(self) -> None:

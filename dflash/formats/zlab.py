@@ -20,7 +20,7 @@ from typing import Any
 
 from speedstack.dflash.config import OPTIONS, DFlashConfig
 from speedstack.dflash.formats.format import DrafterFormat, Target, Tensors
-from speedstack.dflash.formats.reader import Reader
+from speedstack.dflash.formats.reader import Reader, mapping
 
 ARCHITECTURE = "DFlashDraftModel"
 NO_TARGET = Target()
@@ -88,31 +88,55 @@ def _add_options(raw: dict[str, Any], config: DFlashConfig) -> None:
         nested["attention_value_scale"] = config.attention_value_scale
     if config.partial_rotary_factor != 1.0:
         raw["partial_rotary_factor"] = config.partial_rotary_factor
+        # SGLang takes the width from here; transformers moves the key above to where SGLang does not look.
+        raw["rope_parameters"] = {
+            "partial_rotary_factor": config.partial_rotary_factor,
+            "rope_dim": config.rotary_dim,
+            "rope_theta": config.rope_theta,
+            "rope_type": "default",
+        }
     if config.mask_embedding:
         nested["mask_embedding"] = True
 
 
 def from_json(raw: Mapping[str, Any]) -> DFlashConfig:
     """Read a config.json of z-lab's, MiMo's or ours. ValueError names a key that is missing or not supported."""
-    nested = raw.get("dflash_config") or {}
-    if not isinstance(nested, Mapping):
-        raise ValueError("drafter config.json: dflash_config must be an object")
+    nested = mapping(raw, "dflash_config")
     _refuse_unsupported(raw, nested)
     read = Reader(raw, nested)
     read.refuse_unknown_numerics()
     return DFlashConfig(
         **read.shapes(),
         target_layer_ids=read.integers("target_layer_ids"),
-        num_target_layers=read.integer("num_target_layers"),
+        num_target_layers=read.integer("num_target_layers") if read.has("num_target_layers") else None,
         sample_from_anchor=read.flag("sample_from_anchor"),
         markov_rank=read.integer("markov_rank", default=0),
         draft_vocab_size=read.integer("draft_vocab_size") if read.has("draft_vocab_size") else None,
         attention_sinks=read.flag("attention_sink_bias"),
         attention_value_scale=read.number("attention_value_scale", default=1.0),
-        partial_rotary_factor=read.number("partial_rotary_factor", default=1.0),
+        partial_rotary_factor=_partial_rotary_factor(raw, nested),
         mask_embedding=read.flag("mask_embedding"),
         **_windows(read),
     )
+
+
+def _partial_rotary_factor(raw: Mapping[str, Any], nested: Mapping[str, Any]) -> float:
+    """The share of a head that is rotated.
+
+    In `rope_parameters` the factor may be a copy of the target's, which transformers' Qwen3, and so z-lab's training,
+    ignores, and other loaders do not: there it counts only beside a `rope_dim`, and is refused without.
+    """
+    rope, read = mapping(raw, "rope_parameters"), Reader(raw, nested)
+    if "rope_dim" not in rope:
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                "drafter config.json: rope_parameters has a partial_rotary_factor but no rope_dim, and loaders "
+                "disagree on what that means; add the number of rotated dimensions a head as rope_dim"
+            )
+        return read.number("partial_rotary_factor", default=1.0)
+    rotary_dim, head_dim = read.integer("rope_dim"), read.integer("head_dim")
+    factor = read.number("partial_rotary_factor", default=1.0)
+    return factor if int(head_dim * factor) == rotary_dim else rotary_dim / head_dim
 
 
 def _windows(read: Reader) -> dict[str, Any]:
@@ -141,10 +165,11 @@ def _windows(read: Reader) -> dict[str, Any]:
 def _refuse_unsupported(raw: Mapping[str, Any], nested: Mapping[str, Any]) -> None:
     """Raise ValueError when the config asks for something this implementation would silently compute otherwise."""
     kinds = raw.get("layer_types")
-    full = (not isinstance(kinds, list) or set(kinds) != {"sliding_attention"}) and not nested.get("use_swa")
-    known = {ARCHITECTURE, EXTENDED_ARCHITECTURE}
+    all_slide = isinstance(kinds, list) and bool(kinds) and all(kind == "sliding_attention" for kind in kinds)
+    full = not all_slide and not nested.get("use_swa")
+    classes, known = raw.get("architectures"), {ARCHITECTURE, EXTENDED_ARCHITECTURE}
     unsupported = {
-        "architectures": not known.intersection(raw.get("architectures") or []),
+        "architectures": not (isinstance(classes, list) and known.intersection(map(str, classes))),
         "is_causal": full and bool(nested.get("is_causal", raw.get("is_causal", False))),
         "markov_head_type": raw.get("markov_head_type", "vanilla") != "vanilla",
         "enable_confidence_head": bool(raw.get("enable_confidence_head")),
@@ -161,8 +186,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], nested: Mapping[str, Any]) -> No
 
 def recognizes(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json is of this family, supported or not."""
-    named = (str(name) for name in raw.get("architectures") or [])
-    return "dflash_config" in raw or any("DFlash" in name for name in named)
+    return "dflash_config" in raw or "DFlash" in str(raw.get("architectures"))
 
 
 def _same_tensors(tensors: Tensors, config: DFlashConfig, target: Target = NO_TARGET) -> Tensors:

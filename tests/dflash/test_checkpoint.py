@@ -101,5 +101,14 @@ def test_another_target_is_refused(draft_config, change, message):
         check_target(config, **(right | change))
 
 
+def test_taps_beyond_the_target_are_refused_where_its_depth_is_not_known(draft_config):
+    config = dataclasses.replace(draft_config, num_target_layers=None, target_layer_ids=(0, 7))
+    check_target(config, None, 64, 8, 128)
+    with pytest.raises(
+        ValueError, match=r"another target: it reads the output of layer 7, this target has layers 0\.\.6"
+    ):
+        check_target(config, None, 64, 7, 128)
+
+
 def test_drafters_from_elsewhere_name_no_target(draft_config):
     check_target(draft_config, "b" * 64, 64, 3, 128)

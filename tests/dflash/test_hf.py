@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from speedstack.dflash.accept import count_accepted
 from speedstack.dflash.checkpoint import save_drafter
 from speedstack.dflash.hf import to_transformers
 from speedstack.dflash.model import DFlashDraftModel, DraftContext
@@ -48,7 +47,8 @@ def our_rounds(
         rounds.append(drafts)
         logits, features = run_target(target, tokens + drafts, config.target_layer_ids)
         sampled = logits[anchor:].argmax(-1).tolist()
-        tokens += sampled[: count_accepted(drafts, sampled) + 1]
+        wrong = [i for i, draft in enumerate(drafts) if draft != sampled[i]]
+        tokens += sampled[: min(wrong, default=len(drafts)) + 1]
     return rounds, tokens[: len(prompt) + num_new_tokens]
 
 

@@ -81,8 +81,7 @@ def test_five_layers_are_58_tensors_in_z_labs_format(make_drafter, tmp_path):
 def test_conversion_keeps_weights_and_card(make_drafter, tmp_path):
     drafter = make_drafter()
     save_drafter(drafter, tmp_path / "ours", torch.bfloat16, card={"acceptance": {"held-out": 3.5}})
-    read, written = convert_drafter(tmp_path / "ours", "transformers", tmp_path / "theirs")
-    assert (read.name, written.name) == ("speedstack", "transformers")
+    assert convert_drafter(tmp_path / "ours", "transformers", tmp_path / "theirs") == drafter.config
     convert_drafter(tmp_path / "theirs", "zlab", tmp_path / "again")
     for file in ("model.safetensors", "config.json", "card.json", "README.md"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "ours" / file).read_bytes(), file
@@ -271,3 +270,28 @@ def test_a_mask_embedding_needs_no_key_but_a_key_needs_the_file(make_drafter, tm
     (path / "mask_embedding.pt").unlink()
     with pytest.raises(ValueError, match=r"mask_embedding\.pt is missing"):
         load_drafter(path)
+
+
+@pytest.mark.filterwarnings("ignore:this drafter reads the output of the target's last layer")
+@pytest.mark.parametrize("form", ["zlab", "speculators", "transformers"])
+def test_junk_in_any_key_is_one_line(make_drafter, form):
+    """Every value of a config.json is replaced by values of other types: it is read, or refused with one line."""
+    config = make_drafter(**OPTIONS["windows"]).config
+    raw = FORMATS[form].to_json(config, "float32", TARGET)
+    inside = {"zlab": "dflash_config", "speculators": "transformer_layer_config", "transformers": "rope_parameters"}
+    refused = 0
+    for place in (raw, raw[inside[form]]):
+        for key, kept in place.items():
+            for junk in (None, "x", -1, 2.5, True, [], ["x"], [-1], [None], {}, {"rope_type": 3}):
+                place[key] = junk
+                found = recognize(raw)
+                if found is None:
+                    continue
+                try:
+                    assert found.from_json(raw).hidden_size == 64
+                except ValueError as error:
+                    refused += 1
+                    assert "\n" not in str(error) and str(error), key
+            place[key] = kept
+    assert FORMATS[form].from_json(raw) == config
+    assert refused > 100
