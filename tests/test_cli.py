@@ -412,7 +412,32 @@ def test_convert_names_its_source_before_the_flags(
 
 def test_convert_describes_every_format() -> None:
     from speedstack.convert import ConvertConfig
+    from speedstack.dflash.formats.registry import FORMATS as DRAFTER_FORMATS
     from speedstack.quant.checkpoint import FORMATS
 
     description = ConvertConfig.model_fields["to"].description
-    assert description is not None and all(name in description for name in FORMATS)
+    assert description is not None and all(name in description for name in (*FORMATS, *DRAFTER_FORMATS))
+
+
+@pytest.mark.filterwarnings("ignore:this drafter reads the output of the target's last layer")
+def test_convert_recognizes_a_drafter(
+    tiny_model_dir: Path,
+    tiny_packed_dir: Path,
+    tiny_drafter_dir: Path,
+    fails: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    target = ("--target", str(tiny_model_dir))
+    assert main(["convert", str(tiny_drafter_dir), "--to", "speculators", "--out", str(out), *target]) == 0
+    assert "drafter of 2 layers for blocks of 8: to speculators" in capsys.readouterr().out
+    verifier = json.loads((out / "config.json").read_text(encoding="utf-8"))["speculators_config"]["verifier"]
+    assert verifier == {"architectures": ["MiMoV2FlashForCausalLM"], "name_or_path": str(tiny_model_dir)}
+    back = tmp_path / "back"
+    assert main(["convert", str(out), "--to", "zlab", "--out", str(back)]) == 0
+    assert (back / "model.safetensors").read_bytes() == (tiny_drafter_dir / "model.safetensors").read_bytes()
+    nowhere = ("--out", tmp_path / "x")
+    assert "choose one of speedstack" in fails("convert", tiny_drafter_dir, "--to", "gguf", *nowhere)
+    assert "SHA-256" in fails("convert", tiny_drafter_dir, "--to", "mimo", *nowhere, "--target", tiny_packed_dir)
+    assert not (tmp_path / "x").exists()
