@@ -151,7 +151,15 @@ class ModelSection(Section):
 
 
 class QatSection(Section):
-    model: Path = Field(Path("runs/pretrain-tiny/export"), description="Full-precision model directory to quantize.")
+    model: Path = Field(
+        Path("runs/pretrain-tiny/export"),
+        description="Full-precision model directory: the teacher, and where the student starts without start_from.",
+    )
+    start_from: Path | None = Field(
+        None,
+        description="Directory of the same architecture, packed or not, whose values the student starts from, such as "
+        "what `speedstack quantize` wrote; None: those of model.",
+    )
     objective: Literal["kl", "ce", "mix"] = Field(
         "kl", description="kl: forward KL to the full-precision model; ce: next-token cross-entropy; mix: both."
     )
