@@ -114,7 +114,7 @@ def load_quantize_config(path: Path | None, overrides: Sequence[str]) -> Quantiz
 
 
 def quantize(config: QuantizeConfig) -> None:
-    """Write the packed model and its record.
+    """Write the packed model and its record. What the model's files hold besides the model goes along unquantized.
 
     Raises ValueError for a model that is missing, quantized already, broken or of a family that cannot be packed, for
     missing or too little calibration text, and for an output directory that holds something else; OSError as
@@ -124,7 +124,7 @@ def quantize(config: QuantizeConfig) -> None:
     import torch
 
     from speedstack.eval.environment import describe_environment
-    from speedstack.quant.checkpoint import load_model, save_packed
+    from speedstack.quant.checkpoint import check_extras, load_model, save_packed
     from speedstack.quant.checkpoint.names import hub_names
     from speedstack.quant.checkpoint.reader import read_config
     from speedstack.runtime.select import choose_device
@@ -140,12 +140,13 @@ def quantize(config: QuantizeConfig) -> None:
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{config.model} is stored as {dtype}, which MXFP4 is not rounded from: use --dtype float32")
     windows_NT = _calibration_windows(config, tokenizer, model_config) if config.method == "gptq" else None
+    check_extras(config.model)
     model = load_model(config.model, dtype)
     torch.nn.Module.to(model, device)
 
     start = time.perf_counter()
     report = None if windows_NT is None else _gptq(model, windows_NT, config)
-    save_packed(model, config.out, tokenizer, config.chosen_scale_rule)
+    save_packed(model, config.out, tokenizer, config.chosen_scale_rule, extras_from=config.model)
     result = QuantizeResult(
         config=config.model_dump(mode="json"),
         scale_rule=config.chosen_scale_rule,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from speedstack.cli import main
@@ -86,6 +87,18 @@ def test_weights_that_stay_keep_their_dtype(tiny_model_dir: Path, tmp_path: Path
         assert main([*command, "--out", str(tmp_path / dtype)]) == 0
         embeddings = load_checkpoint(tmp_path / dtype).tensors["model.embed_tokens.weight"]
         assert isinstance(embeddings, torch.Tensor) and embeddings.dtype == expected
+
+
+def test_prediction_heads_go_along(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """transformers leaves them out of the model without a word."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    tensors = load_file(model / "model.safetensors")
+    head = {f"model.mtp.0.mlp.experts.0.{part}_proj.weight": torch.randn(32, 64) for part in ("gate", "up")}
+    save_file(tensors | head, model / "model.safetensors", metadata={"format": "pt"})
+    assert main(["quantize", str(model), "--method", "rtn", "--out", str(tmp_path / "out")]) == 0
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in head.items())
 
 
 def test_a_quantized_model_is_refused(fails: Callable[..., str], tiny_packed_dir: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speedstack.eval.divergence import token_kl, token_nll, top1_matches
-from speedstack.quant.checkpoint import save_packed, weights_sha256
+from speedstack.quant.checkpoint import check_extras, save_packed, weights_sha256
 from speedstack.quant.checkpoint.files import checkpoint_directory
 from speedstack.quant.checkpoint.names import hub_names
 from speedstack.quant.checkpoint.reader import read_config
@@ -78,7 +78,9 @@ class QatRecipe(Recipe):
         # Kept for as long as the teacher is called: the engine's hooks gather what it needs.
         self._teacher_engine = shard_frozen(self.teacher, world) if stage == 3 else None
 
-        if not _can_be_packed(student) and world.is_main:
+        if _can_be_packed(student):
+            check_extras(section.model)
+        elif world.is_main:
             warnings.warn(
                 f"no packed format is known for {student.config.model_type}: the export will have its experts' MXFP4 "
                 f"values in {student.dtype}",
@@ -146,7 +148,7 @@ class QatRecipe(Recipe):
         assert isinstance(model, PreTrainedModel)
         scale_rule = self.config.qat.scale_rule
         if _can_be_packed(model):
-            save_packed(model, path, tokenizer=self.tokenizer, scale_rule=scale_rule)
+            save_packed(model, path, self.tokenizer, scale_rule, extras_from=self.config.qat.model)
             return
         round_to_nearest(model, scale_rule)
         model.save_pretrained(path)

@@ -1,7 +1,8 @@
 """Turns a checkpoint of one format into one of another, a tensor at a time.
 
-Codes and scales of packed experts are moved, never computed; an unquantized source is rounded to MXFP4. Every other
-tensor is passed through under its own name, those that transformers ignores (heads for multi-token prediction) too.
+Codes and scales of packed experts are moved, never computed; the experts of an unquantized source are rounded to MXFP4.
+Every other tensor is passed through under its own name, those of heads for multi-token prediction too: what config.json
+does not count among the model's layers is not rounded, experts or not.
 Memory holds one output shard and at most one fused weight of one layer, whatever the size of the model. The result
 appears whole or not at all.
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from speedstack.quant.checkpoint.directory import MAX_SHARD_BYTES, ShardWriter, check_apart, check_target, new_directory
 from speedstack.quant.checkpoint.files import CONFIG_FILE, INDEX_FILE, WeightFiles, checkpoint_directory, read_json
@@ -77,10 +79,11 @@ def convert(
     they are. The source's tokenizer and other side files are copied; a model directory already at `out` is replaced.
     `on_progress` is called with the number of tensors written and in all.
 
-    Warns when FP8 layers become bfloat16, when few loaders know the result, and about sub-directories, which are not
-    copied. Raises ValueError, of one line, for an unknown format, a source that is already in it or is quantized
-    otherwise, a format that cannot express the family, NaN in experts, an `out` whose replacement would delete
-    something else, and anything missing, corrupt or inconsistent. Raises OSError when `out` cannot be written.
+    Warns when FP8 layers become bfloat16, when experts outside the model's layers stay as they are, when few loaders
+    know the result, and about sub-directories, which are not copied. Raises ValueError, of one line, for an unknown
+    format, a source that is already in it or is quantized otherwise, a format that cannot express the family, NaN in
+    experts, an `out` whose replacement would delete something else, and anything missing, corrupt or inconsistent.
+    Raises OSError when `out` cannot be written.
     """
     codec_type = format_named(target_format)
     source, out = checkpoint_directory(source), Path(out)
@@ -101,9 +104,12 @@ def convert(
         weights = sorted(source_codec.find(files), key=_natural_key)
         if not weights:
             raise ValueError(f"{source} has no routed experts that {source_type.title} would name: nothing to convert")
+        skeleton = build_skeleton(read_config(source)[0])
+        heads = _outside(weights, expert_weights(skeleton, names)) if not source_codec.is_packed else []
+        weights = [weight for weight in weights if weight not in heads]
         expert_names = {name for weight in weights for name in source_codec.tensor_names(weight)}
         others = sorted(other_names(files, source_type, expert_names), key=_natural_key)
-        _check_against_config(source, files, names, weights, set(others))
+        _check_against_config(skeleton, files, names, weights, set(others))
         codec = Plain(names, _plain_dtype(fields)) if codec_type is Plain else codec_type(names)
         with new_directory(out) as partial:
             job = _Job(files, source_codec, codec, scale_rule, linears)
@@ -111,6 +117,12 @@ def convert(
             config = unquantized_fields(fields) | codec.config(plain_matrices(job.shapes, job.fp8_names))
             (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             _copy_side_files(source, partial)
+    if heads:
+        warnings.warn(
+            f"{len(heads)} expert weights of {source} are of no layer that {CONFIG_FILE} counts, such as "
+            f"{heads[0].module}.{heads[0].name} (a head for multi-token prediction?): they stay as they are",
+            stacklevel=2,
+        )
     caution = codec.caution(names)
     if caution is not None:
         warnings.warn(caution, stacklevel=2)
@@ -186,12 +198,17 @@ class _Job:
             self.shapes[stored_name] = tuple(value.shape)
 
 
+def _outside(weights: list[ExpertWeight], of_model: dict[str, ExpertWeight]) -> list[ExpertWeight]:
+    """The expert weights in modules that the model does not have."""
+    modules = {weight.module for weight in of_model.values()}
+    return [weight for weight in weights if weight.module not in modules]
+
+
 def _check_against_config(
-    source: Path, files: WeightFiles, names: HubNames, weights: list[ExpertWeight], others: set[str]
+    skeleton: PreTrainedModel, files: WeightFiles, names: HubNames, weights: list[ExpertWeight], others: set[str]
 ) -> None:
     """Raises ValueError when the model that config.json describes has tensors or shapes that the files have not."""
-    config, _ = read_config(source)
-    skeleton = build_skeleton(config)
+    source = files.path
     expected_weights = expert_weights(skeleton, names)
     found = {(weight.module, weight.name): weight for weight in weights}
     for weight in expected_weights.values():

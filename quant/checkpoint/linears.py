@@ -15,8 +15,8 @@ _FP8_LEAVES = (
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
     *("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "wq_a", "wq_b", "wkv", "wo_a", "wo_b"),
 )
-# DeepSeek-V4's sparse attention keeps these in full precision.
-_NEVER_FP8 = (".compressor.", ".indexer.")
+# DeepSeek-V4's sparse attention keeps the first two in full precision; experts that come here are a head's.
+_NEVER_FP8 = (".compressor.", ".indexer.", ".experts.")
 _QUANTIZED_DTYPES = ("U8", "I8", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 
 

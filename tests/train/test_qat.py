@@ -321,6 +321,17 @@ def test_a_model_replaced_in_place_is_refused(
         qat(config)
 
 
+def test_prediction_heads_go_along(pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pretrained.export_path, model)
+    head = {"model.mtp.0.eh_proj.weight": torch.randn(64, 128)}
+    weights = load_file(model / "model.safetensors")
+    save_file(weights | head, model / "model.safetensors", metadata={"format": "pt"})
+    result = qat(make_qat_config(tmp_path, model, loop__num_steps=1))
+    stored = load_file(result.export_path / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in head.items())
+
+
 def test_bad_models_are_refused(pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere"):
         qat(make_qat_config(tmp_path / "a", tmp_path / "nowhere"))
