@@ -24,13 +24,14 @@ class ConvertConfig(VerbConfig):
         "plain", description="Format to write: compressed-tensors, gpt-oss, mimo, deepseek-v4, gguf or plain."
     )
     out: Path = Field(Path("runs/convert"), description="Directory of the result; a model already there is replaced.")
-    scale_rule: Literal["floor", "rceil", "even", "mse"] = Field(
-        "even", description="How scales are chosen where an unquantized source is rounded to MXFP4."
+    scale_rule: Literal["auto", "floor", "rceil", "even", "mse"] = Field(
+        "auto",
+        description="How scales are chosen where an unquantized source is rounded to MXFP4; auto: even.",
     )
     linears: Literal["keep", "fp8"] = Field(
         "keep",
         description="Linear layers other than experts: keep them as they are, or (mimo, deepseek-v4) round them to FP8 "
-        "in tiles of 128 x 128.",
+        "in tiles of 128 x 128. Layers that are no whole tiles stay.",
     )
     max_shard_bytes: int = Field(5 * 10**9, ge=1, description="Largest safetensors file written, in bytes.")
 
@@ -58,7 +59,7 @@ def convert(config: ConvertConfig) -> None:
             config.source,
             config.to,
             config.out,
-            scale_rule=config.scale_rule,
+            scale_rule=None if config.scale_rule == "auto" else config.scale_rule,
             linears=config.linears,
             max_shard_bytes=config.max_shard_bytes,
             on_progress=show,

@@ -7,6 +7,7 @@ expert's matrices were calibrated on and what came out. The model appears whole 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,11 +72,24 @@ class QuantizeConfig(VerbConfig):
             return self.scale_rule
         return "even" if self.method == "rtn" else "mse"
 
+    @property
+    def unused_settings(self) -> tuple[str, ...]:
+        """Settings of calibration that differ from their defaults though the method has no calibration."""
+        if self.method == "gptq":
+            return ()
+        names = [f"calibration.{name}" for name in _changed(self.calibration)]
+        return (*(name for name in _changed(self) if name == "damping"), *names)
+
     @model_validator(mode="after")
     def _rule_fits(self) -> QuantizeConfig:
         if self.method == "mse" and self.scale_rule not in ("auto", "mse"):
             raise ValueError(f"method mse is the scale rule mse; for the rule {self.scale_rule} choose method rtn")
         return self
+
+
+def _changed(config: VerbConfig) -> list[str]:
+    """Fields that have another value than their default."""
+    return [name for name, field in type(config).model_fields.items() if getattr(config, name) != field.default]
 
 
 class QuantizedExpert(Record):
@@ -121,6 +135,8 @@ def quantize(config: QuantizeConfig) -> None:
     `save_packed` does. Whatever fails, `out` is as it was.
     """
     _check_directories(config)
+    if config.unused_settings:
+        warnings.warn(f"method {config.method} takes no {', '.join(config.unused_settings)}: not used", stacklevel=2)
     import torch
 
     from speedstack.eval.environment import describe_environment

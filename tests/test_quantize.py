@@ -158,8 +158,13 @@ def test_places(fails: Callable[..., str], tiny_model_dir: Path, tmp_path: Path)
     assert (tmp_path / "notes" / "todo.txt").read_text() == "keep"
 
 
-def test_settings_that_contradict(fails: Callable[..., str], tiny_model_dir: Path) -> None:
+def test_settings_that_contradict_or_do_nothing(
+    fails: Callable[..., str], tiny_model_dir: Path, tmp_path: Path
+) -> None:
     assert "choose method rtn" in fails(tiny_model_dir, "--method", "mse", "--scale-rule", "floor")
+    with pytest.warns(UserWarning, match=r"method rtn takes no damping, calibration\.seed: not used"):
+        settings = ["--method", "rtn", "--damping", "0.5", "--calibration.seed", "3"]
+        assert main(["quantize", str(tiny_model_dir), *settings, "--out", str(tmp_path / "out")]) == 0
     assert "greater than or equal to 0" in fails(tiny_model_dir, "--damping", "-1")
     assert "did you mean '--calibration.source'" in fails(tiny_model_dir, "--calibration.sorce", "x")
 

@@ -32,7 +32,15 @@ from speedstack.quant.checkpoint.formats import (
     format_named,
 )
 from speedstack.quant.checkpoint.formats.codec import ROWS_AT_A_TIME
-from speedstack.quant.checkpoint.linears import other_names, plain_matrices, read_linear, to_fp8, write_linear
+from speedstack.quant.checkpoint.linears import (
+    is_fp8_linear,
+    is_whole_tiles,
+    other_names,
+    plain_matrices,
+    read_linear,
+    to_fp8,
+    write_linear,
+)
 from speedstack.quant.checkpoint.names import HubNames, hub_names
 from speedstack.quant.checkpoint.reader import (
     build_skeleton,
@@ -42,7 +50,7 @@ from speedstack.quant.checkpoint.reader import (
     tied_names,
     unquantized_fields,
 )
-from speedstack.quant.fp8 import FP8Tensor
+from speedstack.quant.fp8 import TILE_SIZE, FP8Tensor
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, MXFP4Tensor, ScaleRule, quantize
 
 Linears = Literal["keep", "fp8"]
@@ -67,23 +75,23 @@ def convert(
     target_format: str,
     out: str | Path,
     *,
-    scale_rule: ScaleRule = DEFAULT_SCALE_RULE,
+    scale_rule: ScaleRule | None = None,
     linears: Linears = "keep",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Write the checkpoint in directory `source` at `out` in the format named `target_format`.
 
-    `scale_rule` is used where experts are rounded, which is when the source is unquantized. `linears="fp8"` stores
-    the other linear layers in FP8 as the makers of mimo and deepseek-v4 do, which rounds them; "keep" leaves them as
-    they are. The source's tokenizer and other side files are copied; a model directory already at `out` is replaced.
-    `on_progress` is called with the number of tensors written and in all.
+    `scale_rule` is for an unquantized source, whose experts are rounded; None is the default rule. `linears="fp8"`
+    stores the other linear layers in FP8 as the makers of mimo and deepseek-v4 do, which rounds them; "keep" leaves
+    them as they are. The source's tokenizer and other side files are copied; a model directory already at `out` is
+    replaced. `on_progress` is called with the number of tensors written and in all.
 
-    Warns when FP8 layers become bfloat16, when experts outside the model's layers stay as they are, when few loaders
-    know the result, and about sub-directories, which are not copied. Raises ValueError, of one line, for an unknown
-    format, a source that is already in it or is quantized otherwise, a format that cannot express the family, NaN in
-    experts, an `out` whose replacement would delete something else, and anything missing, corrupt or inconsistent.
-    Raises OSError when `out` cannot be written.
+    Warns when FP8 layers become bfloat16, when linear layers cannot become FP8, when experts outside the model's layers
+    stay as they are, when few loaders know the result, and about sub-directories, which are not copied. Raises
+    ValueError, of one line, for an unknown format, a source that is already in it or is quantized otherwise, a format
+    that cannot express the family, settings that would do nothing, NaN in experts, an `out` whose replacement would
+    delete something else, and anything missing, corrupt or inconsistent. Raises OSError when `out` cannot be written.
     """
     codec_type = format_named(target_format)
     source, out = checkpoint_directory(source), Path(out)
@@ -93,6 +101,11 @@ def convert(
         raise ValueError(f"{source} is in the format {codec_type.name} already")
     if linears == "fp8" and codec_type.linear_scale is None:
         raise ValueError(f"format {codec_type.name} has no FP8 linear layers: leave linears at keep")
+    if scale_rule is not None and source_type.is_packed:
+        raise ValueError(
+            f"{source} is packed, its codes and scales are moved as they are: scale_rule {scale_rule} is for rounding "
+            "an unquantized source"
+        )
     names = hub_names(str(fields.get("model_type")))
     check_family(source_type, names)
     check_family(codec_type, names)
@@ -110,9 +123,10 @@ def convert(
         expert_names = {name for weight in weights for name in source_codec.tensor_names(weight)}
         others = sorted(other_names(files, source_type, expert_names), key=_natural_key)
         _check_against_config(skeleton, files, names, weights, set(others))
+        kept = _linears_kept(files, codec_type, others) if linears == "fp8" else []
         codec = Plain(names, _plain_dtype(fields)) if codec_type is Plain else codec_type(names)
         with new_directory(out) as partial:
-            job = _Job(files, source_codec, codec, scale_rule, linears)
+            job = _Job(files, source_codec, codec, scale_rule or DEFAULT_SCALE_RULE, linears)
             job.write(weights, others, partial, max_shard_bytes, on_progress or (lambda done, total: None))
             config = unquantized_fields(fields) | codec.config(plain_matrices(job.shapes, job.fp8_names))
             (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -121,6 +135,12 @@ def convert(
         warnings.warn(
             f"{len(heads)} expert weights of {source} are of no layer that {CONFIG_FILE} counts, such as "
             f"{heads[0].module}.{heads[0].name} (a head for multi-token prediction?): they stay as they are",
+            stacklevel=2,
+        )
+    if kept:
+        warnings.warn(
+            f"{len(kept)} linear layers of {source} are not of whole tiles of {TILE_SIZE} x {TILE_SIZE}, such as "
+            f"{kept[0]}: they stay as they are",
             stacklevel=2,
         )
     caution = codec.caution(names)
@@ -187,7 +207,7 @@ class _Job:
 
     def _write_other(self, name: str, shards: ShardWriter) -> None:
         tensor = read_linear(self._files, type(self._source), name, self._files.shape(name))
-        if self._linears == "fp8" and isinstance(tensor, torch.Tensor):
+        if self._linears == "fp8":
             tensor = to_fp8(tensor, type(self._target), name)
         stored = write_linear(tensor, type(self._target), name)
         self.num_dequantized += isinstance(tensor, FP8Tensor) and len(stored) == 1
@@ -196,6 +216,18 @@ class _Job:
         for stored_name, value in stored.items():
             shards.add(stored_name, value)
             self.shapes[stored_name] = tuple(value.shape)
+
+
+def _linears_kept(files: WeightFiles, codec_type: type[Codec], names: list[str]) -> list[str]:
+    """The linear layers that `linears="fp8"` is about and that FP8 cannot take. Raises ValueError if it is all."""
+    meant = [name for name in names if is_fp8_linear(codec_type, name) and len(files.shape(name)) == 2]
+    kept = [name for name in meant if not is_whole_tiles(files.shape(name))]
+    if len(kept) == len(meant):
+        raise ValueError(
+            f"{files.path} has no linear layer of whole tiles of {TILE_SIZE} x {TILE_SIZE} that FP8 could take: leave "
+            "linears at keep"
+        )
+    return kept
 
 
 def _outside(weights: list[ExpertWeight], of_model: dict[str, ExpertWeight]) -> list[ExpertWeight]:
