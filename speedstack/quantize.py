@@ -1,7 +1,7 @@
 """The `quantize` verb: routed experts to MXFP4 after training, by rounding or by GPTQ, as a packed model directory.
 
 Next to the model lies quantize.json: what was asked for, on which machine, how long it took, and for GPTQ what each
-expert's matrices were calibrated on and what came out. The model appears whole or not at all, the record after it.
+expert's matrices were calibrated on and what came out. Model and record appear together and whole, or not at all.
 """
 
 from __future__ import annotations
@@ -162,22 +162,27 @@ def quantize(config: QuantizeConfig) -> None:
 
     start = time.perf_counter()
     report = None if windows_NT is None else _gptq(model, windows_NT, config)
-    save_packed(model, config.out, tokenizer, config.chosen_scale_rule, extras_from=config.model)
-    result = QuantizeResult(
-        config=config.model_dump(mode="json"),
-        scale_rule=config.chosen_scale_rule,
-        seconds=time.perf_counter() - start,
-        num_calibration_tokens=0 if report is None else report.num_tokens,
-        experts=() if report is None else tuple(QuantizedExpert(**vars(entry)) for entry in report.experts),
-        environment=describe_environment(),
-    )
+
+    def write_record(directory: Path) -> None:
+        result = QuantizeResult(
+            config=config.model_dump(mode="json"),
+            scale_rule=config.chosen_scale_rule,
+            seconds=time.perf_counter() - start,
+            num_calibration_tokens=0 if report is None else report.num_tokens,
+            experts=() if report is None else tuple(QuantizedExpert(**vars(entry)) for entry in report.experts),
+            environment=describe_environment(),
+        )
+        result.save(directory / RECORD_FILE)
+
+    rule = config.chosen_scale_rule
+    save_packed(model, config.out, tokenizer, rule, extras_from=config.model, add_files=write_record)
     if report is not None:
         print(
             f"{len(report.experts)} matrices on {report.num_tokens} tokens: output error {report.error_ratio:.3f} of "
             f"rounding to nearest; {report.num_borrowers} borrowed tokens, {report.num_fallbacks} rounded to nearest"
         )
     print(f"model: {config.out}")
-    print(f"written: {result.save(config.out / RECORD_FILE)}")
+    print(f"written: {config.out / RECORD_FILE}")
 
 
 def _check_directories(config: QuantizeConfig) -> None:

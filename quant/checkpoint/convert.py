@@ -22,7 +22,14 @@ import torch
 from transformers import PreTrainedModel
 
 from speedstack.quant.checkpoint.directory import MAX_SHARD_BYTES, ShardWriter, check_apart, check_target, new_directory
-from speedstack.quant.checkpoint.files import CONFIG_FILE, INDEX_FILE, WeightFiles, checkpoint_directory, read_json
+from speedstack.quant.checkpoint.files import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    ReadError,
+    WeightFiles,
+    checkpoint_directory,
+    read_json,
+)
 from speedstack.quant.checkpoint.formats import (
     Codec,
     ExpertWeight,
@@ -280,7 +287,12 @@ def _copy_side_files(source: Path, directory: Path) -> None:
         if entry.is_dir():
             skipped.append(entry.name)
         elif not entry.name.endswith(".index.json"):
-            shutil.copyfile(entry, directory / entry.name)
+            try:
+                content = entry.open("rb")
+            except OSError as error:
+                raise ReadError(f"cannot read {entry}: {error.strerror}") from error
+            with content, (directory / entry.name).open("wb") as copy:
+                shutil.copyfileobj(content, copy)
     if skipped:
         warnings.warn(f"the sub-directories {', '.join(skipped)} of {source} are not copied", stacklevel=3)
 

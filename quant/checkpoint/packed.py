@@ -5,7 +5,7 @@ at a time and written in shards, so memory beyond the model stays at one shard. 
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,12 +29,14 @@ def save_packed(
     scale_rule: ScaleRule = DEFAULT_SCALE_RULE,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extras_from: str | Path | None = None,
+    add_files: Callable[[Path], object] | None = None,
 ) -> None:
     """Write `model`, and the tokenizer if given, as a packed Hugging Face directory at `path`.
 
     `scale_rule` must be the one the model was trained with. A model directory already at `path` is replaced.
     `extras_from` is the directory the model was loaded from: the tensors there that transformers' model does not have,
-    which are heads for multi-token prediction, go along unquantized.
+    which are heads for multi-token prediction, go along unquantized. `add_files` is called with the directory before it
+    appears at `path`, to put more files beside the model.
 
     Raises ValueError for a model that is quantized already, has no routed experts, or is of a family that `names` does
     not list; for NaN or infinity in an expert; and as `check_extras` does. Raises OSError when `path` cannot be
@@ -65,6 +67,8 @@ def save_packed(
         _write_config(model, codec, plain_matrices(shapes, set()), partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        if add_files is not None:
+            add_files(partial)
 
 
 def check_extras(path: str | Path) -> None:

@@ -26,6 +26,9 @@ from speedstack.quant.experts import contraction_last, routed_experts, weight_na
 from speedstack.quant.fp8 import FP8Tensor
 from speedstack.quant.mxfp4 import BLOCK_SIZE, MXFP4Tensor
 
+# What transformers raises for fields of the right type with values that cannot be.
+_BAD_FIELDS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -82,9 +85,8 @@ def read_config(path: Path) -> tuple[PreTrainedConfig, type[Codec]]:
     codec = detect(path, fields)
     try:
         config = CONFIG_MAPPING[model_type].from_dict(unquantized_fields(fields))
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path / CONFIG_FILE} is not a valid {model_type} configuration: {reason}") from error
+    except (StrictDataclassError, *_BAD_FIELDS) as error:
+        raise ValueError(f"{path / CONFIG_FILE} is not a valid {model_type} configuration: {_reason(error)}") from error
     return config, codec
 
 
@@ -94,9 +96,22 @@ def unquantized_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model of a configuration, without memory for its weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """The causal language model of a configuration, without memory for its weights.
+
+    Raises ValueError for one that transformers makes no model of.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except _BAD_FIELDS as error:
+        raise ValueError(
+            f"transformers makes no model of this {config.model_type} configuration, a field of {CONFIG_FILE} must be "
+            f"wrong: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
@@ -116,6 +131,10 @@ def expert_weights(model: PreTrainedModel, names: HubNames) -> dict[str, ExpertW
     for experts_name, experts in routed_experts(model).items():
         for weight_name in weight_names(experts):
             shape = contraction_last(experts, getattr(experts, weight_name)).shape
+            if 0 in shape:
+                raise ValueError(
+                    f"{CONFIG_FILE} asks for experts {experts_name} of shape {tuple(shape)}: they are none"
+                )
             weights[f"{experts_name}.{weight_name}"] = ExpertWeight(names.of(experts_name), weight_name, *shape)
     return weights
 

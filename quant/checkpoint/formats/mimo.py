@@ -58,5 +58,5 @@ class MiMo(PerExpert):
 def check_tiles(quantization: dict[str, Any]) -> None:
     """Raises ValueError for FP8 tiles of another size."""
     size = quantization.get("weight_block_size", [TILE_SIZE, TILE_SIZE])
-    if list(size) != [TILE_SIZE, TILE_SIZE]:
+    if size not in ([TILE_SIZE, TILE_SIZE], (TILE_SIZE, TILE_SIZE)):
         raise ValueError(f"weight_block_size {size} is not supported: FP8 tiles are read as {TILE_SIZE} x {TILE_SIZE}")

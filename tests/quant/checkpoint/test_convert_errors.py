@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from speedstack.quant.checkpoint import convert, load_checkpoint, save_packed
+from speedstack.quant.checkpoint import convert, load_checkpoint, load_model, save_packed
 from speedstack.quant.checkpoint.formats import detect
 
 MakeFamily = Callable[[str], PreTrainedModel]
@@ -68,8 +68,23 @@ def test_already_there_and_quantized_otherwise(
     mimo = {"quant_method": "fp8", "store_dtype": "mxfp4"}
     edit_config(plain, quantization_config=mimo | {"weight_block_size": [64, 64]})
     refuses(plain, "gguf", r"config\.json: weight_block_size \[64, 64\] is not supported")
+    sizes: tuple[Any, ...] = (None, 128, {}, "128")
+    for size in sizes:
+        edit_config(plain, quantization_config=mimo | {"weight_block_size": size})
+        refuses(plain, "gguf", rf"config\.json: weight_block_size {size} is not supported")
     edit_config(plain, quantization_config=mimo | {"mxfp4_block_size": 16})
     refuses(plain, "gguf", r"mxfp4_block_size 16 is not MXFP4")
+
+
+@pytest.mark.parametrize("groups", [[{"targets": []}], {"group_0": None}, {"group_0": ["Linear"]}, "group_0", 3])
+def test_groups_that_are_none(
+    groups: Any, packed: Path, edit_config: Callable[..., Any], refuses: Callable[..., Any]
+) -> None:
+    quantization = json.loads((packed / "config.json").read_text())["quantization_config"]
+    edit_config(packed, quantization_config=quantization | {"config_groups": groups})
+    refuses(packed, "mimo", r"config\.json: config_groups is no object of objects")
+    with pytest.raises(ValueError, match="config_groups is no object of objects"):
+        load_model(packed)
 
 
 def test_quantized_layers_that_are_no_experts(

@@ -145,6 +145,17 @@ def test_broken_configuration(plain: Path) -> None:
         ("{}", "transformers knows no model_type None"),
         (config.replace("mimo_v2_flash", "mimo_v9"), "transformers knows no model_type 'mimo_v9'"),
         (config.replace('"hidden_size": 64', '"hidden_size": "wide"'), "is not a valid mimo_v2_flash configuration"),
+        (config.replace('"hidden_size": 64', '"hidden_size": -64'), "RuntimeError: .* negative dimension"),
+        (config.replace('"head_dim": 48', '"head_dim": 0'), "ZeroDivisionError"),
+        (
+            config.replace('"hidden_act": "silu"', '"hidden_act": "sly"'),
+            "a field of config.json must be wrong: KeyError",
+        ),
+        (config.replace('"dtype": "float32"', '"dtype": "float33"'), "AttributeError: .*float33"),
+        (
+            config.replace('"n_routed_experts": 8', '"n_routed_experts": 0'),
+            r"config\.json asks for|do not fit the config",
+        ),
     ]:
         (plain / "config.json").write_text(text)
         fails(plain, match)
