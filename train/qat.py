@@ -37,6 +37,7 @@ from speedstack.train.distributed import World
 from speedstack.train.flips import FlipWatch
 from speedstack.train.loop import OnStep, Recipe, RunResult, run
 from speedstack.train.objective import forward_kl, heldout_batches, next_token_cross_entropy
+from speedstack.train.precision import widened
 from speedstack.train.sharding import load_for_stage, shard_frozen
 from speedstack.train.trainer import count_micro_batches
 
@@ -120,7 +121,9 @@ class QatRecipe(Recipe):
         sums = dict.fromkeys(("heldout_loss", "heldout_kl", "heldout_top1_agreement"), 0.0)
         num_windows = 0
         for ids_BT in heldout_batches(self.heldout, self.config, self.world):
-            teacher_BTV = self._teacher_logits(ids_BT)
+            # A teacher computed in bfloat16 would be away from itself by as much as a good student is from it.
+            with widened(self.teacher):
+                teacher_BTV = self._teacher_logits(ids_BT)
             student_BTV = model(input_ids=ids_BT, use_cache=False).logits
             values = (
                 token_nll(student_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()),

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from speedstack.eval.divergence import token_kl
+from speedstack.quant import grouped
 from speedstack.quant.calibration import gptq_experts
 from speedstack.quant.checkpoint import load_checkpoint, load_model, save_packed
 from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters, router_parameters
-from speedstack.quant.mxfp4 import ScaleRule, fake_quantize
+from speedstack.quant.mxfp4 import MXFP4Tensor, ScaleRule, fake_quantize
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.train.config import OptimSection, QatConfig
 from speedstack.train.corpus import load_corpus
@@ -245,14 +246,33 @@ def test_flips_are_recorded_and_survive_a_resume(
 
 
 def test_activation_checkpointing_changes_no_number(
-    pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path
+    pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"run__precision": "bfloat16", "loop__num_steps": 3}
-    plain = qat(make_qat_config(tmp_path / "plain", pretrained.export_path, **options))
-    options["qat__activation_checkpointing"] = True
-    assert numbers(qat(make_qat_config(tmp_path / "lean", pretrained.export_path, **options)).path) == numbers(
-        plain.path
-    )
+    """Every layer's experts are computed, and packed for the backward, once more in each step; nothing else changes."""
+    num_packed = 0
+
+    def counted(*arguments: Any) -> MXFP4Tensor:
+        nonlocal num_packed
+        num_packed += 1
+        return pack(*arguments)
+
+    pack = grouped._pack
+    monkeypatch.setattr(grouped, "_pack", counted)
+    records, counts = [], []
+    for is_on in (False, True):
+        config = make_qat_config(
+            tmp_path / str(is_on),
+            pretrained.export_path,
+            run__precision="bfloat16",
+            loop__num_steps=3,
+            qat__activation_checkpointing=is_on,
+            qat__trainable="all",
+        )
+        num_packed = 0
+        records.append(numbers(qat(config).path))
+        counts.append(num_packed)
+    assert records[0] == records[1]
+    assert counts[1] == 2 * counts[0] > 0
 
 
 def test_dampening_keeps_masters_near_their_values(
@@ -288,6 +308,28 @@ def test_masters_are_float32_whatever_the_file_holds(
     assert {tensor.dtype for tensor in masters.values() if tensor.ndim == 3} == {torch.float32}
     with pytest.raises(ValueError, match=r"down_proj.weight is torch.bfloat16: master weights have to be float32"):
         build_optimizer(torch.nn.ModuleDict({"down_proj": torch.nn.Linear(2, 2).bfloat16()}), OptimSection())
+
+
+@pytest.mark.parametrize("family", ["mimo_v2_flash", "gpt_oss", "qwen3_moe"])
+def test_a_teacher_held_in_bfloat16_is_measured_in_float32(
+    family: str,
+    pretrained: RunResult,
+    random_model: Callable[[str, Path], Path],
+    make_qat_config: MakeConfig,
+    tmp_path: Path,
+) -> None:
+    """Of weights that bfloat16 holds the held-out figures are those of a float32 teacher, bit for bit."""
+    source = pretrained.export_path if family == "mimo_v2_flash" else random_model(family, tmp_path / "random")
+    model = load_model(source, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    load_corpus(make_qat_config(tmp_path, tmp_path).data.corpus).tokenizer.save_pretrained(tmp_path / "model")
+
+    def first(teacher_dtype: str) -> dict[str, Any]:
+        options: dict[str, Any] = {"loop__num_steps": 1, "loop__eval_every": 1, "qat__teacher_dtype": teacher_dtype}
+        config = make_qat_config(tmp_path / teacher_dtype, tmp_path / "model", **options)
+        return numbers(qat(config).path)[0]
+
+    assert first("bfloat16") == first("float32")
 
 
 @pytest.mark.filterwarnings("ignore:no packed format is known for minimax_m2")
