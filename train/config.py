@@ -172,8 +172,8 @@ class QatSection(Section):
     )
     teacher_dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="dtype the frozen teacher is held in; bfloat16 halves its memory, and rounds weights that are stored "
-        "in float32. Evaluation computes it in float32 either way.",
+        description="dtype the frozen teacher is held in; bfloat16 halves its memory, and rounds weights stored in "
+        "float32. Evaluation computes in float32 either way.",
     )
     dampening: float = Field(
         0.0, ge=0, description="Pull of the masters to their MXFP4 values, against oscillation; 0 is none."
