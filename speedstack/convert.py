@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from speedstack.eval.config import DEMO_RUN, VerbConfig
-from speedstack.train.config import load_config
+from speedstack.train.config import load_config_of
 
 
 class ConvertConfig(VerbConfig):
@@ -37,10 +37,8 @@ class ConvertConfig(VerbConfig):
 
 
 def load_convert_config(path: Path | None, overrides: Sequence[str]) -> ConvertConfig:
-    """The config of a file and flags, or of a source directory and flags. Raises ValueError as `load_config` does."""
-    if path is not None and path.suffix not in (".yaml", ".yml"):
-        return load_config(ConvertConfig, None, ["--source", str(path), *overrides])
-    return load_config(ConvertConfig, path, overrides)
+    """The config of a file and flags, or of a source directory and flags. Raises as `load_config` does."""
+    return load_config_of(ConvertConfig, "source", path, overrides)
 
 
 def convert(config: ConvertConfig) -> None:

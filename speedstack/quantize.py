@@ -120,11 +120,9 @@ class QuantizeResult(Document):
 
 def load_quantize_config(path: Path | None, overrides: Sequence[str]) -> QuantizeConfig:
     """As every verb's; instead of a YAML file, a model directory may be named, which is then `model`."""
-    from speedstack.train.config import load_config
+    from speedstack.train.config import load_config_of
 
-    if path is not None and path.suffix not in (".yaml", ".yml"):
-        return load_config(QuantizeConfig, None, ["--model", str(path), *overrides])
-    return load_config(QuantizeConfig, path, overrides)
+    return load_config_of(QuantizeConfig, "model", path, overrides)
 
 
 def quantize(config: QuantizeConfig) -> None:

@@ -358,6 +358,18 @@ def load_config(config_type: type[ConfigT], path: Path | None, overrides: Sequen
         raise ValueError(describe_validation_error(error, config_type)) from error
 
 
+def load_config_of(
+    config_type: type[ConfigT], directory_key: str, path: Path | None, overrides: Sequence[str] = ()
+) -> ConfigT:
+    """`load_config` for a verb that may be given a directory where others take a YAML file: it is `directory_key` then.
+
+    Raises as `load_config`.
+    """
+    if path is not None and path.suffix not in (".yaml", ".yml"):
+        return load_config(config_type, None, [f"--{directory_key}", str(path), *overrides])
+    return load_config(config_type, path, overrides)
+
+
 def dump_config(config: BaseModel) -> str:
     """The whole config as YAML; `read_config` of the text gives an equal config, and its dump the same bytes."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
