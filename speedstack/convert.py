@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from speedstack.eval.config import DEMO_RUN, VerbConfig
-from speedstack.train.config import load_config
+from speedstack.train.config import load_config_of
 
 
 class ConvertConfig(VerbConfig):
@@ -26,13 +26,14 @@ class ConvertConfig(VerbConfig):
         "A drafter: speedstack, zlab, mimo, speculators or transformers.",
     )
     out: Path = Field(Path("runs/convert"), description="Directory of the result; a model already there is replaced.")
-    scale_rule: Literal["floor", "rceil", "even", "mse"] = Field(
-        "even", description="How scales are chosen where an unquantized source is rounded to MXFP4."
+    scale_rule: Literal["auto", "floor", "rceil", "even", "mse"] = Field(
+        "auto",
+        description="How scales are chosen where an unquantized source is rounded to MXFP4; auto: even.",
     )
     linears: Literal["keep", "fp8"] = Field(
         "keep",
         description="Linear layers other than experts: keep them as they are, or (mimo, deepseek-v4) round them to FP8 "
-        "in tiles of 128 x 128.",
+        "in tiles of 128 x 128. Layers that are no whole tiles stay.",
     )
     target: Path | None = Field(
         None,
@@ -42,10 +43,8 @@ class ConvertConfig(VerbConfig):
 
 
 def load_convert_config(path: Path | None, overrides: Sequence[str]) -> ConvertConfig:
-    """The config of a file and flags, or of a source directory and flags. Raises ValueError as `load_config` does."""
-    if path is not None and path.suffix not in (".yaml", ".yml"):
-        return load_config(ConvertConfig, None, ["--source", str(path), *overrides])
-    return load_config(ConvertConfig, path, overrides)
+    """The config of a file and flags, or of a source directory and flags. Raises as `load_config` does."""
+    return load_config_of(ConvertConfig, "source", path, overrides)
 
 
 def convert(config: ConvertConfig) -> None:
@@ -69,7 +68,7 @@ def convert(config: ConvertConfig) -> None:
             config.source,
             config.to,
             config.out,
-            scale_rule=config.scale_rule,
+            scale_rule=None if config.scale_rule == "auto" else config.scale_rule,
             linears=config.linears,
             max_shard_bytes=config.max_shard_bytes,
             on_progress=show,

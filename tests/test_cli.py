@@ -359,6 +359,22 @@ def test_report_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert report["curves"][0]["values"] == [3.0, 1.5, 1.0]
 
 
+def test_a_report_names_what_it_has_no_place_for(fails: Callable[..., str], tmp_path: Path) -> None:
+    for kind in ("sensitivity", "quantize", "ptq"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / f"{kind}.json").write_text(json.dumps({"kind": kind, "schema_version": 1}), encoding="utf-8")
+    line = fails("report", "--inputs", tmp_path, "--out", tmp_path / "out")
+    assert f"that a report shows; there are {tmp_path / 'ptq' / 'ptq.json'} (ptq)" in line
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1, "loss": 3.0}) + "\n", encoding="utf-8")
+    assert main(["report", "--inputs", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Not shown in this report: " in page
+    for kind in ("sensitivity", "quantize", "ptq"):
+        assert f"{tmp_path / kind / kind}.json ({kind})" in page
+
+
 @pytest.mark.parametrize(
     ("config", "training", "heldout"),
     [
