@@ -49,8 +49,8 @@ class Way:
 class ServingRow(Record):
     """One way of speculating.
 
-    `tau` in `acceptance` counts the target's own token; it is 1 without proposals, and `acceptance` is None then.
-    `decode_tokens_per_second` leaves the prompt out; it is of `num_timed_prompts` prompts.
+    `acceptance` is of all prompts, `sets` of each set; without proposals its length is 1.
+    `decode_tokens_per_second` leaves the prompt out; it is of `num_timed_prompts` prompts, None when nothing was timed.
     """
 
     name: str
