@@ -7,12 +7,13 @@ Shape suffixes: B windows, N query heads, G key/value heads, Q queries, S keys, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 
 @cache
@@ -20,6 +21,33 @@ def _compiled() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def attend(q_BNQH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, mask: BlockMask) -> Tensor:
-    """Softmax attention [B, N, Q, H] under `mask`, key/value heads shared by groups of query heads."""
-    return _compiled()(q_BNQH, k_BGSH, v_BGSH, block_mask=mask, enable_gqa=True)
+@cache
+def _compiled_create_block_mask() -> Any:
+    return torch.compile(create_block_mask)
+
+
+def make_block_mask(
+    visible: Callable[..., Tensor], num_windows: int, num_queries: int, num_keys: int, device: torch.device
+) -> BlockMask:
+    """The BlockMask of `visible(window, head, query, key)`, the same for all heads.
+
+    On CUDA it is built by a compiled kernel, tile by tile: uncompiled, a whole [Q, S] mask would exist for a moment,
+    which is 2 GB for one window of 4096 tokens with 4096 anchors.
+    """
+    create = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
+    return create(visible, B=num_windows, H=None, Q_LEN=num_queries, KV_LEN=num_keys, device=device.type)
+
+
+def attend(q_BNQH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, mask: BlockMask, sinks_N: Tensor | None = None) -> Tensor:
+    """Softmax attention [B, N, Q, H] under `mask`, key/value heads shared by groups of query heads.
+
+    Sinks add exp(sink) to the softmax's sum. The kernel knows the sum as it was, so they are a factor on its result:
+    exp(lse) / (exp(lse) + exp(sink)).
+    """
+    if sinks_N is None:
+        return _compiled()(q_BNQH, k_BGSH, v_BGSH, block_mask=mask, enable_gqa=True)
+    out_BNQH, aux = _compiled()(
+        q_BNQH, k_BGSH, v_BGSH, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True)
+    )
+    share_BNQ = torch.sigmoid(aux.lse - sinks_N.float()[None, :, None])
+    return out_BNQH * share_BNQ[..., None].to(out_BNQH.dtype)

@@ -1,9 +1,11 @@
 """Blocks and masks against definitions written out position by position."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from speedstack.dflash.block import dense_mask, document_ids, make_blocks, sample_anchors
+from speedstack.dflash.block import dense_mask, document_ids, layer_masks, make_blocks, sample_anchors
 
 SEPARATOR = 0
 
@@ -49,6 +51,49 @@ def test_flex_mask_is_the_dense_mask():
     assert torch.equal(create_mask(mask_mod, 3, 1, dense.shape[2], dense.shape[3], device="cpu"), dense)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("block_size", "window"), [(4, 1), (4, 3), (4, 9), (7, 5), (4, 1000)])
+def test_window_mask_is_the_double_loop(block_size, window, is_causal):
+    ids, documents = windows()
+    anchors, _ = sample_anchors(documents, torch.ones_like(ids).bool(), 5, torch.Generator().manual_seed(1))
+    mask = dense_mask(documents, anchors, block_size, window, is_causal)
+    num_windows, length = ids.shape
+    num_queries = anchors.shape[1] * block_size
+    assert isinstance(mask, torch.Tensor) and mask.shape == (num_windows, 1, num_queries, length + num_queries)
+    for row in range(num_windows):
+        for query in range(num_queries):
+            anchor = int(anchors[row, query // block_size])
+            query_position = anchor + query % block_size
+            for key in range(length + num_queries):
+                if key < length:
+                    position = key
+                    seen = key < anchor and bool(documents[row, key] == documents[row, anchor])
+                else:
+                    position = anchor + (key - length) % block_size
+                    seen = (key - length) // block_size == query // block_size
+                    seen = seen and (position <= query_position or not is_causal)
+                seen = seen and abs(query_position - position) < window
+                assert bool(mask[row, 0, query, key]) == seen, (row, query, key)
+
+
+def test_every_layer_gets_its_own_mask(draft_config):
+    import dataclasses
+
+    ids, documents = windows()
+    anchors, _ = sample_anchors(documents, torch.ones_like(ids).bool(), 5, torch.Generator().manual_seed(1))
+    same: Any = layer_masks(draft_config, documents, anchors)
+    assert torch.equal(same, dense_mask(documents, anchors, 4))
+    mixed = dataclasses.replace(
+        draft_config, layer_types=("full_attention", "sliding_attention"), sliding_window=3, sliding_is_causal=False
+    )
+    masks: Any = layer_masks(mixed, documents, anchors)
+    full, sliding = masks
+    windowed = dense_mask(documents, anchors, 4, window=3, is_causal=False)
+    assert torch.equal(full, dense_mask(documents, anchors, 4))
+    assert torch.equal(sliding, windowed)
+    assert not torch.equal(full, sliding)
+
+
 def test_anchors_have_context_and_something_to_predict():
     ids, documents = windows()
     predictable = torch.ones_like(ids).bool()
@@ -77,30 +122,35 @@ def test_anchors_are_a_function_of_the_generator_and_spread_out():
     assert seen.unique().tolist() == list(range(1, 63))
 
 
-def test_labels_and_weights_position_by_position():
+@pytest.mark.parametrize("num_proposals", [3, 4])
+def test_labels_and_weights_position_by_position(num_proposals):
     ids, documents = windows()
     predictable = torch.ones_like(ids).bool()
     predictable[1, 12] = False
     anchors, real = sample_anchors(documents, predictable, 22, torch.Generator().manual_seed(2))
-    blocks = make_blocks(ids, documents, predictable, anchors, real, 4, mask_token_id=49)
+    blocks = make_blocks(ids, documents, predictable, anchors, real, 4, 49, num_proposals)
     input_ids = blocks.input_ids_BQ.view(3, -1, 4)
     positions = blocks.positions_BQ.view(3, -1, 4)
+    num_wanted = 0
     for window in range(3):
         for block, anchor in enumerate(anchors[window].tolist()):
             assert input_ids[window, block].tolist() == [int(ids[window, anchor]), 49, 49, 49]
             assert positions[window, block].tolist() == [anchor, anchor + 1, anchor + 2, anchor + 3]
-            for offset in range(4):
-                at = anchor + offset
+            for proposal in range(num_proposals):
+                at = anchor + 1 + proposal
                 wanted = (
                     bool(real[window, block])
-                    and offset > 0
                     and at < 23
                     and bool(documents[window, at] == documents[window, anchor])
                     and bool(predictable[window, at])
                 )
-                assert bool(blocks.weight_BAK[window, block, offset]) == wanted
+                num_wanted += wanted
+                assert bool(blocks.valid_BAJ[window, block, proposal]) == wanted
                 if wanted:
-                    assert blocks.labels_BAK[window, block, offset] == ids[window, at]
+                    assert blocks.labels_BAJ[window, block, proposal] == ids[window, at]
+                    assert blocks.before_BAJ[window, block, proposal] == at - 1
+                    assert blocks.previous_BAJ[window, block, proposal] == ids[window, at - 1]
+    assert num_wanted > 100
 
 
 def test_a_window_without_anchors_gives_filler_blocks_only():
@@ -109,4 +159,4 @@ def test_a_window_without_anchors_gives_filler_blocks_only():
     predictable = torch.ones_like(ids).bool()
     anchors, real = sample_anchors(documents, predictable, 3, torch.Generator().manual_seed(0))
     assert not real.any()
-    assert not make_blocks(ids, documents, predictable, anchors, real, 4, 2).weight_BAK.any()
+    assert not make_blocks(ids, documents, predictable, anchors, real, 4, 2).valid_BAJ.any()
