@@ -52,6 +52,15 @@ from speedstack.runtime.weights import (
 def check_supported(weights: ModelWeights, drafter: DFlashDraftModel | None) -> None:
     """Raises ValueError, naming the size, when the kernels cannot take the model."""
     spec = weights.spec
+    for layer in spec.layers:
+        absent = {
+            "biases": layer.attention.has_bias or (isinstance(layer.mlp, MoeSpec) and layer.mlp.has_bias),
+            "YaRN": layer.attention.yarn is not None,
+            "clamped SwiGLU": isinstance(layer.mlp, MoeSpec) and layer.mlp.swiglu_limit is not None,
+        }
+        if any(absent.values()):
+            named = ", ".join(name for name, is_asked in absent.items() if is_asked)
+            raise ValueError(f"backend 'cpu' has no {named} (model type {spec.model_type}); use backend='reference'")
     multiples = [("hidden_size", spec.hidden_size, 32)]
     for layer in spec.layers:
         a = layer.attention
