@@ -5,11 +5,14 @@ length: a row names its slot and position, writes its keys and values there and 
 rejected drafts need no clean-up; they are overwritten before anything reads them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # Rows of one sequence that a step may hold: rings of sliding-window layers have this much slack, so that a chunk of a
 # prompt, or drafts that are later rejected, never overwrite what an earlier row of the same step still attends to.

@@ -93,9 +93,7 @@ def build_plan(
     if not 1 <= rows <= MAX_ROWS:
         raise ValueError(f"a step holds 1 to {MAX_ROWS} rows, not {rows}")
     if not 1 <= max_context <= spec.max_position_embeddings:
-        raise ValueError(
-            f"context {max_context} is outside the model's 1 to {spec.max_position_embeddings} positions"
-        )
+        raise ValueError(f"context {max_context} is outside the model's 1 to {spec.max_position_embeddings} positions")
     if num_programs < 1 or split_size < 1:
         raise ValueError("a plan needs at least one program and splits of at least one position")
     builder = _Builder(spec, formats, num_programs, rows, max_context, split_size, is_sharded)
@@ -157,7 +155,7 @@ class _Builder:
         width = heads * a.qk_head_dim + a.qk_head_dim + a.v_head_dim
         tile = choose_tile(width, self.num_programs, MMA_TILES, G)
         tiles = _ceil(width, tile)
-        # Layers of different shapes share the memory of their intermediate results; no two layers are under way at once.
+        # Layers of different shapes share the memory of their results: no two layers are under way at once.
         shape = f"{G}x{width}x{tile}"
         qkv = self.buffer(f"qkv.{shape}", G * tiles * tile, R * ELEMENT_BYTES, "qkv")
         splits = self.num_splits(a.window)
@@ -262,7 +260,9 @@ class _Builder:
             writes=[Region(logits, router_tile, 0, (router_tile,))],
             waits=[self.all_programs(before)],
             work=Work(
-                weight_bytes=self.formats.num_bytes("router", E * D) + D * 2 + E * 4 * (bias or moe.has_correction_bias),
+                weight_bytes=self.formats.num_bytes("router", E * D)
+                + D * 2
+                + E * 4 * (bias or moe.has_correction_bias),
                 activation_bytes=D * ELEMENT_BYTES + E * WIDE_BYTES,
                 row_flops=2 * E * D,
             ),

@@ -1,4 +1,4 @@
-"""Proves that a plan can neither deadlock nor race, whatever the interleaving, the expert lists and the number of steps.
+"""Proves that a plan can neither deadlock nor race, whatever the interleaving, expert lists and number of steps.
 
 **What is claimed.** Call *sequential* the order step by step, phase by phase, item by item. If the proof accepts, every
 execution on `num_programs` programs that run their task lists in order makes progress for ever, and every read sees
@@ -22,13 +22,13 @@ the number of signals that come up to some earlier phase joins the clocks of all
 
 **Unknown lists.** Dynamic axes are taken at full size for conflicts, a superset of what any run touches; a wait inside
 an item that may not exist teaches its program nothing; signals do not depend on lists. What different items of a phase
-share out by a list (`Region.exclusive`) is disjoint by the definition of the list, and taken as the whole region against
-any other phase.
+share out by a list (`Region.exclusive`) is disjoint by the definition of the list, and the whole region against any
+other phase.
 
 **All steps.** Everything that a step's verdicts depend on is finite once step numbers are counted from the current
-step: clocks, accesses not yet known to all, the counts and clocks behind each counter. The walk goes on until this state
-comes back; since thresholds grow with the step exactly as counters do (checked), every later step repeats one that was
-proved. A plan whose state does not come back within `MAX_STEPS` is rejected.
+step: clocks, accesses not yet known to all, the counts and clocks behind each counter. The walk goes on until this
+state comes back; since thresholds grow with the step exactly as counters do (checked), every later step repeats one
+that was proved. A plan whose state does not come back within `MAX_STEPS` is rejected.
 
 Left out: the arithmetic of the items, which the tests of the kernels cover, and the bound of 2^31 on the distance of
 two counters that are compared, which holds as no program can be two steps ahead.
@@ -49,7 +49,7 @@ _NEVER = -(2**62)  # a clock's entry for a program of which nothing is known
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a plan was rejected. edge: the phase at which it was found, and the phase, counter or buffer it fails with."""
+    """Why a plan is rejected. edge: the phase at which it was found, and the phase, counter or buffer it fails with."""
 
     kind: str
     step: int
@@ -264,9 +264,7 @@ class _Walk:
                 knows = group.knows
         return knows
 
-    def signal_items(
-        self, phase: Phase, signal: Signal, step: int, table: ItemTable, cases: _Cases, base: int
-    ) -> None:
+    def signal_items(self, phase: Phase, signal: Signal, step: int, table: ItemTable, cases: _Cases, base: int) -> None:
         elements = self.tables.elements(phase, signal)
         for element in np.unique(elements):
             chosen = elements == element
@@ -359,7 +357,7 @@ class _Walk:
             self.reject("wrong value", step, phase, name, f"{phase.name} reads {access.region.buffer}: {problem}")
         if expected >= 0:
             self.reject("wrong value", step, phase, read.producer,
-                        f"{phase.name} reads {access.region.buffer}, which {read.producer} has not written")  # fmt: skip
+                        f"{phase.name} reads {access.region.buffer}, {read.producer} has not written it")  # fmt: skip
 
     def check_prefetches(self, step: int) -> None:
         """Movers hold nobody up, so that signals of the whole step may serve them."""
@@ -377,15 +375,16 @@ class _Walk:
     def forget(self) -> None:
         """Drops accesses that all programs know to be over: whatever comes now comes after them."""
         known = self.clock.min(axis=0)
-        for memory, accesses in self.touched.items():
+        for memory, accesses in list(self.touched.items()):
             self.touched[memory] = [touched for touched in accesses if not (touched.last <= known).all()]
-        oldest = self.instance - 2 * len(self.plan.phases)
-        for memory, writes in self.written.items():
-            self.written[memory] = [write for write in writes if write[0] >= oldest]
+            if not self.touched[memory]:
+                del self.touched[memory]
 
     def state(self) -> tuple | None:
         """All that later verdicts depend on, counted from the current step; None while it reaches too far back."""
         now, horizon = self.instance, 2 * len(self.plan.phases)
+        for memory, writes in self.written.items():
+            self.written[memory] = [write for write in writes if write[0] >= now - horizon]
         floor = -horizon * self.stride
 
         def relative(events: Ints) -> bytes:

@@ -92,6 +92,11 @@ VERBS = {
         "speedstack.eval.config:BenchConfig",
         "speedstack.jobs:bench",
     ),
+    "plan": Verb(
+        "plan a model's decode step: bytes, FLOPs, roofline on a named GPU, and the proof that it is safe",
+        "speedstack.plan:load_plan_config",
+        "speedstack.plan:plan",
+    ),
     "report": Verb(
         "HTML and JSON from finished runs",
         "speedstack.eval.config:ReportConfig",

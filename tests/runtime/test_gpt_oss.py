@@ -111,9 +111,7 @@ def test_engine_reads_a_packed_directory_and_says_which_backend(
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         model: Any = load_model(tmp_path / "packed")
-        expected = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
-        )
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert greedy == expected[0, 3:].tolist()
     with pytest.raises(ValueError, match=r"'cpu' has no biases.*gpt_oss"):
         Engine.from_pretrained(tmp_path / "packed", backend="cpu")
