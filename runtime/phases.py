@@ -253,7 +253,7 @@ class _Builder:
         router_tile = choose_tile(E, self.num_programs, VECTOR_TILES)
         logits = self.buffer(f"router.{E}", E, R * WIDE_BYTES, "router")
         act = self.buffer(f"act.moe.{width}x{K}", R * K, width * ELEMENT_BYTES, "act")
-        bias = moe.has_bias
+        bias, rows = moe.has_bias, Read(self.whole("rows"), "sample", 1)
         self.add(
             f"{at}router", "router", (Axis("tile", _ceil(E, router_tile)),), index, router_tile,
             reads=[self.read_whole("hidden", before)],
@@ -271,7 +271,7 @@ class _Builder:
         self.add(
             f"{at}gate_up", "expert_gate_up", (Axis("expert", min(E, R * K), True), Axis("tile", _ceil(width, tile))),
             index, tile,
-            reads=[self.read_whole("hidden", before), self.read_whole(logits, f"{at}router")],
+            reads=[self.read_whole("hidden", before), self.read_whole(logits, f"{at}router"), rows],
             writes=[self.whole(act, PAIRS)],
             waits=[self.all_programs(f"{at}router")],
             work=Work(
@@ -282,7 +282,7 @@ class _Builder:
             ),
         )  # fmt: skip
         self.prefetches.append(Prefetch(f"{at}gate_up", self.all_programs(f"{at}router")))
-        reads = [self.read_whole(logits, f"{at}router"), self.read_whole(act, f"{at}gate_up")]
+        reads = [self.read_whole(logits, f"{at}router"), self.read_whole(act, f"{at}gate_up"), rows]
         self.project(
             f"{at}down", "expert_down", index, reads, f"{at}gate_up", before,
             Work(
