@@ -2,8 +2,8 @@
 
 Triton's own interpreter (TRITON_INTERPRET=1) runs programs one after the other, so that the first wait would hang. Here
 each program is a thread of a `Scheduler` and hands over before every atomic operation and every store. An atomic add of
-zero is a poll; a program that polls one address in vain and does nothing else in between waits. When nobody does anything
-but poll in vain, that is a deadlock, with the addresses in its dump.
+zero is a poll; a program that polls one address in vain and does nothing else in between waits. When nobody does
+anything but poll in vain, that is a deadlock, with the addresses in its dump.
 
 Written for the interpreter of Triton 3.6 and later: it uses the grid index, which it sets whenever a thread gets its
 turn, and methods of the builder. Arguments are CPU tensors; nothing is copied.

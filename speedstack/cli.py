@@ -97,6 +97,11 @@ VERBS = {
         "speedstack.plan:load_plan_config",
         "speedstack.plan:plan",
     ),
+    "trace": Verb(
+        "a timeline of one decode step as the cost model predicts it, for Perfetto",
+        "speedstack.trace:load_trace_config",
+        "speedstack.trace:trace",
+    ),
     "report": Verb(
         "HTML and JSON from finished runs",
         "speedstack.eval.config:ReportConfig",

@@ -28,8 +28,8 @@ Format = Literal["checkpoint", "float32", "bf16", "fp8", "mxfp4"]
 GIGA, MEGA = 1e9, 1e6
 
 
-class PlanConfig(VerbConfig):
-    """Plan a decode step: phases, bytes, FLOPs, roofline, and the proof."""
+class StepConfig(VerbConfig):
+    """Which model's step is planned, for which GPU, and what is assumed about it."""
 
     model: Path = Field(
         DEMO_RUN / "qad" / "export", description="Model directory, or a config.json; no weights needed."
@@ -63,11 +63,9 @@ class PlanConfig(VerbConfig):
         1.0, ge=0, description="Assumed time from a phase's last signal to the next phase's start."
     )
     all_reduce_us: float = Field(8.0, ge=0, description="Assumed time of one exchange among the GPUs.")
-    json_output: bool = Field(False, description="Print JSON instead of tables.")
-    out: Path | None = Field(None, description="Write the JSON to this file as well.")
 
     @model_validator(mode="after")
-    def _rows_fit(self) -> PlanConfig:
+    def _rows_fit(self) -> StepConfig:
         if self.rows % self.num_sequences:
             raise ValueError(f"{self.rows} rows cannot be shared out evenly among {self.num_sequences} sequences")
         limit = self.rows // self.num_sequences
@@ -83,6 +81,13 @@ class PlanConfig(VerbConfig):
         if self.sequences is not None:
             return self.sequences
         return 1 if self.acceptance_length > 1 else self.rows
+
+
+class PlanConfig(StepConfig):
+    """Plan a decode step: phases, bytes, FLOPs, roofline, and the proof."""
+
+    json_output: bool = Field(False, description="Print JSON instead of tables; --json for short.")
+    out: Path | None = Field(None, description="Write the JSON to this file as well.")
 
 
 class OpRow(Record):
@@ -160,7 +165,7 @@ def load_plan_config(path: Path | None, overrides: Sequence[str]) -> PlanConfig:
     return load_config(PlanConfig, path, flags)
 
 
-def make_plan(config: PlanConfig) -> Planned:
+def make_plan(config: StepConfig) -> Planned:
     """Reads the model's shape, plans one GPU's step and costs it. Raises ValueError, one line, for bad input."""
     from speedstack.runtime.config_file import read_model_config
     from speedstack.runtime.cost import Assumptions, step_cost, weights_bytes
