@@ -25,7 +25,7 @@ GPUS = {
         Gpu("H100", 132, 3.35e12, 989.4e12, 80e9),  # SXM5, HBM3
         Gpu("H200", 132, 4.8e12, 989.4e12, 141e9),  # SXM, HBM3e
         Gpu("H20", 78, 4.0e12, 148e12, 96e9),
-        Gpu("B200", 148, 8.0e12, 2250e12, 180e9),  # HGX: 1.44 TB and 36 PFLOPS sparse FP8, 18 dense, among eight
+        Gpu("B200", 148, 8.0e12, 2250e12, 180e9),  # HGX: 1.44 TB and 36 PFLOPS of sparse bf16 among eight
         Gpu("A100", 108, 2.039e12, 312e12, 80e9),  # SXM, 80 GB
         Gpu("L40S", 142, 0.864e12, 362e12, 48e9),
         Gpu("RTX4090", 128, 1.008e12, 165.2e12, 24e9),

@@ -22,6 +22,9 @@ between `embed` and `lm_head`, `sample`. Decisions, and why:
 - Splits of the context have a fixed size and absolute bounds, so a row's bits depend on its position alone. Tiles only
   cut columns: an element's sum runs over the whole contraction axis inside one item, whatever the tile.
 
+Items compute all rows of a step's capacity where that costs nothing. What belongs to rows that a step does not have is
+garbage, from which nothing flows into other rows.
+
 Left out: a drafter's phases, and the exchange between GPUs (the cost model counts it): a plan is of one GPU.
 """
 
@@ -114,6 +117,7 @@ class _Builder:
     phases: list[Phase] = field(default_factory=list)
     prefetches: list[Prefetch] = field(default_factory=list)
     rotation: int = 0
+    ahead: Wait | None = None  # what begins the newest phase that has weights
 
     def build(self) -> Plan:
         D = self.spec.hidden_size
@@ -354,8 +358,11 @@ class _Builder:
         signals: list[Signal] | None = None,
         num_counters: int = 1,
     ) -> None:
-        """Adds a phase and its counter; unless told otherwise every program signals that once. Movers fetch what is
-        known before its wait is over: weights of one phase ahead, once the phase before it has begun."""
+        """Adds a phase and its counter; unless told otherwise every program signals that once.
+
+        Movers fetch its weights while the programs work on the phase before it that has any: attention, which reads
+        none, then leaves them more time. Weights of experts are not known before the router's counter is reached.
+        """
         self.counters.append(Counter(name, num_counters))
         each: Literal["program"] = "program"
         phase = Phase(
@@ -363,9 +370,9 @@ class _Builder:
             tuple(signals) if signals is not None else (Signal(name, each),), work, self.rotation,
         )  # fmt: skip
         if work.weight_bytes and op != "embed":
-            # Of a phase behind item counters there is no one threshold; movers are then a phase further ahead.
-            previous = self.phases[-1].waits[0] if self.phases else None
-            self.prefetches.append(Prefetch(name, None if previous is None or previous.strides else previous))
+            self.prefetches.append(Prefetch(name, self.ahead))
+        if (work.weight_bytes or work.expert_bytes) and op != "embed":
+            self.ahead = phase.waits[0]
         self.rotation = (self.rotation + phase.num_items) % self.num_programs
         self.phases.append(phase)
 

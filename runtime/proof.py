@@ -198,6 +198,12 @@ class _Walk:
                         self.reject("wrong epoch", 0, phase, wait.counter,
                                     f"{phase.name} waits for {wait.counter}[{element}] to grow by {wait.per_step} a "
                                     f"step, and it grows by {rate}")  # fmt: skip
+        for task in self.plan.prefetches:
+            if task.wait is not None and task.wait.per_step != rates[task.wait.counter, task.wait.start]:
+                phase = self.plan.phases[self.plan.phase_named[task.phase]]
+                self.reject("wrong epoch", 0, phase, task.wait.counter,
+                            f"a mover that fetches {task.phase} waits for {task.wait.counter} to grow by "
+                            f"{task.wait.per_step} a step, and it does not")  # fmt: skip
 
     def phase(self, phase: Phase, step: int) -> None:
         table = self.tables.table(phase)

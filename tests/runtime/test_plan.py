@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from speedstack.runtime.config_file import read_model_config, spec_from_fields
 from speedstack.runtime.cost import Assumptions, active_experts, step_cost, weights_bytes
 from speedstack.runtime.formats import WeightFormats, formats_from_fields
 from speedstack.runtime.gpus import Gpu, gpu_named
+from speedstack.runtime.interleave import Lists, search
 from speedstack.runtime.phases import MMA_TILES, build_plan, choose_tile, shard
 from speedstack.runtime.plan import Plan
 from speedstack.runtime.proof import prove
@@ -49,7 +52,7 @@ def tiny_plan(num_programs: int = 3, rows: int = 3) -> Plan:
 @pytest.mark.parametrize("name", ALL_SHAPES)
 def test_plans_of_released_models_are_safe(name: str) -> None:
     spec, formats = read_model_config(SHAPES / f"{name}.json")
-    for num_programs, rows, context in ((132, 1, 1024), (148, 16, 5000)):
+    for num_programs, rows, context in ((132, 1, 1024), (148, 16, 2000)):
         proof = prove(build_plan(spec, formats, num_programs, rows, context))
         assert proof.is_safe, proof.failure
 
@@ -84,6 +87,49 @@ def test_no_wait_and_no_signal_of_a_plan_is_idle() -> None:
             assert prove(mutant).failure is not None, (phase.name, change)
             num_mutants += 1
     assert num_mutants == 5 * len(plan.phases)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_plans_of_random_shapes_are_safe(data: st.DataObject) -> None:
+    def number(low: int, high: int) -> int:
+        return data.draw(st.integers(low, high))
+
+    layers = []
+    for _ in range(number(1, 3)):
+        heads = number(1, 3)
+        attention = AttentionSpec(
+            heads * number(1, 4), heads, 8 * number(1, 6), 8 * number(1, 4), 8, 1e4,
+            window=data.draw(st.sampled_from([None, 1, 20, 128])), has_sinks=data.draw(st.booleans()),
+            has_bias=data.draw(st.booleans()),
+        )  # fmt: skip
+        experts = number(1, 40)
+        moe = MoeSpec(experts, number(1, min(8, experts)), number(1, 70), "sigmoid", True, True)
+        layers.append(LayerSpec(attention, moe if data.draw(st.booleans()) else DenseSpec(number(1, 300))))
+    spec = ModelSpec("random", number(1, 500), number(1, 200), 1e-5, 4096, (), tuple(layers))
+    plan = build_plan(spec, WeightFormats(), number(1, 40), number(1, 16), number(1, 4096), 16 * number(1, 20))
+    proof = prove(plan)
+    assert proof.is_safe, proof.failure
+
+
+def test_a_built_plan_under_every_interleaving() -> None:
+    """One layer with experts on two programs: no schedule of two steps does harm; without any one wait, some does."""
+    attention = AttentionSpec(2, 1, 8, 8, 8, 1e4)
+    layer = LayerSpec(attention, MoeSpec(2, 1, 8, "softmax", False, True))
+    plan = build_plan(ModelSpec("least", 16, 32, 1e-5, 64, (), (layer,)), WeightFormats(), 2, 1, 32, 16)
+    assert len(plan.phases) == 10 and prove(plan).is_safe
+    for seed in range(3):
+        found = search(plan, num_steps=2, lists=Lists(seed))
+        assert found.harm is None and found.num_states > 100, found
+    num_harmful = 0
+    for index, phase in enumerate(plan.phases):
+        for change in ({"waits": ()}, {"signals": ()}):
+            phases = list(plan.phases)
+            phases[index] = dataclasses.replace(phase, **change)
+            mutant = replace(plan, phases=tuple(phases), prefetches=())
+            assert prove(mutant).failure is not None
+            num_harmful += any(search(mutant, 3, Lists(seed)).harm is not None for seed in range(3))
+    assert num_harmful >= 18, num_harmful
 
 
 def test_no_two_phases_of_a_plan_can_be_swapped() -> None:
