@@ -165,7 +165,9 @@ class _Builder:
         splits = self.num_splits(a.window)
         per_head = splits * (a.v_head_dim + 2) * WIDE_BYTES
         partial = self.buffer(f"partial.{a.num_heads}x{per_head}", R * a.num_heads, per_head, "partial")
-        attended = self.buffer(f"attended.{shape}", R * a.num_heads, a.v_head_dim * ELEMENT_BYTES, "attended")
+        attended = self.buffer(
+            f"attended.{a.num_heads}x{a.v_head_dim}", R * a.num_heads, a.v_head_dim * ELEMENT_BYTES, "attended"
+        )
         positions = ring_length(a.window, self.max_context)
         kv_bytes = (a.qk_head_dim + a.v_head_dim) * ELEMENT_BYTES
         cache = self.buffer(f"{at}cache", G, R * positions * kv_bytes)
@@ -377,7 +379,8 @@ class _Builder:
         self.phases.append(phase)
 
     def buffer(self, name: str, num_cells: int, cell_bytes: int, memory: str = "") -> str:
-        self.buffers.setdefault(name, Buffer(name, num_cells, cell_bytes, memory))
+        buffer = Buffer(name, num_cells, cell_bytes, memory)
+        assert self.buffers.setdefault(name, buffer) == buffer, f"two shapes of {name}"
         return name
 
     def whole(self, buffer: str, exclusive: str = "") -> Region:
