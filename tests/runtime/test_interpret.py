@@ -16,7 +16,7 @@ from speedstack.runtime.bodies import PlanMemory
 from speedstack.runtime.formats import WeightFormats
 from speedstack.runtime.interpret import Deadlock, Scheduler, interpret
 from speedstack.runtime.phases import build_plan
-from speedstack.runtime.plan import Plan
+from speedstack.runtime.plan import Phase, Plan, Region, at
 from speedstack.runtime.proof import prove
 from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.spec import spec_from_config
@@ -103,6 +103,80 @@ def test_mimo_plan_computes_the_reference(num_programs: int, tiny_packed_dir: Pa
 @pytest.mark.parametrize("build", [qwen3_moe, gpt_oss])
 def test_plans_of_other_families_compute_the_reference(build: Callable[[], Any]) -> None:
     check_against_reference(weights_of(build()), 3, seed=7)
+
+
+class Guarded:
+    """Runs items one by one with everything poisoned that their phase does not declare to read, and sees that nothing
+    changes that it does not declare to write."""
+
+    def __init__(self, plan: Plan, memory: PlanMemory) -> None:
+        self.plan, self.memory = plan, memory
+        self.num_checked = 0
+
+    def views(self, buffer: str) -> list[torch.Tensor]:
+        """Tensors of a buffer whose first dimension counts its cells."""
+        memory, kind = self.memory, buffer.partition(".")[0]
+        if buffer.endswith(".cache"):
+            return [part.movedim(2, 0) for part in memory.caches[int(buffer[1:3])]]
+        whole = {
+            "rows": memory.rows_R4,
+            "hidden": memory.hidden_RD,
+            "logits": memory.logits_RV,
+            "best": memory.best_RT2,
+        }
+        tensor = whole[buffer] if buffer in whole else memory.shared[buffer]
+        if kind == "qkv":
+            return [tensor.flatten(1).movedim(1, 0)]
+        if kind in ("partial", "attended"):
+            return [tensor.flatten(0, 1)]
+        return [tensor if kind == "rows" or buffer.startswith("act.moe") else tensor.movedim(1, 0)]
+
+    def cells(self, region: Region, index: tuple[int, ...]) -> set[int]:
+        first = at(region.start, region.strides, index)
+        return set(range(first, min(first + region.length, self.plan.buffer_named[region.buffer].num_cells)))
+
+    def run(self, phase: Phase, index: tuple[int, ...], body: Any, step: int) -> None:
+        readable: dict[str, set[int]] = {buffer.name: set() for buffer in self.plan.buffers}
+        writable: dict[str, set[int]] = {buffer.name: set() for buffer in self.plan.buffers}
+        for read in phase.reads:
+            readable[read.region.buffer] |= self.cells(read.region, index)
+        for write in phase.writes:
+            writable[write.buffer] |= self.cells(write, index)
+        saved = {name: [view.clone() for view in self.views(name)] for name in readable}
+        for name, allowed in readable.items():
+            hidden = [cell for cell in range(self.plan.buffer_named[name].num_cells) if cell not in allowed]
+            for view in self.views(name):
+                view[hidden] = 0 if name == "rows" else float("nan")
+        poisoned = {name: [view.clone() for view in self.views(name)] for name in readable}
+        for _ in body(phase, index, step) or ():
+            pass
+        for name in readable:
+            for view, was, poison in zip(self.views(name), saved[name], poisoned[name], strict=True):
+                same = (view == poison) | ((view != view) & (poison != poison))
+                changed = (~same.flatten(1).all(1)).nonzero().flatten().tolist()
+                assert set(changed) <= writable[name], f"{phase.name}{index} changes {name} {changed}"
+                untouched = same.nonzero(as_tuple=True)
+                view[untouched] = was[untouched]
+                self.num_checked += 1
+
+
+@pytest.mark.parametrize("build", [qwen3_moe, gpt_oss])
+def test_items_touch_only_what_their_phases_declare(build: Callable[[], Any]) -> None:
+    """The proof believes what phases declare; this is where the declarations are held against what is computed."""
+    weights = weights_of(build())
+    plan = plan_of(weights, 1)
+    memory, reference = PlanMemory(plan, weights), ReferenceBackend(weights, None, 3, 96)
+    guarded, bodies = Guarded(plan, memory), memory.bodies()
+    for step, (slots, positions) in enumerate([([0, 0, 1], [0, 1, 0]), ([0, 1, 2], [2, 1, 0]), ([0], [3])]):
+        tokens = [7 * step + slot for slot in slots]
+        memory.set_rows(tokens, slots, positions)
+        for phase in plan.phases:
+            for item in range(phase.num_items):
+                guarded.run(phase, phase.index(item), bodies[phase.op], step)
+        expected_RV, _ = reference.step(Rows(tokens, slots, positions), range(len(slots)))
+        # as above
+        torch.testing.assert_close(memory.logits_RV[: len(slots)], expected_RV, rtol=1e-4, atol=1e-4)
+    assert guarded.num_checked > 1000
 
 
 def run_alone(weights: ModelWeights, plan: Plan, num_steps: int, seed: int) -> list[list[int]]:
