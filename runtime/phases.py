@@ -44,7 +44,10 @@ ELEMENT_BYTES = 2  # activations and cache: bf16
 WIDE_BYTES = 4  # logits and partial sums: float32
 
 PAIRS = "each (row, choice) belongs to one active expert, each column to one tile"
-SEQUENCES = "each (sequence, split) belongs to one item, and a row to one sequence"
+SEQUENCES = (
+    "each (sequence, split) belongs to one item, and a row to one sequence; a ring is longer than a window and a step, "
+    "so that what a step appends lies on nothing that it reads"
+)
 
 
 def choose_tile(width: int, num_programs: int, candidates: tuple[int, ...], num_groups: int = 1) -> int:

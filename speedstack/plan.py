@@ -325,9 +325,10 @@ def _print(result: PlanResult, config: PlanConfig, gpu: Gpu) -> None:
         f"{result.num_programs} programs"
     )
     gain = f" x {config.acceptance_length:g} tokens" if config.acceptance_length > 1 else ""
+    sequences = f"{config.num_sequences} sequence{'s' * (config.num_sequences > 1)}"
     print(
         f"roofline: {1e3 * result.roofline_seconds:.3f} ms a step, {result.roofline_tokens_per_second:.0f} tokens/s at "
-        f"most ({config.num_sequences} sequences{gain}, {100 * config.bandwidth_fraction:g}% of the bandwidth)"
+        f"most ({sequences}{gain}, {100 * config.bandwidth_fraction:g}% of the bandwidth)"
     )
     print(
         f"predicted: {1e3 * result.predicted_seconds:.3f} ms a step, {result.predicted_tokens_per_second:.0f} tokens/s "
