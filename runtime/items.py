@@ -134,6 +134,8 @@ def check_well_formed(plan: Plan) -> None:
         unknown += [r.producer for r in phase.reads if r.producer is not None and r.producer not in plan.phase_named]
         whats: list[Wait | Signal] = [*phase.waits, *phase.signals]
         unknown += [what.counter for what in whats if what.counter not in sizes]
+        if any(read.steps_ago not in (0, 1) for read in phase.reads):
+            raise ValueError(f"phase {phase.name} reads what is older than one step: keep it as state")
         if unknown:
             raise ValueError(f"phase {phase.name} names {unknown[0]!r}, which the plan does not have")
         for what in whats:

@@ -235,5 +235,7 @@ def test_plans_that_name_what_is_not_there_are_refused() -> None:
         prove(with_phase(plan, 0, waits=(Wait("c9", 2, 0),)))
     with pytest.raises(ValueError, match="p1 names 'p9'"):
         prove(with_phase(plan, 1, reads=(Read(Region("b0", 1), "p9"),)))
+    with pytest.raises(ValueError, match="p1 reads what is older than one step"):
+        prove(with_phase(plan, 1, reads=(Read(Region("b0", 1), "p0", 2),)))
     with pytest.raises(ValueError, match="outside counter 'c0'"):
         prove(with_phase(plan, 0, signals=(Signal("c0", "program", 1),)))
