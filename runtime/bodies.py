@@ -26,10 +26,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from speedstack.runtime.backend import ring_length
 from speedstack.runtime.interpret import Body
 from speedstack.runtime.plan import Phase, Plan
 from speedstack.runtime.reference import _experts, rms_norm, rotary_tables, rotate, route, swiglu
+from speedstack.runtime.ring import ring_length
 from speedstack.runtime.spec import AttentionSpec, MoeSpec
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights
 

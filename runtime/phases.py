@@ -31,9 +31,9 @@ Left out: a drafter's phases, and the exchange between GPUs (the cost model coun
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from speedstack.runtime.backend import ring_length
 from speedstack.runtime.formats import WeightFormats
 from speedstack.runtime.plan import Axis, Buffer, Counter, Phase, Plan, Prefetch, Read, Region, Signal, Wait, Work
+from speedstack.runtime.ring import ring_length
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, ModelSpec, MoeSpec
 
 MAX_ROWS = 16  # rows of a step: the narrow side of one tensor-core product

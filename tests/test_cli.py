@@ -176,6 +176,26 @@ def test_drafts_without_a_drafter(fails: Callable[..., str], tiny_model_dir: Pat
         assert "needs a drafter" in fails(*command, "--prompt", "x")
 
 
+def test_look_up_and_trees_from_the_command_line(
+    fails: Callable[..., str], tiny_packed_dir: Path, tiny_packed_drafter_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command: list[object] = ["generate", "--target", tiny_packed_dir, "--device", "cpu", "--prompt", "def f(x):"]
+    size: list[object] = ["--max-new-tokens", "12", "--ignore-eos", "--max-length", "64"]
+    texts = []
+    ways: list[list[object]] = [
+        [],
+        ["--drafter", "ngram"],
+        ["--drafter", tiny_packed_drafter_dir, "--backend", "reference", "--tree-budget", "8"],
+        ["--drafter", tiny_packed_drafter_dir, "--draft-noise", "shared"],
+    ]
+    for options in ways:
+        assert main([str(argument) for argument in [*command, *size, *options]]) == 0
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 1 and texts[0].strip()
+    line = fails(*command, "--drafter", tiny_packed_drafter_dir, "--backend", "cpu", "--tree-budget", "8")
+    assert "verifies no draft trees" in line
+
+
 @pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
 def test_damaged_safetensors(damage: str, fails: Callable[..., str], tiny_model_dir: Path, tmp_path: Path) -> None:
     model = tmp_path / "damaged"
@@ -341,6 +361,22 @@ def test_report_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert report["curves"][0]["values"] == [3.0, 1.5, 1.0]
 
 
+def test_a_report_names_what_it_has_no_place_for(fails: Callable[..., str], tmp_path: Path) -> None:
+    for kind in ("sensitivity", "quantize", "ptq"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / f"{kind}.json").write_text(json.dumps({"kind": kind, "schema_version": 1}), encoding="utf-8")
+    line = fails("report", "--inputs", tmp_path, "--out", tmp_path / "out")
+    assert f"that a report shows; there are {tmp_path / 'ptq' / 'ptq.json'} (ptq)" in line
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1, "loss": 3.0}) + "\n", encoding="utf-8")
+    assert main(["report", "--inputs", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Not shown in this report: " in page
+    for kind in ("sensitivity", "quantize", "ptq"):
+        assert f"{tmp_path / kind / kind}.json ({kind})" in page
+
+
 @pytest.mark.parametrize(
     ("config", "training", "heldout"),
     [
@@ -394,7 +430,32 @@ def test_convert_names_its_source_before_the_flags(
 
 def test_convert_describes_every_format() -> None:
     from speedstack.convert import ConvertConfig
+    from speedstack.dflash.formats.registry import FORMATS as DRAFTER_FORMATS
     from speedstack.quant.checkpoint import FORMATS
 
     description = ConvertConfig.model_fields["to"].description
-    assert description is not None and all(name in description for name in FORMATS)
+    assert description is not None and all(name in description for name in (*FORMATS, *DRAFTER_FORMATS))
+
+
+@pytest.mark.filterwarnings("ignore:this drafter reads the output of the target's last layer")
+def test_convert_recognizes_a_drafter(
+    tiny_model_dir: Path,
+    tiny_packed_dir: Path,
+    tiny_drafter_dir: Path,
+    fails: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    target = ("--target", str(tiny_model_dir))
+    assert main(["convert", str(tiny_drafter_dir), "--to", "speculators", "--out", str(out), *target]) == 0
+    assert "drafter of 2 layers for blocks of 8: to speculators" in capsys.readouterr().out
+    verifier = json.loads((out / "config.json").read_text(encoding="utf-8"))["speculators_config"]["verifier"]
+    assert verifier == {"architectures": ["MiMoV2FlashForCausalLM"], "name_or_path": str(tiny_model_dir)}
+    back = tmp_path / "back"
+    assert main(["convert", str(out), "--to", "zlab", "--out", str(back)]) == 0
+    assert (back / "model.safetensors").read_bytes() == (tiny_drafter_dir / "model.safetensors").read_bytes()
+    nowhere = ("--out", tmp_path / "x")
+    assert "choose one of speedstack" in fails("convert", tiny_drafter_dir, "--to", "gguf", *nowhere)
+    assert "SHA-256" in fails("convert", tiny_drafter_dir, "--to", "mimo", *nowhere, "--target", tiny_packed_dir)
+    assert not (tmp_path / "x").exists()
