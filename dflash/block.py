@@ -1,13 +1,14 @@
 """Training blocks: where they start, what they read, what they must predict, and what each of their queries may see.
 
 A block starts at an anchor position a of a window of real text. Its inputs are the anchor's token and K - 1 masks, its
-labels the tokens at a + 1 .. a + K - 1, its context the positions strictly below a, exactly as in serving, where the
-target has not yet computed the anchor's features. Many blocks of one window go through the drafter in one pass; the
-mask keeps them apart. Windows may hold several documents: a block neither sees nor predicts across a boundary.
+labels the J tokens after a, its context the positions strictly below a, exactly as in serving, where the target has not
+yet computed the anchor's features. J is K - 1, or K where the anchor's own slot proposes too. Many blocks of one window
+go through the drafter in one pass; the mask keeps them apart. Windows may hold several documents: a block neither sees
+nor predicts across a boundary.
 
 Source: DFlash, section on random anchors; mask as in SpecForge, speculators and ModelOpt, which agree.
 
-Shape suffixes: B windows, T positions, A blocks a window, K block size, Q = A * K queries, S = T + Q keys.
+Shape suffixes: B windows, T positions, A blocks a window, K block size, J proposals, Q = A * K queries, S = T + Q keys.
 """
 
 from __future__ import annotations
@@ -27,17 +28,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The drafter's training inputs and labels; all int64 but `weight_BAK`, which is bool.
+    """The drafter's training inputs and labels; all int64 but `valid_BAJ`, which is bool.
 
-    `weight_BAK` is False where nothing is to be predicted: the anchor itself, positions past the window, in another
-    document or excluded by the caller, and every position of a filler block.
+    `labels_BAJ` are the tokens at a + 1 .. a + J, `before_BAJ` the positions before them, a .. a + J - 1, and
+    `previous_BAJ` the tokens there. `valid_BAJ` is False where nothing is to be predicted: past the window, in another
+    document or excluded by the caller, and everywhere in a filler block.
     """
 
-    anchors_BA: Tensor
     positions_BQ: Tensor
     input_ids_BQ: Tensor
-    labels_BAK: Tensor
-    weight_BAK: Tensor
+    labels_BAJ: Tensor
+    previous_BAJ: Tensor
+    before_BAJ: Tensor
+    valid_BAJ: Tensor
 
 
 def document_ids(ids_BT: Tensor, separator_id: int) -> Tensor:
@@ -74,113 +77,115 @@ def make_blocks(
     real_BA: Tensor,
     block_size: int,
     mask_token_id: int,
+    num_proposals: int | None = None,
 ) -> Blocks:
-    """Inputs, labels and weights of the blocks that start at `anchors_BA`."""
+    """Inputs, labels and what counts of the blocks that start at `anchors_BA`, with `num_proposals` labels each.
+
+    None is `block_size - 1`, for a drafter whose anchor slot proposes nothing.
+    """
+    num_proposals = block_size - 1 if num_proposals is None else num_proposals
     length = ids_BT.shape[1]
-    offsets_K = torch.arange(block_size, device=ids_BT.device)
-    positions_BAK = anchors_BA[..., None] + offsets_K
-    inside_BAK = positions_BAK < length
-    flat_BQ = positions_BAK.clamp(max=length - 1).flatten(1)
-    labels_BAK = ids_BT.gather(1, flat_BQ).view_as(positions_BAK)
-    same_document_BAK = (
-        documents_BT.gather(1, flat_BQ).view_as(positions_BAK) == documents_BT.gather(1, anchors_BA)[..., None]
+    positions_BAK = anchors_BA[..., None] + torch.arange(block_size, device=ids_BT.device)
+    text_BAT = anchors_BA[..., None] + torch.arange(num_proposals + 1, device=ids_BT.device)
+    is_inside_BAT = text_BAT < length
+    text_BAT = text_BAT.clamp(max=length - 1)
+
+    def at(x_BT: Tensor) -> Tensor:
+        return x_BT.gather(1, text_BAT.flatten(1)).view_as(text_BAT)
+
+    ids_BAT, documents_BAT = at(ids_BT), at(documents_BT)
+    valid_BAT = is_inside_BAT & (documents_BAT == documents_BAT[..., :1]) & at(predictable_BT) & real_BA[..., None]
+    input_ids_BAK = torch.full_like(positions_BAK, mask_token_id)
+    input_ids_BAK[..., 0] = ids_BAT[..., 0]
+    return Blocks(
+        positions_BQ=positions_BAK.flatten(1),
+        input_ids_BQ=input_ids_BAK.flatten(1),
+        labels_BAJ=ids_BAT[..., 1:],
+        previous_BAJ=ids_BAT[..., :-1],
+        before_BAJ=text_BAT[..., :-1],
+        valid_BAJ=valid_BAT[..., 1:],
     )
-    predictable_BAK = predictable_BT.gather(1, flat_BQ).view_as(positions_BAK)
-    weight_BAK = inside_BAK & same_document_BAK & predictable_BAK & real_BA[..., None] & (offsets_K > 0)
-    input_ids_BAK = torch.full_like(labels_BAK, mask_token_id)
-    input_ids_BAK[..., 0] = labels_BAK[..., 0]
-    return Blocks(anchors_BA, positions_BAK.flatten(1), input_ids_BAK.flatten(1), labels_BAK, weight_BAK)
 
 
-def _visible(
-    key: Tensor, key_document: Tensor, block: Tensor, anchor: Tensor, anchor_document: Tensor, length: int, size: int
+@dataclass(frozen=True)
+class _Layout:
+    """Where keys and queries lie: T context keys, then blocks of `block_size`; and a sliding window, if any."""
+
+    length: int
+    block_size: int
+    window: int | None
+    is_causal: bool
+
+    def visible(
+        self, query: Tensor, key: Tensor, key_document: Tensor, anchor: Tensor, anchor_document: Tensor
+    ) -> Tensor:
+        """Whether a query of a block sees a key; elementwise, shared by the dense and the flex_attention mask."""
+        is_context = key < self.length
+        in_context = (key < anchor) & (key_document == anchor_document)
+        in_block = (key - self.length) // self.block_size == query // self.block_size
+        seen = torch.where(is_context, in_context, in_block)
+        if self.window is None:
+            return seen
+        position = anchor + query % self.block_size
+        # Of another block's keys this is not the position, but those are not seen anyway.
+        key_position = torch.where(is_context, key, anchor + (key - self.length) % self.block_size)
+        return seen & in_window(position, key_position, self.window, self.is_causal)
+
+
+def dense_mask(
+    documents_BT: Tensor, anchors_BA: Tensor, block_size: int, window: int | None = None, is_causal: bool = True
 ) -> Tensor:
-    """Whether a query of a block sees a key; elementwise, shared by the dense and the flex_attention mask."""
-    context = (key < anchor) & (key_document == anchor_document)
-    return torch.where(key < length, context, (key - length) // size == block)
+    """What each block query sees of T context keys followed by Q block keys, bool [B, 1, Q, S].
 
-
-def dense_mask(documents_BT: Tensor, anchors_BA: Tensor, block_size: int) -> Tensor:
-    """What each block query sees of T context keys followed by Q block keys, bool [B, 1, Q, S]."""
+    `window`, `is_causal`: of a sliding-window layer, see `speedstack.dflash.attention.in_window`.
+    """
     length, num_queries = documents_BT.shape[1], anchors_BA.shape[1] * block_size
     device = documents_BT.device
-    key_S = torch.arange(length + num_queries, device=device)
-    block_Q = torch.arange(num_queries, device=device) // block_size
+    query_Q = torch.arange(num_queries, device=device)
     documents_BS = torch.nn.functional.pad(documents_BT, (0, num_queries), value=-1)
-    anchor_BQ = anchors_BA[:, block_Q]
-    return _visible(
-        key_S[None, None],
+    anchor_BQ = anchors_BA[:, query_Q // block_size]
+    return _Layout(length, block_size, window, is_causal).visible(
+        query_Q[None, :, None],
+        torch.arange(length + num_queries, device=device)[None, None],
         documents_BS[:, None],
-        block_Q[None, :, None],
         anchor_BQ[..., None],
         documents_BT.gather(1, anchor_BQ)[..., None],
-        length,
-        block_size,
     )[:, None]
 
 
-def flex_mask(documents_BT: Tensor, anchors_BA: Tensor, block_size: int) -> BlockMask:
+def flex_mask(
+    documents_BT: Tensor, anchors_BA: Tensor, block_size: int, window: int | None = None, is_causal: bool = True
+) -> BlockMask:
     """The mask of `dense_mask` as a flex_attention BlockMask, whose empty tiles cost nothing. For CUDA."""
-    from torch.nn.attention.flex_attention import create_block_mask  # pulls in the compiler: only where it is used
+    from speedstack.dflash.flex import make_block_mask  # pulls in the compiler: only where it is used
 
     num_windows, length = documents_BT.shape
     num_queries = anchors_BA.shape[1] * block_size
     documents_BS = torch.nn.functional.pad(documents_BT, (0, num_queries), value=-1)
+    layout = _Layout(length, block_size, window, is_causal)
 
-    def visible(window: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        block = query // block_size
-        anchor = anchors_BA[window, block]
-        return _visible(key, documents_BS[window, key], block, anchor, documents_BS[window, anchor], length, block_size)
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        anchor = anchors_BA[batch, query // block_size]
+        return layout.visible(query, key, documents_BS[batch, key], anchor, documents_BS[batch, anchor])
 
-    return create_block_mask(
-        visible, B=num_windows, H=None, Q_LEN=num_queries, KV_LEN=length + num_queries, device=documents_BT.device.type
-    )
+    return make_block_mask(visible, num_windows, num_queries, length + num_queries, documents_BT.device)
 
 
-def block_mask(documents_BT: Tensor, anchors_BA: Tensor, block_size: int) -> Tensor | BlockMask:
+def block_mask(
+    documents_BT: Tensor, anchors_BA: Tensor, block_size: int, window: int | None = None, is_causal: bool = True
+) -> Tensor | BlockMask:
     """The mask in the form that is fast on the tensors' device: dense for SDPA, a BlockMask on CUDA."""
     make = flex_mask if documents_BT.is_cuda else dense_mask
-    return make(documents_BT, anchors_BA, block_size)
-
-
-def window_mask(
-    documents_BT: Tensor, anchors_BA: Tensor, block_size: int, window: int, is_causal: bool
-) -> Tensor | BlockMask:
-    """The mask of `block_mask` for a sliding-window layer: of what a block sees, keys less than `window` away.
-
-    Within the block later positions are seen too, unless `is_causal`. Positions count from the start of the window of
-    text, which is what rotary embedding sees. Returned in the form that is fast on the tensors' device.
-    """
-    (num_windows, length), num_queries = documents_BT.shape, anchors_BA.shape[1] * block_size
-    documents_BS = torch.nn.functional.pad(documents_BT, (0, num_queries), value=-1)
-
-    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        block = query // block_size
-        anchor = anchors_BA[row, block]
-        seen = _visible(key, documents_BS[row, key], block, anchor, documents_BS[row, anchor], length, block_size)
-        key_position = torch.where(key < length, key, anchor + (key - length) % block_size)
-        return seen & in_window(anchor + query % block_size, key_position, window, is_causal)
-
-    if documents_BT.is_cuda:
-        from torch.nn.attention.flex_attention import create_block_mask  # pulls in the compiler: only where it is used
-
-        return create_block_mask(
-            visible, B=num_windows, H=None, Q_LEN=num_queries, KV_LEN=length + num_queries, device="cuda"
-        )
-    rows_B11, queries_Q1 = torch.arange(num_windows)[:, None, None], torch.arange(num_queries)[:, None]
-    return visible(rows_B11, rows_B11, queries_Q1, torch.arange(length + num_queries))[:, None]
+    return make(documents_BT, anchors_BA, block_size, window, is_causal)
 
 
 def layer_masks(
     config: DFlashConfig, documents_BT: Tensor, anchors_BA: Tensor
 ) -> Tensor | BlockMask | list[Tensor | BlockMask]:
     """What `DFlashDraftModel.forward` takes as masks: one for all layers, or with sliding windows one a layer."""
-    if config.layer_types is None:
-        return block_mask(documents_BT, anchors_BA, config.block_size)
-    made = {
-        window: block_mask(documents_BT, anchors_BA, config.block_size)
-        if window is None
-        else window_mask(documents_BT, anchors_BA, config.block_size, window, config.sliding_is_causal)
-        for window in {config.window(layer) for layer in range(config.num_hidden_layers)}
+    windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
+    masks = {
+        window: block_mask(documents_BT, anchors_BA, config.block_size, window, config.sliding_is_causal)
+        for window in dict.fromkeys(windows)
     }
-    return [made[config.window(layer)] for layer in range(config.num_hidden_layers)]
+    return masks[None] if config.layer_types is None else [masks[window] for window in windows]

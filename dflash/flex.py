@@ -7,17 +7,35 @@ Shape suffixes: B windows, N query heads, G key/value heads, Q queries, S keys, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 
 @cache
 def _compiled() -> Any:
     return torch.compile(flex_attention, dynamic=False)
+
+
+@cache
+def _compiled_create_block_mask() -> Any:
+    return torch.compile(create_block_mask)
+
+
+def make_block_mask(
+    visible: Callable[..., Tensor], num_windows: int, num_queries: int, num_keys: int, device: torch.device
+) -> BlockMask:
+    """The BlockMask of `visible(window, head, query, key)`, the same for all heads.
+
+    On CUDA it is built by a compiled kernel, tile by tile: uncompiled, a whole [Q, S] mask would exist for a moment,
+    which is 2 GB for one window of 4096 tokens with 4096 anchors.
+    """
+    create = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
+    return create(visible, B=num_windows, H=None, Q_LEN=num_queries, KV_LEN=num_keys, device=device.type)
 
 
 def attend(q_BNQH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, mask: BlockMask, sinks_N: Tensor | None = None) -> Tensor:

@@ -161,7 +161,7 @@ class DemoStages:
 
     def run_text(self, advance: Advance) -> str:
         """Have the quantized model write what its drafter is trained on."""
-        from speedstack.train.drafter import write_text
+        from speedstack.train.drafter_text import write_text
 
         write_text(self.drafter_config, on_progress=advance)
         section = self.drafter_config.drafter

@@ -8,10 +8,15 @@ from pydantic import BaseModel
 
 from speedstack.cli import VERBS, config_loader
 from speedstack.demo_config import MANAGED, SIZES, load_demo_config, stage_configs
+from speedstack.drafter_ablation import AblationConfig
 from speedstack.train.config import KINDS, dump_config, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+# Folders of configs that a module reads, run with python -m, and not a verb.
+MODULES: dict[str, type[BaseModel]] = {"drafter_ablation": AblationConfig}
 
 
 def verb_of(path: Path) -> str:
@@ -20,7 +25,12 @@ def verb_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_config_validates(path: Path) -> None:
+def test_config_validates(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if verb_of(path) in MODULES:
+        monkeypatch.chdir(ROOT)
+        ablation = read_config(AblationConfig, path)
+        assert all(ablation.row_config(row, seed=0) for row in ablation.rows)
+        return
     assert verb_of(path) in VERBS, f"{path} lies in no verb's folder"
     config = config_loader(VERBS[verb_of(path)])(path, [])
     assert isinstance(config, BaseModel)
@@ -42,9 +52,9 @@ def undocumented(model: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_field_is_described_frozen_and_known(verb: str) -> None:
-    model = type(config_loader(VERBS[verb])(None, []))
+@pytest.mark.parametrize("name", [*VERBS, *MODULES])
+def test_every_field_is_described_frozen_and_known(name: str) -> None:
+    model = MODULES[name] if name in MODULES else type(config_loader(VERBS[name])(None, []))
     assert undocumented(model) == []
     assert model.model_config["frozen"] and model.model_config["extra"] == "forbid"
 

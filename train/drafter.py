@@ -1,24 +1,24 @@
-"""Train a DFlash drafter for one target: features online, labels from text the target wrote.
+"""Train a DFlash drafter for one target, on text the target wrote.
 
-The target is the model that will be served, quantized experts and all. Before the first step it continues prompts from
-the training documents through the engine (kept on disk, see `selftext`); training windows are those sequences mixed
-with corpus windows. The frozen target computes the features of the step's windows (`frozen_target`), and the drafter is
-trained on blocks that start at random anchors: a function of (seed, example number), like everything else in a batch.
+The target is the model that will be served, quantized experts and all. Before the first step it continues prompts
+through the engine (`drafter_text`); training windows are those sequences mixed with corpus windows. The frozen target
+gives the features of the step's windows (`frozen_target`), and the drafter is trained on blocks that start at random
+anchors: a function of (seed, example number), like everything else in a batch.
 
-Evaluation is no proxy. Greedy text does not depend on the drafter, so on held-out text that the target wrote greedily
-the leading runs at all anchors give the very rounds that decoding would make, up to the dtype of the features. The
-engine confirms the number once, on the exported drafter.
+Acceptance is measured twice. Greedy text does not depend on the drafter, so on held-out text that the target wrote
+greedily the leading runs at all anchors give the very rounds that decoding would make, up to the dtype of the features:
+that is the simulated acceptance length. At every evaluation the engine also decodes a few of the same prompts with the
+running drafter, greedily and at temperature 1: that is the served one. Two lines that part show a gap between training
+and serving on the day it appears.
 
-Left out: distillation from the target's logits.
-
-Shape suffixes: B windows, T positions, A blocks a window, J = block size - 1 predicted offsets, C = taps * hidden.
+Shape suffixes: B windows, T positions, A blocks a window or in all, J proposals of a block, N sequences, D hidden.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +27,37 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from speedstack.dflash.accept import leading_run, walk_rounds
-from speedstack.dflash.block import block_mask, document_ids, make_blocks, sample_anchors
-from speedstack.dflash.checkpoint import save_drafter
+from speedstack.dflash.block import document_ids, layer_masks, make_blocks, sample_anchors
+from speedstack.dflash.checkpoint import load_drafter, save_drafter
 from speedstack.dflash.config import DFlashConfig, default_target_layer_ids
-from speedstack.dflash.loss import BlockLoss, block_loss
+from speedstack.dflash.loss import BlockLoss, Objective, block_loss
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.acceptance import measure_acceptance
 from speedstack.eval.results import AcceptanceResult
 from speedstack.quant.checkpoint import weights_sha256
+from speedstack.quant.checkpoint.reader import read_config
 from speedstack.runtime import Engine
 from speedstack.train.checkpoint import write_atomically
-from speedstack.train.config import DrafterConfig
-from speedstack.train.corpus import Corpus, corpus_for
+from speedstack.train.config import DrafterConfig, config_hash
+from speedstack.train.corpus import corpus_for
 from speedstack.train.data import PackedWindows, generator
 from speedstack.train.distributed import World
+from speedstack.train.drafter_text import (
+    ANCHORS,
+    ORDER,
+    read_split,
+    serving_engine,
+    splits_of,
+    write_splits,
+)
+from speedstack.train.features import FeatureSettings, StoredFeatures, holds_final, windows_sha256, write_features
 from speedstack.train.frozen_target import FrozenTarget
-from speedstack.train.loop import Recipe, RunResult, run
+from speedstack.train.loop import OnStep, Recipe, RunResult, run
 from speedstack.train.precision import resolve_precision
 from speedstack.train.qat import load_tokenizer
-from speedstack.train.selftext import Sampling, continue_prompts, cut_prompts, load_text, num_sequences_of
 
-# First keys of the random generators, so that no two uses share numbers.
-_TRAIN_PROMPTS, _EVAL_PROMPTS, _ORDER, _ANCHORS = range(4)
 _EVAL_SEQUENCES_AT_ONCE = 4
+_EVAL_ANCHORS_AT_ONCE = 256
 _MAX_LAYERS_ALL_TAPPED = 8
 
 
@@ -67,6 +75,38 @@ class Windows:
         return Windows(*(tensor.to(device) for tensor in vars(self).values()))
 
 
+@dataclass(frozen=True)
+class GreedyText:
+    """Sequences that the target wrote greedily: padded tokens int64 [N, T], and where each's prompt and text end."""
+
+    ids_NT: Tensor
+    prompt_lengths: Sequence[int]
+    lengths: Sequence[int]
+
+    @classmethod
+    def of_windows(cls, ids_NT: Tensor, prompt_length: int) -> GreedyText:
+        """Equally long prompts and windows without padding."""
+        return cls(ids_NT, [prompt_length] * len(ids_NT), [ids_NT.shape[1]] * len(ids_NT))
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Acceptance of each held-out sequence, walked over its text: tokens committed in each round, and the mean loss."""
+
+    rounds: list[list[int]]
+    loss: float
+
+    def acceptance_length(self, num_sequences: int | None = None) -> float:
+        """Tokens a round over the first `num_sequences`, None for all."""
+        pooled = [tokens for rounds in self.rounds[:num_sequences] for tokens in rounds]
+        return sum(pooled) / len(pooled)
+
+    def survival(self, num_proposals: int) -> list[float]:
+        """Share of rounds in which proposals 1 .. j were all accepted, for j = 1 .. num_proposals."""
+        pooled = [tokens for rounds in self.rounds for tokens in rounds]
+        return [sum(tokens > j + 1 for tokens in pooled) / len(pooled) for j in range(num_proposals)]
+
+
 class DrafterRecipe(Recipe):
     """The drafter's part of the training loop; see `speedstack.train.loop.Recipe`."""
 
@@ -75,46 +115,51 @@ class DrafterRecipe(Recipe):
     def __init__(self, config: DrafterConfig, show_progress: bool = True) -> None:
         self.config = config
         self.show_progress = show_progress
+        section = config.drafter
+        _check_zero_stage(config)
+        self.objective = Objective(section.ce_weight, section.kl_weight, section.tv_weight)
 
     def inputs(self) -> dict[str, str]:
         return {"target": weights_sha256(self.config.drafter.target)}
 
     def build(self, world: World) -> nn.Module:
         section = self.config.drafter
-        self.device = world.device
+        self.device, self.world = world.device, world
         self.target_sha256 = weights_sha256(section.target)
-        dtype = resolve_precision(section.target_dtype, world.device)
-        self.target = FrozenTarget(section.target, world.device, dtype)
+        self.target_dtype = resolve_precision(section.target_dtype, world.device)
         with world.main_first():
             corpus = corpus_for(self.config.data, load_tokenizer(section.target))
         self.separator_id = int(corpus.tokenizer.eos_token_id)
-        self.draft_config = draft_config(
-            self.config, self.target.config, corpus.tokenizer.mask_token_id, self.target_sha256
-        )
-        self.target.tap(self.draft_config.target_layer_ids)
+        target_config = read_config(section.target)[0].get_text_config()
+        self.draft_config = draft_config(self.config, target_config, corpus.tokenizer.mask_token_id, self.target_sha256)
         self.corpus = PackedWindows(corpus.train, self.config.data.sequence_length)
-        texts = _texts(self.config, corpus)
-        with tqdm(
-            desc="writing text", unit="seq", leave=False, disable=not (self.show_progress and world.is_main)
-        ) as bar:
-
-            def advance(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            _write(self.config, texts, self.target_sha256, advance, world.rank, world.size)
+        splits = splits_of(self.config, corpus)
+        with self._bar("writing text", "seq") as bar:
+            write_splits(self.config, splits, self.target_sha256, _advance(bar), world.rank, world.size)
         world.barrier()
-        sequences = {
-            split: load_text(_text_path(self.config) / split, self.target_sha256, prompts_NP, sampling)
-            for split, (prompts_NP, sampling) in texts.items()
-        }
-        self.eval_ids_NT = sequences["heldout"]
-        self.written_ids_NT = sequences.get("train", self.eval_ids_NT[:0])
-        if section.precomputed_features_gib:
-            self.target.precompute(self.written_ids_NT, int(section.precomputed_features_gib * 2**30))
+        texts = {name: read_split(self.config, name, split, self.target_sha256) for name, split in splits.items()}
+        # Not before: the engine that writes text holds the target too.
+        self.target = FrozenTarget(section.target, world.device, self.target_dtype)
+        self.features_path = section.features_path or self.config.run_directory / "features"
+        needs_final = self.objective.is_soft or (section.features == "disk" and holds_final(self.features_path))
+        self.target.tap(self.draft_config.target_layer_ids, with_final=needs_final)
+        self.heldout = GreedyText.of_windows(texts["heldout"].ids_NT, section.prompt_length)
+        self.written = texts.get("train")
+        self._keep_features()
+        self._heads: dict[torch.dtype, Tensor] = {}
+        self._engine: Engine | None = None
+        self._simulated: Simulated | None = None
+        return self.make_model().to(world.device)
+
+    def make_model(self) -> nn.Module:
+        """The drafter with its first weights, on the CPU."""
         model = DFlashDraftModel(self.draft_config)
         model.init_weights(self.config.run.seed)
-        return model.to(world.device)
+        if self.draft_config.mask_embedding:
+            model.init_mask_embedding(self.target.embedding_VD.cpu())
+        if self.draft_config.draft_vocab_size is not None:
+            model.set_draft_vocab(self._draft_vocabulary(self.draft_config.draft_vocab_size))
+        return model
 
     def batch(self, indices: Sequence[int]) -> Windows:
         """Windows of the examples with these numbers: written ones spread evenly among those of the corpus."""
@@ -130,8 +175,8 @@ class DrafterRecipe(Recipe):
         return Windows(*(torch.cat(column) for column in columns)).to(self.device)
 
     def loss(self, model: Callable[..., Any], batch: Windows) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted cross-entropy of the blocks; metrics: share of right tokens right after an anchor, mean tau."""
-        result, valid_AJ = self._blocks_loss(model, batch)
+        """Weighted loss of the blocks; metrics: share of right tokens right after an anchor, mean tau."""
+        result, valid_AJ = self.blocks_loss(model, batch)
         with torch.no_grad():
             whole_A = valid_AJ.all(-1)
             num_whole = whole_A.sum().clamp_min(1)
@@ -142,35 +187,97 @@ class DrafterRecipe(Recipe):
         return result.loss, metrics
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Loss at all anchors of held-out text the target wrote greedily, and the acceptance length decoding it has."""
-        section = self.config.drafter
-        length = self.config.data.sequence_length
-        anchors = torch.arange(section.prompt_length, length - section.block_size + 1)
-        total_loss, rounds, accepted = 0.0, [], torch.zeros(section.block_size - 1, dtype=torch.float64)
-        for ids_BT in self.eval_ids_NT.split(_EVAL_SEQUENCES_AT_ONCE):
-            anchors_BA = anchors.expand(len(ids_BT), -1)
+        """Loss and simulated acceptance on held-out text, and acceptance as served on a few of its prompts."""
+        simulated = self._simulated = self.simulate(model)
+        num_served = self.config.drafter.num_served_prompts
+        metrics = {"heldout_loss": simulated.loss, "acceptance_length": simulated.acceptance_length()}
+        for j, share in enumerate(simulated.survival(self.draft_config.num_proposals)):
+            metrics[f"accepted_at_{j + 1}"] = share
+        if num_served and isinstance(model, DFlashDraftModel):
+            metrics["tau_simulated"] = simulated.acceptance_length(num_served)
+            for name, temperature in (("tau_served", 0.0), ("tau_served_t1", 1.0)):
+                served = self.serve(model, temperature).overall
+                metrics[name] = served.acceptance_length
+                for j, share in enumerate(served.survival):
+                    metrics[f"{name}_at_{j + 1}"] = share
+        return metrics
+
+    @torch.no_grad()
+    def simulate(self, model: nn.Module, text: GreedyText | None = None) -> Simulated:
+        """The rounds of greedy decoding on `text`, without decoding, and the loss at all anchors; None: held-out text.
+
+        Rounds that the end of a sequence would cut short are left out.
+        """
+        text = self.heldout if text is None else text
+        num_proposals = self.draft_config.num_proposals
+        anchors = torch.arange(min(text.prompt_lengths), text.ids_NT.shape[1] - num_proposals)
+        total_loss, total_weight, runs = 0.0, 0, []
+        for ids_BT in text.ids_NT.split(_EVAL_SEQUENCES_AT_ONCE):
             everything = torch.ones_like(ids_BT, dtype=torch.bool)
-            windows = Windows(
-                ids_BT, torch.zeros_like(ids_BT), everything, anchors_BA, torch.ones_like(anchors_BA, dtype=torch.bool)
-            )
-            result, _ = self._blocks_loss(model, windows.to(self.device))
-            total_loss += float(result.loss) * len(ids_BT)
-            for runs in leading_run(result.correct_AJ).view(len(ids_BT), -1).tolist():
-                committed = walk_rounds(runs)
-                rounds += committed
-                for j in range(section.block_size - 1):
-                    accepted[j] += sum(tokens > j + 1 for tokens in committed)
-        metrics = {"heldout_loss": total_loss / len(self.eval_ids_NT), "acceptance_length": sum(rounds) / len(rounds)}
-        survival = (accepted / len(rounds)).tolist()
-        return metrics | {f"accepted_at_{j + 1}": share for j, share in enumerate(survival)}
+            parts = []
+            for part in anchors.split(_EVAL_ANCHORS_AT_ONCE):
+                anchors_BA = part.expand(len(ids_BT), -1)
+                real_BA = torch.ones_like(anchors_BA, dtype=torch.bool)
+                windows = Windows(ids_BT, torch.zeros_like(ids_BT), everything, anchors_BA, real_BA)
+                result, _ = self.blocks_loss(model, windows.to(self.device))
+                total_loss += float(result.loss) * real_BA.numel()
+                total_weight += real_BA.numel()
+                parts.append(leading_run(result.correct_AJ).view(len(ids_BT), -1))
+            runs += torch.cat(parts, dim=1).tolist()
+        first = int(anchors[0])
+        rounds = [
+            walk_rounds(run[prompt_length - first : length - num_proposals - first])
+            for run, prompt_length, length in zip(runs, text.prompt_lengths, text.lengths, strict=True)
+        ]
+        return Simulated(rounds, total_loss / total_weight)
+
+    def serve(self, model: DFlashDraftModel, temperature: float) -> AcceptanceResult:
+        """Acceptance of the running drafter on this process's share of the prompts to serve, decoded by the engine."""
+        if self._engine is None:
+            self._engine = serving_engine(self.config)
+        self._engine.set_drafter(model)
+        section, world = self.config.drafter, self.world
+        prompts = self.heldout.ids_NT[: section.num_served_prompts, : section.prompt_length].tolist()
+        share = prompts[world.rank :: world.size] or prompts[:1]
+        num_new_tokens = self.config.data.sequence_length - section.prompt_length
+        return measure_acceptance(self._engine, {"held-out": share}, num_new_tokens, temperature)
 
     def export(self, model: nn.Module, path: Path) -> None:
         assert isinstance(model, DFlashDraftModel)
-        save_drafter(model, path, getattr(torch, self.config.drafter.export_dtype))
+        save_drafter(model, path, getattr(torch, self.config.drafter.export_dtype), self.card(model))
 
-    def _blocks_loss(self, model: Callable[..., Any], windows: Windows) -> tuple[BlockLoss, Tensor]:
-        """The loss of all blocks of `windows`, and which of their positions [B * A, J] count."""
+    def card(self, model: DFlashDraftModel) -> dict[str, Any]:
+        """What a model card says of this training, and the acceptance on held-out text."""
+        section, optim, loop = self.config.drafter, self.config.optim, self.config.loop
+        simulated = self._simulated or self.simulate(model)  # the last evaluation was of the finished drafter
+        num_new = self.config.data.sequence_length - section.prompt_length
+        temperatures = ", ".join(map(str, section.temperatures))
+        return {
+            "data": f"{section.num_sequences} texts of {num_new} tokens that the target wrote after prompts of "
+            f"{section.prompt_length}, at temperature {temperatures}; {section.written_fraction:.0%} of the windows, "
+            f"the others from the corpus {self.config.data.source}",
+            "measured": f"Greedy, {len(self.heldout.lengths)} held-out prompts, {num_new} new tokens, simulated on the "
+            "target's own text.",
+            "acceptance": {"held-out": round(simulated.acceptance_length(), 3)},
+            "training": {
+                "steps": loop.num_steps,
+                "windows a step": loop.batch_size,
+                "anchors a window": section.num_anchors,
+                "loss": f"{section.ce_weight} CE + {section.kl_weight} KL + {section.tv_weight} TV",
+                "offset weights": section.weighting,
+                "optimizer": f"{optim.name}, learning rate {optim.lr}, {optim.schedule}",
+                "config SHA-256": config_hash(self.config),
+            },
+        }
+
+    def load_export(self, path: Path) -> nn.Module:
+        """The model that `export` wrote, on this process's device."""
+        return load_drafter(path, torch.float32).to(self.device)
+
+    def blocks_loss(self, model: Callable[..., Any], windows: Windows) -> tuple[BlockLoss, Tensor]:
+        """The loss of all blocks of `windows`, and which of their proposals [A, J] count."""
         section, config = self.config.drafter, self.draft_config
+        module = model if isinstance(model, DFlashDraftModel) else model.module  # type: ignore[attr-defined]
         blocks = make_blocks(
             windows.ids_BT,
             windows.documents_BT,
@@ -179,38 +286,98 @@ class DrafterRecipe(Recipe):
             windows.real_BA,
             config.block_size,
             config.mask_token_id,
+            config.num_proposals,
         )
+        features = self.target.features(windows.ids_BT)
         positions_BT = torch.arange(windows.ids_BT.shape[1], device=self.device).expand_as(windows.ids_BT)
         hidden_BQD = model(
-            self.target.features(windows.ids_BT),
+            features.taps_BTC,
             positions_BT,
-            nn.functional.embedding(blocks.input_ids_BQ, self.target.embedding_VD),
+            module.embed_block(blocks.input_ids_BQ, self.target.embedding_VD),
             blocks.positions_BQ,
-            block_mask(windows.documents_BT, windows.anchors_BA, config.block_size),
+            layer_masks(config, windows.documents_BT, windows.anchors_BA),
         )
-        hidden_AJD = hidden_BQD.unflatten(1, (-1, config.block_size)).flatten(0, 1)[:, 1:]
-        valid_AJ = blocks.weight_BAK.flatten(0, 1)[:, 1:]
-        kind = self.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        hidden_AKD = hidden_BQD.unflatten(1, (-1, config.block_size)).flatten(0, 1)
+        markov = module.markov_head
+        valid_AJ = blocks.valid_BAJ.flatten(0, 1)
         result = block_loss(
-            hidden_AJD,
-            blocks.labels_BAK.flatten(0, 1)[:, 1:],
+            hidden_AKD[:, module.hidden_slots],
+            module.draft_ids(blocks.labels_BAJ.flatten(0, 1)),
             valid_AJ,
-            self.target.head_VD(dtype),
+            self._head(module),
             section.gamma,
             section.weighting,
+            self.objective,
+            target_hidden_AJD=gather_final(features.final_BTD, blocks.before_BAJ),
+            markov_AJR=None if markov is None else markov.markov_w1(blocks.previous_BAJ.flatten(0, 1)),
+            markov_VR=None if markov is None else markov.markov_w2.weight,
         )
         return result, valid_AJ
 
+    def product_dtype(self) -> torch.dtype:
+        """dtype of this step's products with the LM head."""
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+
+    def _head(self, module: DFlashDraftModel) -> Tensor:
+        """The LM head's rows that proposals need, in the dtype of this step's products, made once."""
+        dtype = self.product_dtype()
+        if dtype not in self._heads:
+            self._heads[dtype] = module.draft_head(self.target.head_VD(dtype))
+        return self._heads[dtype]
+
+    def _draft_vocabulary(self, size: int) -> Tensor:
+        """The `size` most frequent tokens of what training predicts, ascending; of equals the lower ids."""
+        if self.written is None:
+            ids = torch.cat([self.corpus.window(index) for index in range(len(self.corpus))])
+        else:
+            ids = self.written.ids_NT[self.written.predictable_NT]
+        counts_V = torch.bincount(ids, minlength=self.draft_config.vocab_size)
+        return counts_V.sort(descending=True, stable=True).indices[:size].sort().values
+
+    def _keep_features(self) -> None:
+        """Compute the features that are kept, or what is missing of them."""
+        section, world = self.config.drafter, self.world
+        if section.features == "online" or self.written is None:
+            return
+        ids_NT = self.written.ids_NT
+        if section.features == "memory":
+            self.target.precompute(ids_NT, int(section.features_gib * 2**30))
+            return
+        settings = FeatureSettings(
+            target_sha256=self.target_sha256,
+            target_layer_ids=self.target.layer_ids,
+            with_final=self.target.with_final,
+            windows_sha256=windows_sha256(ids_NT),
+            target_dtype=str(self.target_dtype).removeprefix("torch."),
+            dtype=section.features_dtype,
+        )
+        with self._bar("computing features", "window") as bar:
+            bar.total = len(ids_NT)
+            advance = _advance(bar)
+            write_features(
+                self.features_path,
+                ids_NT,
+                settings,
+                self.target.compute,
+                world.rank,
+                world.size,
+                lambda done: advance(done, len(ids_NT)),
+            )
+        world.barrier()
+        self.target.keep(StoredFeatures(self.features_path, ids_NT, settings))
+
+    def _bar(self, what: str, unit: str) -> Any:
+        return tqdm(desc=what, unit=unit, leave=False, disable=not (self.show_progress and self.world.is_main))
+
     def _written_window(self, place: int, index: int) -> Windows:
         """Window `place` of the endless stream of written text; its labels are the target's own tokens only."""
-        epoch, within = divmod(place, len(self.written_ids_NT))
-        rng = generator(self.config.run.seed, _ORDER, epoch)
-        row = int(torch.randperm(len(self.written_ids_NT), generator=rng)[within])
-        ids_BT = self.written_ids_NT[row : row + 1]
-        predictable_BT = torch.arange(ids_BT.shape[1])[None] >= self.config.drafter.prompt_length
-        # One document, end-of-text or not: in serving the context is never cut either.
-        return self._with_anchors(ids_BT, torch.zeros_like(ids_BT), predictable_BT, index)
+        assert self.written is not None
+        epoch, within = divmod(place, len(self.written))
+        rng = generator(self.config.run.seed, ORDER, epoch)
+        row = int(torch.randperm(len(self.written), generator=rng)[within])
+        ids_BT, documents_BT, predictable_BT = (part[row : row + 1] for part in vars(self.written).values())
+        return self._with_anchors(ids_BT, documents_BT, predictable_BT, index)
 
     def _corpus_window(self, place: int, index: int) -> Windows:
         ids_BT = self.corpus.examples(self.config.run.seed, [place])
@@ -218,9 +385,17 @@ class DrafterRecipe(Recipe):
         return self._with_anchors(ids_BT, document_ids(ids_BT, self.separator_id), everything, index)
 
     def _with_anchors(self, ids_BT: Tensor, documents_BT: Tensor, predictable_BT: Tensor, index: int) -> Windows:
-        rng = generator(self.config.run.seed, _ANCHORS, index)
+        rng = generator(self.config.run.seed, ANCHORS, index)
         anchors_BA, real_BA = sample_anchors(documents_BT, predictable_BT, self.config.drafter.num_anchors, rng)
         return Windows(ids_BT, documents_BT, predictable_BT, anchors_BA, real_BA)
+
+
+def gather_final(final_BTD: Tensor | None, before_BAJ: Tensor) -> Tensor | None:
+    """The target's final states [A, J, D] at the positions before the labels, blocks of all windows in a row."""
+    if final_BTD is None:
+        return None
+    window_B11 = torch.arange(len(final_BTD), device=final_BTD.device)[:, None, None]
+    return final_BTD[window_B11, before_BAJ].flatten(0, 1)
 
 
 def draft_config(
@@ -228,13 +403,14 @@ def draft_config(
 ) -> DFlashConfig:
     """The drafter's shape for a target with the transformers config `target_config`.
 
-    Raises ValueError when no mask token is known or a tapped layer does not exist.
+    Raises ValueError when no mask token is known, a tapped layer does not exist, or an option does not fit the target.
     """
     section = config.drafter
     mask_token_id = tokenizer_mask_id if section.mask_token_id is None else section.mask_token_id
     if mask_token_id is None:
         raise ValueError("the target's tokenizer has no mask token: set drafter.mask_token_id to an unused id")
     num_target_layers = target_config.num_hidden_layers
+    layer_type = "full_attention" if section.sliding_window is None else "sliding_attention"
     return DFlashConfig(
         hidden_size=target_config.hidden_size,
         intermediate_size=section.intermediate_size,
@@ -250,6 +426,16 @@ def draft_config(
         rope_theta=section.rope_theta,
         max_position_embeddings=target_config.max_position_embeddings,
         target_sha256=target_sha256,
+        sample_from_anchor=section.sample_from_anchor,
+        markov_rank=section.markov_rank,
+        draft_vocab_size=section.draft_vocab_size,
+        layer_types=(layer_type,) * section.num_layers,  # type: ignore[arg-type]
+        sliding_window=section.sliding_window,
+        sliding_is_causal=section.sliding_is_causal,
+        attention_sinks=section.attention_sinks,
+        attention_value_scale=section.attention_value_scale,
+        partial_rotary_factor=section.partial_rotary_factor,
+        mask_embedding=section.mask_embedding,
     )
 
 
@@ -260,95 +446,54 @@ def _default_layer_ids(num_target_layers: int) -> tuple[int, ...]:
     return default_target_layer_ids(num_target_layers, 5)
 
 
-def train_drafter(
-    config: DrafterConfig, on_step: Callable[[int, int, dict[str, float]], None] | None = None
-) -> RunResult:
-    """Train, export, and confirm the acceptance length with the engine on the held-out prompts.
+def _check_zero_stage(config: DrafterConfig) -> None:
+    """Refuse what reads parameters outside of the model's forward, where ZeRO-3 has gathered none."""
+    if config.distributed.zero_stage < 3:
+        return
+    names = ("markov_rank", "mask_embedding", "num_served_prompts")
+    in_the_way = [name for name in names if getattr(config.drafter, name)]
+    if in_the_way:
+        raise ValueError(
+            f"distributed.zero_stage 3 has no whole parameters for drafter.{', drafter.'.join(in_the_way)}: "
+            "use stage 0 to 2, or turn them off"
+        )
+
+
+def _advance(bar: Any) -> Callable[[int, int], None]:
+    def advance(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return advance
+
+
+def make_recipe(config: DrafterConfig, show_progress: bool = True) -> DrafterRecipe:
+    """The recipe of the configured architecture. Raises ValueError for options that it does not have."""
+    if config.drafter.architecture == "eagle":
+        from speedstack.train.eagle import EagleRecipe  # which inherits from this module's recipe
+
+        return EagleRecipe(config, show_progress)
+    return DrafterRecipe(config, show_progress)
+
+
+def train_drafter(config: DrafterConfig, on_step: OnStep | None = None) -> RunResult:
+    """Train, export, and confirm the acceptance length with the engine on all held-out prompts.
 
     A finished run is returned at once, an interrupted one resumes, its written text included. The engine's figures are
     in `metrics` as `engine_acceptance_length` and stay in `acceptance.json` of the run directory.
 
     Raises ValueError for a target, corpus, text or combination of settings that does not fit; OSError for the disk.
     """
-    recipe = DrafterRecipe(config, show_progress=on_step is None)
+    recipe = make_recipe(config, show_progress=on_step is None)
     result = run(recipe, config, on_step)
     file = result.path / "acceptance.json"
-    if not file.is_file() and int(os.environ.get("RANK", "0")) == 0:
-        engine = _engine(config, result.export_path)
+    if config.drafter.architecture == "dflash" and not file.is_file() and int(os.environ.get("RANK", "0")) == 0:
+        engine = serving_engine(config, result.export_path)
         corpus = corpus_for(config.data, load_tokenizer(config.drafter.target))
-        prompts_NP, sampling = _texts(config, corpus)["heldout"]
-        measured = measure_acceptance(engine, {"held-out": prompts_NP.tolist()}, sampling.num_new_tokens)
+        split = splits_of(config, corpus)["heldout"]
+        measured = measure_acceptance(engine, {"held-out": split.prompts_NP.tolist()}, split.sampling.num_new_tokens)
         write_atomically(file, measured.model_dump_json(indent=2) + "\n")
     if file.is_file():
         measured = AcceptanceResult.model_validate_json(file.read_text(encoding="utf-8"))
         result.metrics["engine_acceptance_length"] = measured.overall.acceptance_length
     return result
-
-
-def write_text(config: DrafterConfig, on_progress: Callable[[int, int], None] | None = None) -> None:
-    """Write, or complete, the text that training and evaluation of `config` read; `train_drafter` then finds it there.
-
-    `on_progress(done, total)` counts sequences. Raises as `train_drafter`.
-    """
-    corpus = corpus_for(config.data, load_tokenizer(config.drafter.target))
-    _write(config, _texts(config, corpus), weights_sha256(config.drafter.target), on_progress)
-
-
-def _texts(config: DrafterConfig, corpus: Corpus) -> dict[str, tuple[Tensor, Sampling]]:
-    """Prompts and sampling of each split that the target writes."""
-    section, seed = config.drafter, config.run.seed
-    greedy = Sampling(config.data.sequence_length - section.prompt_length)
-    heldout_NP = cut_prompts(corpus.heldout, section.num_eval_sequences, section.prompt_length, seed, _EVAL_PROMPTS)
-    texts = {"heldout": (heldout_NP, greedy)}
-    if section.written_fraction > 0:
-        train_NP = cut_prompts(corpus.train, section.num_sequences, section.prompt_length, seed, _TRAIN_PROMPTS)
-        texts["train"] = (
-            train_NP,
-            replace(greedy, temperatures=section.temperatures, top_p=section.top_p, seed=seed),
-        )
-    return texts
-
-
-def _write(
-    config: DrafterConfig,
-    texts: dict[str, tuple[Tensor, Sampling]],
-    target_sha256: str,
-    on_progress: Callable[[int, int], None] | None,
-    rank: int = 0,
-    world_size: int = 1,
-) -> None:
-    """This rank's part of all splits, with one engine, and one count over all of them."""
-    done = {split: 0 for split in texts}
-    totals = {split: num_sequences_of(len(texts[split][0]), rank, world_size) for split in texts}
-    engines: list[Engine] = []
-
-    def engine() -> Engine:
-        if not engines:
-            engines.append(_engine(config))
-        return engines[0]
-
-    for split, (prompts_NP, sampling) in texts.items():
-
-        def advance(num: int, split: str = split) -> None:
-            done[split] = num
-            if on_progress is not None:
-                on_progress(sum(done.values()), sum(totals.values()))
-
-        path = _text_path(config) / split
-        continue_prompts(path, engine, target_sha256, prompts_NP, sampling, rank, world_size, advance)
-
-
-def _text_path(config: DrafterConfig) -> Path:
-    return config.drafter.text or config.run_directory / "text"
-
-
-def _engine(config: DrafterConfig, drafter: Path | None = None) -> Engine:
-    """The engine that serves the target on the configured device."""
-    section = config.drafter
-    return Engine.from_pretrained(
-        section.target,
-        drafter=drafter,
-        device=config.run.device,
-        max_length=config.data.sequence_length,
-        max_batch_size=section.generation_batch_size,
-    )

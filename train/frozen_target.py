@@ -1,10 +1,9 @@
 """The target as a drafter's training sees it: embedding, features of the tapped layers, LM head; all of it frozen.
 
-A window comes back every epoch, and its features do not change. Where memory allows they are computed once: otherwise
-the target's forward is half of a training step. That is done before the first step and not when they are first needed:
-on a CPU the bits of a product depend on what else is in the batch, and a resumed run must have the same ones.
-
-Left out: features on disk, thousands of times the size of the tokens.
+A window comes back every epoch, and its features do not change. They are computed in every step (online), or once and
+kept, in memory or on disk (`features.py`): otherwise the target's forward is half of a training step. Kept ones are
+computed before the first step and not when they are first needed: on a CPU the bits of a product depend on what else is
+in the batch, and a resumed run must have the same ones.
 
 Shape suffixes: B windows, T positions, D hidden, V vocabulary, C = taps * hidden.
 """
@@ -12,17 +11,25 @@ Shape suffixes: B windows, T positions, D hidden, V vocabulary, C = taps * hidde
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from speedstack.quant.checkpoint import load_model
 from speedstack.train.attention import enable_blockwise_attention
+from speedstack.train.features import window_keys
 
 _WINDOWS_AT_ONCE = 8
+
+
+class Features(NamedTuple):
+    """`taps_BTC`: outputs of the tapped layers. `final_BTD`: the final, normed hidden states; None if not asked for."""
+
+    taps_BTC: Tensor
+    final_BTD: Tensor | None
 
 
 class FrozenTarget:
@@ -30,7 +37,7 @@ class FrozenTarget:
 
     Args:
         path: model directory.
-        device: where its products run; kept features lie there too.
+        device: where its products run; features kept in memory lie there too.
         dtype: of the features' products.
     """
 
@@ -43,12 +50,15 @@ class FrozenTarget:
         self.embedding_VD: Tensor = model.get_input_embeddings().weight.detach().to(device, torch.float32)
         self._heads_VD = {torch.float32: model.get_output_embeddings().weight.detach().to(device, torch.float32)}
         self._taps: dict[int, Tensor] = {}
-        self._computed: dict[bytes, Tensor] = {}
+        self._kept: Mapping[bytes, Tensor] = {}
+        self.with_final = False
 
-    def tap(self, layer_ids: Sequence[int]) -> None:
-        """Make `features` the outputs of these layers, and drop the layers after the last of them."""
+    def tap(self, layer_ids: Sequence[int], with_final: bool = False) -> None:
+        """Make `features` the outputs of these layers; without the final states, drop the layers after the last."""
         self.layer_ids = tuple(layer_ids)
-        self.decoder.layers = self.decoder.layers[: max(layer_ids) + 1]
+        self.with_final = with_final
+        if not with_final:
+            self.decoder.layers = self.decoder.layers[: max(layer_ids) + 1]
         for i in layer_ids:
             self.decoder.layers[i].register_forward_hook(self._catch(i))
 
@@ -58,9 +68,14 @@ class FrozenTarget:
 
         return hook
 
+    @property
+    def num_columns(self) -> int:
+        """Values kept of a position."""
+        return (len(self.layer_ids) + self.with_final) * self.config.hidden_size
+
     def precompute(self, ids_BT: Tensor, max_bytes: int) -> None:
-        """Compute the features of these windows now; warns where only some fit into `max_bytes`."""
-        bytes_a_window = ids_BT.shape[1] * len(self.layer_ids) * self.config.hidden_size * torch.float32.itemsize
+        """Compute the features of these windows now, into memory; warns where only some fit into `max_bytes`."""
+        bytes_a_window = ids_BT.shape[1] * self.num_columns * torch.float32.itemsize
         num_windows = min(len(ids_BT), max_bytes // bytes_a_window)
         if num_windows < len(ids_BT):
             warnings.warn(
@@ -68,35 +83,48 @@ class FrozenTarget:
                 "those of the others are computed in every epoch",
                 stacklevel=2,
             )
-        for start in range(0, num_windows, _WINDOWS_AT_ONCE):
-            part_BT = ids_BT[start : min(start + _WINDOWS_AT_ONCE, num_windows)]
-            features_BTC = self._forward(part_BT.to(self.embedding_VD.device))
-            self._computed |= zip(_keys(part_BT), features_BTC, strict=True)
+        self._kept = dict(
+            zip(window_keys(ids_BT[:num_windows]), self.compute(ids_BT[:num_windows]), strict=True)
+            if num_windows
+            else {}
+        )
 
-    def features(self, ids_BT: Tensor) -> Tensor:
-        """Outputs of the tapped layers, float32 [B, T, C], concatenated in the order of `tap`."""
-        keys = _keys(ids_BT) if self._computed else [b""] * len(ids_BT)
-        missing = [place for place, key in enumerate(keys) if key not in self._computed]
+    def compute(self, ids_BT: Tensor) -> Tensor:
+        """Features and, if asked for, final states of these windows side by side, float32 [B, T, num_columns]."""
+        parts = [self._forward(part_BT.to(self.embedding_VD.device)) for part_BT in ids_BT.split(_WINDOWS_AT_ONCE)]
+        return torch.cat(parts)
+
+    def keep(self, features: Mapping[bytes, Tensor]) -> None:
+        """Take the features of the windows in `features` from there from now on."""
+        self._kept = features
+
+    def features(self, ids_BT: Tensor) -> Features:
+        """Float32 features of these windows, taps concatenated in the order of `tap`."""
+        keys = window_keys(ids_BT) if self._kept else [b""] * len(ids_BT)
+        missing = [place for place, key in enumerate(keys) if key not in self._kept]
         if len(missing) == len(keys):
-            return self._forward(ids_BT)
-        found = dict(zip(missing, self._forward(ids_BT[missing]), strict=True)) if missing else {}
-        return torch.stack([found[place] if place in found else self._computed[key] for place, key in enumerate(keys)])
+            columns = self._forward(ids_BT)
+        else:
+            found = dict(zip(missing, self._forward(ids_BT[missing]), strict=True)) if missing else {}
+            rows = [found[place] if place in found else self._kept[key] for place, key in enumerate(keys)]
+            columns = torch.stack([row.to(ids_BT.device, torch.float32) for row in rows])
+        if not self.with_final:
+            return Features(columns, None)
+        width = len(self.layer_ids) * self.config.hidden_size
+        return Features(columns[..., :width], columns[..., width:])
 
     @torch.no_grad()
     def _forward(self, ids_BT: Tensor) -> Tensor:
         with torch.autocast(ids_BT.device.type, enabled=False):
-            self.decoder(input_ids=ids_BT, use_cache=False)
-        features_BTC = torch.cat([self._taps[i].float() for i in self.layer_ids], dim=-1)
+            output = self.decoder(input_ids=ids_BT, use_cache=False)
+        columns = [self._taps[i].float() for i in self.layer_ids]
+        if self.with_final:
+            columns.append(output.last_hidden_state.float())
         self._taps.clear()
-        return features_BTC
+        return torch.cat(columns, dim=-1)
 
     def head_VD(self, dtype: torch.dtype) -> Tensor:
         """The LM head in `dtype`, cast once."""
         if dtype not in self._heads_VD:
             self._heads_VD[dtype] = self._heads_VD[torch.float32].to(dtype)
         return self._heads_VD[dtype]
-
-
-def _keys(ids_BT: Tensor) -> list[bytes]:
-    assert ids_BT.dtype == torch.int64, "equal windows have equal bytes in one dtype only"
-    return [ids_T.tobytes() for ids_T in ids_BT.cpu().numpy()]

@@ -197,7 +197,7 @@ def _train(
         if first_step == 0 and loop.eval_every:
             _evaluate(recipe, world, trainer, log, 0, started)
         for step in range(first_step, loop.num_steps):
-            metrics = _step(recipe, config, world, trainer, step)
+            metrics = train_step(recipe, config, world, trainer, step)
             recipe.after_step(step + 1)
             done, is_last = step + 1, step + 1 == loop.num_steps
             for name, value in metrics.items():
@@ -228,7 +228,7 @@ def _train(
                 trainer.save(store, done, asdict(progress), recipe.state())
 
 
-def _step(recipe: Recipe, config: JobConfig, world: World, trainer: Trainer, step: int) -> dict[str, float]:
+def train_step(recipe: Recipe, config: JobConfig, world: World, trainer: Trainer, step: int) -> dict[str, float]:
     """One optimizer step; its loss, metrics and gradient norm, means over micro-batches and processes."""
     loop = config.loop
     # Nothing random then depends on what ran before this step, and no random state has to be saved.

@@ -31,7 +31,7 @@ _NUM_NEWTON_SCHULZ_STEPS = 5
 # Elements orthogonalized at once: bounds the temporary memory on models with gigabytes of experts.
 _MAX_BATCH_ELEMENTS = 2**26
 # Matrices that are tables or read-outs rather than maps between hidden states; AdamW trains them.
-_ADAMW_NAMES = ("embed", "lm_head", "gate.weight", "router")
+_ADAMW_NAMES = ("embed", "lm_head", "gate.weight", "router", "markov")
 
 
 class Muon(torch.optim.Optimizer):

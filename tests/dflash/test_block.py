@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from speedstack.dflash.block import dense_mask, document_ids, layer_masks, make_blocks, sample_anchors, window_mask
+from speedstack.dflash.block import dense_mask, document_ids, layer_masks, make_blocks, sample_anchors
 
 SEPARATOR = 0
 
@@ -56,7 +56,7 @@ def test_flex_mask_is_the_dense_mask():
 def test_window_mask_is_the_double_loop(block_size, window, is_causal):
     ids, documents = windows()
     anchors, _ = sample_anchors(documents, torch.ones_like(ids).bool(), 5, torch.Generator().manual_seed(1))
-    mask = window_mask(documents, anchors, block_size, window, is_causal)
+    mask = dense_mask(documents, anchors, block_size, window, is_causal)
     num_windows, length = ids.shape
     num_queries = anchors.shape[1] * block_size
     assert isinstance(mask, torch.Tensor) and mask.shape == (num_windows, 1, num_queries, length + num_queries)
@@ -88,7 +88,7 @@ def test_every_layer_gets_its_own_mask(draft_config):
     )
     masks: Any = layer_masks(mixed, documents, anchors)
     full, sliding = masks
-    windowed: Any = window_mask(documents, anchors, 4, 3, is_causal=False)
+    windowed = dense_mask(documents, anchors, 4, window=3, is_causal=False)
     assert torch.equal(full, dense_mask(documents, anchors, 4))
     assert torch.equal(sliding, windowed)
     assert not torch.equal(full, sliding)
@@ -122,30 +122,35 @@ def test_anchors_are_a_function_of_the_generator_and_spread_out():
     assert seen.unique().tolist() == list(range(1, 63))
 
 
-def test_labels_and_weights_position_by_position():
+@pytest.mark.parametrize("num_proposals", [3, 4])
+def test_labels_and_weights_position_by_position(num_proposals):
     ids, documents = windows()
     predictable = torch.ones_like(ids).bool()
     predictable[1, 12] = False
     anchors, real = sample_anchors(documents, predictable, 22, torch.Generator().manual_seed(2))
-    blocks = make_blocks(ids, documents, predictable, anchors, real, 4, mask_token_id=49)
+    blocks = make_blocks(ids, documents, predictable, anchors, real, 4, 49, num_proposals)
     input_ids = blocks.input_ids_BQ.view(3, -1, 4)
     positions = blocks.positions_BQ.view(3, -1, 4)
+    num_wanted = 0
     for window in range(3):
         for block, anchor in enumerate(anchors[window].tolist()):
             assert input_ids[window, block].tolist() == [int(ids[window, anchor]), 49, 49, 49]
             assert positions[window, block].tolist() == [anchor, anchor + 1, anchor + 2, anchor + 3]
-            for offset in range(4):
-                at = anchor + offset
+            for proposal in range(num_proposals):
+                at = anchor + 1 + proposal
                 wanted = (
                     bool(real[window, block])
-                    and offset > 0
                     and at < 23
                     and bool(documents[window, at] == documents[window, anchor])
                     and bool(predictable[window, at])
                 )
-                assert bool(blocks.weight_BAK[window, block, offset]) == wanted
+                num_wanted += wanted
+                assert bool(blocks.valid_BAJ[window, block, proposal]) == wanted
                 if wanted:
-                    assert blocks.labels_BAK[window, block, offset] == ids[window, at]
+                    assert blocks.labels_BAJ[window, block, proposal] == ids[window, at]
+                    assert blocks.before_BAJ[window, block, proposal] == at - 1
+                    assert blocks.previous_BAJ[window, block, proposal] == ids[window, at - 1]
+    assert num_wanted > 100
 
 
 def test_a_window_without_anchors_gives_filler_blocks_only():
@@ -154,4 +159,4 @@ def test_a_window_without_anchors_gives_filler_blocks_only():
     predictable = torch.ones_like(ids).bool()
     anchors, real = sample_anchors(documents, predictable, 3, torch.Generator().manual_seed(0))
     assert not real.any()
-    assert not make_blocks(ids, documents, predictable, anchors, real, 4, 2).weight_BAK.any()
+    assert not make_blocks(ids, documents, predictable, anchors, real, 4, 2).valid_BAJ.any()

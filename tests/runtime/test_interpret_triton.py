@@ -76,11 +76,11 @@ needs_interpreter = pytest.mark.skipif(not (INTERPRETED and HAS_TRITON), reason=
 @pytest.mark.parametrize("num_programs", [1, 3, 8, 11])
 def test_every_schedule_gives_the_sequential_result(num_programs: int) -> None:
     traces = set()
-    for seed in range(10):
+    for seed in range(6):
         result, trace = run(num_programs, seed)
         assert result == expected(), f"seed {seed}"
         traces.add(tuple(trace))
-    assert num_programs == 1 or len(traces) > 5
+    assert num_programs == 1 or len(traces) > 3
     assert run(num_programs, 4) == run(num_programs, 4)
 
 

@@ -1,6 +1,9 @@
 """The drafter recipe on the tiny packed model: batches, what evaluation counts, and a run from end to end."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +15,12 @@ from speedstack.dflash.checkpoint import load_drafter
 from speedstack.quant.checkpoint import load_model, weights_sha256
 from speedstack.runtime import Engine
 from speedstack.train.attention import enable_blockwise_attention
-from speedstack.train.config import DrafterConfig
+from speedstack.train.config import DrafterConfig, dump_config
 from speedstack.train.distributed import World
-from speedstack.train.drafter import DrafterRecipe, draft_config, train_drafter, write_text
+from speedstack.train.drafter import DrafterRecipe, GreedyText, draft_config, make_recipe, train_drafter
+from speedstack.train.drafter_text import write_text
 from speedstack.train.frozen_target import FrozenTarget
+from speedstack.train.metrics import read_metrics
 
 MODULES = [
     "textwrap",
@@ -64,6 +69,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_packed_dir: Path) -> D
                 "text": root / "text",
                 "num_sequences": 24,
                 "num_eval_sequences": 6,
+                "num_served_prompts": 0,
                 "prompt_length": 12,
                 "num_anchors": 8,
                 "written_fraction": 0.5,
@@ -84,6 +90,11 @@ def recipe(config: DrafterConfig) -> DrafterRecipe:
     built = DrafterRecipe(config, show_progress=False)
     built.build(one_process())
     return built
+
+
+def written_ids(recipe: DrafterRecipe) -> torch.Tensor:
+    assert recipe.written is not None
+    return recipe.written.ids_NT
 
 
 def one_process() -> World:
@@ -113,7 +124,7 @@ def test_a_batch_is_a_function_of_the_example_numbers(recipe):
 
 def test_written_windows_and_corpus_windows_alternate_at_one_half(recipe):
     batch = recipe.batch(range(8))
-    written = {tuple(row) for row in recipe.written_ids_NT.tolist()}
+    written = {tuple(row) for row in recipe.written.ids_NT.tolist()}
     assert [tuple(row) in written for row in batch.ids_BT.tolist()] == [False, True] * 4
     prompt_length = recipe.config.drafter.prompt_length
     assert not batch.predictable_BT[1, :prompt_length].any() and batch.predictable_BT[1, prompt_length:].all()
@@ -121,16 +132,16 @@ def test_written_windows_and_corpus_windows_alternate_at_one_half(recipe):
 
 
 def test_an_epoch_of_written_text_reads_every_sequence_once(recipe):
-    num = len(recipe.written_ids_NT)
+    num = len(recipe.written.ids_NT)
     first = [recipe._written_window(place, 0).ids_BT[0].tolist() for place in range(num)]
     second = [recipe._written_window(place, 0).ids_BT[0].tolist() for place in range(num, 2 * num)]
-    assert sorted(first) == sorted(second) == sorted(recipe.written_ids_NT.tolist())
+    assert sorted(first) == sorted(second) == sorted(recipe.written.ids_NT.tolist())
     assert first != second
 
 
 def test_features_are_the_tapped_layers_outputs(recipe, tiny_packed_dir):
-    ids = recipe.eval_ids_NT[:2]
-    features = recipe.target.features(ids)
+    ids = recipe.heldout.ids_NT[:2]
+    features = recipe.target.features(ids).taps_BTC
     whole = load_model(tiny_packed_dir)
     enable_blockwise_attention(whole, torch.device("cpu"))
     with torch.no_grad():
@@ -142,10 +153,10 @@ def test_features_are_the_tapped_layers_outputs(recipe, tiny_packed_dir):
 
 
 def test_precomputed_features_are_used_and_the_rest_computed(recipe, tiny_packed_dir):
-    ids = recipe.eval_ids_NT[:3]
+    ids = recipe.heldout.ids_NT[:3]
     target = FrozenTarget(tiny_packed_dir, torch.device("cpu"))
     target.tap((0, 2))
-    first_two, last = target.features(ids[:2]), target.features(ids[2:])
+    first_two, last = target.features(ids[:2]).taps_BTC, target.features(ids[2:]).taps_BTC
     with pytest.warns(UserWarning, match="2 of 3 windows have room"):
         target.precompute(ids, max_bytes=2 * first_two[0].nbytes)
     num_windows = 0
@@ -155,10 +166,66 @@ def test_precomputed_features_are_used_and_the_rest_computed(recipe, tiny_packed
         num_windows += len(kwargs["input_ids"])
 
     target.decoder.register_forward_pre_hook(count, with_kwargs=True)
-    assert torch.equal(target.features(ids), torch.cat([first_two, last]))
+    assert torch.equal(target.features(ids).taps_BTC, torch.cat([first_two, last]))
     assert num_windows == 1  # there was room for two
-    assert torch.equal(target.features(ids[:2].flip(0)), first_two.flip(0))
+    assert torch.equal(target.features(ids[:2].flip(0)).taps_BTC, first_two.flip(0))
     assert num_windows == 1
+
+
+def test_features_kept_on_disk_are_those_kept_in_memory(config, tmp_path):
+    kept: dict[str, Any] = {}
+    for features in ("memory", "disk"):
+        options = {"features": features, "features_path": tmp_path / "features", "kl_weight": 1.0}
+        built = DrafterRecipe(changed(config, drafter=options), show_progress=False)
+        built.build(one_process())
+        kept[features] = built.target.features(written_ids(built)[3:7])
+    assert torch.equal(kept["memory"].taps_BTC, kept["disk"].taps_BTC)
+    assert torch.equal(kept["memory"].final_BTD, kept["disk"].final_BTD)
+    # A cache with final states serves a recipe that needs none; another target's does not.
+    hard = {"features": "disk", "features_path": tmp_path / "features"}
+    built = DrafterRecipe(changed(config, drafter=hard), show_progress=False)
+    built.build(one_process())
+    assert torch.equal(built.target.features(written_ids(built)[3:7]).taps_BTC, kept["disk"].taps_BTC)
+    other = changed(config, drafter=hard | {"target_layer_ids": [0, 1]})
+    with pytest.raises(ValueError, match="holds features with another target_layer_ids"):
+        DrafterRecipe(other, show_progress=False).build(one_process())
+
+
+def test_final_states_are_what_the_head_reads(recipe, tiny_packed_dir):
+    target = FrozenTarget(tiny_packed_dir, torch.device("cpu"))
+    target.tap((0,), with_final=True)
+    ids = recipe.heldout.ids_NT[:2]
+    features = target.features(ids)
+    whole = load_model(tiny_packed_dir)
+    enable_blockwise_attention(whole, torch.device("cpu"))
+    with torch.no_grad():
+        logits = whole(ids, use_cache=False).logits
+    assert features.taps_BTC.shape[-1] == whole.config.hidden_size and features.final_BTD is not None
+    assert torch.equal(features.final_BTD @ target.head_VD(torch.float32).T, logits)
+
+
+def test_evaluation_serves_the_running_drafter(recipe, config):
+    served = DrafterRecipe(changed(config, drafter={"num_served_prompts": 3}), show_progress=False)
+    model = served.build(one_process())
+    metrics = served.evaluate(model)
+    assert {"tau_served", "tau_simulated", "tau_served_t1", "tau_served_at_1", "tau_served_t1_at_3"} <= metrics.keys()
+    assert metrics["tau_simulated"] == served.simulate(model).acceptance_length(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()  # all logits equal: token 0 is proposed, and the engine has to notice
+    changed_metrics = served.evaluate(model)
+    assert changed_metrics["tau_served"] != metrics["tau_served"] or metrics["tau_served"] == 1.0
+
+
+def test_the_pruned_vocabulary_is_what_the_target_writes_most(config):
+    built = DrafterRecipe(changed(config, drafter={"draft_vocab_size": 20}), show_progress=False)
+    model: Any = built.build(one_process())
+    counts = torch.bincount(written_ids(built)[:, 12:].flatten(), minlength=built.draft_config.vocab_size)
+    chosen = model.target_ids(torch.arange(20))
+    assert chosen.unique().numel() == 20
+    left = torch.ones_like(counts, dtype=torch.bool)
+    left[chosen] = False
+    assert counts[chosen].min() >= counts[left].max()
 
 
 def test_layers_after_the_last_tap_are_not_computed(tiny_packed_dir):
@@ -178,22 +245,26 @@ def test_training_end_to_end(config, tiny_packed_dir):
     assert losses[-1] < 0.7 * losses[0]
     drafter = load_drafter(result.export_path)
     assert drafter.config.target_sha256 == weights_sha256(tiny_packed_dir)
+    card = json.loads((result.export_path / "card.json").read_text())
+    assert card["training"]["steps"] == 120
+    assert card["acceptance"]["held-out"] == pytest.approx(result.metrics["acceptance_length"], abs=1e-3)
 
     # Evaluation walks over greedy text instead of decoding. The engine decodes: the same rounds, but for the last of a
     # sequence, which evaluation leaves out where a whole block no longer fits. Nobody can foresee a random target,
     # so the text is the one the drafter has learnt by heart.
     recipe = DrafterRecipe(memorise, show_progress=False)
     recipe.build(one_process())
-    recipe.eval_ids_NT = recipe.written_ids_NT
+    assert recipe.written is not None
+    recipe.heldout = GreedyText.of_windows(recipe.written.ids_NT, 12)
     with torch.no_grad():
         counted = recipe.evaluate(drafter)["acceptance_length"]
     engine = Engine.from_pretrained(tiny_packed_dir, drafter=result.export_path, device="cpu", max_length=48)
     num_rounds = 0
-    for ids in recipe.written_ids_NT.tolist():
+    for ids in recipe.written.ids_NT.tolist():
         generation = engine.generate(ids[:12], max_new_tokens=36, ignore_eos=True)
         assert generation.tokens == ids[12:]
         num_rounds += generation.stats.num_rounds
-    num_sequences = len(recipe.written_ids_NT)
+    num_sequences = len(recipe.written.ids_NT)
     decoded = 35 * num_sequences / num_rounds
     assert counted > 1.4
     assert abs(counted - decoded) < 1.5 * num_sequences / num_rounds
@@ -203,8 +274,26 @@ def test_training_end_to_end(config, tiny_packed_dir):
     assert again.metrics == result.metrics
 
 
-@pytest.mark.parametrize("precomputed_features_gib", [0, 0.5])
-def test_a_stopped_run_continues_bit_for_bit(config, precomputed_features_gib, tmp_path, monkeypatch):
+EVERY_OPTION = {
+    "sample_from_anchor": True,
+    "markov_rank": 8,
+    "draft_vocab_size": 200,
+    "mask_embedding": True,
+    "sliding_window": 16,
+    "attention_sinks": True,
+    "weighting": "dpace",
+    "ce_weight": 0.1,
+    "kl_weight": 0.2,
+    "tv_weight": 0.9,
+}
+
+
+@pytest.mark.parametrize(
+    ("features", "options"),
+    [("online", {}), ("memory", {}), ("disk", EVERY_OPTION)],
+    ids=["plain, online", "plain, memory", "every option, disk"],
+)
+def test_a_stopped_run_continues_bit_for_bit(config, features, options, tmp_path, monkeypatch):
     class Stop(Exception):
         pass
 
@@ -222,12 +311,12 @@ def test_a_stopped_run_continues_bit_for_bit(config, precomputed_features_gib, t
     monkeypatch.setattr(FrozenTarget, "_forward", counting_forward)
     options = {
         "loop": {"num_steps": 10, "save_every": 5},
-        "drafter": {"precomputed_features_gib": precomputed_features_gib, "written_fraction": 1.0},
+        "drafter": {"features": features, "features_path": tmp_path / "features", "written_fraction": 1.0, **options},
     }
     whole = train_drafter(changed(config, run={"name": "whole", "out": tmp_path}, **options), on_step=lambda *_: None)
     # 10 steps of 8 windows and one evaluation, against every window once and one evaluation.
     num_evaluated = config.drafter.num_eval_sequences
-    num_trained = config.drafter.num_sequences if precomputed_features_gib else 80
+    num_trained = 80 if features == "online" else config.drafter.num_sequences
     assert num_windows == num_trained + num_evaluated
     broken = changed(config, run={"name": "broken", "out": tmp_path}, **options)
     with pytest.raises(Stop):
@@ -235,6 +324,63 @@ def test_a_stopped_run_continues_bit_for_bit(config, precomputed_features_gib, t
     resumed = train_drafter(broken, on_step=lambda *_: None)
     files = [run.export_path / "model.safetensors" for run in (whole, resumed)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+_JOB = """
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from speedstack.train.config import DrafterConfig, read_config
+from speedstack.train.drafter import train_drafter
+for path in sys.argv[1:]:
+    train_drafter(read_config(DrafterConfig, Path(path)))
+sys.stderr.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_train_as_one_does(config, tmp_path):
+    options: dict[str, Any] = {
+        "loop": {"num_steps": 4, "log_every": 1},
+        "optim": {"name": "adamw", "lr": 1e-3},
+        "drafter": {
+            "written_fraction": 1.0,
+            "markov_rank": 8,
+            "kl_weight": 1.0,
+            "features": "disk",
+            "num_served_prompts": 2,
+        },
+    }
+    jobs = {
+        name: changed(config, run={"name": name, "out": tmp_path}, distributed={"zero_stage": stage}, **options)
+        for name, stage in (("alone", 0), ("zero-0", 0), ("zero-2", 2))
+    }
+    train_drafter(jobs["alone"], on_step=lambda *_: None)
+    (tmp_path / "job.py").write_text(_JOB)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    files = [tmp_path / f"{name}.yaml" for name in ("zero-0", "zero-2")]
+    for file in files:
+        file.write_text(dump_config(jobs[file.stem]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "job.py"), *map(str, files)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = {name: [line for line in read_metrics(job.run_directory)] for name, job in jobs.items()}
+    assert len(list((tmp_path / "zero-0" / "features").glob("*.safetensors"))) == 1
+    for name in ("zero-0", "zero-2"):
+        for ours, theirs in zip(lines["alone"], lines[name], strict=True):
+            for key in {"loss", "heldout_loss", "grad_norm"} & ours.keys():
+                # A process divides by the weights of its own windows, whose last blocks are cut short: not by all.
+                assert theirs[key] == pytest.approx(ours[key], rel=0.02), (name, key)
 
 
 @pytest.mark.parametrize(("num_layers", "expected"), [(3, (0, 1, 2)), (8, tuple(range(8))), (36, (1, 9, 17, 25, 33))])
@@ -251,6 +397,12 @@ def test_impossible_drafters_are_one_line(config, tmp_path):
         draft_config(config, target, None, "sha")
     with pytest.raises(ValueError, match=r"distinct layers of 0\.\.2"):
         draft_config(changed(config, drafter={"target_layer_ids": [0, 3]}), target, 2, "sha")
+    with pytest.raises(ValueError, match="draft_vocab_size 600 must be less than the vocabulary of 512"):
+        draft_config(changed(config, drafter={"draft_vocab_size": 600}), target, 2, "sha")
+    with pytest.raises(ValueError, match=r"eagle has no drafter\.markov_rank"):
+        make_recipe(changed(config, drafter={"architecture": "eagle", "markov_rank": 4}))
+    with pytest.raises(ValueError, match=r"zero_stage 3 has no .* drafter\.mask_embedding"):
+        make_recipe(changed(config, drafter={"mask_embedding": True}, distributed={"zero_stage": 3}))
     with pytest.raises(ValueError, match=r"nowhere"):
         train_drafter(changed(config, run={"name": "x"}, drafter={"target": tmp_path / "nowhere"}))
 
@@ -262,6 +414,8 @@ def test_impossible_drafters_are_one_line(config, tmp_path):
         ({"num_sequences": 0}, "needs num_sequences"),
         ({"temperatures": [-1.0]}, "not be negative"),
         ({"prompt_length": 45}, "hold a prompt and a block"),
+        ({"ce_weight": 0.0}, "one has to be above"),
+        ({"features": "disk", "written_fraction": 0.0}, "kept of written windows"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(config, values, message):

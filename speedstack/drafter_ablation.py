@@ -1,0 +1,387 @@
+"""Drafters compared: rows that differ by named options, trained on the same data for the same time, over seeds.
+
+    python -m speedstack.drafter_ablation configs/drafter_ablation/tiny.yaml
+
+The target writes the text once and its features are computed once, on disk; all rows read both. Steps of all rows are
+timed first, taking turns, and each row then gets as many steps as the time budget buys: a loss that costs twice as much
+has to learn twice as much from a step. After training, acceptance is simulated on the greedy text of held-out prompts
+and served by the engine, greedily and at temperature 1, also on prompts of code from a file. Prompt look-up, which is
+not trained, is a row of its own.
+
+Everything is kept as soon as it is known: the same command goes on with what is missing, whatever ended the last one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from tqdm import tqdm
+
+from speedstack.dflash.accept import walk_rounds
+from speedstack.dflash.model import DFlashDraftModel
+from speedstack.dflash.ngram import NgramIndex
+from speedstack.eval.acceptance import summarize
+from speedstack.eval.drafter_rows import AblationTimes, DraftedSet, DrafterAblation, DrafterRun, RowTime
+from speedstack.eval.environment import describe_environment
+from speedstack.quant.checkpoint import weights_sha256
+from speedstack.runtime import Engine
+from speedstack.runtime.strategy import DraftStrategy
+from speedstack.train.config import DrafterConfig, Section, describe_validation_error, read_config
+from speedstack.train.distributed import World, resolve_device
+from speedstack.train.drafter import DrafterRecipe, GreedyText, make_recipe
+from speedstack.train.loop import run, train_step
+from speedstack.train.metrics import read_metrics
+from speedstack.train.qat import load_tokenizer
+from speedstack.train.trainer import make_trainer
+
+NGRAM: Literal["ngram"] = "ngram"
+HELDOUT = "held-out"  # prompts sampled after as well; code prompts are decoded greedily alone
+_PLAIN_RUN = {"run.wandb_mode": "disabled", "drafter.num_served_prompts": 0, "loop.eval_every": 0}
+
+
+class AblationConfig(Section):
+    """What is compared, on what, for how long."""
+
+    out: Path = Field(Path("runs/drafter-ablation"), description="Directory of the ablation.")
+    base: Path = Field(Path("configs/drafter/tiny.yaml"), description="Drafter config that every row starts from.")
+    common: dict[str, Any] = Field({}, description="Fields changed in every row, by dotted name.")
+    rows: dict[str, dict[str, Any]] = Field(
+        {}, description="Rows: the fields that each changes, by dotted name; none for the row `ngram`."
+    )
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Seeds of weights, order and anchors.")
+    budget_seconds: float = Field(90.0, gt=0, description="Training time of every run.")
+    num_timed_steps: int = Field(6, ge=2, description="Steps timed of every row; the first is left out.")
+    num_prompts: int = Field(16, ge=1, description="Held-out prompts that are decoded.")
+    num_new_tokens: int = Field(128, ge=2, description="Tokens decoded after each prompt.")
+    code_prompts: Path | None = Field(None, description="A .jsonl with a field `prompt`: code prompts to decode too.")
+    num_code_prompts: int = Field(16, ge=1, description="Code prompts, the first ones that fit into a window.")
+    ngram_size: int = Field(4, ge=1, description="Longest run of tokens that prompt look-up looks for.")
+
+    def row_config(self, row: str, seed: int, num_steps: int = 1) -> DrafterConfig:
+        """The drafter config of a run. Raises ValueError, one line, for a field that does not exist or fit."""
+        base = read_config(DrafterConfig, self.base)
+        shared = {
+            "run.out": self.out / "runs",
+            "run.name": f"{row}-seed-{seed}",
+            "run.seed": seed,
+            "loop.num_steps": num_steps,
+            "loop.save_every": max(1, num_steps // 2),
+            "drafter.text": self.out / "text",
+            "drafter.text_seed": base.run.seed,
+            "drafter.features": "disk",
+            "drafter.features_path": self.out / "features",
+        }
+        raw = base.model_dump()
+        for name, value in {**_PLAIN_RUN, **shared, **self.common, **self.rows[row]}.items():
+            section, _, key = name.partition(".")
+            if not isinstance(raw.get(section), dict) or key not in raw[section]:
+                raise ValueError(f"row {row}: a drafter config has no field {name}")
+            raw[section][key] = value
+        try:
+            return DrafterConfig.model_validate(raw)
+        except ValidationError as error:
+            raise ValueError(f"row {row}: {describe_validation_error(error, DrafterConfig)}") from error
+
+
+class Ablation:
+    """One ablation directory; `run` does what is missing and returns all there is."""
+
+    def __init__(self, config: AblationConfig) -> None:
+        self.config = config
+        self.trained = [row for row in config.rows if row != NGRAM]
+        configs = {row: config.row_config(row, config.seeds[0]) for row in self.trained}
+        if not configs:
+            raise ValueError("an ablation needs a row that is trained")
+        first = next(iter(configs.values()))
+        for row, other in configs.items():
+            if _shared(other) != _shared(first):
+                raise ValueError(
+                    f"row {row} has another target, corpus or device than {self.trained[0]}: rows share them"
+                )
+        self.first = first
+        self.world = World(rank=0, size=1, device=resolve_device(first.run.device))
+        self._engine: Engine | None = None
+
+    def run(self, on_row: Any = None) -> DrafterAblation:
+        """Everything: data, times, runs, `results.json` and `results.md`. Raises ValueError and OSError as training."""
+        self._prepare()
+        times = self._times()
+        texts = self._texts()
+        runs: list[DrafterRun] = []
+        for seed in self.config.seeds:
+            for row in self.config.rows:
+                runs.append(self._one(row, seed, times, texts))
+                if on_row is not None:
+                    on_row(runs[-1])
+                self._result(times, runs).save(self.config.out / "results.json")
+        result = self._result(times, runs)
+        result.save(self.config.out / "results.json")
+        (self.config.out / "results.md").write_text(result.table(), encoding="utf-8")
+        return result
+
+    def _result(self, times: AblationTimes, runs: Sequence[DrafterRun]) -> DrafterAblation:
+        return DrafterAblation(
+            target_sha256=weights_sha256(self.first.drafter.target),
+            budget_seconds=self.config.budget_seconds,
+            num_new_tokens=self.config.num_new_tokens,
+            rows=json.loads(json.dumps(self.config.rows, default=str)),
+            times=times,
+            runs=tuple(runs),
+            environment=describe_environment(),
+        )
+
+    def _prepare(self) -> None:
+        """Text and features, by building the row that needs most of them."""
+        self.config.out.mkdir(parents=True, exist_ok=True)
+        soft = [row for row in self.trained if make_recipe(self.config.row_config(row, 0)).objective.is_soft]
+        self._recipe(soft[0] if soft else self.trained[0])
+
+    def _recipe(self, row: str) -> tuple[DrafterRecipe, torch.nn.Module]:
+        recipe = make_recipe(self.config.row_config(row, self.config.seeds[0]))
+        torch.manual_seed(self.config.seeds[0])
+        return recipe, recipe.build(self.world).train()
+
+    def _times(self) -> AblationTimes:
+        """Step times of all rows, taken in turns; rows that a file of an earlier call has are not timed again."""
+        file = self.config.out / "times.json"
+        known = AblationTimes.load(file) if file.is_file() else None
+        if known is not None and known.budget_seconds != self.config.budget_seconds:
+            raise ValueError(
+                f"{file} was measured for a budget of {known.budget_seconds} s: choose another out, or delete it"
+            )
+        missing = [row for row in self.trained if known is None or known.row(row) is None]
+        if known is not None and not missing:
+            return known
+        contestants = {}
+        for row in missing:
+            recipe, model = self._recipe(row)
+            contestants[row] = recipe, make_trainer(model, recipe.config, self.world)
+        step_ms: dict[str, list[float]] = {row: [] for row in missing}
+        for step in tqdm(range(self.config.num_timed_steps), desc="timing steps", unit="round", leave=False):
+            for row, (recipe, trainer) in contestants.items():
+                started = time.perf_counter()
+                train_step(recipe, recipe.config, self.world, trainer, step)
+                step_ms[row].append(1e3 * (time.perf_counter() - started))
+        rows = list(known.rows) if known is not None else []
+        for row in missing:
+            median_ms = statistics.median(step_ms[row][1:])
+            num_steps = max(1, round(1e3 * self.config.budget_seconds / median_ms))
+            rows.append(RowTime(row=row, step_ms=tuple(step_ms[row]), median_ms=median_ms, num_steps=num_steps))
+        times = AblationTimes(
+            budget_seconds=self.config.budget_seconds, rows=tuple(rows), environment=describe_environment()
+        )
+        times.save(file)
+        return times
+
+    def _texts(self) -> dict[str, GreedyText]:
+        """Greedy text of the prompts that are decoded: what simulation walks over, and no drafter changes."""
+        recipe, _ = self._recipe(self.trained[0])
+        config, length = self.config, recipe.config.data.sequence_length
+        prompt_length = recipe.config.drafter.prompt_length
+        if prompt_length + config.num_new_tokens > length:
+            raise ValueError(f"num_new_tokens {config.num_new_tokens} do not fit a window of {length} with its prompt")
+        ids_NT = recipe.heldout.ids_NT[: config.num_prompts, : prompt_length + config.num_new_tokens]
+        texts = {HELDOUT: GreedyText.of_windows(ids_NT, prompt_length)}
+        if config.code_prompts is not None:
+            engine = self._serving()
+            tokenizer = load_tokenizer(self.first.drafter.target)
+            room = length - config.num_new_tokens
+            prompts = read_prompts(config.code_prompts, tokenizer, config.num_code_prompts, room)
+            written = engine.generate(prompts, max_new_tokens=config.num_new_tokens, ignore_eos=True)
+            sequences = [prompt + generation.tokens for prompt, generation in zip(prompts, written, strict=True)]
+            padded = [torch.tensor(sequence) for sequence in sequences]
+            texts["code"] = GreedyText(
+                torch.nn.utils.rnn.pad_sequence(padded, batch_first=True),
+                [len(prompt) for prompt in prompts],
+                [len(sequence) for sequence in sequences],
+            )
+        return texts
+
+    def _serving(self) -> Engine:
+        if self._engine is None:
+            section = self.first.drafter
+            self._engine = Engine.from_pretrained(
+                section.target,
+                device=self.first.run.device,
+                max_length=self.first.data.sequence_length,
+                max_batch_size=1,
+            )
+        return self._engine
+
+    def _one(self, row: str, seed: int, times: AblationTimes, texts: Mapping[str, GreedyText]) -> DrafterRun:
+        if row == NGRAM:
+            sets = {name: self._lookup(text, name == HELDOUT) for name, text in texts.items()}
+            return DrafterRun(
+                row=row, seed=seed, num_steps=0, seconds=0.0, heldout=sets[HELDOUT], code=sets.get("code")
+            )
+        timed = times.row(row)
+        assert timed is not None
+        config = self.config.row_config(row, seed, timed.num_steps)
+        file = config.run_directory / "result.json"
+        if file.is_file():
+            return DrafterRun.model_validate_json(file.read_text(encoding="utf-8"))
+        recipe = make_recipe(config)
+        trained = run(recipe, config)
+        seconds = [line["elapsed_seconds"] for line in read_metrics(trained.path) if line["kind"] == "train"][-1]
+        if not hasattr(recipe, "target"):  # the run had finished before it was measured
+            recipe.build(self.world)
+        model = recipe.load_export(trained.export_path).eval()
+        sets = {name: self._measure(recipe, model, text, name == HELDOUT) for name, text in texts.items()}
+        result = DrafterRun(
+            row=row,
+            seed=seed,
+            num_steps=timed.num_steps,
+            seconds=seconds,
+            heldout=sets[HELDOUT],
+            code=sets.get("code"),
+        )
+        file.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        return result
+
+    def _measure(
+        self, recipe: DrafterRecipe, model: torch.nn.Module, text: GreedyText, with_samples: bool
+    ) -> DraftedSet:
+        simulated = recipe.simulate(model, text)
+        survival = tuple(simulated.survival(recipe.draft_config.num_proposals))
+        return DraftedSet(
+            num_prompts=len(text.lengths),
+            tau_simulated=simulated.acceptance_length(),
+            survival=survival,
+            **(self._serve(model, text, with_samples) if isinstance(model, DFlashDraftModel) else {}),
+        )
+
+    def _serve(
+        self, drafter: DFlashDraftModel | Literal["ngram"], text: GreedyText, with_samples: bool
+    ) -> dict[str, float]:
+        """Acceptance as the engine decodes the prompts of `text`, and greedy tokens a second, one prompt at a time."""
+        engine, num_new = self._serving(), self.config.num_new_tokens
+        engine.set_drafter(drafter)
+        if drafter == NGRAM:
+            strategy = DraftStrategy(num_drafts=self.first.drafter.block_size - 1, ngram_size=self.config.ngram_size)
+            engine.set_strategy(strategy)
+        prompts = [ids[:length] for ids, length in zip(text.ids_NT.tolist(), text.prompt_lengths, strict=True)]
+        greedy = engine.generate(prompts, max_new_tokens=num_new, ignore_eos=True)
+        served = {
+            "tau_served": summarize("greedy", greedy).acceptance_length,
+            "tokens_per_second": sum(g.stats.num_round_tokens for g in greedy)
+            / sum(g.stats.decode_seconds for g in greedy),
+        }
+        if with_samples:
+            sampled = engine.generate(prompts, max_new_tokens=num_new, temperature=1.0, ignore_eos=True)
+            served["tau_served_t1"] = summarize("temperature 1", sampled).acceptance_length
+        if with_samples and drafter != NGRAM:
+            engine.set_strategy(DraftStrategy(noise="shared"))
+            shared = engine.generate(prompts, max_new_tokens=num_new, temperature=1.0, ignore_eos=True)
+            served["tau_served_t1_shared_noise"] = summarize("shared noise", shared).acceptance_length
+        engine.set_drafter(None)
+        return served
+
+    def _lookup(self, text: GreedyText, with_samples: bool) -> DraftedSet:
+        """Prompt look-up on the same text: what it would have proposed at every position, walked like a drafter's."""
+        num_proposals = self.first.drafter.block_size - 1
+        rounds: list[int] = []
+        for ids, prompt_length, length in zip(text.ids_NT.tolist(), text.prompt_lengths, text.lengths, strict=True):
+            index, runs = NgramIndex(self.config.ngram_size), []
+            for anchor in range(prompt_length, length - num_proposals):
+                drafts = index.propose(ids[: anchor + 1], num_proposals)
+                agree = [draft == token for draft, token in zip(drafts, ids[anchor + 1 :], strict=False)]
+                runs.append([*agree, False].index(False))
+            rounds += walk_rounds(runs)
+        survival = tuple(sum(tokens > j + 1 for tokens in rounds) / len(rounds) for j in range(num_proposals))
+        return DraftedSet(
+            num_prompts=len(text.lengths),
+            tau_simulated=sum(rounds) / len(rounds),
+            survival=survival,
+            **self._serve(NGRAM, text, with_samples),
+        )
+
+
+def _shared(config: DrafterConfig) -> tuple[Any, ...]:
+    """What all rows have in common."""
+    return config.drafter.target, config.data, config.run.device
+
+
+def read_prompts(path: Path, tokenizer: Any, num_prompts: int, max_tokens: int) -> list[list[int]]:
+    """Token ids of the first `num_prompts` prompts of a .jsonl that have at most `max_tokens` tokens.
+
+    Raises ValueError, one line, for a file that cannot be read, a line without `prompt`, and when none fits.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        prompts = [json.loads(line)["prompt"] for line in lines if line.strip()]
+    except OSError as error:
+        raise ValueError(f"cannot read prompts {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no .jsonl with a field 'prompt' in every line: {error}") from error
+    encoded = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts if prompt]
+    fitting = [ids for ids in encoded if 1 <= len(ids) <= max_tokens][:num_prompts]
+    if not fitting:
+        raise ValueError(f"{path}: no prompt of {len(prompts)} has 1 to {max_tokens} tokens")
+    return fitting
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; exit code 2 for bad input, 1 for a file system that refuses."""
+    parser = argparse.ArgumentParser(prog="python -m speedstack.drafter_ablation", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "config", type=Path, help="YAML of an AblationConfig, such as configs/drafter_ablation/tiny.yaml"
+    )
+    parser.add_argument("--out", type=Path, help="directory of the ablation")
+    parser.add_argument("--target", help="model directory the drafters are for")
+    parser.add_argument("--corpus", help="prepared corpus of that model")
+    parser.add_argument("--text", help="directory of the text it has written, or will write")
+    parser.add_argument("--code-prompts", type=Path, help=".jsonl with a field `prompt`")
+    parser.add_argument("--budget-seconds", type=float, help="training time of every run")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds of every row")
+    parser.add_argument("--rows", nargs="+", help="these rows alone")
+    options = parser.parse_args(arguments)
+    try:
+        config = _with_options(read_config(AblationConfig, options.config), options)
+        result = Ablation(config).run(on_row=_print_run)
+    except (ValueError, OSError) as error:
+        print(f"drafter_ablation: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    print(result.table())
+    print(f"written: {config.out / 'results.json'}")
+    return 0
+
+
+def _with_options(config: AblationConfig, options: argparse.Namespace) -> AblationConfig:
+    raw = config.model_dump()
+    for name in ("out", "code_prompts", "budget_seconds", "seeds"):
+        if getattr(options, name) is not None:
+            raw[name] = getattr(options, name)
+    for name, field in (("target", "drafter.target"), ("corpus", "data.corpus"), ("text", "drafter.text")):
+        if getattr(options, name) is not None:
+            raw["common"][field] = getattr(options, name)
+    if options.rows is not None:
+        unknown = [row for row in options.rows if row not in config.rows]
+        if unknown:
+            raise ValueError(f"no row {', '.join(unknown)}; there are {', '.join(config.rows)}")
+        raw["rows"] = {row: config.rows[row] for row in options.rows}
+    try:
+        return AblationConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(describe_validation_error(error, AblationConfig)) from error
+
+
+def _print_run(run: DrafterRun) -> None:
+    served = "" if run.heldout.tau_served is None else f", served {run.heldout.tau_served:.3f}"
+    print(
+        f"{run.row} seed {run.seed}: {run.num_steps} steps in {run.seconds:.0f} s, tau {run.heldout.tau_simulated:.3f}"
+        f"{served}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

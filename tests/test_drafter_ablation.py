@@ -1,0 +1,165 @@
+"""The ablation driver on the tiny packed model: every row once, interrupted and continued, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from speedstack import drafter_ablation
+from speedstack.drafter_ablation import Ablation, AblationConfig, main, read_prompts
+from speedstack.eval.drafter_rows import DrafterAblation
+from speedstack.train.config import read_config
+from speedstack.train.qat import load_tokenizer
+
+ROWS = {
+    "ngram": {},
+    "eagle": {"drafter.architecture": "eagle"},
+    "plain": {},
+    "all of them": {
+        "drafter.sample_from_anchor": True,
+        "drafter.block_size": 3,
+        "drafter.markov_rank": 8,
+        "drafter.tv_weight": 0.9,
+        "drafter.ce_weight": 0.1,
+        "drafter.weighting": "dpace",
+        "drafter.draft_vocab_size": 200,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_packed_dir: Path) -> Path:
+    root = tmp_path_factory.mktemp("ablation")
+    lines = [json.dumps({"text": f"def f{i}(x):\n" + f"    return x + {i}\n" * 30}) for i in range(12)]
+    (root / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (root / "code.jsonl").write_text(
+        "".join(json.dumps({"prompt": text}) + "\n" for text in ("def g(x):\n", "x" * 900, "import os\n")),
+        encoding="utf-8",
+    )
+    base = {
+        "run": {"device": "cpu", "precision": "float32"},
+        "data": {
+            "corpus": str(root / "corpus"),
+            "source": str(root / "texts.jsonl"),
+            "heldout_fraction": 0.2,
+            "sequence_length": 48,
+        },
+        "loop": {"batch_size": 4},
+        "drafter": {
+            "target": str(tiny_packed_dir),
+            "target_dtype": "float32",
+            "target_layer_ids": [0, 2],
+            "block_size": 4,
+            "intermediate_size": 128,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_sequences": 8,
+            "num_eval_sequences": 6,
+            "prompt_length": 12,
+            "num_anchors": 8,
+        },
+    }
+    (root / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+    ablation = {
+        "out": str(root / "out"),
+        "base": str(root / "base.yaml"),
+        "rows": ROWS,
+        "seeds": [0, 1],
+        "budget_seconds": 0.1,
+        "num_timed_steps": 3,
+        "num_prompts": 4,
+        "num_new_tokens": 24,
+        "code_prompts": str(root / "code.jsonl"),
+    }
+    (root / "ablation.yaml").write_text(yaml.safe_dump(ablation, sort_keys=False), encoding="utf-8")
+    return root / "ablation.yaml"
+
+
+def test_a_stopped_ablation_goes_on_with_what_is_missing(config, capsys, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    trained: list[str] = []
+    train = drafter_ablation.run
+
+    def counting_run(recipe, drafter_config):
+        trained.append(drafter_config.run.name)
+        if len(trained) == 4:
+            raise Stop
+        return train(recipe, drafter_config)
+
+    monkeypatch.setattr(drafter_ablation, "run", counting_run)
+    with pytest.raises(Stop):
+        main([str(config)])
+    out = read_config(AblationConfig, config).out
+    times = (out / "times.json").read_bytes()
+    features = {file: file.stat().st_mtime_ns for file in (out / "features").iterdir()}
+    assert main([str(config)]) == 0
+    assert trained[:3] == ["eagle-seed-0", "plain-seed-0", "all of them-seed-0"]
+    assert trained[3:] == ["eagle-seed-1", "eagle-seed-1", "plain-seed-1", "all of them-seed-1"]
+    assert (out / "times.json").read_bytes() == times
+    assert features == {file: file.stat().st_mtime_ns for file in (out / "features").iterdir()}
+
+    result = DrafterAblation.load(out / "results.json")
+    assert len(result.runs) == 8
+    for run in result.runs:
+        assert run.code is not None and run.code.num_prompts == 2  # the long one does not fit
+        assert 1.0 <= run.heldout.tau_simulated <= 4.0
+        assert (run.heldout.tau_served is None) == (run.row == "eagle")
+        time = result.times.row(run.row)
+        assert run.num_steps == (0 if time is None else time.num_steps)
+    assert [run.seed for run in result.of("plain")] == [0, 1]
+    first, second = (run.heldout.model_dump(exclude={"tokens_per_second"}) for run in result.of("ngram"))
+    assert first == second
+    weights = [(out / f"runs/plain-seed-{seed}/export/model.safetensors").read_bytes() for seed in (0, 1)]
+    assert weights[0] != weights[1]
+    table = (out / "results.md").read_text()
+    assert table in capsys.readouterr().out
+    assert table.count("\n") == 2 + len(ROWS)
+
+
+def test_look_up_simulated_is_look_up_served(config):
+    ablation = Ablation(read_config(AblationConfig, config))
+    found = DrafterAblation.load(ablation.config.out / "results.json").of("ngram")[0].heldout
+    # The rounds that the end of a sequence cuts short are served and not simulated: at most one of 6 a prompt.
+    assert found.tau_served == pytest.approx(found.tau_simulated, rel=0.15)
+    assert found.tau_simulated > 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": {"plain": {"drafter.markov": 8}}}, "row plain: a drafter config has no field drafter.markov"),
+        ({"rows": {"plain": {"drafter.markov_rank": -1}}}, "row plain: drafter.markov_rank"),
+        ({"rows": {"ngram": {}}}, "needs a row that is trained"),
+        ({"rows": {"a": {}, "b": {"data.sequence_length": 32}}}, "row b has another target, corpus or device than a"),
+        ({"num_new_tokens": 100}, "do not fit a window of 48"),
+        ({"code_prompts": "nowhere.jsonl"}, "cannot read prompts nowhere.jsonl"),
+        ({"budget_seconds": 5.0}, "measured for a budget of 0.1 s"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(config, tmp_path, change, message, capsys):
+    raw = yaml.safe_load(config.read_text()) | change
+    (tmp_path / "changed.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    assert main([str(tmp_path / "changed.yaml")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("drafter_ablation: error: ") and message in error
+
+
+def test_rows_that_are_not_there(config, capsys):
+    assert main([str(config), "--rows", "plain", "fancy"]) == 2
+    assert "no row fancy; there are ngram, eagle, plain, all of them" in capsys.readouterr().err
+
+
+def test_prompts_files_that_cannot_serve(tmp_path, tiny_packed_dir):
+    tokenizer = load_tokenizer(tiny_packed_dir)
+    file = tmp_path / "prompts.jsonl"
+    for content, message in (
+        ("{}", "no .jsonl with a field 'prompt'"),
+        ('{"prompt": ""}', "no prompt of 1 has 1 to 8"),
+    ):
+        file.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            read_prompts(file, tokenizer, 4, 8)

@@ -1,0 +1,94 @@
+"""The autoregressive baseline's recipe: an EAGLE-3 style head on the data, labels and loss of the drafter's recipe.
+
+Only the network differs, and how it is called. What comes out is a result, not a drafter: no engine decodes with it,
+and its acceptance is simulated on greedy text, where simulation is exact.
+
+Shape suffixes: B windows, T positions, A blocks, J drafted tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from speedstack.dflash.block import make_blocks
+from speedstack.dflash.eagle import EagleHead
+from speedstack.dflash.loss import BlockLoss, block_loss
+from speedstack.train.config import DrafterConfig
+from speedstack.train.drafter import DrafterRecipe, Windows, gather_final
+from speedstack.train.trainer import save_tensors
+
+WEIGHTS_NAME = "eagle.safetensors"
+
+
+class EagleRecipe(DrafterRecipe):
+    """The baseline's part of the training loop. Raises ValueError for options that only block drafters have."""
+
+    def __init__(self, config: DrafterConfig, show_progress: bool = True) -> None:
+        super().__init__(config, show_progress)
+        section = config.drafter
+        options = ("sample_from_anchor", "markov_rank", "draft_vocab_size", "sliding_window", "attention_sinks")
+        given = [name for name in (*options, "mask_embedding") if getattr(section, name)]
+        if given:
+            raise ValueError(f"drafter.architecture eagle has no drafter.{', drafter.'.join(given)}")
+
+    def make_model(self) -> nn.Module:
+        model = EagleHead(self.draft_config)
+        model.init_weights(self.config.run.seed)
+        return model
+
+    def blocks_loss(self, model: Callable[..., Any], windows: Windows) -> tuple[BlockLoss, Tensor]:
+        section, config = self.config.drafter, self.draft_config
+        blocks = make_blocks(
+            windows.ids_BT,
+            windows.documents_BT,
+            windows.predictable_BT,
+            windows.anchors_BA,
+            windows.real_BA,
+            config.block_size,
+            config.mask_token_id,
+            config.num_proposals,
+        )
+        features = self.target.features(windows.ids_BT)
+        embeds_BTD = nn.functional.embedding(windows.ids_BT, self.target.embedding_VD)
+        positions_T = torch.arange(windows.ids_BT.shape[1], device=self.device)
+        # A filler block's anchor is 0, with nothing before it: position 1 stands in, and nothing of it counts.
+        anchors_BA = windows.anchors_BA.clamp_min(1)
+        documents_BA1 = windows.documents_BT.gather(1, anchors_BA)[..., None]
+        visible_BAT = (positions_T < anchors_BA[..., None]) & (windows.documents_BT[:, None] == documents_BA1)
+        visible_BAT |= positions_T == anchors_BA[..., None] - 1
+        hidden_BAJD = model(
+            features.taps_BTC,
+            embeds_BTD.roll(-1, dims=1),  # the last position has no token after it, and no anchor reads it
+            nn.functional.embedding(blocks.previous_BAJ, self.target.embedding_VD),
+            anchors_BA,
+            visible_BAT,
+        )
+        valid_AJ = blocks.valid_BAJ.flatten(0, 1)
+        result = block_loss(
+            hidden_BAJD.flatten(0, 1),
+            blocks.labels_BAJ.flatten(0, 1),
+            valid_AJ,
+            self.target.head_VD(self.product_dtype()),
+            section.gamma,
+            section.weighting,
+            self.objective,
+            target_hidden_AJD=gather_final(features.final_BTD, blocks.before_BAJ),
+        )
+        return result, valid_AJ
+
+    def export(self, model: nn.Module, path: Path) -> None:
+        path.mkdir(parents=True)
+        save_tensors(
+            {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, path / WEIGHTS_NAME
+        )
+
+    def load_export(self, path: Path) -> nn.Module:
+        model = EagleHead(self.draft_config)
+        model.load_state_dict(load_file(path / WEIGHTS_NAME))
+        return model.to(self.device)
