@@ -83,6 +83,8 @@ def test_unknown_key_in_a_file_names_the_nearest(verb: str, fails: Callable[...,
         "generate": ("promt: x", "prompt"),
         "eval": ("techer: x", "teacher"),
         "bench": ("num_repeat: 2", "num_repeats"),
+        "plan": ("row: 8", "rows"),
+        "trace": ("num_step: 2", "num_steps"),
         "report": ("input: []", "inputs"),
     }[verb]
     path.write_text(wrong + "\n", encoding="utf-8")
