@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from speedstack.runtime import Engine
-from speedstack.runtime.backend import MAX_ROWS, Rows
+from speedstack.runtime.backend import Rows
+from speedstack.runtime.ring import MAX_ROWS
 from speedstack.runtime.scoring import score_continuations
 
 
