@@ -58,6 +58,7 @@ class QatRecipe(Recipe):
 
     def build(self, world: World) -> nn.Module:
         section, data, stage = self.config.qat, self.config.data, self.config.distributed.zero_stage
+        _check_teacher(self.config)
         if section.start_from is not None:
             _check_same_architecture(section.model, section.start_from)
         student = load_for_stage(section.start_from or section.model, torch.float32, stage, world)
@@ -168,6 +169,22 @@ def _trained_names(student: PreTrainedModel, trainable: Literal["experts", "all_
         return set(expert_parameters(student))
     names = {name for name, _ in student.named_parameters()}
     return names - router_parameters(student).keys() if trainable == "all_but_router" else names
+
+
+def _check_teacher(config: QatConfig) -> None:
+    """Raises ValueError for a model whose divergence from itself is nothing to train on, and for windows beyond it."""
+    section = config.qat
+    model_config, codec = read_config(checkpoint_directory(section.model))
+    if codec.is_packed and section.objective != "ce":
+        raise ValueError(
+            f"qat.model {section.model} has its experts in MXFP4 already, so that there is nothing to distil: give the "
+            "model it was made from, and this one as qat.start_from; or set qat.objective ce"
+        )
+    max_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if max_length is not None and config.data.sequence_length > max_length:
+        raise ValueError(
+            f"data.sequence_length {config.data.sequence_length} exceeds the {max_length} positions of {section.model}"
+        )
 
 
 def _check_same_architecture(model: Path, start_from: Path) -> None:
