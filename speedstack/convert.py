@@ -15,6 +15,10 @@ from pydantic import Field
 from speedstack.eval.config import DEMO_RUN, VerbConfig
 from speedstack.train.config import load_config_of
 
+# Settings that are for one kind of source alone.
+_MODEL_SETTINGS = ("scale_rule", "linears", "max_shard_bytes")
+_DRAFTER_SETTINGS = ("target",)
+
 
 class ConvertConfig(VerbConfig):
     """Convert a checkpoint to another format."""
@@ -53,10 +57,13 @@ def convert(config: ConvertConfig) -> None:
 
     from speedstack.dflash.checkpoint import is_drafter
     from speedstack.quant.checkpoint import convert as run
+    from speedstack.quant.checkpoint.files import checkpoint_directory
 
-    if is_drafter(config.source):
+    if is_drafter(checkpoint_directory(config.source)):
+        _check_used(config, _MODEL_SETTINGS, "drafter")
         _convert_drafter(config)
         return
+    _check_used(config, _DRAFTER_SETTINGS, "model")
 
     with tqdm(unit=" tensors", desc=f"to {config.to}", leave=False) as bar:
 
@@ -78,6 +85,13 @@ def convert(config: ConvertConfig) -> None:
         f"{result.num_other_tensors} other tensors"
     )
     print(f"written: {config.out}")
+
+
+def _check_used(config: ConvertConfig, others: Sequence[str], kind: str) -> None:
+    """Raises ValueError for a setting that a source of this kind has no use for."""
+    for name in others:
+        if getattr(config, name) != ConvertConfig.model_fields[name].default:
+            raise ValueError(f"{config.source} is a {kind}, for which the setting {name} does nothing: leave it out")
 
 
 def _convert_drafter(config: ConvertConfig) -> None:

@@ -455,5 +455,11 @@ def test_convert_recognizes_a_drafter(
     assert (back / "model.safetensors").read_bytes() == (tiny_drafter_dir / "model.safetensors").read_bytes()
     nowhere = ("--out", tmp_path / "x")
     assert "choose one of speedstack" in fails("convert", tiny_drafter_dir, "--to", "gguf", *nowhere)
+    for flag, value in (("--linears", "fp8"), ("--scale-rule", "mse"), ("--max-shard-bytes", "10")):
+        line = fails("convert", tiny_drafter_dir, "--to", "zlab", *nowhere, flag, value)
+        name = flag.removeprefix("--").replace("-", "_")
+        assert f"is a drafter, for which the setting {name} does nothing" in line
+    line = fails("convert", tiny_packed_dir, "--to", "mimo", *nowhere, "--target", tiny_model_dir)
+    assert "is a model, for which the setting target does nothing" in line
     assert "SHA-256" in fails("convert", tiny_drafter_dir, "--to", "mimo", *nowhere, "--target", tiny_packed_dir)
     assert not (tmp_path / "x").exists()
