@@ -185,7 +185,7 @@ def quantize(config: QuantizeConfig) -> None:
 
 def _check_directories(config: QuantizeConfig) -> None:
     """What can be said without loading anything."""
-    from speedstack.quant.checkpoint.directory import check_apart, check_target
+    from speedstack.quant.checkpoint.directory import check_apart, check_place, check_target
     from speedstack.quant.checkpoint.files import CONFIG_FILE, checkpoint_directory, read_json
 
     quantization = read_json(checkpoint_directory(config.model) / CONFIG_FILE).get("quantization_config")
@@ -194,6 +194,7 @@ def _check_directories(config: QuantizeConfig) -> None:
         raise ValueError(f"{config.model} is quantized already ({method}): give the model it was made from")
     check_apart(config.model, config.out)
     check_target(config.out)
+    check_place(config.out)
 
 
 def _calibration_windows(

@@ -1,6 +1,7 @@
 """The `quantize` verb: what it writes, and one line for everything it refuses."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +156,13 @@ def test_places(fails: Callable[..., str], tiny_model_dir: Path, tmp_path: Path)
     (tmp_path / "notes" / "todo.txt").write_text("keep")
     for occupied in (tmp_path / "notes", tmp_path / "notes" / "todo.txt"):
         assert "exists and is not a model directory" in fails(tiny_model_dir, "--method", "rtn", "--out", occupied)
+    # Before the text is read, let alone calibrated on.
+    inside = ("--out", tmp_path / "notes" / "todo.txt" / "model", "--calibration.source", tmp_path / "nowhere.txt")
+    assert "todo.txt is no directory" in fails(tiny_model_dir, *inside, code=1)
+    if os.geteuid() != 0:  # root writes anywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        inside = ("--out", tmp_path / "locked" / "model", "--calibration.source", tmp_path / "nowhere.txt")
+        assert "no permission to write" in fails(tiny_model_dir, *inside, code=1)
     assert (tmp_path / "notes" / "todo.txt").read_text() == "keep"
 
 
