@@ -397,6 +397,8 @@ def test_bad_models_are_refused(pretrained: RunResult, make_qat_config: MakeConf
     (broken / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="has no tokenizer"):
         qat(make_qat_config(tmp_path / "b", broken))
+    with pytest.raises(ValueError, match=r"ce_weight 0\.5 is for objective mix: kl has no such weight"):
+        make_qat_config(tmp_path / "d", pretrained.export_path, qat__ce_weight=0.5)
     length = load_model(pretrained.export_path).config.max_position_embeddings + 1
     with pytest.raises(ValueError, match=rf"data\.sequence_length {length} exceeds the {length - 1} positions of"):
         qat(make_qat_config(tmp_path / "c", pretrained.export_path, data__sequence_length=length))
