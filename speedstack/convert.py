@@ -95,23 +95,20 @@ def _check_used(config: ConvertConfig, others: Sequence[str], kind: str) -> None
 
 
 def _convert_drafter(config: ConvertConfig) -> None:
-    import torch
-
     from speedstack.dflash.checkpoint import check_target, convert_drafter, load_config
     from speedstack.dflash.formats.format import Target
-    from speedstack.quant.checkpoint import load_checkpoint, weights_sha256
+    from speedstack.quant.checkpoint import load_tensor, weights_sha256
+    from speedstack.quant.checkpoint.files import checkpoint_directory
+    from speedstack.quant.checkpoint.reader import read_config
 
     target = Target()
     if config.target is not None:
-        checkpoint = load_checkpoint(config.target)
-        text = checkpoint.config.get_text_config()
+        target_config = read_config(checkpoint_directory(config.target))[0]
+        text = target_config.get_text_config()
         sha256 = weights_sha256(config.target)
         check_target(load_config(config.source), sha256, text.hidden_size, text.num_hidden_layers, text.vocab_size)
-        head = "model.embed_tokens.weight" if text.tie_word_embeddings else "lm_head.weight"
-        names = tuple(checkpoint.config.architectures or ())
-        head_VD = checkpoint.tensors[head]
-        assert isinstance(head_VD, torch.Tensor), "only experts are packed"
-        target = Target(str(config.target), names, head_VD)
+        names = tuple(target_config.architectures or ())
+        target = Target(str(config.target), names, load_tensor(config.target, "lm_head.weight"))
     drafter = convert_drafter(config.source, config.to, config.out, target)
     print(f"drafter of {drafter.num_hidden_layers} layers for blocks of {drafter.block_size}: to {config.to}")
     print(f"written: {config.out}")
