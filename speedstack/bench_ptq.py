@@ -3,8 +3,9 @@
     python -m speedstack.bench_ptq MODEL --corpus DIR --export QAD=DIR --out results/DATE-ptq-NAME.json
 
 One process, one text, one code path: the held-out part of a prepared corpus, in float32, through transformers' models,
-so every family that can be packed can be compared. GPTQ is what `speedstack quantize` does with the same settings, on
-the corpus' training part. Two models are in memory at a time, the full-precision one and the one that is measured.
+so every family that can be packed can be compared. GPTQ is what `speedstack quantize --dtype float32` does with the
+same settings, on the corpus' training part. Two models are in memory at a time, the full-precision one and the one
+that is measured.
 
 Seconds are of the quantization alone, and are no timing where other work runs beside it.
 """

@@ -90,6 +90,27 @@ def test_weights_that_stay_keep_their_dtype(tiny_model_dir: Path, tmp_path: Path
         assert isinstance(embeddings, torch.Tensor) and embeddings.dtype == expected
 
 
+def test_a_float32_model_in_bfloat16_is_rounded_twice_and_said_to_be(tiny_model_dir: Path, tmp_path: Path) -> None:
+    command = [
+        "quantize",
+        str(tiny_model_dir),
+        "--method",
+        "rtn",
+        "--dtype",
+        "bfloat16",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with pytest.warns(UserWarning, match="rounds its experts twice"):
+        assert main(command) == 0
+    tensors = load_checkpoint(tmp_path / "out").tensors
+    for name, parameter in expert_parameters(load_model(tiny_model_dir)).items():
+        stored, weight = tensors[name], parameter.detach()
+        assert isinstance(stored, MXFP4Tensor)
+        assert torch.equal(stored.codes, quantize(weight.bfloat16()).codes)
+        assert not torch.equal(stored.codes, quantize(weight).codes)
+
+
 def test_prediction_heads_go_along(tiny_model_dir: Path, tmp_path: Path) -> None:
     """transformers leaves them out of the model without a word."""
     model = tmp_path / "model"
