@@ -24,9 +24,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speedstack.eval.divergence import token_kl, token_nll, top1_matches
 from speedstack.quant.checkpoint import check_extras, save_packed, weights_sha256
-from speedstack.quant.checkpoint.files import checkpoint_directory
+from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
 from speedstack.quant.checkpoint.names import hub_names
-from speedstack.quant.checkpoint.reader import read_config
+from speedstack.quant.checkpoint.reader import read_config, tied_names
 from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters, router_parameters
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.train.attention import enable_blockwise_attention
@@ -157,6 +157,14 @@ class QatRecipe(Recipe):
         round_to_nearest(model, scale_rule)
         model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
+        with WeightFiles(self.config.qat.model) as before, WeightFiles(path) as after:
+            lost = sorted(set(before.names()) - set(after.names()) - tied_names(model).keys())
+        if lost:
+            warnings.warn(
+                f"{self.config.qat.model} has {len(lost)} tensors that {type(model).__name__} does not have, such as "
+                f"{lost[0]}: they are not in the export",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def _teacher_logits(self, ids_BT: torch.Tensor) -> torch.Tensor:

@@ -374,6 +374,20 @@ def test_prediction_heads_go_along(pretrained: RunResult, make_qat_config: MakeC
     assert all(torch.equal(stored[name], tensor) for name, tensor in head.items())
 
 
+@pytest.mark.filterwarnings("ignore:no packed format is known for minimax_m2")
+def test_prediction_heads_that_do_not_go_along_are_named(
+    make_qat_config: MakeConfig, random_model: Callable[[str, Path], Path], tmp_path: Path, recwarn: Any
+) -> None:
+    model = random_model("minimax_m2", tmp_path / "model")
+    qat(make_qat_config(tmp_path / "without", model, loop__num_steps=1))
+    assert not [entry for entry in recwarn if "not in the export" in str(entry.message)]
+    weights = load_file(model / "model.safetensors")
+    head = {"model.mtp.0.eh_proj.weight": torch.randn(64, 128)}
+    save_file(weights | head, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"1 tensors .* such as model\.mtp\.0\.eh_proj\.weight: they are not in"):
+        qat(make_qat_config(tmp_path / "with", model, loop__num_steps=1))
+
+
 def test_a_teacher_that_teaches_nothing_is_refused(
     pretrained: RunResult, gptq_export: Path, make_qat_config: MakeConfig, tmp_path: Path
 ) -> None:
