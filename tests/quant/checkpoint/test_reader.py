@@ -49,9 +49,12 @@ def test_one_tensor_alone(
     tensors = load_checkpoint(tmp_path).tensors
     names_read: list[str] = []
     read = WeightFiles._read
-    monkeypatch.setattr(
-        WeightFiles, "_read", lambda self, name, how: [names_read.append(name), read(self, name, how)][1]
-    )
+
+    def noted(files: WeightFiles, name: str, how: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        names_read.append(name)
+        return read(files, name, how)
+
+    monkeypatch.setattr(WeightFiles, "_read", noted)
     for name in ("lm_head.weight", "model.norm.weight"):
         expected = tensors[name]
         assert isinstance(expected, torch.Tensor) and torch.equal(load_tensor(tmp_path, name), expected)
