@@ -4,34 +4,40 @@ A drafted token stands when it equals the token the target itself samples at tha
 stood. The target's token at the first disagreement, or after the last draft, is committed as well: a round always
 commits at least one token, and its output is the target's own text whatever was drafted.
 
+Drafts may branch (see `tree.py`): siblings are guesses at one position, and the target's token there is at most one of
+them, so that the accepted nodes are a path from the anchor.
+
 Acceptance length (tau) counts committed tokens a round, that last one included, so it lies in 1 .. block size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from speedstack.dflash.tree import Draft
 
-def count_accepted(drafts: Sequence[int], sampled: Sequence[int]) -> int:
-    """Length a of the leading run in which `drafts` equals `sampled`; the round commits `sampled[: a + 1]`.
 
-    `sampled[i]` is the target's token after the anchor and i drafts. It has one entry more than `drafts`, or stops at
-    the first disagreement, behind which nothing is used. Raises ValueError when the token to commit last is missing.
+def accept(draft: Draft, sample: Callable[[int], int]) -> tuple[list[int], list[int]]:
+    """Follows the target through a draft: the nodes that stand, in order, and the tokens to commit, one more.
+
+    `sample(node)` is the target's token after a node, -1 for the anchor; it is asked for nothing behind the first
+    disagreement.
     """
-    if len(sampled) > len(drafts) + 1:
-        raise ValueError(f"{len(drafts)} drafts need {len(drafts) + 1} sampled tokens at most, got {len(sampled)}")
-    accepted = 0
-    while accepted < min(len(drafts), len(sampled)) and drafts[accepted] == sampled[accepted]:
-        accepted += 1
-    if accepted == len(sampled):
-        raise ValueError(f"the target's token after {accepted} accepted drafts is missing")
-    return accepted
+    child = {
+        (parent, token): node for node, (parent, token) in enumerate(zip(draft.parents, draft.tokens, strict=True))
+    }
+    accepted: list[int] = []
+    committed = [sample(-1)]
+    while (node := child.get((accepted[-1] if accepted else -1, committed[-1]))) is not None:
+        accepted.append(node)
+        committed.append(sample(node))
+    return accepted, committed
 
 
 def leading_run(correct_AJ: Tensor) -> Tensor:
-    """`count_accepted` for many blocks: length of each row's leading run of True, int64 [A]."""
+    """The number that `accept` accepts for many chains: length of each row's leading run of True, int64 [A]."""
     return correct_AJ.long().cumprod(-1).sum(-1)
 
 

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from speedstack.dflash.attention import in_window
+from speedstack.dflash.config import DFlashConfig
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -138,3 +141,46 @@ def block_mask(documents_BT: Tensor, anchors_BA: Tensor, block_size: int) -> Ten
     """The mask in the form that is fast on the tensors' device: dense for SDPA, a BlockMask on CUDA."""
     make = flex_mask if documents_BT.is_cuda else dense_mask
     return make(documents_BT, anchors_BA, block_size)
+
+
+def window_mask(
+    documents_BT: Tensor, anchors_BA: Tensor, block_size: int, window: int, is_causal: bool
+) -> Tensor | BlockMask:
+    """The mask of `block_mask` for a sliding-window layer: of what a block sees, keys less than `window` away.
+
+    Within the block later positions are seen too, unless `is_causal`. Positions count from the start of the window of
+    text, which is what rotary embedding sees. Returned in the form that is fast on the tensors' device.
+    """
+    (num_windows, length), num_queries = documents_BT.shape, anchors_BA.shape[1] * block_size
+    documents_BS = torch.nn.functional.pad(documents_BT, (0, num_queries), value=-1)
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        block = query // block_size
+        anchor = anchors_BA[row, block]
+        seen = _visible(key, documents_BS[row, key], block, anchor, documents_BS[row, anchor], length, block_size)
+        key_position = torch.where(key < length, key, anchor + (key - length) % block_size)
+        return seen & in_window(anchor + query % block_size, key_position, window, is_causal)
+
+    if documents_BT.is_cuda:
+        from torch.nn.attention.flex_attention import create_block_mask  # pulls in the compiler: only where it is used
+
+        return create_block_mask(
+            visible, B=num_windows, H=None, Q_LEN=num_queries, KV_LEN=length + num_queries, device="cuda"
+        )
+    rows_B11, queries_Q1 = torch.arange(num_windows)[:, None, None], torch.arange(num_queries)[:, None]
+    return visible(rows_B11, rows_B11, queries_Q1, torch.arange(length + num_queries))[:, None]
+
+
+def layer_masks(
+    config: DFlashConfig, documents_BT: Tensor, anchors_BA: Tensor
+) -> Tensor | BlockMask | list[Tensor | BlockMask]:
+    """What `DFlashDraftModel.forward` takes as masks: one for all layers, or with sliding windows one a layer."""
+    if config.layer_types is None:
+        return block_mask(documents_BT, anchors_BA, config.block_size)
+    made = {
+        window: block_mask(documents_BT, anchors_BA, config.block_size)
+        if window is None
+        else window_mask(documents_BT, anchors_BA, config.block_size, window, config.sliding_is_causal)
+        for window in {config.window(layer) for layer in range(config.num_hidden_layers)}
+    }
+    return [made[config.window(layer)] for layer in range(config.num_hidden_layers)]

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from speedstack.dflash.config import DFlashConfig
-from speedstack.dflash.model import DFlashDraftModel
+from speedstack.dflash.formats import zlab
+from speedstack.dflash.model import DFlashDraftModel, check_draft_ids
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -33,7 +34,7 @@ def save_drafter(model: DFlashDraftModel, path: str | Path, dtype: torch.dtype |
     Raises ValueError when `path` is something else.
     """
     path = Path(path)
-    tensors = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
+    tensors = {name: _cast(t.detach().cpu(), dtype).contiguous() for name, t in model.state_dict().items()}
     stored_dtype = str(tensors["fc.weight"].dtype).removeprefix("torch.")
     if path.exists() and not (path / CONFIG_NAME).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and holds no drafter: it is not overwritten, choose another path")
@@ -41,7 +42,7 @@ def save_drafter(model: DFlashDraftModel, path: str | Path, dtype: torch.dtype |
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
         staged = Path(scratch) / "drafter"
         staged.mkdir()
-        (staged / CONFIG_NAME).write_text(json.dumps(model.config.to_json(stored_dtype), indent=2) + "\n")
+        (staged / CONFIG_NAME).write_text(json.dumps(zlab.to_json(model.config, stored_dtype), indent=2) + "\n")
         save_file(tensors, staged / WEIGHTS_NAME, metadata={"format": "pt"})
         if path.is_dir():
             shutil.rmtree(path)
@@ -59,7 +60,7 @@ def load_config(path: str | Path) -> DFlashConfig:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{file} is not a JSON object")
-    return DFlashConfig.from_json(raw)
+    return zlab.from_json(raw)
 
 
 def load_drafter(path: str | Path, dtype: torch.dtype | None = None) -> DFlashDraftModel:
@@ -87,8 +88,15 @@ def load_drafter(path: str | Path, dtype: torch.dtype | None = None) -> DFlashDr
         if wanted[name] != found[name]:
             raise ValueError(f"{file}: {name} has shape {list(found[name])}, its config says {list(wanted[name])}")
     # Copies: the loaded tensors are a memory map, and a file overwritten in place later would change or crash them.
-    model.load_state_dict({name: t.to(dtype or t.dtype, copy=True) for name, t in tensors.items()}, assign=True)
+    model.load_state_dict({name: _cast(t, dtype).clone() for name, t in tensors.items()}, assign=True)
+    if model.d2t is not None:
+        check_draft_ids(model.target_ids(torch.arange(len(model.d2t))), config.vocab_size)
     return model.eval()
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """`tensor` in `dtype`; integers, which are ids, stay what they are."""
+    return tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor
 
 
 def check_target(

@@ -1,20 +1,19 @@
-"""Shape of a DFlash drafter, and its translation to and from z-lab's config.json.
+"""Everything that fixes a drafter's shapes and semantics. Checkpoint formats translate it: see `dflash.formats`.
 
-The JSON is the one z-lab publishes (a Qwen3 config with `block_size` and `dflash_config`), so that vLLM, SGLang and
-z-lab's own loader read what is written here, and their checkpoints load here. One key is ours, `target_sha256`: the
-SHA-256 of the target's weights the drafter was trained for. Other loaders ignore it.
+The defaults are z-lab's DFlash. What came after it are options, all off by default: proposals from the anchor's own
+slot, DSpark's Markov head, a pruned vocabulary, and what MiMo's drafter has (sliding windows, attention sinks, a value
+scale, partial rotary embedding, a mask embedding of its own).
 
-Left out, and refused rather than ignored: attention biases, scaled rotary embeddings, sliding-window or causal drafter
-layers, activations other than SiLU, and the DFlash2 heads.
+Left out: attention biases, scaled rotary embeddings, activations other than SiLU, DSpark's confidence head, and the
+heads and convolutions of DFlash2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Literal
 
-ARCHITECTURE = "DFlashDraftModel"
+LayerType = Literal["full_attention", "sliding_attention"]
 
 
 def default_target_layer_ids(num_target_layers: int, num_taps: int) -> tuple[int, ...]:
@@ -36,8 +35,20 @@ class DFlashConfig:
     """Everything that fixes a drafter's shapes and semantics.
 
     `target_layer_ids`: id L is the OUTPUT of target layer L (before the final norm), in the order of concatenation.
-    `block_size`: the anchor plus `block_size - 1` masked positions; a round proposes `block_size - 1` tokens.
+    `block_size`: the anchor plus `block_size - 1` masked positions.
     `vocab_size` is the target's: the drafter has no embedding and no head of its own.
+
+    Options:
+    `sample_from_anchor`: slot k of a block predicts the token after it, so that no slot is wasted; otherwise slot k
+    predicts the token at its own position, and slot 0, which holds the anchor, predicts nothing.
+    `markov_rank`: rank of a head that corrects the logits by the token before (DSpark); 0 for none.
+    `draft_vocab_size`: proposals come from so many of the target's tokens; None for all.
+    `layer_types`: one a drafter layer; None for full attention everywhere. A `sliding_attention` layer sees keys less
+    than `sliding_window` positions away, and within the block only earlier ones when `sliding_is_causal`.
+    `attention_sinks`: a learned logit a head in the softmax. `attention_value_scale`: factor on all values.
+    `partial_rotary_factor`: share of a head's dimensions that are rotated.
+    `mask_embedding`: masked slots have an embedding of their own, not the target's row of `mask_token_id`.
+
     Raises ValueError for values that cannot make a drafter.
     """
 
@@ -56,6 +67,16 @@ class DFlashConfig:
     rope_theta: float = 1e6
     max_position_embeddings: int = 2048
     target_sha256: str | None = None
+    sample_from_anchor: bool = False
+    markov_rank: int = 0
+    draft_vocab_size: int | None = None
+    layer_types: tuple[LayerType, ...] | None = None
+    sliding_window: int | None = None
+    sliding_is_causal: bool = True
+    attention_sinks: bool = False
+    attention_value_scale: float = 1.0
+    partial_rotary_factor: float = 1.0
+    mask_embedding: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_layer_ids", tuple(self.target_layer_ids))
@@ -70,7 +91,7 @@ class DFlashConfig:
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"drafter head_dim must be even for rotary embedding, got {self.head_dim}")
         if self.block_size < 2:
-            raise ValueError(f"drafter block_size must be at least 2 (anchor and one proposal), got {self.block_size}")
+            raise ValueError(f"drafter block_size must be at least 2 (anchor and one mask), got {self.block_size}")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
                 f"drafter mask_token_id {self.mask_token_id} is not in the vocabulary of {self.vocab_size}"
@@ -80,6 +101,41 @@ class DFlashConfig:
             raise ValueError(
                 f"drafter target_layer_ids {list(ids)} must be distinct layers of 0..{self.num_target_layers - 1}"
             )
+        self._check_options()
+
+    def _check_options(self) -> None:
+        if self.markov_rank < 0:
+            raise ValueError(f"drafter markov_rank must not be negative, got {self.markov_rank}")
+        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size < self.vocab_size:
+            raise ValueError(
+                f"drafter draft_vocab_size {self.draft_vocab_size} must be less than the vocabulary of "
+                f"{self.vocab_size}; leave it out for a drafter that proposes any token"
+            )
+        self._check_windows()
+        if not self.attention_value_scale > 0:
+            raise ValueError(f"drafter attention_value_scale must be positive, got {self.attention_value_scale}")
+        if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ValueError(
+                f"drafter partial_rotary_factor {self.partial_rotary_factor} rotates {self.rotary_dim} of "
+                f"{self.head_dim} dimensions: it must be an even number of them, at least 2"
+            )
+
+    def _check_windows(self) -> None:
+        kinds = None if self.layer_types is None else tuple(self.layer_types)
+        for kind in kinds or ():
+            if kind not in ("full_attention", "sliding_attention"):
+                raise ValueError(f"drafter layer type {kind!r} is neither full_attention nor sliding_attention")
+        if kinds is not None and len(kinds) != self.num_hidden_layers:
+            raise ValueError(f"drafter layer_types names {len(kinds)} layers of {self.num_hidden_layers}")
+        if kinds is not None and "sliding_attention" not in kinds:
+            kinds = None
+        object.__setattr__(self, "layer_types", kinds)
+        if kinds is None:
+            # One spelling of a drafter without windows, so that equal drafters have equal configs.
+            object.__setattr__(self, "sliding_window", None)
+            object.__setattr__(self, "sliding_is_causal", True)
+        elif self.sliding_window is None or self.sliding_window < 1:
+            raise ValueError(f"drafter sliding_attention layers need a sliding_window, got {self.sliding_window}")
 
     @property
     def num_taps(self) -> int:
@@ -88,103 +144,41 @@ class DFlashConfig:
 
     @property
     def num_proposals(self) -> int:
-        """Tokens proposed a round: every block position but the anchor."""
-        return self.block_size - 1
+        """Tokens proposed a round: one a block slot, but for the anchor's where that predicts nothing."""
+        return self.block_size if self.sample_from_anchor else self.block_size - 1
 
-    def to_json(self, dtype: str) -> dict[str, Any]:
-        """The z-lab config.json as a dict; `dtype` names the stored tensors' dtype, such as "bfloat16"."""
-        return {
-            "architectures": [ARCHITECTURE],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
-            "block_size": self.block_size,
-            "dflash_config": {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)},
-            "dtype": dtype,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "layer_types": ["full_attention"] * self.num_hidden_layers,
-            "max_position_embeddings": self.max_position_embeddings,
-            "max_window_layers": self.num_hidden_layers,
-            "model_type": "qwen3",
-            "num_attention_heads": self.num_attention_heads,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_key_value_heads": self.num_key_value_heads,
-            "num_target_layers": self.num_target_layers,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_scaling": None,
-            "rope_theta": self.rope_theta,
-            "sliding_window": None,
-            "target_sha256": self.target_sha256,
-            "tie_word_embeddings": False,
-            "use_sliding_window": False,
-            "vocab_size": self.vocab_size,
-        }
+    @property
+    def rotary_dim(self) -> int:
+        """Leading dimensions of a head that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> DFlashConfig:
-        """Read a z-lab config.json. Raises ValueError naming the key that is missing or not supported."""
-        nested = raw.get("dflash_config") or {}
-        if not isinstance(nested, Mapping):
-            raise ValueError("drafter config.json: dflash_config must be an object")
-        _refuse_unsupported(raw, nested)
+    @property
+    def num_draft_tokens(self) -> int:
+        """Size of the vocabulary that proposals come from: columns of `DFlashDraftModel.logits`."""
+        return self.vocab_size if self.draft_vocab_size is None else self.draft_vocab_size
 
-        def value(name: str, *, default: Any = None) -> Any:
-            found = nested.get(name, raw.get(name, default))
-            if found is None:
-                raise ValueError(f"drafter config.json lacks {name}")
-            return found
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a drafter layer, None where it sees the whole context."""
+        kinds = self.layer_types
+        return self.sliding_window if kinds is not None and kinds[layer] == "sliding_attention" else None
 
-        def integer(name: str, *, default: int | None = None) -> int:
-            found = value(name, default=default)
-            if isinstance(found, bool) or not isinstance(found, int):
-                raise ValueError(f"drafter config.json: {name} must be an integer, got {found!r}")
-            return found
-
-        rope = raw.get("rope_parameters") or {}
-        hidden_size, num_heads = integer("hidden_size"), integer("num_attention_heads")
-        return cls(
-            hidden_size=hidden_size,
-            intermediate_size=integer("intermediate_size"),
-            num_hidden_layers=integer("num_hidden_layers"),
-            num_attention_heads=num_heads,
-            num_key_value_heads=integer("num_key_value_heads"),
-            head_dim=integer("head_dim", default=hidden_size // num_heads),
-            vocab_size=integer("vocab_size"),
-            mask_token_id=integer("mask_token_id"),
-            target_layer_ids=tuple(value("target_layer_ids")),
-            num_target_layers=integer("num_target_layers"),
-            block_size=integer("block_size"),
-            rms_norm_eps=float(value("rms_norm_eps")),
-            rope_theta=float(rope.get("rope_theta") or value("rope_theta")),
-            max_position_embeddings=integer("max_position_embeddings"),
-            target_sha256=raw.get("target_sha256"),
-        )
+    @property
+    def options(self) -> dict[str, object]:
+        """The options that are not at their defaults, by name; empty for z-lab's plain DFlash."""
+        names = (field for field in fields(self) if field.name in OPTIONS)
+        return {f.name: getattr(self, f.name) for f in names if getattr(self, f.name) != f.default}
 
 
-def _refuse_unsupported(raw: Mapping[str, Any], nested: Mapping[str, Any]) -> None:
-    """Raise ValueError when the config asks for something this implementation would silently compute otherwise."""
-    rope = raw.get("rope_parameters") or {}
-    unsupported = {
-        "architectures": ARCHITECTURE not in (raw.get("architectures") or []),
-        "attention_bias": bool(raw.get("attention_bias")),
-        "hidden_act": raw.get("hidden_act", "silu") != "silu",
-        "rope_scaling": bool(raw.get("rope_scaling")),
-        "rope_parameters": rope.get("rope_type", "default") != "default",
-        "layer_types": any(kind != "full_attention" for kind in raw.get("layer_types") or []),
-        "is_causal": bool(nested.get("is_causal", raw.get("is_causal", False))),
-        "use_swa": bool(nested.get("use_swa", False)),
-        "use_sliding_window": bool(raw.get("use_sliding_window")),
-        "sample_from_anchor": bool(nested.get("sample_from_anchor", raw.get("sample_from_anchor", False))),
-        "partial_rotary_factor": any(place.get("partial_rotary_factor", 1.0) != 1.0 for place in (rope, raw, nested)),
-        "attention_value_scale": any(place.get("attention_value_scale", 1.0) != 1.0 for place in (raw, nested)),
-        "input_embedding_scale": nested.get("input_embedding_scale", 1.0) != 1.0,
-        "output_multiplier": nested.get("output_multiplier", 1.0) != 1.0,
-        "final_logit_softcapping": bool(nested.get("final_logit_softcapping")),
-    }
-    for name, refused in unsupported.items():
-        if refused:
-            found = nested.get(name, raw.get(name))
-            raise ValueError(f"drafter config.json: {name} = {found!r} is not supported by this drafter")
+# What a drafter may have beyond z-lab's DFlash. Code that supports fewer refuses the rest by name.
+OPTIONS = (
+    "sample_from_anchor",
+    "markov_rank",
+    "draft_vocab_size",
+    "layer_types",
+    "sliding_window",
+    "sliding_is_causal",
+    "attention_sinks",
+    "attention_value_scale",
+    "partial_rotary_factor",
+    "mask_embedding",
+)

@@ -5,14 +5,20 @@ of masked positions. Features enter as keys and values only: they are fused once
 layer projects that one tensor with the same k_proj and v_proj as the block. Nothing else touches them (no
 input_layernorm, no MLP), so a layer's context keys and values never change once a position is committed.
 
-Training and serving share `decode`: training passes many blocks and a mask, serving one block and the keys and values
-of the committed prefix. This file is the oracle for faster implementations; it keeps no state and knows no embedding
-and no LM head, which belong to the target.
+Training and serving share `embed_block`, `decode` and `logits`: training passes many blocks and masks, serving one
+block and the keys and values of the committed prefix. This file is the oracle for faster implementations; it keeps no
+state. Embedding and LM head belong to the target and are passed in.
 
-Source: DFlash (z-lab), reference `DFlashDraftModel`; Qwen3 layers with QK-norm and full rotary embedding.
+The options of `DFlashConfig` add tensors: `layers.i.self_attn.attention_sink_bias` and `mask_embedding` as in MiMo's
+drafter, `markov_head.markov_w1` and `.markov_w2` as in DSpark, and `d2t` as in EAGLE-3: the target's id of draft token
+i is i + d2t[i]. A drafter without options has exactly z-lab's tensors.
+
+Sources: DFlash (z-lab), reference `DFlashDraftModel`; Qwen3 layers with QK-norm; DSpark (DeepSpec), section on the
+Markov head, of which this is the first-order variant without gate; XiaomiMiMo's drafters.
 
 Shape suffixes: B windows, T context positions, Q queries (block positions, several blocks in a row), S = T + Q keys,
-C = taps * D features, D hidden, N query heads, G key/value heads, H head dim, K block size.
+C = taps * D features, D hidden, N query heads, G key/value heads, H head dim, K block size, V vocabulary of the target,
+U vocabulary of the proposals (V unless pruned).
 """
 
 from __future__ import annotations
@@ -24,10 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speedstack.dflash.attention import attend, in_window, rotary_tables, rotate
 from speedstack.dflash.config import DFlashConfig
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+    Mask = Tensor | BlockMask | None
 
 ContextKV = tuple[Tensor, Tensor]
 
@@ -46,27 +55,13 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [..., head_dim] for integer positions [...]; angles in float32, tables cast to `dtype`."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[..., None].float() * (1.0 / theta**exponents)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x_BTGH: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding over the whole head dim, halves paired (`rotate_half`); tables are [..., T, H]."""
-    cos, sin = (table[..., None, :] for table in tables)
-    first, second = x_BTGH.chunk(2, dim=-1)
-    return x_BTGH * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 class DFlashAttention(nn.Module):
     """Block queries over context keys followed by block keys. Not causal: what is visible is the mask's business."""
 
     def __init__(self, config: DFlashConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.value_scale = config.attention_value_scale
         width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
@@ -74,11 +69,16 @@ class DFlashAttention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.attention_sink_bias: nn.Parameter | None = None
+        if config.attention_sinks:
+            self.attention_sink_bias = nn.Parameter(torch.zeros(config.num_attention_heads))
 
     def keys_values(self, x_BTD: Tensor, tables: tuple[Tensor, Tensor]) -> ContextKV:
         """Rotated keys and values [B, T, G, H] of context features or of normed block states."""
         k_BTGH = self.k_norm(self.k_proj(x_BTD).unflatten(-1, (-1, self.head_dim)))
         v_BTGH = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        if self.value_scale != 1.0:
+            v_BTGH = v_BTGH * self.value_scale
         return rotate(k_BTGH, tables), v_BTGH
 
     def forward(
@@ -86,22 +86,13 @@ class DFlashAttention(nn.Module):
         x_BQD: Tensor,
         tables: tuple[Tensor, Tensor],
         context: ContextKV,
-        mask: Tensor | BlockMask | None,
+        mask: Mask,
     ) -> Tensor:
         q_BQNH = rotate(self.q_norm(self.q_proj(x_BQD).unflatten(-1, (-1, self.head_dim))), tables)
         block = self.keys_values(x_BQD, tables)
         k_BGSH, v_BGSH = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(context, block, strict=True))
-        out_BNQH = _attend(q_BQNH.transpose(1, 2), k_BGSH, v_BGSH, mask)
+        out_BNQH = attend(q_BQNH.transpose(1, 2), k_BGSH, v_BGSH, mask, self.attention_sink_bias)
         return self.o_proj(out_BNQH.transpose(1, 2).flatten(2))
-
-
-def _attend(q_BNQH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
-    """Softmax attention; a boolean mask [B, 1, Q, S] goes to SDPA, a BlockMask to flex_attention."""
-    if mask is None or isinstance(mask, Tensor):
-        return F.scaled_dot_product_attention(q_BNQH, k_BGSH, v_BGSH, attn_mask=mask, enable_gqa=True)
-    from speedstack.dflash.flex import attend  # compiles a CUDA kernel: only where a BlockMask was made
-
-    return attend(q_BNQH, k_BGSH, v_BGSH, mask)
 
 
 class DFlashMLP(nn.Module):
@@ -132,14 +123,29 @@ class DFlashDecoderLayer(nn.Module):
         x_BQD: Tensor,
         tables: tuple[Tensor, Tensor],
         context: ContextKV,
-        mask: Tensor | BlockMask | None,
+        mask: Mask,
     ) -> Tensor:
         x_BQD = x_BQD + self.self_attn(self.input_layernorm(x_BQD), tables, context, mask)
         return x_BQD + self.mlp(self.post_attention_layernorm(x_BQD))
 
 
+class MarkovHead(nn.Module):
+    """A correction of a proposal's logits by the token before it: `markov_w1[previous] @ markov_w2.T`.
+
+    Source: DSpark's vanilla Markov head, with its names: an embedding [V, rank] and a linear map to U logits.
+    """
+
+    def __init__(self, config: DFlashConfig) -> None:
+        super().__init__()
+        self.markov_w1 = nn.Embedding(config.vocab_size, config.markov_rank)
+        self.markov_w2 = nn.Linear(config.markov_rank, config.num_draft_tokens, bias=False)
+
+    def forward(self, previous_ids: Tensor) -> Tensor:
+        return self.markov_w2(self.markov_w1(previous_ids))
+
+
 class DFlashDraftModel(nn.Module):
-    """The drafter. State-dict names are exactly z-lab's: fc, hidden_norm, norm, layers.i.*; no prefix, no buffers."""
+    """The drafter. State-dict names are exactly z-lab's: fc, hidden_norm, norm, layers.i.*; options add their own."""
 
     def __init__(self, config: DFlashConfig) -> None:
         super().__init__()
@@ -148,17 +154,29 @@ class DFlashDraftModel(nn.Module):
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(DFlashDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mask_embedding: nn.Parameter | None = None
+        if config.mask_embedding:
+            self.mask_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        self.markov_head = MarkovHead(config) if config.markov_rank else None
+        self.d2t: Tensor | None
+        self.register_buffer("d2t", None)
+        if config.draft_vocab_size is not None:
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
 
     def init_weights(self, seed: int) -> None:
         """Random weights as a function of `seed` alone: norms one, matrices N(0, 1 / (4 fan_in)).
 
         The matrices that write to the residual stream are smaller by sqrt(2 * layers), so that the stream starts out
-        as wide at the last layer as at the first.
+        as wide at the last layer as at the first. Sinks and the Markov head's second matrix are zero: a drafter with
+        a Markov head starts out as one without. The mask embedding is N(0, 0.02); see `init_mask_embedding`.
         """
         generator = torch.Generator().manual_seed(seed)
         residual_scale = (2 * self.config.num_hidden_layers) ** -0.5
         with torch.no_grad():
             for name, parameter in self.named_parameters():
+                if name.endswith(("attention_sink_bias", "markov_w2.weight", "mask_embedding")):
+                    parameter.zero_()
+                    continue
                 if parameter.dim() == 1:
                     parameter.fill_(1.0)
                     continue
@@ -166,6 +184,83 @@ class DFlashDraftModel(nn.Module):
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     std *= residual_scale
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            if self.mask_embedding is not None:
+                # Last, so that what all drafters have is the same with any options.
+                self.mask_embedding.copy_(torch.randn(self.mask_embedding.shape, generator=generator) * 0.02)
+
+    @torch.no_grad()
+    def init_mask_embedding(self, embedding_VD: Tensor) -> None:
+        """Start the drafter's own mask embedding from the target's row: then it is a drafter without one."""
+        assert self.mask_embedding is not None, "config.mask_embedding is off"
+        self.mask_embedding.copy_(embedding_VD[self.config.mask_token_id])
+
+    @torch.no_grad()
+    def set_draft_vocab(self, target_ids_U: Tensor) -> None:
+        """Name the target's tokens that may be proposed, int64 [U]. Raises ValueError unless ascending and distinct."""
+        config = self.config
+        ids_U = target_ids_U.to(torch.int64)
+        if self.d2t is None or ids_U.shape != (config.draft_vocab_size,):
+            raise ValueError(f"{tuple(ids_U.shape)} draft tokens for a draft_vocab_size of {config.draft_vocab_size}")
+        check_draft_ids(ids_U, config.vocab_size)
+        self.d2t.copy_(ids_U - torch.arange(len(ids_U), device=ids_U.device))
+
+    @property
+    def hidden_slots(self) -> slice:
+        """The block slots that carry proposals: all, or all but the anchor's."""
+        return slice(0 if self.config.sample_from_anchor else 1, None)
+
+    def embed_block(self, ids: Tensor, embedding_VD: Tensor) -> Tensor:
+        """Inputs [..., K, D] of blocks with token ids [..., K]: the anchor's token, then the mask token.
+
+        Wherever the id is the mask token's, a drafter's own mask embedding replaces the target's row; in the anchor's
+        slot too, as in SGLang and vLLM, which overwrite the row.
+        """
+        embeds = F.embedding(ids, embedding_VD)
+        if self.mask_embedding is None:
+            return embeds
+        return torch.where((ids == self.config.mask_token_id)[..., None], self.mask_embedding.to(embeds.dtype), embeds)
+
+    def draft_head(self, head_VD: Tensor) -> Tensor:
+        """The rows [U, D] of the target's LM head that proposals need; the head itself unless pruned.
+
+        Gathers a copy: callers with a pruned vocabulary do it once.
+        """
+        if self.d2t is None or head_VD.shape[0] == self.config.num_draft_tokens:
+            return head_VD
+        return head_VD[self.target_ids(torch.arange(len(self.d2t), device=head_VD.device))]
+
+    def logits(self, hidden: Tensor, previous_ids: Tensor | None, head_VD: Tensor) -> Tensor:
+        """Logits of proposals, float32 [..., U], from hidden states [..., D] of proposal slots.
+
+        `head_VD`: the target's LM head, or what `draft_head` made of it; the product runs in its dtype.
+        `previous_ids` [...]: the token before each proposal, in the target's vocabulary: labels in training, drafted
+        tokens in serving. Only a Markov head reads it, and raises ValueError where it is None.
+        """
+        return self.corrected(self.base_logits(hidden, head_VD), previous_ids)
+
+    def base_logits(self, hidden: Tensor, head_VD: Tensor) -> Tensor:
+        """`logits` before the Markov head's correction: all slots at once, before any token is drafted."""
+        return F.linear(hidden.to(head_VD.dtype), self.draft_head(head_VD)).float()
+
+    def corrected(self, base_logits: Tensor, previous_ids: Tensor | None) -> Tensor:
+        """`logits` from `base_logits` [..., U] and the token before each proposal [...]."""
+        if self.markov_head is None:
+            return base_logits
+        if previous_ids is None:
+            raise ValueError("a drafter with a Markov head needs the token before each proposal: pass previous_ids")
+        return base_logits + self.markov_head(previous_ids).float()
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        """The target's token ids of draft-vocabulary ids, of any shape."""
+        return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
+
+    def draft_ids(self, target_ids: Tensor) -> Tensor:
+        """Draft-vocabulary ids of the target's token ids, of any shape; -1 for tokens that cannot be proposed."""
+        if self.d2t is None:
+            return target_ids
+        known_U = self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+        places = torch.searchsorted(known_U, target_ids.contiguous()).clamp(max=len(known_U) - 1)
+        return torch.where(known_U[places] == target_ids, places, -1)
 
     def fuse(self, features_BTC: Tensor) -> Tensor:
         """Context [..., T, D] from the tapped hidden states, concatenated in the order of `target_layer_ids`.
@@ -180,8 +275,8 @@ class DFlashDraftModel(nn.Module):
         return self.hidden_norm(self.fc(features_BTC))
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rotary cosines and sines [..., H] of absolute positions [...]."""
-        return rotary_tables(positions, self.config.head_dim, self.config.rope_theta, dtype)
+        """Rotary cosines and sines [..., R] of absolute positions [...]."""
+        return rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta, dtype)
 
     def context_kv(self, layer: int, context_BTD: Tensor, positions_T: Tensor) -> ContextKV:
         """Rotated keys and values [..., T, G, H] of layer `layer` for fused context [..., T, D] at `positions_T`."""
@@ -194,16 +289,21 @@ class DFlashDraftModel(nn.Module):
         embeds_BQD: Tensor,
         positions_BQ: Tensor,
         contexts: Sequence[ContextKV],
-        mask: Tensor | BlockMask | None,
+        masks: Mask | Sequence[Mask],
     ) -> Tensor:
         """Final-normed hidden states [B, Q, D] of block positions.
 
-        `contexts`: keys and values [B, T, G, H] a layer. `mask`: what a query sees of the T context keys followed by
-        the Q block keys, as booleans [B, 1, Q, T + Q] or a flex_attention BlockMask; None sees everything.
+        `contexts`: keys and values [B, T, G, H] a layer. `masks`: what a query sees of the T context keys followed by
+        the Q block keys, as booleans [B, 1, Q, T + Q] or a flex_attention BlockMask; None sees everything. One for all
+        layers, or a list with one a layer. Raises ValueError for a drafter with sliding windows and a single mask.
         """
+        if isinstance(masks, Tensor) or not isinstance(masks, Sequence):
+            if self.config.layer_types is not None:
+                raise ValueError("a drafter with sliding windows needs a mask a layer; see dflash.block.layer_masks")
+            masks = [masks] * len(self.layers)
         tables = self.rotary(positions_BQ, embeds_BQD.dtype)
         x_BQD = embeds_BQD
-        for layer, context in zip(self.layers, contexts, strict=True):
+        for layer, context, mask in zip(self.layers, contexts, masks, strict=True):
             x_BQD = layer(x_BQD, tables, context, mask)
         return self.norm(x_BQD)
 
@@ -213,12 +313,12 @@ class DFlashDraftModel(nn.Module):
         positions_BT: Tensor,
         embeds_BQD: Tensor,
         block_positions_BQ: Tensor,
-        mask: Tensor | BlockMask | None,
+        masks: Mask | Sequence[Mask],
     ) -> Tensor:
-        """Training's one pass: every block of every window at once; see `decode` for shapes and the mask."""
+        """Training's one pass: every block of every window at once; see `decode` for shapes and masks."""
         context_BTD = self.fuse(features_BTC)
         contexts = [self.context_kv(i, context_BTD, positions_BT) for i in range(len(self.layers))]
-        return self.decode(embeds_BQD, block_positions_BQ, contexts, mask)
+        return self.decode(embeds_BQD, block_positions_BQ, contexts, masks)
 
 
 class DraftContext:
@@ -247,13 +347,29 @@ class DraftContext:
 
     @torch.no_grad()
     def draft_hidden(self, model: DFlashDraftModel, embeds_KD: Tensor, anchor: int) -> Tensor:
-        """Hidden states [K - 1, D] of block positions 1 .. K-1; the target's LM head turns them into proposals.
+        """Hidden states of the slots that carry proposals; the target's LM head turns them into proposals.
 
-        `embeds_KD`: the target's embeddings of [anchor token, mask, ..., mask]; `anchor`: the anchor's position.
+        `embeds_KD`: `embed_block` of [anchor token, mask, ..., mask]; `anchor`: the anchor's position. Returns [K, D]
+        or, where the anchor's slot predicts nothing, [K - 1, D].
         """
-        positions_1K = torch.arange(anchor, anchor + embeds_KD.shape[0], device=embeds_KD.device)[None]
-        contexts = [
-            (keys[None, :anchor], values[None, :anchor])
-            for keys, values in zip(self.keys_LTGH, self.values_LTGH, strict=True)
-        ]
-        return model.decode(embeds_KD[None], positions_1K, contexts, mask=None)[0, 1:]
+        positions_K = torch.arange(anchor, anchor + embeds_KD.shape[0], device=embeds_KD.device)
+        contexts, masks = [], []
+        for layer, (keys, values) in enumerate(zip(self.keys_LTGH, self.values_LTGH, strict=True)):
+            window = model.config.window(layer)
+            first = 0 if window is None else max(0, anchor - window + 1)
+            contexts.append((keys[None, first:anchor], values[None, first:anchor]))
+            masks.append(None if window is None else _block_window(positions_K, first, model.config, window))
+        return model.decode(embeds_KD[None], positions_K[None], contexts, masks)[0, model.hidden_slots]
+
+
+def _block_window(positions_K: Tensor, first: int, config: DFlashConfig, window: int) -> Tensor:
+    """What a block at `positions_K` sees of the keys from position `first` to its own end, bool [1, 1, K, S]."""
+    keys_S = torch.arange(first, int(positions_K[-1]) + 1, device=positions_K.device)
+    return in_window(positions_K[:, None], keys_S, window, config.sliding_is_causal)[None, None]
+
+
+def check_draft_ids(target_ids_U: Tensor, vocab_size: int) -> None:
+    """Refuse a draft vocabulary whose ids are not ascending, distinct and in the target's: ValueError, one line."""
+    ids_U = target_ids_U
+    if not bool((ids_U[1:] > ids_U[:-1]).all()) or int(ids_U[0]) < 0 or int(ids_U[-1]) >= vocab_size:
+        raise ValueError(f"draft vocabulary: its target ids must be ascending, distinct and below {vocab_size}")

@@ -5,9 +5,11 @@ committed / decode rounds with the target's bonus token included, so it is the n
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from speedstack.eval.results import AcceptanceResult, AcceptanceSet
 from speedstack.runtime import Engine, Generation
+from speedstack.runtime.strategy import DraftStrategy
 
 
 def measure_acceptance(
@@ -16,10 +18,12 @@ def measure_acceptance(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
+    strategy: DraftStrategy | None = None,
 ) -> AcceptanceResult:
     """Generate `max_new_tokens` from every prompt (end-of-text ignored, so that lengths are equal) and count.
 
-    Raises ValueError for an engine without a drafter, no prompts, or fewer than 2 new tokens (no round would run).
+    `strategy`: how the engine speculates meanwhile; None leaves it as it is. Raises ValueError for an engine without a
+    drafter, a strategy it does not have, no prompts, or fewer than 2 new tokens (no round would run).
     """
     if engine.num_drafts == 0:
         raise ValueError("acceptance needs a drafter: load the engine with Engine.from_pretrained(target, drafter)")
@@ -27,15 +31,21 @@ def measure_acceptance(
         raise ValueError(f"max_new_tokens is {max_new_tokens}: the prefill makes the first token, so use at least 2")
     if not prompt_sets or not all(prompt_sets.values()):
         raise ValueError("every prompt set needs at least one prompt")
-    generations = {
-        name: engine.generate(
-            list(prompts), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, ignore_eos=True
-        )
-        for name, prompts in prompt_sets.items()
-    }
+    before = engine.strategy
+    engine.set_strategy(strategy or before)
+    try:
+        generations = {
+            name: engine.generate(
+                list(prompts), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, ignore_eos=True
+            )
+            for name, prompts in prompt_sets.items()
+        }
+    finally:
+        engine.set_strategy(before)
     everything = [generation for group in generations.values() for generation in group]
     return AcceptanceResult(
         block_size=1 + max(len(generation.stats.drafted_by_position) for generation in everything),
+        strategy=asdict(strategy or before),
         temperature=temperature,
         seed=seed,
         max_new_tokens=max_new_tokens,
@@ -66,4 +76,6 @@ def summarize(name: str, generations: Sequence[Generation]) -> AcceptanceSet:
         acceptance_length=num_committed / num_rounds,
         mean_of_responses=sum(entry.acceptance_length for entry in stats) / len(stats),
         survival=tuple(a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)),
+        rows_per_token=sum(entry.num_rows for entry in stats) / num_committed,
+        drafted_per_token=sum(entry.num_drafted for entry in stats) / num_committed,
     )

@@ -11,6 +11,10 @@ from typing import Protocol
 
 import torch
 
+from speedstack.dflash.model import DFlashDraftModel
+from speedstack.dflash.tree import Draft
+from speedstack.runtime.sampling import GREEDY, SamplingParams
+
 # Rows of one sequence that a step may hold: rings of sliding-window layers have this much slack, so that a chunk of a
 # prompt, or drafts that are later rejected, never overwrite what an earlier row of the same step still attends to.
 MAX_ROWS = 64
@@ -25,19 +29,31 @@ def ring_length(window: int | None, max_length: int) -> int:
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens to compute in one step. Rows of a sequence are in ascending, gapless order of position."""
+    """Tokens to compute in one step. Rows of a sequence are in ascending, gapless order of position.
+
+    With `parents` they are trees instead: a row follows the row of that index, or, with -1, what is committed. Siblings
+    share a position, so that nothing is written there until `commit` says which of them stands.
+    """
 
     tokens: Sequence[int]
     slots: Sequence[int]
     positions: Sequence[int]
+    parents: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
-class Draft:
-    """Proposals for the positions after an anchor, and the drafter's own probability of each."""
+class DraftRequest:
+    """Proposals are wanted after `anchor`, from the context of `slot` before the anchor's position.
 
-    tokens: list[int]
-    probabilities: list[float]
+    `params` and `noise`: how the target will sample the tokens after the anchor, one float32 [V] a position. Without
+    noise, proposals are the most probable tokens.
+    """
+
+    anchor: int
+    slot: int
+    position: int
+    params: SamplingParams = GREEDY
+    noise: Sequence[torch.Tensor] | None = None
 
 
 class Backend(Protocol):
@@ -45,6 +61,8 @@ class Backend(Protocol):
 
     name: str
     prepare_seconds: float
+    # Why rows with `parents` are refused; None where they are computed.
+    no_trees_because: str | None
 
     def step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
         """Computes all rows, and the logits of those named in `logit_rows`, which ascend.
@@ -54,15 +72,20 @@ class Backend(Protocol):
         """
         ...
 
-    def draft(
-        self, anchors: Sequence[int], slots: Sequence[int], positions: Sequence[int], num_drafts: int
-    ) -> list[Draft]:
-        """The first `num_drafts` proposals after each anchor token, from the context before the anchor's position.
+    def commit(self, rows: Sequence[int]) -> None:
+        """Keeps these rows of the last step, which had `parents`; the others leave no trace."""
+        ...
 
-        There are fewer where the drafter's logits are not numbers.
+    def draft(self, requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:
+        """The first `num_drafts` proposals of each request; with a budget, trees of so many nodes and that depth.
 
-        Fewer than the drafter was trained for make a shorter block, which is cheaper and proposes nearly the same.
+        There are fewer where the drafter's logits are not numbers. Fewer than the drafter was trained for make a
+        shorter block, which is cheaper and proposes nearly the same.
         """
+        ...
+
+    def set_drafter(self, drafter: DFlashDraftModel | None) -> None:
+        """Drafts with another drafter from now on, in the dtype and on the device of the weights, or with none."""
         ...
 
     def weight_bytes(self) -> dict[str, int]:

@@ -46,10 +46,14 @@ def num_worth(chances: Sequence[float], base_cost: float, token_cost: float) -> 
 
 
 class DraftBudget:
-    """One sequence's choice of how much to draft and verify; `limit` is the most that the drafter proposes."""
+    """One sequence's choice of how much to draft and verify; `limit` is the most that the drafter proposes.
 
-    def __init__(self, limit: int) -> None:
+    `is_drafting_free`: proposals cost nothing before they are verified, as those of prompt look-up.
+    """
+
+    def __init__(self, limit: int, is_drafting_free: bool = False) -> None:
         self._limit = limit
+        self._draft_cost, self._draft_token_cost = (0.0, 0.0) if is_drafting_free else (DRAFT_COST, DRAFT_TOKEN_COST)
         self._right, self._wrong = _PRIOR_RIGHT, _PRIOR_WRONG
         self._num_skipped = 0
         self._has_drafted = False
@@ -57,7 +61,7 @@ class DraftBudget:
     def num_to_draft(self) -> int:
         """Proposals worth asking for, judged by what was right lately."""
         chance = self._right / (self._right + self._wrong)
-        count = num_worth([chance] * self._limit, DRAFT_COST, DRAFT_TOKEN_COST + ROW_COST)
+        count = num_worth([chance] * self._limit, self._draft_cost, self._draft_token_cost + ROW_COST)
         if count == 0 and self._num_skipped >= _ROUNDS_TO_RETRY:
             count = (self._limit + 1) // 2
         return count

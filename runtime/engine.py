@@ -1,16 +1,14 @@
 """The engine: a target, an optional drafter and a backend, behind `generate`, `stream`, `score` and `logits`.
 
-Decoding is a loop of rounds. In each, every running sequence contributes its newest token (the anchor, whose keys and
-values the target has not computed yet) and the drafter's proposals after it; the target computes all rows in one step,
-the token at each position is chosen from its logits, and proposals are kept as long as they are the tokens chosen. With
-row invariance and position-keyed sampling noise the text is bit for bit the text without a drafter. Sequences are
-admitted as others finish; who runs beside whom changes nothing either.
+Decoding is a loop of rounds (see `decoder.py`) that verify proposals. With row invariance and position-keyed sampling
+noise the text is bit for bit the text without them. Sequences are admitted as others finish; who runs beside whom
+changes nothing either.
 
 Left out: paged buffers, prefix sharing and preemption; every sequence owns a slot of `max_length` positions.
 """
 
+import copy
 import operator
-import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,16 +16,18 @@ from typing import Any, Literal
 
 import torch
 
-from speedstack.dflash.accept import count_accepted
 from speedstack.dflash.checkpoint import check_target, load_drafter
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.quant.checkpoint import load_checkpoint, weights_sha256
 from speedstack.runtime.backend import MAX_ROWS, Backend, Rows
+from speedstack.runtime.decoder import Decoder
+from speedstack.runtime.proposer import DrafterProposer, NgramProposer, NoProposer, Proposer
 from speedstack.runtime.results import Generation, Score
-from speedstack.runtime.sampling import SamplingParams, gumbel_noise, sample
-from speedstack.runtime.select import choose_device, choose_dtype, make_backend
+from speedstack.runtime.sampling import SamplingParams
+from speedstack.runtime.select import choose_device, choose_dtype, make_backend, refuse_trees
 from speedstack.runtime.sequence import RunningSequence
 from speedstack.runtime.spec import ModelSpec, spec_from_config
+from speedstack.runtime.strategy import NGRAM, DraftStrategy
 from speedstack.runtime.weights import ModelWeights, read_weights
 
 Prompt = str | list[int]
@@ -40,12 +40,12 @@ class Engine:
     def __init__(
         self,
         weights: ModelWeights,
-        drafter: DFlashDraftModel | None = None,
+        drafter: DFlashDraftModel | Literal["ngram"] | None = None,
         tokenizer: Any = None,
         backend: str = "auto",
         max_length: int | None = None,
         max_batch_size: int = 8,
-        num_drafts: int | Literal["adaptive"] | None = None,
+        strategy: DraftStrategy | None = None,
     ) -> None:
         """See `from_pretrained`; this takes weights that are already in memory."""
         spec = weights.spec
@@ -58,41 +58,41 @@ class Engine:
             )
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
-        limit = drafter.config.num_proposals if drafter is not None else 0
-        self.is_adaptive = num_drafts == "adaptive"
-        self.num_drafts = limit if num_drafts is None or num_drafts == "adaptive" else num_drafts
-        if num_drafts is not None and not 1 <= self.num_drafts <= limit:
-            what = f"must be 'adaptive' or between 1 and the drafter's {limit}" if drafter else "needs a drafter"
-            raise ValueError(f"num_drafts {num_drafts} {what}")
-        if self.num_drafts + 1 > MAX_ROWS:
-            raise ValueError(f"num_drafts {self.num_drafts} is more than the {MAX_ROWS - 1} that one step can verify")
         self._is_decoding = False
         self.max_batch_size = max_batch_size
         self.tokenizer = tokenizer
         self.target_sha256: str | None = None
         self.drafter_sha256: str | None = None
-        self.backend: Backend = make_backend(backend, weights, drafter, max_batch_size, self.max_length)
         self.spec: ModelSpec = spec
         self.dtype: torch.dtype = weights.embedding_VD.dtype
         self.device: torch.device = weights.embedding_VD.device
+        strategy = strategy or DraftStrategy()
+        model = drafter if isinstance(drafter, DFlashDraftModel) else None
+        strategy.num_per_round(drafter)
+        has_trees = strategy.tree_budget is not None
+        self.backend: Backend = make_backend(backend, weights, model, max_batch_size, self.max_length, has_trees)
+        self._plan(drafter, strategy)
 
     @classmethod
     def from_pretrained(
         cls,
         target: str | Path,
-        drafter: str | Path | None = None,
+        drafter: str | Path | DFlashDraftModel | None = None,
         backend: Literal["auto", "reference", "cpu"] = "auto",
         device: str = "auto",
         dtype: str | torch.dtype | None = None,
         max_length: int | None = None,
         max_batch_size: int = 8,
         num_drafts: int | Literal["adaptive"] | None = None,
+        draft_noise: Literal["none", "shared"] = "none",
+        tree_budget: int | None = None,
     ) -> "Engine":
         """Loads a target, and a drafter that was trained for it, from directories.
 
         Args:
             target: Hugging Face directory, experts packed in MXFP4 or not.
-            drafter: DFlash directory in z-lab's format; refused when it names another target.
+            drafter: DFlash directory, or a model in memory (see `set_drafter`); refused when it names another target.
+                `"ngram"` is prompt look-up, which needs no drafter; a directory of that name needs its whole path.
             backend: `reference` is PyTorch on any device, `cpu` compiled kernels for float32 on a CPU; `auto` takes
                 `cpu` where it can and says why where it cannot.
             device: `cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is one.
@@ -101,6 +101,9 @@ class Engine:
             max_batch_size: sequences decoded together.
             num_drafts: proposals verified a round; None verifies all that the drafter makes, `adaptive` drafts and
                 verifies as many as are worth their cost, which is fastest for a single sequence on a CPU.
+            draft_noise: `shared` proposes what the drafter would sample with the target's own noise; see
+                `DraftStrategy`. Greedy decoding has no noise: there it changes nothing.
+            tree_budget: verify a tree of so many proposals a round instead of a chain; `reference` backend only.
 
         Raises:
             ValueError: with one line that says what is wrong and what would be right.
@@ -110,17 +113,47 @@ class Engine:
         checkpoint = load_checkpoint(target)
         spec = spec_from_config(checkpoint.config)
         sha256 = weights_sha256(target)
-        model = None
-        if drafter is not None:
-            model = load_drafter(drafter)
-            check_target(model.config, sha256, spec.hidden_size, spec.num_layers, spec.vocab_size)
-            model = model.to(torch_device, torch_dtype).eval()
         tied = bool(checkpoint.config.tie_word_embeddings)
         weights = read_weights(spec, checkpoint.tensors, torch_dtype, torch_device, tied)
-        engine = cls(weights, model, _load_tokenizer(target), backend, max_length, max_batch_size, num_drafts)
-        engine.target_sha256 = sha256
-        engine.drafter_sha256 = weights_sha256(drafter) if drafter is not None else None
+        strategy = DraftStrategy(num_drafts, draft_noise, tree_budget)
+        model, drafter_sha256 = _load_drafter(drafter, spec, sha256, torch_dtype, torch_device)
+        engine = cls(weights, model, _load_tokenizer(target), backend, max_length, max_batch_size, strategy)
+        engine.target_sha256, engine.drafter_sha256 = sha256, drafter_sha256
         return engine
+
+    def set_drafter(self, drafter: str | Path | DFlashDraftModel | None) -> None:
+        """Drafts with another drafter from now on, or with none: one in training is measured this way.
+
+        Takes what `from_pretrained` takes. The weights of a model in memory are copied, so that training may go on.
+        With None the strategy is reset. Raises ValueError for a drafter of another target, one that the engine's
+        strategy does not fit, or while a stream is read; then nothing has changed.
+        """
+        model, sha256 = _load_drafter(drafter, self.spec, self.target_sha256, self.dtype, self.device)
+        strategy = self.strategy if drafter is not None else DraftStrategy()
+        strategy.num_per_round(model)
+        with self._alone():
+            self.backend.set_drafter(model if isinstance(model, DFlashDraftModel) else None)
+            self._plan(model, strategy)
+        self.drafter_sha256 = sha256
+
+    def set_strategy(self, strategy: DraftStrategy) -> None:
+        """Speculates differently from now on; the text stays the same.
+
+        Raises ValueError where the drafter or the backend cannot do so, or while a stream is read.
+        """
+        with self._alone():
+            self._plan(self._drafter, strategy)
+
+    def _plan(self, drafter: DFlashDraftModel | Literal["ngram"] | None, strategy: DraftStrategy) -> None:
+        num_drafts = strategy.num_per_round(drafter)
+        has_trees = strategy.tree_budget is not None
+        if has_trees and self.backend.no_trees_because is not None:
+            raise ValueError(refuse_trees(self.backend))
+        self._drafter, self.strategy, self.num_drafts = drafter, strategy, num_drafts
+        proposer: Proposer = DrafterProposer(self.backend, strategy)
+        if drafter is None or drafter == NGRAM:
+            proposer = NoProposer() if drafter is None else NgramProposer()
+        self._decoder = Decoder(self.backend, proposer, has_trees, self.spec.vocab_size, self.device)
 
     @property
     def backend_name(self) -> str:
@@ -259,7 +292,16 @@ class Engine:
             raise ValueError("stop strings need a tokenizer and must not be empty")
         eos = () if ignore_eos else self.spec.eos_token_ids
         return RunningSequence(
-            ids, max_new_tokens, params, seed, eos, stops, self.tokenizer, self.num_drafts, self.is_adaptive
+            ids,
+            max_new_tokens,
+            params,
+            seed,
+            eos,
+            stops,
+            self.tokenizer,
+            self.num_drafts,
+            self.strategy.is_adaptive,
+            self.strategy.ngram_size if self._drafter == NGRAM else None,
         )
 
     def _run(self, waiting: list[RunningSequence]) -> Iterator[None]:
@@ -272,11 +314,11 @@ class Engine:
                 while waiting and free:
                     sequence = waiting.pop()
                     sequence.slot = free.pop()
-                    self._prefill(sequence)
+                    self._decoder.prefill(sequence)
                     running.append(sequence)
                 decoding = [sequence for sequence in running if not sequence.is_finished]
                 if decoding:
-                    self._round(decoding)
+                    self._decoder.round(decoding)
                 free += [sequence.slot for sequence in running if sequence.is_finished]
                 running = [sequence for sequence in running if not sequence.is_finished]
                 yield
@@ -291,85 +333,6 @@ class Engine:
             yield
         finally:
             self._is_decoding = False
-
-    def _prefill(self, sequence: RunningSequence) -> None:
-        started = time.perf_counter()
-        ids = sequence.tokens
-        for start in range(0, len(ids), MAX_ROWS):
-            chunk = ids[start : start + MAX_ROWS]
-            rows = Rows(chunk, [sequence.slot] * len(chunk), list(range(start, start + len(chunk))))
-            is_last = start + len(chunk) == len(ids)
-            logits_WV, best = self.backend.step(rows, [len(chunk) - 1] if is_last else [])
-        noise_RV = self._noise([sequence], [len(ids)])
-        token = self._choose(sequence, logits_WV[0], noise_RV[0], best[0], len(ids))
-        sequence.stats.prefill_seconds = time.perf_counter() - started
-        sequence.commit([token])
-
-    def _round(self, sequences: list[RunningSequence]) -> None:
-        started = time.perf_counter()
-        drafts = self._draft(sequences)
-        tokens: list[int] = []
-        slots: list[int] = []
-        positions: list[int] = []
-        for sequence, draft in zip(sequences, drafts, strict=True):
-            tokens += [sequence.tokens[-1], *draft]
-            slots += [sequence.slot] * (1 + len(draft))
-            positions += range(len(sequence.tokens) - 1, len(sequence.tokens) + len(draft))
-        rows = Rows(tokens, slots, positions)
-        logits_WV, best = self.backend.step(rows, range(len(tokens)))
-        owners = [s for s, draft in zip(sequences, drafts, strict=True) for _ in range(len(draft) + 1)]
-        noise_RV = self._noise(owners, [position + 1 for position in positions])
-        first = 0
-        for sequence, draft in zip(sequences, drafts, strict=True):
-            chosen: list[int] = []
-            for offset in range(len(draft) + 1):
-                row = first + offset
-                token = self._choose(sequence, logits_WV[row], noise_RV[row], best[row], positions[row] + 1)
-                chosen.append(token)
-                if offset < len(draft) and draft[offset] != chosen[offset]:
-                    break
-            accepted = count_accepted(draft[: len(chosen) - 1], chosen)
-            num_committed = sequence.commit(chosen[: accepted + 1])
-            sequence.record_round(len(draft), accepted, num_committed)
-            first += len(draft) + 1
-        seconds = time.perf_counter() - started
-        for sequence in sequences:
-            sequence.stats.decode_seconds += seconds
-
-    def _draft(self, sequences: list[RunningSequence]) -> list[list[int]]:
-        """The proposals to verify for each sequence; sequences that want some are drafted together."""
-        if self.num_drafts == 0:
-            return [[] for _ in sequences]
-        wanted = [sequence.num_to_draft() for sequence in sequences]
-        drafting = [sequence for sequence, count in zip(sequences, wanted, strict=True) if count > 0]
-        if not drafting:
-            return [[] for _ in sequences]
-        anchors = [sequence.tokens[-1] for sequence in drafting]
-        slots, positions = [s.slot for s in drafting], [len(s.tokens) - 1 for s in drafting]
-        proposals = iter(self.backend.draft(anchors, slots, positions, max(wanted)))
-        return [s.worth_verifying(next(proposals)) if count else [] for s, count in zip(sequences, wanted, strict=True)]
-
-    def _noise(self, owners: list[RunningSequence], positions: list[int]) -> torch.Tensor | list[None]:
-        """Sampling noise of each row's next token; nothing where all sequences are greedy."""
-        if all(sequence.params.temperature == 0.0 for sequence in owners):
-            return [None] * len(owners)
-        seeds, keys = [s.seed for s in owners], [s.key for s in owners]
-        return gumbel_noise(seeds, keys, positions, self.spec.vocab_size, self.device)
-
-    def _choose(
-        self,
-        sequence: RunningSequence,
-        logits_V: torch.Tensor,
-        noise_V: torch.Tensor | None,
-        best: int,
-        position: int,
-    ) -> int:
-        if best < 0:
-            raise ValueError(
-                f"the target's logits at position {position} are not numbers; "
-                "the checkpoint is broken or its dtype overflows"
-            )
-        return best if noise_V is None else sample(logits_V, noise_V, sequence.params)
 
     def _prefill_logits(self, ids: list[int]) -> Iterator[tuple[torch.Tensor, list[int]]]:
         ids = self.encode(ids)
@@ -394,6 +357,24 @@ class Engine:
         if -1 in greedy:
             raise ValueError("the target's logits are not numbers; the checkpoint is broken or its dtype overflows")
         return Score(torch.cat(logprobs), torch.tensor(greedy) == torch.tensor(ids[1:]))
+
+
+def _load_drafter(
+    drafter: str | Path | DFlashDraftModel | None,
+    spec: ModelSpec,
+    target_sha256: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[DFlashDraftModel | Literal["ngram"] | None, str | None]:
+    """A drafter as backends take it, checked against the target, and the SHA-256 of its file if it has one."""
+    if drafter is None:
+        return None, None
+    if isinstance(drafter, str | Path) and str(drafter) == NGRAM:
+        return NGRAM, None
+    model = copy.deepcopy(drafter) if isinstance(drafter, DFlashDraftModel) else load_drafter(drafter)
+    check_target(model.config, target_sha256, spec.hidden_size, spec.num_layers, spec.vocab_size)
+    sha256 = None if isinstance(drafter, DFlashDraftModel) else weights_sha256(drafter)
+    return model.to(device, dtype).eval().requires_grad_(False), sha256
 
 
 def _load_tokenizer(path: str | Path) -> Any:

@@ -42,6 +42,12 @@ def panels(weight: Weight, is_gate_up: bool = False) -> Panels:
     return Panels(FLOAT32, arrange(weight))
 
 
+def unpacked(matrix: Panels, num_outputs: int) -> torch.Tensor:
+    """The [N, K] matrix that `panels` arranged; float32 only."""
+    assert matrix.format == FLOAT32
+    return matrix.data.transpose(-1, -2).flatten(0, 1)[:num_outputs].contiguous()
+
+
 def _words(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.int32)
 

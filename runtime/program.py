@@ -6,15 +6,20 @@ The layouts mirror kernels/program.h field by field; the backend compares their 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
+import numpy as np
 import torch
 
+from speedstack.runtime.backend import MAX_ROWS
+from speedstack.runtime.kernels.build import load_kernels
 from speedstack.runtime.panels import Panels
 
 NUM_INTEGERS, NUM_FLOATS, NUM_POINTERS = 11, 4, 12
 
 EMBED, QKV, ATTENTION, LINEAR, GATE_UP, ROUTER, EXPERT_GATE_UP, EXPERT_DOWN, LM_HEAD, ARGMAX = range(10)
+
+# Where an operation that can be tapped keeps the tap's stride and pointer.
+_TAPS = {LINEAR: (3, 3), EXPERT_DOWN: (4, 5)}
 
 
 class Op(ctypes.Structure):
@@ -42,13 +47,14 @@ class RowArrays(ctypes.Structure):
 class Program:
     """Operation records, and the tensors that their pointers point into.
 
-    `weight_bytes` counts matrices by part of the model; `part` names the one that is being added.
+    `weight_bytes` counts matrices by part of the model; `part` names the one that is being added. `taps`: see `tap`.
     """
 
     ops: list[Op] = field(default_factory=list)
     kept: list[torch.Tensor] = field(default_factory=list)
     weight_bytes: dict[str, int] = field(default_factory=dict)
     part: str = ""
+    taps: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def add(
         self,
@@ -73,13 +79,59 @@ class Program:
             op.p[index] = self._keep(tensor)
         self.ops.append(op)
 
-    @cached_property
-    def records(self) -> "ctypes.Array[Op]":
-        """The records as the kernels take them; nothing may be added after the first look."""
-        return (Op * len(self.ops))(*self.ops)
+    def tap(self, columns: dict[int, torch.Tensor]) -> None:
+        """Operation number -> columns of a wider buffer that take a copy of its result; other taps are removed."""
+        for index in self.taps.keys() | columns.keys():
+            tensor = columns.get(index)
+            op = self.ops[index]
+            stride_at, pointer_at = _TAPS[op.kind]
+            op.i[stride_at] = tensor.stride(0) if tensor is not None else 0
+            op.p[pointer_at] = tensor.data_ptr() if tensor is not None else None
+        self.taps = dict(columns)
 
     def _keep(self, tensor: torch.Tensor) -> int:
-        # Taps are columns of a wider buffer, whose stride the kernel is given; all else is one run of memory.
         assert tensor.stride(-1) == 1
         self.kept.append(tensor)
         return tensor.data_ptr()
+
+
+Records = ctypes.Array[Op]
+
+
+def records_of(*programs: Program) -> Records:
+    """Programs that run one after the other, as the kernels take them; a copy, which later changes do not reach."""
+    ops = [op for program in programs for op in program.ops]
+    return (Op * len(ops))(*ops)
+
+
+class Runner:
+    """Calls the kernels, with the arrays that name a step's rows."""
+
+    def __init__(self) -> None:
+        self._kernels = load_kernels()
+        layout = ctypes.sizeof(Op) * 1000 + ctypes.sizeof(RowArrays)
+        assert self._kernels.speedstack_layout() == layout, "kernels and records disagree about the layout of a program"
+        self._arrays = {
+            name: np.zeros(MAX_ROWS, np.int32) for name in ("token", "slot", "position", "key_end", "logit_row")
+        }
+        self._rows = RowArrays(**{name: array.ctypes.data for name, array in self._arrays.items()})
+
+    def run(
+        self,
+        records: Records,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        key_ends: Sequence[int],
+        logit_rows: Sequence[int],
+    ) -> None:
+        """Runs all operations on up to MAX_ROWS rows."""
+        arrays, num_rows, num_logits = self._arrays, len(tokens), len(logit_rows)
+        arrays["token"][:num_rows] = tokens
+        arrays["slot"][:num_rows] = slots
+        arrays["position"][:num_rows] = positions
+        arrays["key_end"][:num_rows] = key_ends
+        arrays["logit_row"][:num_logits] = logit_rows
+        self._rows.num_rows, self._rows.num_logit_rows = num_rows, num_logits
+        status = self._kernels.speedstack_run(records, len(records), ctypes.byref(self._rows), torch.get_num_threads())
+        assert status == 0, f"operation {status - 1} of the program has an unknown kind"

@@ -11,13 +11,19 @@ class GenerationStats:
     """Counts and times of one sequence. Decode time is shared when sequences are decoded together.
 
     A round is one pass of the target after the prompt; position i of the two lists counts draft position i + 1 of the
-    block: how often it was verified, and how often it was accepted.
+    block: how often it was verified, and how often it was accepted. A tree verifies several tokens of a position and
+    accepts one of them at most; it counts once.
+
+    `num_rows` are the rows that the target computed in rounds, anchors included; `num_drafted` the proposals made,
+    verified or not.
     """
 
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
     num_rounds: int = 0
     num_round_tokens: int = 0
+    num_rows: int = 0
+    num_drafted: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     drafted_by_position: list[int] = field(default_factory=list)
@@ -27,6 +33,16 @@ class GenerationStats:
     def acceptance_length(self) -> float:
         """Tokens committed a round, the target's own included (tau): 1.0 without a drafter, at most the block size."""
         return self.num_round_tokens / self.num_rounds if self.num_rounds else float("nan")
+
+    @property
+    def rows_per_token(self) -> float:
+        """Rows of the target a token committed in rounds: what speculation costs where rows are not free."""
+        return self.num_rows / self.num_round_tokens if self.num_round_tokens else float("nan")
+
+    @property
+    def drafted_per_token(self) -> float:
+        """Proposals made a token committed in rounds."""
+        return self.num_drafted / self.num_round_tokens if self.num_round_tokens else float("nan")
 
     @property
     def tokens_per_second(self) -> float:

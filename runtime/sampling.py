@@ -38,6 +38,9 @@ class SamplingParams:
             raise ValueError(f"top_k must be >= 0 (0 keeps every token), got {self.top_k}")
 
 
+GREEDY = SamplingParams()
+
+
 def sequence_key(prompt: Sequence[int]) -> int:
     """64 bits that name a sequence by its prompt alone, so that a batch's make-up cannot change what is sampled."""
     data = b"".join(int(token).to_bytes(4, "little") for token in prompt)
@@ -99,6 +102,23 @@ def filter_logits(logits_V: torch.Tensor, params: SamplingParams) -> torch.Tenso
         dropped_V[0] = False
         scaled_V = scaled_V.masked_fill(torch.zeros_like(dropped_V).scatter(0, order_V, dropped_V), float("-inf"))
     return scaled_V
+
+
+class NoiseTable:
+    """Gumbel noise as it is asked for, drawn once a (seed, sequence, position): drafts and the target may share it."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size, self._device = vocab_size, device
+        self._known: dict[tuple[int, int, int], torch.Tensor] = {}
+
+    def rows(self, wanted: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
+        """Noise [V] of each (seed, sequence, position); those not known yet are drawn together."""
+        missing = [key for key in dict.fromkeys(wanted) if key not in self._known]
+        if missing:
+            seeds, sequences, positions = (list(column) for column in zip(*missing, strict=True))
+            noise_RV = gumbel_noise(seeds, sequences, positions, self._vocab_size, self._device)
+            self._known.update(zip(missing, noise_RV, strict=True))
+        return [self._known[key] for key in wanted]
 
 
 def sample(logits_V: torch.Tensor, noise_V: torch.Tensor, params: SamplingParams) -> int:

@@ -42,7 +42,12 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 
 
 def make_backend(
-    name: str, weights: ModelWeights, drafter: DFlashDraftModel | None, num_slots: int, max_length: int
+    name: str,
+    weights: ModelWeights,
+    drafter: DFlashDraftModel | None,
+    num_slots: int,
+    max_length: int,
+    has_trees: bool = False,
 ) -> Backend:
     """The backend asked for; `auto` tries the compiled one on a CPU and falls back to PyTorch with a warning.
 
@@ -53,6 +58,8 @@ def make_backend(
         raise ValueError(f"unknown backend {name!r}; use {', '.join(BACKENDS)}")
     if name == "cpu" or (name == "auto" and weights.embedding_VD.device.type == "cpu"):
         try:
+            if has_trees:
+                raise ValueError(refuse_trees(CpuBackend))
             backend: Backend = CpuBackend(weights, drafter, num_slots, max_length)
         except ValueError as reason:
             if name == "cpu":
@@ -62,3 +69,11 @@ def make_backend(
             logger.info("backend %s: cpu, compiled kernels", name)
             return backend
     return ReferenceBackend(weights, drafter, num_slots, max_length)
+
+
+def refuse_trees(backend: Backend | type[Backend]) -> str:
+    """Why a backend verifies no draft trees, and what does."""
+    return (
+        f"backend {backend.name!r} verifies no draft trees: {backend.no_trees_because}; "
+        "use backend='reference', or no tree_budget"
+    )

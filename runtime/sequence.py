@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from speedstack.runtime.backend import Draft
+from speedstack.dflash.ngram import NgramIndex
+from speedstack.dflash.tree import Draft
 from speedstack.runtime.budget import DraftBudget
 from speedstack.runtime.results import Generation, GenerationStats
 from speedstack.runtime.sampling import SamplingParams, sequence_key
@@ -11,7 +12,10 @@ from speedstack.runtime.text import TextStream
 
 
 class RunningSequence:
-    """State of one prompt's continuation. `slot` is the cache slot, -1 until the engine admits it."""
+    """State of one prompt's continuation. `slot` is the cache slot, -1 until the engine admits it.
+
+    `num_drafts`: proposals a round at most; `ngram_size`: of the look-up that makes them, None for a drafter.
+    """
 
     def __init__(
         self,
@@ -24,6 +28,7 @@ class RunningSequence:
         tokenizer: Any,
         num_drafts: int,
         is_adaptive: bool,
+        ngram_size: int | None = None,
     ) -> None:
         self.tokens = list(prompt)
         self.params, self.seed = params, seed
@@ -36,7 +41,8 @@ class RunningSequence:
         # Decoding a token costs as much as a small model's step: it waits until somebody looks.
         self._has_stop, self._undecoded = bool(stop), list[int]()
         self._num_drafts = num_drafts
-        self._budget = DraftBudget(num_drafts) if is_adaptive else None
+        self._ngrams = NgramIndex(ngram_size) if ngram_size is not None else None
+        self._budget = DraftBudget(num_drafts, is_drafting_free=self._ngrams is not None) if is_adaptive else None
         self.stats = GenerationStats(
             num_prompt_tokens=len(prompt),
             drafted_by_position=[0] * num_drafts,
@@ -57,20 +63,32 @@ class RunningSequence:
         wanted = self._budget.num_to_draft() if self._budget else self._num_drafts
         return min(wanted, self.num_left - 1)
 
-    def worth_verifying(self, draft: Draft) -> list[int]:
-        """The leading proposals that are worth a row of the target."""
-        limit = min(len(draft.tokens), self.num_left - 1)
-        if self._budget:
-            limit = min(limit, self._budget.num_to_verify(draft.probabilities))
-        return draft.tokens[:limit]
+    def look_up(self, count: int) -> list[int]:
+        """Up to `count` tokens that followed when the text last said what it says now."""
+        assert self._ngrams is not None
+        return self._ngrams.propose(self.tokens, count)
 
-    def record_round(self, num_drafts: int, num_accepted: int, num_committed: int) -> None:
-        """Counts a round: drafts verified, drafts accepted, tokens that `commit` added."""
+    def noise_key(self, position: int) -> tuple[int, int, int]:
+        """What names the sampling noise of a position: see `NoiseTable`."""
+        return self.seed, self.key, position
+
+    def worth_verifying(self, draft: Draft) -> Draft:
+        """The leading proposals that are worth a row of the target."""
+        self.stats.num_drafted += len(draft.tokens)
+        draft = draft.within(self.num_left - 1)
+        if self._budget and draft.tokens:
+            # A look-up believes in all it finds: how often it was right lately has said how much to ask for.
+            draft = draft.leading(self._budget.num_to_verify(draft.probabilities or [1.0] * len(draft.tokens)))
+        return draft
+
+    def record_round(self, draft: Draft, num_accepted: int, num_committed: int) -> None:
+        """Counts a round: what was verified, how many nodes of it stand, how many tokens `commit` added."""
         if self._budget:
-            self._budget.record(num_drafts, num_accepted)
+            self._budget.record(len(draft.tokens), num_accepted)
         self.stats.num_rounds += 1
         self.stats.num_round_tokens += num_committed
-        for i in range(num_drafts):
+        self.stats.num_rows += 1 + len(draft.tokens)
+        for i in range(max(draft.depths(), default=0)):
             self.stats.drafted_by_position[i] += 1
             self.stats.accepted_by_position[i] += i < num_accepted
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -34,8 +35,17 @@ class GenerateConfig(ModelConfig):
         "auto", description="dtype of everything but packed experts; auto: float32 on a CPU, bfloat16 on a GPU."
     )
     max_length: int | None = Field(None, ge=2, description="Positions of the sequence's buffers; None: the model's.")
+    drafter: Path | None = Field(
+        None, description="Directory of a DFlash drafter trained for the target, or ngram: prompt look-up; None: none."
+    )
     num_drafts: int | Literal["adaptive"] | None = Field(
         None, description="Proposals verified a round; adaptive: as many as pay. None: adaptive if there is a drafter."
+    )
+    draft_noise: Literal["none", "shared"] = Field(
+        "none", description="shared: draft with the sampling noise of the target. Nothing changes at temperature 0."
+    )
+    tree_budget: int | None = Field(
+        None, description="Verify a tree of so many proposals a round instead of a chain (reference backend)."
     )
 
 
@@ -45,6 +55,9 @@ def generate(config: GenerateConfig) -> None:
         raise ValueError("give one prompt: --prompt TEXT (or '-' for stdin), or --prompt-ids 1 2 3")
     from speedstack.runtime import Engine
 
+    num_drafts = config.num_drafts
+    if num_drafts is None and config.drafter is not None and config.tree_budget is None:
+        num_drafts = "adaptive"
     engine = Engine.from_pretrained(
         config.target,
         config.drafter,
@@ -53,7 +66,9 @@ def generate(config: GenerateConfig) -> None:
         dtype=None if config.dtype == "auto" else config.dtype,
         max_length=config.max_length,
         max_batch_size=1,
-        num_drafts="adaptive" if config.num_drafts is None and config.drafter is not None else config.num_drafts,
+        num_drafts=num_drafts,
+        draft_noise=config.draft_noise,
+        tree_budget=config.tree_budget,
     )
     text = sys.stdin.read() if config.prompt == "-" else config.prompt
     options: dict[str, Any] = {

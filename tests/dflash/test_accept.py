@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from speedstack.dflash.accept import count_accepted, leading_run, walk_rounds
+from speedstack.dflash.accept import accept, leading_run, walk_rounds
+from speedstack.dflash.tree import Draft
 
 
 @pytest.mark.parametrize(
@@ -13,32 +14,51 @@ from speedstack.dflash.accept import count_accepted, leading_run, walk_rounds
         pytest.param([4, 5, 6], [9, 5, 6, 7], 0, id="first differs, later agreements do not count"),
         pytest.param([4, 5, 6], [4, 9, 6, 7], 1, id="second differs"),
         pytest.param([4, 5, 6], [4, 5, 9, 7], 2, id="last differs"),
-        pytest.param([4, 5, 6], [4, 9], 1, id="sampling stopped at the difference"),
         pytest.param([], [7], 0, id="nothing drafted"),
     ],
 )
-def test_acceptance_table(drafts, sampled, accepted):
-    assert count_accepted(drafts, sampled) == accepted
+def test_acceptance_table(drafts: list[int], sampled: list[int], accepted: int) -> None:
+    asked: list[int] = []
+
+    def sample(node: int) -> int:
+        asked.append(node)
+        return sampled[node + 1]
+
+    nodes, committed = accept(Draft.chain(drafts), sample)
+    assert nodes == list(range(accepted))
+    assert committed == sampled[: accepted + 1]
+    # Nothing behind the first disagreement is sampled.
+    assert asked == list(range(-1, accepted))
+
+
+#        7
+#       /
+#   4 -+- 8 - 9
+#  /
+# a - 5 - 7
+TREE = Draft(tokens=[4, 5, 7, 8, 7, 9], parents=[-1, -1, 0, 0, 1, 3], probabilities=[])
 
 
 @pytest.mark.parametrize(
-    ("drafts", "sampled"),
+    ("sampled", "nodes", "committed"),
     [
-        pytest.param([4], [4], id="bonus token missing"),
-        pytest.param([4, 5], [4], id="stops while they agree"),
-        pytest.param([4], [], id="nothing sampled"),
-        pytest.param([], [], id="no draft, nothing sampled"),
-        pytest.param([4], [4, 5, 6], id="one too many"),
+        pytest.param({-1: 6}, [], [6], id="no child of the anchor"),
+        pytest.param({-1: 4, 0: 7, 2: 1}, [0, 2], [4, 7, 1], id="the first child's first child, a leaf"),
+        pytest.param({-1: 4, 0: 8, 3: 9, 5: 4}, [0, 3, 5], [4, 8, 9, 4], id="a second child"),
+        pytest.param({-1: 5, 1: 7, 4: 3}, [1, 4], [5, 7, 3], id="the same token under another parent"),
+        pytest.param({-1: 5, 1: 8}, [1], [5, 8], id="a token that only another branch has"),
     ],
 )
-def test_a_round_without_its_last_token_is_refused(drafts, sampled):
-    with pytest.raises(ValueError, match=r"missing|at most"):
-        count_accepted(drafts, sampled)
+def test_the_target_is_followed_through_a_tree(sampled: dict[int, int], nodes: list[int], committed: list[int]) -> None:
+    assert accept(TREE, sampled.__getitem__) == (nodes, committed)
 
 
-def test_leading_run_is_count_accepted():
+def test_leading_run_is_what_accept_accepts() -> None:
     correct = torch.rand(64, 5, generator=torch.Generator().manual_seed(0)) > 0.3
-    counted = [count_accepted([1] * 5, [*(int(c) for c in row), 1]) for row in correct.tolist()]
+    counted = [
+        len(accept(Draft.chain([1] * 5), lambda node, row=row: [*row, 0][node + 1])[0])  # type: ignore[misc]
+        for row in correct.long().tolist()
+    ]
     assert leading_run(correct).tolist() == counted
 
 

@@ -1,9 +1,11 @@
 """Blocks and masks against definitions written out position by position."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from speedstack.dflash.block import dense_mask, document_ids, make_blocks, sample_anchors
+from speedstack.dflash.block import dense_mask, document_ids, layer_masks, make_blocks, sample_anchors, window_mask
 
 SEPARATOR = 0
 
@@ -47,6 +49,49 @@ def test_flex_mask_is_the_dense_mask():
     dense = dense_mask(documents, anchors, 4)
     mask_mod = flex_mask(documents, anchors, 4).mask_mod
     assert torch.equal(create_mask(mask_mod, 3, 1, dense.shape[2], dense.shape[3], device="cpu"), dense)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("block_size", "window"), [(4, 1), (4, 3), (4, 9), (7, 5), (4, 1000)])
+def test_window_mask_is_the_double_loop(block_size, window, is_causal):
+    ids, documents = windows()
+    anchors, _ = sample_anchors(documents, torch.ones_like(ids).bool(), 5, torch.Generator().manual_seed(1))
+    mask = window_mask(documents, anchors, block_size, window, is_causal)
+    num_windows, length = ids.shape
+    num_queries = anchors.shape[1] * block_size
+    assert isinstance(mask, torch.Tensor) and mask.shape == (num_windows, 1, num_queries, length + num_queries)
+    for row in range(num_windows):
+        for query in range(num_queries):
+            anchor = int(anchors[row, query // block_size])
+            query_position = anchor + query % block_size
+            for key in range(length + num_queries):
+                if key < length:
+                    position = key
+                    seen = key < anchor and bool(documents[row, key] == documents[row, anchor])
+                else:
+                    position = anchor + (key - length) % block_size
+                    seen = (key - length) // block_size == query // block_size
+                    seen = seen and (position <= query_position or not is_causal)
+                seen = seen and abs(query_position - position) < window
+                assert bool(mask[row, 0, query, key]) == seen, (row, query, key)
+
+
+def test_every_layer_gets_its_own_mask(draft_config):
+    import dataclasses
+
+    ids, documents = windows()
+    anchors, _ = sample_anchors(documents, torch.ones_like(ids).bool(), 5, torch.Generator().manual_seed(1))
+    same: Any = layer_masks(draft_config, documents, anchors)
+    assert torch.equal(same, dense_mask(documents, anchors, 4))
+    mixed = dataclasses.replace(
+        draft_config, layer_types=("full_attention", "sliding_attention"), sliding_window=3, sliding_is_causal=False
+    )
+    masks: Any = layer_masks(mixed, documents, anchors)
+    full, sliding = masks
+    windowed: Any = window_mask(documents, anchors, 4, 3, is_causal=False)
+    assert torch.equal(full, dense_mask(documents, anchors, 4))
+    assert torch.equal(sliding, windowed)
+    assert not torch.equal(full, sliding)
 
 
 def test_anchors_have_context_and_something_to_predict():

@@ -1,19 +1,10 @@
-"""z-lab's config.json: round trip, published shape, and what is refused."""
+"""Shapes and options of drafters: published defaults, and what is refused."""
+
+import dataclasses
 
 import pytest
 
-from speedstack.dflash.config import DFlashConfig, default_target_layer_ids
-
-
-def test_round_trip(draft_config):
-    assert DFlashConfig.from_json(draft_config.to_json("bfloat16")) == draft_config
-
-
-def test_block_size_and_rope_are_found_where_newer_checkpoints_keep_them(draft_config):
-    raw = draft_config.to_json("bfloat16")
-    raw["dflash_config"]["block_size"] = raw.pop("block_size")
-    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": raw.pop("rope_theta")}
-    assert DFlashConfig.from_json(raw) == draft_config
+from speedstack.dflash.config import default_target_layer_ids
 
 
 def test_default_layers_are_the_published_ones():
@@ -21,31 +12,6 @@ def test_default_layers_are_the_published_ones():
     assert default_target_layer_ids(36, 1) == (18,)
     with pytest.raises(ValueError, match="no 5 evenly spaced taps"):
         default_target_layer_ids(6, 5)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("architectures", ["DFlash2DraftModel"]),
-        ("attention_bias", True),
-        ("hidden_act", "gelu"),
-        ("rope_scaling", {"type": "yarn"}),
-        ("layer_types", ["full_attention", "sliding_attention"]),
-        ("is_causal", True),
-        ("dflash_config", {"mask_token_id": 2, "target_layer_ids": [0, 2], "use_swa": True}),
-    ],
-)
-def test_what_would_be_computed_differently_is_refused(draft_config, key, value):
-    with pytest.raises(ValueError, match="not supported"):
-        DFlashConfig.from_json(draft_config.to_json("bfloat16") | {key: value})
-
-
-@pytest.mark.parametrize("key", ["hidden_size", "rms_norm_eps", "num_target_layers", "dflash_config"])
-def test_a_missing_key_is_named(draft_config, key):
-    raw = draft_config.to_json("bfloat16")
-    del raw[key]
-    with pytest.raises(ValueError, match="mask_token_id" if key == "dflash_config" else key):
-        DFlashConfig.from_json(raw)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +24,38 @@ def test_a_missing_key_is_named(draft_config, key):
         ("target_layer_ids", (0, 3), "distinct layers"),
         ("target_layer_ids", (1, 1), "distinct layers"),
         ("hidden_size", 0, "at least 1"),
+        ("markov_rank", -1, "markov_rank"),
+        ("draft_vocab_size", 128, "less than the vocabulary"),
+        ("layer_types", ("full_attention",), "1 layers of 2"),
+        ("layer_types", ("full_attention", "local"), "neither"),
+        ("layer_types", ("full_attention", "sliding_attention"), "need a sliding_window"),
+        ("attention_value_scale", 0.0, "positive"),
+        ("partial_rotary_factor", 0.2, "even number"),
+        ("partial_rotary_factor", 1.5, "even number"),
     ],
 )
 def test_impossible_values_are_refused(draft_config, field, value, message):
-    import dataclasses
-
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(draft_config, **{field: value})
+
+
+def test_options_are_named(draft_config):
+    assert draft_config.options == {}
+    assert dataclasses.replace(draft_config, markov_rank=4, attention_sinks=True).options == {
+        "markov_rank": 4,
+        "attention_sinks": True,
+    }
+
+
+def test_full_attention_has_one_spelling(draft_config):
+    spelled = dataclasses.replace(draft_config, layer_types=("full_attention",) * 2, sliding_window=9)
+    assert spelled == draft_config
+
+
+def test_the_anchor_slot_adds_a_proposal(draft_config):
+    assert draft_config.num_proposals == 3
+    assert dataclasses.replace(draft_config, sample_from_anchor=True).num_proposals == 4
+
+
+def test_rotated_dimensions_are_rounded_down(draft_config):
+    assert dataclasses.replace(draft_config, head_dim=192, partial_rotary_factor=0.334).rotary_dim == 64

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from speedstack.dflash.accept import count_accepted
+from speedstack.dflash.accept import accept
 from speedstack.dflash.config import DFlashConfig
 from speedstack.dflash.hf import to_transformers
 from speedstack.dflash.model import DFlashDraftModel, DraftContext
+from speedstack.dflash.tree import Draft
 
 PROMPT = [5, 77, 31, 9, 9, 100]
 NUM_NEW_TOKENS = 40
@@ -47,7 +48,7 @@ def our_rounds(
         rounds.append(drafts)
         logits = target(torch.tensor([tokens + drafts])).logits[0, anchor:]
         sampled = logits.argmax(-1).tolist()
-        tokens += sampled[: count_accepted(drafts, sampled) + 1]
+        tokens += accept(Draft.chain(drafts), lambda node, sampled=sampled: sampled[node + 1])[1]  # type: ignore[misc]
     return rounds, tokens[: len(prompt) + num_new_tokens]
 
 

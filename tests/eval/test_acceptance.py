@@ -4,6 +4,7 @@ import pytest
 
 from speedstack.eval.acceptance import measure_acceptance, summarize
 from speedstack.runtime import Engine, Generation, GenerationStats
+from speedstack.runtime.strategy import DraftStrategy
 
 
 def generation(rounds: list[int], block_size: int = 4) -> Generation:
@@ -12,6 +13,8 @@ def generation(rounds: list[int], block_size: int = 4) -> Generation:
     stats = GenerationStats(
         num_rounds=len(rounds),
         num_round_tokens=sum(rounds) + len(rounds),
+        num_rows=block_size * len(rounds),
+        num_drafted=(block_size - 1) * len(rounds),
         drafted_by_position=[len(rounds) for _ in positions],
         accepted_by_position=[sum(count >= position for count in rounds) for position in positions],
     )
@@ -24,6 +27,7 @@ def test_pooled_and_mean_of_responses() -> None:
     assert found.acceptance_length == 12 / 5
     assert found.mean_of_responses == (10 / 4 + 2) / 2
     assert found.survival == (3 / 5, 2 / 5, 2 / 5)
+    assert (found.rows_per_token, found.drafted_per_token) == (5 * 4 / 12, 5 * 3 / 12)
     # What the plot's caption says.
     assert 1 + sum(found.survival) == pytest.approx(found.acceptance_length)
 
@@ -44,6 +48,25 @@ def test_counts_of_a_real_drafter(drafting_engine: Engine) -> None:
     assert result.overall.num_rounds == sum(entry.num_rounds for entry in result.sets)
     assert 1.0 <= result.overall.acceptance_length <= 8.0
     assert result == measure_acceptance(drafting_engine, prompts, max_new_tokens=20)
+
+
+def test_a_strategy_is_measured_and_put_back(drafting_engine: Engine) -> None:
+    before = drafting_engine.strategy
+    prompts = {"a": [[5, 6, 7], [8, 9, 10, 11]]}
+    found = measure_acceptance(drafting_engine, prompts, 10, strategy=DraftStrategy(tree_budget=9))
+    assert drafting_engine.strategy == before
+    assert found.strategy == {"num_drafts": None, "noise": "none", "tree_budget": 9, "ngram_size": 3}
+    assert found.overall.num_committed == 18
+    # Every round verifies an anchor and nine nodes, fewer where the text is about to end.
+    assert found.overall.rows_per_token is not None and 2.0 < found.overall.rows_per_token <= 10.0
+    assert found.overall.drafted_per_token == pytest.approx(
+        found.overall.rows_per_token - found.overall.num_rounds / 18, abs=0.5
+    )
+    chain = measure_acceptance(drafting_engine, prompts, 10, strategy=DraftStrategy(2))
+    assert len(chain.overall.survival) == 2 and chain.block_size == 3
+    with pytest.raises(ValueError, match="the drafter's 7"):
+        measure_acceptance(drafting_engine, prompts, 10, strategy=DraftStrategy(9))
+    assert drafting_engine.strategy == before
 
 
 def test_bad_input_is_named(engine: Engine, drafting_engine: Engine) -> None:

@@ -13,7 +13,8 @@ import torch
 from speedstack.dflash.checkpoint import load_drafter
 from speedstack.quant.checkpoint import load_checkpoint
 from speedstack.quant.mxfp4 import MXFP4Tensor
-from speedstack.runtime.backend import MAX_ROWS, Backend, Rows, ring_length
+from speedstack.runtime.backend import MAX_ROWS, Backend, DraftRequest, Rows, ring_length
+from speedstack.runtime.compiled_drafter import CompiledDrafter
 from speedstack.runtime.cpu import CpuBackend
 from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.spec import spec_from_config
@@ -60,11 +61,14 @@ def run(backend: Backend, ids: list[int], slot: int = 0, start: int = 0, chunk: 
 def poison(backend: Backend) -> None:
     """Fills every key/value buffer with values that no forward pass makes."""
     if isinstance(backend, CpuBackend):
-        buffers = backend._caches
+        buffers = list(backend._caches)
+        if isinstance(backend.drafter, CompiledDrafter):
+            buffers += backend.drafter._caches
     else:
         assert isinstance(backend, ReferenceBackend)
         buffers = [t for cache in backend.caches for t in (cache.k_SLGH, cache.v_SLGH)]
-        buffers += [t for context in backend.contexts for t in (context.keys_LTGH, context.values_LTGH)]
+        contexts = backend.drafter.contexts if backend.drafter is not None else []
+        buffers += [t for context in contexts for t in (context.keys_LTGH, context.values_LTGH)]
     for buffer in buffers:
         buffer.fill_(float("nan"))
 
@@ -164,7 +168,7 @@ def test_threads_change_no_bit(tiny_packed_dir: Path, tiny_packed_drafter_dir: P
             for chunk in (1, 7, 64):
                 backend = CpuBackend(weights, drafter, 1, 192)
                 results.append(run(backend, ids, chunk=chunk))
-                drafts.append(backend.draft([7], [0], [NUM_TOKENS], 7))
+                drafts.append(backend.draft([DraftRequest(7, 0, NUM_TOKENS)], 7))
     finally:
         torch.set_num_threads(num_threads)
     assert all(torch.equal(result, results[0]) for result in results)
@@ -178,12 +182,12 @@ def test_more_rows_and_drafts_than_fit_one_call(tiny_packed_dir: Path, tiny_pack
     rows = Rows([3 + 5 * slot % 97 + i for i, slot in enumerate(slots)], slots, list(range(8)) * 12)
     together_WV, _ = backend.step(rows, range(7, 96, 8))
     together_WV = together_WV.clone()
-    drafts = backend.draft(list(range(50, 62)), list(range(12)), [8] * 12, 7)
+    drafts = backend.draft([DraftRequest(50 + slot, slot, 8) for slot in range(12)], 7)
     for slot in range(12):
         cut = slice(8 * slot, 8 * slot + 8)
         alone_1V, _ = backend.step(Rows(rows.tokens[cut], rows.slots[cut], rows.positions[cut]), [7])
         assert torch.equal(alone_1V[0], together_WV[slot])
-        assert backend.draft([50 + slot], [slot], [8], 7) == drafts[slot : slot + 1]
+        assert backend.draft([DraftRequest(50 + slot, slot, 8)], 7) == drafts[slot : slot + 1]
 
 
 def test_packed_experts_compute_what_their_values_compute(tiny_packed_dir: Path, ids: list[int]) -> None:
@@ -232,16 +236,14 @@ def test_drafts_equal_the_drafter_model(
             oracle.step(rows, [])
             backend.step(rows, [])
         # Two sequences at once, then one again: a block's own keys and values must not stay behind.
-        together = ([7, 9], [0, 1], [start + 20, start + 20])
-        for anchors, slots, positions in (together, ([7], [0], [start + 20])):
-            drafts = backend.draft(anchors, slots, positions, 7)
-            for got, expected in zip(drafts, oracle.draft(anchors, slots, positions, 7), strict=True):
+        together = [DraftRequest(7, 0, start + 20), DraftRequest(9, 1, start + 20)]
+        for requests in (together, together[:1]):
+            drafts = backend.draft(requests, 7)
+            for got, expected in zip(drafts, oracle.draft(requests, 7), strict=True):
                 assert got.tokens == expected.tokens
                 # float32 sums in another order, through two layers and an exponential
                 assert got.probabilities == pytest.approx(expected.probabilities, rel=1e-4)
-            assert backend.draft(anchors, slots, positions, 3)[0].tokens == (
-                oracle.draft(anchors, slots, positions, 3)[0].tokens
-            )
+            assert backend.draft(requests, 3)[0].tokens == oracle.draft(requests, 3)[0].tokens
 
 
 def test_rings_hold_a_window_and_a_step() -> None:

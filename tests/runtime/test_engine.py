@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from speedstack.dflash.checkpoint import load_drafter
+from speedstack.dflash.tree import Draft
 from speedstack.quant.checkpoint import load_model
 from speedstack.runtime import Engine
-from speedstack.runtime.backend import Draft
+from speedstack.runtime.backend import DraftRequest
+from speedstack.runtime.compiled_drafter import CompiledDrafter
 from speedstack.runtime.cpu import CpuBackend
 
 NUM_NEW = 60
@@ -36,16 +39,17 @@ def drafting(backend: str, tiny_packed_dir: Path, tiny_packed_drafter_dir: Path)
 def propose(engine: Engine, texts: Sequence[Sequence[int]], num_right: Callable[[int], int]) -> Any:
     """A `draft` that knows the right continuations and proposes `num_right(position)` of them, then wrong tokens."""
 
-    def draft(anchors: Sequence[int], slots: Sequence[int], positions: Sequence[int], num_drafts: int) -> list[Draft]:
+    def draft(requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:
         drafts = []
-        for anchor, position in zip(anchors, positions, strict=True):
-            text = next(t for t in texts if len(t) > position and t[position] == anchor)
+        for request in requests:
+            position = request.position
+            text = next(t for t in texts if len(t) > position and t[position] == request.anchor)
             right = list(text[position + 1 : position + 8])
             right += [0] * (7 - len(right))
             cut = num_right(position)
             wrong = [(token + 1) % engine.vocab_size for token in right[cut:]]
             probabilities = [0.95] * cut + [0.05] * (7 - cut)
-            drafts.append(Draft((right[:cut] + wrong)[:num_drafts], probabilities[:num_drafts]))
+            drafts.append(Draft.chain((right[:cut] + wrong)[:num_drafts], probabilities[:num_drafts]))
         return drafts
 
     return draft
@@ -200,6 +204,46 @@ def test_loading_refuses_what_does_not_fit(
             Engine.from_pretrained(tiny_model_dir, **option)  # type: ignore[arg-type]
 
 
+def test_a_drafter_in_memory_serves_as_the_same_on_disk(
+    backend: str, plain: Engine, drafting: Engine, tiny_packed_dir: Path, tiny_packed_drafter_dir: Path
+) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True}
+    expected = drafting.generate(PROMPTS, **options)
+    model = load_drafter(tiny_packed_drafter_dir).train()
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    engine = Engine.from_pretrained(tiny_packed_dir, model, backend=backend)  # type: ignore[arg-type]
+    for _ in range(2):
+        found = engine.generate(PROMPTS, **options)
+        assert [g.tokens for g in found] == [g.tokens for g in expected]
+        assert [g.stats.num_rounds for g in found] == [g.stats.num_rounds for g in expected]
+        # Training goes on with the module: the engine has a copy.
+        with torch.no_grad():
+            model.norm.weight.fill_(float("nan"))
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    model.load_state_dict(kept)
+    plain_engine = Engine.from_pretrained(tiny_packed_dir, backend=backend)  # type: ignore[arg-type]
+    plain_engine.set_drafter(model)
+    assert plain_engine.num_drafts == 7
+    assert [g.stats.num_rounds for g in plain_engine.generate(PROMPTS, **options)] == [
+        g.stats.num_rounds for g in expected
+    ]
+    plain_engine.set_drafter(None)
+    assert plain_engine.generate(PROMPTS[0], **options).stats.num_rounds == 29
+
+
+def test_set_drafter_refuses_what_does_not_fit(
+    plain: Engine, drafting: Engine, tiny_drafter_dir: Path, tiny_packed_drafter_dir: Path
+) -> None:
+    with pytest.raises(ValueError, match="drafter of another target"):
+        plain.set_drafter(load_drafter(tiny_drafter_dir))
+    assert plain.num_drafts == 0
+    stream = drafting.stream("def f(x):", max_new_tokens=20, ignore_eos=True)
+    next(stream)
+    with pytest.raises(ValueError, match="decoding already"):
+        drafting.set_drafter(load_drafter(tiny_packed_drafter_dir))
+    stream.close()
+
+
 def test_bfloat16_runs_on_the_reference_backend(tiny_packed_dir: Path, tiny_packed_drafter_dir: Path) -> None:
     options: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "backend": "reference"}
     plain = Engine.from_pretrained(tiny_packed_dir, **options)
@@ -212,10 +256,12 @@ def test_bfloat16_runs_on_the_reference_backend(tiny_packed_dir: Path, tiny_pack
 def test_memory_is_what_the_backend_holds(tiny_packed_dir: Path, tiny_packed_drafter_dir: Path) -> None:
     engine = Engine.from_pretrained(tiny_packed_dir, tiny_packed_drafter_dir, backend="cpu")
     assert isinstance(engine.backend, CpuBackend)
-    programs = [engine.backend._target, engine.backend._drafting]
-    held = {t.data_ptr(): t.nbytes for program in programs if program for t in program.kept if t.dim() > 2}
-    buffers = {cache.data_ptr() for cache in engine.backend._caches}
-    embedding = engine.backend._embedding.nbytes
+    drafter = engine.backend.drafter
+    assert isinstance(drafter, CompiledDrafter)
+    programs = [engine.backend._target, drafter.context, drafter._block]
+    held = {t.data_ptr(): t.nbytes for program in programs for t in program.kept if t.dim() > 2}
+    buffers = {cache.data_ptr() for cache in [*engine.backend._caches, *drafter._caches]}
+    embedding = engine.backend._embedding_VD.nbytes
     weights = sum(size for pointer, size in held.items() if pointer not in buffers) + embedding
     assert sum(engine.memory_bytes().values()) == weights + engine.backend.cache_bytes()
 
@@ -235,10 +281,10 @@ def test_an_engine_does_one_thing_at_a_time(plain: Engine) -> None:
 def test_a_drafter_without_numbers_changes_no_token(
     backend: str, plain: Engine, tiny_packed_dir: Path, tiny_packed_drafter_dir: Path
 ) -> None:
-    broken = Engine.from_pretrained(tiny_packed_dir, tiny_packed_drafter_dir, backend=backend)  # type: ignore[arg-type]
-    drafter: Any = broken.backend.drafter  # type: ignore[attr-defined]
+    drafter = load_drafter(tiny_packed_drafter_dir)
     with torch.no_grad():
         drafter.norm.weight.fill_(float("nan"))
+    broken = Engine.from_pretrained(tiny_packed_dir, drafter, backend=backend)  # type: ignore[arg-type]
     expected = plain.generate(PROMPTS[0], max_new_tokens=12, ignore_eos=True).tokens
     assert broken.generate(PROMPTS[0], max_new_tokens=12, ignore_eos=True).tokens == expected
 

@@ -1,0 +1,1 @@
+"""Formats of drafter checkpoints: configs and tensor names, one file a format."""

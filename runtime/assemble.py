@@ -1,0 +1,198 @@
+"""Programs for the CPU kernels, put together from weights: the layers of a target or of a drafter as operations.
+
+Legend: D hidden, F dense intermediate, E experts, K choices a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from speedstack.runtime.backend import MAX_ROWS, POSITIONS_PER_BLOCK, ring_length
+from speedstack.runtime.panels import LANES, MXFP4, Panels, panels
+from speedstack.runtime.program import (
+    ARGMAX,
+    ATTENTION,
+    EXPERT_DOWN,
+    EXPERT_GATE_UP,
+    GATE_UP,
+    LINEAR,
+    LM_HEAD,
+    QKV,
+    ROUTER,
+    Program,
+)
+from speedstack.runtime.reference import rotary_tables
+from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, MoeSpec
+from speedstack.runtime.weights import AttentionWeights, DenseWeights, LayerWeights, MoeWeights
+
+
+@dataclass
+class Buffers:
+    """Activations of up to MAX_ROWS rows of one model, [MAX_ROWS, width]."""
+
+    hidden: torch.Tensor
+    normed: torch.Tensor
+    query: torch.Tensor
+    attended: torch.Tensor
+    dense: torch.Tensor
+    expert: torch.Tensor
+    choice: torch.Tensor
+    choice_weight: torch.Tensor
+    context: torch.Tensor
+    logits: torch.Tensor
+    best: torch.Tensor
+    probability: torch.Tensor
+
+    @classmethod
+    def of(cls, hidden_size: int, layers: Sequence[LayerSpec], num_tokens: int) -> "Buffers":
+        """Wide enough for any of the layers, and for logits of `num_tokens`."""
+
+        def rows(width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(MAX_ROWS, width, dtype=dtype)
+
+        attentions = [layer.attention for layer in layers]
+        moes = [layer.mlp for layer in layers if isinstance(layer.mlp, MoeSpec)]
+        dense = [layer.mlp.intermediate_size for layer in layers if isinstance(layer.mlp, DenseSpec)]
+        choices = max((m.top_k for m in moes), default=0)
+        return cls(
+            hidden=rows(hidden_size),
+            normed=rows(hidden_size),
+            query=rows(max(a.num_heads * a.qk_head_dim for a in attentions)),
+            attended=rows(max(a.num_heads * a.v_head_dim for a in attentions)),
+            dense=rows(max(dense, default=0)),
+            expert=rows(max((m.top_k * m.intermediate_size for m in moes), default=0)),
+            choice=rows(choices, torch.int32),
+            choice_weight=rows(choices),
+            context=rows(hidden_size),
+            logits=rows(-(-num_tokens // LANES) * LANES),
+            best=torch.zeros(MAX_ROWS, dtype=torch.int32),
+            probability=torch.zeros(MAX_ROWS),
+        )
+
+
+class Assembler:
+    """Appends a model's operations to `program`; `caches` are the key/value rings made on the way."""
+
+    def __init__(self, program: Program, buffers: Buffers, num_slots: int, max_length: int) -> None:
+        self.program, self.buffers = program, buffers
+        self.caches: list[torch.Tensor] = []
+        self._num_slots, self._max_length = num_slots, max_length
+
+    def new_cache(self, spec: AttentionSpec, length: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Keys, values and the number of blocks of a ring of `length` positions for every slot."""
+        blocks = length // POSITIONS_PER_BLOCK
+        keys = torch.zeros(self._num_slots, spec.num_kv_heads, blocks, spec.qk_head_dim, LANES)
+        values = torch.zeros(self._num_slots, spec.num_kv_heads, length, spec.v_head_dim)
+        self.caches += [keys, values]
+        return keys, values, blocks
+
+    def add_qkv(
+        self,
+        norm_D: torch.Tensor,
+        projection_OD: torch.Tensor,
+        weights: AttentionWeights,
+        spec: AttentionSpec,
+        eps: float,
+        cache: tuple[torch.Tensor, torch.Tensor, int],
+        has_queries: bool,
+    ) -> None:
+        """Norm, projections, rotary embedding and cache append: of hidden states, or of a drafter's context."""
+        b, (keys, values, blocks) = self.buffers, cache
+        cos, sin = rotary_tables(
+            spec, blocks * POSITIONS_PER_BLOCK if spec.window is None else self._max_length, keys.device
+        )
+        heads = spec.num_heads if has_queries else 0
+        self.program.add(
+            QKV,
+            [norm_D.shape[0], heads, spec.num_kv_heads, spec.qk_head_dim, spec.v_head_dim, 2 * cos.shape[-1], blocks],
+            [eps, spec.value_scale],
+            [
+                b.hidden if has_queries else b.context,
+                norm_D,
+                panels(projection_OD),
+                b.query,
+                keys,
+                values,
+                weights.q_norm_H,
+                weights.k_norm_H,
+                cos.contiguous(),
+                sin.contiguous(),
+            ],
+        )
+
+    def add_attention(
+        self,
+        weights: AttentionWeights,
+        spec: AttentionSpec,
+        cache: tuple[torch.Tensor, torch.Tensor, int],
+    ) -> None:
+        """Attention over a cache and the output projection, added to the hidden states."""
+        b, (keys, values, blocks) = self.buffers, cache
+        self.program.add(
+            ATTENTION,
+            [spec.num_heads, spec.num_kv_heads, spec.qk_head_dim, spec.v_head_dim, blocks, spec.window or 0],
+            [spec.softmax_scale],
+            [b.query, keys, values, weights.sinks_N, b.attended],
+        )
+        D, width = weights.output_DO.shape
+        self.program.add(LINEAR, [width, D, 1, 0], (), [b.attended, panels(weights.output_DO), b.hidden])
+
+    def add_layer(self, layer: LayerWeights, spec: LayerSpec, eps: float) -> None:
+        """A layer of the target; its last operation is the one that a drafter may tap."""
+        self.program.part = "attention"
+        cache = self.new_cache(spec.attention, ring_length(spec.attention.window, self._max_length))
+        a = layer.attention
+        self.add_qkv(a.norm_D, a.qkv_OD, a, spec.attention, eps, cache, has_queries=True)
+        self.add_attention(a, spec.attention, cache)
+        if isinstance(layer.mlp, DenseWeights):
+            self.program.part = "dense MLP"
+            self.add_dense(layer.mlp, eps)
+        else:
+            assert isinstance(spec.mlp, MoeSpec)
+            self.add_moe(layer.mlp, spec.mlp, eps)
+
+    def add_dense(self, mlp: DenseWeights, eps: float) -> None:
+        """Norm and SwiGLU, added to the hidden states."""
+        b, (D, F) = self.buffers, mlp.down_DF.shape
+        gate_up = panels(mlp.gate_up_FD, is_gate_up=True)
+        self.program.add(GATE_UP, [D, F], [eps], [b.hidden, mlp.norm_D, gate_up, b.dense])
+        self.program.add(LINEAR, [F, D, 1], (), [b.dense, panels(mlp.down_DF), b.hidden])
+
+    def add_moe(self, mlp: MoeWeights, spec: MoeSpec, eps: float) -> None:
+        """Norm, router and the chosen experts, added to the hidden states."""
+        b, D, E, K = self.buffers, mlp.norm_D.shape[0], spec.num_experts, spec.top_k
+        size = spec.intermediate_size
+        self.program.part = "norms and router"
+        self.program.add(
+            ROUTER,
+            [D, E, K, int(spec.scoring == "softmax"), int(spec.renormalize)],
+            [eps, spec.routed_scale],
+            [
+                b.hidden,
+                mlp.norm_D,
+                panels(mlp.router_ED),
+                mlp.correction_bias_E,
+                b.normed,
+                b.choice,
+                b.choice_weight,
+            ],
+        )
+        gate_up, down = panels(mlp.gate_up_EID, is_gate_up=True), panels(mlp.down_EDI)
+        self.program.part = "experts (MXFP4)" if gate_up.format == MXFP4 else "experts"
+        self.program.add(EXPERT_GATE_UP, [D, size, E, K], (), [b.normed, b.expert, gate_up, b.choice])
+        tensors: list[torch.Tensor | Panels | None] = [b.expert, b.hidden, down, b.choice, b.choice_weight]
+        self.program.add(EXPERT_DOWN, [size, D, E, K], (), tensors)
+
+    def add_head(
+        self,
+        norm_D: torch.Tensor,
+        head: Panels,
+        num_tokens: int,
+        eps: float,
+        probability: torch.Tensor | None = None,
+    ) -> None:
+        """Final norm, LM head of `num_tokens` rows, the largest logit and, where wanted, its softmax probability."""
+        b, padded = self.buffers, self.buffers.logits.shape[1]
+        self.program.add(LM_HEAD, [norm_D.shape[0], padded], [eps], [b.hidden, norm_D, head, b.logits])
+        self.program.add(ARGMAX, [num_tokens, padded], (), [b.logits, b.best, probability])
