@@ -27,10 +27,11 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints-cpu.txt
+$(STAMP): pyproject.toml constraints-cpu.txt requirements-peers.txt
 	@test -n "$(PYTHON)" || { echo "speedstack needs Python 3.11 or newer; set PYTHON=/path/to/python" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install --no-deps -r requirements-peers.txt
 	@touch $@
 
 demo: setup

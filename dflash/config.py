@@ -35,6 +35,7 @@ class DFlashConfig:
     """Everything that fixes a drafter's shapes and semantics.
 
     `target_layer_ids`: id L is the OUTPUT of target layer L (before the final norm), in the order of concatenation.
+    `num_target_layers`: None where a checkpoint from elsewhere does not say.
     `block_size`: the anchor plus `block_size - 1` masked positions.
     `vocab_size` is the target's: the drafter has no embedding and no head of its own.
 
@@ -61,7 +62,7 @@ class DFlashConfig:
     vocab_size: int
     mask_token_id: int
     target_layer_ids: tuple[int, ...]
-    num_target_layers: int
+    num_target_layers: int | None
     block_size: int = 8
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
@@ -97,10 +98,9 @@ class DFlashConfig:
                 f"drafter mask_token_id {self.mask_token_id} is not in the vocabulary of {self.vocab_size}"
             )
         ids = self.target_layer_ids
-        if not ids or len(set(ids)) != len(ids) or not all(0 <= i < self.num_target_layers for i in ids):
-            raise ValueError(
-                f"drafter target_layer_ids {list(ids)} must be distinct layers of 0..{self.num_target_layers - 1}"
-            )
+        last = max(ids, default=0) if self.num_target_layers is None else self.num_target_layers - 1
+        if not ids or len(set(ids)) != len(ids) or not all(0 <= i <= last for i in ids):
+            raise ValueError(f"drafter target_layer_ids {list(ids)} must be distinct layers of 0..{last}")
         self._check_options()
 
     def _check_options(self) -> None:

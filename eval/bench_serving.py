@@ -49,8 +49,8 @@ class Way:
 class ServingRow(Record):
     """One way of speculating.
 
-    `tau` in `acceptance` counts the target's own token; it is 1 without proposals, and `acceptance` is None then.
-    `decode_tokens_per_second` leaves the prompt out; it is of `num_timed_prompts` prompts.
+    `acceptance` is of all prompts, `sets` of each set; without proposals its length is 1.
+    `decode_tokens_per_second` leaves the prompt out; it is of `num_timed_prompts` prompts, None when nothing was timed.
     """
 
     name: str
@@ -97,27 +97,27 @@ def ways_of(num_proposals: int, tree_budgets: Sequence[int] = (8, 16, 32)) -> li
         Way("look-up, adaptive", "ngram", DraftStrategy("adaptive")),
     ]
     ways += [replace(way, temperature=1.0) for way in sampled]
+    if not tree_budgets:
+        return ways
     trees = [Way("no drafter", "none"), Way("chain", "drafter")]
     trees += [Way(f"tree of {budget}", "drafter", DraftStrategy(tree_budget=budget)) for budget in tree_budgets]
-    ways += [replace(way, backend=REFERENCE) for way in trees]
-    middle = sorted(tree_budgets)[len(tree_budgets) // 2] if tree_budgets else 0
-    if middle:
-        sampled = [
-            Way("no drafter", "none"),
-            Way("chain, argmax", "drafter"),
-            Way("chain, shared noise", "drafter", DraftStrategy(noise="shared")),
-            Way(f"tree of {middle}", "drafter", DraftStrategy(tree_budget=middle)),
-            Way(f"tree of {middle}, shared noise", "drafter", DraftStrategy(noise="shared", tree_budget=middle)),
-        ]
-        ways += [replace(way, backend=REFERENCE, temperature=1.0) for way in sampled]
-    return ways
+    middle = sorted(tree_budgets)[len(tree_budgets) // 2]
+    sampled = [
+        Way("no drafter", "none"),
+        Way("chain, argmax", "drafter"),
+        Way("chain, shared noise", "drafter", DraftStrategy(noise="shared")),
+        Way(f"tree of {middle}", "drafter", DraftStrategy(tree_budget=middle)),
+        Way(f"tree of {middle}, shared noise", "drafter", DraftStrategy(noise="shared", tree_budget=middle)),
+    ]
+    trees += [replace(way, temperature=1.0) for way in sampled]
+    return ways + [replace(way, backend=REFERENCE) for way in trees]
 
 
 class Server:
     """One engine a backend; `run` gives it the proposer and the strategy of a row."""
 
-    def __init__(self, target: Path, drafter: DFlashDraftModel, max_length: int | None) -> None:
-        self._target, self._drafter, self._max_length = target, drafter, max_length
+    def __init__(self, target: Path, drafter: DFlashDraftModel, max_length: int | None, device: str = "auto") -> None:
+        self._target, self._drafter, self._max_length, self._device = target, drafter, max_length, device
         self._engines: dict[str, tuple[Engine, Proposer]] = {}
 
     def engine(self, way: Way) -> Engine:
@@ -127,7 +127,7 @@ class Server:
             engine = Engine.from_pretrained(
                 self._target,
                 backend=way.backend,  # type: ignore[arg-type]
-                device="cpu",
+                device=self._device,
                 max_length=self._max_length,
                 max_batch_size=1,
             )
@@ -279,6 +279,7 @@ def main() -> None:
     parser.add_argument("--num-reference-prompts", type=int, default=4, help="for its rows (default: %(default)s)")
     parser.add_argument("--tree-budget", type=int, nargs="*", default=[8, 16, 32], help="of the trees; none: no trees")
     parser.add_argument("--max-length", type=int, help="positions of a sequence's buffers")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the order (default: %(default)s)")
     arguments = parser.parse_args()
     try:
@@ -296,7 +297,7 @@ def bench(arguments: argparse.Namespace) -> ServingBench:
     drafter = load_drafter(arguments.drafter)
     ways = ways_of(drafter.config.num_proposals, arguments.tree_budget)
     rows = measure_serving(
-        Server(arguments.target, drafter, arguments.max_length),
+        Server(arguments.target, drafter, arguments.max_length, arguments.device),
         ways,
         prompt_sets,
         arguments.num_new_tokens,

@@ -249,9 +249,13 @@ class UnitSensitivity(Record):
 
 
 class SensitivityResult(Document):
-    """KL to the full-precision model when only one layer or expert is quantized; `all_kl_nats` when all are."""
+    """KL to the full-precision model when only one layer or expert is quantized; `all_kl_nats` when all are.
+
+    `model_sha256` is of the model directory's weights; None for a model that came from none.
+    """
 
     kind: Literal["sensitivity"] = "sensitivity"
+    model_sha256: str | None = None
     rounding: str
     num_tokens: int
     all_kl_nats: float

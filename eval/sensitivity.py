@@ -6,6 +6,8 @@ place and put back, bit for bit, so the model may be used meanwhile by nobody el
 
     python -m speedstack.eval.sensitivity MODEL --corpus DIR
 
+In a notebook, `sensitivity` takes directories, and `measure_sensitivity` a model and windows of token ids.
+
 Left out: interactions. What the layers do alone adds up to about what they do together; what a layer's experts do does
 not, because any change, of one expert or of all, sends the same undecided tokens elsewhere in later layers.
 
@@ -21,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-import datasets
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -29,9 +30,12 @@ from transformers import PreTrainedModel
 
 from speedstack.eval.divergence import token_kl, top1_matches
 from speedstack.eval.environment import describe_environment
-from speedstack.eval.quality import heldout_windows, stderr_over_windows
+from speedstack.eval.heldout import corpus_windows
+from speedstack.eval.quality import stderr_over_windows
 from speedstack.eval.results import SensitivityResult, UnitSensitivity
-from speedstack.quant.checkpoint import load_model
+from speedstack.quant.checkpoint import load_model, weights_sha256
+from speedstack.quant.checkpoint.files import checkpoint_directory
+from speedstack.quant.checkpoint.reader import read_config
 from speedstack.quant.experts import contraction_last, weight_names
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule, fake_quantize
 from speedstack.quant.replay import DecoderLayers
@@ -43,6 +47,39 @@ NUM_SHOWN = 10
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 # Layer, and expert; None is all of the layer's.
 Unit = tuple[int, int | None]
+
+
+def sensitivity(
+    model: str | Path,
+    corpus: str | Path,
+    rounding: Rounding = fake_quantize,
+    *,
+    num_tokens: int = 4096,
+    window: int = 256,
+    batch_size: int = 4,
+    by_expert: bool = True,
+    device: str = "auto",
+    on_batch: Callable[[int, int], None] | None = None,
+) -> SensitivityResult:
+    """`measure_sensitivity` of a model directory in float32, on the held-out part of a prepared corpus.
+
+    Raises ValueError, of one line, for a model that is missing, broken or packed already, and as `corpus_windows` and
+    `measure_sensitivity` do.
+    """
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1, got {batch_size}")
+    directory = checkpoint_directory(model)
+    if read_config(directory)[1].is_packed:
+        raise ValueError(
+            f"the experts of {directory} are quantized already, so that quantizing them changes nothing: give the "
+            "model it was made from"
+        )
+    chosen_device = choose_device(device)
+    windows = corpus_windows(corpus, directory, window, num_tokens)
+    loaded = load_model(directory)
+    torch.nn.Module.to(loaded, chosen_device)
+    result = measure_sensitivity(loaded, windows, rounding, by_expert, batch_size, on_batch)
+    return result.model_copy(update={"model_sha256": weights_sha256(directory)})
 
 
 @torch.no_grad()
@@ -195,24 +232,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> SensitivityResult:
-    heldout = options.corpus / "heldout"
-    if not heldout.is_dir():
-        raise ValueError(f"{options.corpus} is not a prepared corpus: it has no held-out part")
-    documents = datasets.load_from_disk(str(heldout))["input_ids"]
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
-    model = load_model(options.model)
-    separator_id = documents[0][-1]
-    windows = heldout_windows(documents, options.window, options.num_tokens, separator_id)
-    torch.nn.Module.to(model, choose_device(options.device))
-    rounding = partial(fake_quantize, scale_rule=options.scale_rule)
     with tqdm(total=1, desc="sensitivity", unit="batch") as bar:
 
         def on_batch(done: int, total: int) -> None:
             bar.total = total
             bar.update()
 
-        return measure_sensitivity(model, windows, rounding, not options.layers_only, options.batch_size, on_batch)
+        return sensitivity(
+            options.model,
+            options.corpus,
+            partial(fake_quantize, scale_rule=options.scale_rule),
+            num_tokens=options.num_tokens,
+            window=options.window,
+            batch_size=options.batch_size,
+            by_expert=not options.layers_only,
+            device=options.device,
+            on_batch=on_batch,
+        )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ import torch
 from torch.nn import functional as F
 
 from speedstack.quant import mxfp4
-from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule, power_of_two
+from speedstack.quant.fp8 import quotient, scales_of
+from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule, least_error_scales, power_of_two
 
 FormatName = Literal["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "nvfp4", "int4_g32", "fp8_block128"]
 
@@ -161,25 +162,13 @@ def _mx(element: FloatElement) -> Callable[[torch.Tensor, ScaleRule], torch.Tens
         y_NGB = element.round(w_NGB * power_of_two(2 * _F32_EXPONENT_BIAS - scales_NG).unsqueeze(-1))
         return y_NGB.mul_(power_of_two(scales_NG).unsqueeze(-1))
 
-    def squared_errors(w_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tensor:
-        errors = (snap(w_NGB, scales_NG).double() - w_NGB.double()).square_()
-        while errors.shape[-1] > 1:  # a fixed tree: `sum` adds in an order that depends on the device
-            low, high = errors.chunk(2, dim=-1)
-            errors = low + high
-        return errors.squeeze(-1)
-
     def round_(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
         w_NGB = w_NK.unflatten(-1, (-1, 32))
         amax_bits_NG = w_NGB.abs().amax(dim=-1).view(torch.int32)
         exponents_NG = ((amax_bits_NG + carries[scale_rule]) >> _F32_MANTISSA_BITS) - element.max_exponent
         scales_NG = exponents_NG.clamp_(0, max_scale)
         if scale_rule == "mse":
-            floor_scales_NG, least_NG = scales_NG, squared_errors(w_NGB, scales_NG)
-            for step in (1, -1):
-                other_NG = (floor_scales_NG + step).clamp_(0, max_scale)
-                errors_NG = squared_errors(w_NGB, other_NG)
-                scales_NG = torch.where(errors_NG < least_NG, other_NG, scales_NG)
-                least_NG = torch.minimum(errors_NG, least_NG)
+            scales_NG = least_error_scales(w_NGB, scales_NG, snap, max_scale)
         scales_NG = scales_NG.masked_fill(amax_bits_NG >= _F32_INFINITY_BITS, _NAN_SCALE)
         return snap(w_NGB, scales_NG).view(w_NK.shape)
 
@@ -196,7 +185,7 @@ def _nvfp4(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
     # a number by a tensor as number times reciprocal, and so does compressed-tensors.
     global_N = E4M3.max_value * E2M1.max_value / amax_N.clamp(min=smallest_normal)
     global_N = torch.where(global_N.isinf(), 1.0, global_N)
-    block_scale_NRG = E4M3.round(global_N * (amax_NRG / E2M1.max_value))
+    block_scale_NRG = E4M3.round(global_N * quotient(amax_NRG, E2M1.max_value))
     scale_NRG = block_scale_NRG / global_N
     # A block whose scale rounds to zero is a block of zeros.
     is_zero_NRG = scale_NRG == 0
@@ -208,7 +197,7 @@ def _nvfp4(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
 def _int4(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
     w_NGB = w_NK.unflatten(-1, (-1, 32))
     amax_NG1 = w_NGB.abs().amax(dim=-1, keepdim=True)
-    scale_NG1 = (amax_NG1 / _INT4_MAX).bfloat16().float()
+    scale_NG1 = quotient(amax_NG1, _INT4_MAX).bfloat16().float()
     scale_NG1 = torch.where(scale_NG1 == 0, 1.0, scale_NG1)
     # Adding 0 makes the integer's only zero of a negative one.
     y_NGB = (w_NGB / scale_NG1).round_().clamp_(-_INT4_MAX, _INT4_MAX).add_(0.0).mul_(scale_NG1)
@@ -221,8 +210,7 @@ def _fp8_block128(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
     padded = F.pad(w_NK, (0, -num_columns % 128, 0, -num_rows % 128))
     w_NGBGB = padded.unflatten(-1, (-1, 128)).unflatten(-3, (-1, 128))
     amax = w_NGBGB.abs().amax(dim=(-3, -1), keepdim=True)
-    scale = amax / E4M3.max_value
-    scale = torch.where(scale == 0, 1.0, scale)
+    scale = scales_of(amax)
     y_NGBGB = _nan_where_not_finite(E4M3.round(w_NGBGB / scale).mul_(scale), amax)
     return y_NGBGB.flatten(-4, -3).flatten(-2, -1)[..., :num_rows, :num_columns].contiguous()
 

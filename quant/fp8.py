@@ -82,15 +82,27 @@ def quantize_fp8(w_OI: torch.Tensor, scale_dtype: torch.dtype = torch.float32) -
         amax_Q = torch.stack([tile.abs().amax() for tile in rows_RI.split(TILE_SIZE, dim=1)])
         if not torch.isfinite(amax_Q).all():
             raise ValueError("cannot quantize NaN or infinity to FP8: check the weights")
-        scales_Q = amax_Q / _MAX
-        # 0 for a tile of zeros, or of values so small that the quotient vanishes.
-        scales_Q = torch.where(scales_Q > 0, scales_Q, torch.ones_like(scales_Q))
+        scales_Q = scales_of(amax_Q)
         if scale_dtype == torch.float8_e8m0fnu:
             scales_Q = _next_power_of_two(scales_Q)
         rows_of_scales.append(scales_Q)
         scales_I = scales_Q.repeat_interleave(TILE_SIZE)[:I]
         codes_OI[start : start + TILE_SIZE] = (rows_RI / scales_I).clamp_(-_MAX, _MAX).to(ELEMENT_DTYPE)
     return FP8Tensor(codes_OI, torch.stack(rows_of_scales).to(scale_dtype))
+
+
+def scales_of(amax: torch.Tensor) -> torch.Tensor:
+    """The scale that maps each largest magnitude to E4M3's largest, 448; 1 where that quotient is 0."""
+    scales = quotient(amax, _MAX)
+    return torch.where(scales > 0, scales, torch.ones_like(scales))
+
+
+def quotient(x: torch.Tensor, divisor: float) -> torch.Tensor:
+    """x / divisor, correctly rounded on every device.
+
+    On a GPU torch divides by a number as it multiplies by the number's reciprocal, which may be off by the last place.
+    """
+    return x / torch.full_like(x, divisor)
 
 
 def _next_power_of_two(scales: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ Left out: activations, stochastic rounding, and ties toward zero as ModelOpt rou
 Shape suffixes: N = any leading dimensions, K = contraction, G = K / 32 blocks, B = 32 elements of a block, H = K / 2.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -217,28 +218,37 @@ def scale_bytes(w_NGB: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
     exponents_NG = ((amax_bits_NG + carry) >> _F32_MANTISSA_BITS) - _E2M1_MAX_EXPONENT
     scales_NG = exponents_NG.clamp_(0, _MAX_SCALE)
     if scale_rule == "mse":
-        scales_NG = _least_error_scales(w_NGB, scales_NG)
+        scales_NG = least_error_scales(w_NGB, scales_NG, snap, _MAX_SCALE)
     return scales_NG.masked_fill_(amax_bits_NG >= _F32_INFINITY_BITS, _NAN_SCALE)
 
 
-def _least_error_scales(w_NGB: torch.Tensor, floor_scales_NG: torch.Tensor) -> torch.Tensor:
+def least_error_scales(
+    w_NGB: torch.Tensor,
+    floor_scales_NG: torch.Tensor,
+    snap: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    max_scale: int,
+) -> torch.Tensor:
+    """Of each block's scale byte, the next and the one before, that of the least squared error; the first if equal.
+
+    `snap` gives the values of blocks under scale bytes, here MXFP4's or another format's.
+    """
     best_scales_NG = floor_scales_NG
-    best_errors_NG = _squared_errors(w_NGB, floor_scales_NG)
+    best_errors_NG = _squared_errors(snap(w_NGB, floor_scales_NG), w_NGB)
     for step in (1, -1):
-        scales_NG = (floor_scales_NG + step).clamp_(0, _MAX_SCALE)
-        errors_NG = _squared_errors(w_NGB, scales_NG)
+        scales_NG = (floor_scales_NG + step).clamp_(0, max_scale)
+        errors_NG = _squared_errors(snap(w_NGB, scales_NG), w_NGB)
         is_better_NG = errors_NG < best_errors_NG
         best_scales_NG = torch.where(is_better_NG, scales_NG, best_scales_NG)
         best_errors_NG = torch.where(is_better_NG, errors_NG, best_errors_NG)
     return best_scales_NG
 
 
-def _squared_errors(w_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tensor:
+def _squared_errors(values_NGB: torch.Tensor, w_NGB: torch.Tensor) -> torch.Tensor:
     """Squared error of each block in float64, where no float32 square overflows or vanishes.
 
     Summed over a fixed tree: `sum` adds in an order that depends on the device, and with it could a tie.
     """
-    errors = (snap(w_NGB, scales_NG).double() - w_NGB.double()).square_()
+    errors = (values_NGB.double() - w_NGB.double()).square_()
     while errors.shape[-1] > 1:
         low, high = errors.chunk(2, dim=-1)
         errors = low + high

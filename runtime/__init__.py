@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from speedstack.runtime.engine import Engine
     from speedstack.runtime.results import Generation, GenerationStats, Score
+    from speedstack.runtime.strategy import DraftStrategy
 
-__all__ = ["Engine", "Generation", "GenerationStats", "Score"]
+__all__ = ["DraftStrategy", "Engine", "Generation", "GenerationStats", "Score"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,6 +16,10 @@ def __getattr__(name: str) -> Any:
         from speedstack.runtime.engine import Engine
 
         return Engine
+    if name == "DraftStrategy":
+        from speedstack.runtime.strategy import DraftStrategy
+
+        return DraftStrategy
     if name in __all__:
         from speedstack.runtime import results
 

@@ -19,11 +19,12 @@ import torch
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
 from speedstack.runtime.assemble import Assembler, Buffers
-from speedstack.runtime.backend import MAX_ROWS, DraftRequest, Rows
+from speedstack.runtime.backend import DraftRequest, Rows
 from speedstack.runtime.compiled_drafter import CompiledDrafter, why_not_compiled
 from speedstack.runtime.module_drafter import ModuleDrafter
 from speedstack.runtime.panels import LANES, panels, unpacked
 from speedstack.runtime.program import EMBED, Program, Runner, records_of
+from speedstack.runtime.ring import MAX_ROWS
 from speedstack.runtime.spec import MoeSpec
 from speedstack.runtime.weights import ModelWeights
 

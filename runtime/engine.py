@@ -19,10 +19,11 @@ import torch
 from speedstack.dflash.checkpoint import check_target, load_drafter
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.quant.checkpoint import load_checkpoint, weights_sha256
-from speedstack.runtime.backend import MAX_ROWS, Backend, Rows
+from speedstack.runtime.backend import Backend, Rows
 from speedstack.runtime.decoder import Decoder
 from speedstack.runtime.proposer import DrafterProposer, NgramProposer, NoProposer, Proposer
 from speedstack.runtime.results import Generation, Score
+from speedstack.runtime.ring import MAX_ROWS
 from speedstack.runtime.sampling import SamplingParams
 from speedstack.runtime.select import choose_device, choose_dtype, make_backend, refuse_trees
 from speedstack.runtime.sequence import RunningSequence

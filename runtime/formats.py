@@ -40,7 +40,7 @@ def formats_from_fields(fields: dict[str, Any]) -> WeightFormats:
     if quantization is None:
         dtype = str(fields.get("dtype") or fields.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         if dtype == "float32":
-            return WeightFormats(*["float32"] * 7)
+            return WeightFormats("float32", "float32", "float32", "float32", "float32", "float32", "float32")
         if dtype not in ("bfloat16", "float16"):
             raise ValueError(f"weights of dtype {dtype!r} are not known to the plan; use bfloat16 or float32")
         return WeightFormats(router=router)

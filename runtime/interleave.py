@@ -159,11 +159,13 @@ class _Expansion:
     def writes_of(self, step: int, number: int) -> dict[Place, int]:
         """What a phase leaves behind, by place: the values that readers of it should see."""
         if (step, number) not in self.written:
-            phase, values = self.plan.phases[number], {}
+            phase, values = self.plan.phases[number], dict[Place, int]()
             accesses = self.tables.table(phase).accesses[len(phase.reads) :]
             for access in accesses:
                 for item in self.existing(step, phase):
-                    values |= {place: _value(step, number, item) for place, _ in self.touched(step, phase, access, item)}
+                    values |= {
+                        place: _value(step, number, item) for place, _ in self.touched(step, phase, access, item)
+                    }
             self.written[step, number] = values
         return self.written[step, number]
 

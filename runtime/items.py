@@ -132,10 +132,13 @@ def check_well_formed(plan: Plan) -> None:
         regions = [read.region for read in phase.reads] + list(phase.writes)
         unknown = [region.buffer for region in regions if region.buffer not in plan.buffer_named]
         unknown += [r.producer for r in phase.reads if r.producer is not None and r.producer not in plan.phase_named]
-        unknown += [what.counter for what in (*phase.waits, *phase.signals) if what.counter not in sizes]
+        whats: list[Wait | Signal] = [*phase.waits, *phase.signals]
+        unknown += [what.counter for what in whats if what.counter not in sizes]
+        if any(read.steps_ago not in (0, 1) for read in phase.reads):
+            raise ValueError(f"phase {phase.name} reads what is older than one step: keep it as state")
         if unknown:
             raise ValueError(f"phase {phase.name} names {unknown[0]!r}, which the plan does not have")
-        for what in (*phase.waits, *phase.signals):
+        for what in whats:
             elements = tables.elements(phase, what)
             if elements.min() < 0 or elements.max() >= sizes[what.counter]:
                 raise ValueError(f"phase {phase.name}: index outside counter {what.counter!r}")

@@ -22,15 +22,18 @@ between `embed` and `lm_head`, `sample`. Decisions, and why:
 - Splits of the context have a fixed size and absolute bounds, so a row's bits depend on its position alone. Tiles only
   cut columns: an element's sum runs over the whole contraction axis inside one item, whatever the tile.
 
+Items compute all rows of a step's capacity where that costs nothing. What belongs to rows that a step does not have is
+garbage, from which nothing flows into other rows.
+
 Left out: a drafter's phases, and the exchange between GPUs (the cost model counts it): a plan is of one GPU.
 """
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from speedstack.runtime.backend import ring_length
 from speedstack.runtime.formats import WeightFormats
 from speedstack.runtime.plan import Axis, Buffer, Counter, Phase, Plan, Prefetch, Read, Region, Signal, Wait, Work
+from speedstack.runtime.ring import ring_length
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, ModelSpec, MoeSpec
 
 MAX_ROWS = 16  # rows of a step: the narrow side of one tensor-core product
@@ -41,7 +44,10 @@ ELEMENT_BYTES = 2  # activations and cache: bf16
 WIDE_BYTES = 4  # logits and partial sums: float32
 
 PAIRS = "each (row, choice) belongs to one active expert, each column to one tile"
-SEQUENCES = "each (sequence, split) belongs to one item, and a row to one sequence"
+SEQUENCES = (
+    "each (sequence, split) belongs to one item, and a row to one sequence; a ring is longer than a window and a step, "
+    "so that what a step appends lies on nothing that it reads"
+)
 
 
 def choose_tile(width: int, num_programs: int, candidates: tuple[int, ...], num_groups: int = 1) -> int:
@@ -93,9 +99,7 @@ def build_plan(
     if not 1 <= rows <= MAX_ROWS:
         raise ValueError(f"a step holds 1 to {MAX_ROWS} rows, not {rows}")
     if not 1 <= max_context <= spec.max_position_embeddings:
-        raise ValueError(
-            f"context {max_context} is outside the model's 1 to {spec.max_position_embeddings} positions"
-        )
+        raise ValueError(f"context {max_context} is outside the model's 1 to {spec.max_position_embeddings} positions")
     if num_programs < 1 or split_size < 1:
         raise ValueError("a plan needs at least one program and splits of at least one position")
     builder = _Builder(spec, formats, num_programs, rows, max_context, split_size, is_sharded)
@@ -116,6 +120,7 @@ class _Builder:
     phases: list[Phase] = field(default_factory=list)
     prefetches: list[Prefetch] = field(default_factory=list)
     rotation: int = 0
+    ahead: Wait | None = None  # what begins the newest phase that has weights
 
     def build(self) -> Plan:
         D = self.spec.hidden_size
@@ -157,13 +162,15 @@ class _Builder:
         width = heads * a.qk_head_dim + a.qk_head_dim + a.v_head_dim
         tile = choose_tile(width, self.num_programs, MMA_TILES, G)
         tiles = _ceil(width, tile)
-        # Layers of different shapes share the memory of their intermediate results; no two layers are under way at once.
+        # Layers of different shapes share the memory of their results: no two layers are under way at once.
         shape = f"{G}x{width}x{tile}"
         qkv = self.buffer(f"qkv.{shape}", G * tiles * tile, R * ELEMENT_BYTES, "qkv")
         splits = self.num_splits(a.window)
         per_head = splits * (a.v_head_dim + 2) * WIDE_BYTES
         partial = self.buffer(f"partial.{a.num_heads}x{per_head}", R * a.num_heads, per_head, "partial")
-        attended = self.buffer(f"attended.{shape}", R * a.num_heads, a.v_head_dim * ELEMENT_BYTES, "attended")
+        attended = self.buffer(
+            f"attended.{a.num_heads}x{a.v_head_dim}", R * a.num_heads, a.v_head_dim * ELEMENT_BYTES, "attended"
+        )
         positions = ring_length(a.window, self.max_context)
         kv_bytes = (a.qk_head_dim + a.v_head_dim) * ELEMENT_BYTES
         cache = self.buffer(f"{at}cache", G, R * positions * kv_bytes)
@@ -255,14 +262,16 @@ class _Builder:
         router_tile = choose_tile(E, self.num_programs, VECTOR_TILES)
         logits = self.buffer(f"router.{E}", E, R * WIDE_BYTES, "router")
         act = self.buffer(f"act.moe.{width}x{K}", R * K, width * ELEMENT_BYTES, "act")
-        bias = moe.has_bias
+        bias, rows = moe.has_bias, Read(self.whole("rows"), "sample", 1)
         self.add(
             f"{at}router", "router", (Axis("tile", _ceil(E, router_tile)),), index, router_tile,
             reads=[self.read_whole("hidden", before)],
             writes=[Region(logits, router_tile, 0, (router_tile,))],
             waits=[self.all_programs(before)],
             work=Work(
-                weight_bytes=self.formats.num_bytes("router", E * D) + D * 2 + E * 4 * (bias or moe.has_correction_bias),
+                weight_bytes=self.formats.num_bytes("router", E * D)
+                + D * 2
+                + E * 4 * (bias or moe.has_correction_bias),
                 activation_bytes=D * ELEMENT_BYTES + E * WIDE_BYTES,
                 row_flops=2 * E * D,
             ),
@@ -271,7 +280,7 @@ class _Builder:
         self.add(
             f"{at}gate_up", "expert_gate_up", (Axis("expert", min(E, R * K), True), Axis("tile", _ceil(width, tile))),
             index, tile,
-            reads=[self.read_whole("hidden", before), self.read_whole(logits, f"{at}router")],
+            reads=[self.read_whole("hidden", before), self.read_whole(logits, f"{at}router"), rows],
             writes=[self.whole(act, PAIRS)],
             waits=[self.all_programs(f"{at}router")],
             work=Work(
@@ -282,7 +291,7 @@ class _Builder:
             ),
         )  # fmt: skip
         self.prefetches.append(Prefetch(f"{at}gate_up", self.all_programs(f"{at}router")))
-        reads = [self.read_whole(logits, f"{at}router"), self.read_whole(act, f"{at}gate_up")]
+        reads = [self.read_whole(logits, f"{at}router"), self.read_whole(act, f"{at}gate_up"), rows]
         self.project(
             f"{at}down", "expert_down", index, reads, f"{at}gate_up", before,
             Work(
@@ -354,8 +363,11 @@ class _Builder:
         signals: list[Signal] | None = None,
         num_counters: int = 1,
     ) -> None:
-        """Adds a phase and its counter; unless told otherwise every program signals that once. Movers fetch what is
-        known before its wait is over: weights of one phase ahead, once the phase before it has begun."""
+        """Adds a phase and its counter; unless told otherwise every program signals that once.
+
+        Movers fetch its weights while the programs work on the phase before it that has any: attention, which reads
+        none, then leaves them more time. Weights of experts are not known before the router's counter is reached.
+        """
         self.counters.append(Counter(name, num_counters))
         each: Literal["program"] = "program"
         phase = Phase(
@@ -363,14 +375,15 @@ class _Builder:
             tuple(signals) if signals is not None else (Signal(name, each),), work, self.rotation,
         )  # fmt: skip
         if work.weight_bytes and op != "embed":
-            # Of a phase behind item counters there is no one threshold; movers are then a phase further ahead.
-            previous = self.phases[-1].waits[0] if self.phases else None
-            self.prefetches.append(Prefetch(name, None if previous is None or previous.strides else previous))
+            self.prefetches.append(Prefetch(name, self.ahead))
+        if (work.weight_bytes or work.expert_bytes) and op != "embed":
+            self.ahead = phase.waits[0]
         self.rotation = (self.rotation + phase.num_items) % self.num_programs
         self.phases.append(phase)
 
     def buffer(self, name: str, num_cells: int, cell_bytes: int, memory: str = "") -> str:
-        self.buffers.setdefault(name, Buffer(name, num_cells, cell_bytes, memory))
+        buffer = Buffer(name, num_cells, cell_bytes, memory)
+        assert self.buffers.setdefault(name, buffer) == buffer, f"two shapes of {name}"
         return name
 
     def whole(self, buffer: str, exclusive: str = "") -> Region:

@@ -102,7 +102,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class Signal:
-    """Adds one to counter `name[start + sum(stride * index)]`: after each item, or once a program at the phase's end."""
+    """Adds one to counter `name[start + sum(stride * index)]` after each item, or once a program at the phase's end."""
 
     counter: str
     each: Literal["item", "program"]
@@ -125,8 +125,8 @@ class Work:
 
     weight_bytes: read once a step. expert_bytes: for each expert that some row chose, of `num_experts`, `top_k` a row.
     kv_bytes: for each position that a sequence sees, at most `window`. activation_bytes: read and written for each row.
-    row_flops: for each row. position_flops: for each row and position it sees. all_reduce_bytes: for each row, exchanged
-    between GPUs after the phase.
+    row_flops: for each row. position_flops: for each row and position it sees. all_reduce_bytes: exchanged between GPUs
+    after the phase, for each row.
     """
 
     weight_bytes: float = 0.0

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
 from speedstack.quant.mxfp4 import MXFP4Tensor
-from speedstack.runtime.backend import DraftRequest, Rows, ring_length
+from speedstack.runtime.backend import DraftRequest, Rows
 from speedstack.runtime.module_drafter import ModuleDrafter
+from speedstack.runtime.ring import ring_length
 from speedstack.runtime.spec import AttentionSpec, MoeSpec, YarnSpec
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights, Weight
 

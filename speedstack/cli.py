@@ -92,6 +92,16 @@ VERBS = {
         "speedstack.eval.config:BenchConfig",
         "speedstack.jobs:bench",
     ),
+    "plan": Verb(
+        "plan a model's decode step: bytes, FLOPs, roofline on a named GPU, and the proof that it is safe",
+        "speedstack.plan:load_plan_config",
+        "speedstack.plan:plan",
+    ),
+    "trace": Verb(
+        "a timeline of one decode step as the cost model predicts it, for Perfetto",
+        "speedstack.trace:load_trace_config",
+        "speedstack.trace:trace",
+    ),
     "report": Verb(
         "HTML and JSON from finished runs",
         "speedstack.eval.config:ReportConfig",

@@ -1,4 +1,4 @@
-"""The `convert` verb: a checkpoint of one format becomes one of another.
+"""The `convert` verb: a checkpoint of one format becomes one of another. A drafter is told from a model by its config.
 
 The checkpoint may be named before the flags, where other verbs take a config file: `speedstack convert SRC --to FORMAT
 --out DIR`. A name that ends in .yaml or .yml is a config file here too.
@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from speedstack.eval.config import DEMO_RUN, VerbConfig
-from speedstack.train.config import load_config
+from speedstack.train.config import load_config_of
 
 
 class ConvertConfig(VerbConfig):
@@ -21,32 +21,42 @@ class ConvertConfig(VerbConfig):
 
     source: Path = Field(DEMO_RUN / "qad" / "export", description="Model directory, in any of the formats.")
     to: str = Field(
-        "plain", description="Format to write: compressed-tensors, gpt-oss, mimo, deepseek-v4, gguf or plain."
+        "plain",
+        description="Format to write. A model: compressed-tensors, gpt-oss, mimo, deepseek-v4, gguf or plain. "
+        "A drafter: speedstack, zlab, mimo, speculators or transformers.",
     )
     out: Path = Field(Path("runs/convert"), description="Directory of the result; a model already there is replaced.")
-    scale_rule: Literal["floor", "rceil", "even", "mse"] = Field(
-        "even", description="How scales are chosen where an unquantized source is rounded to MXFP4."
+    scale_rule: Literal["auto", "floor", "rceil", "even", "mse"] = Field(
+        "auto",
+        description="How scales are chosen where an unquantized source is rounded to MXFP4; auto: even.",
     )
     linears: Literal["keep", "fp8"] = Field(
         "keep",
         description="Linear layers other than experts: keep them as they are, or (mimo, deepseek-v4) round them to FP8 "
-        "in tiles of 128 x 128.",
+        "in tiles of 128 x 128. Layers that are no whole tiles stay.",
+    )
+    target: Path | None = Field(
+        None,
+        description="The model that a drafter is for: what speculators' format names, and whose LM head it stores.",
     )
     max_shard_bytes: int = Field(5 * 10**9, ge=1, description="Largest safetensors file written, in bytes.")
 
 
 def load_convert_config(path: Path | None, overrides: Sequence[str]) -> ConvertConfig:
-    """The config of a file and flags, or of a source directory and flags. Raises ValueError as `load_config` does."""
-    if path is not None and path.suffix not in (".yaml", ".yml"):
-        return load_config(ConvertConfig, None, ["--source", str(path), *overrides])
-    return load_config(ConvertConfig, path, overrides)
+    """The config of a file and flags, or of a source directory and flags. Raises as `load_config` does."""
+    return load_config_of(ConvertConfig, "source", path, overrides)
 
 
 def convert(config: ConvertConfig) -> None:
     """Convert, with a progress bar, and say where the result lies."""
     from tqdm import tqdm
 
+    from speedstack.dflash.checkpoint import is_drafter
     from speedstack.quant.checkpoint import convert as run
+
+    if is_drafter(config.source):
+        _convert_drafter(config)
+        return
 
     with tqdm(unit=" tensors", desc=f"to {config.to}", leave=False) as bar:
 
@@ -58,7 +68,7 @@ def convert(config: ConvertConfig) -> None:
             config.source,
             config.to,
             config.out,
-            scale_rule=config.scale_rule,
+            scale_rule=None if config.scale_rule == "auto" else config.scale_rule,
             linears=config.linears,
             max_shard_bytes=config.max_shard_bytes,
             on_progress=show,
@@ -67,4 +77,27 @@ def convert(config: ConvertConfig) -> None:
         f"{result.source_format} to {result.target_format}: {result.num_expert_weights} expert weights, "
         f"{result.num_other_tensors} other tensors"
     )
+    print(f"written: {config.out}")
+
+
+def _convert_drafter(config: ConvertConfig) -> None:
+    import torch
+
+    from speedstack.dflash.checkpoint import check_target, convert_drafter, load_config
+    from speedstack.dflash.formats.format import Target
+    from speedstack.quant.checkpoint import load_checkpoint, weights_sha256
+
+    target = Target()
+    if config.target is not None:
+        checkpoint = load_checkpoint(config.target)
+        text = checkpoint.config.get_text_config()
+        sha256 = weights_sha256(config.target)
+        check_target(load_config(config.source), sha256, text.hidden_size, text.num_hidden_layers, text.vocab_size)
+        head = "model.embed_tokens.weight" if text.tie_word_embeddings else "lm_head.weight"
+        names = tuple(checkpoint.config.architectures or ())
+        head_VD = checkpoint.tensors[head]
+        assert isinstance(head_VD, torch.Tensor), "only experts are packed"
+        target = Target(str(config.target), names, head_VD)
+    drafter = convert_drafter(config.source, config.to, config.out, target)
+    print(f"drafter of {drafter.num_hidden_layers} layers for blocks of {drafter.block_size}: to {config.to}")
     print(f"written: {config.out}")

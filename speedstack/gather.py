@@ -37,6 +37,8 @@ RESULTS: dict[str, type[Document]] = {
     "acceptance": AcceptanceResult,
     "timing": TimingResult,
 }
+# Results that are files of their own and have no place in a report.
+OTHER_KINDS = ("sensitivity", "quantize", "ptq", "conversion")
 FACTS = ("model", "storage", "memory_bytes", "examples")
 CROSS_ENTROPY = "cross-entropy (nats a token)"
 KL = "KL from the teacher (nats a token)"
@@ -60,11 +62,13 @@ class Facts(Document):
 def gather(inputs: Sequence[Path], title: str, **fields: Any) -> Report:
     """A report of everything below `inputs`; `fields` are set as they are (subtitle, seed, commands).
 
-    Raises ValueError for an input that does not exist, a result file of another schema, and when nothing is found.
+    Results of kinds that a report has no place for, of sensitivity say, are named in its notes. Raises ValueError for
+    an input that does not exist, a result file of another schema, and when nothing is found.
     """
     parts: dict[str, Any] = {}
     curves: list[Curve] = []
     stages: list[StageSummary] = []
+    left_out: list[str] = []
     for path in inputs:
         if not path.exists():
             raise ValueError(f"nothing at {path}; give run directories or result files with --inputs")
@@ -72,13 +76,19 @@ def gather(inputs: Sequence[Path], title: str, **fields: Any) -> Report:
             if file.name == FILE_NAME:
                 curves += run_curves(file.parent)
                 continue
-            loaded = _load(file)
+            if (kind := _kind(file)) in OTHER_KINDS:
+                left_out.append(f"{file} ({kind})")
+                continue
+            loaded = _load(file, kind)
             loaded["memory_bytes"] = parts.get("memory_bytes", {}) | loaded.get("memory_bytes", {})
             parts |= loaded
         stages += [StageSummary(name=r.name, summary=r.summary, seconds=r.seconds) for r in read_records(path)]
     if not parts and not curves:
-        raise ValueError(f"no finished run or result in {', '.join(map(str, inputs))}")
+        hint = f" that a report shows; there are {', '.join(left_out)}" if left_out else ""
+        raise ValueError(f"no finished run or result in {', '.join(map(str, inputs))}{hint}")
     timing = parts.get("timing")
+    if left_out:
+        fields["notes"] = (*fields.get("notes", ()), f"Not shown in this report: {', '.join(left_out)}")
     return Report(
         title=title,
         created_utc=utc_now(),
@@ -123,20 +133,24 @@ def _find(path: Path) -> list[Path]:
     """Metrics and results at `path` or in it and the directories in it, the outermost last, so that it wins."""
     if path.is_file():
         return [path]
-    names = [FILE_NAME, "facts.json", "examples.json", *(f"{kind}.json" for kind in RESULTS)]
+    names = [FILE_NAME, "facts.json", "examples.json", *(f"{kind}.json" for kind in (*RESULTS, *OTHER_KINDS))]
     directories = [*sorted(child for child in path.iterdir() if child.is_dir() and child.name != RECORDS), path]
     return [directory / name for directory in directories for name in names if (directory / name).is_file()]
 
 
-def _load(file: Path) -> dict[str, Any]:
-    """The report's fields that a result file holds. Raises ValueError for a file that is none."""
+def _kind(file: Path) -> object:
+    """The kind that a result file says it is of. Raises ValueError for a file that is none."""
     try:
-        kind = json.loads(file.read_text(encoding="utf-8")).get("kind")
+        return json.loads(file.read_text(encoding="utf-8")).get("kind")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{file} is not a result file: {error}") from error
+
+
+def _load(file: Path, kind: object) -> dict[str, Any]:
+    """The report's fields that a result file holds. Raises ValueError for a file of another kind."""
     if kind == Facts.model_fields["kind"].default:
         facts = Facts.load(file)
         return {name: value for name in FACTS if (value := getattr(facts, name))}
-    if kind not in RESULTS:
+    if not isinstance(kind, str) or kind not in RESULTS:
         raise ValueError(f"{file} is not a result file: its kind is {kind!r}, not {', '.join(RESULTS)}")
     return {kind: RESULTS[kind].load(file)}

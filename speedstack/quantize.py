@@ -1,12 +1,13 @@
 """The `quantize` verb: routed experts to MXFP4 after training, by rounding or by GPTQ, as a packed model directory.
 
 Next to the model lies quantize.json: what was asked for, on which machine, how long it took, and for GPTQ what each
-expert's matrices were calibrated on and what came out. The model appears whole or not at all, the record after it.
+expert's matrices were calibrated on and what came out. Model and record appear together and whole, or not at all.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,11 +72,24 @@ class QuantizeConfig(VerbConfig):
             return self.scale_rule
         return "even" if self.method == "rtn" else "mse"
 
+    @property
+    def unused_settings(self) -> tuple[str, ...]:
+        """Settings of calibration that differ from their defaults though the method has no calibration."""
+        if self.method == "gptq":
+            return ()
+        names = [f"calibration.{name}" for name in _changed(self.calibration)]
+        return (*(name for name in _changed(self) if name == "damping"), *names)
+
     @model_validator(mode="after")
     def _rule_fits(self) -> QuantizeConfig:
         if self.method == "mse" and self.scale_rule not in ("auto", "mse"):
             raise ValueError(f"method mse is the scale rule mse; for the rule {self.scale_rule} choose method rtn")
         return self
+
+
+def _changed(config: VerbConfig) -> list[str]:
+    """Fields that have another value than their default."""
+    return [name for name, field in type(config).model_fields.items() if getattr(config, name) != field.default]
 
 
 class QuantizedExpert(Record):
@@ -106,25 +120,25 @@ class QuantizeResult(Document):
 
 def load_quantize_config(path: Path | None, overrides: Sequence[str]) -> QuantizeConfig:
     """As every verb's; instead of a YAML file, a model directory may be named, which is then `model`."""
-    from speedstack.train.config import load_config
+    from speedstack.train.config import load_config_of
 
-    if path is not None and path.suffix not in (".yaml", ".yml"):
-        return load_config(QuantizeConfig, None, ["--model", str(path), *overrides])
-    return load_config(QuantizeConfig, path, overrides)
+    return load_config_of(QuantizeConfig, "model", path, overrides)
 
 
 def quantize(config: QuantizeConfig) -> None:
-    """Write the packed model and its record.
+    """Write the packed model and its record. What the model's files hold besides the model goes along unquantized.
 
     Raises ValueError for a model that is missing, quantized already, broken or of a family that cannot be packed, for
     missing or too little calibration text, and for an output directory that holds something else; OSError as
     `save_packed` does. Whatever fails, `out` is as it was.
     """
     _check_directories(config)
+    if config.unused_settings:
+        warnings.warn(f"method {config.method} takes no {', '.join(config.unused_settings)}: not used", stacklevel=2)
     import torch
 
     from speedstack.eval.environment import describe_environment
-    from speedstack.quant.checkpoint import load_model, save_packed
+    from speedstack.quant.checkpoint import check_extras, load_model, save_packed
     from speedstack.quant.checkpoint.names import hub_names
     from speedstack.quant.checkpoint.reader import read_config
     from speedstack.runtime.select import choose_device
@@ -140,27 +154,33 @@ def quantize(config: QuantizeConfig) -> None:
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{config.model} is stored as {dtype}, which MXFP4 is not rounded from: use --dtype float32")
     windows_NT = _calibration_windows(config, tokenizer, model_config) if config.method == "gptq" else None
+    check_extras(config.model)
     model = load_model(config.model, dtype)
     torch.nn.Module.to(model, device)
 
     start = time.perf_counter()
     report = None if windows_NT is None else _gptq(model, windows_NT, config)
-    save_packed(model, config.out, tokenizer, config.chosen_scale_rule)
-    result = QuantizeResult(
-        config=config.model_dump(mode="json"),
-        scale_rule=config.chosen_scale_rule,
-        seconds=time.perf_counter() - start,
-        num_calibration_tokens=0 if report is None else report.num_tokens,
-        experts=() if report is None else tuple(QuantizedExpert(**vars(entry)) for entry in report.experts),
-        environment=describe_environment(),
-    )
+
+    def write_record(directory: Path) -> None:
+        result = QuantizeResult(
+            config=config.model_dump(mode="json"),
+            scale_rule=config.chosen_scale_rule,
+            seconds=time.perf_counter() - start,
+            num_calibration_tokens=0 if report is None else report.num_tokens,
+            experts=() if report is None else tuple(QuantizedExpert(**vars(entry)) for entry in report.experts),
+            environment=describe_environment(),
+        )
+        result.save(directory / RECORD_FILE)
+
+    rule = config.chosen_scale_rule
+    save_packed(model, config.out, tokenizer, rule, extras_from=config.model, add_files=write_record)
     if report is not None:
         print(
             f"{len(report.experts)} matrices on {report.num_tokens} tokens: output error {report.error_ratio:.3f} of "
             f"rounding to nearest; {report.num_borrowers} borrowed tokens, {report.num_fallbacks} rounded to nearest"
         )
     print(f"model: {config.out}")
-    print(f"written: {result.save(config.out / RECORD_FILE)}")
+    print(f"written: {config.out / RECORD_FILE}")
 
 
 def _check_directories(config: QuantizeConfig) -> None:

@@ -83,6 +83,8 @@ def test_unknown_key_in_a_file_names_the_nearest(verb: str, fails: Callable[...,
         "generate": ("promt: x", "prompt"),
         "eval": ("techer: x", "teacher"),
         "bench": ("num_repeat: 2", "num_repeats"),
+        "plan": ("row: 8", "rows"),
+        "trace": ("num_step: 2", "num_steps"),
         "report": ("input: []", "inputs"),
     }[verb]
     path.write_text(wrong + "\n", encoding="utf-8")
@@ -359,6 +361,22 @@ def test_report_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert report["curves"][0]["values"] == [3.0, 1.5, 1.0]
 
 
+def test_a_report_names_what_it_has_no_place_for(fails: Callable[..., str], tmp_path: Path) -> None:
+    for kind in ("sensitivity", "quantize", "ptq"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / f"{kind}.json").write_text(json.dumps({"kind": kind, "schema_version": 1}), encoding="utf-8")
+    line = fails("report", "--inputs", tmp_path, "--out", tmp_path / "out")
+    assert f"that a report shows; there are {tmp_path / 'ptq' / 'ptq.json'} (ptq)" in line
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1, "loss": 3.0}) + "\n", encoding="utf-8")
+    assert main(["report", "--inputs", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Not shown in this report: " in page
+    for kind in ("sensitivity", "quantize", "ptq"):
+        assert f"{tmp_path / kind / kind}.json ({kind})" in page
+
+
 @pytest.mark.parametrize(
     ("config", "training", "heldout"),
     [
@@ -412,7 +430,32 @@ def test_convert_names_its_source_before_the_flags(
 
 def test_convert_describes_every_format() -> None:
     from speedstack.convert import ConvertConfig
+    from speedstack.dflash.formats.registry import FORMATS as DRAFTER_FORMATS
     from speedstack.quant.checkpoint import FORMATS
 
     description = ConvertConfig.model_fields["to"].description
-    assert description is not None and all(name in description for name in FORMATS)
+    assert description is not None and all(name in description for name in (*FORMATS, *DRAFTER_FORMATS))
+
+
+@pytest.mark.filterwarnings("ignore:this drafter reads the output of the target's last layer")
+def test_convert_recognizes_a_drafter(
+    tiny_model_dir: Path,
+    tiny_packed_dir: Path,
+    tiny_drafter_dir: Path,
+    fails: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    target = ("--target", str(tiny_model_dir))
+    assert main(["convert", str(tiny_drafter_dir), "--to", "speculators", "--out", str(out), *target]) == 0
+    assert "drafter of 2 layers for blocks of 8: to speculators" in capsys.readouterr().out
+    verifier = json.loads((out / "config.json").read_text(encoding="utf-8"))["speculators_config"]["verifier"]
+    assert verifier == {"architectures": ["MiMoV2FlashForCausalLM"], "name_or_path": str(tiny_model_dir)}
+    back = tmp_path / "back"
+    assert main(["convert", str(out), "--to", "zlab", "--out", str(back)]) == 0
+    assert (back / "model.safetensors").read_bytes() == (tiny_drafter_dir / "model.safetensors").read_bytes()
+    nowhere = ("--out", tmp_path / "x")
+    assert "choose one of speedstack" in fails("convert", tiny_drafter_dir, "--to", "gguf", *nowhere)
+    assert "SHA-256" in fails("convert", tiny_drafter_dir, "--to", "mimo", *nowhere, "--target", tiny_packed_dir)
+    assert not (tmp_path / "x").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from speedstack.cli import main
@@ -88,6 +89,18 @@ def test_weights_that_stay_keep_their_dtype(tiny_model_dir: Path, tmp_path: Path
         assert isinstance(embeddings, torch.Tensor) and embeddings.dtype == expected
 
 
+def test_prediction_heads_go_along(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """transformers leaves them out of the model without a word."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    tensors = load_file(model / "model.safetensors")
+    head = {f"model.mtp.0.mlp.experts.0.{part}_proj.weight": torch.randn(32, 64) for part in ("gate", "up")}
+    save_file(tensors | head, model / "model.safetensors", metadata={"format": "pt"})
+    assert main(["quantize", str(model), "--method", "rtn", "--out", str(tmp_path / "out")]) == 0
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in head.items())
+
+
 def test_a_quantized_model_is_refused(fails: Callable[..., str], tiny_packed_dir: Path, tmp_path: Path) -> None:
     line = fails(tiny_packed_dir, "--out", tmp_path / "out")
     assert f"{tiny_packed_dir} is quantized already (compressed-tensors)" in line
@@ -145,8 +158,13 @@ def test_places(fails: Callable[..., str], tiny_model_dir: Path, tmp_path: Path)
     assert (tmp_path / "notes" / "todo.txt").read_text() == "keep"
 
 
-def test_settings_that_contradict(fails: Callable[..., str], tiny_model_dir: Path) -> None:
+def test_settings_that_contradict_or_do_nothing(
+    fails: Callable[..., str], tiny_model_dir: Path, tmp_path: Path
+) -> None:
     assert "choose method rtn" in fails(tiny_model_dir, "--method", "mse", "--scale-rule", "floor")
+    with pytest.warns(UserWarning, match=r"method rtn takes no damping, calibration\.seed: not used"):
+        settings = ["--method", "rtn", "--damping", "0.5", "--calibration.seed", "3"]
+        assert main(["quantize", str(tiny_model_dir), *settings, "--out", str(tmp_path / "out")]) == 0
     assert "greater than or equal to 0" in fails(tiny_model_dir, "--damping", "-1")
     assert "did you mean '--calibration.source'" in fails(tiny_model_dir, "--calibration.sorce", "x")
 

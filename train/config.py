@@ -151,7 +151,15 @@ class ModelSection(Section):
 
 
 class QatSection(Section):
-    model: Path = Field(Path("runs/pretrain-tiny/export"), description="Full-precision model directory to quantize.")
+    model: Path = Field(
+        Path("runs/pretrain-tiny/export"),
+        description="Full-precision model directory: the teacher, and where the student starts without start_from.",
+    )
+    start_from: Path | None = Field(
+        None,
+        description="Directory of the same architecture, packed or not, whose values the student starts from, such as "
+        "what `speedstack quantize` wrote; None: those of model.",
+    )
     objective: Literal["kl", "ce", "mix"] = Field(
         "kl", description="kl: forward KL to the full-precision model; ce: next-token cross-entropy; mix: both."
     )
@@ -163,7 +171,9 @@ class QatSection(Section):
         "even", description="Rule that chooses the shared exponent of an MXFP4 block."
     )
     teacher_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype the frozen teacher is held in; bfloat16 halves its memory."
+        "float32",
+        description="dtype the frozen teacher is held in; bfloat16 halves its memory, and rounds weights stored in "
+        "float32. Evaluation computes in float32 either way.",
     )
     dampening: float = Field(
         0.0, ge=0, description="Pull of the masters to their MXFP4 values, against oscillation; 0 is none."
@@ -346,6 +356,18 @@ def load_config(config_type: type[ConfigT], path: Path | None, overrides: Sequen
         return config_type.model_validate(config.model_dump())
     except ValidationError as error:
         raise ValueError(describe_validation_error(error, config_type)) from error
+
+
+def load_config_of(
+    config_type: type[ConfigT], directory_key: str, path: Path | None, overrides: Sequence[str] = ()
+) -> ConfigT:
+    """`load_config` for a verb that may be given a directory where others take a YAML file: it is `directory_key` then.
+
+    Raises as `load_config`.
+    """
+    if path is not None and path.suffix not in (".yaml", ".yml"):
+        return load_config(config_type, None, [f"--{directory_key}", str(path), *overrides])
+    return load_config(config_type, path, overrides)
 
 
 def dump_config(config: BaseModel) -> str:

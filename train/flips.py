@@ -9,13 +9,14 @@ oscillates, and its quantized value at the end is a matter of chance. Both were 
     oscillating         share of the weights that took again the value they had just left, within the last 8 looks
 
 A value is the product of code and scale: a block's new scale alone is no flip. What is kept are packed codes, 0.53
-bytes a weight and look, of a sample: every n-th row of each expert, the first always among them, n such that about 4M
-weights are watched. A model with experts so many that one row of each is more than that is watched at those rows. The
-shares of a larger model are estimates, as good as its rows are alike.
+bytes a weight and look, of a sample: every n-th row of each tensor, counted through its experts, n such that about 4M
+weights are watched, however large the model and however many its experts. The shares of a larger model are estimates,
+as good as its rows are alike.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -104,9 +105,19 @@ class FlipWatch:
         look = {}
         for full_name, experts, name in self._weights():
             with gathered([getattr(experts, name)]):
-                rows = contraction_last(experts, getattr(experts, name))[:, :: self._stride]
-                look[full_name] = quantize(rows, self._scale_rule)
+                look[full_name] = quantize(self._sample(experts, getattr(experts, name)), self._scale_rule)
         return look
+
+    def _sample(self, experts: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+        """The rows that are watched of a weight, [rows, K]."""
+        weight_EOK = contraction_last(experts, weight)
+        num_experts, num_rows, _ = weight_EOK.shape
+        stride = self._stride
+        # A longer step must not meet the same rows in every expert, nor gate rows alone where gate and up take turns.
+        while stride > 2 and math.gcd(stride, num_rows) > 1:
+            stride += 1
+        places = torch.arange(0, num_experts * num_rows, stride, device=weight.device)
+        return weight_EOK[places // num_rows, places % num_rows]
 
 
 def _came_back(values: list[torch.Tensor]) -> torch.Tensor:

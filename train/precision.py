@@ -5,11 +5,14 @@ Intel server CPU with AVX-512 bfloat16 and no AMX a training step took 1.6 times
 on what the CPU is and not on a timing, so that it is the same in every run.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from speedstack.train.config import DrafterConfig, JobConfig, Precision
 
@@ -35,6 +38,38 @@ def resolve_config(config: ConfigT, device: torch.device) -> ConfigT:
 
 def _name(precision: Precision, device: torch.device) -> Precision:
     return "bfloat16" if resolve_precision(precision, device) == torch.bfloat16 else "float32"
+
+
+@contextmanager
+def widened(model: nn.Module) -> Iterator[None]:
+    """Inside, every module computes with float32 copies of its own bfloat16 parameters, made for its forward alone.
+
+    So a model that is held in half the memory gives the numbers of one in float32 with the same values. Under ZeRO-3
+    the engine's hooks, which were there first, gather before the copies are made and let go after they are dropped.
+    """
+    narrow: dict[nn.Parameter, torch.Tensor] = {}
+
+    def widen(module: nn.Module, _inputs: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype == torch.bfloat16:
+                narrow[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+
+    def restore(module: nn.Module, _inputs: object, _outputs: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter in narrow:
+                parameter.data = narrow.pop(parameter)
+
+    handles = []
+    try:
+        for module in model.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                handles.append(module.register_forward_pre_hook(widen))
+                handles.append(module.register_forward_hook(restore, prepend=True, always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def is_bfloat16_faster(device: torch.device) -> bool:

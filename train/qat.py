@@ -4,7 +4,8 @@ The student is the model itself with its expert weights passed through MXFP4 in 
 float32 masters straight through. Its loss is the forward KL from the frozen full-precision model, over all positions of
 plain corpus text: the aim is a quantized model that says what the original says, and next-token cross-entropy would
 teach it something else. `qat.objective` has the alternatives for comparison. Evaluation before the first step is
-post-training quantization, the baseline.
+post-training quantization, the baseline: rounding, or with `qat.start_from` whatever made those values. What is on the
+MXFP4 grid already stays on it under every scale rule, so that a student that starts from a packed model starts as it.
 
 The export is packed: its dequantized experts are, bit for bit, the weights the student was evaluated with. A family
 that no packed format is known for is exported as `save_pretrained` writes it, with the same values.
@@ -22,8 +23,10 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speedstack.eval.divergence import token_kl, token_nll, top1_matches
-from speedstack.quant.checkpoint import save_packed, weights_sha256
+from speedstack.quant.checkpoint import check_extras, save_packed, weights_sha256
+from speedstack.quant.checkpoint.files import checkpoint_directory
 from speedstack.quant.checkpoint.names import hub_names
+from speedstack.quant.checkpoint.reader import read_config
 from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters, router_parameters
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.train.attention import enable_blockwise_attention
@@ -34,8 +37,12 @@ from speedstack.train.distributed import World
 from speedstack.train.flips import FlipWatch
 from speedstack.train.loop import OnStep, Recipe, RunResult, run
 from speedstack.train.objective import forward_kl, heldout_batches, next_token_cross_entropy
+from speedstack.train.precision import widened
 from speedstack.train.sharding import load_for_stage, shard_frozen
 from speedstack.train.trainer import count_micro_batches
+
+# Of a configuration, what says nothing of how the model computes.
+_NO_ARCHITECTURE = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
 class QatRecipe(Recipe):
@@ -45,11 +52,15 @@ class QatRecipe(Recipe):
         self.config = config
 
     def inputs(self) -> dict[str, str]:
-        return {"model": weights_sha256(self.config.qat.model)}
+        section = self.config.qat
+        digests = {"model": weights_sha256(section.model)}
+        return digests if section.start_from is None else digests | {"start_from": weights_sha256(section.start_from)}
 
     def build(self, world: World) -> nn.Module:
         section, data, stage = self.config.qat, self.config.data, self.config.distributed.zero_stage
-        student = load_for_stage(section.model, torch.float32, stage, world)
+        if section.start_from is not None:
+            _check_same_architecture(section.model, section.start_from)
+        student = load_for_stage(section.start_from or section.model, torch.float32, stage, world)
         self.tokenizer = load_tokenizer(section.model)
         if len(self.tokenizer) > student.config.get_text_config().vocab_size:
             raise ValueError(
@@ -68,7 +79,9 @@ class QatRecipe(Recipe):
         # Kept for as long as the teacher is called: the engine's hooks gather what it needs.
         self._teacher_engine = shard_frozen(self.teacher, world) if stage == 3 else None
 
-        if not _can_be_packed(student) and world.is_main:
+        if _can_be_packed(student):
+            check_extras(section.model)
+        elif world.is_main:
             warnings.warn(
                 f"no packed format is known for {student.config.model_type}: the export will have its experts' MXFP4 "
                 f"values in {student.dtype}",
@@ -108,7 +121,9 @@ class QatRecipe(Recipe):
         sums = dict.fromkeys(("heldout_loss", "heldout_kl", "heldout_top1_agreement"), 0.0)
         num_windows = 0
         for ids_BT in heldout_batches(self.heldout, self.config, self.world):
-            teacher_BTV = self._teacher_logits(ids_BT)
+            # A teacher computed in bfloat16 would be away from itself by as much as a good student is from it.
+            with widened(self.teacher):
+                teacher_BTV = self._teacher_logits(ids_BT)
             student_BTV = model(input_ids=ids_BT, use_cache=False).logits
             values = (
                 token_nll(student_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()),
@@ -136,7 +151,7 @@ class QatRecipe(Recipe):
         assert isinstance(model, PreTrainedModel)
         scale_rule = self.config.qat.scale_rule
         if _can_be_packed(model):
-            save_packed(model, path, tokenizer=self.tokenizer, scale_rule=scale_rule)
+            save_packed(model, path, self.tokenizer, scale_rule, extras_from=self.config.qat.model)
             return
         round_to_nearest(model, scale_rule)
         model.save_pretrained(path)
@@ -153,6 +168,22 @@ def _trained_names(student: PreTrainedModel, trainable: Literal["experts", "all_
         return set(expert_parameters(student))
     names = {name for name, _ in student.named_parameters()}
     return names - router_parameters(student).keys() if trainable == "all_but_router" else names
+
+
+def _check_same_architecture(model: Path, start_from: Path) -> None:
+    """Raises ValueError when the two directories' configurations are of models that compute differently."""
+    theirs, ours = (read_config(checkpoint_directory(path))[0].to_dict() for path in (start_from, model))
+    different = sorted(
+        key
+        for key in theirs.keys() | ours.keys()
+        if key not in _NO_ARCHITECTURE and not key.startswith("_") and theirs.get(key) != ours.get(key)
+    )
+    if different:
+        key = "model_type" if "model_type" in different else different[0]
+        raise ValueError(
+            f"qat.start_from {start_from} is another architecture than qat.model {model}: {key} is "
+            f"{theirs.get(key)!r} instead of {ours.get(key)!r}"
+        )
 
 
 def _can_be_packed(model: PreTrainedModel) -> bool:

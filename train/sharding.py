@@ -60,7 +60,8 @@ def load_for_stage(path: Path, dtype: torch.dtype, zero_stage: int, world: World
     config, codec = read_config(path)
     if codec.is_packed:
         raise ValueError(
-            f"{path} is packed: ZeRO-3 shards unquantized models only, use distributed.zero_stage 2 or less"
+            f"{path} is packed: ZeRO-3 shards unquantized models only. `speedstack convert {path} --to plain` writes "
+            "one with the same values; or use distributed.zero_stage 2 or less"
         )
     with WeightFiles(path):
         pass  # transformers' own errors for damaged files are not lines a user can act on.

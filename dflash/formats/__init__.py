@@ -1,1 +1,1 @@
-"""Formats of drafter checkpoints: configs and tensor names, one file a format."""
+"""Formats of drafter checkpoints: config keys and tensor names of one project a file."""

@@ -1,12 +1,13 @@
-"""z-lab's config.json, and the keys with which the same file holds what came after it.
+"""z-lab's format, MiMo's, and ours: one config.json, whose further keys hold what came after z-lab's DFlash.
 
 A drafter without options is written exactly as z-lab publishes them (a Qwen3 config with `block_size` and
 `dflash_config`), so that vLLM, SGLang and z-lab's own loader read it, and their checkpoints load here. One key is ours,
 `target_sha256`: the SHA-256 of the target's weights the drafter was trained for. Other loaders ignore it.
 
-Sliding windows and MiMo's options have keys that vLLM and SGLang know. Options that no DFlash loader knows (proposals
-from the anchor's slot, a Markov head, a pruned vocabulary) change `architectures`, so that those loaders refuse the
-directory where they would otherwise ignore a key and propose nonsense.
+Sliding windows and MiMo's options have keys that vLLM and SGLang know, and a mask embedding lies beside the weights
+where they look for it. Options that no DFlash loader knows (proposals from the anchor's slot, a Markov head, a pruned
+vocabulary) make it our own format: `architectures` changes, so that those loaders refuse the directory where they would
+otherwise ignore a key and propose nonsense.
 
 Left out, and refused rather than ignored: attention biases, scaled rotary embeddings, causal full-attention layers,
 activations other than SiLU, and the DFlash2 heads.
@@ -17,14 +18,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from speedstack.dflash.config import DFlashConfig
+from speedstack.dflash.config import OPTIONS, DFlashConfig
+from speedstack.dflash.formats.format import DrafterFormat, Target, Tensors
+from speedstack.dflash.formats.reader import Reader, mapping
 
 ARCHITECTURE = "DFlashDraftModel"
+NO_TARGET = Target()
 # No loader but ours knows this one.
 EXTENDED_ARCHITECTURE = "SpeedstackDFlashDraftModel"
 
 
-def to_json(config: DFlashConfig, dtype: str) -> dict[str, Any]:
+def to_json(config: DFlashConfig, dtype: str, target: Target = NO_TARGET) -> dict[str, Any]:
     """The config.json as a dict; `dtype` names the stored tensors' dtype, such as "bfloat16"."""
     windowed = config.layer_types is not None
     raw: dict[str, Any] = {
@@ -84,87 +88,55 @@ def _add_options(raw: dict[str, Any], config: DFlashConfig) -> None:
         nested["attention_value_scale"] = config.attention_value_scale
     if config.partial_rotary_factor != 1.0:
         raw["partial_rotary_factor"] = config.partial_rotary_factor
+        # SGLang takes the width from here; transformers moves the key above to where SGLang does not look.
+        raw["rope_parameters"] = {
+            "partial_rotary_factor": config.partial_rotary_factor,
+            "rope_dim": config.rotary_dim,
+            "rope_theta": config.rope_theta,
+            "rope_type": "default",
+        }
     if config.mask_embedding:
         nested["mask_embedding"] = True
 
 
 def from_json(raw: Mapping[str, Any]) -> DFlashConfig:
     """Read a config.json of z-lab's, MiMo's or ours. ValueError names a key that is missing or not supported."""
-    nested = raw.get("dflash_config") or {}
-    if not isinstance(nested, Mapping):
-        raise ValueError("drafter config.json: dflash_config must be an object")
+    nested = mapping(raw, "dflash_config")
     _refuse_unsupported(raw, nested)
     read = Reader(raw, nested)
-    hidden_size, num_heads = read.integer("hidden_size"), read.integer("num_attention_heads")
+    read.refuse_unknown_numerics()
     return DFlashConfig(
-        hidden_size=hidden_size,
-        intermediate_size=read.integer("intermediate_size"),
-        num_hidden_layers=read.integer("num_hidden_layers"),
-        num_attention_heads=num_heads,
-        num_key_value_heads=read.integer("num_key_value_heads"),
-        head_dim=read.integer("head_dim", default=hidden_size // max(num_heads, 1)),
-        vocab_size=read.integer("vocab_size"),
-        mask_token_id=read.integer("mask_token_id"),
+        **read.shapes(),
         target_layer_ids=read.integers("target_layer_ids"),
-        num_target_layers=read.integer("num_target_layers"),
-        block_size=read.integer("block_size"),
-        rms_norm_eps=read.number("rms_norm_eps"),
-        rope_theta=read.number("rope_theta"),
-        max_position_embeddings=read.integer("max_position_embeddings"),
-        target_sha256=raw.get("target_sha256"),
+        num_target_layers=read.integer("num_target_layers") if read.has("num_target_layers") else None,
         sample_from_anchor=read.flag("sample_from_anchor"),
         markov_rank=read.integer("markov_rank", default=0),
         draft_vocab_size=read.integer("draft_vocab_size") if read.has("draft_vocab_size") else None,
         attention_sinks=read.flag("attention_sink_bias"),
         attention_value_scale=read.number("attention_value_scale", default=1.0),
-        partial_rotary_factor=read.number("partial_rotary_factor", default=1.0),
+        partial_rotary_factor=_partial_rotary_factor(raw, nested),
         mask_embedding=read.flag("mask_embedding"),
         **_windows(read),
     )
 
 
-class Reader:
-    """Typed values of a config.json; a key is looked for in the first of `places` that has it. Errors name the key.
+def _partial_rotary_factor(raw: Mapping[str, Any], nested: Mapping[str, Any]) -> float:
+    """The share of a head that is rotated.
 
-    Newer transformers keeps rotary settings in `rope_parameters` of any place; those are looked for last.
+    In `rope_parameters` the factor may be a copy of the target's, which transformers' Qwen3, and so z-lab's training,
+    ignores, and other loaders do not: there it counts only beside a `rope_dim`, and is refused without.
     """
-
-    def __init__(self, raw: Mapping[str, Any], *nested: Mapping[str, Any]) -> None:
-        places = (*nested, raw)
-        self.places = (*places, *(place.get("rope_parameters") or {} for place in places))
-
-    def has(self, name: str) -> bool:
-        return any(place.get(name) is not None for place in self.places)
-
-    def value(self, name: str, default: Any = None) -> Any:
-        found = next((place[name] for place in self.places if place.get(name) is not None), default)
-        if found is None:
-            raise ValueError(f"drafter config.json lacks {name}")
-        return found
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        found = self.value(name, default)
-        if isinstance(found, bool) or not isinstance(found, int):
-            raise ValueError(f"drafter config.json: {name} must be an integer, got {found!r}")
-        return found
-
-    def number(self, name: str, default: float | None = None) -> float:
-        found = self.value(name, default)
-        if isinstance(found, bool) or not isinstance(found, int | float):
-            raise ValueError(f"drafter config.json: {name} must be a number, got {found!r}")
-        return float(found)
-
-    def flag(self, name: str) -> bool:
-        found = self.value(name, False)
-        if not isinstance(found, bool):
-            raise ValueError(f"drafter config.json: {name} must be true or false, got {found!r}")
-        return found
-
-    def integers(self, name: str) -> tuple[int, ...]:
-        found = self.value(name)
-        if not isinstance(found, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in found):
-            raise ValueError(f"drafter config.json: {name} must be a list of integers, got {found!r}")
-        return tuple(found)
+    rope, read = mapping(raw, "rope_parameters"), Reader(raw, nested)
+    if "rope_dim" not in rope:
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                "drafter config.json: rope_parameters has a partial_rotary_factor but no rope_dim, and loaders "
+                "disagree on what that means; add the number of rotated dimensions a head as rope_dim"
+            )
+        return read.number("partial_rotary_factor", default=1.0)
+    rotary_dim, head_dim = read.integer("rope_dim"), read.integer("head_dim")
+    factor = read.number("partial_rotary_factor", default=1.0)
+    return factor if int(head_dim * factor) == rotary_dim else rotary_dim / head_dim
 
 
 def _windows(read: Reader) -> dict[str, Any]:
@@ -173,9 +145,7 @@ def _windows(read: Reader) -> dict[str, Any]:
     `layer_types` says which; with `use_swa` and none of them sliding, all of them do. Sliding layers are causal unless
     `is_causal` or `use_swa` says otherwise: vLLM's and SGLang's reading of these keys.
     """
-    uses_swa, kinds = read.flag("use_swa"), read.value("layer_types", [])
-    if not isinstance(kinds, list):
-        raise ValueError(f"drafter config.json: layer_types must be a list, got {kinds!r}")
+    uses_swa, kinds = read.flag("use_swa"), read.layer_types()
     if uses_swa and "sliding_attention" not in kinds:
         kinds = ["sliding_attention"] * read.integer("num_hidden_layers")
     if "sliding_attention" not in kinds:
@@ -194,16 +164,12 @@ def _windows(read: Reader) -> dict[str, Any]:
 
 def _refuse_unsupported(raw: Mapping[str, Any], nested: Mapping[str, Any]) -> None:
     """Raise ValueError when the config asks for something this implementation would silently compute otherwise."""
-    rope = raw.get("rope_parameters") or {}
     kinds = raw.get("layer_types")
-    full = (not isinstance(kinds, list) or set(kinds) != {"sliding_attention"}) and not nested.get("use_swa")
-    known = {ARCHITECTURE, EXTENDED_ARCHITECTURE}
+    all_slide = isinstance(kinds, list) and bool(kinds) and all(kind == "sliding_attention" for kind in kinds)
+    full = not all_slide and not nested.get("use_swa")
+    classes, known = raw.get("architectures"), {ARCHITECTURE, EXTENDED_ARCHITECTURE}
     unsupported = {
-        "architectures": not known.intersection(raw.get("architectures") or []),
-        "attention_bias": bool(raw.get("attention_bias")),
-        "hidden_act": raw.get("hidden_act", "silu") != "silu",
-        "rope_scaling": bool(raw.get("rope_scaling")),
-        "rope_parameters": rope.get("rope_type", "default") != "default",
+        "architectures": not (isinstance(classes, list) and known.intersection(map(str, classes))),
         "is_causal": full and bool(nested.get("is_causal", raw.get("is_causal", False))),
         "markov_head_type": raw.get("markov_head_type", "vanilla") != "vanilla",
         "enable_confidence_head": bool(raw.get("enable_confidence_head")),
@@ -216,3 +182,25 @@ def _refuse_unsupported(raw: Mapping[str, Any], nested: Mapping[str, Any]) -> No
         if refused:
             found = nested.get(name, raw.get(name))
             raise ValueError(f"drafter config.json: {name} = {found!r} is not supported by this drafter")
+
+
+def recognizes(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of this family, supported or not."""
+    return "dflash_config" in raw or "DFlash" in str(raw.get("architectures"))
+
+
+def _same_tensors(tensors: Tensors, config: DFlashConfig, target: Target = NO_TARGET) -> Tensors:
+    return tensors
+
+
+_BEYOND_DFLASH = frozenset({"sample_from_anchor", "markov_rank", "draft_vocab_size"})
+_WINDOWS = frozenset({"layer_types", "sliding_window", "sliding_is_causal"})
+
+
+def _format(name: str, title: str, lacks: frozenset[str]) -> DrafterFormat:
+    return DrafterFormat(name, title, lacks, recognizes, from_json, to_json, _same_tensors, _same_tensors)
+
+
+SPEEDSTACK = _format("speedstack", "speedstack's format", frozenset())
+ZLAB = _format("zlab", "z-lab's format", frozenset(OPTIONS) - _WINDOWS)
+MIMO = _format("mimo", "the format of MiMo's drafters", _BEYOND_DFLASH)

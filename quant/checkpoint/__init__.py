@@ -16,13 +16,14 @@ from speedstack.quant.checkpoint.convert import Conversion, convert
 from speedstack.quant.checkpoint.digest import weights_sha256
 from speedstack.quant.checkpoint.formats import FORMATS
 from speedstack.quant.checkpoint.model import load_model
-from speedstack.quant.checkpoint.packed import save_packed
+from speedstack.quant.checkpoint.packed import check_extras, save_packed
 from speedstack.quant.checkpoint.reader import Checkpoint, load_checkpoint
 
 __all__ = [
     "FORMATS",
     "Checkpoint",
     "Conversion",
+    "check_extras",
     "convert",
     "load_checkpoint",
     "load_model",

@@ -1,7 +1,8 @@
 """Turns a checkpoint of one format into one of another, a tensor at a time.
 
-Codes and scales of packed experts are moved, never computed; an unquantized source is rounded to MXFP4. Every other
-tensor is passed through under its own name, those that transformers ignores (heads for multi-token prediction) too.
+Codes and scales of packed experts are moved, never computed; the experts of an unquantized source are rounded to MXFP4.
+Every other tensor is passed through under its own name, those of heads for multi-token prediction too: what config.json
+does not count among the model's layers is not rounded, experts or not.
 Memory holds one output shard and at most one fused weight of one layer, whatever the size of the model. The result
 appears whole or not at all.
 
@@ -18,9 +19,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from speedstack.quant.checkpoint.directory import MAX_SHARD_BYTES, ShardWriter, check_apart, check_target, new_directory
-from speedstack.quant.checkpoint.files import CONFIG_FILE, INDEX_FILE, WeightFiles, checkpoint_directory, read_json
+from speedstack.quant.checkpoint.files import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    ReadError,
+    WeightFiles,
+    checkpoint_directory,
+    read_json,
+)
 from speedstack.quant.checkpoint.formats import (
     Codec,
     ExpertWeight,
@@ -30,7 +39,15 @@ from speedstack.quant.checkpoint.formats import (
     format_named,
 )
 from speedstack.quant.checkpoint.formats.codec import ROWS_AT_A_TIME
-from speedstack.quant.checkpoint.linears import other_names, plain_matrices, read_linear, to_fp8, write_linear
+from speedstack.quant.checkpoint.linears import (
+    is_fp8_linear,
+    is_whole_tiles,
+    other_names,
+    plain_matrices,
+    read_linear,
+    to_fp8,
+    write_linear,
+)
 from speedstack.quant.checkpoint.names import HubNames, hub_names
 from speedstack.quant.checkpoint.reader import (
     build_skeleton,
@@ -40,7 +57,7 @@ from speedstack.quant.checkpoint.reader import (
     tied_names,
     unquantized_fields,
 )
-from speedstack.quant.fp8 import FP8Tensor
+from speedstack.quant.fp8 import TILE_SIZE, FP8Tensor
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, MXFP4Tensor, ScaleRule, quantize
 
 Linears = Literal["keep", "fp8"]
@@ -65,22 +82,23 @@ def convert(
     target_format: str,
     out: str | Path,
     *,
-    scale_rule: ScaleRule = DEFAULT_SCALE_RULE,
+    scale_rule: ScaleRule | None = None,
     linears: Linears = "keep",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Write the checkpoint in directory `source` at `out` in the format named `target_format`.
 
-    `scale_rule` is used where experts are rounded, which is when the source is unquantized. `linears="fp8"` stores
-    the other linear layers in FP8 as the makers of mimo and deepseek-v4 do, which rounds them; "keep" leaves them as
-    they are. The source's tokenizer and other side files are copied; a model directory already at `out` is replaced.
-    `on_progress` is called with the number of tensors written and in all.
+    `scale_rule` is for an unquantized source, whose experts are rounded; None is the default rule. `linears="fp8"`
+    stores the other linear layers in FP8 as the makers of mimo and deepseek-v4 do, which rounds them; "keep" leaves
+    them as they are. The source's tokenizer and other side files are copied; a model directory already at `out` is
+    replaced. `on_progress` is called with the number of tensors written and in all.
 
-    Warns when FP8 layers become bfloat16, when few loaders know the result, and about sub-directories, which are not
-    copied. Raises ValueError, of one line, for an unknown format, a source that is already in it or is quantized
-    otherwise, a format that cannot express the family, NaN in experts, an `out` whose replacement would delete
-    something else, and anything missing, corrupt or inconsistent. Raises OSError when `out` cannot be written.
+    Warns when FP8 layers become bfloat16, when linear layers cannot become FP8, when experts outside the model's layers
+    stay as they are, when few loaders know the result, and about sub-directories, which are not copied. Raises
+    ValueError, of one line, for an unknown format, a source that is already in it or is quantized otherwise, a format
+    that cannot express the family, settings that would do nothing, NaN in experts, an `out` whose replacement would
+    delete something else, and anything missing, corrupt or inconsistent. Raises OSError when `out` cannot be written.
     """
     codec_type = format_named(target_format)
     source, out = checkpoint_directory(source), Path(out)
@@ -90,6 +108,11 @@ def convert(
         raise ValueError(f"{source} is in the format {codec_type.name} already")
     if linears == "fp8" and codec_type.linear_scale is None:
         raise ValueError(f"format {codec_type.name} has no FP8 linear layers: leave linears at keep")
+    if scale_rule is not None and source_type.is_packed:
+        raise ValueError(
+            f"{source} is packed, its codes and scales are moved as they are: scale_rule {scale_rule} is for rounding "
+            "an unquantized source"
+        )
     names = hub_names(str(fields.get("model_type")))
     check_family(source_type, names)
     check_family(codec_type, names)
@@ -101,16 +124,32 @@ def convert(
         weights = sorted(source_codec.find(files), key=_natural_key)
         if not weights:
             raise ValueError(f"{source} has no routed experts that {source_type.title} would name: nothing to convert")
+        skeleton = build_skeleton(read_config(source)[0])
+        heads = _outside(weights, expert_weights(skeleton, names)) if not source_codec.is_packed else []
+        weights = [weight for weight in weights if weight not in heads]
         expert_names = {name for weight in weights for name in source_codec.tensor_names(weight)}
         others = sorted(other_names(files, source_type, expert_names), key=_natural_key)
-        _check_against_config(source, files, names, weights, set(others))
+        _check_against_config(skeleton, files, names, weights, set(others))
+        kept = _linears_kept(files, codec_type, others) if linears == "fp8" else []
         codec = Plain(names, _plain_dtype(fields)) if codec_type is Plain else codec_type(names)
         with new_directory(out) as partial:
-            job = _Job(files, source_codec, codec, scale_rule, linears)
+            job = _Job(files, source_codec, codec, scale_rule or DEFAULT_SCALE_RULE, linears)
             job.write(weights, others, partial, max_shard_bytes, on_progress or (lambda done, total: None))
             config = unquantized_fields(fields) | codec.config(plain_matrices(job.shapes, job.fp8_names))
             (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             _copy_side_files(source, partial)
+    if heads:
+        warnings.warn(
+            f"{len(heads)} expert weights of {source} are of no layer that {CONFIG_FILE} counts, such as "
+            f"{heads[0].module}.{heads[0].name} (a head for multi-token prediction?): they stay as they are",
+            stacklevel=2,
+        )
+    if kept:
+        warnings.warn(
+            f"{len(kept)} linear layers of {source} are not of whole tiles of {TILE_SIZE} x {TILE_SIZE}, such as "
+            f"{kept[0]}: they stay as they are",
+            stacklevel=2,
+        )
     caution = codec.caution(names)
     if caution is not None:
         warnings.warn(caution, stacklevel=2)
@@ -175,7 +214,7 @@ class _Job:
 
     def _write_other(self, name: str, shards: ShardWriter) -> None:
         tensor = read_linear(self._files, type(self._source), name, self._files.shape(name))
-        if self._linears == "fp8" and isinstance(tensor, torch.Tensor):
+        if self._linears == "fp8":
             tensor = to_fp8(tensor, type(self._target), name)
         stored = write_linear(tensor, type(self._target), name)
         self.num_dequantized += isinstance(tensor, FP8Tensor) and len(stored) == 1
@@ -186,12 +225,29 @@ class _Job:
             self.shapes[stored_name] = tuple(value.shape)
 
 
+def _linears_kept(files: WeightFiles, codec_type: type[Codec], names: list[str]) -> list[str]:
+    """The linear layers that `linears="fp8"` is about and that FP8 cannot take. Raises ValueError if it is all."""
+    meant = [name for name in names if is_fp8_linear(codec_type, name) and len(files.shape(name)) == 2]
+    kept = [name for name in meant if not is_whole_tiles(files.shape(name))]
+    if len(kept) == len(meant):
+        raise ValueError(
+            f"{files.path} has no linear layer of whole tiles of {TILE_SIZE} x {TILE_SIZE} that FP8 could take: leave "
+            "linears at keep"
+        )
+    return kept
+
+
+def _outside(weights: list[ExpertWeight], of_model: dict[str, ExpertWeight]) -> list[ExpertWeight]:
+    """The expert weights in modules that the model does not have."""
+    modules = {weight.module for weight in of_model.values()}
+    return [weight for weight in weights if weight.module not in modules]
+
+
 def _check_against_config(
-    source: Path, files: WeightFiles, names: HubNames, weights: list[ExpertWeight], others: set[str]
+    skeleton: PreTrainedModel, files: WeightFiles, names: HubNames, weights: list[ExpertWeight], others: set[str]
 ) -> None:
     """Raises ValueError when the model that config.json describes has tensors or shapes that the files have not."""
-    config, _ = read_config(source)
-    skeleton = build_skeleton(config)
+    source = files.path
     expected_weights = expert_weights(skeleton, names)
     found = {(weight.module, weight.name): weight for weight in weights}
     for weight in expected_weights.values():
@@ -231,7 +287,12 @@ def _copy_side_files(source: Path, directory: Path) -> None:
         if entry.is_dir():
             skipped.append(entry.name)
         elif not entry.name.endswith(".index.json"):
-            shutil.copyfile(entry, directory / entry.name)
+            try:
+                content = entry.open("rb")
+            except OSError as error:
+                raise ReadError(f"cannot read {entry}: {error.strerror}") from error
+            with content, (directory / entry.name).open("wb") as copy:
+                shutil.copyfileobj(content, copy)
     if skipped:
         warnings.warn(f"the sub-directories {', '.join(skipped)} of {source} are not copied", stacklevel=3)
 

@@ -1,32 +1,61 @@
 """Writes a model directory that appears whole or not at all: next to its place first, then renamed onto it.
 
-Tensors come one at a time and leave memory a shard at a time.
+Tensors come one at a time and leave memory a shard at a time. Every writer has a directory of its own, under a lock
+that the system takes back when its process ends, however that ends: of two that write to one place the later wins,
+whole, and what a killed one left is removed by the next.
 """
 
+import errno
+import fcntl
+import glob
 import json
+import os
 import shutil
+import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from speedstack.quant.checkpoint.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_json
+from speedstack.quant.checkpoint.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, ReadError, read_json
 
 MAX_SHARD_BYTES = 5 * 10**9
 # Above the size from which the C library always gives freed memory back to the system, 32 MiB.
 _CHUNK_BYTES = 64 << 20
 _ALIGNMENT = 64
+# A new directory is locked at once; a minute later one without a lock has lost its writer.
+_LOCKED_AFTER_SECONDS = 60.0
 
 
 def check_target(path: Path) -> None:
     """Raises ValueError when something lies at `path` that is neither a model directory nor an empty one.
 
     What is replaced is deleted, so a model directory is one beyond doubt: config.json names a model, and there are no
-    directories inside.
+    directories inside. What another writer replaces meanwhile is looked at again.
     """
+    while True:
+        before = _identity(path)
+        try:
+            return _check_target(path)
+        except (ValueError, OSError):
+            if _identity(path) == before:
+                raise
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Which file or directory lies at `path`; None for none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns
+
+
+def _check_target(path: Path) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not path.is_dir() or not (path / CONFIG_FILE).is_file() or "model_type" not in read_json(path / CONFIG_FILE):
@@ -38,7 +67,7 @@ def check_target(path: Path) -> None:
 
 def check_apart(source: Path, out: Path) -> None:
     """Raises ValueError when replacing `out` would delete `source`."""
-    if out.resolve() in (source.resolve(), *source.resolve().parents):
+    if _resolved(out) in (source.resolve(), *source.resolve().parents):
         raise ValueError(f"{out} is or holds {source}, from which the result is made: choose another path")
 
 
@@ -46,20 +75,28 @@ def check_apart(source: Path, out: Path) -> None:
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to fill, which takes the place of the one at `path` when the block ends without an exception.
 
-    Raises ValueError as `check_target` does, and OSError when `path` cannot be written, on a full disk for one.
+    A link at `path` stays: what it names is replaced. Raises ValueError as `check_target` does, and OSError when `path`
+    cannot be written, on a full disk for one.
     """
-    path = path.resolve()
+    path = _resolved(path)
     check_target(path)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        _rename_over(partial, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        partial = _beside(path, "partial")
+        lock = os.open(partial, os.O_RDONLY)
+        try:
+            _lock(lock)
+            yield partial
+            check_target(path)
+            _rename_over(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+    except ReadError:
+        raise
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 class ShardWriter:
@@ -129,15 +166,59 @@ class _Arena:
 
 
 def _rename_over(source: Path, target: Path) -> None:
-    """Rename a directory onto another one, of which a crash in between leaves a copy at `.<name>.old`."""
-    old = target.with_name(f".{target.name}.old")
+    """Rename a directory onto another one, of which a crash in between leaves a copy in `.<name>-*.old`."""
+    old = _beside(target, "old")
+    replaced: list[Path] = []
+    while source.exists():
+        with suppress(FileNotFoundError):
+            replaced.append(target.rename(old / str(len(replaced))))
+        try:
+            source.rename(target)
+        except OSError as error:
+            # Another process may have put its own there since.
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                continue
+            if replaced:
+                replaced[-1].rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+            raise
     shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    """A new directory next to `path` that no other process or thread has."""
+    directory = path.with_name(f".{path.name}-{uuid.uuid4().hex}.{suffix}")
+    directory.mkdir()
+    return directory
+
+
+def _resolved(path: Path) -> Path:
     try:
-        source.rename(target)
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path} is a link that leads nowhere ({error}): choose another path") from error
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what writers to `path` left that were killed: old enough to have been locked, and not locked."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}-*.partial"):
+        try:
+            if time.time() - partial.stat().st_mtime < _LOCKED_AFTER_SECONDS:
+                continue
+            handle = os.open(partial, os.O_RDONLY)
+        except OSError:  # another process was faster
+            continue
+        try:
+            if _lock(handle):
+                shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open directory until it is closed; False where somebody else has, or the file system knows no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        return False
+    return True

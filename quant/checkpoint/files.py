@@ -7,6 +7,7 @@ as the process's memory.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,10 @@ INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 
 
+class ReadError(OSError):
+    """A file that is to be read cannot be: so that nobody takes it for one that is to be written."""
+
+
 def checkpoint_directory(path: str | Path) -> Path:
     """Raises ValueError when `path` is not a directory."""
     path = Path(path)
@@ -28,11 +33,13 @@ def checkpoint_directory(path: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError when the file is missing or not a JSON object."""
+    """Raises ValueError when the file is missing or not a JSON object, ReadError when it cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing: is {path.parent} a Hugging Face model directory?") from error
+    except OSError as error:
+        raise ReadError(f"cannot read {path}: {error.strerror or error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): write or download it again") from error
     if not isinstance(value, dict):
@@ -117,15 +124,21 @@ class WeightFiles:
         return str(self._handle_of[name].get_slice(name).get_dtype())
 
     def get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Raises ValueError when the tensor is missing or has another shape."""
+        """Raises ValueError when the tensor is missing or has another shape, ReadError when it cannot be read."""
         self._check(name, shape)
-        tensor = self._handle_of[name].get_tensor(name)
-        return tensor.clone() if self._is_mapped else tensor
+        return self._read(name, lambda handle: handle.get_tensor(name))
 
     def get_row(self, name: str, index: int, shape: tuple[int, ...]) -> torch.Tensor:
         """`get(name, shape)[index]`, reading nothing else."""
         self._check(name, shape)
-        tensor = self._handle_of[name].get_slice(name)[index : index + 1][0]
+        return self._read(name, lambda handle: handle.get_slice(name)[index : index + 1][0])
+
+    def _read(self, name: str, read: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        try:
+            tensor = read(self._handle_of[name])
+        except (SafetensorError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ReadError(f"cannot read {name} of {self.path}: {reason}") from error
         return tensor.clone() if self._is_mapped else tensor
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:

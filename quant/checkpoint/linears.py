@@ -15,8 +15,8 @@ _FP8_LEAVES = (
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
     *("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "wq_a", "wq_b", "wkv", "wo_a", "wo_b"),
 )
-# DeepSeek-V4's sparse attention keeps these in full precision.
-_NEVER_FP8 = (".compressor.", ".indexer.")
+# DeepSeek-V4's sparse attention keeps the first two in full precision; experts that come here are a head's.
+_NEVER_FP8 = (".compressor.", ".indexer.", ".experts.")
 _QUANTIZED_DTYPES = ("U8", "I8", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 
 
@@ -73,19 +73,33 @@ def write_linear(tensor: torch.Tensor | FP8Tensor, codec: type[Codec], name: str
     return {name: stored.codes_OI, scales: stored.scales_PQ}
 
 
-def to_fp8(tensor: torch.Tensor, codec: type[Codec], name: str) -> torch.Tensor | FP8Tensor:
-    """`tensor` in FP8 if it is a linear layer that the format's makers store so, else itself.
-
-    Only matrices of whole tiles: loaders disagree on partial ones. Raises ValueError for NaN and infinity.
-    """
-    assert codec.linear_scale is not None
+def is_fp8_linear(codec: type[Codec], name: str) -> bool:
+    """Whether `name` is the weight of a linear layer that the format's makers store in FP8."""
     leaf = name.removesuffix(".weight").rpartition(".")[2]
     is_linear = name.endswith(".weight") and leaf in _FP8_LEAVES and leaf not in codec.plain_linears
-    is_kept = any(part in name for part in _NEVER_FP8) or tensor.dtype not in (torch.float32, torch.bfloat16)
-    if not is_linear or is_kept or tensor.ndim != 2 or any(size % TILE_SIZE for size in tensor.shape):
+    return is_linear and not any(part in name for part in _NEVER_FP8)
+
+
+def is_whole_tiles(shape: tuple[int, ...]) -> bool:
+    """Whether FP8 tiles cover a matrix: loaders disagree on partial ones."""
+    return len(shape) == 2 and not any(size % TILE_SIZE for size in shape)
+
+
+def to_fp8(tensor: torch.Tensor | FP8Tensor, codec: type[Codec], name: str) -> torch.Tensor | FP8Tensor:
+    """`tensor` in the format's FP8 if it is a linear layer that its makers store so, else itself.
+
+    One that is FP8 under scales which the format cannot hold is rounded again. Raises ValueError for NaN and infinity.
+    """
+    assert codec.linear_scale is not None
+    if isinstance(tensor, FP8Tensor):
+        if not is_fp8_linear(codec, name) or tensor.with_scales(codec.linear_scale[1]) is not None:
+            return tensor
+        tensor = tensor.dequantize()
+    is_float = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if not is_fp8_linear(codec, name) or not is_float or not is_whole_tiles(tuple(tensor.shape)):
         return tensor
     try:
-        return quantize_fp8(tensor, codec.linear_scale[1])
+        return quantize_fp8(tensor.float(), codec.linear_scale[1])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -5,18 +5,20 @@ at a time and written in shards, so memory beyond the model stays at one shard. 
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from speedstack.quant.checkpoint.directory import MAX_SHARD_BYTES, ShardWriter, new_directory
+from speedstack.quant.checkpoint.files import WeightFiles
 from speedstack.quant.checkpoint.formats import Codec, default_format
-from speedstack.quant.checkpoint.linears import plain_matrices
+from speedstack.quant.checkpoint.linears import plain_matrices, read_linear
 from speedstack.quant.checkpoint.names import hub_names
-from speedstack.quant.checkpoint.reader import expert_weights, tied_names
+from speedstack.quant.checkpoint.reader import expert_weights, extra_names, read_config, tied_names
 from speedstack.quant.experts import contraction_last
+from speedstack.quant.fp8 import FP8Tensor
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, MXFP4Tensor, ScaleRule, quantize
 
 
@@ -26,13 +28,19 @@ def save_packed(
     tokenizer: PreTrainedTokenizerBase | None = None,
     scale_rule: ScaleRule = DEFAULT_SCALE_RULE,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    extras_from: str | Path | None = None,
+    add_files: Callable[[Path], object] | None = None,
 ) -> None:
     """Write `model`, and the tokenizer if given, as a packed Hugging Face directory at `path`.
 
     `scale_rule` must be the one the model was trained with. A model directory already at `path` is replaced.
+    `extras_from` is the directory the model was loaded from: the tensors there that transformers' model does not have,
+    which are heads for multi-token prediction, go along unquantized. `add_files` is called with the directory before it
+    appears at `path`, to put more files beside the model.
 
     Raises ValueError for a model that is quantized already, has no routed experts, or is of a family that `names` does
-    not list; and for NaN or infinity in an expert. Raises OSError when `path` cannot be written, on a full disk, say.
+    not list; for NaN or infinity in an expert; and as `check_extras` does. Raises OSError when `path` cannot be
+    written, on a full disk, say.
     """
     path = Path(path)
     names = hub_names(model.config.model_type)
@@ -53,10 +61,32 @@ def save_packed(
             elif name not in tied:
                 shards.add(names.of(name), tensor.cpu().contiguous())
                 shapes[names.of(name)] = tuple(tensor.shape)
+        if extras_from is not None:
+            shapes |= _copy_extras(Path(extras_from), shards)
         shards.finish()
         _write_config(model, codec, plain_matrices(shapes, set()), partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        if add_files is not None:
+            add_files(partial)
+
+
+def check_extras(path: str | Path) -> None:
+    """Raises ValueError when `save_packed` could not take along what `path` holds besides the model."""
+    with WeightFiles(path) as files:
+        extra_names(files)
+
+
+def _copy_extras(path: Path, shards: ShardWriter) -> dict[str, tuple[int, ...]]:
+    """Write what `extra_names` names; returns the shapes."""
+    shapes = {}
+    codec_type = read_config(path)[1]
+    with WeightFiles(path) as files:
+        for name in extra_names(files):
+            shapes[name] = files.shape(name)
+            tensor = read_linear(files, codec_type, name, shapes[name])
+            shards.add(name, tensor.dequantize(torch.bfloat16) if isinstance(tensor, FP8Tensor) else tensor)
+    return shapes
 
 
 def _quantized(name: str, weight_EOK: torch.Tensor, scale_rule: ScaleRule) -> Iterator[MXFP4Tensor]:

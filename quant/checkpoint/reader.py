@@ -20,11 +20,14 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 
 from speedstack.quant.checkpoint.files import CONFIG_FILE, WeightFiles, checkpoint_directory, read_json
 from speedstack.quant.checkpoint.formats import Codec, ExpertWeight, check_family, detect
-from speedstack.quant.checkpoint.linears import read_linear
+from speedstack.quant.checkpoint.linears import other_names, read_linear
 from speedstack.quant.checkpoint.names import HubNames, hub_names
 from speedstack.quant.experts import contraction_last, routed_experts, weight_names
 from speedstack.quant.fp8 import FP8Tensor
 from speedstack.quant.mxfp4 import BLOCK_SIZE, MXFP4Tensor
+
+# What transformers raises for fields of the right type with values that cannot be.
+_BAD_FIELDS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,8 @@ def read_config(path: Path) -> tuple[PreTrainedConfig, type[Codec]]:
     codec = detect(path, fields)
     try:
         config = CONFIG_MAPPING[model_type].from_dict(unquantized_fields(fields))
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path / CONFIG_FILE} is not a valid {model_type} configuration: {reason}") from error
+    except (StrictDataclassError, *_BAD_FIELDS) as error:
+        raise ValueError(f"{path / CONFIG_FILE} is not a valid {model_type} configuration: {_reason(error)}") from error
     return config, codec
 
 
@@ -94,9 +96,22 @@ def unquantized_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model of a configuration, without memory for its weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """The causal language model of a configuration, without memory for its weights.
+
+    Raises ValueError for one that transformers makes no model of.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except _BAD_FIELDS as error:
+        raise ValueError(
+            f"transformers makes no model of this {config.model_type} configuration, a field of {CONFIG_FILE} must be "
+            f"wrong: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
@@ -116,8 +131,32 @@ def expert_weights(model: PreTrainedModel, names: HubNames) -> dict[str, ExpertW
     for experts_name, experts in routed_experts(model).items():
         for weight_name in weight_names(experts):
             shape = contraction_last(experts, getattr(experts, weight_name)).shape
+            if 0 in shape:
+                raise ValueError(
+                    f"{CONFIG_FILE} asks for experts {experts_name} of shape {tuple(shape)}: they are none"
+                )
             weights[f"{experts_name}.{weight_name}"] = ExpertWeight(names.of(experts_name), weight_name, *shape)
     return weights
+
+
+def extra_names(files: WeightFiles) -> list[str]:
+    """Names of tensors that the model of config.json does not have, sorted: heads for multi-token prediction.
+
+    Raises ValueError when one of them is quantized, and when the model's own are not stored under the names of its
+    family, so that the others cannot be told from them.
+    """
+    config, codec_type = read_config(files.path)
+    model = build_skeleton(config)
+    names = stored_names(files, hub_names(config.model_type))
+    codec = codec_type(names)
+    weights = expert_weights(model, names)
+    expert_names = {name for weight in weights.values() for name in codec.tensor_names(weight)}
+    own = {names.of(name) for name in model.state_dict() if name not in weights}
+    tied = {names.of(name) for name in tied_names(model)}
+    lacking = sorted((own - tied | expert_names) - set(files.names()))
+    if lacking:
+        raise ValueError(f"{files.path} lacks the tensor {lacking[0]}: is it a complete model of this {CONFIG_FILE}?")
+    return sorted(set(other_names(files, codec_type, expert_names)) - own)
 
 
 def _read_experts(

@@ -32,7 +32,7 @@ def kernels_for(*tensors: torch.Tensor) -> Kernels | None:
     """The kernels for the device that all `tensors` are on; None where only the reference works.
 
     That is: no compiler on a CPU, no Triton on a GPU, any other device, no elements, a tensor subclass (DTensor, fake
-    tensors), and inside torch.compile, which makes one kernel of the reference by itself.
+    tensors), and inside torch.compile, which traces PyTorch's operations and not these.
     """
     device = tensors[0].device
     if torch.compiler.is_compiling() or not all(_is_plain(tensor, device) for tensor in tensors):

@@ -41,7 +41,7 @@ def test_round_trip_is_exact_and_replaces_what_was_there(drafter, tmp_path):
     assert loaded.config == drafter.config
     assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in drafter.state_dict().items())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["drafter"]
-    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in path.iterdir()) == ["README.md", "card.json", "config.json", "model.safetensors"]
 
 
 def test_bfloat16_is_stored_as_such(drafter, tmp_path):
@@ -99,6 +99,15 @@ def test_another_target_is_refused(draft_config, change, message):
     check_target(config, **right)
     with pytest.raises(ValueError, match=f"another target.*{message}"):
         check_target(config, **(right | change))
+
+
+def test_taps_beyond_the_target_are_refused_where_its_depth_is_not_known(draft_config):
+    config = dataclasses.replace(draft_config, num_target_layers=None, target_layer_ids=(0, 7))
+    check_target(config, None, 64, 8, 128)
+    with pytest.raises(
+        ValueError, match=r"another target: it reads the output of layer 7, this target has layers 0\.\.6"
+    ):
+        check_target(config, None, 64, 7, 128)
 
 
 def test_drafters_from_elsewhere_name_no_target(draft_config):

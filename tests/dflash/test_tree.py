@@ -6,11 +6,13 @@ Legend: K positions, V vocabulary.
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from speedstack.dflash.accept import accept
+from speedstack.dflash.config import DFlashConfig
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.propose import BlockScores
 from speedstack.dflash.tree import Draft, best_chain, best_first_tree
@@ -146,6 +148,31 @@ def test_impossible_tokens_are_not_proposed() -> None:
 def test_sizes_below_one_are_refused(depth: int, budget: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         best_first_tree(marginals(0, 4, 5), 0, depth, budget)
+
+
+def test_block_scores_with_a_markov_head_follow_the_token_before(draft_config: DFlashConfig) -> None:
+    config = replace(draft_config, markov_rank=6, draft_vocab_size=40)
+    model = DFlashDraftModel(config).eval().requires_grad_(False)
+    model.init_weights(seed=0)
+    generator = torch.Generator().manual_seed(3)
+    assert model.markov_head is not None
+    model.markov_head.markov_w2.weight.normal_(0.0, 1.0, generator=generator)
+    model.set_draft_vocab(torch.arange(0, 120, 3))
+    hidden_KD = torch.randn(3, 64, generator=generator)
+    head_VD = torch.randn(128, 64, generator=generator)
+    scores = BlockScores(model, hidden_KD, model.draft_head(head_VD))
+    for previous in (5, 77):
+        expected_KU = model.logits(hidden_KD, torch.full((3,), previous), head_VD).log_softmax(-1)
+        for depth in range(3):
+            found = scores.log_probabilities(depth, previous)
+            assert found is not None
+            # float32: one row of a product sums in another order than three rows do
+            torch.testing.assert_close(found, expected_KU[depth], rtol=1e-5, atol=1e-5)
+    chain = best_chain(scores, 5, 3)
+    assert all(token % 3 == 0 for token in chain.tokens)
+    # Teacher-forced on its own tokens, the training logits propose the very chain that was drafted left to right.
+    forced = model.logits(hidden_KD, torch.tensor([5, *chain.tokens[:-1]]), head_VD).argmax(-1)
+    assert model.target_ids(forced).tolist() == chain.tokens
 
 
 def test_block_scores_are_the_drafters_logits(drafter: DFlashDraftModel) -> None:

@@ -24,11 +24,11 @@ def test_rows_cover_every_strategy() -> None:
     assert {way.temperature for way in ways if way.strategy.noise == "shared"} == {1.0}
     assert {way.proposer for way in ways} == {"none", "drafter", "ngram"}
     assert len({(way.name, way.temperature, way.backend) for way in ways}) == len(ways)
-    assert not [way for way in ways_of(7, ()) if way.strategy.tree_budget]
+    assert {way.backend for way in ways_of(7, ())} == {"auto"}
 
 
 def test_rows_count_and_time(tiny_packed_dir: Path, tiny_packed_drafter_dir: Path) -> None:
-    server = Server(tiny_packed_dir, load_drafter(tiny_packed_drafter_dir), 64)
+    server = Server(tiny_packed_dir, load_drafter(tiny_packed_drafter_dir), 64, "cpu")
     ways = [
         Way("none", "none"),
         Way("chain", "drafter", DraftStrategy(2)),
@@ -50,7 +50,7 @@ def test_rows_count_and_time(tiny_packed_dir: Path, tiny_packed_drafter_dir: Pat
 def test_a_changed_text_ends_the_run(
     tiny_packed_dir: Path, tiny_packed_drafter_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = Server(tiny_packed_dir, load_drafter(tiny_packed_drafter_dir), 64)
+    server = Server(tiny_packed_dir, load_drafter(tiny_packed_drafter_dir), 64, "cpu")
     run = server.run
 
     def broken(way: Way, *arguments: Any) -> Generation:
@@ -81,7 +81,7 @@ def test_result_file(
         "prompts": prompts,
         "out": out,
     }
-    options |= {"num-prompts": 2, "num-new-tokens": 6, "num-repeats": 0}
+    options |= {"num-prompts": 2, "num-new-tokens": 6, "num-repeats": 0, "device": "cpu"}
     monkeypatch.setattr(sys, "argv", ["bench_serving", *(str(x) for k, v in options.items() for x in (f"--{k}", v))])
     main()
     assert f"written to {out}" in capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,11 +11,12 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from speedstack.eval.divergence import token_kl
 from speedstack.eval.results import SensitivityResult
-from speedstack.eval.sensitivity import main, measure_sensitivity
+from speedstack.eval.sensitivity import main, measure_sensitivity, sensitivity
+from speedstack.quant.checkpoint import weights_sha256
 from speedstack.quant.experts import expert_parameters
 from speedstack.quant.mxfp4 import fake_quantize
 from speedstack.quant.ptq import round_to_nearest
@@ -116,7 +119,9 @@ def test_no_windows(model: PreTrainedModel) -> None:
         measure_sensitivity(model, [])
 
 
-def test_command(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(
+    tiny_model_dir: Path, tiny_packed_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     documents = datasets.Dataset.from_dict({"input_ids": [[*range(3, 100), 0], [*range(200, 300), 0]]})
     documents.save_to_disk(str(tmp_path / "corpus" / "heldout"))
     command = [str(tiny_model_dir), "--corpus", str(tmp_path / "corpus"), "--out", str(tmp_path / "out")]
@@ -124,6 +129,7 @@ def test_command(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFix
     text = capsys.readouterr().out
     result = SensitivityResult.load(tmp_path / "out" / "sensitivity.json")
     assert result.num_tokens == 100 and len(result.units) == 18
+    assert result.model_sha256 == weights_sha256(tiny_model_dir)
     worst = max(result.experts(), key=lambda unit: unit.kl_nats)
     assert f"layer {worst.layer} expert {worst.expert}" in text and (tmp_path / "out" / "sensitivity.csv").is_file()
     for wrong, message in (
@@ -135,5 +141,34 @@ def test_command(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert main([*command, *wrong]) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert message in lines[-1] and lines[-1].startswith("sensitivity: error: ")
-    assert main([str(tmp_path / "nowhere"), *command[1:]]) == 2
-    assert "no model directory" in capsys.readouterr().err
+    for model, message in (
+        (tmp_path / "nowhere", "no model directory"),
+        (tiny_packed_dir, "are quantized already"),
+    ):
+        assert main([str(model), *command[1:]]) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_corpus_of_another_model(
+    tiny_model_dir: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Ids beyond the embedding, and ids within it that mean other tokens."""
+
+    def refused(largest: int, match: str, window: int = 9) -> None:
+        shutil.rmtree(tmp_path / "corpus" / "heldout", ignore_errors=True)
+        documents = datasets.Dataset.from_dict({"input_ids": [[5, 6, largest, 0]]})
+        documents.save_to_disk(str(tmp_path / "corpus" / "heldout"))
+        with pytest.raises(ValueError, match=match) as caught:
+            sensitivity(tiny_model_dir, tmp_path / "corpus", window=window, device="cpu")
+        assert "\n" not in str(caught.value)
+
+    refused(512, "has the token 512, .* an embedding of 512")
+    refused(511, "a window of 257 tokens exceeds the 256 positions", window=257)
+    tiny_tokenizer.save_pretrained(tmp_path / "corpus" / "tokenizer")
+    refused(512, "has the token 512")
+    file = tmp_path / "corpus" / "tokenizer" / "tokenizer.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = fields["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(fields), encoding="utf-8")
+    refused(511, "was tokenized with another tokenizer than that of")

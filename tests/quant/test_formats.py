@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from speedstack.quant import mxfp4
 from speedstack.quant.formats import (
@@ -26,7 +27,8 @@ from speedstack.quant.formats import (
     fake_quantize,
     number_format,
 )
-from speedstack.quant.mxfp4 import ScaleRule
+from speedstack.quant.fp8 import quantize_fp8
+from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule
 
 NAMES: tuple[FormatName, ...] = get_args(FormatName)
 SCALE_RULES: tuple[ScaleRule, ...] = get_args(ScaleRule)
@@ -308,11 +310,59 @@ def test_properties_all_formats_share(name: FormatName, dtype: torch.dtype) -> N
     assert fake_quantize(torch.zeros(128, 128, dtype=dtype), name).abs().max() == 0
 
 
+class NoDivisionByNumbers(TorchFunctionMode):
+    """On a GPU torch replaces it by a product with the reciprocal, which rounds otherwise than a CPU's division."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_division = getattr(func, "__name__", "") in ("div", "div_", "divide", "true_divide", "__truediv__")
+        assert not (is_division and isinstance(args[1], int | float)), f"{func} by the number {args[1]}"
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("value", [1e-45, 1e-38, 3e-36, 1e36, 3.4e38])
+def test_devices_agree_on_every_division(name: FormatName) -> None:
+    w = torch.randn(2, 128, 128, generator=RANDOM)
+    with NoDivisionByNumbers():
+        found = number_format(name).round(w, DEFAULT_SCALE_RULE)
+        if name == "fp8_block128":
+            quantize_fp8(w[0])
+    assert torch.equal(bits(found), bits(fake_quantize(w, name)))
+    with pytest.raises(AssertionError, match="by the number 7"), NoDivisionByNumbers():
+        w / 7
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_computes_the_same(name: FormatName) -> None:
+    w = torch.randn(3, 256, 512, generator=RANDOM) * torch.exp2(torch.randint(-9, 9, (3, 256, 1), generator=RANDOM))
+    assert torch.equal(bits(fake_quantize(w.cuda(), name).cpu()), bits(fake_quantize(w, name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [1e-38, 3e-36, 1e36, 3.4e38])
 def test_ends_of_float32(name: FormatName, value: float) -> None:
-    found = fake_quantize(torch.linspace(-1, 1, 128).expand(128, 128) * value, name)
-    assert found.isfinite().all() and found.abs().max() <= value * 1.2
+    """Errors as a part of the largest magnitude: no more than what lies above an element type's largest value where
+    there is no larger scale, or half a step at the largest value where scales are no powers of two.
+    """
+    w = torch.linspace(-1, 1, 128).expand(128, 128) * value
+    # int4's scale is rounded to bfloat16, by up to 2^-9.
+    bounds = {"nvfp4": 1 / 6, "int4_g32": 1 / 14 + 2**-9, "fp8_block128": 1 / 28}
+    bounds |= {mx: 1 - element.max_value / 2 ** (element.max_exponent + 1) for mx, element in MX.items()}
+    found = fake_quantize(w, name)
+    error = float((found.double() - w.double()).abs().max() / w.double().max())
+    if name == "nvfp4" and value < 1:
+        # The scale of its matrix overflows, so that of every block vanishes: as in compressed-tensors.
+        assert not found.any()
+    else:
+        assert 0 < error <= bounds[name] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_subnormal_weights_stay_or_vanish(name: FormatName) -> None:
+    w = torch.linspace(-1, 1, 128).expand(128, 128) * 1e-45
+    found = fake_quantize(w, name)
+    assert torch.equal(found, torch.zeros_like(w)) or torch.equal(found, w)
 
 
 @pytest.mark.parametrize("name", NAMES)

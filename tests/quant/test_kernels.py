@@ -237,6 +237,20 @@ def test_triton_under_the_interpreter() -> None:
     assert passed and int(passed[1]) >= 26 and " skipped" not in result.stdout, result.stdout[-1000:]
 
 
+@pytest.mark.skipif(INTERPRETED, reason="nothing of the interpreter's")
+def test_torch_compile_traces_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot look into compiled kernels; without a break of its graph the values are theirs all the same."""
+    w_NK = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    expected = fake_quantize(w_NK, "mse")
+
+    def forbidden(*arguments: Any) -> torch.Tensor:
+        raise AssertionError("a compiled kernel was called")
+
+    monkeypatch.setattr(mxfp4_cpu, "fake_quantize", forbidden)
+    compiled = torch.compile(fake_quantize, backend="eager", fullgraph=True)
+    assert_same_bits(compiled(w_NK, "mse"), expected)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels cannot be compiled")
 @pytest.mark.slow
 def test_triton_compiles_for_hopper() -> None:
@@ -270,6 +284,10 @@ def test_triton_compiles_for_hopper() -> None:
         ptx = built.asm["ptx"]
         assert ".target sm_90a" in ptx
         assert ".ftz" not in ptx and "fma." not in ptx
-        wide = r"global\.v4\.b32" if "*i16" in pointers or "*i32" in pointers else r"global"
-        assert re.search(r"[sl][td]\." + wide, ptx), kernel.fn.__name__
+        # Words are read and written 16 bytes a thread; codes and scales, of which a thread has fewer, as they come.
+        reads_words, writes_words = pointers[0] != "*u8", pointers[-1] != "*u8"
+        for operation, is_wide in (("ld", reads_words), ("st", writes_words)):
+            found = re.search(rf"\b{operation}\.global(\.\w+)*\.v4\.b32", ptx) is not None
+            assert found or not is_wide, (kernel.fn.__name__, operation)
+            assert re.search(rf"\b{operation}\.global\.", ptx), (kernel.fn.__name__, operation)
         assert "st.local" not in ptx

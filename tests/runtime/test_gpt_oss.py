@@ -99,6 +99,24 @@ def test_packed_logits_equal_transformers(ids: list[int], tmp_path: Path) -> Non
     torch.testing.assert_close(got_TV, expected_TV, rtol=1e-4, atol=1e-4)
 
 
+def test_bfloat16_errs_no_more_than_transformers_does(ids: list[int]) -> None:
+    """Both round everywhere, at other places: what can be asked for is an error of the same size."""
+    model = build_model()
+    with torch.no_grad():
+        exact_TV = model(torch.tensor([ids])).logits[0]
+        theirs_TV = model.bfloat16()(torch.tensor([ids])).logits[0].float()
+    tensors = dict(model.state_dict())
+    weights = read_weights(spec_from_config(model.config), tensors, torch.bfloat16, CPU, tied=False)
+    ours_TV = run(ReferenceBackend(weights, None, 1, 128), ids, 32)
+
+    def error(logits_TV: torch.Tensor) -> float:
+        return float((logits_TV - exact_TV).norm() / exact_TV.norm())
+
+    # 8 bits of mantissa through two layers: about a per cent; the medians of two such errors differ by less than half
+    assert 0.001 < error(theirs_TV) < 0.1
+    assert error(ours_TV) < 1.5 * error(theirs_TV)
+
+
 def test_engine_reads_a_packed_directory_and_says_which_backend(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -111,9 +129,7 @@ def test_engine_reads_a_packed_directory_and_says_which_backend(
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         model: Any = load_model(tmp_path / "packed")
-        expected = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
-        )
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert greedy == expected[0, 3:].tolist()
     with pytest.raises(ValueError, match=r"'cpu' has no biases.*gpt_oss"):
         Engine.from_pretrained(tmp_path / "packed", backend="cpu")

@@ -64,7 +64,9 @@ def random_plan(rng: random.Random) -> Plan:
             reads = [Read(Region(f"b{out[before]}", 1, 0, (1,)), f"p{before}")]
         else:
             waits = [Wait(f"c{before}", P, 0 if lag else P)]
-            piece = in_place[i] or (not dynamic[i] and sizes[before] == size and rng.random() < 0.3)
+            # Pieces all the way round: nobody then waits for other items' reads of the step before's result.
+            piece = out[before] == out[i] or (lag and all(by_item[:-1]))
+            piece |= not dynamic[i] and sizes[before] == size and rng.random() < 0.3
             region = Region(f"b{out[before]}", 1, 0, (1,)) if piece else Region(f"b{out[before]}", sizes[before])
             reads = [Read(region, f"p{before}", int(lag))]
         if i in reads_older:
@@ -164,3 +166,76 @@ def test_every_harmful_mutation_is_rejected() -> None:
     assert killed == harmful
     for kind in ("drop a signal", "lower a threshold", "skip an epoch", "alias two buffers", "swap two phases"):
         assert harmful[kind] >= 15, kind
+
+
+def two_phases(first: Wait, second: Wait, num_programs: int = 2) -> Plan:
+    """p0 writes what p1 reads, one item each, on different programs."""
+    phases = (
+        Phase("p0", "op", (Axis("x", 1),), reads=(Read(Region("b1", 1), "p1", 1),), writes=(Region("b0", 1),),
+              waits=(first,), signals=(Signal("c0", "program"),)),
+        Phase("p1", "op", (Axis("x", 1),), reads=(Read(Region("b0", 1), "p0"),), writes=(Region("b1", 1),),
+              waits=(second,), signals=(Signal("c1", "program"),), rotation=1),
+    )  # fmt: skip
+    buffers = (Buffer("b0", 1, 4), Buffer("b1", 1, 4))
+    return Plan("two", num_programs, 1, 1, 1, buffers, (Counter("c0"), Counter("c1")), phases)
+
+
+def test_a_program_without_items_must_not_run_ahead() -> None:
+    """Waiting before items only, a program that has none would signal for the one that has."""
+    entering = two_phases(Wait("c1", 3, 0), Wait("c0", 3, 3), 3)
+    assert prove(entering).is_safe and harm_of(entering) is None
+    by_item = two_phases(Wait("c1", 3, 0, 0, (1,)), Wait("c0", 3, 3, 0, (1,)), 3)
+    failure = prove(by_item).failure
+    assert failure is not None and failure.kind == "fooled wait", failure
+    assert failure.edge == ("p0", "c0")
+    assert "program 2 may signal c0[0] in p0 before program 0 did in p0" in failure.message
+    assert harm_of(by_item) == "wrong value"
+
+
+def test_messages_name_the_edge() -> None:
+    plan = two_phases(Wait("c1", 2, 0), Wait("c0", 2, 2))
+
+    def failure(mutant: Plan) -> Any:
+        found = prove(mutant).failure
+        assert found is not None
+        return found
+
+    late = failure(with_phase(plan, 1, waits=(Wait("c0", 2, 4),)))
+    assert (late.kind, late.edge) == ("deadlock", ("p1", "c0"))
+    assert "p1 waits for c0[0] to reach 4, and only 2 signals come before it" in late.message
+    early = failure(with_phase(plan, 1, waits=()))
+    assert (early.kind, early.edge) == ("race", ("p1", "p0"))
+    assert "reads b0, which p0 on program 0 may not have written yet" in early.message
+    slow = failure(with_phase(plan, 1, waits=(Wait("c0", 1, 2),)))
+    assert (slow.kind, slow.edge) == ("wrong epoch", ("p1", "c0"))
+
+
+def test_items_of_one_phase_must_not_meet() -> None:
+    axes = (Axis("x", 3),)
+    base = Phase("p0", "op", axes, waits=(Wait("c0", 2, 0),), signals=(Signal("c0", "program"),))
+    for writes, reads, meets in (
+        (Region("b", 1, 0, (1,)), (), False),
+        (Region("b", 2, 0, (1,)), (), True),
+        (Region("b", 1, 0, (1,)), (Read(Region("b", 1, 0, (1,)), None),), False),
+        (Region("b", 1, 0, (1,)), (Read(Region("b", 1, 1, (1,)), None),), True),
+        (Region("b", 1, 0, (2,)), (Read(Region("b", 1, 1, (2,)), None),), False),
+        (Region("b", 6), (), True),
+        (Region("b", 6, exclusive="a list"), (), False),
+    ):
+        phase = replace(base, writes=(writes,), reads=reads)
+        plan = Plan("one", 2, 1, 1, 1, (Buffer("b", 6, 4),), (Counter("c0"),), (phase,))
+        failure = prove(plan).failure
+        assert (failure is not None) == meets, (writes, reads, failure)
+        assert failure is None or "meet in b" in failure.message
+
+
+def test_plans_that_name_what_is_not_there_are_refused() -> None:
+    plan = two_phases(Wait("c1", 2, 0), Wait("c0", 2, 2))
+    with pytest.raises(ValueError, match="p0 names 'c9'"):
+        prove(with_phase(plan, 0, waits=(Wait("c9", 2, 0),)))
+    with pytest.raises(ValueError, match="p1 names 'p9'"):
+        prove(with_phase(plan, 1, reads=(Read(Region("b0", 1), "p9"),)))
+    with pytest.raises(ValueError, match="p1 reads what is older than one step"):
+        prove(with_phase(plan, 1, reads=(Read(Region("b0", 1), "p0", 2),)))
+    with pytest.raises(ValueError, match="outside counter 'c0'"):
+        prove(with_phase(plan, 0, signals=(Signal("c0", "program", 1),)))

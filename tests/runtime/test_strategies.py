@@ -178,6 +178,37 @@ def test_shared_noise_samples_the_draft_as_the_target_samples() -> None:
             assert drafted == sample(logits_V, noise[0], params)
 
 
+@pytest.mark.parametrize("sampling", ["temperature 1", "top-p and top-k"])
+def test_a_drafter_that_is_the_target_is_always_right_with_shared_noise(
+    sampling: str, tiny_packed_dir: Path, make_drafter: MakeDrafter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The noise of a proposal is that of the position it is for, in every sequence of a batch."""
+    plain = Engine.from_pretrained(tiny_packed_dir, backend="cpu")
+    options: dict[str, Any] = {"max_new_tokens": NUM_NEW + 1, "ignore_eos": True} | SAMPLING[sampling]
+    seeds = [3, 4, 5]
+    texts = [plain.generate(p, seed=s, **options).tokens for p, s in zip(PROMPTS, seeds, strict=True)]
+    whole = [prompt + tokens for prompt, tokens in zip(PROMPTS, texts, strict=True)]
+    logits = [plain.logits(ids) for ids in whole]
+
+    def draft(requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:
+        drafts = []
+        for request in requests:
+            at = slice(request.position, request.position + 1)
+            text = next(i for i, ids in enumerate(whole) if ids[at] == [request.anchor])
+            rows = logits[text][request.position : request.position + num_drafts]
+            scores = [draft_scores(row_V, request, i, torch.arange(512)) for i, row_V in enumerate(rows)]
+            drafts.append(Draft.chain([int(scores_V.argmax()) for scores_V in scores]))
+        return drafts
+
+    for noise, is_right in (("shared", True), ("none", False)):
+        engine = Engine.from_pretrained(tiny_packed_dir, make_drafter(), backend="cpu", draft_noise=noise)  # type: ignore[arg-type]
+        monkeypatch.setattr(engine.backend, "draft", draft)
+        found = engine.generate(PROMPTS, seed=seeds, **options)
+        assert [g.tokens for g in found] == texts
+        # One token of the prompt's pass, then two rounds of seven proposals and a bonus
+        assert [g.stats.num_rounds == 2 for g in found] == [is_right] * 3
+
+
 def test_shared_noise_of_a_pruned_vocabulary_is_that_of_its_tokens() -> None:
     logits_V = torch.randn(97, generator=torch.Generator().manual_seed(0))
     ids_U = torch.arange(0, 97, 3)

@@ -85,6 +85,7 @@ def test_two_processes_give_the_losses_of_one_at_every_stage(
 
     stages = {f"zero-{stage}": config(f"zero-{stage}", distributed__zero_stage=stage) for stage in range(4)}
     jobs = stages | {
+        "lean": config("lean", distributed__zero_stage=3, qat__activation_checkpointing=True),
         "muon": config("muon", optim__name="muon", optim__lr=1e-3, loop__micro_batch_size=1),
         "bf16": config(
             "bf16", distributed__zero_stage=3, qat__trainable="experts", run__precision="bfloat16",
@@ -106,7 +107,7 @@ def test_two_processes_give_the_losses_of_one_at_every_stage(
         exported, expected = load_model(jobs[name].run_directory / "export"), load_model(alone.export_path)
         assert exported.state_dict().keys() == expected.state_dict().keys()
     # Stage against stage: the same sums over the same two processes, but for the clipping norm's.
-    for name in ("zero-1", "zero-2", "zero-3"):
+    for name in ("zero-1", "zero-2", "zero-3", "lean"):
         assert_same_numbers(jobs["zero-0"].run_directory, jobs[name].run_directory, rel=1e-5)
 
     # Resume: without export and without the last checkpoint a run goes on from step 4 to the same end. In the same

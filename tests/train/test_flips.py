@@ -72,14 +72,32 @@ def test_a_new_scale_with_the_same_values_is_no_flip(model: PreTrainedModel) -> 
 
 def test_a_sample_of_rows_stands_for_large_models(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     total = sum(parameter.numel() for parameter in expert_parameters(model).values())
-    monkeypatch.setattr(flips, "_MAX_WEIGHTS", total // 8)
+    monkeypatch.setattr(flips, "_MAX_WEIGHTS", total // 2)
     watch = FlipWatch(model, "even")
     num_bytes = sum(tensor.nbytes for tensor in watch.state().values())
-    assert num_bytes == pytest.approx(total / 8 * 17 / 32)
+    assert num_bytes == pytest.approx(total / 2 * 17 / 32)
     for weight in expert_parameters(model).values():
         weight.data.mul_(torch.where(torch.arange(weight.shape[1]) % 16 < 8, 0.5, 1.0).view(1, -1, 1))
     watch.look()
     assert watch.metrics()["flips_since_start"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("max_weights", [1024, 2048, 5000])
+def test_many_experts_are_watched_in_part(
+    max_weights: int, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer weights than one row of every expert has; experts and rows take turns."""
+    weights = list(expert_parameters(model).values())
+    assert max_weights < sum(weight[:, 0].numel() for weight in weights) * 4
+    monkeypatch.setattr(flips, "_MAX_WEIGHTS", max_weights)
+    watch = FlipWatch(model, "even")
+    watched = {name: packed.shape for name, packed in watch._start.items()}
+    one_row_each = sum(shape[-1] for shape in watched.values())
+    assert max_weights / 2 < sum(shape.numel() for shape in watched.values()) <= max_weights + one_row_each
+    for weight in weights:
+        weight.data.mul_(torch.where(torch.arange(weight.shape[1]) % 2 == 0, 0.5, 1.0).view(1, -1, 1))
+    watch.look()
+    assert watch.metrics()["flips_since_start"] == pytest.approx(0.5, abs=0.2)
 
 
 def test_state_continues_the_record(model: PreTrainedModel) -> None:

@@ -1,7 +1,8 @@
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from speedstack.eval.divergence import token_kl
-from speedstack.quant.checkpoint import load_checkpoint, load_model
-from speedstack.quant.experts import expert_parameters, router_parameters
-from speedstack.quant.mxfp4 import fake_quantize
+from speedstack.quant import grouped
+from speedstack.quant.calibration import gptq_experts
+from speedstack.quant.checkpoint import load_checkpoint, load_model, save_packed
+from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters, router_parameters
+from speedstack.quant.mxfp4 import MXFP4Tensor, ScaleRule, fake_quantize
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.train.config import OptimSection, QatConfig
 from speedstack.train.corpus import load_corpus
@@ -103,6 +106,94 @@ def test_evaluation_before_the_first_step_is_post_training_quantization(
     assert first["heldout_kl"] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def gptq_export(pretrained: RunResult, corpus_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pretrained model after GPTQ, packed."""
+    path = tmp_path_factory.mktemp("gptq") / "packed"
+    model = load_model(pretrained.export_path)
+    gptq_experts(model, heldout_ids(corpus_path).split(2))
+    save_packed(model, path)
+    return path
+
+
+@pytest.mark.parametrize("scale_rule", get_args(ScaleRule))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_values_of_a_packed_model_are_where_training_starts(
+    pretrained: RunResult, gptq_export: Path, corpus_path: Path, scale_rule: ScaleRule, precision: str
+) -> None:
+    """Fake-quant is the identity on the grid, so the first forward is that of the packed model, bit for bit."""
+    ids = heldout_ids(corpus_path)
+    packed, student, rounded = (load_model(path) for path in (gptq_export, gptq_export, pretrained.export_path))
+    for weight in expert_parameters(packed).values():
+        assert torch.equal(fake_quantize(weight, scale_rule).view(torch.int32), weight.view(torch.int32))
+    enable_autocast(packed)
+    enable_fake_quant(student, scale_rule)
+    enable_fake_quant(rounded, scale_rule)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        packed_BTV, student_BTV, rounded_BTV = (model(input_ids=ids).logits for model in (packed, student, rounded))
+    assert torch.equal(student_BTV, packed_BTV)
+    assert not torch.equal(student_BTV, rounded_BTV), "GPTQ's values are not those of rounding"
+
+
+def test_training_from_gptq(
+    pretrained: RunResult, gptq_export: Path, make_qat_config: MakeConfig, corpus_path: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"loop__num_steps": 2, "qat__start_from": str(gptq_export), "qat__scale_rule": "floor"}
+    config = make_qat_config(tmp_path, pretrained.export_path, **options)
+    run = qat(config)
+    first = read_metrics(run.path)[0]
+    ids = heldout_ids(corpus_path)
+    teacher, packed = load_model(pretrained.export_path), load_model(gptq_export)
+    with torch.no_grad():
+        expected = mean_kl(teacher(input_ids=ids).logits, packed(input_ids=ids).logits)
+    # The mean is taken in another order.
+    assert first["heldout_kl"] == pytest.approx(expected, rel=1e-9)
+    start, end = load_model(gptq_export).state_dict(), load_model(run.export_path).state_dict()
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert moved and moved <= set(expert_parameters(packed))
+
+    replaced = tmp_path / "replaced"
+    shutil.copytree(gptq_export, replaced)
+    options["qat__start_from"] = str(replaced)
+    config = make_qat_config(tmp_path / "b", pretrained.export_path, **options)
+    qat(config)
+    save_packed(teacher, replaced)
+    with pytest.raises(ValueError, match="the start_from of this run has changed since it was started"):
+        qat(config)
+
+
+def test_a_start_of_another_architecture_is_refused(
+    pretrained: RunResult,
+    gptq_export: Path,
+    make_qat_config: MakeConfig,
+    random_model: Callable[[str, Path], Path],
+    tmp_path: Path,
+) -> None:
+    other = random_model("qwen3_moe", tmp_path / "other")
+    narrow = tmp_path / "narrow"
+    shutil.copytree(gptq_export, narrow)
+    fields = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps(fields | {"num_experts_per_tok": 1}))
+    for path, message in (
+        (tmp_path / "nowhere", "no model directory at .*nowhere"),
+        (other, "is another architecture than qat.model .*: model_type is 'qwen3_moe' instead of 'mimo_v2_flash'"),
+        (narrow, "num_experts_per_tok is 1 instead of 2"),
+    ):
+        config = make_qat_config(tmp_path / path.name, pretrained.export_path, qat__start_from=str(path))
+        with pytest.raises(ValueError, match=message) as caught:
+            qat(config)
+        assert "\n" not in str(caught.value)
+
+    (narrow / "config.json").write_text(json.dumps(fields))
+    weights = load_file(narrow / "model.safetensors")
+    name = next(name for name in weights if name.endswith("down_proj.weight_packed"))
+    weights[name] = weights[name][:-1].clone()
+    save_file(weights, narrow / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="has shape"):
+        qat(make_qat_config(tmp_path / "cut", pretrained.export_path, qat__start_from=str(narrow)))
+
+
 @pytest.mark.parametrize(
     ("changes", "keys"),
     [
@@ -155,14 +246,33 @@ def test_flips_are_recorded_and_survive_a_resume(
 
 
 def test_activation_checkpointing_changes_no_number(
-    pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path
+    pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"run__precision": "bfloat16", "loop__num_steps": 3}
-    plain = qat(make_qat_config(tmp_path / "plain", pretrained.export_path, **options))
-    options["qat__activation_checkpointing"] = True
-    assert numbers(qat(make_qat_config(tmp_path / "lean", pretrained.export_path, **options)).path) == numbers(
-        plain.path
-    )
+    """Every layer's experts are computed, and packed for the backward, once more in each step; nothing else changes."""
+    num_packed = 0
+
+    def counted(*arguments: Any) -> MXFP4Tensor:
+        nonlocal num_packed
+        num_packed += 1
+        return pack(*arguments)
+
+    pack = grouped._pack
+    monkeypatch.setattr(grouped, "_pack", counted)
+    records, counts = [], []
+    for is_on in (False, True):
+        config = make_qat_config(
+            tmp_path / str(is_on),
+            pretrained.export_path,
+            run__precision="bfloat16",
+            loop__num_steps=3,
+            qat__activation_checkpointing=is_on,
+            qat__trainable="all",
+        )
+        num_packed = 0
+        records.append(numbers(qat(config).path))
+        counts.append(num_packed)
+    assert records[0] == records[1]
+    assert counts[1] == 2 * counts[0] > 0
 
 
 def test_dampening_keeps_masters_near_their_values(
@@ -200,6 +310,28 @@ def test_masters_are_float32_whatever_the_file_holds(
         build_optimizer(torch.nn.ModuleDict({"down_proj": torch.nn.Linear(2, 2).bfloat16()}), OptimSection())
 
 
+@pytest.mark.parametrize("family", ["mimo_v2_flash", "gpt_oss", "qwen3_moe"])
+def test_a_teacher_held_in_bfloat16_is_measured_in_float32(
+    family: str,
+    pretrained: RunResult,
+    random_model: Callable[[str, Path], Path],
+    make_qat_config: MakeConfig,
+    tmp_path: Path,
+) -> None:
+    """Of weights that bfloat16 holds the held-out figures are those of a float32 teacher, bit for bit."""
+    source = pretrained.export_path if family == "mimo_v2_flash" else random_model(family, tmp_path / "random")
+    model = load_model(source, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    load_corpus(make_qat_config(tmp_path, tmp_path).data.corpus).tokenizer.save_pretrained(tmp_path / "model")
+
+    def first(teacher_dtype: str) -> dict[str, Any]:
+        options: dict[str, Any] = {"loop__num_steps": 1, "loop__eval_every": 1, "qat__teacher_dtype": teacher_dtype}
+        config = make_qat_config(tmp_path / teacher_dtype, tmp_path / "model", **options)
+        return numbers(qat(config).path)[0]
+
+    assert first("bfloat16") == first("float32")
+
+
 @pytest.mark.filterwarnings("ignore:no packed format is known for minimax_m2")
 @pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "gpt_oss", "minimax_m2"])
 def test_other_families(
@@ -229,6 +361,17 @@ def test_a_model_replaced_in_place_is_refused(
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="the model of this run has changed since it was started"):
         qat(config)
+
+
+def test_prediction_heads_go_along(pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pretrained.export_path, model)
+    head = {"model.mtp.0.eh_proj.weight": torch.randn(64, 128)}
+    weights = load_file(model / "model.safetensors")
+    save_file(weights | head, model / "model.safetensors", metadata={"format": "pt"})
+    result = qat(make_qat_config(tmp_path, model, loop__num_steps=1))
+    stored = load_file(result.export_path / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in head.items())
 
 
 def test_bad_models_are_refused(pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path) -> None:

@@ -65,8 +65,7 @@ def detect(path: Path, config: dict[str, Any]) -> type[Codec]:
         except ValueError as error:
             raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
         if is_described:
-            groups = (quantization or {}).get("config_groups") or {}
-            if any(group.get("input_activations") for group in groups.values()):
+            if _quantizes_activations(path, quantization or {}):
                 warnings.warn(f"{path} asks for quantized activations, which are left as they are", stacklevel=3)
             return codec
     assert quantization is not None
@@ -75,6 +74,13 @@ def detect(path: Path, config: dict[str, Any]) -> type[Codec]:
         f"{path} is quantized as {found or 'unknown'}: only unquantized weights and the MXFP4 formats "
         f"{', '.join(name for name in FORMATS if name != Plain.name)} can be read"
     )
+
+
+def _quantizes_activations(path: Path, quantization: dict[str, Any]) -> bool:
+    groups = quantization.get("config_groups") or {}
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise ValueError(f"{path / CONFIG_FILE}: config_groups is no object of objects: download it again")
+    return any(group.get("input_activations") for group in groups.values())
 
 
 def default_format(names: HubNames) -> type[Codec]:

@@ -17,6 +17,7 @@ import torch
 
 from speedstack.quant.checkpoint.files import WeightFiles
 from speedstack.quant.checkpoint.names import HubNames
+from speedstack.quant.fp8 import TILE_SIZE
 from speedstack.quant.mxfp4 import BLOCK_SIZE, MXFP4Tensor
 
 Weight = torch.Tensor | MXFP4Tensor
@@ -183,6 +184,22 @@ def group_experts(files: WeightFiles, names: HubNames, suffix: str, is_packed: b
             num_rows *= len(parts) // count
             weights.append(ExpertWeight(module, weight_name, count, num_rows, num_columns * (2 if is_packed else 1)))
     return weights
+
+
+# What config.json says of FP8 linear layers, in the formats that have them.
+FP8_FIELDS: dict[str, Any] = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [TILE_SIZE, TILE_SIZE],
+}
+
+
+def check_tiles(quantization: dict[str, Any]) -> None:
+    """Raises ValueError for FP8 tiles of another size."""
+    size = quantization.get("weight_block_size", [TILE_SIZE, TILE_SIZE])
+    if size != [TILE_SIZE, TILE_SIZE]:
+        raise ValueError(f"weight_block_size {size} is not supported: FP8 tiles are read as {TILE_SIZE} x {TILE_SIZE}")
 
 
 # What safetensors calls the containers of two elements; both signs occur.

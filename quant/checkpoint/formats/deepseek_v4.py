@@ -9,9 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from speedstack.quant.checkpoint.formats.codec import PerExpert
-from speedstack.quant.checkpoint.formats.mimo import check_tiles
-from speedstack.quant.fp8 import TILE_SIZE
+from speedstack.quant.checkpoint.formats.codec import FP8_FIELDS, PerExpert, check_tiles
 
 
 class DeepSeekV4(PerExpert):
@@ -33,14 +31,6 @@ class DeepSeekV4(PerExpert):
         return True
 
     def config(self, ignored: list[str]) -> dict[str, Any]:
-        quantization = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [TILE_SIZE, TILE_SIZE],
-            "scale_fmt": "ue8m0",
-            "expert_dtype": "fp4",
-            "modules_to_not_convert": ignored,
-        }
+        own = {"scale_fmt": "ue8m0", "expert_dtype": "fp4", "modules_to_not_convert": ignored}
         beside = {"expert_dtype": "fp4"} if self.names.model_type == "deepseek_v4" else {}
-        return {"quantization_config": quantization, **beside}
+        return {"quantization_config": FP8_FIELDS | own, **beside}

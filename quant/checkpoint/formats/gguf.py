@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from speedstack.quant.checkpoint.files import WeightFiles
+from speedstack.quant.checkpoint.files import ReadError, WeightFiles
 from speedstack.quant.checkpoint.formats.codec import ExpertWeight, Sink, Weight, checked_scales
 from speedstack.quant.checkpoint.names import HubNames, layer_index
 from speedstack.quant.mxfp4 import BLOCK_SIZE, MXFP4Tensor
@@ -193,7 +193,10 @@ def _read_blocks(
         )
     _, num_rows, num_columns = shape
     num_bytes = num_rows * num_columns // BLOCK_SIZE * _BLOCK_BYTES
-    data = np.fromfile(path, dtype=np.uint8, count=num_bytes, offset=int(tensor.data_offset) + index * num_bytes)
+    try:
+        data = np.fromfile(path, dtype=np.uint8, count=num_bytes, offset=int(tensor.data_offset) + index * num_bytes)
+    except OSError as error:
+        raise ReadError(f"cannot read {path}: {error.strerror or error}") from error
     if data.size != num_bytes:
         raise ValueError(f"{path} ends inside {name}: write or download it again")
     return torch.from_numpy(data).view(num_rows, num_columns // BLOCK_SIZE, _BLOCK_BYTES)

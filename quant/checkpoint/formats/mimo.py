@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from speedstack.quant.checkpoint.formats.codec import PerExpert
+from speedstack.quant.checkpoint.formats.codec import FP8_FIELDS, PerExpert, check_tiles
 from speedstack.quant.checkpoint.names import HubNames
-from speedstack.quant.fp8 import TILE_SIZE
 from speedstack.quant.mxfp4 import BLOCK_SIZE
 
 
@@ -43,20 +42,5 @@ class MiMo(PerExpert):
         return f"vLLM and SGLang read {MiMo.title} for MiMo models alone, not for {names.model_type}"
 
     def config(self, ignored: list[str]) -> dict[str, Any]:
-        quantization = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [TILE_SIZE, TILE_SIZE],
-            "store_dtype": "mxfp4",
-            "mxfp4_block_size": BLOCK_SIZE,
-            "ignored_layers": ignored,
-        }
-        return {"quantization_config": quantization}
-
-
-def check_tiles(quantization: dict[str, Any]) -> None:
-    """Raises ValueError for FP8 tiles of another size."""
-    size = quantization.get("weight_block_size", [TILE_SIZE, TILE_SIZE])
-    if list(size) != [TILE_SIZE, TILE_SIZE]:
-        raise ValueError(f"weight_block_size {size} is not supported: FP8 tiles are read as {TILE_SIZE} x {TILE_SIZE}")
+        own = {"store_dtype": "mxfp4", "mxfp4_block_size": BLOCK_SIZE, "ignored_layers": ignored}
+        return {"quantization_config": FP8_FIELDS | own}

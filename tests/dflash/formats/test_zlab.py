@@ -51,7 +51,7 @@ def test_what_would_be_computed_differently_is_refused(draft_config, key, value)
         from_json(to_json(draft_config, "bfloat16") | {key: value})
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "rms_norm_eps", "num_target_layers", "dflash_config"])
+@pytest.mark.parametrize("key", ["hidden_size", "rms_norm_eps", "block_size", "dflash_config"])
 def test_a_missing_key_is_named(draft_config, key):
     raw = to_json(draft_config, "bfloat16")
     del raw[key]
@@ -95,7 +95,7 @@ def test_keys_of_mimos_drafters(draft_config):
     """As in the public loaders: is_causal (SGLang), use_swa and swa_window_size (vLLM), the rest in dflash_config."""
     raw = to_json(dataclasses.replace(draft_config, **MIMO), "bfloat16")
     assert raw["is_causal"] is False and raw["sliding_window"] == 9 and raw["use_sliding_window"] is True
-    assert raw["partial_rotary_factor"] == 0.5
+    assert raw["partial_rotary_factor"] == 0.5 and raw["rope_parameters"]["rope_dim"] == 8
     nested = raw["dflash_config"]
     assert nested["use_swa"] is True and nested["swa_window_size"] == 9
     assert nested["attention_sink_bias"] is True and nested["attention_value_scale"] == 0.612
@@ -133,9 +133,22 @@ def test_sliding_layers_are_causal_unless_the_config_says_otherwise(draft_config
             "causal",
         ),
         ({"use_swa": "yes"}, "true or false"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 1e4}}, "loaders disagree"),
+        ({"rope_parameters": {"rope_dim": 7, "rope_theta": 1e4}}, "rotates 7 of 16"),
     ],
 )
 def test_nonsense_is_named(draft_config, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         from_json(to_json(draft_config, "bfloat16") | change)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rope", "factor"),
+    [({"partial_rotary_factor": 0.25, "rope_dim": 16}, 1.0), ({"rope_dim": 8}, 0.5), ({"rope_type": "default"}, 1.0)],
+)
+def test_rope_dim_says_how_much_is_rotated(draft_config, rope, factor):
+    raw = to_json(draft_config, "bfloat16") | {"rope_parameters": rope | {"rope_theta": 1e4}}
+    assert from_json(raw).partial_rotary_factor == factor
+    del raw["rope_parameters"]
+    assert from_json(raw | {"partial_rotary_factor": 0.5}).partial_rotary_factor == 0.5

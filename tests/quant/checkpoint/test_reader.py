@@ -8,35 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from speedstack.quant.checkpoint import load_checkpoint, load_model, save_packed, weights_sha256
 from speedstack.quant.checkpoint.names import FAMILIES
 
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture
-def plain(tiny_model_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_model_dir, tmp_path / "plain"))
-
-
-@pytest.fixture
-def packed(tiny_packed_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_packed_dir, tmp_path / "packed"))
-
-
-def edit_config(path: Path, **changes: Any) -> None:
-    fields = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(fields | changes))
-
-
-def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(path / WEIGHTS)
-    change(tensors)
-    (path / WEIGHTS).unlink()
-    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
 
 
 def fails(
@@ -142,14 +119,16 @@ def test_broken_index(make_tiny_model: Callable[..., PreTrainedModel], tmp_path:
     fails(path, r"index\.json is not valid JSON", everyone)
 
 
-def test_missing_tensors(plain: Path, packed: Path) -> None:
+def test_missing_tensors(plain: Path, packed: Path, edit_weights: Callable[..., Any]) -> None:
     edit_weights(plain, lambda tensors: tensors.pop("model.norm.weight"))
     fails(plain, r"lacks .*model\.norm\.weight")
     edit_weights(packed, lambda tensors: tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight_scale"))
     fails(packed, r"lacks the tensor model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight_scale")
 
 
-def test_wrong_shapes_and_dtypes(plain: Path, packed: Path) -> None:
+def test_wrong_shapes_and_dtypes(
+    plain: Path, packed: Path, edit_config: Callable[..., Any], edit_weights: Callable[..., Any]
+) -> None:
     edit_config(plain, hidden_size=96)
     fails(plain, "has shape .* config.json asks for", (load_checkpoint,))
     fails(plain, "the weights do not fit the configuration", (load_model,))
@@ -166,12 +145,25 @@ def test_broken_configuration(plain: Path) -> None:
         ("{}", "transformers knows no model_type None"),
         (config.replace("mimo_v2_flash", "mimo_v9"), "transformers knows no model_type 'mimo_v9'"),
         (config.replace('"hidden_size": 64', '"hidden_size": "wide"'), "is not a valid mimo_v2_flash configuration"),
+        (config.replace('"hidden_size": 64', '"hidden_size": -64'), "RuntimeError: .* negative dimension"),
+        (config.replace('"head_dim": 48', '"head_dim": 0'), "ZeroDivisionError"),
+        (
+            config.replace('"hidden_act": "silu"', '"hidden_act": "sly"'),
+            "a field of config.json must be wrong: KeyError",
+        ),
+        (config.replace('"dtype": "float32"', '"dtype": "float33"'), "AttributeError: .*float33"),
+        (
+            config.replace('"n_routed_experts": 8', '"n_routed_experts": 0'),
+            r"config\.json asks for|do not fit the config",
+        ),
     ]:
         (plain / "config.json").write_text(text)
         fails(plain, match)
 
 
-def test_other_quantization_formats(plain: Path, packed: Path) -> None:
+def test_other_quantization_formats(
+    plain: Path, packed: Path, edit_config: Callable[..., Any], edit_weights: Callable[..., Any]
+) -> None:
     edit_config(plain, quantization_config={"quant_method": "fp8", "fmt": "e4m3"})
     fails(plain, "is quantized as fp8: only unquantized weights and the MXFP4 formats compressed-tensors, gpt-oss")
     edit_config(plain, quantization_config={"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"})
@@ -181,7 +173,7 @@ def test_other_quantization_formats(plain: Path, packed: Path) -> None:
     fails(packed, "q_proj.weight_packed is quantized and no routed expert")
 
 
-def test_quantized_activations_are_left_out_loudly(packed: Path) -> None:
+def test_quantized_activations_are_left_out_loudly(packed: Path, edit_config: Callable[..., Any]) -> None:
     quantization = json.loads((packed / "config.json").read_text())["quantization_config"]
     quantization["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "type": "float"}
     edit_config(packed, quantization_config=quantization)
@@ -189,7 +181,7 @@ def test_quantized_activations_are_left_out_loudly(packed: Path) -> None:
         load_checkpoint(packed)
 
 
-def test_extra_tensors(plain: Path) -> None:
+def test_extra_tensors(plain: Path, edit_weights: Callable[..., Any]) -> None:
     """Multi-token-prediction layers, which transformers leaves out too, are no surprise; anything else is."""
     edit_weights(plain, lambda tensors: tensors.update({"model.mtp.layers.0.weight": torch.zeros(2)}))
     load_checkpoint(plain)

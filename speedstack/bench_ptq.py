@@ -1,0 +1,264 @@
+"""How far ways to quantize a model are from it: rounding under each scale rule, GPTQ, and whatever else was exported.
+
+    python -m speedstack.bench_ptq MODEL --corpus DIR --export QAD=DIR --out results/DATE-ptq-NAME.json
+
+One process, one text, one code path: the held-out part of a prepared corpus, in float32, through transformers' models,
+so every family that can be packed can be compared. GPTQ is what `speedstack quantize` does with the same settings, on
+the corpus' training part. Two models are in memory at a time, the full-precision one and the one that is measured.
+
+Seconds are of the quantization alone, and are no timing where other work runs beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from speedstack.eval.divergence import token_kl, token_nll, top1_matches
+from speedstack.eval.environment import describe_environment
+from speedstack.eval.heldout import corpus_windows
+from speedstack.eval.quality import stderr_over_windows
+from speedstack.eval.results import Document, Environment, MethodQuality, Record
+from speedstack.quant.calibration import GPTQ_SCALE_RULE, gptq_experts
+from speedstack.quant.checkpoint import load_model, weights_sha256
+from speedstack.quant.checkpoint.files import checkpoint_directory
+from speedstack.quant.checkpoint.reader import read_config
+from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule
+from speedstack.quant.ptq import round_to_nearest
+from speedstack.runtime.select import choose_device
+from speedstack.train.calibration import calibration_windows
+from speedstack.train.qat import load_tokenizer
+
+FULL_PRECISION = "full precision"
+RULES: tuple[ScaleRule, ...] = get_args(ScaleRule)
+CALIBRATION_BATCH_SIZE = 8
+
+
+class PtqMethod(Record):
+    """One way to quantize. `settings` are what made it; `kl_over_rtn` is its KL over that of rounding to nearest under
+    the default scale rule; `gptq` sums up the report of a calibration; an export has the digest of its weights.
+    """
+
+    quality: MethodQuality
+    settings: dict[str, Any] = Field(default={})
+    seconds: float | None = None
+    kl_over_rtn: float | None = None
+    gptq: dict[str, float] = Field(default={})
+    model_sha256: str | None = None
+
+
+class PtqResult(Document):
+    """Ways to quantize one model, the first entry being the model itself, on `num_tokens` held-out tokens."""
+
+    kind: Literal["ptq"] = "ptq"
+    model_sha256: str
+    num_tokens: int
+    window: int
+    methods: tuple[PtqMethod, ...]
+    environment: Environment
+
+    def table(self) -> str:
+        """The methods as lines of text."""
+        lines = [f"{'':<28}{'KL, millinats':>18}{'over RTN':>10}{'top-1':>9}{'loss, nats':>12}"]
+        for method in self.methods:
+            quality = method.quality
+            line = f"{quality.method:<28}"
+            if quality.kl_to_teacher_nats is None or quality.top1_agreement is None:
+                line += " " * 37
+            else:
+                error = f" ± {1e3 * quality.kl_stderr_nats:.3f}" if quality.kl_stderr_nats is not None else ""
+                ratio = "" if method.kl_over_rtn is None else f"{method.kl_over_rtn:.3f}"
+                line += f"{f'{1e3 * quality.kl_to_teacher_nats:.4f}{error}':>18}{ratio:>10}"
+                line += f"{100 * quality.top1_agreement:>8.2f}%"
+            lines.append(f"{line}{quality.nll_nats:>12.5f}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text of GPTQ's calibration, as in `speedstack quantize`."""
+
+    num_sequences: int = 128
+    sequence_length: int = 256
+    seed: int = 0
+
+
+def compare(
+    model: str | Path,
+    corpus: str | Path,
+    exports: dict[str, Path] | None = None,
+    *,
+    gptq_rules: Sequence[ScaleRule] = (GPTQ_SCALE_RULE,),
+    calibration: Calibration = Calibration(),
+    num_tokens: int = 8192,
+    window: int = 256,
+    device: str = "auto",
+    on_method: Callable[[PtqMethod], object] | None = None,
+) -> PtqResult:
+    """Measure every method on the held-out part of the prepared corpus in the directory `corpus`.
+
+    `exports` are further model directories by name, packed or not. `on_method` is told each row when it is there.
+
+    Raises ValueError, of one line, for directories that are missing or broken, a model that is quantized already, an
+    export of another vocabulary, and as `corpus_windows`, `calibration_windows` and `gptq_experts` do.
+    """
+    directory, exports = checkpoint_directory(model), exports or {}
+    config, codec_type = read_config(directory)
+    if codec_type.is_packed:
+        raise ValueError(f"{directory} is quantized already: give the model it was made from")
+    vocab_size = config.get_text_config().vocab_size
+    for name, path in exports.items():
+        if read_config(checkpoint_directory(path))[0].get_text_config().vocab_size != vocab_size:
+            raise ValueError(f"the export {name} at {path} has another vocabulary than {directory}")
+    windows = corpus_windows(corpus, directory, window, num_tokens)
+    place = choose_device(device)
+    batches: tuple[torch.Tensor, ...] = ()
+    if gptq_rules:
+        sizes = (calibration.num_sequences, calibration.sequence_length, calibration.seed)
+        batches = calibration_windows(str(corpus), load_tokenizer(directory), *sizes).split(CALIBRATION_BATCH_SIZE)
+    teacher = _load(directory, place)
+    methods: list[PtqMethod] = []
+
+    def add(method: PtqMethod) -> None:
+        rtn = next((row for row in methods if row.settings == _rtn_settings(DEFAULT_SCALE_RULE)), method)
+        kl, rtn_kl = method.quality.kl_to_teacher_nats, rtn.quality.kl_to_teacher_nats
+        methods.append(method.model_copy(update={"kl_over_rtn": kl / rtn_kl if kl is not None and rtn_kl else None}))
+        if on_method is not None:
+            on_method(methods[-1])
+
+    add(PtqMethod(quality=_quality(FULL_PRECISION, teacher, None, windows)))
+    # The default rule first: it is what the others are compared with.
+    for rule in sorted(RULES, key=lambda rule: rule != DEFAULT_SCALE_RULE):
+        student, start = _load(directory, place), time.perf_counter()
+        round_to_nearest(student, rule)
+        seconds = time.perf_counter() - start
+        quality = _quality(f"RTN, {rule}", teacher, student, windows)
+        add(PtqMethod(quality=quality, settings=_rtn_settings(rule), seconds=seconds))
+    for rule in gptq_rules:
+        student, start = _load(directory, place), time.perf_counter()
+        report = gptq_experts(student, batches, rule)
+        seconds = time.perf_counter() - start
+        add(
+            PtqMethod(
+                quality=_quality(f"GPTQ, {rule}", teacher, student, windows),
+                settings={"method": "gptq", "scale_rule": rule, "calibration": vars(calibration)},
+                seconds=seconds,
+                gptq={
+                    "num_calibration_tokens": report.num_tokens,
+                    "output_error_over_rtn": report.error_ratio,
+                    "num_matrices": len(report.experts),
+                    "num_borrowers": report.num_borrowers,
+                    "num_fallbacks": report.num_fallbacks,
+                },
+            )
+        )
+    for name, path in exports.items():
+        quality = _quality(name, teacher, _load(path, place), windows)
+        add(PtqMethod(quality=quality, settings={"export": path.name}, model_sha256=weights_sha256(path)))
+    return PtqResult(
+        model_sha256=weights_sha256(directory),
+        num_tokens=sum(len(ids) - 1 for ids in windows),
+        window=window,
+        methods=tuple(methods),
+        environment=describe_environment(),
+    )
+
+
+def _load(path: Path, device: torch.device) -> PreTrainedModel:
+    model = load_model(path)
+    torch.nn.Module.to(model, device)
+    return model
+
+
+def _rtn_settings(rule: ScaleRule) -> dict[str, Any]:
+    return {"method": "rtn", "scale_rule": rule}
+
+
+@torch.no_grad()
+def _quality(
+    name: str, teacher: PreTrainedModel, student: PreTrainedModel | None, windows: Sequence[Sequence[int]]
+) -> MethodQuality:
+    """The row of `student`, or without one of the teacher itself."""
+    sums: dict[str, list[float]] = {"nll": [], "kl": [], "matches": []}
+    for window in windows:
+        ids_BT = torch.tensor([list(window)], device=teacher.device)
+        # The last row predicts a token that the window does not have.
+        teacher_TV, student_TV = (
+            each(input_ids=ids_BT, use_cache=False).logits[0, :-1] for each in (teacher, student or teacher)
+        )
+        sums["nll"].append(float(token_nll(student_TV, ids_BT[0, 1:]).sum()))
+        sums["kl"].append(float(token_kl(teacher_TV, student_TV).sum()))
+        sums["matches"].append(float(top1_matches(teacher_TV, student_TV).sum()))
+    sizes = [len(window) - 1 for window in windows]
+    nll = sum(sums["nll"]) / sum(sizes)
+    return MethodQuality(
+        method=name,
+        num_tokens=sum(sizes),
+        nll_nats=nll,
+        perplexity=math.exp(nll),
+        kl_to_teacher_nats=None if student is None else sum(sums["kl"]) / sum(sizes),
+        kl_stderr_nats=None if student is None else stderr_over_windows(sums["kl"], sizes),
+        top1_agreement=None if student is None else sum(sums["matches"]) / sum(sizes),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: measure, print the table, write JSON."""
+    parser = argparse.ArgumentParser(prog="python -m speedstack.bench_ptq", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", type=Path, help="unquantized model directory")
+    parser.add_argument("--corpus", type=Path, required=True, help="prepared corpus of the model's tokenizer")
+    parser.add_argument("--export", action="append", default=[], metavar="NAME=DIR", help="another quantized model")
+    parser.add_argument(
+        "--gptq-rules", nargs="*", choices=RULES, default=[GPTQ_SCALE_RULE], help="scale rules of GPTQ; none: no GPTQ"
+    )
+    parser.add_argument("--num-sequences", type=int, default=Calibration.num_sequences, help="of GPTQ's calibration")
+    parser.add_argument("--sequence-length", type=int, default=Calibration.sequence_length, help="tokens in each")
+    parser.add_argument("--seed", type=int, default=Calibration.seed, help="of the choice of sequences")
+    parser.add_argument("--num-tokens", type=int, default=8192, help="held-out tokens (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=256, help="tokens in one window (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="result file")
+    options = parser.parse_args(arguments)
+    try:
+        result = compare(
+            options.model,
+            options.corpus,
+            _exports(options.export),
+            gptq_rules=options.gptq_rules,
+            calibration=Calibration(options.num_sequences, options.sequence_length, options.seed),
+            num_tokens=options.num_tokens,
+            window=options.window,
+            device=options.device,
+            on_method=lambda method: print(f"measured: {method.quality.method}", file=sys.stderr),
+        )
+        print(result.table())
+        if options.out is not None:
+            print(f"written: {result.save(options.out)}")
+    except (ValueError, OSError) as error:
+        print(f"bench_ptq: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def _exports(arguments: Sequence[str]) -> dict[str, Path]:
+    exports = {}
+    for argument in arguments:
+        name, is_named, path = argument.partition("=")
+        if not (name and is_named and path) or name in exports:
+            raise ValueError(f"--export takes NAME=DIR, each name once, got {argument!r}")
+        exports[name] = Path(path)
+    return exports
+
+
+if __name__ == "__main__":
+    sys.exit(main())

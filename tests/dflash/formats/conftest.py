@@ -1,0 +1,32 @@
+"""Drafters with options, random in every tensor."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from speedstack.dflash.config import DFlashConfig
+from speedstack.dflash.model import DFlashDraftModel
+
+
+@pytest.fixture
+def make_drafter(draft_config: DFlashConfig) -> Callable[..., DFlashDraftModel]:
+    """`make_drafter(**options)`: a drafter whose every tensor is random; the same for the same options."""
+
+    def make(**options: Any) -> DFlashDraftModel:
+        model = DFlashDraftModel(dataclasses.replace(draft_config, target_sha256="a" * 64, **options)).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("norm.weight"):
+                    parameter.uniform_(0.8, 1.2, generator=generator)
+                else:
+                    parameter.normal_(0.0, 0.2, generator=generator)
+        if model.config.draft_vocab_size is not None:
+            ids = torch.randperm(model.config.vocab_size, generator=generator)[: model.config.draft_vocab_size]
+            model.set_draft_vocab(ids.sort().values)
+        return model
+
+    return make

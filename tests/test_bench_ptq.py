@@ -1,0 +1,81 @@
+"""The table of ways to quantize: its rows against models quantized by hand, and one line for what it refuses."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from speedstack.bench_ptq import PtqResult, main
+from speedstack.cli import main as speedstack
+from speedstack.eval.divergence import token_kl
+from speedstack.eval.heldout import corpus_windows
+from speedstack.quant.checkpoint import load_model, save_packed, weights_sha256
+from speedstack.quant.ptq import round_to_nearest
+from speedstack.train.corpus import prepare_corpus
+from speedstack.train.qat import load_tokenizer
+
+CALIBRATION = ["--num-sequences", "4", "--sequence-length", "32"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("corpus")
+    for part, text in enumerate(Path(__file__).read_text(encoding="utf-8").split("\n\n\n")):
+        (directory / f"{part}.txt").write_text(text, encoding="utf-8")
+    tokenizer = load_tokenizer(tiny_model_dir)
+    return prepare_corpus(directory / "corpus", source=str(directory), heldout_fraction=0.3, tokenizer=tokenizer).path
+
+
+def test_the_table(tiny_model_dir: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = load_model(tiny_model_dir)
+    save_packed(model, tmp_path / "floor", scale_rule="floor")
+    calibration = [f"--calibration.{flag.removeprefix('--')}" if flag[0] == "-" else flag for flag in CALIBRATION]
+    command = ["quantize", str(tiny_model_dir), *calibration, "--calibration.source", str(corpus), "--device", "cpu"]
+    assert speedstack([*command, "--out", str(tmp_path / "gptq")]) == 0
+    out = tmp_path / "ptq.json"
+    arguments = [str(tiny_model_dir), "--corpus", str(corpus), *CALIBRATION, "--num-tokens", "100", "--window", "33"]
+    exports = ["--export", f"floor={tmp_path / 'floor'}", "--export", f"verb={tmp_path / 'gptq'}"]
+    assert main([*arguments, *exports, "--device", "cpu", "--out", str(out)]) == 0
+    result = PtqResult.load(out)
+    rows = {method.quality.method: method for method in result.methods}
+    rules = ("RTN, even", "RTN, floor", "RTN, rceil", "RTN, mse")
+    assert tuple(rows) == ("full precision", *rules, "GPTQ, mse", "floor", "verb")
+    assert result.table() in capsys.readouterr().out and result.model_sha256 == weights_sha256(tiny_model_dir)
+
+    round_to_nearest(model, "rceil")
+    teacher, kl = load_model(tiny_model_dir), []
+    for window in corpus_windows(corpus, tiny_model_dir, 33, 100):
+        with torch.no_grad():
+            logits = [each(input_ids=torch.tensor([window])).logits[0, :-1] for each in (teacher, model)]
+        kl.append(token_kl(*logits))
+    assert result.num_tokens == len(torch.cat(kl)) == 100
+    assert rows["RTN, rceil"].quality.kl_to_teacher_nats == pytest.approx(float(torch.cat(kl).mean()), rel=1e-6)
+    # A packed model is the model in memory, bit for bit; GPTQ is what the verb makes.
+    for export, method in (("floor", "RTN, floor"), ("verb", "GPTQ, mse")):
+        assert rows[export].quality.model_copy(update={"method": method}) == rows[method].quality
+        assert rows[export].kl_over_rtn == rows[method].kl_over_rtn
+    assert rows["verb"].model_sha256 == weights_sha256(tmp_path / "gptq")
+    assert rows["full precision"].kl_over_rtn is None and rows["RTN, even"].kl_over_rtn == 1.0
+    assert rows["GPTQ, mse"].gptq["num_calibration_tokens"] == 128
+
+
+def test_refusals(
+    tiny_model_dir: Path, tiny_packed_dir: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(message: str, *arguments: object, model: Path = tiny_model_dir) -> None:
+        assert main([str(model), "--corpus", str(corpus), *map(str, arguments)]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("bench_ptq: error: ") and message in line
+
+    refused("is quantized already", model=tiny_packed_dir)
+    refused("no model directory", model=tmp_path / "nowhere")
+    refused("no model directory", "--export", f"QAD={tmp_path / 'nowhere'}")
+    refused("takes NAME=DIR", "--export", tiny_packed_dir)
+    refused("fewer than the 9999", "--num-sequences", 9999)
+    refused("is not a prepared corpus", "--corpus", tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model_dir, other)
+    config = (other / "config.json").read_text(encoding="utf-8")
+    (other / "config.json").write_text(config.replace('"vocab_size": 512', '"vocab_size": 500'), encoding="utf-8")
+    refused("has another vocabulary", "--export", f"QAD={other}")
