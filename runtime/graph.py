@@ -11,6 +11,7 @@ does from the logits.
 Legend: R rows, D hidden, C features, W wanted rows, V vocabulary.
 """
 
+import contextlib
 import importlib.util
 import time
 from collections.abc import Sequence
@@ -48,6 +49,8 @@ def check_supported(weights: ModelWeights) -> bool:
         )
     if is_interpreted and dtype != torch.float32:
         raise ValueError("backend 'graph' takes float32 only under Triton's interpreter: it computes others wrongly")
+    if not is_interpreted and dtype != torch.bfloat16:
+        raise ValueError("backend 'graph' takes bfloat16 only on a GPU; use backend='reference' for float32")
     return is_interpreted
 
 
@@ -66,6 +69,7 @@ class GraphBackend:
         num_rows: int = MAX_ROWS,
         split_size: int = SPLIT_SIZE,
     ) -> None:
+        assert num_rows & (num_rows - 1) == 0, "tiles are powers of two"
         self._is_interpreted = check_supported(weights)
         from speedstack.runtime.launches import Memory, build_launches
 
@@ -110,6 +114,11 @@ class GraphBackend:
     def step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
         assert rows.parents is None, "the engine asks for no trees here"
         assert all(a < b for a, b in pairwise(logit_rows)), "logit rows have to ascend"
+        # Kernels are launched on the current device, which need not be the weights'.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            return self._step(rows, logit_rows)
+
+    def _step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
         parts, best = [], list[int]()
         for start in range(0, len(rows.tokens), self.plan.rows):
             cut = slice(start, start + self.plan.rows)
@@ -143,15 +152,13 @@ class GraphBackend:
     def _capture(self) -> "torch.cuda.CUDAGraph":
         # Idle rows: kernels are compiled and run once, and write nothing that a row reads.
         self.memory.rows.copy_(row_records_of_none(self.plan.rows))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._launch_all(is_dependent=True)
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph):
-                self._launch_all(is_dependent=True)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._launch_all(is_dependent=True)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            self._launch_all(is_dependent=True)
         return graph
 
     def commit(self, rows: Sequence[int]) -> None:

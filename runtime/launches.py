@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from speedstack.quant.mxfp4 import MXFP4Tensor
-from speedstack.runtime.backend import Rows, ring_length
+from speedstack.runtime.backend import Rows
 from speedstack.runtime.kernels.triton import launch
 from speedstack.runtime.phases import ELEMENT_BYTES
 from speedstack.runtime.plan import Phase, Plan
 from speedstack.runtime.reference import rotary_tables
+from speedstack.runtime.ring import ring_length
 from speedstack.runtime.spec import AttentionSpec, MoeSpec
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights, Weight
 
@@ -86,16 +87,14 @@ class Memory:
 
 def row_records(rows: Rows, capacity: int) -> torch.Tensor:
     """Int32 [capacity, RECORD] on the CPU; fields as in `kernels.triton.rows`. Rows of a sequence are neighbours."""
-    records = torch.zeros(capacity, RECORD, dtype=torch.int32)
-    records[:, 0] = -1
     starts = [row for row, slot in enumerate(rows.slots) if row == 0 or slot != rows.slots[row - 1]]
     assert len({rows.slots[row] for row in starts}) == len(starts), "the rows of a sequence have to be neighbours"
+    records = [[-1] + [0] * (RECORD - 1) for _ in range(capacity)]
     for sequence, (first, end) in enumerate(zip(starts, [*starts[1:], len(rows.slots)], strict=True)):
-        records[sequence, 4], records[sequence, 5] = first, end - first
         for row in range(first, end):
-            values = (rows.tokens[row], rows.slots[row], rows.positions[row], rows.positions[first])
-            records[row, :4] = torch.tensor(values, dtype=torch.int32)
-    return records
+            records[row][:4] = [rows.tokens[row], rows.slots[row], rows.positions[row], rows.positions[first]]
+        records[sequence][4:6] = [first, end - first]
+    return torch.tensor(records, dtype=torch.int32)
 
 
 def grouped_qkv(weight_OD: torch.Tensor, spec: AttentionSpec, columns: int) -> torch.Tensor:
@@ -129,7 +128,10 @@ class _Builder:
     def launch(self, phase: Phase) -> Launch:
         kernel, arguments = _ARGUMENTS[phase.op]
         grid = tuple(axis.size for axis in phase.axes)
-        return Launch(phase, kernel, grid, arguments(self, phase))
+        launch = Launch(phase, kernel, grid, arguments(self, phase))
+        tensors = {name: value for name, value in launch.arguments.items() if isinstance(value, torch.Tensor)}
+        assert all(tensor.is_contiguous() for tensor in tensors.values()), f"{phase.name}: a tensor has gaps"
+        return launch
 
     def of(self, *names: str) -> dict[str, Any]:
         """Buffers and sizes that every phase shares, by their names in kernels."""
@@ -183,7 +185,9 @@ class _Builder:
         cos_TH, sin_TH = self._tables[spec]
         cache = self.memory.caches[phase.layer]
         heads = spec.num_heads // spec.num_kv_heads
-        head_tile = power_of_two(heads)
+        head_tile, head_size = power_of_two(heads), max(16, power_of_two(spec.qk_head_dim))
+        # Wide heads take the registers of more queries.
+        queries = QUERIES if head_size <= 128 else QUERIES // 2
         return self.of("rows_ptr", "qkv_ptr", "partial_ptr", "eps", "R") | {
             "q_norm_ptr": self.optional(weights.q_norm_H),
             "k_norm_ptr": self.optional(weights.k_norm_H),
@@ -203,10 +207,10 @@ class _Builder:
             "WINDOW": spec.window or 0,
             "SPLIT": self.plan.split_size,
             "SPLITS": phase.axes[2].size,
-            "HP": max(16, power_of_two(spec.qk_head_dim)),
+            "HP": head_size,
             "VP": max(16, power_of_two(spec.v_head_dim)),
             "MP": head_tile,
-            "QUERIES": max(QUERIES, head_tile),
+            "QUERIES": max(queries, head_tile),
             "C": min(KEY_CHUNK, self.plan.split_size),
             "HAS_QK_NORM": spec.has_qk_norm,
         }

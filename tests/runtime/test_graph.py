@@ -26,6 +26,7 @@ from speedstack.runtime import Engine
 from speedstack.runtime.backend import Rows
 from speedstack.runtime.graph import GraphBackend
 from speedstack.runtime.reference import ReferenceBackend, _experts, rms_norm, route, swiglu
+from speedstack.runtime.select import make_backend
 from speedstack.runtime.shapes import empty_weights
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec, YarnSpec
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights
@@ -301,8 +302,6 @@ def test_engine_writes_the_same_text(tmp_path: Path, make_tiny_model: Callable[.
         assert engine.backend_name == backend
         tokens[backend] = engine.generate([5, 6, 7], max_new_tokens=4, ignore_eos=True).tokens
     assert tokens["graph"] == tokens["reference"] and len(set(tokens["graph"])) > 1
-    with pytest.raises(ValueError, match="'graph' verifies no draft trees"):
-        engine = Engine.from_pretrained(tmp_path, backend="graph", drafter="ngram", tree_budget=4)
 
 
 @interpreted
@@ -318,6 +317,8 @@ def test_refused_by_name_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("triton") is not None:
         with pytest.raises(ValueError, match=r"'graph' runs on a GPU; on a CPU .* TRITON_INTERPRET=1"):
             GraphBackend(weights, None, 1, 32)
+    with pytest.raises(ValueError, match="'graph' verifies no draft trees"):
+        make_backend("graph", weights, None, 1, 32, has_trees=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="'graph' needs Triton, which is not installed"):
         GraphBackend(weights, None, 1, 32)
