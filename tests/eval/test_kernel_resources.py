@@ -39,14 +39,14 @@ def test_no_kernel_spills(model: str) -> None:
 
 
 def test_a_spill_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The same kernel with a quarter of its registers; and the result reads back."""
+    """The same kernel with a third of its registers; and the result reads back."""
     from speedstack.runtime.kernels.triton import resources
     from speedstack.runtime.launches import Launch
 
     options = Launch.options
 
     def starved(launch: Launch, is_dependent: bool) -> dict[str, Any]:
-        return options(launch, is_dependent) | {"maxnreg": 24}
+        return options(launch, is_dependent) | {"maxnreg": 32}
 
     monkeypatch.setattr(Launch, "options", starved)
     compiled = resources.compile_launch
@@ -57,7 +57,7 @@ def test_a_spill_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(resources, "compile_launch", only_qkv)
     kernels = list(compiled_kernels("qwen3-30b-a3b", is_packed=True))
     (qkv,) = [kernel for kernel in kernels if kernel.op == "qkv"]
-    assert qkv.num_registers <= 24 and qkv.local_bytes > 0
+    assert qkv.num_registers <= 32 and qkv.local_bytes > 0
     with pytest.raises(AssertionError, match="spills"):
         check(qkv)
     from speedstack.eval.environment import describe_environment
