@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
-from speedstack.dflash.accept import walk_rounds
+from speedstack.dflash.accept import survival, walk_rounds
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.ngram import NgramIndex
 from speedstack.eval.acceptance import summarize
@@ -251,11 +251,10 @@ class Ablation:
         self, recipe: DrafterRecipe, model: torch.nn.Module, text: GreedyText, with_samples: bool
     ) -> DraftedSet:
         simulated = recipe.simulate(model, text)
-        survival = tuple(simulated.survival(recipe.draft_config.num_proposals))
         return DraftedSet(
             num_prompts=len(text.lengths),
             tau_simulated=simulated.acceptance_length(),
-            survival=survival,
+            survival=tuple(simulated.survival(recipe.draft_config.num_proposals)),
             **(self._serve(model, text, with_samples) if isinstance(model, DFlashDraftModel) else {}),
         )
 
@@ -288,19 +287,18 @@ class Ablation:
     def _lookup(self, text: GreedyText, with_samples: bool) -> DraftedSet:
         """Prompt look-up on the same text: what it would have proposed at every position, walked like a drafter's."""
         num_proposals = self.first.drafter.block_size - 1
-        rounds: list[int] = []
+        rounds: list[list[int]] = []
         for ids, prompt_length, length in zip(text.ids_NT.tolist(), text.prompt_lengths, text.lengths, strict=True):
             index, runs = NgramIndex(self.config.ngram_size), []
-            for anchor in range(prompt_length, length - num_proposals):
+            for anchor in range(prompt_length, length - 1):
                 drafts = index.propose(ids[: anchor + 1], num_proposals)
-                agree = [draft == token for draft, token in zip(drafts, ids[anchor + 1 :], strict=False)]
+                agree = [draft == token for draft, token in zip(drafts, ids[anchor + 1 : length], strict=False)]
                 runs.append([*agree, False].index(False))
-            rounds += walk_rounds(runs)
-        survival = tuple(sum(tokens > j + 1 for tokens in rounds) / len(rounds) for j in range(num_proposals))
+            rounds.append(walk_rounds(runs))
         return DraftedSet(
             num_prompts=len(text.lengths),
-            tau_simulated=sum(rounds) / len(rounds),
-            survival=survival,
+            tau_simulated=sum(map(sum, rounds)) / sum(map(len, rounds)),
+            survival=tuple(survival(rounds, num_proposals)),
             **self._serve(NGRAM, text, with_samples),
         )
 

@@ -123,8 +123,7 @@ def test_a_stopped_ablation_goes_on_with_what_is_missing(config, capsys, monkeyp
 def test_look_up_simulated_is_look_up_served(config):
     ablation = Ablation(read_config(AblationConfig, config))
     found = DrafterAblation.load(ablation.config.out / "results.json").of("ngram")[0].heldout
-    # The rounds that the end of a sequence cuts short are served and not simulated: at most one of 6 a prompt.
-    assert found.tau_served == pytest.approx(found.tau_simulated, rel=0.15)
+    assert found.tau_served == pytest.approx(found.tau_simulated)  # two divisions of the same numbers
     assert found.tau_simulated > 1.0
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from speedstack.dflash.accept import leading_run, walk_rounds
+from speedstack.dflash.accept import leading_run, survival, walk_rounds
 from speedstack.dflash.block import document_ids, layer_masks, make_blocks, sample_anchors
 from speedstack.dflash.checkpoint import load_drafter, save_drafter
 from speedstack.dflash.config import DFlashConfig, default_target_layer_ids
@@ -102,9 +102,8 @@ class Simulated:
         return sum(pooled) / len(pooled)
 
     def survival(self, num_proposals: int) -> list[float]:
-        """Share of rounds in which proposals 1 .. j were all accepted, for j = 1 .. num_proposals."""
-        pooled = [tokens for rounds in self.rounds for tokens in rounds]
-        return [sum(tokens > j + 1 for tokens in pooled) / len(pooled) for j in range(num_proposals)]
+        """See `speedstack.dflash.accept.survival`."""
+        return survival(self.rounds, num_proposals)
 
 
 class DrafterRecipe(Recipe):
@@ -206,19 +205,20 @@ class DrafterRecipe(Recipe):
     def simulate(self, model: nn.Module, text: GreedyText | None = None) -> Simulated:
         """The rounds of greedy decoding on `text`, without decoding, and the loss at all anchors; None: held-out text.
 
-        Rounds that the end of a sequence would cut short are left out.
+        The rounds are the engine's, those that the end of a sequence cuts short included.
         """
         text = self.heldout if text is None else text
-        num_proposals = self.draft_config.num_proposals
-        anchors = torch.arange(min(text.prompt_lengths), text.ids_NT.shape[1] - num_proposals)
+        length = text.ids_NT.shape[1]
+        anchors = torch.arange(min(text.prompt_lengths), length - 1)
+        is_text_NT = torch.arange(length) < torch.tensor(text.lengths)[:, None]
         total_loss, total_weight, runs = 0.0, 0, []
-        for ids_BT in text.ids_NT.split(_EVAL_SEQUENCES_AT_ONCE):
-            everything = torch.ones_like(ids_BT, dtype=torch.bool)
+        batches = zip(text.ids_NT.split(_EVAL_SEQUENCES_AT_ONCE), is_text_NT.split(_EVAL_SEQUENCES_AT_ONCE), strict=True)
+        for ids_BT, is_text_BT in batches:
             parts = []
             for part in anchors.split(_EVAL_ANCHORS_AT_ONCE):
                 anchors_BA = part.expand(len(ids_BT), -1)
                 real_BA = torch.ones_like(anchors_BA, dtype=torch.bool)
-                windows = Windows(ids_BT, torch.zeros_like(ids_BT), everything, anchors_BA, real_BA)
+                windows = Windows(ids_BT, torch.zeros_like(ids_BT), is_text_BT, anchors_BA, real_BA)
                 result, _ = self.blocks_loss(model, windows.to(self.device))
                 total_loss += float(result.loss) * real_BA.numel()
                 total_weight += real_BA.numel()
@@ -226,7 +226,7 @@ class DrafterRecipe(Recipe):
             runs += torch.cat(parts, dim=1).tolist()
         first = int(anchors[0])
         rounds = [
-            walk_rounds(run[prompt_length - first : length - num_proposals - first])
+            walk_rounds(run[prompt_length - first : length - 1 - first])
             for run, prompt_length, length in zip(runs, text.prompt_lengths, text.lengths, strict=True)
         ]
         return Simulated(rounds, total_loss / total_weight)
