@@ -252,7 +252,9 @@ class DrafterRecipe(Recipe):
         simulated = self._simulated or self.simulate(model)  # the last evaluation was of the finished drafter
         num_new = self.config.data.sequence_length - section.prompt_length
         temperatures = ", ".join(map(str, section.temperatures))
+        text_sha256 = {} if self.written is None else {"text SHA-256": windows_sha256(self.written.ids_NT)}
         return {
+            "target": str(section.target),
             "data": f"{section.num_sequences} texts of {num_new} tokens that the target wrote after prompts of "
             f"{section.prompt_length}, at temperature {temperatures}; {section.written_fraction:.0%} of the windows, "
             f"the others from the corpus {self.config.data.source}",
@@ -267,6 +269,7 @@ class DrafterRecipe(Recipe):
                 "offset weights": section.weighting,
                 "optimizer": f"{optim.name}, learning rate {optim.lr}, {optim.schedule}",
                 "config SHA-256": config_hash(self.config),
+                **text_sha256,
             },
         }
 
@@ -288,7 +291,7 @@ class DrafterRecipe(Recipe):
             config.mask_token_id,
             config.num_proposals,
         )
-        features = self.target.features(windows.ids_BT)
+        features = self.target.features(windows.ids_BT, windows.documents_BT)
         positions_BT = torch.arange(windows.ids_BT.shape[1], device=self.device).expand_as(windows.ids_BT)
         hidden_BQD = model(
             features.taps_BTC,

@@ -32,8 +32,17 @@ class EagleRecipe(DrafterRecipe):
     def __init__(self, config: DrafterConfig, show_progress: bool = True) -> None:
         super().__init__(config, show_progress)
         section = config.drafter
-        options = ("sample_from_anchor", "markov_rank", "draft_vocab_size", "sliding_window", "attention_sinks")
-        given = [name for name in (*options, "mask_embedding") if getattr(section, name)]
+        options = (
+            "sample_from_anchor",
+            "markov_rank",
+            "draft_vocab_size",
+            "sliding_window",
+            "attention_sinks",
+            "attention_value_scale",
+            "partial_rotary_factor",
+            "mask_embedding",
+        )
+        given = [name for name in options if getattr(section, name) != type(section).model_fields[name].default]
         if given:
             raise ValueError(f"drafter.architecture eagle has no drafter.{', drafter.'.join(given)}")
 
@@ -54,7 +63,7 @@ class EagleRecipe(DrafterRecipe):
             config.mask_token_id,
             config.num_proposals,
         )
-        features = self.target.features(windows.ids_BT)
+        features = self.target.features(windows.ids_BT, windows.documents_BT)
         embeds_BTD = nn.functional.embedding(windows.ids_BT, self.target.embedding_VD)
         positions_T = torch.arange(windows.ids_BT.shape[1], device=self.device)
         # A filler block's anchor is 0, with nothing before it: position 1 stands in, and nothing of it counts.

@@ -11,6 +11,7 @@ Shape suffixes: B windows, T positions, D hidden, V vocabulary, C = taps * hidde
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,20 +99,43 @@ class FrozenTarget:
         """Take the features of the windows in `features` from there from now on."""
         self._kept = features
 
-    def features(self, ids_BT: Tensor) -> Features:
-        """Float32 features of these windows, taps concatenated in the order of `tap`."""
+    def features(self, ids_BT: Tensor, documents_BT: Tensor | None = None) -> Features:
+        """Float32 features of these windows, taps concatenated in the order of `tap`.
+
+        `documents_BT`: number of each position's document, ascending. The target reads each document alone, as it will
+        when it serves; None: a window is one document. Windows whose features are kept are one.
+        """
         keys = window_keys(ids_BT) if self._kept else [b""] * len(ids_BT)
         missing = [place for place, key in enumerate(keys) if key not in self._kept]
         if len(missing) == len(keys):
-            columns = self._forward(ids_BT)
+            columns = self._forward_documents(ids_BT, documents_BT)
         else:
-            found = dict(zip(missing, self._forward(ids_BT[missing]), strict=True)) if missing else {}
+            documents = documents_BT[missing] if documents_BT is not None else None
+            computed = self._forward_documents(ids_BT[missing], documents) if missing else ()
+            found = dict(zip(missing, computed, strict=True))
             rows = [found[place] if place in found else self._kept[key] for place, key in enumerate(keys)]
             columns = torch.stack([row.to(ids_BT.device, torch.float32) for row in rows])
         if not self.with_final:
             return Features(columns, None)
         width = len(self.layer_ids) * self.config.hidden_size
         return Features(columns[..., :width], columns[..., width:])
+
+    def _forward_documents(self, ids_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
+        """`_forward` of every document alone, those of one length together; float32 [B, T, num_columns]."""
+        if documents_BT is None or bool((documents_BT[:, :1] == documents_BT).all()):
+            return self._forward(ids_BT)
+        columns = torch.empty(*ids_BT.shape, self.num_columns, device=ids_BT.device)
+        places: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for window, documents_T in enumerate(documents_BT):
+            start = 0
+            for length in documents_T.unique_consecutive(return_counts=True)[1].tolist():
+                places[length].append((window, start))
+                start += length
+        for length, pieces in places.items():
+            found = self._forward(torch.stack([ids_BT[window, start : start + length] for window, start in pieces]))
+            for (window, start), columns_TC in zip(pieces, found, strict=True):
+                columns[window, start : start + length] = columns_TC
+        return columns
 
     @torch.no_grad()
     def _forward(self, ids_BT: Tensor) -> Tensor:

@@ -152,6 +152,20 @@ def test_features_are_the_tapped_layers_outputs(recipe, tiny_packed_dir):
     assert torch.equal(whole.model.norm(features[..., width:]), states.hidden_states[3])
 
 
+def test_features_of_a_document_do_not_know_the_one_before_it(recipe):
+    """As in serving, where a document begins a sequence."""
+    ids, ends = recipe.heldout.ids_NT[:3], torch.tensor([48, 20, 33])
+    documents = (torch.arange(48) >= ends[:, None]).long()
+    features = recipe.target.features(ids, documents).taps_BTC
+    for row, end in enumerate(ends.tolist()):
+        parts = [
+            recipe.target.features(ids[row : row + 1, part]).taps_BTC
+            for part in (slice(end), slice(end, 48))
+            if part.start != 48
+        ]
+        torch.testing.assert_close(features[row], torch.cat(parts, dim=1)[0])  # other batches
+
+
 def test_precomputed_features_are_used_and_the_rest_computed(recipe, tiny_packed_dir):
     ids = recipe.heldout.ids_NT[:3]
     target = FrozenTarget(tiny_packed_dir, torch.device("cpu"))
@@ -246,7 +260,7 @@ def test_training_end_to_end(config, tiny_packed_dir):
     drafter = load_drafter(result.export_path)
     assert drafter.config.target_sha256 == weights_sha256(tiny_packed_dir)
     card = json.loads((result.export_path / "card.json").read_text())
-    assert card["training"]["steps"] == 120
+    assert card["training"]["steps"] == 120 and card["target"] == str(tiny_packed_dir)
     assert card["acceptance"]["held-out"] == pytest.approx(result.metrics["acceptance_length"], abs=1e-3)
 
     # Evaluation walks over greedy text instead of decoding. The engine decodes: the same rounds, but that it drafts
@@ -401,6 +415,8 @@ def test_impossible_drafters_are_one_line(config, tmp_path):
         draft_config(changed(config, drafter={"draft_vocab_size": 600}), target, 2, "sha")
     with pytest.raises(ValueError, match=r"eagle has no drafter\.markov_rank"):
         make_recipe(changed(config, drafter={"architecture": "eagle", "markov_rank": 4}))
+    with pytest.raises(ValueError, match=r"eagle has no drafter\.attention_value_scale"):
+        make_recipe(changed(config, drafter={"architecture": "eagle", "attention_value_scale": 0.7}))
     with pytest.raises(ValueError, match=r"zero_stage 3 has no .* drafter\.mask_embedding"):
         make_recipe(changed(config, drafter={"mask_embedding": True}, distributed={"zero_stage": 3}))
     with pytest.raises(ValueError, match=r"nowhere"):
