@@ -252,7 +252,8 @@ class DrafterRecipe(Recipe):
         simulated = self._simulated or self.simulate(model)  # the last evaluation was of the finished drafter
         num_new = self.config.data.sequence_length - section.prompt_length
         temperatures = ", ".join(map(str, section.temperatures))
-        text_sha256 = {} if self.written is None else {"text SHA-256": windows_sha256(self.written.ids_NT)}
+        written = self.written
+        text_sha256 = {"text SHA-256": windows_sha256(written.ids_NT)} if written is not None else {}
         return {
             "target": str(section.target),
             "data": f"{section.num_sequences} texts of {num_new} tokens that the target wrote after prompts of "

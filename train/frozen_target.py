@@ -111,7 +111,7 @@ class FrozenTarget:
             columns = self._forward_documents(ids_BT, documents_BT)
         else:
             documents = documents_BT[missing] if documents_BT is not None else None
-            computed = self._forward_documents(ids_BT[missing], documents) if missing else ()
+            computed = [*self._forward_documents(ids_BT[missing], documents)] if missing else []
             found = dict(zip(missing, computed, strict=True))
             rows = [found[place] if place in found else self._kept[key] for place, key in enumerate(keys)]
             columns = torch.stack([row.to(ids_BT.device, torch.float32) for row in rows])
