@@ -212,7 +212,9 @@ class DrafterRecipe(Recipe):
         anchors = torch.arange(min(text.prompt_lengths), length - 1)
         is_text_NT = torch.arange(length) < torch.tensor(text.lengths)[:, None]
         total_loss, total_weight, runs = 0.0, 0, []
-        batches = zip(text.ids_NT.split(_EVAL_SEQUENCES_AT_ONCE), is_text_NT.split(_EVAL_SEQUENCES_AT_ONCE), strict=True)
+        batches = zip(
+            text.ids_NT.split(_EVAL_SEQUENCES_AT_ONCE), is_text_NT.split(_EVAL_SEQUENCES_AT_ONCE), strict=True
+        )
         for ids_BT, is_text_BT in batches:
             parts = []
             for part in anchors.split(_EVAL_ANCHORS_AT_ONCE):
