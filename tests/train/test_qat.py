@@ -92,6 +92,23 @@ def test_only_the_experts_have_moved(trained: RunResult, pretrained: RunResult) 
         assert torch.equal(tensor, after[name]) == (name not in experts), name
 
 
+def test_what_was_not_trained_is_exported_in_the_dtype_it_came_in(
+    pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path
+) -> None:
+    source = tmp_path / "bfloat16"
+    shutil.copytree(pretrained.export_path, source)
+    load_model(pretrained.export_path, dtype=torch.bfloat16).save_pretrained(source)
+    before = load_checkpoint(source).tensors
+    frozen = qat(make_qat_config(tmp_path / "a", source, loop__num_steps=1, loop__eval_every=0)).export_path
+    after = load_checkpoint(frozen)
+    assert after.config.dtype == torch.bfloat16
+    for name, tensor in after.tensors.items():
+        if not isinstance(tensor, MXFP4Tensor):
+            assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
+    trained = make_qat_config(tmp_path / "b", source, loop__num_steps=1, loop__eval_every=0, qat__trainable="all")
+    assert load_checkpoint(qat(trained).export_path).config.dtype == torch.float32
+
+
 def test_evaluation_before_the_first_step_is_post_training_quantization(
     pretrained: RunResult, make_qat_config: MakeConfig, corpus_path: Path, tmp_path: Path
 ) -> None:
