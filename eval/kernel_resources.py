@@ -65,20 +65,20 @@ def model_spec(model: str) -> ModelSpec:
         return replace(spec, layers=tuple(layer for layer, new in zip(spec.layers, is_new, strict=True) if new))
     if model != "qwen3-30b-a3b":
         raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
-    config = Qwen3MoeConfig(
-        hidden_size=2048,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        moe_intermediate_size=768,
-        norm_topk_prob=True,
-        num_hidden_layers=1,
-        vocab_size=151936,
-        max_position_embeddings=40960,
-    )
-    return spec_from_config(config)
+    fields = {
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 1,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+    }
+    return spec_from_config(Qwen3MoeConfig.from_dict(fields))
 
 
 def compiled_kernels(model: str, is_packed: bool) -> Iterator[KernelResources]:

@@ -24,7 +24,7 @@ from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backend import DraftRequest, Rows
-from speedstack.runtime.formats import WeightFormats
+from speedstack.runtime.formats import WeightFormat, WeightFormats
 from speedstack.runtime.module_drafter import ModuleDrafter
 from speedstack.runtime.phases import MAX_ROWS, SPLIT_SIZE, build_plan
 from speedstack.runtime.weights import ModelWeights, MoeWeights
@@ -179,7 +179,7 @@ def row_records_of_none(capacity: int) -> torch.Tensor:
 
 def formats_of(weights: ModelWeights) -> WeightFormats:
     """What the plan's cost is counted by."""
-    plain = "float32" if weights.embedding_VD.dtype == torch.float32 else "bf16"
+    plain: WeightFormat = "float32" if weights.embedding_VD.dtype == torch.float32 else "bf16"
     layers = [layer.mlp for layer in weights.layers if isinstance(layer.mlp, MoeWeights)]
     is_packed = any(isinstance(mlp.gate_up_EID, MXFP4Tensor) for mlp in layers)
     return WeightFormats(plain, plain, plain, "float32", "mxfp4" if is_packed else plain, plain, plain)

@@ -152,7 +152,8 @@ class QatRecipe(Recipe):
         assert isinstance(model, PreTrainedModel)
         scale_rule = self.config.qat.scale_rule
         if _can_be_packed(model):
-            save_packed(model, path, self.tokenizer, scale_rule, extras_from=self.config.qat.model)
+            source = self.config.qat.model
+            save_packed(model, path, self.tokenizer, scale_rule, extras_from=source, dtypes_from=source)
             return
         round_to_nearest(model, scale_rule)
         model.save_pretrained(path)

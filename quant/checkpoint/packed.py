@@ -30,14 +30,15 @@ def save_packed(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extras_from: str | Path | None = None,
     add_files: Callable[[Path], object] | None = None,
+    dtypes_from: str | Path | None = None,
 ) -> None:
     """Write `model`, and the tokenizer if given, as a packed Hugging Face directory at `path`.
 
     `scale_rule` must be the one the model was trained with. A model directory already at `path` is replaced.
-    `extras_from` is the directory the model was loaded from. The tensors there that transformers' model does not have,
-    which are heads for multi-token prediction, go along unquantized. What is stored there in 16 bits is stored so again
-    where that changes no value, as it does not for weights that were frozen beside float32 masters. `add_files` is
-    called with the directory before it appears at `path`, to put more files beside the model.
+    `extras_from` is the directory the model was loaded from: the tensors there that transformers' model does not have,
+    which are heads for multi-token prediction, go along unquantized. `add_files` is called with the directory before it
+    appears at `path`, to put more files beside the model. What a directory `dtypes_from` stores in 16 bits is stored so
+    again where that changes no value, such as weights that were frozen beside float32 masters.
 
     Raises ValueError for a model that is quantized already, has no routed experts, or is of a family that `names` does
     not list; for NaN or infinity in an expert; and as `check_extras` does. Raises OSError when `path` cannot be
@@ -52,7 +53,7 @@ def save_packed(
     codec = default_format(names)(names)
     weights = expert_weights(model, names)
     tied = tied_names(model)
-    dtypes = {} if extras_from is None else _half_dtypes(extras_from)
+    dtypes = {} if dtypes_from is None else _half_dtypes(dtypes_from)
     with new_directory(path) as partial:
         shards = ShardWriter(partial, max_shard_bytes)
         is_as_stored = bool(dtypes)
@@ -71,8 +72,10 @@ def save_packed(
         if extras_from is not None:
             shapes |= _copy_extras(Path(extras_from), shards)
         shards.finish()
-        dtype = model.dtype if extras_from is None or not is_as_stored else read_config(Path(extras_from))[0].dtype
-        _write_config(model, codec, plain_matrices(shapes, set()), dtype, partial)
+        stored_dtype: torch.dtype | str | None = model.dtype
+        if dtypes_from is not None and is_as_stored:
+            stored_dtype = read_config(Path(dtypes_from))[0].dtype
+        _write_config(model, codec, plain_matrices(shapes, set()), stored_dtype, partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if add_files is not None:

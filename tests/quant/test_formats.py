@@ -350,8 +350,8 @@ def test_ends_of_float32(name: FormatName, value: float) -> None:
     there is no larger scale, or half a step at the largest value where scales are no powers of two.
     """
     w = torch.linspace(-1, 1, 128).expand(128, 128) * value
-    # int4's scale is rounded to bfloat16, by up to 2^-9.
-    bounds = {"nvfp4": 1 / 6, "int4_g32": 1 / 14 + 2**-9, "fp8_block128": 1 / 28}
+    # The scale of integers is rounded to bfloat16, by up to 2^-9.
+    bounds = {"nvfp4": 1 / 6, "int4_g32": 1 / 14 + 2**-9, "int2_g32": 1 / 2 + 2**-9, "fp8_block128": 1 / 28}
     bounds |= {mx: 1 - element.max_value / 2 ** (element.max_exponent + 1) for mx, element in MX.items()}
     found = fake_quantize(w, name)
     error = float((found.double() - w.double()).abs().max() / w.double().max())

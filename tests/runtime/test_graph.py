@@ -207,6 +207,11 @@ def found_buffer(backend: GraphBackend, index: int, num_rows: int) -> torch.Tens
     return None
 
 
+def naming(phase: str) -> Callable[[str], str]:
+    """What puts the phase before a comparison's message."""
+    return lambda message: f"{phase}: {message}"
+
+
 @interpreted
 @pytest.mark.parametrize(("case", "split_size", "queries"), [
     ("mimo", 16, 32), ("qwen3-mxfp4", 16, 4), ("gpt-oss-mxfp4", 16, 32), ("qwen3-mxfp4", 2, 32),
@@ -228,11 +233,10 @@ def test_every_buffer_equals_the_reference(
         launch.run(is_dependent=False)
         found = found_buffer(backend, index, 3)
         if found is not None:
-            compared.add(launch.phase.name)
+            name = launch.phase.name
+            compared.add(name)
             # float32 sums of up to 96 terms in another order, through at most two layers of values up to about 10
-            torch.testing.assert_close(
-                found, expected[launch.phase.name], rtol=1e-4, atol=3e-5, msg=lambda m, n=launch.phase.name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=3e-5, msg=naming(name))
     assert compared == set(expected)
     for cache, wanted in zip(backend.memory.caches, reference.caches, strict=True):
         both = torch.cat([wanted.k_SLGH, wanted.v_SLGH], dim=-1)[:NUM_SLOTS].permute(2, 0, 1, 3)

@@ -65,8 +65,8 @@ def test_killed_twice_and_resumed_equals_uninterrupted(make_pretrain_config: Mak
     # Slowed down, so that the kill falls in the middle: once while training, once while a checkpoint is written.
     slow_steps = (
         "import time, speedstack.train.loop as loop\n"
-        "step = loop._step\n"
-        "loop._step = lambda *arguments: (time.sleep(0.3), step(*arguments))[1]\n"
+        "step = loop.train_step\n"
+        "loop.train_step = lambda *arguments: (time.sleep(0.3), step(*arguments))[1]\n"
     )
     slow_files = (
         "import time, speedstack.train.trainer as trainer\n"

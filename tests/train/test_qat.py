@@ -104,7 +104,9 @@ def test_what_was_not_trained_is_exported_in_the_dtype_it_came_in(
     assert after.config.dtype == torch.bfloat16
     for name, tensor in after.tensors.items():
         if not isinstance(tensor, MXFP4Tensor):
-            assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
+            source_tensor = before[name]
+            assert isinstance(source_tensor, torch.Tensor)
+            assert tensor.dtype == source_tensor.dtype and torch.equal(tensor, source_tensor), name
     trained = make_qat_config(tmp_path / "b", source, loop__num_steps=1, loop__eval_every=0, qat__trainable="all")
     assert load_checkpoint(qat(trained).export_path).config.dtype == torch.float32
 
