@@ -35,12 +35,14 @@ from speedstack.eval.environment import describe_environment
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.runtime import Engine
 from speedstack.runtime.strategy import DraftStrategy
-from speedstack.train.config import DrafterConfig, Section, describe_validation_error, read_config
+from speedstack.train.config import DrafterConfig, describe_validation_error, read_config
 from speedstack.train.distributed import World, resolve_device
-from speedstack.train.drafter import DrafterRecipe, GreedyText, make_recipe
+from speedstack.train.drafter import DrafterRecipe, make_recipe
+from speedstack.train.drafter_eval import GreedyText
 from speedstack.train.loop import run, train_step
 from speedstack.train.metrics import read_metrics
 from speedstack.train.qat import load_tokenizer
+from speedstack.train.section import Section
 from speedstack.train.trainer import make_trainer
 
 NGRAM: Literal["ngram"] = "ngram"

@@ -20,7 +20,8 @@ from speedstack.dflash.block import make_blocks
 from speedstack.dflash.eagle import EagleHead
 from speedstack.dflash.loss import BlockLoss, block_loss
 from speedstack.train.config import DrafterConfig
-from speedstack.train.drafter import DrafterRecipe, Windows, gather_final
+from speedstack.train.drafter import DrafterRecipe, gather_final
+from speedstack.train.drafter_windows import Windows
 from speedstack.train.trainer import save_tensors
 
 WEIGHTS_NAME = "eagle.safetensors"

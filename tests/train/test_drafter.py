@@ -17,7 +17,8 @@ from speedstack.runtime import Engine
 from speedstack.train.attention import enable_blockwise_attention
 from speedstack.train.config import DrafterConfig, dump_config
 from speedstack.train.distributed import World
-from speedstack.train.drafter import DrafterRecipe, GreedyText, draft_config, make_recipe, train_drafter
+from speedstack.train.drafter import DrafterRecipe, draft_config, make_recipe, train_drafter
+from speedstack.train.drafter_eval import GreedyText
 from speedstack.train.drafter_text import write_text
 from speedstack.train.frozen_target import FrozenTarget
 from speedstack.train.metrics import read_metrics
@@ -133,8 +134,8 @@ def test_written_windows_and_corpus_windows_alternate_at_one_half(recipe):
 
 def test_an_epoch_of_written_text_reads_every_sequence_once(recipe):
     num = len(recipe.written.ids_NT)
-    first = [recipe._written_window(place, 0).ids_BT[0].tolist() for place in range(num)]
-    second = [recipe._written_window(place, 0).ids_BT[0].tolist() for place in range(num, 2 * num)]
+    first = [recipe.windows.written_window(place, 0).ids_BT[0].tolist() for place in range(num)]
+    second = [recipe.windows.written_window(place, 0).ids_BT[0].tolist() for place in range(num, 2 * num)]
     assert sorted(first) == sorted(second) == sorted(recipe.written.ids_NT.tolist())
     assert first != second
 
