@@ -89,9 +89,12 @@ class AblationConfig(Section):
                 raise ValueError(f"row {row}: a drafter config has no field {name}")
             raw[section][key] = value
         try:
-            return DrafterConfig.model_validate(raw)
+            config = DrafterConfig.model_validate(raw)
         except ValidationError as error:
             raise ValueError(f"row {row}: {describe_validation_error(error, DrafterConfig)}") from error
+        if config.drafter.prompts.source is not None:
+            raise ValueError(f"row {row}: an ablation has pieces of the corpus as prompts: leave drafter.prompts out")
+        return config
 
 
 class Ablation:

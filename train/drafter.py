@@ -38,15 +38,22 @@ from speedstack.quant.checkpoint.reader import read_config
 from speedstack.runtime import Engine
 from speedstack.train.checkpoint import write_atomically
 from speedstack.train.config import DrafterConfig, config_hash
-from speedstack.train.corpus import corpus_for
 from speedstack.train.data import PackedWindows
 from speedstack.train.distributed import World
 from speedstack.train.drafter_eval import GreedyText, Simulated, simulate
-from speedstack.train.drafter_text import read_split, serving_engine, splits_of, write_splits
+from speedstack.train.drafter_text import (
+    describe_text,
+    needed_corpus,
+    read_split,
+    serving_engine,
+    splits_of,
+    write_splits,
+)
 from speedstack.train.drafter_windows import Windows, WindowStream
 from speedstack.train.features import FeatureSettings, StoredFeatures, holds_final, windows_sha256, write_features
-from speedstack.train.frozen_target import FrozenTarget
+from speedstack.train.frozen_target import Features, FrozenTarget, gather_final
 from speedstack.train.loop import OnStep, Recipe, RunResult, run
+from speedstack.train.packing import WrittenText
 from speedstack.train.precision import resolve_precision
 from speedstack.train.qat import load_tokenizer
 
@@ -73,12 +80,14 @@ class DrafterRecipe(Recipe):
         self.device, self.world = world.device, world
         self.target_sha256 = weights_sha256(section.target)
         self.target_dtype = resolve_precision(section.target_dtype, world.device)
+        tokenizer = load_tokenizer(section.target)
         with world.main_first():
-            corpus = corpus_for(self.config.data, load_tokenizer(section.target))
+            corpus = needed_corpus(self.config, tokenizer)
+            splits = splits_of(self.config, tokenizer, corpus)
         target_config = read_config(section.target)[0].get_text_config()
-        self.draft_config = draft_config(self.config, target_config, corpus.tokenizer.mask_token_id, self.target_sha256)
-        corpus_windows = PackedWindows(corpus.train, self.config.data.sequence_length)
-        splits = splits_of(self.config, corpus)
+        self.draft_config = draft_config(self.config, target_config, tokenizer.mask_token_id, self.target_sha256)
+        length = self.config.data.sequence_length
+        corpus_windows = None if corpus is None else PackedWindows(corpus.train, length)
         with self._bar("writing text", "seq") as bar:
             write_splits(self.config, splits, self.target_sha256, _advance(bar), world.rank, world.size)
         world.barrier()
@@ -88,9 +97,14 @@ class DrafterRecipe(Recipe):
         self.features_path = section.features_path or self.config.run_directory / "features"
         needs_final = self.objective.is_soft or (section.features == "disk" and holds_final(self.features_path))
         self.target.tap(self.draft_config.target_layer_ids, with_final=needs_final)
-        self.heldout = GreedyText.of_windows(texts["heldout"].ids_NT, section.prompt_length)
-        self.written = texts.get("train")
-        separator_id = int(corpus.tokenizer.eos_token_id)
+        self.data_card = describe_text(self.config, splits)
+        self.heldout = GreedyText.of_sequences(texts["heldout"])
+        self.by_document = section.prompts.source is not None
+        self.written: WrittenText | None = None
+        if "train" in texts:
+            arrange = WrittenText.packed if self.by_document else WrittenText.of_continuations
+            self.written = arrange(texts["train"], length)
+        separator_id = None if corpus is None else int(tokenizer.eos_token_id)
         self.windows = WindowStream(self.config, corpus_windows, self.written, separator_id)
         self._keep_features()
         self._heads: dict[torch.dtype, Tensor] = {}
@@ -154,10 +168,12 @@ class DrafterRecipe(Recipe):
             self._engine = serving_engine(self.config)
         self._engine.set_drafter(model)
         section, world = self.config.drafter, self.world
-        prompts = self.heldout.ids_NT[: section.num_served_prompts, : section.prompt_length].tolist()
+        prompts = self.heldout.prompts(section.num_served_prompts)
         share = prompts[world.rank :: world.size] or prompts[:1]
         num_new_tokens = self.config.data.sequence_length - section.prompt_length
-        return measure_acceptance(self._engine, {"held-out": share}, num_new_tokens, temperature)
+        return measure_acceptance(
+            self._engine, {"held-out": share}, num_new_tokens, temperature, ignore_eos=not self.by_document
+        )
 
     def export(self, model: nn.Module, path: Path) -> None:
         assert isinstance(model, DFlashDraftModel)
@@ -168,13 +184,10 @@ class DrafterRecipe(Recipe):
         section, optim, loop = self.config.drafter, self.config.optim, self.config.loop
         simulated = self._simulated or self.simulate(model)  # the last evaluation was of the finished drafter
         num_new = self.config.data.sequence_length - section.prompt_length
-        temperatures = ", ".join(map(str, section.temperatures))
         return {
-            "data": f"{section.num_sequences} texts of {num_new} tokens that the target wrote after prompts of "
-            f"{section.prompt_length}, at temperature {temperatures}; {section.written_fraction:.0%} of the windows, "
-            f"the others from the corpus {self.config.data.source}",
-            "measured": f"Greedy, {len(self.heldout.lengths)} held-out prompts, {num_new} new tokens, simulated on the "
-            "target's own text.",
+            "data": self.data_card,
+            "measured": f"Greedy, {len(self.heldout.lengths)} held-out prompts, {num_new} new tokens"
+            f"{' at most' if self.by_document else ''}, simulated on the target's own text.",
             "acceptance": {"held-out": round(simulated.acceptance_length(), 3)},
             "training": {
                 "steps": loop.num_steps,
@@ -205,7 +218,7 @@ class DrafterRecipe(Recipe):
             config.mask_token_id,
             config.num_proposals,
         )
-        features = self.target.features(windows.ids_BT)
+        features = self.features(windows)
         positions_BT = torch.arange(windows.ids_BT.shape[1], device=self.device).expand_as(windows.ids_BT)
         hidden_BQD = model(
             features.taps_BTC,
@@ -231,6 +244,10 @@ class DrafterRecipe(Recipe):
         )
         return result, valid_AJ
 
+    def features(self, windows: Windows) -> Features:
+        """The target's features of `windows`; conversations in one window do not see each other."""
+        return self.target.features(windows.ids_BT, windows.documents_BT if self.by_document else None)
+
     def product_dtype(self) -> torch.dtype:
         """dtype of this step's products with the LM head."""
         kind = self.device.type
@@ -248,15 +265,15 @@ class DrafterRecipe(Recipe):
         section, world = self.config.drafter, self.world
         if section.features == "online" or self.written is None:
             return
-        ids_NT = self.written.ids_NT
+        ids_NT, documents_NT = self.written.ids_NT, self.written.documents_NT if self.by_document else None
         if section.features == "memory":
-            self.target.precompute(ids_NT, int(section.features_gib * 2**30))
+            self.target.precompute(ids_NT, int(section.features_gib * 2**30), documents_NT)
             return
         settings = FeatureSettings(
             target_sha256=self.target_sha256,
             target_layer_ids=self.target.layer_ids,
             with_final=self.target.with_final,
-            windows_sha256=windows_sha256(ids_NT),
+            windows_sha256=windows_sha256(ids_NT, documents_NT),
             target_dtype=str(self.target_dtype).removeprefix("torch."),
             dtype=section.features_dtype,
         )
@@ -271,20 +288,13 @@ class DrafterRecipe(Recipe):
                 world.rank,
                 world.size,
                 lambda done: advance(done, len(ids_NT)),
+                documents_NT,
             )
         world.barrier()
-        self.target.keep(StoredFeatures(self.features_path, ids_NT, settings))
+        self.target.keep(StoredFeatures(self.features_path, ids_NT, settings, documents_NT))
 
     def _bar(self, what: str, unit: str) -> Any:
         return tqdm(desc=what, unit=unit, leave=False, disable=not (self.show_progress and self.world.is_main))
-
-
-def gather_final(final_BTD: Tensor | None, before_BAJ: Tensor) -> Tensor | None:
-    """The target's final states [A, J, D] at the positions before the labels, blocks of all windows in a row."""
-    if final_BTD is None:
-        return None
-    window_B11 = torch.arange(len(final_BTD), device=final_BTD.device)[:, None, None]
-    return final_BTD[window_B11, before_BAJ].flatten(0, 1)
 
 
 def draft_config(
@@ -378,9 +388,10 @@ def train_drafter(config: DrafterConfig, on_step: OnStep | None = None) -> RunRe
     file = result.path / "acceptance.json"
     if config.drafter.architecture == "dflash" and not file.is_file() and int(os.environ.get("RANK", "0")) == 0:
         engine = serving_engine(config, result.export_path)
-        corpus = corpus_for(config.data, load_tokenizer(config.drafter.target))
-        split = splits_of(config, corpus)["heldout"]
-        measured = measure_acceptance(engine, {"held-out": split.prompts_NP.tolist()}, split.sampling.num_new_tokens)
+        tokenizer = load_tokenizer(config.drafter.target)
+        split = splits_of(config, tokenizer, needed_corpus(config, tokenizer))["heldout"]
+        prompts, sampling = {"held-out": split.prompt_lists()}, split.sampling
+        measured = measure_acceptance(engine, prompts, sampling.num_new_tokens, ignore_eos=not sampling.stops_at_eos)
         write_atomically(file, measured.model_dump_json(indent=2) + "\n")
     if file.is_file():
         measured = AcceptanceResult.model_validate_json(file.read_text(encoding="utf-8"))

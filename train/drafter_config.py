@@ -10,6 +10,51 @@ from pydantic import Field, model_validator
 from speedstack.train.section import Precision, Section
 
 
+class PromptsSection(Section):
+    """Where prompts come from, if not from the corpus, and who answers them."""
+
+    source: str | None = Field(
+        None,
+        description="A .jsonl or .parquet file, a directory of such files, or the name of a dataset on the Hugging "
+        "Face Hub, with a prompt in every row. None: prompts are pieces of the corpus.",
+    )
+    split: str = Field("train", min_length=1, description="Split of a dataset on the Hub; files have none.")
+    field: str = Field(
+        "prompt", min_length=1, description="Field of the prompt: text, or a list of messages with role and content."
+    )
+    as_chat: bool = Field(
+        False, description="Text is a user's message: the target's chat template goes round it, as round messages."
+    )
+    responses: Literal["target", "given"] = Field(
+        "target",
+        description="target: the target answers, in place of the assistant's last message if there is one. given: the "
+        "answers of the source are taken as they are, the last message or response_field; best written by the target.",
+    )
+    response_field: str = Field(
+        "response", min_length=1, description="Field of given answers where the prompt is text, not messages."
+    )
+    heldout_source: str | None = Field(
+        None, description="Prompts for evaluation, as source; None: a fraction of source, which is not trained on."
+    )
+    heldout_split: str | None = Field(None, description="Split of heldout_source; None: as split.")
+    heldout_fraction: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="Part of the rows whose prompts are held out, num_eval_sequences at most, without heldout_source.",
+    )
+
+    @model_validator(mode="after")
+    def _needs_a_source(self) -> PromptsSection:
+        given = sorted(self.model_fields_set - {"source"})
+        unlike_default = [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
+        if self.source is None and unlike_default:
+            raise ValueError(f"{', '.join(unlike_default)} needs source: without one prompts are pieces of the corpus")
+        if self.heldout_split is not None and self.heldout_source is None:
+            raise ValueError("heldout_split needs heldout_source")
+        return self
+
+
 class DrafterSection(Section):
     """The drafter's geometry, its training text and its objective. Hidden size and vocabulary are the target's."""
 
@@ -83,7 +128,10 @@ class DrafterSection(Section):
     text_seed: int | None = Field(
         None, ge=0, description="Seed of the prompts and of what is sampled after them; None: the run's seed."
     )
-    num_sequences: int = Field(512, ge=0, description="Sequences the target writes for training.")
+    prompts: PromptsSection = Field(PromptsSection(), description="Prompts from elsewhere than the corpus.")
+    num_sequences: int = Field(
+        512, ge=0, description="Sequences the target writes for training; of prompts with a source the most it answers."
+    )
     num_eval_sequences: int = Field(32, ge=1, description="Greedy continuations of held-out prompts, for evaluation.")
     num_served_prompts: int = Field(
         4,
@@ -91,7 +139,12 @@ class DrafterSection(Section):
         description="Held-out prompts that the engine decodes with the running drafter at each evaluation, greedily "
         "and at temperature 1; 0 decodes none until the end.",
     )
-    prompt_length: int = Field(64, ge=1, description="Tokens of a prompt; the target fills the rest of the window.")
+    prompt_length: int = Field(
+        64,
+        ge=1,
+        description="Tokens of a prompt; the target fills the rest of the window. Of prompts with a source the most a "
+        "prompt has, longer ones are left out, and an answer has at most the rest of the window.",
+    )
     temperatures: tuple[float, ...] = Field(
         (0.0,), min_length=1, description="Sampling temperatures of the written text, in turn; 0 is greedy."
     )
@@ -112,6 +165,8 @@ class DrafterSection(Section):
             raise ValueError("features are kept of written windows alone: set written_fraction above 0")
         if self.ce_weight + self.kl_weight + self.tv_weight == 0:
             raise ValueError("ce_weight, kl_weight and tv_weight are all 0: one has to be above")
+        if self.prompts.responses == "given" and (any(self.temperatures) or self.top_p != 1):
+            raise ValueError("temperatures and top_p are of answers that the target writes: prompts.responses is given")
         if any(temperature < 0 for temperature in self.temperatures):
             raise ValueError("temperatures must not be negative")
         return self

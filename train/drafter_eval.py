@@ -17,6 +17,7 @@ from torch import Tensor
 from speedstack.dflash.accept import leading_run, walk_rounds
 from speedstack.dflash.loss import BlockLoss
 from speedstack.train.drafter_windows import Windows
+from speedstack.train.packing import Sequences
 
 _SEQUENCES_AT_ONCE = 4
 _ANCHORS_AT_ONCE = 256
@@ -34,6 +35,17 @@ class GreedyText:
     def of_windows(cls, ids_NT: Tensor, prompt_length: int) -> GreedyText:
         """Equally long prompts and windows without padding."""
         return cls(ids_NT, [prompt_length] * len(ids_NT), [ids_NT.shape[1]] * len(ids_NT))
+
+    @classmethod
+    def of_sequences(cls, sequences: Sequences) -> GreedyText:
+        """Prompts and answers of any lengths."""
+        ids_NT = torch.nn.utils.rnn.pad_sequence(list(sequences.ids), batch_first=True)
+        return cls(ids_NT, list(sequences.prompt_lengths), [len(ids) for ids in sequences.ids])
+
+    def prompts(self, num_prompts: int) -> list[list[int]]:
+        """The first `num_prompts` prompts."""
+        pairs = zip(self.ids_NT[:num_prompts].tolist(), self.prompt_lengths, strict=False)
+        return [ids[:length] for ids, length in pairs]
 
 
 @dataclass(frozen=True)
@@ -61,22 +73,27 @@ def simulate(
     """The rounds of greedy decoding on `text`, and the loss at all anchors.
 
     `blocks_loss(windows)` is a recipe's loss of all blocks of `windows`, and which of their proposals count. Rounds
-    that the end of a sequence would cut short are left out.
+    that the end of a sequence would cut short are left out. Raises ValueError where that leaves none.
     """
-    anchors = torch.arange(min(text.prompt_lengths), text.ids_NT.shape[1] - num_proposals)
+    if not any(end - num_proposals > start for start, end in zip(text.prompt_lengths, text.lengths, strict=True)):
+        raise ValueError(f"no held-out answer is longer than {num_proposals} tokens, a block: use other prompts")
+    first = min(text.prompt_lengths)
+    anchors = torch.arange(first, text.ids_NT.shape[1] - num_proposals)
+    starts_N1 = torch.tensor(text.prompt_lengths)[:, None]
+    ends_N1 = torch.tensor(text.lengths)[:, None] - num_proposals
     total_loss, total_weight, runs = 0.0, 0, []
-    for ids_BT in text.ids_NT.split(_SEQUENCES_AT_ONCE):
+    for rows in torch.arange(len(text.ids_NT)).split(_SEQUENCES_AT_ONCE):
+        ids_BT = text.ids_NT[rows]
         everything = torch.ones_like(ids_BT, dtype=torch.bool)
         parts = []
         for part in anchors.split(_ANCHORS_AT_ONCE):
             anchors_BA = part.expand(len(ids_BT), -1)
-            real_BA = torch.ones_like(anchors_BA, dtype=torch.bool)
+            real_BA = (anchors_BA >= starts_N1[rows]) & (anchors_BA < ends_N1[rows])
             result, _ = blocks_loss(Windows(ids_BT, torch.zeros_like(ids_BT), everything, anchors_BA, real_BA))
-            total_loss += float(result.loss) * real_BA.numel()
-            total_weight += real_BA.numel()
+            total_loss += float(result.loss) * int(real_BA.sum())
+            total_weight += int(real_BA.sum())
             parts.append(leading_run(result.correct_AJ).view(len(ids_BT), -1))
         runs += torch.cat(parts, dim=1).tolist()
-    first = int(anchors[0])
     rounds = [
         walk_rounds(run[prompt_length - first : length - num_proposals - first])
         for run, prompt_length, length in zip(runs, text.prompt_lengths, text.lengths, strict=True)

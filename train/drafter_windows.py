@@ -17,7 +17,8 @@ from torch import Tensor
 from speedstack.dflash.block import document_ids, sample_anchors
 from speedstack.train.config import DrafterConfig
 from speedstack.train.data import PackedWindows, generator
-from speedstack.train.drafter_text import ANCHORS, ORDER, WrittenText
+from speedstack.train.drafter_text import ANCHORS, ORDER
+from speedstack.train.packing import WrittenText
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,17 @@ class WindowStream:
 
     Args:
         config: seed, number of anchors, and what part of the windows the target wrote.
-        corpus: the other windows.
+        corpus: the other windows; None only where `written_fraction` is 1.
         written: the target's; None only where `written_fraction` is 0.
-        separator_id: token that ends a document of the corpus.
+        separator_id: token that ends a document of the corpus; None without one.
     """
 
     def __init__(
-        self, config: DrafterConfig, corpus: PackedWindows, written: WrittenText | None, separator_id: int
+        self,
+        config: DrafterConfig,
+        corpus: PackedWindows | None,
+        written: WrittenText | None,
+        separator_id: int | None,
     ) -> None:
         self.seed = config.run.seed
         self.num_anchors, self.written_fraction = config.drafter.num_anchors, config.drafter.written_fraction
@@ -73,6 +78,7 @@ class WindowStream:
         return self._with_anchors(ids_BT, documents_BT, predictable_BT, index)
 
     def _corpus_window(self, place: int, index: int) -> Windows:
+        assert self.corpus is not None and self.separator_id is not None
         ids_BT = self.corpus.examples(self.seed, [place])
         everything = torch.ones_like(ids_BT, dtype=torch.bool)
         return self._with_anchors(ids_BT, document_ids(ids_BT, self.separator_id), everything, index)
@@ -85,6 +91,7 @@ class WindowStream:
     def most_frequent(self, size: int, vocab_size: int) -> Tensor:
         """The `size` most frequent tokens of what training predicts, ascending; of equals the lower ids."""
         if self.written is None:
+            assert self.corpus is not None
             ids = torch.cat([self.corpus.window(index) for index in range(len(self.corpus))])
         else:
             ids = self.written.ids_NT[self.written.predictable_NT]
