@@ -44,12 +44,29 @@ def leading_run(correct_AJ: Tensor) -> Tensor:
 def walk_rounds(runs: Sequence[int], start: int = 0) -> list[int]:
     """Tokens committed by each decode round over text the target wrote itself, without decoding again.
 
-    `runs[i]` is the leading run of correct proposals when token i of the text is the anchor. Greedy text does not
-    depend on the drafter, so the rounds are the ones the engine would make: from anchor i to anchor i + runs[i] + 1.
-    Rounds that the end of the text would cut short are left out.
+    `runs[i]` is the leading run of correct proposals when token i of the text is the anchor; the text has one token
+    more than `runs`, and its last one anchors nothing. Greedy text does not depend on the drafter, so the rounds are
+    the ones the engine makes: from anchor i to anchor i + runs[i] + 1, and in the end no further than there is text.
     """
     rounds, anchor = [], start
     while anchor < len(runs):
-        rounds.append(runs[anchor] + 1)
+        rounds.append(min(runs[anchor] + 1, len(runs) - anchor))
         anchor += rounds[-1]
     return rounds
+
+
+def survival(rounds: Sequence[Sequence[int]], num_proposals: int) -> list[float]:
+    """Share of rounds in which proposals 1 .. j were all accepted, of those that had j, for j = 1 .. num_proposals.
+
+    `rounds`: tokens committed by each round of each sequence, as `walk_rounds` gives them. A round has no more
+    proposals than the text may still grow by, the target's own token left out.
+    """
+    accepted, drafted = [0] * num_proposals, [0] * num_proposals
+    for sequence in rounds:
+        num_left = sum(sequence)
+        for tokens in sequence:
+            for j in range(min(num_proposals, num_left - 1)):
+                drafted[j] += 1
+                accepted[j] += tokens > j + 1
+            num_left -= tokens
+    return [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)]

@@ -243,6 +243,9 @@ def read_prompts(source: Path, target: Path, num_prompts: int, num_tokens: int) 
         raise ValueError(f"no prompts at {source}: give a prepared corpus or a JSONL file") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{source} is not a JSONL file whose lines have a prompt: {error!r}") from None
+    bad = [prompt for prompt in prompts if not isinstance(prompt, str | list)]
+    if bad:
+        raise ValueError(f"{source}: a prompt is text or a list of token ids, not {bad[0]!r}")
     if len(prompts) < num_prompts:
         raise ValueError(f"{source} has {len(prompts)} prompts, {num_prompts} were asked for")
     # From the whole file: benchmarks grow harder, or change their subject, on the way.

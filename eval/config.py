@@ -7,7 +7,7 @@ Reading files and flags is the command line's business; a notebook builds these 
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DEMO_RUN = Path("runs/demo")
 
@@ -23,17 +23,31 @@ class ModelConfig(VerbConfig):
 
     target: Path = Field(DEMO_RUN / "qad" / "export", description="Model directory, experts packed in MXFP4 or not.")
     drafter: Path | None = Field(None, description="Directory of a DFlash drafter trained for the target; None: none.")
-    backend: Literal["auto", "reference", "cpu"] = Field(
+    backend: Literal["auto", "reference", "cpu", "graph"] = Field(
         "auto", description="How a step is computed; auto takes the fastest that this machine and model allow."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device; auto takes CUDA if present.")
 
 
-class EvalConfig(ModelConfig):
-    """Quality of one model through the runtime: held-out perplexity, divergence from a teacher, lm-eval tasks."""
+# Fields of `EvalConfig` that only one of its two measurements has.
+_SUITE_ONLY = ("data", "chat_template", "allow_code")
+_HELDOUT_ONLY = ("tasks", "num_tokens", "window")
 
+
+class EvalConfig(ModelConfig):
+    """Quality of one model through the runtime: a suite of lm-eval tasks, or without one, its held-out perplexity,
+    divergence from a teacher and a few tasks.
+    """
+
+    suite: str | None = Field(
+        None,
+        description="Suite of tasks (recovery, code, math, wikitext, offline) or its YAML file. An interrupted one "
+        "continues; under torchrun processes share its requests.",
+    )
     teacher: Path | None = Field(
-        None, description="Full-precision model directory; adds KL divergence from it and top-1 agreement with it."
+        None,
+        description="Full-precision model directory; adds KL divergence from it and top-1 agreement with it. Suite "
+        "offline: adds the task same_text, how often the model writes word for word the same.",
     )
     corpus: Path = Field(DEMO_RUN / "corpus", description="Prepared corpus whose held-out part is read.")
     tasks: tuple[str, ...] = Field(
@@ -47,9 +61,29 @@ class EvalConfig(ModelConfig):
         "auto", description="dtype of everything but packed experts; auto: float32 on a CPU, bfloat16 on a GPU."
     )
     max_length: int | None = Field(None, ge=2, description="Positions of a sequence's buffers; None: the model's.")
-    max_batch_size: int = Field(8, ge=1, description="Sequences decoded together.")
-    seed: int = Field(0, ge=0, description="Seed of the choice of held-out documents.")
-    out: Path = Field(Path("runs/eval"), description="Directory for quality.json and the tasks' data.")
+    batch_size: int = Field(8, ge=1, description="Sequences decoded together.")
+    data: Path | None = Field(
+        None,
+        description="Suite: directory of local data sets, DATA/<data set>/<configuration or default>/<split>.jsonl or "
+        ".parquet; those it lacks come from the Hugging Face Hub.",
+    )
+    chat_template: bool = Field(False, description="Suite: prompts in the chat template of the model's tokenizer.")
+    allow_code: bool = Field(
+        False,
+        description="Suite: run the programs that the model writes, in processes without network but with your files.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of the choice of held-out documents, and of sampling.")
+    out: Path = Field(
+        Path("runs/eval"), description="Directory for quality.json or <suite>.json, the tasks' data and answers."
+    )
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> "EvalConfig":
+        other, needs = (_HELDOUT_ONLY, "no suite") if self.suite is not None else (_SUITE_ONLY, "a suite")
+        for name in other:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for an evaluation with {needs}")
+        return self
 
 
 class BenchConfig(ModelConfig):
@@ -67,6 +101,28 @@ class BenchConfig(ModelConfig):
     num_threads: int | None = Field(None, ge=1, description="Threads of torch and of the kernels; None: torch's own.")
     seed: int = Field(0, ge=0, description="Seed of the choice of prompts.")
     out: Path = Field(Path("runs/bench"), description="Directory for timing.json and acceptance.json.")
+
+
+class CompareConfig(VerbConfig):
+    """Results of one suite side by side: differences, their significance, how much of the first one is recovered."""
+
+    results: tuple[Path, ...] = Field(
+        (Path("runs/eval-full/offline.json"), Path("runs/eval/offline.json")),
+        min_length=2,
+        description="Result files of a suite; the others are compared with the first.",
+    )
+    significance: float = Field(
+        0.05, gt=0, lt=1, description="A difference with a larger p-value is called within noise."
+    )
+    num_resamples: int = Field(10000, ge=100, description="Resamples of the paired bootstrap.")
+    seed: int = Field(0, ge=0, description="Seed of the bootstrap.")
+    out: Path | None = Field(None, description="File for the table, .md or .json; None: only on the terminal.")
+
+    @model_validator(mode="after")
+    def _suffix_is_known(self) -> "CompareConfig":
+        if self.out is not None and self.out.suffix not in (".md", ".json"):
+            raise ValueError(f"out is {self.out}: end its name in .md or .json")
+        return self
 
 
 class ReportConfig(VerbConfig):

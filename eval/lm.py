@@ -1,40 +1,81 @@
 """lm-eval's view of an `Engine`: log-likelihoods and generation of every lm-eval task run through our runtime.
 
-A `TemplateLM`, so that the split of a (context, continuation) pair into tokens is lm-eval's own and scores compare with
-its Hugging Face adapter. The prefix token, on which a text without context is conditioned, is the end-of-text token:
-training documents are separated by it, and models without one of their own "begin of text" have no better.
+A `TemplateLM`, so that the split of a (context, continuation) pair into tokens is lm-eval's own, and every choice that
+it leaves open is made as its Hugging Face adapter makes it: what begins a text without context, when a tokenizer adds
+special tokens, where a long text is cut. Scores compare with that adapter request by request.
 
-Left out: chat templates (the base models studied here have none) and lm-eval's request-level data parallelism.
+To lm-eval there is always one process. Requests are shared out below it (`speedstack.eval.team`), not documents.
 """
 
 import logging
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import jinja2
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
+from speedstack.eval.request_cache import RequestCache, request_key
+from speedstack.eval.team import Team
+from speedstack.eval.work import (
+    Request,
+    ScoreRequest,
+    Worker,
+    WriteRequest,
+    Written,
+    split_for_scoring,
+    split_for_writing,
+)
 from speedstack.runtime import Engine
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_GEN_TOKS = 256
-# Engine calls of this many batches: long enough to keep a batch full, short enough for a progress bar to move.
-BATCHES_PER_CALL = 4
 GENERATION_KEYS = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"})
+EncodedPair = tuple[tuple[str, str], list[int], list[int]]
+
+
+@dataclass
+class TaskCounts:
+    """What happened to a task's requests: `num_cached` were known, `num_shortened` lost the beginning of their context.
+
+    Of generations that have stop strings, `num_unstopped` reached the length limit without one or an end-of-text token.
+    Rounds and the tokens they committed are those of `speedstack.runtime.GenerationStats`.
+    """
+
+    num_requests: int = 0
+    num_cached: int = 0
+    num_shortened: int = 0
+    num_generations: int = 0
+    num_unstopped: int = 0
+    num_new_tokens: int = 0
+    num_rounds: int = 0
+    num_round_tokens: int = 0
 
 
 class EngineLM(TemplateLM):
-    """An lm-eval model over `engine`. `seed` is the sampling seed of every generation; greedy tasks ignore it.
+    """An lm-eval model over `engine`.
+
+    `seed` is the sampling seed of every generation, plus the number of equal requests before it, so that samples of one
+    prompt differ; greedy tasks ignore it. `task_hashes` are part of the cache's keys, by
+    task name.
 
     Raises ValueError when the engine has no tokenizer, or its tokenizer no end-of-text token.
     """
 
-    def __init__(self, engine: Engine, seed: int = 0, progress: bool = True) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        seed: int = 0,
+        progress: bool = True,
+        cache: RequestCache | None = None,
+        team: Team | None = None,
+    ) -> None:
         super().__init__()
         if engine.tokenizer is None:
             raise ValueError("lm-eval needs text: save a tokenizer into the model directory and load the engine again")
@@ -43,138 +84,208 @@ class EngineLM(TemplateLM):
         self.engine = engine
         self.tokenizer = engine.tokenizer
         self.seed = seed
-        self.progress = progress
+        self.cache = RequestCache() if cache is None else cache
+        self.team = Team() if team is None else team
+        self.worker = Worker(engine, self.cache, progress)
+        self.task_hashes: Mapping[str, str] = {}
+        self.counts: dict[str, TaskCounts] = {}
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-text id; also the prefix of texts without context."""
+        """The end-of-text id."""
         return self.engine.tokenizer.eos_token_id
 
     @property
+    def prefix_token_id(self) -> int:
+        """What a text without context is conditioned on: the begin-of-text id, or where there is none, end-of-text."""
+        bos = self.engine.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
     def max_length(self) -> int:
-        """Longest sequence in tokens, prefix and generated tokens included."""
+        """Input tokens of one sequence at most; the last token scored is no input."""
         return self.engine.max_length
 
     @property
     def tokenizer_name(self) -> str:
-        """Fingerprint part of lm-eval's request cache."""
+        """Fingerprint part of lm-eval's own request cache."""
         return self.engine.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
-        """Token ids of `string`. Special tokens are added only on request: the prefix token is lm-eval's business."""
+        """Token ids of `string`; None adds what the tokenizer adds by itself, unless the text begins with it."""
         if kwargs:
             raise ValueError(f"tok_encode takes no {', '.join(sorted(kwargs))}: drop it")
-        return self.engine.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
-    def _loglikelihood_tokens(
-        self,
-        requests: list[tuple[tuple[str, str], list[int], list[int]]],
-        disable_tqdm: bool = False,
-        **kwargs: object,
-    ) -> list[tuple[float, bool]]:
-        """(sum of log-probabilities, all greedy) of each request's continuation ids given its context ids."""
-        if kwargs:
-            raise ValueError(f"_loglikelihood_tokens takes no {', '.join(sorted(kwargs))}: drop it")
-        for (_, text), _, continuation in requests:
-            if not continuation:
-                raise ValueError(
-                    f"the continuation {text!r} has no token of its own (empty, or its characters merge with the "
-                    "context's last ones): start it with a space or a new line"
-                )
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        scores = self._score_continuations(pairs, description="log-likelihood", disable_tqdm=disable_tqdm)
-        for (request, _, _), score in zip(requests, scores, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request, score)
-        return scores
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as the model's template writes it; without the system's part where the template has none.
+
+        Raises ValueError for a tokenizer without a template, and for a conversation that it refuses.
+        """
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "the model's tokenizer has no chat template: evaluate without --chat-template, or put a "
+                "chat_template.jinja into the model directory"
+            )
+
+        def apply(messages: list[dict[str, str]]) -> str:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+        try:
+            return apply(chat_history)
+        except jinja2.exceptions.TemplateError as error:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise ValueError(f"the chat template refuses a conversation of the task: {error}") from error
+            logger.warning("the chat template has no place for a system message; it is left out (%s)", error)
+            return apply(others)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(sum of log-probabilities, all greedy) of each continuation given its context."""
+        encoded = [self._encode(*request.args) for request in requests]
+        return self._score_pairs(encoded, [request.task_name or "" for request in requests])
+
+    def _loglikelihood_tokens(self, requests: list[EncodedPair], **kwargs: object) -> list[tuple[float, bool]]:
+        """The same for texts that are tokens already; lm-eval's name for it."""
+        return self._score_pairs(requests, [""] * len(requests))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, cut into disjoint windows when it is longer than the model's."""
-        pairs: list[tuple[list[int], list[int]]] = []
-        owners: list[int] = []
-        for index, request in enumerate(requests):
+        work: list[Request] = []
+        for request in requests:
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
-                # A window's inputs and its last target together fill the model: one less than its length as input.
-                max_seq_len=self.max_length - 1,
+                max_seq_len=self.max_length,
                 context_len=1,
             )
-            for context, continuation in map(make_disjoint_window, windows):
-                pairs.append((context, continuation))
-                owners.append(index)
-        scores = self._score_continuations(pairs, description="rolling log-likelihood", disable_tqdm=disable_tqdm)
-        parts: list[list[float]] = [[] for _ in requests]
-        for owner, (logprob, _) in zip(owners, scores, strict=True):
-            parts[owner].append(logprob)
-        totals = [math.fsum(values) for values in parts]
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-        return totals
+            pairs = [make_disjoint_window(window) for window in windows]
+            work.append(self._score_request(request.task_name or "", "rolling", list(request.args), pairs))
+        answers = self._answer(work, [request.task_name or "" for request in requests])
+        return [math.fsum(logprob for logprob, _ in parts) for parts in answers]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Text generated after each context, up to the first of the request's stop strings, which is cut off.
 
         Raises ValueError for settings the engine does not have, and when `max_gen_toks` leaves no room for a prompt.
         """
-        groups: dict[tuple, list[int]] = defaultdict(list)
-        for index, request in enumerate(requests):
-            groups[self._generation_settings(request.args[1])].append(index)
-        texts: list[str] = [""] * len(requests)
-        with self._bar(len(requests), "generate", disable_tqdm) as bar:
-            for settings, indices in groups.items():
-                max_gen_toks, stop, temperature, top_p, top_k = settings
-                prompts = self._truncate_prompts([requests[i].args[0] for i in indices], max_gen_toks)
-                for part in self._parts(prompts):
-                    generations = self.engine.generate(
-                        [prompts[i] for i in part],
-                        max_new_tokens=max_gen_toks,
-                        temperature=temperature,
-                        top_p=top_p,
-                        top_k=top_k,
-                        seed=self.seed,
-                        stop=stop,
-                    )
-                    for i, generation in zip(part, generations, strict=True):
-                        texts[indices[i]] = cut_at_stop(generation.text, stop)
-                    bar.update(len(part))
-        for request, text in zip(requests, texts, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, text)
-        return texts
+        num_before: Counter[str] = Counter()
+        work: list[WriteRequest] = []
+        for request in requests:
+            context, gen_kwargs = request.args
+            task = request.task_name or ""
+            max_new_tokens, stop, temperature, top_p, top_k = self._generation_settings(gen_kwargs)
+            settings = [context, max_new_tokens, list(stop), temperature, top_p, top_k]
+            plain_key = request_key(self.task_hashes.get(task, ""), "generate", settings)
+            seed = 0 if temperature == 0.0 else self.seed + num_before[plain_key]
+            num_before[plain_key] += 1
+            work.append(
+                WriteRequest(
+                    key=request_key(plain_key, "seed", [seed]),
+                    prompt=self._prompt(context, max_new_tokens, task),
+                    max_new_tokens=max_new_tokens,
+                    stop=stop,
+                    temperature=temperature,
+                    top_p=top_p,
+                    top_k=top_k,
+                    seed=seed,
+                )
+            )
+        tasks = [request.task_name or "" for request in requests]
+        self._warn_of_shortened(tasks)
+        written = [Written(**answer) for answer in self._answer(work, tasks)]
+        for task, asked, one in zip(tasks, work, written, strict=True):
+            self._count(
+                task,
+                num_generations=1,
+                num_unstopped=int(one.finish_reason == "length" and bool(asked.stop)),
+                num_new_tokens=one.num_new_tokens,
+                num_rounds=one.num_rounds,
+                num_round_tokens=one.num_round_tokens,
+            )
+        self._warn_of_unstopped()
+        return [one.text for one in written]
 
-    def _score_continuations(
-        self, pairs: Sequence[tuple[list[int], list[int]]], description: str, disable_tqdm: bool
-    ) -> list[tuple[float, bool]]:
-        """(log-probability, all greedy) of each (context ids, continuation ids); long contexts lose their left end."""
-        sequences = []
-        num_truncated = 0
-        for context, continuation in pairs:
-            if len(continuation) >= self.max_length:
+    def write(self, contexts: Sequence[str], gen_kwargs: dict[str, Any]) -> list[str]:
+        """`generate_until` outside of lm-eval: text after each context, under a task's generation settings."""
+        return self.generate_until(
+            [
+                Instance(request_type="generate_until", doc={}, arguments=(context, gen_kwargs), idx=index)
+                for index, context in enumerate(contexts)
+            ]
+        )
+
+    def _encode(self, context: str, continuation: str) -> EncodedPair:
+        """lm-eval's split of a pair into tokens; a continuation alone follows the prefix token."""
+        if context:
+            return ((context, continuation), *self._encode_pair(context, continuation))
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        if ids[:1] == [self.prefix_token_id]:
+            return (context, continuation), ids[:1], ids[1:]
+        return (context, continuation), [self.prefix_token_id], ids
+
+    def _score_pairs(self, encoded: Sequence[EncodedPair], tasks: Sequence[str]) -> list[tuple[float, bool]]:
+        work: list[Request] = []
+        for ((context, text), context_ids, ids), task in zip(encoded, tasks, strict=True):
+            if not ids:
                 raise ValueError(
-                    f"a continuation of {len(continuation)} tokens leaves no room for context: "
+                    f"the continuation {text!r} has no token of its own (empty, or its characters merge with the "
+                    "context's last ones): start it with a space or a new line"
+                )
+            if len(ids) > self.max_length:
+                raise ValueError(
+                    f"a continuation of {len(ids)} tokens leaves no room for context: "
                     f"the engine holds {self.max_length} tokens; raise max_length or shorten the task's texts"
                 )
-            num_truncated += len(context) + len(continuation) > self.max_length
-            sequences.append((context + continuation)[-self.max_length :])
-        if num_truncated:
-            logger.warning(
-                "%d of %d contexts were longer than %d tokens and lost their beginning",
-                num_truncated,
-                len(pairs),
-                self.max_length,
-            )
-        results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        with self._bar(len(pairs), description, disable_tqdm) as bar:
-            for part in self._parts(sequences):
-                for i, score in zip(part, self.engine.score([sequences[i] for i in part]), strict=True):
-                    num_scored = len(pairs[i][1])
-                    logprobs = score.logprobs[-num_scored:].tolist()
-                    results[i] = (math.fsum(logprobs), bool(score.is_greedy[-num_scored:].all()))
-                bar.update(len(part))
-        return results
+            num_lost = max(0, len(context_ids) + len(ids) - (self.max_length + 1))
+            self._count(task, num_shortened=int(num_lost > 0))
+            # lm-eval scores pairs of tokens too, which have no text.
+            asked = [context, text] if text is not None else [context_ids, ids]
+            work.append(self._score_request(task, "score", asked, [(context_ids[num_lost:], ids)]))
+        self._warn_of_shortened(tasks)
+        return [(logprob, is_greedy) for ((logprob, is_greedy),) in self._answer(work, tasks)]
+
+    def _score_request(
+        self, task: str, kind: str, asked: list[Any], pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> ScoreRequest:
+        key = request_key(self.task_hashes.get(task, ""), kind, asked)
+        return ScoreRequest(key, tuple((tuple(context), tuple(more)) for context, more in pairs))
+
+    def _answer(self, requests: Sequence[Request], tasks: Sequence[str]) -> list[Any]:
+        """Answers in order: from the cache, and for what it lacks, once a key, from the team."""
+        missing: dict[str, Request] = {}
+        for request, task in zip(requests, tasks, strict=True):
+            self._count(task, num_requests=1, num_cached=int(request.key in self.cache))
+            if request.key not in self.cache:
+                missing[request.key] = request
+        scores = [request for request in missing.values() if isinstance(request, ScoreRequest)]
+        writes = [request for request in missing.values() if isinstance(request, WriteRequest)]
+        answers = {request.key: self.cache[request.key] for request in requests if request.key in self.cache}
+        if scores:
+            answers |= self._share(scores, split_for_scoring(scores, self.team.size))
+        if writes:
+            answers |= self._share(writes, split_for_writing(writes, self.team.size))
+        return [answers[request.key] for request in requests]
+
+    def _share(self, requests: Sequence[Request], split: Sequence[Sequence[int]]) -> dict[str, Any]:
+        parts = [[requests[index] for index in part] for part in split]
+        shares = self.team.share(self.worker, parts)
+        return {
+            request.key: answer
+            for part, share in zip(parts, shares, strict=True)
+            for request, answer in zip(part, share, strict=True)
+        }
 
     def _generation_settings(self, gen_kwargs: dict) -> tuple[int, tuple[str, ...], float, float, int]:
-        """(max_gen_toks, stop strings, temperature, top_p, top_k) of one request, hashable so that requests group."""
-        kwargs = dict(normalize_gen_kwargs(gen_kwargs, DEFAULT_MAX_GEN_TOKS))
+        """(max_gen_toks, stop strings, temperature, top_p, top_k) of one request."""
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, DEFAULT_MAX_GEN_TOKS))
         if unknown := sorted(set(kwargs) - GENERATION_KEYS):
             raise ValueError(
                 f"unsupported generation setting {', '.join(unknown)}; known are {', '.join(sorted(GENERATION_KEYS))}"
@@ -192,36 +303,34 @@ class EngineLM(TemplateLM):
             int(kwargs.get("top_k", 0)),
         )
 
-    def _truncate_prompts(self, contexts: Sequence[str], max_gen_toks: int) -> list[list[int]]:
-        """Prompt ids that leave room for `max_gen_toks`: the end of a long one, the prefix token for an empty one."""
-        prompts = []
-        num_truncated = 0
-        for context in contexts:
-            ids = self.tok_encode(context) or [self.prefix_token_id]
-            num_truncated += len(ids) > self.max_length - max_gen_toks
-            prompts.append(ids[-(self.max_length - max_gen_toks) :])
-        if num_truncated:
-            logger.warning(
-                "%d of %d prompts lost their beginning: prompt and %d new tokens share %d",
-                num_truncated,
-                len(contexts),
-                max_gen_toks,
-                self.max_length,
-            )
-        return prompts
+    def _prompt(self, context: str, max_new_tokens: int, task: str) -> tuple[int, ...]:
+        """Prompt ids that leave room for the text: the end of a long one, the prefix token for an empty one."""
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        room = self.max_length - max_new_tokens
+        self._count(task, num_shortened=int(len(ids) > room))
+        return tuple(ids[-room:])
 
-    def _parts(self, sequences: Sequence[list[int]]) -> Iterator[list[int]]:
-        """Indices of `sequences`, longest first so that a batch pads little, a few batches at a time."""
-        order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i))
-        size = self.engine.max_batch_size * BATCHES_PER_CALL
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
+    def _count(self, task: str, **more: int) -> None:
+        counts = self.counts.setdefault(task, TaskCounts())
+        for name, value in more.items():
+            setattr(counts, name, getattr(counts, name) + value)
 
-    def _bar(self, total: int, description: str, disable_tqdm: bool) -> tqdm:
-        return tqdm(total=total, desc=description, disable=disable_tqdm or not self.progress, dynamic_ncols=True)
+    def _warn_of_shortened(self, tasks: Sequence[str]) -> None:
+        for task in dict.fromkeys(tasks):
+            if num := self.counts[task].num_shortened:
+                logger.warning(
+                    "%s: %d texts lost their beginning: context and what follows it share %d tokens",
+                    task or "a task",
+                    num,
+                    self.max_length,
+                )
 
-
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first occurrence of any of the stop strings."""
-    ends = [position for position in (text.find(marker) for marker in stop) if position >= 0]
-    return text[: min(ends, default=len(text))]
+    def _warn_of_unstopped(self) -> None:
+        for task, counts in self.counts.items():
+            if 1 < counts.num_generations == counts.num_unstopped:
+                logger.warning(
+                    "%s: not one of %d generations came to a stop string or an end-of-text token before its length "
+                    "limit; the model may not know the task's format",
+                    task or "a task",
+                    counts.num_generations,
+                )

@@ -5,8 +5,6 @@ distance to full precision are two readings of one measurement. The teacher's lo
 dropped: nothing of size tokens x vocabulary is kept, and all models under test are in memory together.
 """
 
-import difflib
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,16 +12,13 @@ from typing import Any
 
 import lm_eval
 import torch
-import yaml
-from lm_eval.tasks import TaskManager
 
 from speedstack.eval.divergence import token_kl, token_nll, top1_matches
 from speedstack.eval.lm import EngineLM
 from speedstack.eval.results import MethodQuality, QualityResult, TaskScore, to_plain
+from speedstack.eval.task_loading import PREFIX, TASK_NAMES, TaskLoader
 from speedstack.runtime import Engine
 
-TASKS_DIR = Path(__file__).resolve().parent / "tasks"
-TASK_NAMES = ("heldout_perplexity", "next_line", "close_line")
 # The part of lm-eval's output that a result keeps; the rest is every request and every response.
 LM_EVAL_KEYS = ("results", "versions", "n-samples", "n-shot", "higher_is_better", "lm_eval_version")
 
@@ -123,21 +118,12 @@ def run_tasks(
     Raises ValueError for a task nobody knows, and for a directory that lacks the data of one of ours. What lm-eval's
     own tasks need (data sets to download, for most) is between them and the network.
     """
-    foreign = [name for name in tasks if name not in TASK_NAMES]
-    # Reading lm-eval's own tasks takes seconds and is left out where none is asked for.
-    manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=bool(foreign))
-    for name in foreign:
-        if name not in manager.task_index:
-            near = difflib.get_close_matches(name, [*TASK_NAMES, *manager.task_index], n=3)
-            hint = f"; near names: {', '.join(near)}" if near else f"; ours are {', '.join(TASK_NAMES)}"
-            raise ValueError(f"no task {name!r}{hint}")
-    configs = [name if name in foreign else _task_config(name, Path(task_data)) for name in tasks]
-    # lm-eval reports each step at INFO; a caller that wants that sets the level itself.
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    loader = TaskLoader(tasks, Path(task_data))
+    items = [item for name in tasks for item in loader.load(name)]
     output = lm_eval.simple_evaluate(
         model=EngineLM(engine, progress=progress),
-        tasks=configs,
-        task_manager=manager,
+        tasks=items,
+        task_manager=loader.manager,
         limit=limit,
         bootstrap_iters=0,
         log_samples=False,
@@ -164,7 +150,7 @@ def task_scores(results: Mapping[str, Any]) -> tuple[TaskScore, ...]:
                 stderr = math.sqrt(value * (1.0 - value) / (num_documents - 1))
             scores.append(
                 TaskScore(
-                    task=task.removeprefix("speedstack_"),
+                    task=task.removeprefix(PREFIX),
                     metric=metric,
                     value=value,
                     stderr=stderr,
@@ -173,16 +159,6 @@ def task_scores(results: Mapping[str, Any]) -> tuple[TaskScore, ...]:
                 )
             )
     return tuple(scores)
-
-
-def _task_config(name: str, data_dir: Path) -> dict[str, Any]:
-    """The task's YAML with its data file's absolute path; data may move between runs, so the YAML cannot name it."""
-    config = yaml.safe_load((TASKS_DIR / f"{name}.yaml").read_text(encoding="utf-8"))
-    data_file = (data_dir / f"{name}.jsonl").resolve()
-    if not data_file.is_file():
-        raise ValueError(f"no data of task {name} at {data_file}: write it with speedstack.eval.task_data.make_tasks")
-    config["dataset_kwargs"] = {"data_files": {"test": str(data_file)}, "cache_dir": str(data_file.parent / ".cache")}
-    return config
 
 
 def stderr_over_windows(sums: Sequence[float], sizes: Sequence[int]) -> float | None:

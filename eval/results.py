@@ -39,12 +39,11 @@ class Document(Record):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read and validate. Raises ValueError, one line, for a missing file, broken JSON or another schema version."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ValueError(f"no result file at {path}") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a JSON file: {error}") from error
+        return cls.check(read_json(path), path)
+
+    @classmethod
+    def check(cls, content: Any, path: str | Path) -> Self:
+        """The document that `content`, read from `path`, is. Raises ValueError as `load`."""
         kind = cls.model_fields["kind"].default
         if not isinstance(content, dict) or content.get("kind") != kind:
             found = content.get("kind", "none") if isinstance(content, dict) else type(content).__name__
@@ -60,6 +59,16 @@ class Document(Record):
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
             raise ValueError(f"{path} does not fit the {kind} schema: {place}: {first['msg']}") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """Content of a JSON file. Raises ValueError, one line, for a missing file and for anything but JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"no result file at {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
 
 
 class Environment(Record):

@@ -217,18 +217,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         result = _measure(options)
-        paths = [result.save(options.out / "sensitivity.json"), result.save_csv(options.out / "sensitivity.csv")]
+        # First, so that a full disk does not take what was measured.
+        _print_worst(result)
+        for path in (result.save(options.out / "sensitivity.json"), result.save_csv(options.out / "sensitivity.csv")):
+            print(f"written: {path}")
     except (ValueError, OSError) as error:
         print(f"sensitivity: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def _print_worst(result: SensitivityResult) -> None:
     print(f"everything quantized: KL {1e3 * result.all_kl_nats:.3f} millinats a token")
     for title, units in (("layers", result.layers()), ("experts", result.experts())):
         for unit in sorted(units, key=lambda unit: unit.kl_nats, reverse=True)[:NUM_SHOWN]:
             place = f"layer {unit.layer}" if unit.expert is None else f"layer {unit.layer} expert {unit.expert}"
             print(f"{title[:-1]:<8}{place:<22}KL {1e3 * unit.kl_nats:8.4f}  {unit.num_tokens} tokens")
-    for path in paths:
-        print(f"written: {path}")
-    return 0
 
 
 def _measure(options: argparse.Namespace) -> SensitivityResult:

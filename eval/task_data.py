@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 NUM_CHOICES = 4
 CONTEXT_LINES = 20
@@ -34,6 +35,10 @@ class TaskSizes:
     perplexity_chars: int = 2000
     num_next_line: int = 100
     num_close_line: int = 100
+
+
+NUM_SAME_TEXT = 200
+SUITE_SIZES = TaskSizes(num_perplexity_documents=96, perplexity_chars=4000, num_next_line=500, num_close_line=500)
 
 
 @dataclass(frozen=True)
@@ -71,13 +76,41 @@ def make_tasks(
         "close_line": list(_close_line_items(files, seed, sizes.num_close_line)),
     }
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     for name, rows in items.items():
         if not rows:
             raise ValueError(f"{len(files)} held-out documents give no item for task {name}: hold out more text")
-        content = "".join(json.dumps(row) + "\n" for row in rows)
-        (out_dir / f"{name}.jsonl").write_text(content, encoding="utf-8")
+        _write_rows(out_dir / f"{name}.jsonl", rows)
     return {name: len(rows) for name, rows in items.items()}
+
+
+def make_same_text(
+    documents: Mapping[str, str],
+    write: Callable[[list[str]], list[str]],
+    out_dir: str | Path,
+    num_items: int,
+    seed: int = 0,
+) -> int:
+    """Write the data of task `same_text` into `out_dir`; returns how many items it has.
+
+    `write` gives what the full-precision model writes after each context, as the task asks for it. Raises ValueError
+    when no document has a context.
+    """
+    files = _source_files(documents)
+    rng = random.Random(f"same_text:{seed}")
+
+    def candidates(file: SourceFile) -> list[int]:
+        return [i for i in range(MIN_CONTEXT_LINES, len(file.lines)) if file.lines[i - 1].strip()]
+
+    places = itertools.islice(_spread_over_files(files, rng, num_items, candidates), num_items)
+    contexts = [(file.name, "\n".join(file.lines[_context_start(file.lines, i) : i]) + "\n") for file, i in places]
+    if not contexts:
+        raise ValueError(f"{len(files)} held-out documents give no item for task same_text: hold out more text")
+    texts = write([context for _, context in contexts])
+    rows = [
+        {"name": name, "context": context, "text": text} for (name, context), text in zip(contexts, texts, strict=True)
+    ]
+    _write_rows(Path(out_dir) / "same_text.jsonl", rows)
+    return len(rows)
 
 
 def make_prompt_sets(
@@ -116,6 +149,11 @@ def make_prompt_sets(
                 "hold out more files, or ask for fewer or shorter prompts"
             )
     return sets
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _source_files(documents: Mapping[str, str]) -> list[SourceFile]:

@@ -12,6 +12,8 @@ once more to the weight's dtype where that is bfloat16 and cannot hold it. Float
                    compressed-tensors' `nvfp4-pack-quantized` is
     int4_g32       integers -7 to 7, bfloat16 scale amax / 7 a block of 32, as Kimi K2 Thinking was trained; stored in
                    compressed-tensors' `pack-quantized`
+    int2_g32       integers -1 to 1, bfloat16 scale amax a block of 32: bad on purpose, for measurements that have to
+                   notice; most weights of a bell-shaped block become zero
     fp8_block128   E4M3, float32 scale amax / 448 a block of 128 x 128 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2)
 
 Left out: packed storage, which only MXFP4 has, activations, and compiled kernels.
@@ -30,7 +32,7 @@ from speedstack.quant import mxfp4
 from speedstack.quant.fp8 import quotient, scales_of
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule, least_error_scales, power_of_two
 
-FormatName = Literal["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "nvfp4", "int4_g32", "fp8_block128"]
+FormatName = Literal["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "nvfp4", "int4_g32", "int2_g32", "fp8_block128"]
 
 _F32_MANTISSA_BITS = 23
 _F32_EXPONENT_BIAS = 127
@@ -65,7 +67,6 @@ E2M1 = FloatElement(mantissa_bits=1, min_exponent=0, max_exponent=2, max_value=6
 E2M3 = FloatElement(mantissa_bits=3, min_exponent=0, max_exponent=2, max_value=7.5)
 E3M2 = FloatElement(mantissa_bits=2, min_exponent=-2, max_exponent=4, max_value=28.0)
 E4M3 = FloatElement(mantissa_bits=3, min_exponent=-6, max_exponent=8, max_value=448.0)
-_INT4_MAX = 7
 
 
 @dataclass(frozen=True)
@@ -194,14 +195,20 @@ def _nvfp4(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
     return _nan_where_not_finite(y_NRGB, amax_N.unsqueeze(-1)).view(w_NK.shape)
 
 
-def _int4(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
-    w_NGB = w_NK.unflatten(-1, (-1, 32))
-    amax_NG1 = w_NGB.abs().amax(dim=-1, keepdim=True)
-    scale_NG1 = quotient(amax_NG1, _INT4_MAX).bfloat16().float()
-    scale_NG1 = torch.where(scale_NG1 == 0, 1.0, scale_NG1)
-    # Adding 0 makes the integer's only zero of a negative one.
-    y_NGB = (w_NGB / scale_NG1).round_().clamp_(-_INT4_MAX, _INT4_MAX).add_(0.0).mul_(scale_NG1)
-    return _nan_where_not_finite(y_NGB, amax_NG1).view(w_NK.shape)
+def _integers(largest: int) -> Callable[[torch.Tensor, ScaleRule], torch.Tensor]:
+    """Rounds to integers of either sign up to `largest`, under bfloat16 scales of blocks of 32."""
+
+    def round_(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
+        w_NGB = w_NK.unflatten(-1, (-1, 32))
+        amax_NG1 = w_NGB.abs().amax(dim=-1, keepdim=True)
+        # The largest float32 values would round to a scale of infinity.
+        scale_NG1 = quotient(amax_NG1, largest).clamp(max=torch.finfo(torch.bfloat16).max).bfloat16().float()
+        scale_NG1 = torch.where(scale_NG1 == 0, 1.0, scale_NG1)
+        # Adding 0 makes the integer's only zero of a negative one.
+        y_NGB = (w_NGB / scale_NG1).round_().clamp_(-largest, largest).add_(0.0).mul_(scale_NG1)
+        return _nan_where_not_finite(y_NGB, amax_NG1).view(w_NK.shape)
+
+    return round_
 
 
 def _fp8_block128(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
@@ -227,7 +234,8 @@ FORMATS: dict[FormatName, NumberFormat] = {
         NumberFormat("mxfp6_e3m2", (1, 32), 6, 8, True, _mx(E3M2)),
         NumberFormat("mxfp8_e4m3", (1, 32), 8, 8, True, _mx(E4M3)),
         NumberFormat("nvfp4", (1, 16), 4, 8, False, _nvfp4),
-        NumberFormat("int4_g32", (1, 32), 4, 16, False, _int4),
+        NumberFormat("int4_g32", (1, 32), 4, 16, False, _integers(7)),
+        NumberFormat("int2_g32", (1, 32), 2, 16, False, _integers(1)),
         NumberFormat("fp8_block128", (128, 128), 8, 32, False, _fp8_block128),
     )
 }

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from speedstack.runtime.backend import MAX_ROWS, POSITIONS_PER_BLOCK, ring_length
 from speedstack.runtime.panels import LANES, MXFP4, Panels, panels
 from speedstack.runtime.program import (
     ARGMAX,
@@ -23,6 +22,7 @@ from speedstack.runtime.program import (
     Program,
 )
 from speedstack.runtime.reference import rotary_tables
+from speedstack.runtime.ring import MAX_ROWS, POSITIONS_PER_BLOCK, ring_length
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, MoeSpec
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, LayerWeights, MoeWeights
 

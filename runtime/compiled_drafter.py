@@ -13,10 +13,11 @@ import torch
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
 from speedstack.runtime.assemble import Assembler, Buffers
-from speedstack.runtime.backend import MAX_ROWS, DraftRequest, ring_length
+from speedstack.runtime.backend import DraftRequest
 from speedstack.runtime.module_drafter import draft_scores
 from speedstack.runtime.panels import LANES, panels
 from speedstack.runtime.program import EMBED, LINEAR, Program, Runner, records_of
+from speedstack.runtime.ring import MAX_ROWS, ring_length
 from speedstack.runtime.spec import DenseSpec, LayerSpec
 from speedstack.runtime.weights import read_drafter
 

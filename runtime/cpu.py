@@ -19,11 +19,12 @@ import torch
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
 from speedstack.runtime.assemble import Assembler, Buffers
-from speedstack.runtime.backend import MAX_ROWS, DraftRequest, Rows
+from speedstack.runtime.backend import DraftRequest, Rows
 from speedstack.runtime.compiled_drafter import CompiledDrafter, why_not_compiled
 from speedstack.runtime.module_drafter import ModuleDrafter
 from speedstack.runtime.panels import LANES, panels, unpacked
 from speedstack.runtime.program import EMBED, Program, Runner, records_of
+from speedstack.runtime.ring import MAX_ROWS
 from speedstack.runtime.spec import MoeSpec
 from speedstack.runtime.weights import ModelWeights
 
@@ -33,6 +34,15 @@ logger = logging.getLogger("speedstack.runtime")
 def check_supported(weights: ModelWeights) -> None:
     """Raises ValueError, naming the size, when the kernels cannot take the model."""
     spec = weights.spec
+    for layer in spec.layers:
+        absent = {
+            "biases": layer.attention.has_bias or (isinstance(layer.mlp, MoeSpec) and layer.mlp.has_bias),
+            "YaRN": layer.attention.yarn is not None,
+            "clamped SwiGLU": isinstance(layer.mlp, MoeSpec) and layer.mlp.swiglu_limit is not None,
+        }
+        if any(absent.values()):
+            named = ", ".join(name for name, is_asked in absent.items() if is_asked)
+            raise ValueError(f"backend 'cpu' has no {named} (model type {spec.model_type}); use backend='reference'")
     multiples = [("hidden_size", spec.hidden_size, 32)]
     for layer in spec.layers:
         a = layer.attention

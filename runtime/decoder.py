@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from speedstack.dflash.accept import accept
-from speedstack.runtime.backend import MAX_ROWS, Backend, Rows
+from speedstack.runtime.backend import Backend, Rows
 from speedstack.runtime.proposer import Proposer
+from speedstack.runtime.ring import MAX_ROWS
 from speedstack.runtime.sampling import NoiseTable, sample
 from speedstack.runtime.sequence import RunningSequence
 

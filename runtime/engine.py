@@ -19,10 +19,11 @@ import torch
 from speedstack.dflash.checkpoint import check_target, load_drafter
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.quant.checkpoint import load_checkpoint, weights_sha256
-from speedstack.runtime.backend import MAX_ROWS, Backend, Rows
+from speedstack.runtime.backend import Backend, Rows
 from speedstack.runtime.decoder import Decoder
 from speedstack.runtime.proposer import DrafterProposer, NgramProposer, NoProposer, Proposer
 from speedstack.runtime.results import Generation, Score
+from speedstack.runtime.ring import MAX_ROWS
 from speedstack.runtime.sampling import SamplingParams
 from speedstack.runtime.select import choose_device, choose_dtype, make_backend, refuse_trees
 from speedstack.runtime.sequence import RunningSequence
@@ -78,7 +79,7 @@ class Engine:
         cls,
         target: str | Path,
         drafter: str | Path | DFlashDraftModel | None = None,
-        backend: Literal["auto", "reference", "cpu"] = "auto",
+        backend: Literal["auto", "reference", "cpu", "graph"] = "auto",
         device: str = "auto",
         dtype: str | torch.dtype | None = None,
         max_length: int | None = None,
@@ -93,8 +94,8 @@ class Engine:
             target: Hugging Face directory, experts packed in MXFP4 or not.
             drafter: DFlash directory, or a model in memory (see `set_drafter`); refused when it names another target.
                 `"ngram"` is prompt look-up, which needs no drafter; a directory of that name needs its whole path.
-            backend: `reference` is PyTorch on any device, `cpu` compiled kernels for float32 on a CPU; `auto` takes
-                `cpu` where it can and says why where it cannot.
+            backend: `reference` is PyTorch on any device, `cpu` compiled kernels for float32 on a CPU, `graph` Triton
+                kernels on a GPU; `auto` takes `cpu` where it can and says why where it cannot, and else `reference`.
             device: `cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is one.
             dtype: of everything but packed experts; None is float32 on a CPU and bfloat16 on a GPU.
             max_length: positions that each sequence's buffers hold; None takes the model's, at most 4096.

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from speedstack.runtime.backend import MAX_ROWS
 from speedstack.runtime.kernels.build import load_kernels
 from speedstack.runtime.panels import Panels
+from speedstack.runtime.ring import MAX_ROWS
 
 NUM_INTEGERS, NUM_FLOATS, NUM_POINTERS = 11, 4, 12
 

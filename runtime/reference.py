@@ -17,6 +17,7 @@ Legend: R rows (always GROUP), D hidden, N heads, G key/value heads, H head dim,
 row, I expert intermediate, V vocabulary, L buffer length.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,9 +27,10 @@ import torch.nn.functional as F
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
 from speedstack.quant.mxfp4 import MXFP4Tensor
-from speedstack.runtime.backend import DraftRequest, Rows, ring_length
+from speedstack.runtime.backend import DraftRequest, Rows
 from speedstack.runtime.module_drafter import ModuleDrafter
-from speedstack.runtime.spec import AttentionSpec, MoeSpec
+from speedstack.runtime.ring import ring_length
+from speedstack.runtime.spec import AttentionSpec, MoeSpec, YarnSpec
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights, Weight
 
 GROUP = 8
@@ -44,10 +46,30 @@ def rms_norm(x_RD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
 def rotary_tables(spec: AttentionSpec, num_positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines, float32 [positions, rotary_dim / 2]."""
     exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32, device=device) / spec.rotary_dim
-    angles = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None] * (
-        1.0 / spec.rope_theta**exponents
-    )
-    return angles.cos(), angles.sin()
+    frequencies = 1.0 / spec.rope_theta**exponents
+    magnitude = 1.0
+    if spec.yarn is not None:
+        keep = _yarn_keep(spec.yarn, spec, exponents)
+        frequencies = frequencies / spec.yarn.factor * (1 - keep) + frequencies * keep
+        magnitude = spec.yarn.magnitude
+    angles = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None] * frequencies
+    return angles.cos() * magnitude, angles.sin() * magnitude
+
+
+def _yarn_keep(yarn: YarnSpec, spec: AttentionSpec, like: torch.Tensor) -> torch.Tensor:
+    """How much of each frequency stays: 1 for the fast ones, 0 for the slow ones, a ramp between (YaRN, eq. 18)."""
+
+    def dimension(turns: float) -> float:
+        """Where a frequency turns that often in the original length."""
+        length = yarn.original_length / (turns * 2 * math.pi)
+        return spec.rotary_dim * math.log(length) / (2 * math.log(spec.rope_theta))
+
+    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, spec.rotary_dim - 1)
+    index = torch.arange(len(like), dtype=torch.float32, device=like.device)
+    return 1 - ((index - low) / ((high - low) or 0.001)).clamp(0, 1)
 
 
 def rotate(x_RNH: torch.Tensor, cos_RH: torch.Tensor, sin_RH: torch.Tensor) -> torch.Tensor:
@@ -75,16 +97,31 @@ def _experts(weight: Weight, index_P: torch.Tensor, dtype: torch.dtype) -> torch
     return weight[index_P]
 
 
+def swiglu(gate_up_RI: torch.Tensor, spec: MoeSpec) -> torch.Tensor:
+    """The experts' activation: gate columns first, then up columns."""
+    gate_RI, up_RI = gate_up_RI.chunk(2, dim=-1)
+    if spec.swiglu_limit is None:
+        return F.silu(gate_RI) * up_RI
+    gate_RI, up_RI = gate_RI.clamp(max=spec.swiglu_limit), up_RI.clamp(-spec.swiglu_limit, spec.swiglu_limit)
+    return (up_RI + 1) * (gate_RI * torch.sigmoid(gate_RI * spec.swiglu_alpha))
+
+
 def mixture(x_RD: torch.Tensor, moe: MoeWeights, spec: MoeSpec) -> torch.Tensor:
     """Sum over a row's experts in the order of choice; one matrix-vector product a (row, choice) pair."""
-    experts_RK, weights_RK = route(x_RD.float() @ moe.router_ED.T, moe.correction_bias_E, spec)
+    logits_RE = x_RD.float() @ moe.router_ED.T
+    if moe.router_bias_E is not None:
+        logits_RE = logits_RE + moe.router_bias_E
+    experts_RK, weights_RK = route(logits_RE, moe.correction_bias_E, spec)
     out_RD = torch.zeros_like(x_RD)
     for k in range(spec.top_k):
         experts_R = experts_RK[:, k]
         gate_up_RI = torch.bmm(_experts(moe.gate_up_EID, experts_R, x_RD.dtype), x_RD[:, :, None])[..., 0]
-        gate_RI, up_RI = gate_up_RI.chunk(2, dim=-1)
-        hidden_RI = F.silu(gate_RI) * up_RI
+        if moe.gate_up_bias_EI is not None:
+            gate_up_RI = gate_up_RI + moe.gate_up_bias_EI[experts_R]
+        hidden_RI = swiglu(gate_up_RI, spec)
         down_RD = torch.bmm(_experts(moe.down_EDI, experts_R, x_RD.dtype), hidden_RI[:, :, None])[..., 0]
+        if moe.down_bias_ED is not None:
+            down_RD = down_RD + moe.down_bias_ED[experts_R]
         out_RD = out_RD + down_RD * weights_RK[:, k, None].to(x_RD.dtype)
     return out_RD
 
@@ -265,7 +302,10 @@ class ReferenceBackend:
         spec = self.weights.spec.layers[layer].attention
         heads, kv_heads, eps = spec.num_heads, spec.num_kv_heads, self.weights.spec.rms_norm_eps
         sizes = [heads * spec.qk_head_dim, kv_heads * spec.qk_head_dim, kv_heads * spec.v_head_dim]
-        q, k, v = (x_RD @ weights.qkv_OD.T).split(sizes, dim=-1)
+        qkv_RO = x_RD @ weights.qkv_OD.T
+        if weights.qkv_bias_O is not None:
+            qkv_RO = qkv_RO + weights.qkv_bias_O
+        q, k, v = qkv_RO.split(sizes, dim=-1)
         q_RNH, k_RGH = q.unflatten(-1, (heads, -1)), k.unflatten(-1, (kv_heads, -1))
         v_RGH = v.unflatten(-1, (kv_heads, -1)) * spec.value_scale
         if weights.q_norm_H is not None and weights.k_norm_H is not None:
@@ -282,7 +322,8 @@ class ReferenceBackend:
             self._tree.values_LRGH[layer][tree_rows_R] = v_RGH
             keys_values = _TreeKeys(cache, slots_R, self._tree, layer, tree_rows_R)
         out_RNH = _attend(q_RNH, keys_values, spec, weights.sinks_N, positions_R)
-        return out_RNH.flatten(1) @ weights.output_DO.T
+        out_RD = out_RNH.flatten(1) @ weights.output_DO.T
+        return out_RD if weights.output_bias_D is None else out_RD + weights.output_bias_D
 
     def draft(self, requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:
         assert self.drafter is not None

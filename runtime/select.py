@@ -7,12 +7,13 @@ import torch
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.runtime.backend import Backend
 from speedstack.runtime.cpu import CpuBackend
+from speedstack.runtime.graph import GraphBackend
 from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.weights import ModelWeights
 
 logger = logging.getLogger("speedstack.runtime")
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "graph")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -68,6 +69,10 @@ def make_backend(
         else:
             logger.info("backend %s: cpu, compiled kernels", name)
             return backend
+    if name == "graph":
+        if has_trees:
+            raise ValueError(refuse_trees(GraphBackend))
+        return GraphBackend(weights, drafter, num_slots, max_length)
     return ReferenceBackend(weights, drafter, num_slots, max_length)
 
 

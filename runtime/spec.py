@@ -1,12 +1,30 @@
 """What a model is, as far as decoding it goes: shapes and switches of every layer, read from a Hugging Face config.
 
 Backends see a `ModelSpec` and weights, never a transformers class, so a new family is a new reader here and nothing
-else. Two families are read: MiMo-V2-Flash (sigmoid router with correction bias, sliding windows with sinks, different
-query/key and value head sizes, partial rotary) and Qwen3-MoE (softmax router, QK-norm). Any other is refused by name.
+else. Three families are read: MiMo-V2-Flash (sigmoid router with correction bias, sliding windows with sinks, different
+query/key and value head sizes, partial rotary), Qwen3-MoE (softmax router, QK-norm) and gpt-oss (biases, YaRN, clamped
+SwiGLU). Any other is refused by name. `config_file` reads shapes that transformers has no class for.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class YarnSpec:
+    """YaRN's stretched rotary frequencies (Peng et al. 2023, section 3.4), with every default resolved.
+
+    Frequencies that turn more than `beta_fast` times in `original_length` positions stay, those that turn less than
+    `beta_slow` times are divided by `factor`, a ramp lies between. Cosines and sines are multiplied by `magnitude`.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    magnitude: float
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,8 @@ class AttentionSpec:
     has_sinks: bool = False
     has_qk_norm: bool = False
     value_scale: float = 1.0
+    has_bias: bool = False
+    yarn: YarnSpec | None = None
 
     @property
     def softmax_scale(self) -> float:
@@ -41,7 +61,12 @@ class DenseSpec:
 
 @dataclass(frozen=True)
 class MoeSpec:
-    """A router and its SwiGLU experts, without shared experts."""
+    """A router and its SwiGLU experts, without shared experts.
+
+    has_bias: the router's logits and both of an expert's projections have biases.
+    swiglu_limit: None is silu(gate) * up. Otherwise gpt-oss' variant: the gate is clamped from above and up on both
+        sides at the limit, then (up + 1) * gate * sigmoid(swiglu_alpha * gate).
+    """
 
     num_experts: int
     top_k: int
@@ -50,6 +75,9 @@ class MoeSpec:
     has_correction_bias: bool
     renormalize: bool
     routed_scale: float = 1.0
+    has_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,14 +109,14 @@ def spec_from_config(config: Any) -> ModelSpec:
     Raises:
         ValueError: the family, or a setting of it, is not one that the runtime computes; the message names it.
     """
-    readers = {"mimo_v2_flash": _mimo_v2_flash_layers, "qwen3_moe": _qwen3_moe_layers}
+    readers = {"gpt_oss": _gpt_oss_layers, "mimo_v2_flash": _mimo_v2_flash_layers, "qwen3_moe": _qwen3_moe_layers}
     if config.model_type not in readers:
         raise ValueError(
             f"the runtime cannot decode model type {config.model_type!r}; it can decode {', '.join(sorted(readers))}"
         )
     if config.hidden_act != "silu":
         raise ValueError(f"activation {config.hidden_act!r} is not supported by the runtime, only silu is")
-    if config.attention_bias:
+    if config.attention_bias and config.model_type != "gpt_oss":
         raise ValueError("attention_bias=True is not supported by the runtime")
     eos = config.eos_token_id
     return ModelSpec(
@@ -106,6 +134,60 @@ def _default_rope(parameters: dict[str, Any], where: str) -> float:
     if parameters.get("rope_type", "default") != "default":
         raise ValueError(f"rotary type {parameters['rope_type']!r} of {where} is not supported, only 'default' is")
     return float(parameters["rope_theta"])
+
+
+def _yarn(parameters: dict[str, Any]) -> YarnSpec | None:
+    """The stretch of a rotary embedding, None where there is none; defaults as in transformers."""
+    kind = parameters.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise ValueError(f"rotary type {kind!r} of attention is not supported, only 'default' and 'yarn' are")
+    if parameters.get("mscale") or parameters.get("mscale_all_dim"):
+        raise ValueError("mscale of a 'yarn' rotary embedding is not supported by the runtime")
+    factor, magnitude = float(parameters["factor"]), parameters.get("attention_factor")
+    if magnitude is None:
+        magnitude = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return YarnSpec(
+        factor=factor,
+        original_length=parameters["original_max_position_embeddings"],
+        beta_fast=float(parameters.get("beta_fast") or 32),
+        beta_slow=float(parameters.get("beta_slow") or 1),
+        truncate=parameters.get("truncate", True),
+        magnitude=float(magnitude),
+    )
+
+
+def _gpt_oss_layers(config: Any) -> tuple[LayerSpec, ...]:
+    rope = config.rope_parameters
+    layers = []
+    for attention_type in config.layer_types:
+        attention = AttentionSpec(
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            qk_head_dim=config.head_dim,
+            v_head_dim=config.head_dim,
+            rotary_dim=config.head_dim,
+            rope_theta=float(rope["rope_theta"]),
+            window=config.sliding_window if attention_type == "sliding_attention" else None,
+            has_sinks=True,
+            has_bias=config.attention_bias,
+            yarn=_yarn(rope),
+        )
+        moe = MoeSpec(
+            num_experts=config.num_local_experts,
+            top_k=config.num_experts_per_tok,
+            intermediate_size=config.intermediate_size,
+            # The softmax of the chosen logits alone is the softmax of all, renormalized over the chosen.
+            scoring="softmax",
+            has_correction_bias=False,
+            renormalize=True,
+            has_bias=True,
+            swiglu_limit=float(config.swiglu_limit),
+            swiglu_alpha=float(config.swiglu_alpha),
+        )
+        layers.append(LayerSpec(attention, moe))
+    return tuple(layers)
 
 
 def _mimo_v2_flash_layers(config: Any) -> tuple[LayerSpec, ...]:

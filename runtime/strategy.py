@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.runtime.backend import MAX_ROWS
+from speedstack.runtime.ring import MAX_ROWS
 
 NGRAM: Literal["ngram"] = "ngram"  # in the place of a drafter's path: prompt look-up
 DEFAULT_NUM_NGRAM_DRAFTS = 7

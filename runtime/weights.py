@@ -8,6 +8,7 @@ Legend: D hidden, N heads, H head dim, F dense intermediate, E experts, I expert
 """
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +17,7 @@ from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec
 
 Weight = torch.Tensor | MXFP4Tensor
+WeightT = TypeVar("WeightT", torch.Tensor, MXFP4Tensor, Weight)
 
 
 @dataclass
@@ -26,6 +28,8 @@ class AttentionWeights:
     q_norm_H: torch.Tensor | None = None
     k_norm_H: torch.Tensor | None = None
     sinks_N: torch.Tensor | None = None
+    qkv_bias_O: torch.Tensor | None = None
+    output_bias_D: torch.Tensor | None = None
 
 
 @dataclass
@@ -42,6 +46,9 @@ class MoeWeights:
     correction_bias_E: torch.Tensor | None
     gate_up_EID: Weight  # gate rows, then up rows
     down_EDI: Weight
+    router_bias_E: torch.Tensor | None = None
+    gate_up_bias_EI: torch.Tensor | None = None
+    down_bias_ED: torch.Tensor | None = None
 
 
 @dataclass
@@ -71,14 +78,15 @@ class ModelWeights:
         add("norms and router", self.norm_D)
         for layer in self.layers:
             a, m = layer.attention, layer.mlp
-            add("attention", a.qkv_OD, a.output_DO, a.sinks_N)
+            add("attention", a.qkv_OD, a.output_DO, a.sinks_N, a.qkv_bias_O, a.output_bias_D)
             add("norms and router", a.norm_D, a.q_norm_H, a.k_norm_H, m.norm_D)
             if isinstance(m, DenseWeights):
                 add("dense MLP", m.gate_up_FD, m.down_DF)
             else:
                 is_packed = isinstance(m.gate_up_EID, MXFP4Tensor)
-                add("experts (MXFP4)" if is_packed else "experts", m.gate_up_EID, m.down_EDI)
-                add("norms and router", m.router_ED, m.correction_bias_E)
+                part = "experts (MXFP4)" if is_packed else "experts"
+                add(part, m.gate_up_EID, m.down_EDI, m.gate_up_bias_EI, m.down_bias_ED)
+                add("norms and router", m.router_ED, m.correction_bias_E, m.router_bias_E)
         return sizes
 
 
@@ -154,6 +162,16 @@ def _read_layer(reader: _Reader, exact: _Reader, prefix: str, spec: LayerSpec, D
         q_norm_H=reader.plain(at + "q_norm.weight", a.qk_head_dim) if a.has_qk_norm else None,
         k_norm_H=reader.plain(at + "k_norm.weight", a.qk_head_dim) if a.has_qk_norm else None,
         sinks_N=reader.plain(at + "sinks", a.num_heads) if a.has_sinks else None,
+        qkv_bias_O=torch.cat(
+            [
+                reader.plain(at + "q_proj.bias", q),
+                reader.plain(at + "k_proj.bias", k),
+                reader.plain(at + "v_proj.bias", v),
+            ]
+        )
+        if a.has_bias
+        else None,
+        output_bias_D=reader.plain(at + "o_proj.bias", D) if a.has_bias else None,
     )
     norm_D = reader.plain(prefix + "post_attention_layernorm.weight", D)
     at = prefix + "mlp."
@@ -169,6 +187,8 @@ def _read_layer(reader: _Reader, exact: _Reader, prefix: str, spec: LayerSpec, D
 
 def _read_moe(reader: _Reader, exact: _Reader, at: str, moe: MoeSpec, norm_D: torch.Tensor) -> MoeWeights:
     D, E, I = norm_D.shape[0], moe.num_experts, moe.intermediate_size  # noqa: E741
+    if moe.has_bias:
+        return _read_gpt_oss_moe(reader, exact, at, moe, norm_D)
     bias = exact.plain(at + "gate.e_score_correction_bias", E) if moe.has_correction_bias else None
     return MoeWeights(
         norm_D=norm_D,
@@ -177,6 +197,34 @@ def _read_moe(reader: _Reader, exact: _Reader, at: str, moe: MoeSpec, norm_D: to
         gate_up_EID=reader.packed_or_plain(at + "experts.gate_up_proj", (E, 2 * I, D)),
         down_EDI=reader.packed_or_plain(at + "experts.down_proj", (E, D, I)),
     )
+
+
+def _read_gpt_oss_moe(reader: _Reader, exact: _Reader, at: str, moe: MoeSpec, norm_D: torch.Tensor) -> MoeWeights:
+    """gpt-oss names its router otherwise, lets gate and up rows take turns, and transposes experts not packed."""
+    D, E, I = norm_D.shape[0], moe.num_experts, moe.intermediate_size  # noqa: E741
+
+    def expert(name: str, out: int, contraction: int) -> Weight:
+        is_packed = isinstance(reader.tensors.get(name), MXFP4Tensor)
+        weight = reader.packed_or_plain(name, (E, out, contraction) if is_packed else (E, contraction, out))
+        return weight if isinstance(weight, MXFP4Tensor) else weight.transpose(1, 2).contiguous()
+
+    return MoeWeights(
+        norm_D=norm_D,
+        router_ED=exact.plain(at + "router.weight", E, D),
+        correction_bias_E=None,
+        gate_up_EID=_gate_rows_first(expert(at + "experts.gate_up_proj", 2 * I, D)),
+        down_EDI=expert(at + "experts.down_proj", D, I),
+        router_bias_E=exact.plain(at + "router.bias", E),
+        gate_up_bias_EI=_gate_rows_first(reader.plain(at + "experts.gate_up_proj_bias", E, 2 * I)),
+        down_bias_ED=reader.plain(at + "experts.down_proj_bias", E, D),
+    )
+
+
+def _gate_rows_first(weight: WeightT) -> WeightT:
+    """[E, 2I, ...] whose gate and up rows take turns, with all gate rows first."""
+    if isinstance(weight, MXFP4Tensor):
+        return MXFP4Tensor(_gate_rows_first(weight.codes), _gate_rows_first(weight.scales))
+    return torch.cat([weight[:, 0::2], weight[:, 1::2]], dim=1)
 
 
 @dataclass

@@ -3,8 +3,9 @@
     python -m speedstack.bench_ptq MODEL --corpus DIR --export QAD=DIR --out results/DATE-ptq-NAME.json
 
 One process, one text, one code path: the held-out part of a prepared corpus, in float32, through transformers' models,
-so every family that can be packed can be compared. GPTQ is what `speedstack quantize` does with the same settings, on
-the corpus' training part. Two models are in memory at a time, the full-precision one and the one that is measured.
+so every family that can be packed can be compared. GPTQ is what `speedstack quantize --dtype float32` does with the
+same settings, on the corpus' training part. Two models are in memory at a time, the full-precision one and the one
+that is measured.
 
 Seconds are of the quantization alone, and are no timing where other work runs beside it.
 """
@@ -31,7 +32,7 @@ from speedstack.eval.quality import stderr_over_windows
 from speedstack.eval.results import Document, Environment, MethodQuality, Record
 from speedstack.quant.calibration import GPTQ_SCALE_RULE, gptq_experts
 from speedstack.quant.checkpoint import load_model, weights_sha256
-from speedstack.quant.checkpoint.files import checkpoint_directory
+from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
 from speedstack.quant.checkpoint.reader import read_config
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule
 from speedstack.quant.ptq import round_to_nearest
@@ -86,11 +87,16 @@ class PtqResult(Document):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text of GPTQ's calibration, as in `speedstack quantize`."""
+    """Text of GPTQ's calibration, as in `speedstack quantize`, whose bounds are checked here: ValueError."""
 
     num_sequences: int = 128
     sequence_length: int = 256
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_sequences", 1), ("sequence_length", 2), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"the calibration's {name} must be at least {least}, got {getattr(self, name)}")
 
 
 def compare(
@@ -110,7 +116,8 @@ def compare(
     `exports` are further model directories by name, packed or not. `on_method` is told each row when it is there.
 
     Raises ValueError, of one line, for directories that are missing or broken, a model that is quantized already, an
-    export of another vocabulary, and as `corpus_windows`, `calibration_windows` and `gptq_experts` do.
+    export of another vocabulary, calibration text of no size or longer than the model's positions, and as
+    `corpus_windows`, `calibration_windows` and `gptq_experts` do: what the arguments alone show, before the work.
     """
     directory, exports = checkpoint_directory(model), exports or {}
     config, codec_type = read_config(directory)
@@ -120,10 +127,18 @@ def compare(
     for name, path in exports.items():
         if read_config(checkpoint_directory(path))[0].get_text_config().vocab_size != vocab_size:
             raise ValueError(f"the export {name} at {path} has another vocabulary than {directory}")
+        with WeightFiles(path):
+            pass  # A damaged one is said now, not after everything else was measured.
     windows = corpus_windows(corpus, directory, window, num_tokens)
     place = choose_device(device)
     batches: tuple[torch.Tensor, ...] = ()
     if gptq_rules:
+        max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if max_length is not None and calibration.sequence_length > max_length:
+            raise ValueError(
+                f"calibration sequences of {calibration.sequence_length} tokens exceed the {max_length} positions of "
+                f"{directory}"
+            )
         sizes = (calibration.num_sequences, calibration.sequence_length, calibration.seed)
         batches = calibration_windows(str(corpus), load_tokenizer(directory), *sizes).split(CALIBRATION_BATCH_SIZE)
     teacher = _load(directory, place)

@@ -84,13 +84,29 @@ VERBS = {
     ),
     "eval": Verb(
         "lm-eval suites and held-out perplexity through the runtime",
-        "speedstack.eval.config:EvalConfig",
-        "speedstack.jobs:evaluate",
+        "speedstack.evaluate:load_eval_config",
+        "speedstack.evaluate:evaluate",
+        continues=True,
+    ),
+    "compare": Verb(
+        "results of a suite side by side, with significance and recovery",
+        "speedstack.jobs:load_compare_config",
+        "speedstack.jobs:compare",
     ),
     "bench": Verb(
         "time the decode loop, with peers side by side",
         "speedstack.eval.config:BenchConfig",
         "speedstack.jobs:bench",
+    ),
+    "plan": Verb(
+        "plan a model's decode step: bytes, FLOPs, roofline on a named GPU, and the proof that it is safe",
+        "speedstack.plan:load_plan_config",
+        "speedstack.plan:plan",
+    ),
+    "trace": Verb(
+        "a timeline of one decode step as the cost model predicts it, for Perfetto",
+        "speedstack.trace:load_trace_config",
+        "speedstack.trace:trace",
     ),
     "report": Verb(
         "HTML and JSON from finished runs",

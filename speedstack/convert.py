@@ -15,6 +15,10 @@ from pydantic import Field
 from speedstack.eval.config import DEMO_RUN, VerbConfig
 from speedstack.train.config import load_config_of
 
+# Settings that are for one kind of source alone.
+_MODEL_SETTINGS = ("scale_rule", "linears", "max_shard_bytes")
+_DRAFTER_SETTINGS = ("target",)
+
 
 class ConvertConfig(VerbConfig):
     """Convert a checkpoint to another format."""
@@ -53,10 +57,13 @@ def convert(config: ConvertConfig) -> None:
 
     from speedstack.dflash.checkpoint import is_drafter
     from speedstack.quant.checkpoint import convert as run
+    from speedstack.quant.checkpoint.files import checkpoint_directory
 
-    if is_drafter(config.source):
+    if is_drafter(checkpoint_directory(config.source)):
+        _check_used(config, _MODEL_SETTINGS, "drafter")
         _convert_drafter(config)
         return
+    _check_used(config, _DRAFTER_SETTINGS, "model")
 
     with tqdm(unit=" tensors", desc=f"to {config.to}", leave=False) as bar:
 
@@ -80,24 +87,28 @@ def convert(config: ConvertConfig) -> None:
     print(f"written: {config.out}")
 
 
-def _convert_drafter(config: ConvertConfig) -> None:
-    import torch
+def _check_used(config: ConvertConfig, others: Sequence[str], kind: str) -> None:
+    """Raises ValueError for a setting that a source of this kind has no use for."""
+    for name in others:
+        if getattr(config, name) != ConvertConfig.model_fields[name].default:
+            raise ValueError(f"{config.source} is a {kind}, for which the setting {name} does nothing: leave it out")
 
+
+def _convert_drafter(config: ConvertConfig) -> None:
     from speedstack.dflash.checkpoint import check_target, convert_drafter, load_config
     from speedstack.dflash.formats.format import Target
-    from speedstack.quant.checkpoint import load_checkpoint, weights_sha256
+    from speedstack.quant.checkpoint import load_tensor, weights_sha256
+    from speedstack.quant.checkpoint.files import checkpoint_directory
+    from speedstack.quant.checkpoint.reader import read_config
 
     target = Target()
     if config.target is not None:
-        checkpoint = load_checkpoint(config.target)
-        text = checkpoint.config.get_text_config()
+        target_config = read_config(checkpoint_directory(config.target))[0]
+        text = target_config.get_text_config()
         sha256 = weights_sha256(config.target)
         check_target(load_config(config.source), sha256, text.hidden_size, text.num_hidden_layers, text.vocab_size)
-        head = "model.embed_tokens.weight" if text.tie_word_embeddings else "lm_head.weight"
-        names = tuple(checkpoint.config.architectures or ())
-        head_VD = checkpoint.tensors[head]
-        assert isinstance(head_VD, torch.Tensor), "only experts are packed"
-        target = Target(str(config.target), names, head_VD)
+        names = tuple(target_config.architectures or ())
+        target = Target(str(config.target), names, load_tensor(config.target, "lm_head.weight"))
     drafter = convert_drafter(config.source, config.to, config.out, target)
     print(f"drafter of {drafter.num_hidden_layers} layers for blocks of {drafter.block_size}: to {config.to}")
     print(f"written: {config.out}")

@@ -9,11 +9,13 @@ and served by the engine, greedily and at temperature 1, also on prompts of code
 not trained, is a row of its own.
 
 Everything is kept as soon as it is known: the same command goes on with what is missing, whatever ended the last one.
+Rows of one directory have their settings and their prompts in common with what is there, or are refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -26,7 +28,7 @@ import torch
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
-from speedstack.dflash.accept import walk_rounds
+from speedstack.dflash.accept import survival, walk_rounds
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.ngram import NgramIndex
 from speedstack.eval.acceptance import summarize
@@ -35,7 +37,8 @@ from speedstack.eval.environment import describe_environment
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.runtime import Engine
 from speedstack.runtime.strategy import DraftStrategy
-from speedstack.train.config import DrafterConfig, describe_validation_error, read_config
+from speedstack.train.checkpoint import write_atomically
+from speedstack.train.config import DrafterConfig, config_hash, describe_validation_error, read_config
 from speedstack.train.distributed import World, resolve_device
 from speedstack.train.drafter import DrafterRecipe, make_recipe
 from speedstack.train.drafter_eval import GreedyText
@@ -112,6 +115,11 @@ class Ablation:
                 raise ValueError(
                     f"row {row} has another target, corpus or device than {self.trained[0]}: rows share them"
                 )
+        length, num_heldout = first.data.sequence_length, first.drafter.num_eval_sequences
+        if first.drafter.prompt_length + config.num_new_tokens > length:
+            raise ValueError(f"num_new_tokens {config.num_new_tokens} do not fit a window of {length} with its prompt")
+        if config.num_prompts > num_heldout:
+            raise ValueError(f"num_prompts {config.num_prompts} is more than drafter.num_eval_sequences {num_heldout}")
         self.first = first
         self.world = World(rank=0, size=1, device=resolve_device(first.run.device))
         self._engine: Engine | None = None
@@ -147,8 +155,33 @@ class Ablation:
     def _prepare(self) -> None:
         """Text and features, by building the row that needs most of them."""
         self.config.out.mkdir(parents=True, exist_ok=True)
+        self._claim()
         soft = [row for row in self.trained if make_recipe(self.config.row_config(row, 0)).objective.is_soft]
         self._recipe(soft[0] if soft else self.trained[0])
+
+    def _claim(self) -> None:
+        """Note what the rows are and how they are measured; ValueError where the directory holds another such row."""
+        config, file = self.config, self.config.out / "settings.json"
+        code = None if config.code_prompts is None else hashlib.sha256(_read_bytes(config.code_prompts)).hexdigest()
+        measured = {
+            "num_prompts": config.num_prompts,
+            "num_new_tokens": config.num_new_tokens,
+            "code_prompts": code,
+            "num_code_prompts": config.num_code_prompts,
+            "ngram_size": config.ngram_size,
+        }
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"measured": measured, "rows": {}}
+        changed = [name for name, value in measured.items() if known["measured"][name] != value]
+        if changed:
+            raise ValueError(f"{config.out} holds rows measured with another {', '.join(changed)}: choose another out")
+        rows = {row: config_hash(config.row_config(row, 0)) for row in self.trained}
+        changed = [row for row, digest in rows.items() if known["rows"].get(row, digest) != digest]
+        if changed:
+            raise ValueError(
+                f"{config.out} holds a row {changed[0]} with other settings: rename it here, or choose another out"
+            )
+        known["rows"] |= rows
+        write_atomically(file, json.dumps(known, indent=2) + "\n")
 
     def _recipe(self, row: str) -> tuple[DrafterRecipe, torch.nn.Module]:
         recipe = make_recipe(self.config.row_config(row, self.config.seeds[0]))
@@ -192,8 +225,6 @@ class Ablation:
         recipe, _ = self._recipe(self.trained[0])
         config, length = self.config, recipe.config.data.sequence_length
         prompt_length = recipe.config.drafter.prompt_length
-        if prompt_length + config.num_new_tokens > length:
-            raise ValueError(f"num_new_tokens {config.num_new_tokens} do not fit a window of {length} with its prompt")
         ids_NT = recipe.heldout.ids_NT[: config.num_prompts, : prompt_length + config.num_new_tokens]
         texts = {HELDOUT: GreedyText.of_windows(ids_NT, prompt_length)}
         if config.code_prompts is not None:
@@ -256,11 +287,10 @@ class Ablation:
         self, recipe: DrafterRecipe, model: torch.nn.Module, text: GreedyText, with_samples: bool
     ) -> DraftedSet:
         simulated = recipe.simulate(model, text)
-        survival = tuple(simulated.survival(recipe.draft_config.num_proposals))
         return DraftedSet(
             num_prompts=len(text.lengths),
             tau_simulated=simulated.acceptance_length(),
-            survival=survival,
+            survival=tuple(simulated.survival(recipe.draft_config.num_proposals)),
             **(self._serve(model, text, with_samples) if isinstance(model, DFlashDraftModel) else {}),
         )
 
@@ -293,19 +323,18 @@ class Ablation:
     def _lookup(self, text: GreedyText, with_samples: bool) -> DraftedSet:
         """Prompt look-up on the same text: what it would have proposed at every position, walked like a drafter's."""
         num_proposals = self.first.drafter.block_size - 1
-        rounds: list[int] = []
+        rounds: list[list[int]] = []
         for ids, prompt_length, length in zip(text.ids_NT.tolist(), text.prompt_lengths, text.lengths, strict=True):
             index, runs = NgramIndex(self.config.ngram_size), []
-            for anchor in range(prompt_length, length - num_proposals):
+            for anchor in range(prompt_length, length - 1):
                 drafts = index.propose(ids[: anchor + 1], num_proposals)
-                agree = [draft == token for draft, token in zip(drafts, ids[anchor + 1 :], strict=False)]
+                agree = [draft == token for draft, token in zip(drafts, ids[anchor + 1 : length], strict=False)]
                 runs.append([*agree, False].index(False))
-            rounds += walk_rounds(runs)
-        survival = tuple(sum(tokens > j + 1 for tokens in rounds) / len(rounds) for j in range(num_proposals))
+            rounds.append(walk_rounds(runs))
         return DraftedSet(
             num_prompts=len(text.lengths),
-            tau_simulated=sum(rounds) / len(rounds),
-            survival=survival,
+            tau_simulated=sum(map(sum, rounds)) / sum(map(len, rounds)),
+            survival=tuple(survival(rounds, num_proposals)),
             **self._serve(NGRAM, text, with_samples),
         )
 
@@ -315,18 +344,25 @@ def _shared(config: DrafterConfig) -> tuple[Any, ...]:
     return config.drafter.target, config.data, config.run.device
 
 
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read prompts {path}: {error.strerror}") from error
+
+
 def read_prompts(path: Path, tokenizer: Any, num_prompts: int, max_tokens: int) -> list[list[int]]:
     """Token ids of the first `num_prompts` prompts of a .jsonl that have at most `max_tokens` tokens.
 
     Raises ValueError, one line, for a file that cannot be read, a line without `prompt`, and when none fits.
     """
+    content = _read_bytes(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        prompts = [json.loads(line)["prompt"] for line in lines if line.strip()]
-    except OSError as error:
-        raise ValueError(f"cannot read prompts {path}: {error.strerror}") from error
+        prompts = [json.loads(line)["prompt"] for line in content.decode("utf-8").splitlines() if line.strip()]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no .jsonl with a field 'prompt' in every line: {error}") from error
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"{path}: a prompt is not text")
     encoded = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts if prompt]
     fitting = [ids for ids in encoded if 1 <= len(ids) <= max_tokens][:num_prompts]
     if not fitting:

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speedstack.eval.config import BenchConfig, EvalConfig, ReportConfig
+from speedstack.eval.config import BenchConfig, CompareConfig, ReportConfig
 from speedstack.train.config import DrafterConfig, PretrainConfig, QatConfig
 
 if TYPE_CHECKING:
@@ -37,46 +38,33 @@ def drafter(config: DrafterConfig) -> None:
     _show_run(train_drafter(config))
 
 
-def evaluate(config: EvalConfig) -> None:
-    """Quality of one model, against a teacher where one is given."""
-    from speedstack.eval.quality import TASK_NAMES, heldout_windows, measure_quality
-    from speedstack.eval.task_data import make_tasks
-    from speedstack.heldout import heldout_texts
-    from speedstack.runtime import Engine
-    from speedstack.train.corpus import load_corpus
+def load_compare_config(path: Path | None, overrides: Sequence[str]) -> CompareConfig:
+    """As every verb's; instead of a YAML file, the result files may be named one after the other."""
+    from speedstack.train.config import load_config
 
-    def engine(target: Path, drafter_path: Path | None = None) -> Engine:
-        return Engine.from_pretrained(
-            target,
-            drafter_path,
-            backend=config.backend,
-            device=config.device,
-            dtype=None if config.dtype == "auto" else config.dtype,
-            max_length=config.max_length,
-            max_batch_size=config.max_batch_size,
-        )
+    if path is None or path.suffix in (".yaml", ".yml"):
+        return load_config(CompareConfig, path, overrides)
+    flags = list(itertools.dropwhile(lambda argument: not argument.startswith("-"), overrides))
+    named = [str(path), *overrides[: len(overrides) - len(flags)]]
+    if len(named) < 2:
+        raise ValueError("compare needs two result files or more: speedstack compare A.json B.json")
+    return load_config(CompareConfig, None, ["--results", *named, *flags])
 
-    corpus = load_corpus(config.corpus)
-    engines = {"target": engine(config.target, config.drafter)}
-    if config.teacher is not None:
-        engines["teacher"] = engine(config.teacher)
-    prefix_id = corpus.tokenizer.eos_token_id
-    windows = heldout_windows(corpus.heldout["input_ids"], config.window, config.num_tokens, prefix_id)
-    task_data = config.out / "tasks"
-    if set(config.tasks) & set(TASK_NAMES):
-        make_tasks(heldout_texts(corpus), task_data, seed=config.seed)
-    teacher = "teacher" if config.teacher is not None else "target"
-    result = measure_quality(engines, teacher, windows, task_data=task_data, tasks=config.tasks, limit=config.limit)
-    path = result.save(config.out / "quality.json")
-    for entry in result.methods:
-        print(f"{entry.method}: {entry.nll_nats:.4f} nats a token, perplexity {entry.perplexity:.3f}")
-        if entry.kl_to_teacher_nats is not None:
-            agreement = "" if entry.top1_agreement is None else f", top-1 agreement {entry.top1_agreement:.4f}"
-            print(f"  KL from the teacher {1e3 * entry.kl_to_teacher_nats:.3f} millinats a token{agreement}")
-        for score in entry.tasks:
-            stderr = "" if score.stderr is None else f" +- {score.stderr:.4f}"
-            print(f"  {score.task} {score.metric} {score.value:.4f}{stderr} ({score.num_documents} documents)")
-    _show_path(path)
+
+def compare(config: CompareConfig) -> None:
+    """Results of one suite, side by side."""
+    from speedstack.eval.compare import compare_results
+    from speedstack.eval.suite_result import SuiteResult
+
+    comparison = compare_results(
+        {str(path): SuiteResult.load(path) for path in config.results},
+        significance=config.significance,
+        num_resamples=config.num_resamples,
+        seed=config.seed,
+    )
+    print(comparison.markdown())
+    if config.out is not None:
+        _show_path(comparison.save_markdown(config.out) if config.out.suffix == ".md" else comparison.save(config.out))
 
 
 def bench(config: BenchConfig) -> None:

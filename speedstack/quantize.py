@@ -61,7 +61,9 @@ class QuantizeConfig(VerbConfig):
     calibration: CalibrationSection = Field(CalibrationSection(), description="Text for gptq.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device; auto takes CUDA if present.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="dtype of computation and of the weights that stay unquantized; auto: the model's own."
+        "auto",
+        description="dtype the model is loaded in: of computation and of the weights that stay unquantized; auto: the "
+        "model's own. bfloat16 rounds the experts of a float32 model before they are quantized.",
     )
     out: Path = Field(Path("runs/quantize"), description="Directory for the packed model.")
 
@@ -153,6 +155,11 @@ def quantize(config: QuantizeConfig) -> None:
     dtype = stored_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{config.model} is stored as {dtype}, which MXFP4 is not rounded from: use --dtype float32")
+    if dtype == torch.bfloat16 and stored_dtype == torch.float32:
+        warnings.warn(
+            f"{config.model} is stored in float32: --dtype bfloat16 rounds its experts twice, to bfloat16 and to MXFP4",
+            stacklevel=2,
+        )
     windows_NT = _calibration_windows(config, tokenizer, model_config) if config.method == "gptq" else None
     check_extras(config.model)
     model = load_model(config.model, dtype)
@@ -185,7 +192,7 @@ def quantize(config: QuantizeConfig) -> None:
 
 def _check_directories(config: QuantizeConfig) -> None:
     """What can be said without loading anything."""
-    from speedstack.quant.checkpoint.directory import check_apart, check_target
+    from speedstack.quant.checkpoint.directory import check_apart, check_place, check_target
     from speedstack.quant.checkpoint.files import CONFIG_FILE, checkpoint_directory, read_json
 
     quantization = read_json(checkpoint_directory(config.model) / CONFIG_FILE).get("quantization_config")
@@ -194,6 +201,7 @@ def _check_directories(config: QuantizeConfig) -> None:
         raise ValueError(f"{config.model} is quantized already ({method}): give the model it was made from")
     check_apart(config.model, config.out)
     check_target(config.out)
+    check_place(config.out)
 
 
 def _calibration_windows(

@@ -63,19 +63,29 @@ def test_the_table(tiny_model_dir: Path, corpus: Path, tmp_path: Path, capsys: p
 def test_refusals(
     tiny_model_dir: Path, tiny_packed_dir: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refused(message: str, *arguments: object, model: Path = tiny_model_dir) -> None:
+    def refused(message: str, *arguments: object, model: Path = tiny_model_dir) -> str:
+        """What went to stderr, after checking its last line."""
         assert main([str(model), "--corpus", str(corpus), *map(str, arguments)]) == 2
-        line = capsys.readouterr().err.strip().splitlines()[-1]
+        text = capsys.readouterr().err
+        line = text.strip().splitlines()[-1]
         assert line.startswith("bench_ptq: error: ") and message in line
+        return text
 
     refused("is quantized already", model=tiny_packed_dir)
     refused("no model directory", model=tmp_path / "nowhere")
     refused("no model directory", "--export", f"QAD={tmp_path / 'nowhere'}")
     refused("takes NAME=DIR", "--export", tiny_packed_dir)
     refused("fewer than the 9999", "--num-sequences", 9999)
+    refused("num_sequences must be at least 1, got 0", "--num-sequences", 0)
+    refused("sequence_length must be at least 2, got 0", "--sequence-length", 0)
+    refused("seed must be at least 0, got -1", "--seed", -1)
+    refused("sequences of 257 tokens exceed the 256 positions", "--sequence-length", 257, "--num-sequences", 1)
     refused("is not a prepared corpus", "--corpus", tmp_path)
     other = tmp_path / "other"
     shutil.copytree(tiny_model_dir, other)
     config = (other / "config.json").read_text(encoding="utf-8")
     (other / "config.json").write_text(config.replace('"vocab_size": 512', '"vocab_size": 500'), encoding="utf-8")
     refused("has another vocabulary", "--export", f"QAD={other}")
+    (other / "config.json").write_text(config, encoding="utf-8")
+    (other / "model.safetensors").unlink()
+    assert "measured" not in refused("has no model.safetensors", "--export", f"QAD={other}")

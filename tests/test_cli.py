@@ -83,6 +83,8 @@ def test_unknown_key_in_a_file_names_the_nearest(verb: str, fails: Callable[...,
         "generate": ("promt: x", "prompt"),
         "eval": ("techer: x", "teacher"),
         "bench": ("num_repeat: 2", "num_repeats"),
+        "plan": ("row: 8", "rows"),
+        "trace": ("num_step: 2", "num_steps"),
         "report": ("input: []", "inputs"),
     }[verb]
     path.write_text(wrong + "\n", encoding="utf-8")
@@ -443,7 +445,10 @@ def test_convert_recognizes_a_drafter(
     fails: Callable[..., str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Of the target nothing but its head is read.
+    monkeypatch.setattr("speedstack.quant.checkpoint.load_checkpoint", None)
     out = tmp_path / "out"
     target = ("--target", str(tiny_model_dir))
     assert main(["convert", str(tiny_drafter_dir), "--to", "speculators", "--out", str(out), *target]) == 0
@@ -455,5 +460,11 @@ def test_convert_recognizes_a_drafter(
     assert (back / "model.safetensors").read_bytes() == (tiny_drafter_dir / "model.safetensors").read_bytes()
     nowhere = ("--out", tmp_path / "x")
     assert "choose one of speedstack" in fails("convert", tiny_drafter_dir, "--to", "gguf", *nowhere)
+    for flag, value in (("--linears", "fp8"), ("--scale-rule", "mse"), ("--max-shard-bytes", "10")):
+        line = fails("convert", tiny_drafter_dir, "--to", "zlab", *nowhere, flag, value)
+        name = flag.removeprefix("--").replace("-", "_")
+        assert f"is a drafter, for which the setting {name} does nothing" in line
+    line = fails("convert", tiny_packed_dir, "--to", "mimo", *nowhere, "--target", tiny_model_dir)
+    assert "is a model, for which the setting target does nothing" in line
     assert "SHA-256" in fails("convert", tiny_drafter_dir, "--to", "mimo", *nowhere, "--target", tiny_packed_dir)
     assert not (tmp_path / "x").exists()

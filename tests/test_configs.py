@@ -12,7 +12,8 @@ from speedstack.drafter_ablation import AblationConfig
 from speedstack.train.config import KINDS, dump_config, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+# Suites are no configs of a verb: they name tasks, and tests/eval/test_suite.py reads them.
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "suites")
 
 
 # Folders of configs that a module reads, run with python -m, and not a verb.

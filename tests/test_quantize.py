@@ -1,6 +1,7 @@
 """The `quantize` verb: what it writes, and one line for everything it refuses."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,27 @@ def test_weights_that_stay_keep_their_dtype(tiny_model_dir: Path, tmp_path: Path
         assert isinstance(embeddings, torch.Tensor) and embeddings.dtype == expected
 
 
+def test_a_float32_model_in_bfloat16_is_rounded_twice_and_said_to_be(tiny_model_dir: Path, tmp_path: Path) -> None:
+    command = [
+        "quantize",
+        str(tiny_model_dir),
+        "--method",
+        "rtn",
+        "--dtype",
+        "bfloat16",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with pytest.warns(UserWarning, match="rounds its experts twice"):
+        assert main(command) == 0
+    tensors = load_checkpoint(tmp_path / "out").tensors
+    for name, parameter in expert_parameters(load_model(tiny_model_dir)).items():
+        stored, weight = tensors[name], parameter.detach()
+        assert isinstance(stored, MXFP4Tensor)
+        assert torch.equal(stored.codes, quantize(weight.bfloat16()).codes)
+        assert not torch.equal(stored.codes, quantize(weight).codes)
+
+
 def test_prediction_heads_go_along(tiny_model_dir: Path, tmp_path: Path) -> None:
     """transformers leaves them out of the model without a word."""
     model = tmp_path / "model"
@@ -155,6 +177,13 @@ def test_places(fails: Callable[..., str], tiny_model_dir: Path, tmp_path: Path)
     (tmp_path / "notes" / "todo.txt").write_text("keep")
     for occupied in (tmp_path / "notes", tmp_path / "notes" / "todo.txt"):
         assert "exists and is not a model directory" in fails(tiny_model_dir, "--method", "rtn", "--out", occupied)
+    # Before the text is read, let alone calibrated on.
+    inside = ("--out", tmp_path / "notes" / "todo.txt" / "model", "--calibration.source", tmp_path / "nowhere.txt")
+    assert "todo.txt is no directory" in fails(tiny_model_dir, *inside, code=1)
+    if os.geteuid() != 0:  # root writes anywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        inside = ("--out", tmp_path / "locked" / "model", "--calibration.source", tmp_path / "nowhere.txt")
+        assert "no permission to write" in fails(tiny_model_dir, *inside, code=1)
     assert (tmp_path / "notes" / "todo.txt").read_text() == "keep"
 
 

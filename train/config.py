@@ -180,6 +180,12 @@ class QatSection(Section):
         10, ge=0, description="Steps between two looks at which masters changed their MXFP4 value; 0 looks at none."
     )
 
+    @model_validator(mode="after")
+    def _weight_is_used(self) -> QatSection:
+        if self.objective != "mix" and self.ce_weight != QatSection.model_fields["ce_weight"].default:
+            raise ValueError(f"ce_weight {self.ce_weight} is for objective mix: {self.objective} has no such weight")
+        return self
+
 
 class JobConfig(Section):
     """What every recipe shares. Subclasses add `kind` and their own section."""

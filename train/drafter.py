@@ -159,8 +159,7 @@ class DrafterRecipe(Recipe):
     def simulate(self, model: nn.Module, text: GreedyText | None = None) -> Simulated:
         """The rounds of greedy decoding on `text`, None for the held-out one, without decoding; and the loss."""
         text = self.heldout if text is None else text
-        num_proposals = self.draft_config.num_proposals
-        return simulate(text, num_proposals, lambda windows: self.blocks_loss(model, windows.to(self.device)))
+        return simulate(text, lambda windows: self.blocks_loss(model, windows.to(self.device)))
 
     def serve(self, model: DFlashDraftModel, temperature: float) -> AcceptanceResult:
         """Acceptance of the running drafter on this process's share of the prompts to serve, decoded by the engine."""
@@ -184,7 +183,12 @@ class DrafterRecipe(Recipe):
         section, optim, loop = self.config.drafter, self.config.optim, self.config.loop
         simulated = self._simulated or self.simulate(model)  # the last evaluation was of the finished drafter
         num_new = self.config.data.sequence_length - section.prompt_length
+        written = self.written
+        text_sha256 = (
+            {"text SHA-256": windows_sha256(written.ids_NT, written.documents_NT)} if written is not None else {}
+        )
         return {
+            "target": str(section.target),
             "data": self.data_card,
             "measured": f"Greedy, {len(self.heldout.lengths)} held-out prompts, {num_new} new tokens"
             f"{' at most' if self.by_document else ''}, simulated on the target's own text.",
@@ -197,6 +201,7 @@ class DrafterRecipe(Recipe):
                 "offset weights": section.weighting,
                 "optimizer": f"{optim.name}, learning rate {optim.lr}, {optim.schedule}",
                 "config SHA-256": config_hash(self.config),
+                **text_sha256,
             },
         }
 
@@ -245,8 +250,8 @@ class DrafterRecipe(Recipe):
         return result, valid_AJ
 
     def features(self, windows: Windows) -> Features:
-        """The target's features of `windows`; conversations in one window do not see each other."""
-        return self.target.features(windows.ids_BT, windows.documents_BT if self.by_document else None)
+        """The target's features of `windows`; documents in one window do not see each other."""
+        return self.target.features(windows.ids_BT, windows.documents_BT)
 
     def product_dtype(self) -> torch.dtype:
         """dtype of this step's products with the LM head."""
@@ -265,7 +270,7 @@ class DrafterRecipe(Recipe):
         section, world = self.config.drafter, self.world
         if section.features == "online" or self.written is None:
             return
-        ids_NT, documents_NT = self.written.ids_NT, self.written.documents_NT if self.by_document else None
+        ids_NT, documents_NT = self.written.ids_NT, self.written.documents_NT
         if section.features == "memory":
             self.target.precompute(ids_NT, int(section.features_gib * 2**30), documents_NT)
             return

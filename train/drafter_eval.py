@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speedstack.dflash.accept import leading_run, walk_rounds
+from speedstack.dflash.accept import leading_run, survival, walk_rounds
 from speedstack.dflash.loss import BlockLoss
 from speedstack.train.drafter_windows import Windows
 from speedstack.train.packing import Sequences
@@ -56,46 +56,47 @@ class Simulated:
     loss: float
 
     def acceptance_length(self, num_sequences: int | None = None) -> float:
-        """Tokens a round over the first `num_sequences`, None for all."""
+        """Tokens a round over the first `num_sequences`, None for all. Raises ValueError where they have no round."""
         pooled = [tokens for rounds in self.rounds[:num_sequences] for tokens in rounds]
+        if not pooled:
+            raise ValueError(f"no held-out answer of the first {num_sequences} has 2 tokens: take more prompts")
         return sum(pooled) / len(pooled)
 
     def survival(self, num_proposals: int) -> list[float]:
-        """Share of rounds in which proposals 1 .. j were all accepted, for j = 1 .. num_proposals."""
-        pooled = [tokens for rounds in self.rounds for tokens in rounds]
-        return [sum(tokens > j + 1 for tokens in pooled) / len(pooled) for j in range(num_proposals)]
+        """See `speedstack.dflash.accept.survival`."""
+        return survival(self.rounds, num_proposals)
 
 
 @torch.no_grad()
-def simulate(
-    text: GreedyText, num_proposals: int, blocks_loss: Callable[[Windows], tuple[BlockLoss, Tensor]]
-) -> Simulated:
+def simulate(text: GreedyText, blocks_loss: Callable[[Windows], tuple[BlockLoss, Tensor]]) -> Simulated:
     """The rounds of greedy decoding on `text`, and the loss at all anchors.
 
-    `blocks_loss(windows)` is a recipe's loss of all blocks of `windows`, and which of their proposals count. Rounds
-    that the end of a sequence would cut short are left out. Raises ValueError where that leaves none.
+    `blocks_loss(windows)` is a recipe's loss of all blocks of `windows`, and which of their proposals count. The rounds
+    are the engine's, those that the end of a sequence cuts short included. Raises ValueError where no answer has a
+    token after its first, which the prefill makes: no round would run.
     """
-    if not any(end - num_proposals > start for start, end in zip(text.prompt_lengths, text.lengths, strict=True)):
-        raise ValueError(f"no held-out answer is longer than {num_proposals} tokens, a block: use other prompts")
-    first = min(text.prompt_lengths)
-    anchors = torch.arange(first, text.ids_NT.shape[1] - num_proposals)
-    starts_N1 = torch.tensor(text.prompt_lengths)[:, None]
-    ends_N1 = torch.tensor(text.lengths)[:, None] - num_proposals
-    total_loss, total_weight, runs = 0.0, 0, []
+    starts_N1, ends_N1 = torch.tensor(text.prompt_lengths)[:, None], torch.tensor(text.lengths)[:, None]
+    if not (ends_N1 >= starts_N1 + 2).any():
+        raise ValueError("no held-out answer has 2 tokens or more, so that nothing is drafted: use other prompts")
+    length, first = text.ids_NT.shape[1], min(text.prompt_lengths)
+    is_text_NT = torch.arange(length) < ends_N1
+    anchors_A = torch.arange(first, length - 1)
+    is_real_NA = (anchors_A >= starts_N1) & (anchors_A < ends_N1 - 1)
+    runs_NA = torch.zeros(is_real_NA.shape, dtype=torch.int64)
+    total_loss, total_weight = 0.0, 0
     for rows in torch.arange(len(text.ids_NT)).split(_SEQUENCES_AT_ONCE):
-        ids_BT = text.ids_NT[rows]
-        everything = torch.ones_like(ids_BT, dtype=torch.bool)
-        parts = []
-        for part in anchors.split(_ANCHORS_AT_ONCE):
-            anchors_BA = part.expand(len(ids_BT), -1)
-            real_BA = (anchors_BA >= starts_N1[rows]) & (anchors_BA < ends_N1[rows])
-            result, _ = blocks_loss(Windows(ids_BT, torch.zeros_like(ids_BT), everything, anchors_BA, real_BA))
+        ids_BT, is_text_BT = text.ids_NT[rows], is_text_NT[rows]
+        for places in torch.arange(len(anchors_A)).split(_ANCHORS_AT_ONCE):
+            real_BA = is_real_NA[rows][:, places]
+            if not real_BA.any():
+                continue
+            anchors_BA = anchors_A[places].expand(len(rows), -1)
+            result, _ = blocks_loss(Windows(ids_BT, torch.zeros_like(ids_BT), is_text_BT, anchors_BA, real_BA))
             total_loss += float(result.loss) * int(real_BA.sum())
             total_weight += int(real_BA.sum())
-            parts.append(leading_run(result.correct_AJ).view(len(ids_BT), -1))
-        runs += torch.cat(parts, dim=1).tolist()
+            runs_NA[rows[:, None], places] = leading_run(result.correct_AJ).view(len(rows), -1).cpu()
     rounds = [
-        walk_rounds(run[prompt_length - first : length - num_proposals - first])
-        for run, prompt_length, length in zip(runs, text.prompt_lengths, text.lengths, strict=True)
+        walk_rounds(run[start - first : end - 1 - first])
+        for run, start, end in zip(runs_NA.tolist(), text.prompt_lengths, text.lengths, strict=True)
     ]
     return Simulated(rounds, total_loss / total_weight)

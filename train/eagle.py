@@ -34,8 +34,17 @@ class EagleRecipe(DrafterRecipe):
     def __init__(self, config: DrafterConfig, show_progress: bool = True) -> None:
         super().__init__(config, show_progress)
         section = config.drafter
-        options = ("sample_from_anchor", "markov_rank", "draft_vocab_size", "sliding_window", "attention_sinks")
-        given = [name for name in (*options, "mask_embedding") if getattr(section, name)]
+        options = (
+            "sample_from_anchor",
+            "markov_rank",
+            "draft_vocab_size",
+            "sliding_window",
+            "attention_sinks",
+            "attention_value_scale",
+            "partial_rotary_factor",
+            "mask_embedding",
+        )
+        given = [name for name in options if getattr(section, name) != type(section).model_fields[name].default]
         if given:
             raise ValueError(f"drafter.architecture eagle has no drafter.{', drafter.'.join(given)}")
 

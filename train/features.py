@@ -45,10 +45,21 @@ class FeatureSettings:
 
 
 def window_keys(ids_NT: Tensor, documents_NT: Tensor | None = None) -> list[bytes]:
-    """One key a window: equal tokens, and equal documents where features are computed by document, equal key."""
+    """One key a window: of equal tokens and equal documents. A window that is one document has the key of its tokens,
+    as without `documents_NT`: its features are the same."""
     assert ids_NT.dtype == torch.int64, "equal windows have equal bytes in one dtype only"
-    columns_NX = ids_NT if documents_NT is None else torch.cat([ids_NT, documents_NT], dim=1)
-    return [row.tobytes() for row in columns_NX.cpu().numpy()]
+    keys = [row.tobytes() for row in ids_NT.cpu().numpy()]
+    if documents_NT is None:
+        return keys
+    assert documents_NT.dtype == torch.int64, "as above"
+    documents_NT = documents_NT.cpu()
+    rows = zip(keys, is_one_document(documents_NT).tolist(), documents_NT.numpy(), strict=True)
+    return [key if is_one else key + documents.tobytes() for key, is_one, documents in rows]
+
+
+def is_one_document(documents_NT: Tensor) -> Tensor:
+    """Whether a window is one document from end to end, without padding, whose document is negative; bool [N]."""
+    return ((documents_NT == documents_NT[:, :1]) & (documents_NT >= 0)).all(1)
 
 
 def windows_sha256(ids_NT: Tensor, documents_NT: Tensor | None = None) -> str:
@@ -70,7 +81,7 @@ def write_features(
     """Write this rank's missing shards of the features of `ids_NT` into the directory `path`.
 
     `compute` gives [n, T, C] for windows [n, T], n up to WINDOWS_A_SHARD, and is given their part of `documents_NT` too
-    where features are by document; `on_progress(done)` counts this rank's.
+    where there is one; `on_progress(done)` counts this rank's.
     Raises ValueError when `path` holds other features, OSError, one line, when it cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)

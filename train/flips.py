@@ -113,8 +113,8 @@ class FlipWatch:
         weight_EOK = contraction_last(experts, weight)
         num_experts, num_rows, _ = weight_EOK.shape
         stride = self._stride
-        # A longer step must not meet the same rows in every expert, nor gate rows alone where gate and up take turns.
-        while stride > 2 and math.gcd(stride, num_rows) > 1:
+        # A step must not meet the same rows in every expert, nor gate rows alone where gate and up take turns.
+        while stride > 1 and math.gcd(stride, num_rows) > 1:
             stride += 1
         places = torch.arange(0, num_experts * num_rows, stride, device=weight.device)
         return weight_EOK[places // num_rows, places % num_rows]

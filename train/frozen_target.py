@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from speedstack.quant.checkpoint import load_model
 from speedstack.train.attention import enable_blockwise_attention
-from speedstack.train.features import window_keys
+from speedstack.train.features import is_one_document, window_keys
 
 _WINDOWS_AT_ONCE = 8
 
@@ -118,8 +118,8 @@ class FrozenTarget:
     def features(self, ids_BT: Tensor, documents_BT: Tensor | None = None) -> Features:
         """Float32 features of these windows, taps concatenated in the order of `tap`.
 
-        With `documents_BT` (int64, negative: padding) a position sees its own document alone, and padding has zeros;
-        None: a position sees all before it in the window.
+        With `documents_BT` (int64, negative: padding) a position sees its own document alone, as it does in serving,
+        and padding has zeros; None: a window is one document.
         """
         keys = window_keys(ids_BT, documents_BT) if self._kept else [b""] * len(ids_BT)
         missing = [place for place, key in enumerate(keys) if key not in self._kept]
@@ -136,7 +136,8 @@ class FrozenTarget:
         return Features(columns[..., :width], columns[..., width:])
 
     def _columns(self, ids_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
-        if documents_BT is None:
+        """`_forward` of every document alone, beside others of about its length; float32 [B, T, num_columns]."""
+        if documents_BT is None or bool(is_one_document(documents_BT).all()):
             return self._forward(ids_BT)
         spans = _document_spans(documents_BT)
         columns_BTC = torch.zeros(*ids_BT.shape, self.num_columns, device=ids_BT.device)

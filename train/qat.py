@@ -24,9 +24,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speedstack.eval.divergence import token_kl, token_nll, top1_matches
 from speedstack.quant.checkpoint import check_extras, save_packed, weights_sha256
-from speedstack.quant.checkpoint.files import checkpoint_directory
+from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
 from speedstack.quant.checkpoint.names import hub_names
-from speedstack.quant.checkpoint.reader import read_config
+from speedstack.quant.checkpoint.reader import read_config, tied_names
 from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters, router_parameters
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.train.attention import enable_blockwise_attention
@@ -58,6 +58,7 @@ class QatRecipe(Recipe):
 
     def build(self, world: World) -> nn.Module:
         section, data, stage = self.config.qat, self.config.data, self.config.distributed.zero_stage
+        _check_teacher(self.config)
         if section.start_from is not None:
             _check_same_architecture(section.model, section.start_from)
         student = load_for_stage(section.start_from or section.model, torch.float32, stage, world)
@@ -156,6 +157,14 @@ class QatRecipe(Recipe):
         round_to_nearest(model, scale_rule)
         model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
+        with WeightFiles(self.config.qat.model) as before, WeightFiles(path) as after:
+            lost = sorted(set(before.names()) - set(after.names()) - tied_names(model).keys())
+        if lost:
+            warnings.warn(
+                f"{self.config.qat.model} has {len(lost)} tensors that {type(model).__name__} does not have, such as "
+                f"{lost[0]}: they are not in the export",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def _teacher_logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -168,6 +177,22 @@ def _trained_names(student: PreTrainedModel, trainable: Literal["experts", "all_
         return set(expert_parameters(student))
     names = {name for name, _ in student.named_parameters()}
     return names - router_parameters(student).keys() if trainable == "all_but_router" else names
+
+
+def _check_teacher(config: QatConfig) -> None:
+    """Raises ValueError for a model whose divergence from itself is nothing to train on, and for windows beyond it."""
+    section = config.qat
+    model_config, codec = read_config(checkpoint_directory(section.model))
+    if codec.is_packed and section.objective != "ce":
+        raise ValueError(
+            f"qat.model {section.model} has its experts in MXFP4 already, so that there is nothing to distil: give the "
+            "model it was made from, and this one as qat.start_from; or set qat.objective ce"
+        )
+    max_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if max_length is not None and config.data.sequence_length > max_length:
+        raise ValueError(
+            f"data.sequence_length {config.data.sequence_length} exceeds the {max_length} positions of {section.model}"
+        )
 
 
 def _check_same_architecture(model: Path, start_from: Path) -> None:

@@ -17,7 +17,7 @@ from speedstack.quant.checkpoint.digest import weights_sha256
 from speedstack.quant.checkpoint.formats import FORMATS
 from speedstack.quant.checkpoint.model import load_model
 from speedstack.quant.checkpoint.packed import check_extras, save_packed
-from speedstack.quant.checkpoint.reader import Checkpoint, load_checkpoint
+from speedstack.quant.checkpoint.reader import Checkpoint, load_checkpoint, load_tensor
 
 __all__ = [
     "FORMATS",
@@ -27,6 +27,7 @@ __all__ = [
     "convert",
     "load_checkpoint",
     "load_model",
+    "load_tensor",
     "save_packed",
     "weights_sha256",
 ]

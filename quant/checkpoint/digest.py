@@ -4,15 +4,20 @@ import hashlib
 from pathlib import Path
 
 from speedstack.quant.checkpoint.files import weight_files
+from speedstack.quant.checkpoint.formats import EXPERTS_FILE
 
 
 def weights_sha256(path: str | Path) -> str:
-    """Hex digest over the bytes of the directory's safetensors files, in the order of their names.
+    """Hex digest over the bytes of the directory's safetensors files, in the order of their names, and of GGUF experts.
 
     Raises ValueError for a directory without weights, or with a shard missing.
     """
     digest = hashlib.sha256()
-    for file in weight_files(path):
+    files = weight_files(path)
+    experts_file = Path(path) / EXPERTS_FILE
+    if experts_file.is_file():
+        files.append(experts_file)
+    for file in files:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)

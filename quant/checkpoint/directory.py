@@ -71,6 +71,15 @@ def check_apart(source: Path, out: Path) -> None:
         raise ValueError(f"{out} is or holds {source}, from which the result is made: choose another path")
 
 
+def check_place(path: Path) -> None:
+    """Raises OSError when no directory could be made at `path`, so that it is known before long work, not after."""
+    place = next(parent for parent in _resolved(path).parents if parent.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"cannot write {path}: {place} is no directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write {path}: no permission to write in {place}")
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to fill, which takes the place of the one at `path` when the block ends without an exception.

@@ -34,9 +34,10 @@ def save_packed(
     """Write `model`, and the tokenizer if given, as a packed Hugging Face directory at `path`.
 
     `scale_rule` must be the one the model was trained with. A model directory already at `path` is replaced.
-    `extras_from` is the directory the model was loaded from: the tensors there that transformers' model does not have,
-    which are heads for multi-token prediction, go along unquantized. `add_files` is called with the directory before it
-    appears at `path`, to put more files beside the model.
+    `extras_from` is the directory the model was loaded from. The tensors there that transformers' model does not have,
+    which are heads for multi-token prediction, go along unquantized. What is stored there in 16 bits is stored so again
+    where that changes no value, as it does not for weights that were frozen beside float32 masters. `add_files` is
+    called with the directory before it appears at `path`, to put more files beside the model.
 
     Raises ValueError for a model that is quantized already, has no routed experts, or is of a family that `names` does
     not list; for NaN or infinity in an expert; and as `check_extras` does. Raises OSError when `path` cannot be
@@ -51,20 +52,27 @@ def save_packed(
     codec = default_format(names)(names)
     weights = expert_weights(model, names)
     tied = tied_names(model)
+    dtypes = {} if extras_from is None else _half_dtypes(extras_from)
     with new_directory(path) as partial:
         shards = ShardWriter(partial, max_shard_bytes)
+        is_as_stored = bool(dtypes)
         shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in model.state_dict().items():
             if name in weights:
                 experts = model.get_submodule(name.rpartition(".")[0])
                 codec.write(weights[name], _quantized(name, contraction_last(experts, tensor), scale_rule), shards)
             elif name not in tied:
+                dtype = dtypes.get(names.of(name))
+                if dtype is not None and torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+                    tensor = tensor.to(dtype)
+                is_as_stored &= dtype is None or tensor.dtype == dtype
                 shards.add(names.of(name), tensor.cpu().contiguous())
                 shapes[names.of(name)] = tuple(tensor.shape)
         if extras_from is not None:
             shapes |= _copy_extras(Path(extras_from), shards)
         shards.finish()
-        _write_config(model, codec, plain_matrices(shapes, set()), partial)
+        dtype = model.dtype if extras_from is None or not is_as_stored else read_config(Path(extras_from))[0].dtype
+        _write_config(model, codec, plain_matrices(shapes, set()), dtype, partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if add_files is not None:
@@ -75,6 +83,13 @@ def check_extras(path: str | Path) -> None:
     """Raises ValueError when `save_packed` could not take along what `path` holds besides the model."""
     with WeightFiles(path) as files:
         extra_names(files)
+
+
+def _half_dtypes(path: str | Path) -> dict[str, torch.dtype]:
+    """The dtypes of tensors that are stored in 16 bits, by their names in the files of `path`."""
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16}
+    with WeightFiles(path) as files:
+        return {name: kinds[files.dtype(name)] for name in files.names() if files.dtype(name) in kinds}
 
 
 def _copy_extras(path: Path, shards: ShardWriter) -> dict[str, tuple[int, ...]]:
@@ -97,10 +112,12 @@ def _quantized(name: str, weight_EOK: torch.Tensor, scale_rule: ScaleRule) -> It
             raise ValueError(f"{name}: {error}") from error
 
 
-def _write_config(model: PreTrainedModel, codec: Codec, ignored: list[str], directory: Path) -> None:
+def _write_config(
+    model: PreTrainedModel, codec: Codec, ignored: list[str], dtype: torch.dtype | str | None, directory: Path
+) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.dtype = model.dtype
+    config.dtype = dtype
     config.update(codec.config(ignored))
     config.save_pretrained(directory)
     if model.can_generate():

@@ -76,6 +76,21 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(config, tensors, codec_type.is_packed)
 
 
+def load_tensor(path: str | Path, name: str) -> torch.Tensor:
+    """One tensor of `load_checkpoint`, of those that are no routed experts, without reading another.
+
+    Raises ValueError as `load_checkpoint` does, for this tensor alone.
+    """
+    path = checkpoint_directory(path)
+    config, codec_type = read_config(path)
+    skeleton = build_skeleton(config)
+    name = tied_names(skeleton).get(name, name)
+    with WeightFiles(path) as files:
+        names = stored_names(files, hub_names(config.model_type))
+        tensor = read_linear(files, codec_type, names.of(name), tuple(skeleton.state_dict()[name].shape))
+    return tensor.dequantize(torch.bfloat16) if isinstance(tensor, FP8Tensor) else tensor
+
+
 def read_config(path: Path) -> tuple[PreTrainedConfig, type[Codec]]:
     """The configuration without a trace of quantization, and the directory's format. Raises ValueError."""
     fields = read_json(path / CONFIG_FILE)

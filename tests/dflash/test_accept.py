@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speedstack.dflash.accept import accept, leading_run, walk_rounds
+from speedstack.dflash.accept import accept, leading_run, survival, walk_rounds
 from speedstack.dflash.tree import Draft
 
 
@@ -67,9 +67,16 @@ def test_leading_run_is_what_accept_accepts() -> None:
     [
         pytest.param([0, 0, 0], 0, [1, 1, 1], id="nothing accepted"),
         pytest.param([2, 9, 9, 1, 9, 0], 0, [3, 2, 1], id="anchors inside an accepted run are skipped"),
+        pytest.param([2, 9, 9, 7, 9, 0], 0, [3, 3], id="the end of the text ends a round"),
         pytest.param([2, 9, 9, 1, 9, 0], 3, [2, 1], id="later start"),
         pytest.param([], 0, [], id="no anchor"),
     ],
 )
 def test_walk_rounds(runs, start, rounds):
     assert walk_rounds(runs, start) == rounds
+
+
+def test_survival_is_of_the_rounds_that_had_the_proposal():
+    # With 3 proposals a round: 8 tokens left allow 3, 4 left 3, 1 left none.
+    assert survival([[4, 3, 1]], 3) == [1.0, 1.0, 0.5]
+    assert survival([[1, 1], []], 3) == [0.0, 0.0, 0.0]

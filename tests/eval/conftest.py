@@ -1,6 +1,7 @@
 """Fixtures of the evaluation's tests: held-out text, an engine over the tiny model, and one complete made-up report."""
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
     from speedstack.runtime import Engine
 
 MODULES = ("argparse", "bisect", "calendar", "cmd", "configparser", "csv", "heapq", "queue", "shlex", "string")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_machine_description() -> Iterator[None]:
+    """lm-eval asks compilers, drivers and pip for their versions after every evaluation, which takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -96,6 +96,7 @@ def test_result_file(
         ("not json\n", "is not a JSONL file"),
         ('{"question": "x"}\n', "lines have a prompt"),
         ('{"prompt": "x"}\n', "has 1 prompts, 5 were asked for"),
+        ('{"prompt": 5}\n', "a list of token ids, not 5"),
         (None, "no prompts at"),
     ],
 )

@@ -8,9 +8,10 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 
-from speedstack.eval.quality import TASK_NAMES, heldout_windows, measure_quality, run_tasks, task_scores
+from speedstack.eval.quality import heldout_windows, measure_quality, run_tasks, task_scores
 from speedstack.eval.results import QualityResult
 from speedstack.eval.task_data import TaskSizes, make_tasks
+from speedstack.eval.task_loading import TASK_NAMES
 from speedstack.runtime import Engine
 
 
@@ -112,7 +113,7 @@ def test_bad_input_is_named(engine: Engine, tmp_path: Path, monkeypatch: pytest.
         return TaskManager(include_path=include_path, include_defaults=False)
 
     # lm-eval takes some ten seconds to list its own tasks, among which these names are not either.
-    monkeypatch.setattr("speedstack.eval.quality.TaskManager", without_defaults)
+    monkeypatch.setattr("speedstack.eval.task_loading.TaskManager", without_defaults)
     with pytest.raises(ValueError, match="teacher 'bf16' is not among the engines: mxfp4"):
         measure_quality({"mxfp4": engine}, "bf16", [[0, 1]])
     with pytest.raises(ValueError, match="no task 'next_lin'; near names: next_line"):

@@ -132,6 +132,13 @@ def test_command(
     assert result.model_sha256 == weights_sha256(tiny_model_dir)
     worst = max(result.experts(), key=lambda unit: unit.kl_nats)
     assert f"layer {worst.layer} expert {worst.expert}" in text and (tmp_path / "out" / "sensitivity.csv").is_file()
+    # Nothing that was measured is lost with the files.
+    (tmp_path / "file").write_text("keep")
+    short = ["--layers-only", "--window", "9", "--num-tokens", "8", "--device", "cpu"]
+    assert main([*command, *short, "--out", str(tmp_path / "file")]) == 1
+    captured = capsys.readouterr()
+    assert "everything quantized: KL" in captured.out and "layer 2" in captured.out
+    assert captured.err.strip().splitlines()[-1].startswith("sensitivity: error: ")
     for wrong, message in (
         (["--corpus", str(tmp_path)], "is not a prepared corpus"),
         (["--batch-size", "0"], "must be at least 1"),

@@ -209,20 +209,21 @@ def test_nvfp4_elements_are_nearest_under_their_scales() -> None:
     assert ((found - w.double()).abs() <= best + 8 * 2.0**-24 * w.double().abs().clamp(min=1e-30)).all()
 
 
-def test_int4_equals_its_formula_and_compressed_tensors() -> None:
+@pytest.mark.parametrize(("name", "num_bits", "largest"), [("int4_g32", 4, 7), ("int2_g32", 2, 1)])
+def test_integers_equal_their_formula_and_compressed_tensors(name: FormatName, num_bits: int, largest: int) -> None:
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization import fake_quantize as their_fake_quantize
 
     w = weights(64, 96)
-    found = fake_quantize(w, "int4_g32")
+    found = fake_quantize(w, name)
     grouped = w.unflatten(-1, (-1, 32))
-    scale = (grouped.abs().amax(-1) / 7).bfloat16().float()
-    args = QuantizationArgs.model_validate({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32})
+    scale = (grouped.abs().amax(-1) / largest).bfloat16().float()
+    args = QuantizationArgs.model_validate({"num_bits": num_bits, "type": "int", "strategy": "group", "group_size": 32})
     safe = torch.where(scale == 0, 1.0, scale)
     theirs = their_fake_quantize(w, safe, torch.zeros_like(safe), args)
-    # Their range has -8; a scale that bfloat16 rounded down cannot bring a magnitude of 7 scales there.
+    # Their range has -8 and -2; a scale that bfloat16 rounded down cannot bring a magnitude of 7 scales or 1 there.
     assert torch.equal(found, theirs)
-    table = [Fraction(k) for k in range(8)]
+    table = [Fraction(k) for k in range(largest + 1)]
     for value, s, rounded in zip(
         w.flatten().tolist(),
         scale.repeat_interleave(32).tolist(),
@@ -232,7 +233,7 @@ def test_int4_equals_its_formula_and_compressed_tensors() -> None:
         # The quotient is rounded to float32 before it is rounded to an integer: nothing here is that near a midpoint.
         assert rounded == (float(nearest(value, table, Fraction(s))) if s else 0.0)
     integers = found.unflatten(-1, (-1, 32)) / safe[..., None]
-    assert integers.min() == -7 and integers.max() == 7
+    assert integers.min() == -largest and integers.max() == largest
     assert not torch.signbit(found[found == 0]).any()
 
 
@@ -276,6 +277,7 @@ def test_bits_and_blocks() -> None:
         "mxfp8_e4m3": 8.25,
         "nvfp4": 4.5,
         "int4_g32": 4.5,
+        "int2_g32": 2.5,
         "fp8_block128": 8 + 32 / 128**2,
     }
     assert {FORMATS[name].block_shape for name in NAMES} == {(1, 32), (1, 16), (128, 128)}
@@ -291,6 +293,8 @@ def test_more_bits_are_nearer() -> None:
     assert max(error["fp8_block128"], error["mxfp8_e4m3"]) < error["mxfp6_e3m2"]
     # What MXFP4's and INT4's own descriptions report for a normal distribution.
     assert error["mxfp4"] == pytest.approx(0.0126, rel=0.05) and error["int4_g32"] == pytest.approx(0.0101, rel=0.1)
+    # Nothing up to half of a block's largest magnitude survives.
+    assert error["int2_g32"] > 30 * error["int4_g32"]
 
 
 @pytest.mark.parametrize("name", NAMES)

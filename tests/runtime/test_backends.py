@@ -13,10 +13,11 @@ import torch
 from speedstack.dflash.checkpoint import load_drafter
 from speedstack.quant.checkpoint import load_checkpoint
 from speedstack.quant.mxfp4 import MXFP4Tensor
-from speedstack.runtime.backend import MAX_ROWS, Backend, DraftRequest, Rows, ring_length
+from speedstack.runtime.backend import Backend, DraftRequest, Rows
 from speedstack.runtime.compiled_drafter import CompiledDrafter
 from speedstack.runtime.cpu import CpuBackend
 from speedstack.runtime.reference import ReferenceBackend
+from speedstack.runtime.ring import MAX_ROWS, ring_length
 from speedstack.runtime.spec import spec_from_config
 from speedstack.runtime.weights import ModelWeights, read_weights
 

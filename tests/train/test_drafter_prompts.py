@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from speedstack.dflash.loss import BlockLoss
 from speedstack.eval.results import AcceptanceResult
 from speedstack.runtime import Engine
-from speedstack.train import selftext
+from speedstack.train import drafter_eval, selftext
 from speedstack.train.config import DrafterConfig
 from speedstack.train.distributed import World
 from speedstack.train.drafter import DrafterRecipe, train_drafter
+from speedstack.train.drafter_eval import GreedyText, simulate
 from speedstack.train.drafter_text import write_text
 from speedstack.train.drafter_windows import Windows
 from speedstack.train.packing import PADDING
@@ -191,6 +193,40 @@ def test_training_end_to_end(config, tmp_path):
     num_new = [length - prompt for length, prompt in zip(text.lengths, text.prompt_lengths, strict=True)]
     assert len(set(num_new)) > 1
     assert measured.overall.num_committed == sum(num_new) - len(num_new)  # the prefill makes the first token
+    assert whole.metrics["acceptance_length"] == pytest.approx(measured.overall.acceptance_length)  # the same rounds
+
+
+def test_simulation_of_unequal_answers_is_that_of_each_alone(recipe_and_model, monkeypatch):
+    """Prompts and answers of any lengths, many anchors of which are no anchors of the sequence beside them."""
+    recipe, _ = recipe_and_model
+    ids_NT = recipe.heldout.ids_NT[:1].repeat(6, 1)
+    prompt_lengths, lengths = [3, 20, 40, 10, 30, 50], [12, 60, 41, 11, 32, 52]
+
+    def blocks_loss(windows: Windows) -> tuple[BlockLoss, torch.Tensor]:
+        """Proposals that are right for as many tokens as the anchor's place, modulo 4, within the text."""
+        assert windows.real_BA.any()
+        ahead_J = torch.arange(1, 4)
+        place_BAJ = windows.anchors_BA[..., None] + ahead_J
+        inside_BAJ = place_BAJ < windows.predictable_BT.sum(1)[:, None, None]
+        correct_BAJ = inside_BAJ & (ahead_J <= windows.anchors_BA[..., None] % 4) & windows.real_BA[..., None]
+        mean = (windows.anchors_BA * windows.real_BA).sum() / windows.real_BA.sum()
+        return BlockLoss(mean, correct_BAJ.flatten(0, 1), torch.zeros(0)), correct_BAJ
+
+    monkeypatch.setattr(drafter_eval, "_ANCHORS_AT_ONCE", 8)
+    together = simulate(GreedyText(ids_NT, prompt_lengths, lengths), blocks_loss)
+    anchors: list[int] = []
+    for row, (start, end) in enumerate(zip(prompt_lengths, lengths, strict=True)):
+        rounds, anchor = [], start
+        while anchor < end - 1:
+            rounds.append(min(anchor % 4 + 1, end - 1 - anchor))
+            anchor += rounds[-1]
+        assert together.rounds[row] == rounds and sum(rounds) == end - start - 1
+        anchors += range(start, end - 1)
+    assert together.loss == pytest.approx(sum(anchors) / len(anchors))
+    with pytest.raises(ValueError, match="no held-out answer has 2 tokens"):
+        simulate(GreedyText(ids_NT[2:4], [40, 10], [41, 11]), blocks_loss)
+    with pytest.raises(ValueError, match="of the first 1 has 2 tokens"):
+        simulate(GreedyText(ids_NT[2:5], [40, 10, 30], [41, 11, 32]), blocks_loss).acceptance_length(1)
 
 
 def test_given_answers_train_without_a_word_of_the_targets(config, tmp_path):

@@ -92,6 +92,23 @@ def test_only_the_experts_have_moved(trained: RunResult, pretrained: RunResult) 
         assert torch.equal(tensor, after[name]) == (name not in experts), name
 
 
+def test_what_was_not_trained_is_exported_in_the_dtype_it_came_in(
+    pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path
+) -> None:
+    source = tmp_path / "bfloat16"
+    shutil.copytree(pretrained.export_path, source)
+    load_model(pretrained.export_path, dtype=torch.bfloat16).save_pretrained(source)
+    before = load_checkpoint(source).tensors
+    frozen = qat(make_qat_config(tmp_path / "a", source, loop__num_steps=1, loop__eval_every=0)).export_path
+    after = load_checkpoint(frozen)
+    assert after.config.dtype == torch.bfloat16
+    for name, tensor in after.tensors.items():
+        if not isinstance(tensor, MXFP4Tensor):
+            assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
+    trained = make_qat_config(tmp_path / "b", source, loop__num_steps=1, loop__eval_every=0, qat__trainable="all")
+    assert load_checkpoint(qat(trained).export_path).config.dtype == torch.float32
+
+
 def test_evaluation_before_the_first_step_is_post_training_quantization(
     pretrained: RunResult, make_qat_config: MakeConfig, corpus_path: Path, tmp_path: Path
 ) -> None:
@@ -374,6 +391,34 @@ def test_prediction_heads_go_along(pretrained: RunResult, make_qat_config: MakeC
     assert all(torch.equal(stored[name], tensor) for name, tensor in head.items())
 
 
+@pytest.mark.filterwarnings("ignore:no packed format is known for minimax_m2")
+def test_prediction_heads_that_do_not_go_along_are_named(
+    make_qat_config: MakeConfig, random_model: Callable[[str, Path], Path], tmp_path: Path, recwarn: Any
+) -> None:
+    model = random_model("minimax_m2", tmp_path / "model")
+    qat(make_qat_config(tmp_path / "without", model, loop__num_steps=1))
+    assert not [entry for entry in recwarn if "not in the export" in str(entry.message)]
+    weights = load_file(model / "model.safetensors")
+    head = {"model.mtp.0.eh_proj.weight": torch.randn(64, 128)}
+    save_file(weights | head, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"1 tensors .* such as model\.mtp\.0\.eh_proj\.weight: they are not in"):
+        qat(make_qat_config(tmp_path / "with", model, loop__num_steps=1))
+
+
+def test_a_teacher_that_teaches_nothing_is_refused(
+    pretrained: RunResult, gptq_export: Path, make_qat_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Its divergence from its own values is 0, and training would only lead away from it."""
+    packed = Path(shutil.copytree(gptq_export, tmp_path / "packed"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(pretrained.export_path / name, packed)
+    for objective in ("kl", "mix"):
+        with pytest.raises(ValueError, match=r"has its experts in MXFP4 already, .* as qat\.start_from"):
+            qat(make_qat_config(tmp_path / objective, packed, qat__objective=objective))
+    result = qat(make_qat_config(tmp_path / "ce", packed, qat__objective="ce", loop__num_steps=1))
+    assert result.metrics["heldout_loss"] > 0
+
+
 def test_bad_models_are_refused(pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere"):
         qat(make_qat_config(tmp_path / "a", tmp_path / "nowhere"))
@@ -383,3 +428,8 @@ def test_bad_models_are_refused(pretrained: RunResult, make_qat_config: MakeConf
     (broken / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="has no tokenizer"):
         qat(make_qat_config(tmp_path / "b", broken))
+    with pytest.raises(ValueError, match=r"ce_weight 0\.5 is for objective mix: kl has no such weight"):
+        make_qat_config(tmp_path / "d", pretrained.export_path, qat__ce_weight=0.5)
+    length = load_model(pretrained.export_path).config.max_position_embeddings + 1
+    with pytest.raises(ValueError, match=rf"data\.sequence_length {length} exceeds the {length - 1} positions of"):
+        qat(make_qat_config(tmp_path / "c", pretrained.export_path, data__sequence_length=length))

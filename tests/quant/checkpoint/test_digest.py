@@ -4,7 +4,9 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from speedstack.quant.checkpoint import weights_sha256
+import pytest
+
+from speedstack.quant.checkpoint import convert, weights_sha256
 
 
 def test_is_the_sha256_of_the_files(tmp_path: Path) -> None:
@@ -25,3 +27,13 @@ def test_follows_the_weights_alone(tiny_packed_dir: Path, tmp_path: Path) -> Non
     content[-1] ^= 1
     (copy / "model.safetensors").write_bytes(content)
     assert weights_sha256(copy) != weights_sha256(tiny_packed_dir)
+
+
+@pytest.mark.filterwarnings("ignore:experts.gguf holds the routed experts alone")
+def test_follows_experts_in_gguf(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Their safetensors files are the same bytes, whatever the experts."""
+    convert(tiny_model_dir, "gguf", tmp_path / "even", scale_rule="even")
+    convert(tiny_model_dir, "gguf", tmp_path / "floor", scale_rule="floor")
+    contents = [(tmp_path / rule / "model.safetensors").read_bytes() for rule in ("even", "floor")]
+    assert contents[0] == contents[1]
+    assert weights_sha256(tmp_path / "even") != weights_sha256(tmp_path / "floor")

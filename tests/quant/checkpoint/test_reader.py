@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from speedstack.quant.checkpoint import load_checkpoint, load_model, save_packed, weights_sha256
+from speedstack.quant.checkpoint import load_checkpoint, load_model, load_tensor, save_packed, weights_sha256
+from speedstack.quant.checkpoint.files import WeightFiles
 from speedstack.quant.checkpoint.names import FAMILIES
 
 WEIGHTS = "model.safetensors"
@@ -37,6 +38,27 @@ def test_plain_directory(model_type: str, make_family: Callable[[str], PreTraine
         stored = checkpoint.tensors[name]
         assert isinstance(stored, torch.Tensor) and torch.equal(stored, tensor)
         assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v4"])
+def test_one_tensor_alone(
+    family: str, make_family: Callable[[str], PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of the whole checkpoint, tied (qwen3_moe's head) or renamed (deepseek_v4's), and nothing else is read."""
+    save_packed(make_family(family), tmp_path)
+    tensors = load_checkpoint(tmp_path).tensors
+    names_read: list[str] = []
+    read = WeightFiles._read
+
+    def noted(files: WeightFiles, name: str, how: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        names_read.append(name)
+        return read(files, name, how)
+
+    monkeypatch.setattr(WeightFiles, "_read", noted)
+    for name in ("lm_head.weight", "model.norm.weight"):
+        expected = tensors[name]
+        assert isinstance(expected, torch.Tensor) and torch.equal(load_tensor(tmp_path, name), expected)
+    assert len(names_read) == 2
 
 
 def test_sharded_plain_directory(make_tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:

@@ -1,0 +1,310 @@
+"""Figures for notebooks and papers: one function a question, each from a result document to a matplotlib figure.
+
+Black on white, in a column's width, in the colours of Okabe and Ito with markers and hatches beside them, so that they
+survive a printer and a colour-blind reader. Every axis names its unit, and a line below it says what whiskers are.
+The report draws its own (`speedstack.eval.plots`), which follow the page's theme. Nothing here touches pyplot.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+from speedstack.eval.compare import Comparison
+from speedstack.eval.results import AcceptanceResult, QualityResult, StageSummary, TimingResult
+
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+HATCHES = ("", "///", "\\\\\\", "xxx", "---", "|||", "+++")
+COLUMN_INCHES = 4.6
+STYLE: dict[Any, Any] = {
+    "figure.facecolor": "white",
+    "figure.dpi": 150,
+    "savefig.bbox": "tight",
+    "pdf.fonttype": 42,  # text stays text
+    "font.size": 8.5,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.5,
+}
+# Half the width of a normal 95 % interval in standard errors.
+Z95 = 1.96
+
+
+def divergence(quality: QualityResult) -> Figure:
+    """KL from the teacher of every method, in millinats a token; whiskers are 95 % intervals over windows."""
+    entries = [entry for entry in quality.methods if entry.kl_to_teacher_nats is not None]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(0.8 + 0.36 * len(entries))
+        for row, entry in enumerate(entries):
+            axes.barh(
+                row,
+                1e3 * (entry.kl_to_teacher_nats or 0.0),
+                xerr=1e3 * Z95 * (entry.kl_stderr_nats or 0.0),
+                height=0.62,
+                color=COLOURS[row % len(COLOURS)],
+                hatch=HATCHES[row % len(HATCHES)],
+                edgecolor="black",
+                linewidth=0.6,
+                capsize=3,
+            )
+        axes.set_yticks(range(len(entries)), [entry.method for entry in entries])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        _label_x(axes, f"KL from {quality.teacher} (millinats a token)", "95 % interval of the mean over windows")
+    return figure
+
+
+def score_by_bits(comparison: Comparison, task: str, bits: Mapping[str, float], names: Mapping[str, str]) -> Figure:
+    """Score of `task` over the bits that an expert's weight takes; whiskers are 95 % intervals of the difference.
+
+    `bits` and `names` are by result, the baseline among them. Raises ValueError for a task that was not compared.
+    """
+    entry = next((entry for entry in comparison.metrics if entry.task == task), None)
+    if entry is None:
+        raise ValueError(f"no task {task!r}; there are {', '.join(each.task for each in comparison.metrics)}")
+    points: list[tuple[str, float, float | None]] = [(comparison.baseline, entry.baseline, None)]
+    points += [(other.result, other.value, other.stderr) for other in entry.others]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(3.2)
+        for index, (result, value, stderr) in enumerate(points):
+            axes.errorbar(
+                bits[result],
+                value,
+                yerr=None if stderr is None else Z95 * stderr,
+                fmt=MARKERS[index % len(MARKERS)],
+                color=COLOURS[index % len(COLOURS)],
+                capsize=3,
+                markersize=6,
+                label=names[result],
+            )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        _label_x(
+            axes,
+            "bits a weight of the experts, scales included (log scale)",
+            "95 % interval of the difference from full precision",
+        )
+        axes.set_ylabel(f"{entry.metric.partition(',')[0]} (share of {entry.num_documents} documents)")
+        _legend_above(axes)
+    return figure
+
+
+def suite_differences(comparison: Comparison, names: Mapping[str, str]) -> Figure:
+    """Recovery of every task and result, in percent of the baseline's score; whiskers are 95 % intervals.
+
+    Hollow markers are differences that may be chance.
+    """
+    entries = [entry for entry in comparison.metrics if all(other.recovery is not None for other in entry.others)]
+    num_results = len(entries[0].others) if entries else 0
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(1.2 + 0.16 * num_results * len(entries))
+        for row, entry in enumerate(entries):
+            for index, other in enumerate(entry.others):
+                recovery = other.recovery or 0.0
+                # To first order, a relative error of the score is one of its ratio too.
+                error = Z95 * (other.stderr or 0.0) * recovery / abs(other.value) if other.value else 0.0
+                axes.errorbar(
+                    100 * recovery,
+                    row + 0.2 * (index - (num_results - 1) / 2),
+                    xerr=100 * error,
+                    fmt=MARKERS[index % len(MARKERS)],
+                    color=COLOURS[index % len(COLOURS)],
+                    markerfacecolor="white" if other.is_noise else None,
+                    capsize=2.5,
+                    markersize=5,
+                    label=names[other.result] if row == 0 else None,
+                )
+        axes.axvline(100, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(entries)), [entry.task.removeprefix("speedstack_") for entry in entries])
+        axes.invert_yaxis()
+        _label_x(
+            axes,
+            f"recovery (% of {names[comparison.baseline]}); hollow: p > {comparison.significance:g}",
+            "95 % interval, paired over documents",
+        )
+        _legend_above(axes)
+    return figure
+
+
+def survival(acceptance: AcceptanceResult) -> Figure:
+    """Share of rounds whose drafts up to a position were all accepted; bands are 95 % intervals over rounds."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(2.7)
+        for index, one in enumerate(acceptance.sets):
+            shares = one.survival
+            positions = list(range(1, len(shares) + 1))
+            errors = [Z95 * math.sqrt(p * (1 - p) / max(1, one.num_rounds)) for p in shares]
+            axes.errorbar(
+                positions,
+                [100 * p for p in shares],
+                yerr=[100 * error for error in errors],
+                marker=MARKERS[index % len(MARKERS)],
+                color=COLOURS[index % len(COLOURS)],
+                linewidth=1.3,
+                capsize=2.5,
+                label=f"{one.name} ({one.num_rounds} rounds)",
+            )
+        axes.set_ylim(0, 100)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _label_x(axes, "position in the drafted block (tokens after the anchor)", "95 % interval over rounds")
+        axes.set_ylabel("all accepted up to here (% of rounds)")
+        _legend_above(axes)
+    return figure
+
+
+def tokens_by_block(acceptance: AcceptanceResult) -> Figure:
+    """Tokens a round if only the first k positions were drafted: one plus the sum of their survival."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(2.7)
+        for index, one in enumerate(acceptance.sets):
+            expected = [1.0 + sum(one.survival[:k]) for k in range(len(one.survival) + 1)]
+            errors = [
+                # The variance of a sum of nested indicators: a round's accepted count.
+                Z95 * math.sqrt(_variance_of_count(one.survival[:k]) / max(1, one.num_rounds))
+                for k in range(len(one.survival) + 1)
+            ]
+            axes.errorbar(
+                range(len(expected)),
+                expected,
+                yerr=errors,
+                marker=MARKERS[index % len(MARKERS)],
+                color=COLOURS[index % len(COLOURS)],
+                linewidth=1.3,
+                capsize=2.5,
+                label=one.name,
+            )
+        axes.plot(
+            range(acceptance.block_size),
+            range(1, acceptance.block_size + 1),
+            color="#888888",
+            linestyle="--",
+            linewidth=1,
+            label="every draft accepted",
+        )
+        _label_x(axes, "drafted tokens a round", "95 % interval over rounds")
+        axes.set_ylabel("committed tokens a round")
+        _legend_above(axes)
+    return figure
+
+
+def decode_rates(timing: TimingResult) -> Figure:
+    """Tokens a second of every contestant: median and quartiles of the repeats."""
+    entries = timing.contestants
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(0.8 + 0.36 * len(entries))
+        for row, entry in enumerate(entries):
+            rate = entry.decode_tokens_per_second
+            axes.barh(
+                row,
+                rate.median,
+                xerr=[[rate.median - rate.q1], [rate.q3 - rate.median]],
+                height=0.62,
+                color=COLOURS[row % len(COLOURS)],
+                hatch=HATCHES[row % len(HATCHES)],
+                edgecolor="black",
+                linewidth=0.6,
+                capsize=3,
+            )
+            axes.annotate(f" {rate.median:.0f}", (rate.q3, row), va="center", xytext=(4, 0), textcoords="offset points")
+        axes.set_yticks(range(len(entries)), [entry.name for entry in entries])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.12)
+        _label_x(
+            axes, f"decoded tokens a second, {timing.dtype}, {timing.num_threads} threads", "quartiles of the repeats"
+        )
+    return figure
+
+
+def time_per_text(timing: TimingResult) -> Figure:
+    """Where the time of one text goes: until its first token, and decoding the others. Medians; log scale."""
+    entries = timing.contestants
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(1.0 + 0.42 * len(entries))
+        for index, part in enumerate(("first token", "all others")):
+            for row, entry in enumerate(entries):
+                rate = entry.decode_tokens_per_second
+                if part == "first token":
+                    one = entry.first_token_seconds
+                    median, low, high = one.median, one.q1, one.q3
+                else:
+                    num_decoded = timing.num_new_tokens - 1
+                    median, low, high = (num_decoded / value for value in (rate.median, rate.q3, rate.q1))
+                axes.errorbar(
+                    1e3 * median,
+                    row + 0.16 * (2 * index - 1),
+                    xerr=[[1e3 * (median - low)], [1e3 * (high - median)]],
+                    fmt=MARKERS[index],
+                    color=COLOURS[index],
+                    capsize=2.5,
+                    markersize=6,
+                    label=part if row == 0 else None,
+                )
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(entries)), [entry.name for entry in entries])
+        axes.invert_yaxis()
+        _label_x(
+            axes, f"milliseconds of a text of {timing.num_new_tokens} tokens (log scale)", "quartiles of the repeats"
+        )
+        _legend_above(axes)
+    return figure
+
+
+def stage_times(stages: Sequence[StageSummary]) -> Figure:
+    """Seconds of every stage of a run that was timed; one run, so without whiskers."""
+    timed = [stage for stage in stages if stage.seconds is not None]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(0.8 + 0.26 * len(timed))
+        axes.barh(
+            range(len(timed)),
+            [stage.seconds or 0.0 for stage in timed],
+            height=0.62,
+            color=COLOURS[0],
+            edgecolor="black",
+            linewidth=0.6,
+        )
+        for row, stage in enumerate(timed):
+            axes.annotate(
+                f"{stage.seconds:.3g}",
+                (stage.seconds or 0.0, row),
+                va="center",
+                xytext=(4, 0),
+                textcoords="offset points",
+            )
+        axes.set_yticks(range(len(timed)), [stage.name for stage in timed])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.1)
+        axes.set_xlabel("seconds (one run)")
+    return figure
+
+
+def _variance_of_count(survival_shares: Sequence[float]) -> float:
+    """Variance of how many drafts a round accepts, when position i is reached with the i-th share."""
+    mean = sum(survival_shares)
+    # E[n^2] is the sum of (2 i - 1) P(n >= i).
+    second_moment = sum((2 * i - 1) * share for i, share in enumerate(survival_shares, start=1))
+    return max(0.0, second_moment - mean**2)
+
+
+def _figure(height_inches: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(COLUMN_INCHES, height_inches), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _label_x(axes: Axes, quantity: str, whiskers: str) -> None:
+    axes.set_xlabel(f"{quantity}\nwhiskers: {whiskers}")
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, borderaxespad=0.2, handletextpad=0.4)

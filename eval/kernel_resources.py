@@ -1,0 +1,132 @@
+"""What the decode kernels take of a GPU's multiprocessor: `python -m speedstack.eval.kernel_resources [RESULT.json]`.
+
+Compiles every kernel of a decode step for sm_90a at the shapes of released models, weights in bfloat16 and experts in
+MXFP4 or bfloat16, and records registers, spilled bytes and shared memory. Needs Triton, and no GPU.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from speedstack.eval.environment import describe_environment
+from speedstack.eval.results import Document, Environment, Record
+from speedstack.runtime.graph import formats_of
+from speedstack.runtime.phases import build_plan
+from speedstack.runtime.shapes import empty_weights
+from speedstack.runtime.spec import ModelSpec, spec_from_config
+
+NUM_PROGRAMS = 132  # multiprocessors of an H200
+MAX_CONTEXT = 16384
+MODELS = ("gpt-oss-20b", "mimo-v2-flash", "qwen3-30b-a3b")
+
+
+class KernelResources(Record):
+    """One kernel at one shape. num_registers, local_bytes: a thread's; a kernel without spills has 0 local bytes."""
+
+    model: str
+    expert_format: Literal["mxfp4", "bf16"]
+    phase: str
+    op: str
+    grid: tuple[int, ...]
+    tile: int
+    num_warps: int
+    num_registers: int
+    local_bytes: int
+    shared_bytes: int
+
+
+class KernelResourcesResult(Document):
+    """Every distinct kernel of every model."""
+
+    kind: Literal["kernel_resources"] = "kernel_resources"
+    environment: Environment
+    target: str
+    kernels: tuple[KernelResources, ...]
+
+
+def model_spec(model: str) -> ModelSpec:
+    """A released model's shapes, cut to the first layers in which every kind of its layers occurs.
+
+    Sources: config.json of openai/gpt-oss-20b and Qwen/Qwen3-30B-A3B; the defaults of transformers' MiMoV2FlashConfig
+    are XiaomiMiMo/MiMo-V2-Flash.
+    """
+    from transformers import GptOssConfig, MiMoV2FlashConfig, Qwen3MoeConfig
+
+    if model == "gpt-oss-20b":
+        kinds = ["sliding_attention", "full_attention"]
+        return spec_from_config(GptOssConfig(num_hidden_layers=2, layer_types=kinds, num_local_experts=32))
+    if model == "mimo-v2-flash":
+        spec = spec_from_config(MiMoV2FlashConfig())
+        is_new = [layer not in spec.layers[:index] for index, layer in enumerate(spec.layers)]
+        return replace(spec, layers=tuple(layer for layer, new in zip(spec.layers, is_new, strict=True) if new))
+    if model != "qwen3-30b-a3b":
+        raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
+    config = Qwen3MoeConfig(
+        hidden_size=2048,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
+        num_hidden_layers=1,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+    )
+    return spec_from_config(config)
+
+
+def compiled_kernels(model: str, is_packed: bool) -> Iterator[KernelResources]:
+    """Compiles a model's kernels, those of the same shape once."""
+    from speedstack.runtime.kernels.triton.resources import compile_launch, signature
+    from speedstack.runtime.launches import Memory, build_launches
+
+    weights = empty_weights(model_spec(model), torch.bfloat16, torch.device("meta"), is_packed)
+    plan = build_plan(weights.spec, formats_of(weights), NUM_PROGRAMS, max_context=MAX_CONTEXT)
+    seen = set()
+    for launch in build_launches(plan, weights, Memory(plan, weights, 8, MAX_CONTEXT)):
+        key = (launch.phase.op, str(signature(launch, is_dependent=True)))
+        if key in seen:
+            continue
+        seen.add(key)
+        found = compile_launch(launch)
+        yield KernelResources(
+            model=model,
+            expert_format="mxfp4" if is_packed else "bf16",
+            phase=launch.phase.name,
+            op=launch.phase.op,
+            grid=launch.grid,
+            tile=launch.phase.tile,
+            num_warps=launch.options(is_dependent=True)["num_warps"],
+            num_registers=found.registers,
+            local_bytes=found.local_bytes,
+            shared_bytes=found.shared_bytes,
+        )
+
+
+def main() -> None:
+    """Compile, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("result", nargs="?", type=Path, default=Path("runs/bench/kernel-resources.json"))
+    path = parser.parse_args().result
+    kernels = []
+    for model in MODELS:
+        for is_packed in (True, False):
+            for kernel in compiled_kernels(model, is_packed):
+                kernels.append(kernel)
+                print(
+                    f"{model} {kernel.expert_format} {kernel.phase}: {kernel.num_registers} registers, "
+                    f"{kernel.local_bytes} bytes spilled, {kernel.shared_bytes / 1024:.1f} KiB shared",
+                    flush=True,
+                )
+    result = KernelResourcesResult(environment=describe_environment(), target="sm_90a", kernels=tuple(kernels))
+    print(f"written: {result.save(path)}")
+
+
+if __name__ == "__main__":
+    main()

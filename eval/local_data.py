@@ -1,0 +1,63 @@
+"""Data sets of lm-eval's tasks from local files, and what to provide where there are neither files nor a network.
+
+lm-eval's tasks name data sets of the Hugging Face Hub. A directory may hold them instead, one file a split:
+
+    DIRECTORY/<data set>/<configuration, or "default">/<split>.jsonl        (or .parquet)
+    DIRECTORY/openai/gsm8k/main/test.jsonl
+
+lm-eval offers no place to say so, group members least of all, hence for the time that tasks are loaded the one function
+through which they all ask is replaced.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+FORMATS = {".jsonl": "json", ".parquet": "parquet"}
+
+
+@contextmanager
+def local_data(directory: Path | None) -> Iterator[None]:
+    """Within the block data sets come from `directory` where it has them, and from the Hub otherwise.
+
+    Raises ValueError, naming the files that would do, for a data set that neither has.
+    """
+    load_from_hub = datasets.load_dataset
+
+    def load(path: str, name: str | None = None, **options: Any) -> Any:
+        if path in FORMATS.values():
+            return load_from_hub(path, name, **options)
+        if directory is not None and (files := split_files(directory, path, name)):
+            parts = {split: load_from_hub(FORMATS[file.suffix], data_files=str(file)) for split, file in files.items()}
+            return datasets.DatasetDict({split: part["train"] for split, part in parts.items()})
+        try:
+            return load_from_hub(path, name, **options)
+        # Whatever it was (no network, offline mode, a renamed or gated data set, a full disk), local files would do.
+        except Exception as error:
+            place = data_place(directory or Path("DIR"), path, name)
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+            raise ValueError(
+                f"data set {path}{f' ({name})' if name else ''} could not be loaded from the Hub ({reason}). Without a "
+                f"network, give --data DIR with a file for each split that the task reads: {place}/test.jsonl, and "
+                "train or validation likewise (.parquet will do too)"
+            ) from error
+
+    datasets.load_dataset = load
+    try:
+        yield
+    finally:
+        datasets.load_dataset = load_from_hub
+
+
+def data_place(directory: Path, path: str, name: str | None) -> Path:
+    """Where the splits of a data set's configuration lie."""
+    return directory / path / (name or "default")
+
+
+def split_files(directory: Path, path: str, name: str | None) -> dict[str, Path]:
+    """Split -> file, for the splits that are there."""
+    files = sorted(data_place(directory, path, name).glob("*.*"))
+    return {file.stem: file for file in files if file.suffix in FORMATS}

@@ -1,0 +1,158 @@
+"""What one process does with its share of an evaluation's requests: score texts, write texts, keep each answer.
+
+Requests are plain data that travel between processes, and so are answers: tokens in, numbers and text out. An answer
+is in the cache as soon as it is known.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from speedstack.eval.request_cache import RequestCache
+from speedstack.runtime import Engine
+from speedstack.runtime.scoring import score_continuations
+
+# Engine calls of this many batches: long enough to keep a batch full, short enough for a progress bar to move, and for
+# little to be lost with the process.
+BATCHES_PER_CALL = 4
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Score each (context ids, continuation ids). The answer is [log-probability, all greedy] of each, in order."""
+
+    key: str
+    pairs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class WriteRequest:
+    """Continue `prompt` up to a stop string. The answer is the fields of a `Written`."""
+
+    key: str
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What requests must have in common to be decoded in one call."""
+        return (self.max_new_tokens, self.stop, self.temperature, self.top_p, self.top_k)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A generation: its text up to a stop string, why it ended, and how it was decoded."""
+
+    text: str
+    finish_reason: str
+    num_new_tokens: int
+    num_rounds: int
+    num_round_tokens: int
+
+
+Request = ScoreRequest | WriteRequest
+
+
+class Worker:
+    """Answers requests with one engine."""
+
+    def __init__(self, engine: Engine, cache: RequestCache, progress: bool = True) -> None:
+        self.engine, self.cache, self.progress = engine, cache, progress
+
+    def __call__(self, requests: Sequence[Request]) -> list[Any]:
+        """An answer a request, in order. Raises ValueError as the engine does; answers known by then are kept."""
+        scores = [request for request in requests if isinstance(request, ScoreRequest)]
+        writes = [request for request in requests if isinstance(request, WriteRequest)]
+        if scores:
+            self._score(scores)
+        if writes:
+            self._write(writes)
+        return [self.cache[request.key] for request in requests]
+
+    def _score(self, requests: Sequence[ScoreRequest]) -> None:
+        owners = [(request, part) for request in requests for part in range(len(request.pairs))]
+        answers: dict[str, list[Any]] = {request.key: [None] * len(request.pairs) for request in requests}
+        num_open = {request.key: len(request.pairs) for request in requests}
+        with self._bar(len(owners), "log-likelihood") as bar:
+            for one in score_continuations(self.engine, [request.pairs[part] for request, part in owners]):
+                request, part = owners[one.index]
+                logprob = math.fsum(one.score.logprobs.tolist())
+                answers[request.key][part] = [logprob, bool(one.score.is_greedy.all())]
+                num_open[request.key] -= 1
+                if num_open[request.key] == 0:
+                    self.cache.put(request.key, answers[request.key])
+                bar.update()
+        for request in requests:  # a text of no tokens has nothing to score
+            if not request.pairs:
+                self.cache.put(request.key, [])
+
+    def _write(self, requests: Sequence[WriteRequest]) -> None:
+        groups: dict[tuple, list[WriteRequest]] = defaultdict(list)
+        for request in requests:
+            groups[request.settings].append(request)
+        size = self.engine.max_batch_size * BATCHES_PER_CALL
+        with self._bar(len(requests), "generate") as bar:
+            for group in groups.values():
+                group.sort(key=lambda request: -len(request.prompt))
+                for start in range(0, len(group), size):
+                    self._write_together(group[start : start + size])
+                    bar.update(len(group[start : start + size]))
+
+    def _write_together(self, requests: Sequence[WriteRequest]) -> None:
+        first = requests[0]
+        generations = self.engine.generate(
+            [list(request.prompt) for request in requests],
+            max_new_tokens=first.max_new_tokens,
+            temperature=first.temperature,
+            top_p=first.top_p,
+            top_k=first.top_k,
+            seed=[request.seed for request in requests],
+            stop=first.stop,
+        )
+        for request, generation in zip(requests, generations, strict=True):
+            written = Written(
+                text=cut_at_stop(generation.text, request.stop),
+                finish_reason=generation.finish_reason,
+                num_new_tokens=generation.stats.num_new_tokens,
+                num_rounds=generation.stats.num_rounds,
+                num_round_tokens=generation.stats.num_round_tokens,
+            )
+            self.cache.put(request.key, asdict(written))
+
+    def _bar(self, total: int, description: str) -> tqdm:
+        # None: only on a terminal.
+        return tqdm(total=total, desc=description, disable=None if self.progress else True, dynamic_ncols=True)
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """`text` up to the first occurrence of any of the stop strings."""
+    ends = [position for position in (text.find(marker) for marker in stop) if position >= 0]
+    return text[: min(ends, default=len(text))]
+
+
+def split_for_scoring(requests: Sequence[ScoreRequest], num_parts: int) -> list[list[int]]:
+    """Indices of requests in stretches of about equal tokens, neighbours in token order kept together."""
+    order = sorted(range(len(requests)), key=lambda index: requests[index].pairs)
+    sizes = [sum(len(context) + len(more) for context, more in request.pairs) for request in requests]
+    even_share = max(1, -(-sum(sizes) // num_parts))
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    num_before = 0
+    for index in order:
+        parts[min(num_before // even_share, num_parts - 1)].append(index)
+        num_before += sizes[index]
+    return parts
+
+
+def split_for_writing(requests: Sequence[WriteRequest], num_parts: int) -> list[list[int]]:
+    """Indices of requests dealt out in order of prompt length, so that every part has long and short ones."""
+    order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].prompt), index))
+    return [order[part::num_parts] for part in range(num_parts)]

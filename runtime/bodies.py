@@ -1,0 +1,340 @@
+"""What each item of a plan computes, in PyTorch: the meaning of a plan's operations and the layout of its buffers.
+
+Slow, in float32 or bfloat16 as the weights are, and cut exactly as the plan cuts: an item reads the regions that its
+phase declares and writes those, between a `yield`, so that an interpreter can run others in between. Kernels are
+compared with this buffer by buffer; this is compared with the reference backend.
+
+Buffers, with R rows (the plan's capacity), `n` tiles of `t` columns:
+
+    rows      int64 [R, 4]        token, sequence slot, position, 1 where the row is in use; a sequence's rows ascend
+    hidden    [R, D]
+    qkv.*     [R, G, n * t]       a key/value head's group: its query heads, its key head, its value head, padding
+    partial.* float32 [R, N, S, v + 2]   a split's unnormalized sum of values, largest score, sum of exponentials
+    attended.* [R, N, v]
+    LNN.cache (k [slots, positions, G, qk], v [slots, positions, G, v])   rings over absolute positions
+    router.*  float32 [R, E]      logits
+    act.*     [R, F], or [R * K, I] with a row's choices in ascending order of expert
+    logits    float32 [R, V];  best  [R, n, 2] the largest logit of each tile and its index
+
+Sampling is greedy here, and each row in use goes on as the next position of its sequence: temperature, drafts and
+acceptance are the engine's. With several rows of one sequence the host sets `rows` before every step.
+"""
+
+from collections.abc import Generator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from speedstack.runtime.interpret import Body
+from speedstack.runtime.plan import Phase, Plan
+from speedstack.runtime.reference import _experts, rms_norm, rotary_tables, rotate, route, swiglu
+from speedstack.runtime.ring import ring_length
+from speedstack.runtime.spec import AttentionSpec, MoeSpec
+from speedstack.runtime.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights
+
+Steps = Generator[None, None, None]
+
+
+class PlanMemory:
+    """The buffers of a plan for a model's weights, and the bodies that compute on them."""
+
+    def __init__(self, plan: Plan, weights: ModelWeights) -> None:
+        self.plan, self.weights, self.spec = plan, weights, weights.spec
+        like, R = weights.embedding_VD, plan.rows
+        self.rows_R4 = torch.zeros(R, 4, dtype=torch.int64)
+        self.hidden_RD = like.new_full((R, self.spec.hidden_size), float("nan"))
+        self.logits_RV = torch.full((R, self.spec.vocab_size), float("nan"))
+        self.best_RT2 = torch.full((R, plan.buffer_named["best"].num_cells, 2), float("nan"))
+        self.shared: dict[str, torch.Tensor] = {}
+        self.caches: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.tables = {
+            a: rotary_tables(a, plan.max_context, like.device) for a in {x.attention for x in self.spec.layers}
+        }
+        for layer in self.spec.layers:
+            a = layer.attention
+            shape = (R, ring_length(a.window, plan.max_context), a.num_kv_heads)
+            self.caches.append(
+                (
+                    like.new_full((*shape, a.qk_head_dim), float("nan")),
+                    like.new_full((*shape, a.v_head_dim), float("nan")),
+                )
+            )
+        for phase in plan.phases:
+            self._allocate(phase, like)
+
+    def _allocate(self, phase: Phase, like: torch.Tensor) -> None:
+        R, layer = self.plan.rows, None if phase.layer is None else self.spec.layers[phase.layer]
+        if layer is None:
+            return
+        a, mlp = layer.attention, layer.mlp
+        name = phase.writes[-1].buffer
+        if name in self.shared:
+            return
+        nan = float("nan")
+        if phase.op == "qkv":
+            width = self.plan.buffer_named[name].num_cells // a.num_kv_heads
+            self.shared[name] = like.new_full((R, a.num_kv_heads, width), nan)
+        elif phase.op == "attention":
+            self.shared[name] = torch.full((R, a.num_heads, phase.axes[2].size, a.v_head_dim + 2), nan)
+        elif phase.op == "combine":
+            self.shared[name] = like.new_full((R, a.num_heads, a.v_head_dim), nan)
+        elif phase.op == "router":
+            self.shared[name] = torch.full((R, self.plan.buffer_named[name].num_cells), nan)
+        elif phase.op == "dense_gate_up":
+            self.shared[name] = like.new_full((R, mlp.intermediate_size), nan)
+        elif phase.op == "expert_gate_up":
+            assert isinstance(mlp, MoeSpec)
+            self.shared[name] = like.new_full((R * mlp.top_k, mlp.intermediate_size), nan)
+
+    def bodies(self) -> dict[str, Body]:
+        """By op, for `interpret`."""
+        return {
+            "embed": self._embed,
+            "qkv": self._qkv,
+            "attention": self._attention,
+            "combine": self._combine,
+            "o_proj": self._o_proj,
+            "dense_gate_up": self._dense_gate_up,
+            "dense_down": self._dense_down,
+            "router": self._router,
+            "expert_gate_up": self._expert_gate_up,
+            "expert_down": self._expert_down,
+            "lm_head": self._lm_head,
+            "sample": self._sample,
+        }
+
+    def set_rows(self, tokens: list[int], slots: list[int], positions: list[int]) -> None:
+        """The host's part: what the next step computes."""
+        self.rows_R4.zero_()
+        for row, values in enumerate(zip(tokens, slots, positions, strict=True)):
+            self.rows_R4[row] = torch.tensor([*values, 1])
+
+    def _sequence(self, number: int) -> list[int]:
+        """Rows of the step's sequence of that number, in the order in which sequences first appear."""
+        used = [row for row in range(self.plan.rows) if self.rows_R4[row, 3]]
+        slots = list(dict.fromkeys(int(self.rows_R4[row, 1]) for row in used))
+        return [row for row in used if number < len(slots) and int(self.rows_R4[row, 1]) == slots[number]]
+
+    def _splits(self, a: AttentionSpec, rows: list[int]) -> range:
+        """Absolute numbers of the splits that rows of one sequence see between them."""
+        first, last = int(self.rows_R4[rows[0], 2]), int(self.rows_R4[rows[-1], 2])
+        start = 0 if a.window is None else max(0, first - a.window + 1)
+        return range(start // self.plan.split_size, last // self.plan.split_size + 1)
+
+    def _columns(self, phase: Phase, index: tuple[int, ...], width: int) -> slice:
+        return slice(index[-1] * phase.tile, min((index[-1] + 1) * phase.tile, width))
+
+    def _norm(self, weight_D: torch.Tensor) -> torch.Tensor:
+        return rms_norm(self.hidden_RD, weight_D, self.spec.rms_norm_eps)
+
+    def _embed(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
+        (row,) = index
+        token, is_used = int(self.rows_R4[row, 0]), bool(self.rows_R4[row, 3])
+        yield
+        if is_used:
+            self.hidden_RD[row] = self.weights.embedding_VD[token]
+
+    def _qkv(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
+        assert phase.layer is not None
+        a, w = self.spec.layers[phase.layer].attention, self.weights.layers[phase.layer].attention
+        group, rows = index[0], _group_rows(a, index[0])
+        chosen = rows[self._columns(phase, index, len(rows))]
+        x_RD = self._norm(w.norm_D)
+        yield
+        out = x_RD @ w.qkv_OD[chosen].T
+        if w.qkv_bias_O is not None:
+            out = out + w.qkv_bias_O[chosen]
+        first = index[1] * phase.tile
+        self.shared[phase.writes[0].buffer][:, group, first : first + len(chosen)] = out
+
+    def _attention(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
+        assert phase.layer is not None
+        number, group, split = index
+        a, w = self.spec.layers[phase.layer].attention, self.weights.layers[phase.layer].attention
+        rows = self._sequence(number)
+        splits = self._splits(a, rows) if rows else range(0)
+        if split >= len(splits):
+            return
+        low = splits[split] * self.plan.split_size
+        high = low + self.plan.split_size
+        slot = int(self.rows_R4[rows[0], 1])
+        q_XMH, k_XH, v_XV = self._heads(phase, a, w, rows, group)
+        positions = [int(self.rows_R4[row, 2]) for row in rows]
+        yield
+        k_SLGH, v_SLGV = self.caches[phase.layer]
+        ring, heads = k_SLGH.shape[1], a.num_heads // a.num_kv_heads
+        for number, position in enumerate(positions):
+            if low <= position < high:
+                k_SLGH[slot, position % ring, group] = k_XH[number]
+                v_SLGV[slot, position % ring, group] = v_XV[number]
+        for number, (row, position) in enumerate(zip(rows, positions, strict=True)):
+            first = max(low, 0 if a.window is None else position - a.window + 1)
+            keys = torch.arange(first, max(first, min(high, position + 1))) % ring
+            partial = self.shared[phase.writes[1].buffer][row, group * heads : (group + 1) * heads, split]
+            scores_MC = q_XMH[number].float() @ k_SLGH[slot, keys, group].float().T * a.softmax_scale
+            peak_M1 = scores_MC.amax(-1, keepdim=True) if len(keys) else torch.full((heads, 1), float("-inf"))
+            exp_MC = torch.exp(scores_MC - peak_M1)
+            partial[:, : a.v_head_dim] = exp_MC @ v_SLGV[slot, keys, group].float()
+            partial[:, a.v_head_dim :] = torch.cat([peak_M1, exp_MC.sum(-1, keepdim=True)], dim=-1)
+
+    def _heads(
+        self, phase: Phase, a: AttentionSpec, w: AttentionWeights, rows: list[int], group: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, key and value of some rows as attention takes them: normalized, rotated, scaled."""
+        heads, eps = a.num_heads // a.num_kv_heads, self.spec.rms_norm_eps
+        sizes = [heads * a.qk_head_dim, a.qk_head_dim, a.v_head_dim]
+        raw = self.shared[phase.reads[1].region.buffer][rows, group, : sum(sizes)]
+        q, k, v = raw.split(sizes, dim=-1)
+        q_XMH, k_X1H = q.unflatten(-1, (heads, -1)), k[:, None]
+        if w.q_norm_H is not None and w.k_norm_H is not None:
+            q_XMH, k_X1H = rms_norm(q_XMH, w.q_norm_H, eps), rms_norm(k_X1H, w.k_norm_H, eps)
+        cos, sin = (table[self.rows_R4[rows, 2]] for table in self.tables[a])
+        return rotate(q_XMH, cos, sin), rotate(k_X1H, cos, sin)[:, 0], v * a.value_scale
+
+    def _combine(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
+        assert phase.layer is not None
+        row, head = index
+        a, w = self.spec.layers[phase.layer].attention, self.weights.layers[phase.layer].attention
+        if not self.rows_R4[row, 3]:
+            return
+        number = next(n for n in range(self.plan.rows) if row in self._sequence(n))
+        splits = self._splits(a, self._sequence(number))
+        partial_SV = self.shared[phase.reads[1].region.buffer][row, head, : len(splits)].clone()
+        yield
+        values, peaks, sums = partial_SV[:, : a.v_head_dim], partial_SV[:, -2], partial_SV[:, -1]
+        peak, total = peaks.max(), torch.zeros(())
+        if w.sinks_N is not None:
+            peak = torch.maximum(peak, w.sinks_N[head].float())
+            total = torch.exp(w.sinks_N[head].float() - peak)
+        out = torch.zeros(a.v_head_dim)
+        for split in range(len(splits)):
+            scale = torch.exp(peaks[split] - peak)
+            out, total = out + values[split] * scale, total + sums[split] * scale
+        self.shared[phase.writes[0].buffer][row, head] = (out / total).to(self.hidden_RD.dtype)
+
+    def _o_proj(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
+        assert phase.layer is not None
+        w = self.weights.layers[phase.layer].attention
+        x_RO = self.shared[phase.reads[0].region.buffer].flatten(1).clone()
+        bias = None if w.output_bias_D is None else w.output_bias_D
+        return self._add(phase, index, x_RO, w.output_DO, bias)
+
+    def _add(
+        self, phase: Phase, index: tuple[int, ...], x_RK: torch.Tensor, weight_DK: torch.Tensor, bias_D: Any = None
+    ) -> Steps:
+        columns = self._columns(phase, index, self.spec.hidden_size)
+        before = self.hidden_RD[:, columns].clone()
+        yield
+        out = x_RK @ weight_DK[columns].T
+        self.hidden_RD[:, columns] = before + (out if bias_D is None else out + bias_D[columns])
+
+    def _dense_gate_up(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
+        w = self._dense(phase)
+        columns = self._columns(phase, index, w.down_DF.shape[1])
+        x_RD = self._norm(w.norm_D)
+        yield
+        gate_FD, up_FD = w.gate_up_FD.chunk(2)
+        act = F.silu(x_RD @ gate_FD[columns].T) * (x_RD @ up_FD[columns].T)
+        self.shared[phase.writes[0].buffer][:, columns] = act
+
+    def _dense_down(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
+        x_RF = self.shared[phase.reads[0].region.buffer].clone()
+        return self._add(phase, index, x_RF, self._dense(phase).down_DF)
+
+    def _dense(self, phase: Phase) -> DenseWeights:
+        assert phase.layer is not None
+        weights = self.weights.layers[phase.layer].mlp
+        assert isinstance(weights, DenseWeights)
+        return weights
+
+    def _moe(self, phase: Phase) -> tuple[MoeWeights, MoeSpec]:
+        assert phase.layer is not None
+        weights, spec = self.weights.layers[phase.layer].mlp, self.spec.layers[phase.layer].mlp
+        assert isinstance(weights, MoeWeights) and isinstance(spec, MoeSpec)
+        return weights, spec
+
+    def _router(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
+        w, moe = self._moe(phase)
+        columns = self._columns(phase, index, moe.num_experts)
+        x_RD = self._norm(w.norm_D).float()
+        yield
+        logits = x_RD @ w.router_ED[columns].T
+        if w.router_bias_E is not None:
+            logits = logits + w.router_bias_E[columns]
+        self.shared[phase.writes[0].buffer][:, columns] = logits
+
+    def _routes(self, phase: Phase, logits: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Every row's experts, ascending, and their weights; and the experts that rows in use chose, ascending."""
+        w, moe = self._moe(phase)
+        experts_RK, weights_RK = route(self.shared[logits], w.correction_bias_E, moe)
+        experts_RK, order_RK = experts_RK.sort(dim=-1)
+        used = self.rows_R4[:, 3].bool()
+        return experts_RK, weights_RK.gather(1, order_RK), sorted(set(experts_RK[used].flatten().tolist()))
+
+    def _expert_gate_up(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
+        w, moe = self._moe(phase)
+        experts_RK, _, active = self._routes(phase, phase.reads[1].region.buffer)
+        if index[0] >= len(active):
+            return
+        columns = self._columns(phase, index, moe.intermediate_size)
+        x_RD, expert = self._norm(w.norm_D), active[index[0]]
+        yield
+        dtype, one = x_RD.dtype, torch.tensor([expert])
+        rows = torch.arange(columns.start, columns.stop)
+        rows = torch.cat([rows, rows + moe.intermediate_size])
+        out = x_RD @ _experts(w.gate_up_EID, one, dtype)[0][rows].T
+        if w.gate_up_bias_EI is not None:
+            out = out + w.gate_up_bias_EI[expert][rows]
+        act_RI = swiglu(out, moe)
+        for row, choice in (experts_RK == expert).nonzero().tolist():
+            if self.rows_R4[row, 3]:
+                self.shared[phase.writes[0].buffer][row * moe.top_k + choice, columns] = act_RI[row]
+
+    def _expert_down(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
+        w, moe = self._moe(phase)
+        experts_RK, weights_RK, _ = self._routes(phase, phase.reads[0].region.buffer)
+        act_RKI = self.shared[phase.reads[1].region.buffer].unflatten(0, (-1, moe.top_k)).clone()
+        columns = self._columns(phase, index, self.spec.hidden_size)
+        before = self.hidden_RD[:, columns].clone()
+        yield
+        total = torch.zeros_like(before)
+        for choice in range(moe.top_k):
+            experts_R = experts_RK[:, choice]
+            matrices = _experts(w.down_EDI, experts_R, before.dtype)[:, columns]
+            out = torch.bmm(matrices, act_RKI[:, choice, :, None])[..., 0]
+            if w.down_bias_ED is not None:
+                out = out + w.down_bias_ED[experts_R][:, columns]
+            total = total + out * weights_RK[:, choice, None].to(out.dtype)
+        self.hidden_RD[:, columns] = before + total
+
+    def _lm_head(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
+        columns = self._columns(phase, index, self.spec.vocab_size)
+        x_RD = self._norm(self.weights.norm_D)
+        yield
+        logits = (x_RD @ self.weights.lm_head_VD[columns].T).float()
+        self.logits_RV[:, columns] = logits
+        best = logits.max(-1)
+        self.best_RT2[:, index[0]] = torch.stack([best.values, (best.indices + columns.start).float()], dim=-1)
+
+    def _sample(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
+        (row,) = index
+        used, best_T2 = bool(self.rows_R4[row, 3]), self.best_RT2[row].clone()
+        yield
+        if used:
+            self.rows_R4[row, 0] = int(best_T2[int(best_T2[:, 0].argmax()), 1])
+            self.rows_R4[row, 2] += 1
+
+
+def _group_rows(a: AttentionSpec, group: int) -> torch.Tensor:
+    """Rows of the joined projection that belong to a key/value head's group, in the plan's order."""
+    heads = a.num_heads // a.num_kv_heads
+    q, k, v = heads * a.qk_head_dim, a.qk_head_dim, a.v_head_dim
+    keys, values = a.num_heads * a.qk_head_dim, (a.num_heads + a.num_kv_heads) * a.qk_head_dim
+    return torch.cat(
+        [
+            torch.arange(group * q, (group + 1) * q),
+            torch.arange(keys + group * k, keys + (group + 1) * k),
+            torch.arange(values + group * v, values + (group + 1) * v),
+        ]
+    )

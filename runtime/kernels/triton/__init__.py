@@ -1,0 +1,29 @@
+"""Device functions of a decode step in Triton: one item of one phase each, for both GPU backends.
+
+    rows         the records of a step's rows
+    products     norm, and matrix products of weights (plain, or MXFP4 decoded in registers) with all rows
+    embed        a row's embedding
+    projections  qkv, the projections that are added to the hidden state, dense gate and up
+    attention    QK-norm, rotary, append, attention of one split; combining splits
+    router       router logits, and which experts rows chose
+    experts      gate, up and activation of an expert's columns; down and the weighted sum
+    head         final norm, LM head, the largest logits; sampling
+    launch       one kernel an op, an item a program, for the `graph` backend
+
+Rules that make a row's bits its own. Every product takes all R rows of a step, idle ones too, so that tile shapes never
+depend on their number; an idle or broken row stays in its column. Contraction axes are walked in chunks of CHUNK, keys
+in absolute chunks and splits in absolute groups, always ascending; what a row does not see adds exact zeros. Nothing is
+added atomically.
+
+Arithmetic is float32; activations, weights and caches are bfloat16 on a GPU. Triton's interpreter, which tests these
+functions without a GPU, multiplies bfloat16 matrices wrongly (3.6.0), so that it is given float32 throughout.
+
+Legend for all files: R rows, D hidden, T columns of an item, B elements of a chunk of a contraction axis, N heads,
+G key/value heads, M heads of a group, I (row, head) pairs of a query tile, H query/key head size, V value head size or
+vocabulary, C key chunk, S splits combined at a time, E experts, K choices of a row (a weight's contraction axis where
+there are no experts). In tiles, sizes are rounded up to powers of two.
+Buffers are laid out as `speedstack.runtime.phases` cuts them into cells, one cell after another:
+
+    hidden [D, R]   qkv [G, columns, R]   partial [R, N, splits, V + 2]   attended [R, N, V]   router [E, R]
+    act, dense [columns, R]   act, experts [R, K, columns]   logits [V, R]   cache [G, slots, positions, H + V]
+"""

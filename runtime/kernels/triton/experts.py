@@ -1,0 +1,143 @@
+"""Routed experts, plain or MXFP4. See the package for the legend.
+
+Every item repeats the choice of experts from the router's logits: they are a few KB that lie in the L2 cache, and a
+phase of its own would cost a wait.
+"""
+
+import triton
+import triton.language as tl
+
+from speedstack.runtime.kernels.triton.products import inverse_rms, multiply
+from speedstack.runtime.kernels.triton.router import choose
+
+
+@triton.jit
+def expert_gate_up_item(
+    nth,
+    tile,
+    rows_ptr,
+    hidden_ptr,
+    norm_ptr,
+    logits_ptr,
+    correction_ptr,
+    w_ptr,
+    scales_ptr,
+    bias_ptr,
+    act_ptr,
+    eps,
+    routed_scale,
+    limit,
+    alpha,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    EP: tl.constexpr,
+    KP: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IS_SIGMOID: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    IS_PACKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IS_CLAMPED: tl.constexpr,
+):
+    """T columns of the nth expert, in ascending order, of those that rows chose; nothing where there are fewer.
+
+    IS_CLAMPED is gpt-oss's SwiGLU. Gate rows of weights and biases come before up rows.
+    """
+    experts_KR, _, is_chosen_E = choose(
+        rows_ptr, logits_ptr, correction_ptr, routed_scale, E, R, K, EP, KP, IS_SIGMOID, HAS_CORRECTION, RENORMALIZE
+    )
+    if nth < tl.sum(is_chosen_E, axis=0):
+        is_nth_E = (is_chosen_E > 0) & (tl.cumsum(is_chosen_E, axis=0) == nth + 1)
+        expert = tl.sum(tl.where(is_nth_E, tl.arange(0, EP), 0), axis=0)
+        r_R = tl.arange(0, R)
+        choice_R = _choice(experts_KR, expert, KP)
+        all_R = r_R >= 0
+        rms_R = inverse_rms(hidden_ptr, eps, D, R, CHUNK)
+        column_T = tile * T + tl.arange(0, T)
+        valid_T = column_T < WIDTH
+        gate_T = expert.to(tl.int64) * (2 * WIDTH) + column_T
+        up_T = gate_T + WIDTH
+        gate_TR = multiply(
+            hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, scales_ptr, gate_T, valid_T, D, CHUNK, True, IS_PACKED
+        )  # fmt: skip
+        up_TR = multiply(
+            hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, scales_ptr, up_T, valid_T, D, CHUNK, True, IS_PACKED
+        )  # fmt: skip
+        if HAS_BIAS:
+            gate_TR += tl.load(bias_ptr + gate_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
+            up_TR += tl.load(bias_ptr + up_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
+        if IS_CLAMPED:
+            # Comparisons, because a minimum would replace what is not a number by the limit.
+            gate_TR = tl.where(gate_TR > limit, limit, gate_TR)
+            up_TR = tl.where(up_TR > limit, limit, tl.where(up_TR < -limit, -limit, up_TR))
+            out_TR = (up_TR + 1.0) * (gate_TR * tl.sigmoid(gate_TR * alpha))
+        else:
+            out_TR = gate_TR * tl.sigmoid(gate_TR) * up_TR
+        at_TR = act_ptr + ((r_R * K + choice_R) * WIDTH)[None, :] + column_T[:, None]
+        tl.store(at_TR, out_TR.to(act_ptr.dtype.element_ty), mask=valid_T[:, None] & (choice_R >= 0)[None, :])
+
+
+@triton.jit
+def expert_down_item(
+    tile,
+    rows_ptr,
+    logits_ptr,
+    correction_ptr,
+    act_ptr,
+    w_ptr,
+    scales_ptr,
+    bias_ptr,
+    hidden_ptr,
+    routed_scale,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    EP: tl.constexpr,
+    KP: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IS_SIGMOID: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    IS_PACKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """T columns of the hidden size: the weighted sum over all chosen experts, in ascending order, added in place."""
+    experts_KR, weights_KR, _ = choose(
+        rows_ptr, logits_ptr, correction_ptr, routed_scale, E, R, K, EP, KP, IS_SIGMOID, HAS_CORRECTION, RENORMALIZE
+    )
+    r_R = tl.arange(0, R)
+    column_T = tile * T + tl.arange(0, T)
+    valid_T = column_T < D
+    sum_TR = tl.zeros((T, R), tl.float32)
+    expert = tl.min(tl.min(experts_KR, axis=0), axis=0)
+    while expert < E:
+        choice_R = _choice(experts_KR, expert, KP)
+        is_ours_R = choice_R >= 0
+        weight_R = tl.sum(tl.where(experts_KR == expert, weights_KR, 0.0), axis=0)
+        w_T = expert.to(tl.int64) * D + column_T
+        x_R = (r_R * K + tl.maximum(choice_R, 0)) * WIDTH
+        out_TR = multiply(
+            act_ptr, 1, x_R, is_ours_R, act_ptr, r_R, w_ptr, scales_ptr, w_T, valid_T, WIDTH, CHUNK, False, IS_PACKED
+        )  # fmt: skip
+        if HAS_BIAS:
+            out_TR += tl.load(bias_ptr + w_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
+        sum_TR = tl.where(is_ours_R[None, :], sum_TR + out_TR * weight_R[None, :], sum_TR)
+        later_KR = tl.where(experts_KR > expert, experts_KR, E)
+        expert = tl.min(tl.min(later_KR, axis=0), axis=0)
+    at_TR = hidden_ptr + column_T[:, None] * R + r_R[None, :]
+    before_TR = tl.load(at_TR, mask=valid_T[:, None], other=0.0).to(tl.float32)
+    tl.store(at_TR, (before_TR + sum_TR).to(hidden_ptr.dtype.element_ty), mask=valid_T[:, None])
+
+
+@triton.jit
+def _choice(experts_KR, expert, KP: tl.constexpr):
+    """Which choice of each row an expert is, int32 [R]; -1 where it is none."""
+    return tl.max(tl.where(experts_KR == expert, tl.arange(0, KP)[:, None], -1), axis=0)

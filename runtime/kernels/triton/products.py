@@ -1,0 +1,122 @@
+"""Norms, and products of weight rows with all rows of a step.
+
+Weights are the tall operand (T of their rows a product) and the step's rows the narrow one, which is what suits tensor
+cores when there are few rows. A row's column of the result depends on no other column.
+"""
+
+import triton
+import triton.language as tl
+
+_ONE_BITS = tl.constexpr(0x3F800000)
+_HALF_BITS = tl.constexpr(0x3F000000)
+_NAN_BITS = tl.constexpr(0x7FC00000)
+
+
+@triton.jit
+def inverse_rms(x_ptr, eps, D: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr):
+    """1 / sqrt(mean of squares + eps) of every row of [D, R]."""
+    r_R = tl.arange(0, R)
+    sum_BR = tl.zeros((CHUNK, R), tl.float32)
+    for start in range(0, D, CHUNK):
+        d_B = start + tl.arange(0, CHUNK)
+        x_BR = tl.load(x_ptr + d_B[:, None] * R + r_R[None, :], mask=(d_B < D)[:, None], other=0.0).to(tl.float32)
+        sum_BR += x_BR * x_BR
+    return tl.rsqrt(tl.sum(sum_BR, axis=0) / D + eps)
+
+
+@triton.jit
+def normed(x, rms, weight, dtype: tl.constexpr):
+    """RMSNorm of float32 values: rounded to `dtype` before and after the weight, as the reference does."""
+    return (weight.to(tl.float32) * (x * rms).to(dtype).to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def load_x(x_ptr, x_step, x_R, valid_R, k_B, norm_ptr, rms_R, K: tl.constexpr, IS_NORMED: tl.constexpr):
+    """Elements k_B of every row, [B, R]: those of row r lie at x_ptr + x_R[r] + k * x_step; zeros where not valid."""
+    valid_B = k_B < K
+    x_BR = tl.load(x_ptr + k_B[:, None] * x_step + x_R[None, :], mask=valid_B[:, None] & valid_R[None, :], other=0.0)
+    if IS_NORMED:
+        weight_B = tl.load(norm_ptr + k_B, mask=valid_B, other=0.0)
+        x_BR = normed(x_BR.to(tl.float32), rms_R[None, :], weight_B[:, None], x_ptr.dtype.element_ty)
+    return x_BR
+
+
+@triton.jit
+def multiply(
+    x_ptr,
+    x_step,
+    x_R,
+    valid_R,
+    norm_ptr,
+    rms_R,
+    w_ptr,
+    scales_ptr,
+    w_T,
+    valid_T,
+    K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IS_NORMED: tl.constexpr,
+    IS_PACKED: tl.constexpr,
+):
+    """Float32 [T, R]: rows w_T of a weight [.., K] times every row's K elements.
+
+    x_ptr, x_step, x_R, valid_R, norm_ptr, rms_R: see `load_x`. Packed weights are MXFP4 codes [.., K / 2] with
+    scales [.., K / 32]; the even and the odd elements of a chunk are two products, so that nibbles never change lanes.
+    """
+    T: tl.constexpr = w_T.shape[0]
+    R: tl.constexpr = x_R.shape[0]
+    sum_TR = tl.zeros((T, R), tl.float32)
+    if IS_PACKED:
+        GROUPS: tl.constexpr = CHUNK // 32
+        for start in range(0, K, CHUNK):
+            even_TB, odd_TB = _unpack(w_ptr, scales_ptr, w_T, valid_T, start // 32, K, GROUPS)
+            k_B = start + 2 * tl.arange(0, CHUNK // 2)
+            even_BR = load_x(x_ptr, x_step, x_R, valid_R, k_B, norm_ptr, rms_R, K, IS_NORMED)
+            odd_BR = load_x(x_ptr, x_step, x_R, valid_R, k_B + 1, norm_ptr, rms_R, K, IS_NORMED)
+            sum_TR = dot(even_TB.to(even_BR.dtype), even_BR, sum_TR)
+            sum_TR = dot(odd_TB.to(odd_BR.dtype), odd_BR, sum_TR)
+    else:
+        for start in range(0, K, CHUNK):
+            k_B = start + tl.arange(0, CHUNK)
+            mask_TB = valid_T[:, None] & (k_B < K)[None, :]
+            w_TB = tl.load(w_ptr + w_T[:, None] * K + k_B[None, :], mask=mask_TB, other=0.0)
+            x_BR = load_x(x_ptr, x_step, x_R, valid_R, k_B, norm_ptr, rms_R, K, IS_NORMED)
+            sum_TR = dot(w_TB, x_BR, sum_TR)
+    return sum_TR
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in float32; float32 operands are not rounded to TF32."""
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _unpack(w_ptr, scales_ptr, w_T, valid_T, first_group, K: tl.constexpr, GROUPS: tl.constexpr):
+    """Even and odd elements, float32 [T, 16 * GROUPS] each, of MXFP4 groups of 32 from `first_group` on."""
+    T: tl.constexpr = w_T.shape[0]
+    g_G = first_group + tl.arange(0, GROUPS)
+    mask_TG = valid_T[:, None] & (g_G < K // 32)[None, :]
+    scale_TG = tl.load(scales_ptr + w_T[:, None] * (K // 32) + g_G[None, :], mask=mask_TG, other=127).to(tl.int32)
+    offsets_TG = w_T[:, None] * (K // 2) + g_G[None, :] * 16
+    byte_TGH = tl.load(
+        w_ptr + offsets_TG[:, :, None] + tl.arange(0, 16)[None, None, :], mask=mask_TG[:, :, None], other=0
+    ).to(tl.int32)
+    power_TG1 = power_of_two(scale_TG)[:, :, None]
+    even_TGH, odd_TGH = e2m1(byte_TGH) * power_TG1, e2m1(byte_TGH >> 4) * power_TG1
+    return tl.reshape(even_TGH, (T, 16 * GROUPS)), tl.reshape(odd_TGH, (T, 16 * GROUPS))
+
+
+@triton.jit
+def e2m1(code):
+    """The float32 value of the low four bits of an int32: 0, 0.5, then exponent and mantissa moved to their place."""
+    index = code & 7
+    bits = tl.where(index < 2, index * _HALF_BITS, (index << 22) + (_ONE_BITS - (2 << 22)))
+    return (bits | ((code & 8) << 28)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def power_of_two(scale):
+    """2**(scale - 127) in float32 for E8M0 bytes as int32; NaN for 255."""
+    bits = tl.where(scale == 0, 1 << 22, scale << 23)
+    return tl.where(scale == 255, _NAN_BITS, bits).to(tl.float32, bitcast=True)

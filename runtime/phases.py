@@ -1,0 +1,412 @@
+"""Builds the plan of a decode step from a model's spec: which phases, cut how, waiting for what.
+
+A layer is seven phases, or six with a dense MLP:
+
+    qkv          norm and projection, cut by columns inside each key/value head's group
+    attention    QK-norm, rotary, append to the cache, attention of one split of the context; waits for its group only
+    combine      the splits of a head, in order
+    o_proj       output projection, added to the hidden state in place
+    router       norm and router logits
+    gate_up      top-k, then gate, up and activation of one active expert's columns
+    down         all active experts' columns, in ascending order of expert, added to the hidden state in place
+
+between `embed` and `lm_head`, `sample`. Decisions, and why:
+
+- Normalization is repeated by every item that needs it, and top-k by every program: both read a few KB from the L2
+  cache and save a hand-off between programs, which costs more.
+- QK-norm, rotary and the append lie in `attention`: `qkv` can then be cut finer than a head, which is what keeps all
+  programs busy where there are few heads. Only the item whose split holds a row's position appends it.
+- `gate_up` has an item for each (active expert, tile), a number that only the run knows; `down` has an item for each
+  tile of the hidden state and walks the active experts inside, so that its load does not depend on routing, and the
+  weighted sum has one fixed order and needs no atomics.
+- Splits of the context have a fixed size and absolute bounds, so a row's bits depend on its position alone. Tiles only
+  cut columns: an element's sum runs over the whole contraction axis inside one item, whatever the tile.
+
+Items compute all rows of a step's capacity where that costs nothing. What belongs to rows that a step does not have is
+garbage, from which nothing flows into other rows.
+
+Left out: a drafter's phases, and the exchange between GPUs (the cost model counts it): a plan is of one GPU.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from speedstack.runtime.formats import WeightFormats
+from speedstack.runtime.plan import Axis, Buffer, Counter, Phase, Plan, Prefetch, Read, Region, Signal, Wait, Work
+from speedstack.runtime.ring import ring_length
+from speedstack.runtime.spec import AttentionSpec, DenseSpec, ModelSpec, MoeSpec
+
+MAX_ROWS = 16  # rows of a step: the narrow side of one tensor-core product
+SPLIT_SIZE = 256  # positions of a context that one item attends to
+MMA_TILES = (16, 32, 64, 128)  # 16 is the least that a tensor core takes
+VECTOR_TILES = (1, 2, 4, 8, 16)
+ELEMENT_BYTES = 2  # activations and cache: bf16
+WIDE_BYTES = 4  # logits and partial sums: float32
+
+PAIRS = "each (row, choice) belongs to one active expert, each column to one tile"
+SEQUENCES = (
+    "each (sequence, split) belongs to one item, and a row to one sequence; a ring is longer than a window and a step, "
+    "so that what a step appends lies on nothing that it reads"
+)
+
+
+def choose_tile(width: int, num_programs: int, candidates: tuple[int, ...], num_groups: int = 1) -> int:
+    """Columns of an item, such that the busiest program computes the fewest; of equals the most columns an item."""
+
+    def busiest(tile: int) -> int:
+        return _ceil(num_groups * _ceil(width, tile), num_programs) * tile
+
+    return min(candidates, key=lambda tile: (busiest(tile), -tile))
+
+
+def shard(spec: ModelSpec, num_gpus: int) -> ModelSpec:
+    """What one of `num_gpus` GPUs computes under tensor parallelism: heads, columns and vocabulary are divided.
+
+    Key/value heads are repeated where there are fewer than GPUs. Experts keep whole MXFP4 blocks, so the first GPUs
+    may hold one block more; this is the largest share.
+
+    Raises ValueError when the heads cannot be divided.
+    """
+    layers = []
+    for layer in spec.layers:
+        a, mlp = layer.attention, layer.mlp
+        if a.num_heads % num_gpus or max(a.num_kv_heads, num_gpus) % min(a.num_kv_heads, num_gpus):
+            raise ValueError(
+                f"{a.num_heads} heads with {a.num_kv_heads} key/value heads cannot be divided among {num_gpus} GPUs"
+            )
+        a = replace(a, num_heads=a.num_heads // num_gpus, num_kv_heads=max(1, a.num_kv_heads // num_gpus))
+        blocks = _ceil(_ceil(mlp.intermediate_size, 32), num_gpus)
+        size = min(mlp.intermediate_size, 32 * blocks)
+        layers.append(replace(layer, attention=a, mlp=replace(mlp, intermediate_size=size)))
+    return replace(spec, vocab_size=_ceil(spec.vocab_size, num_gpus), layers=tuple(layers))
+
+
+def build_plan(
+    spec: ModelSpec,
+    formats: WeightFormats,
+    num_programs: int,
+    rows: int = MAX_ROWS,
+    max_context: int = 4096,
+    split_size: int = SPLIT_SIZE,
+    is_sharded: bool = False,
+) -> Plan:
+    """The plan for steps of up to `rows` rows over contexts of up to `max_context` positions.
+
+    is_sharded: `spec` is one GPU's part; partial sums are exchanged after o_proj and down, logits after lm_head.
+
+    Raises ValueError for sizes out of range.
+    """
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f"a step holds 1 to {MAX_ROWS} rows, not {rows}")
+    if not 1 <= max_context <= spec.max_position_embeddings:
+        raise ValueError(f"context {max_context} is outside the model's 1 to {spec.max_position_embeddings} positions")
+    if num_programs < 1 or split_size < 1:
+        raise ValueError("a plan needs at least one program and splits of at least one position")
+    builder = _Builder(spec, formats, num_programs, rows, max_context, split_size, is_sharded)
+    return builder.build()
+
+
+@dataclass
+class _Builder:
+    spec: ModelSpec
+    formats: WeightFormats
+    num_programs: int
+    rows: int
+    max_context: int
+    split_size: int
+    is_sharded: bool
+    buffers: dict[str, Buffer] = field(default_factory=dict)
+    counters: list[Counter] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+    prefetches: list[Prefetch] = field(default_factory=list)
+    rotation: int = 0
+    ahead: Wait | None = None  # what begins the newest phase that has weights
+
+    def build(self) -> Plan:
+        D = self.spec.hidden_size
+        rows_axis = (Axis("row", self.rows, is_dynamic=True),)
+        self.buffer("rows", self.rows, 32)  # a row's token, sequence and position
+        self.buffer("hidden", D, self.rows * ELEMENT_BYTES)
+        # Every program's arrival at `sample` in the step before: the rows of this step are known.
+        self.add(
+            "embed", "embed", rows_axis, reads=[Read(Region("rows", 1, 0, (1,)), "sample", 1)],
+            # One row of all columns; other rows' items write the same columns of other rows.
+            writes=[self.whole("hidden", "a row belongs to one item")],
+            waits=[Wait("sample", self.num_programs, 0)],
+            work=Work(weight_bytes=self.formats.num_bytes("embedding", self.rows * D), activation_bytes=2 * D),
+        )  # fmt: skip
+        before = "embed"
+        for index, layer in enumerate(self.spec.layers):
+            self.rotation = 0  # layers of one kind get one task list
+            before = self.attention(index, layer.attention, before)
+            if isinstance(layer.mlp, DenseSpec):
+                before = self.dense(index, layer.mlp, before)
+            else:
+                before = self.moe(index, layer.mlp, before)
+        self.head(before, rows_axis)
+        return Plan(
+            model_type=self.spec.model_type,
+            num_programs=self.num_programs,
+            rows=self.rows,
+            max_context=self.max_context,
+            split_size=self.split_size,
+            buffers=tuple(self.buffers.values()),
+            counters=tuple(self.counters),
+            phases=tuple(self.phases),
+            prefetches=tuple(self.prefetches),
+        )
+
+    def attention(self, index: int, a: AttentionSpec, before: str) -> str:
+        at, D, R, G = f"L{index:02d}.", self.spec.hidden_size, self.rows, a.num_kv_heads
+        heads = a.num_heads // G
+        width = heads * a.qk_head_dim + a.qk_head_dim + a.v_head_dim
+        tile = choose_tile(width, self.num_programs, MMA_TILES, G)
+        tiles = _ceil(width, tile)
+        # Layers of different shapes share the memory of their results: no two layers are under way at once.
+        shape = f"{G}x{width}x{tile}"
+        qkv = self.buffer(f"qkv.{shape}", G * tiles * tile, R * ELEMENT_BYTES, "qkv")
+        splits = self.num_splits(a.window)
+        per_head = splits * (a.v_head_dim + 2) * WIDE_BYTES
+        partial = self.buffer(f"partial.{a.num_heads}x{per_head}", R * a.num_heads, per_head, "partial")
+        attended = self.buffer(
+            f"attended.{a.num_heads}x{a.v_head_dim}", R * a.num_heads, a.v_head_dim * ELEMENT_BYTES, "attended"
+        )
+        positions = ring_length(a.window, self.max_context)
+        kv_bytes = (a.qk_head_dim + a.v_head_dim) * ELEMENT_BYTES
+        cache = self.buffer(f"{at}cache", G, R * positions * kv_bytes)
+
+        num_qkv, num_out = G * width * D, a.num_heads * a.v_head_dim * D
+        self.add(
+            f"{at}qkv", "qkv", (Axis("kv_head", G), Axis("tile", tiles)), index, tile,
+            reads=[self.read_whole("hidden", before)],
+            writes=[Region(qkv, tile, 0, (tiles * tile, tile))],
+            waits=[self.all_programs(before)],
+            signals=[Signal(f"{at}qkv", "item", 0, (1, 0))],
+            num_counters=G,
+            work=Work(
+                weight_bytes=self.formats.num_bytes("attention", num_qkv) + (D + G * width * a.has_bias) * 2,
+                activation_bytes=(D + G * width) * ELEMENT_BYTES,
+                row_flops=2 * num_qkv,
+            ),
+        )  # fmt: skip
+        own = Region(cache, 1, 0, (0, 1, 0), SEQUENCES)
+        self.add(
+            f"{at}attention", "attention",
+            (Axis("sequence", R, True), Axis("kv_head", G), Axis("split", splits, True)), index,
+            reads=[
+                Read(self.whole("rows"), "sample", 1),
+                Read(Region(qkv, tiles * tile, 0, (0, tiles * tile, 0)), f"{at}qkv"),
+                Read(own, None),
+            ],
+            writes=[own, self.whole(partial, SEQUENCES)],
+            waits=[Wait(f"{at}qkv", tiles, tiles, 0, (0, 1, 0))],
+            work=Work(
+                kv_bytes=G * kv_bytes,
+                window=a.window,
+                activation_bytes=G * width * ELEMENT_BYTES + a.num_heads * (a.v_head_dim + 2) * WIDE_BYTES,
+                position_flops=2 * a.num_heads * (a.qk_head_dim + a.v_head_dim),
+            ),
+        )  # fmt: skip
+        one = (a.num_heads, 1)
+        self.add(
+            f"{at}combine", "combine", (Axis("row", R, True), Axis("head", a.num_heads)), index,
+            reads=[Read(self.whole("rows"), "sample", 1), self.read(partial, f"{at}attention", 1, one)],
+            writes=[Region(attended, 1, 0, one)],
+            waits=[self.all_programs(f"{at}attention")],
+            work=Work(
+                activation_bytes=a.num_heads * ((a.v_head_dim + 2) * WIDE_BYTES + a.v_head_dim * ELEMENT_BYTES)
+            ),
+        )  # fmt: skip
+        self.project(
+            f"{at}o_proj", "o_proj", index, [self.read_whole(attended, f"{at}combine")], f"{at}combine", before,
+            Work(
+                weight_bytes=self.formats.num_bytes("attention_output", num_out) + D * 2 * a.has_bias,
+                activation_bytes=(a.num_heads * a.v_head_dim + 2 * D) * ELEMENT_BYTES,
+                row_flops=2 * num_out,
+                all_reduce_bytes=D * ELEMENT_BYTES * self.is_sharded,
+            ),
+        )  # fmt: skip
+        return f"{at}o_proj"
+
+    def dense(self, index: int, mlp: DenseSpec, before: str) -> str:
+        at, D, width = f"L{index:02d}.", self.spec.hidden_size, mlp.intermediate_size
+        tile = choose_tile(width, self.num_programs, MMA_TILES)
+        act = self.buffer(f"act.dense.{width}", width, self.rows * ELEMENT_BYTES, "act")
+        self.add(
+            f"{at}gate_up", "dense_gate_up", (Axis("tile", _ceil(width, tile)),), index, tile,
+            reads=[self.read_whole("hidden", before)],
+            writes=[Region(act, tile, 0, (tile,))],
+            waits=[self.all_programs(before)],
+            work=Work(
+                weight_bytes=self.formats.num_bytes("dense", 2 * width * D) + D * 2,
+                activation_bytes=(D + width) * ELEMENT_BYTES,
+                row_flops=4 * width * D,
+            ),
+        )  # fmt: skip
+        self.project(
+            f"{at}down", "dense_down", index, [self.read_whole(act, f"{at}gate_up")], f"{at}gate_up", before,
+            Work(
+                weight_bytes=self.formats.num_bytes("dense", width * D),
+                activation_bytes=(width + 2 * D) * ELEMENT_BYTES,
+                row_flops=2 * width * D,
+                all_reduce_bytes=D * ELEMENT_BYTES * self.is_sharded,
+            ),
+        )  # fmt: skip
+        return f"{at}down"
+
+    def moe(self, index: int, moe: MoeSpec, before: str) -> str:
+        at, D, R, E, K = f"L{index:02d}.", self.spec.hidden_size, self.rows, moe.num_experts, moe.top_k
+        width = moe.intermediate_size
+        # One row already makes top_k experts' items: the case to balance, since more rows make more items.
+        tile = choose_tile(width, self.num_programs, MMA_TILES, K)
+        router_tile = choose_tile(E, self.num_programs, VECTOR_TILES)
+        logits = self.buffer(f"router.{E}", E, R * WIDE_BYTES, "router")
+        act = self.buffer(f"act.moe.{width}x{K}", R * K, width * ELEMENT_BYTES, "act")
+        bias, rows = moe.has_bias, Read(self.whole("rows"), "sample", 1)
+        self.add(
+            f"{at}router", "router", (Axis("tile", _ceil(E, router_tile)),), index, router_tile,
+            reads=[self.read_whole("hidden", before)],
+            writes=[Region(logits, router_tile, 0, (router_tile,))],
+            waits=[self.all_programs(before)],
+            work=Work(
+                weight_bytes=self.formats.num_bytes("router", E * D)
+                + D * 2
+                + E * 4 * (bias or moe.has_correction_bias),
+                activation_bytes=D * ELEMENT_BYTES + E * WIDE_BYTES,
+                row_flops=2 * E * D,
+            ),
+        )  # fmt: skip
+        sizes = {"num_experts": E, "top_k": K}
+        self.add(
+            f"{at}gate_up", "expert_gate_up", (Axis("expert", min(E, R * K), True), Axis("tile", _ceil(width, tile))),
+            index, tile,
+            reads=[self.read_whole("hidden", before), self.read_whole(logits, f"{at}router"), rows],
+            writes=[self.whole(act, PAIRS)],
+            waits=[self.all_programs(f"{at}router")],
+            work=Work(
+                expert_bytes=self.formats.num_bytes("experts", 2 * width * D) + 2 * width * 2 * bias,
+                activation_bytes=D * ELEMENT_BYTES + E * WIDE_BYTES + K * width * ELEMENT_BYTES,
+                row_flops=4 * K * width * D,
+                **sizes,
+            ),
+        )  # fmt: skip
+        self.prefetches.append(Prefetch(f"{at}gate_up", self.all_programs(f"{at}router")))
+        reads = [self.read_whole(logits, f"{at}router"), self.read_whole(act, f"{at}gate_up"), rows]
+        self.project(
+            f"{at}down", "expert_down", index, reads, f"{at}gate_up", before,
+            Work(
+                expert_bytes=self.formats.num_bytes("experts", width * D) + D * 2 * bias,
+                activation_bytes=E * WIDE_BYTES + (K * width + 2 * D) * ELEMENT_BYTES,
+                row_flops=2 * K * width * D,
+                all_reduce_bytes=D * ELEMENT_BYTES * self.is_sharded,
+                **sizes,
+            ),
+        )  # fmt: skip
+        self.prefetches.append(Prefetch(f"{at}down", self.all_programs(f"{at}router")))
+        return f"{at}down"
+
+    def head(self, before: str, rows_axis: tuple[Axis, ...]) -> None:
+        D, V, R = self.spec.hidden_size, self.spec.vocab_size, self.rows
+        tile = choose_tile(V, self.num_programs, MMA_TILES)
+        self.buffer("logits", V, R * WIDE_BYTES)
+        self.buffer("best", _ceil(V, tile), R * 8)  # each tile's largest logit and its index
+        self.add(
+            "lm_head", "lm_head", (Axis("tile", _ceil(V, tile)),), None, tile,
+            reads=[self.read_whole("hidden", before)],
+            writes=[Region("logits", tile, 0, (tile,)), Region("best", 1, 0, (1,))],
+            waits=[self.all_programs(before)],
+            work=Work(
+                weight_bytes=self.formats.num_bytes("lm_head", V * D) + D * 2,
+                activation_bytes=D * ELEMENT_BYTES + V * WIDE_BYTES,
+                row_flops=2 * V * D,
+                all_reduce_bytes=8 * self.is_sharded,
+            ),
+        )  # fmt: skip
+        self.add(
+            "sample", "sample", rows_axis,
+            reads=[
+                Read(Region("rows", 1, 0, (1,)), "sample", 1),
+                self.read_whole("logits", "lm_head"),
+                self.read_whole("best", "lm_head"),
+            ],
+            writes=[Region("rows", 1, 0, (1,))],
+            waits=[self.all_programs("lm_head")],
+            work=Work(activation_bytes=V * WIDE_BYTES),
+        )  # fmt: skip
+
+    def project(
+        self, name: str, op: str, index: int, reads: list[Read], waits_for: str, hidden_of: str, work: Work
+    ) -> None:
+        """A projection to the hidden size, added to the hidden state in place."""
+        D = self.spec.hidden_size
+        tile = choose_tile(D, self.num_programs, MMA_TILES)
+        self.add(
+            name, op, (Axis("tile", _ceil(D, tile)),), index, tile,
+            reads=[*reads, self.read("hidden", hidden_of, tile, (tile,))],
+            writes=[Region("hidden", tile, 0, (tile,))],
+            waits=[self.all_programs(waits_for)],
+            work=work,
+        )  # fmt: skip
+
+    def add(
+        self,
+        name: str,
+        op: str,
+        axes: tuple[Axis, ...],
+        layer: int | None = None,
+        tile: int = 0,
+        *,
+        reads: list[Read],
+        writes: list[Region],
+        waits: list[Wait],
+        work: Work,
+        signals: list[Signal] | None = None,
+        num_counters: int = 1,
+    ) -> None:
+        """Adds a phase and its counter; unless told otherwise every program signals that once.
+
+        Movers fetch its weights while the programs work on the phase before it that has any: attention, which reads
+        none, then leaves them more time. Weights of experts are not known before the router's counter is reached.
+        """
+        self.counters.append(Counter(name, num_counters))
+        each: Literal["program"] = "program"
+        phase = Phase(
+            name, op, axes, layer, tile, tuple(reads), tuple(writes), tuple(waits),
+            tuple(signals) if signals is not None else (Signal(name, each),), work, self.rotation,
+        )  # fmt: skip
+        if work.weight_bytes and op != "embed":
+            self.prefetches.append(Prefetch(name, self.ahead))
+        if (work.weight_bytes or work.expert_bytes) and op != "embed":
+            self.ahead = phase.waits[0]
+        self.rotation = (self.rotation + phase.num_items) % self.num_programs
+        self.phases.append(phase)
+
+    def buffer(self, name: str, num_cells: int, cell_bytes: int, memory: str = "") -> str:
+        buffer = Buffer(name, num_cells, cell_bytes, memory)
+        assert self.buffers.setdefault(name, buffer) == buffer, f"two shapes of {name}"
+        return name
+
+    def whole(self, buffer: str, exclusive: str = "") -> Region:
+        return Region(buffer, self.buffers[buffer].num_cells, exclusive=exclusive)
+
+    def read_whole(self, buffer: str, producer: str) -> Read:
+        return Read(self.whole(buffer), producer)
+
+    def read(self, buffer: str, producer: str, length: int, strides: tuple[int, ...]) -> Read:
+        return Read(Region(buffer, length, 0, strides), producer)
+
+    def all_programs(self, phase: str) -> Wait:
+        """Every program has finished its items of an earlier phase of this step."""
+        return Wait(phase, self.num_programs, self.num_programs)
+
+    def num_splits(self, window: int | None) -> int:
+        """Splits that the rows of one sequence can see between them, wherever they stand."""
+        total = _ceil(self.max_context, self.split_size)
+        if window is None:
+            return total
+        span = window + self.rows - 1
+        return min(total, (span + self.split_size - 2) // self.split_size + 1)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

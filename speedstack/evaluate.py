@@ -1,0 +1,152 @@
+"""The `eval` verb: a suite of lm-eval tasks, or without one, held-out perplexity and divergence from a teacher.
+
+    OUT/<suite>.json    lm-eval's result with our block; OUT/answers/ what makes a killed evaluation continue
+    OUT/quality.json    without a suite
+    OUT/tasks/          data of our own tasks, made from the held-out part of a corpus
+
+Under torchrun every process runs this verb; the main one evaluates, the others answer the requests it sends them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from speedstack.eval.config import EvalConfig
+
+if TYPE_CHECKING:
+    from speedstack.runtime import Engine
+
+
+def load_eval_config(path: Path | None, overrides: Sequence[str]) -> EvalConfig:
+    """As every verb's; instead of a YAML file, a model directory may be named, which is then `target`."""
+    from speedstack.train.config import load_config
+
+    if path is not None and path.suffix not in (".yaml", ".yml"):
+        return load_config(EvalConfig, None, ["--target", str(path), *overrides])
+    return load_config(EvalConfig, path, overrides)
+
+
+def evaluate(config: EvalConfig) -> None:
+    """A suite of tasks, or quality of one model against a teacher where one is given."""
+    if config.suite is not None:
+        _evaluate_suite(config, config.suite)
+    else:
+        _evaluate_heldout(config)
+
+
+def _evaluate_suite(config: EvalConfig, name: str) -> None:
+    from speedstack.eval.request_cache import RequestCache
+    from speedstack.eval.suite import SuiteSettings, cache_directory, load_suite, run_suite
+    from speedstack.eval.task_loading import TEACHER_TASK_NAMES
+    from speedstack.eval.team import join_team
+    from speedstack.eval.work import Worker
+
+    name, suite = load_suite(name)
+    with join_team() as team:
+        engine = _eval_engine(config, config.target, config.drafter)
+        cache = cache_directory(config.out / "answers", engine, config.target)
+        if not team.is_main:
+            team.serve(Worker(engine, RequestCache(cache, team.rank), progress=False))
+            return
+        try:
+            if config.teacher is None and (left_out := [t.task for t in suite.tasks if t.task in TEACHER_TASK_NAMES]):
+                print(f"left out, for want of --teacher: {', '.join(left_out)}")
+                suite = suite.without(left_out)
+            _make_task_data(config, {task.task for task in suite.tasks})
+            settings = SuiteSettings(
+                limit=config.limit,
+                task_data=config.out / "tasks",
+                data=config.data,
+                cache=cache,
+                seed=config.seed,
+                chat_template=config.chat_template,
+                allow_code=config.allow_code,
+            )
+            result = run_suite(engine, config.target, config.drafter, name, suite, settings, team)
+        finally:
+            team.dismiss()
+    path = result.save(config.out / f"{name}.json")
+    for entry in result.block.headline:
+        if entry.metric is not None and (value := result.value(entry.task, entry.metric)) is not None:
+            stderr = result.stderr(entry.task, entry.metric)
+            print(f"{entry.task} {entry.metric}: {value:.4f}{'' if stderr is None else f' +- {stderr:.4f}'}")
+    num_requests = sum(counts.num_requests for counts in result.block.requests.values())
+    num_cached = sum(counts.num_cached for counts in result.block.requests.values())
+    print(f"{num_requests} requests, {num_cached} of them answered before, in {result.block.seconds:.1f} s")
+    print(f"written: {path}")
+
+
+def _make_task_data(config: EvalConfig, tasks: set[str]) -> None:
+    """The data of those of our tasks that are made from held-out text."""
+    from speedstack.eval.lm import EngineLM
+    from speedstack.eval.task_data import NUM_SAME_TEXT, SUITE_SIZES, make_same_text, make_tasks
+    from speedstack.eval.task_loading import TASK_NAMES, TEACHER_TASK_NAMES, generation_settings
+    from speedstack.heldout import heldout_texts
+    from speedstack.train.corpus import load_corpus
+
+    if not tasks & {*TASK_NAMES, *TEACHER_TASK_NAMES}:
+        return
+    texts = heldout_texts(load_corpus(config.corpus))
+    make_tasks(texts, config.out / "tasks", seed=config.seed, sizes=SUITE_SIZES)
+    if tasks & set(TEACHER_TASK_NAMES):
+        assert config.teacher is not None
+        teacher = EngineLM(_eval_engine(config, config.teacher))
+        write = partial(teacher.write, gen_kwargs=generation_settings("same_text"))
+        make_same_text(texts, write, config.out / "tasks", NUM_SAME_TEXT, config.seed)
+
+
+def _eval_engine(config: EvalConfig, target: Path, drafter_path: Path | None = None) -> Engine:
+    from speedstack.runtime import Engine
+
+    device: str = config.device
+    if device != "cpu" and (rank := os.environ.get("LOCAL_RANK")) is not None:
+        import torch
+
+        device = f"cuda:{rank}" if torch.cuda.is_available() else device
+    return Engine.from_pretrained(
+        target,
+        drafter_path,
+        backend=config.backend,
+        device=device,
+        dtype=None if config.dtype == "auto" else config.dtype,
+        max_length=config.max_length,
+        max_batch_size=config.batch_size,
+    )
+
+
+def _evaluate_heldout(config: EvalConfig) -> None:
+    from speedstack.eval.quality import heldout_windows, measure_quality
+    from speedstack.eval.task_data import make_tasks
+    from speedstack.eval.task_loading import TASK_NAMES
+    from speedstack.heldout import heldout_texts
+    from speedstack.train.corpus import load_corpus
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "only suites are shared by several processes: name one with --suite, or start without torchrun"
+        )
+    corpus = load_corpus(config.corpus)
+    engines = {"target": _eval_engine(config, config.target, config.drafter)}
+    if config.teacher is not None:
+        engines["teacher"] = _eval_engine(config, config.teacher)
+    prefix_id = corpus.tokenizer.eos_token_id
+    windows = heldout_windows(corpus.heldout["input_ids"], config.window, config.num_tokens, prefix_id)
+    task_data = config.out / "tasks"
+    if set(config.tasks) & set(TASK_NAMES):
+        make_tasks(heldout_texts(corpus), task_data, seed=config.seed)
+    teacher = "teacher" if config.teacher is not None else "target"
+    result = measure_quality(engines, teacher, windows, task_data=task_data, tasks=config.tasks, limit=config.limit)
+    path = result.save(config.out / "quality.json")
+    for entry in result.methods:
+        print(f"{entry.method}: {entry.nll_nats:.4f} nats a token, perplexity {entry.perplexity:.3f}")
+        if entry.kl_to_teacher_nats is not None:
+            agreement = "" if entry.top1_agreement is None else f", top-1 agreement {entry.top1_agreement:.4f}"
+            print(f"  KL from the teacher {1e3 * entry.kl_to_teacher_nats:.3f} millinats a token{agreement}")
+        for score in entry.tasks:
+            stderr = "" if score.stderr is None else f" +- {score.stderr:.4f}"
+            print(f"  {score.task} {score.metric} {score.value:.4f}{stderr} ({score.num_documents} documents)")
+    print(f"written: {path}")

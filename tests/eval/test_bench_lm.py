@@ -1,0 +1,59 @@
+"""The engine and lm-eval's own adapter agree on the tiny model; no time is asserted."""
+
+from pathlib import Path
+
+import pytest
+
+from speedstack.eval import bench_lm
+from speedstack.eval.task_data import TaskSizes, make_tasks
+
+# Float32 products summed in another order.
+LOGPROB_TOLERANCE_NATS = 1e-4
+
+
+@pytest.fixture(scope="module")
+def task_data(documents: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tasks")
+    make_tasks(documents, path, sizes=TaskSizes(2, 300, num_next_line=3, num_close_line=3))
+    return path
+
+
+def test_answers_agree_and_are_timed(
+    tiny_model_dir: Path,
+    tiny_drafter_dir: Path,
+    task_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(bench_lm, "EXPERTS_IMPLEMENTATIONS", dict.fromkeys(bench_lm.KINDS.values(), ("grouped_mm",)))
+    out = tmp_path / "lm.json"
+    arguments = [str(tiny_model_dir), "--drafter", str(tiny_drafter_dir), "--task-data", str(task_data)]
+    bench_lm.main([*arguments, "--repeats", "1", "--max-length", "256", "--batch-size", "2", "--out", str(out)])
+    result = bench_lm.LmBench.load(out)
+    assert [task.num_requests for task in result.tasks] == [12, 2, 3]
+    for task in result.tasks:
+        agreement = task.agreement
+        assert agreement.num_equal == task.num_requests
+        # A word's perplexity is the exponential of some thirty nats here.
+        assert agreement.scores and all(a == pytest.approx(b, rel=1e-5) for a, b in agreement.scores.values())
+        if task.kind == "loglikelihood":
+            assert agreement.max_difference_nats is not None
+            assert agreement.max_difference_nats < LOGPROB_TOLERANCE_NATS
+        if task.kind == "loglikelihood_rolling":
+            # The adapter sums in float32.
+            assert agreement.max_relative_difference is not None and agreement.max_relative_difference < 1e-6
+        contestants = [timing.contestant for timing in task.timings]
+        assert contestants == [
+            bench_lm.ENGINE,
+            *([bench_lm.ENGINE_DRAFTER] if task.kind == "generate_until" else []),
+            bench_lm.ADAPTER,
+        ]
+        assert task.timings[-1].speedup == 1.0
+    assert "close_line: 3 requests (generate_until)" in capsys.readouterr().out
+
+
+def test_what_cannot_be_measured_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        bench_lm.main([str(tmp_path / "none"), "--task-data", str(tmp_path)])
+    assert stop.value.code == 2 and "none" in capsys.readouterr().err.splitlines()[-1]

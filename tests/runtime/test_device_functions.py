@@ -1,0 +1,222 @@
+"""Parts of the Triton kernels alone, under the interpreter: numbers that have to be exact, ties, and what is no number.
+
+Started by test_graph.py in a process that interprets.
+
+Legend: R rows, E experts, K choices of a row, V vocabulary, T tiles.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from speedstack.quant.mxfp4 import MXFP4Tensor, dequantize_reference
+from speedstack.runtime.reference import route
+from speedstack.runtime.sampling import SamplingParams, gumbel_noise, philox4x32, sample
+from speedstack.runtime.spec import MoeSpec
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs in the process that interprets", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from speedstack.runtime.backend import Rows
+from speedstack.runtime.kernels.triton.head import uniform_words
+from speedstack.runtime.kernels.triton.launch import lm_head_kernel, project_kernel, sample_kernel
+from speedstack.runtime.kernels.triton.products import e2m1, power_of_two
+from speedstack.runtime.kernels.triton.router import choose
+from speedstack.runtime.launches import RECORD, row_records, sampling_records
+
+R = 4
+
+
+@triton.jit
+def decode_kernel(codes_ptr, scales_ptr, out_ptr, N: tl.constexpr):
+    n_N, h_H = tl.arange(0, N), tl.arange(0, 16)
+    byte_NH = tl.load(codes_ptr + n_N[:, None] * 16 + h_H[None, :]).to(tl.int32)
+    power_N1 = power_of_two(tl.load(scales_ptr + n_N).to(tl.int32))[:, None]
+    at_NH = out_ptr + n_N[:, None] * 32 + 2 * h_H[None, :]
+    tl.store(at_NH, e2m1(byte_NH) * power_N1)
+    tl.store(at_NH + 1, e2m1(byte_NH >> 4) * power_N1)
+
+
+def test_mxfp4_is_decoded_exactly() -> None:
+    """Every byte of codes under every scale."""
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(256, 16, 16).reshape(4096, 16)
+    scales = torch.arange(256, dtype=torch.uint8).view(256, 1).expand(256, 16).reshape(4096)
+    found = torch.empty(4096, 32)
+    decode_kernel[(1,)](codes.contiguous(), scales.contiguous(), found, N=4096)
+    expected = dequantize_reference(MXFP4Tensor(codes.contiguous(), scales[:, None].contiguous()), torch.float32)
+    is_number = ~expected.isnan()
+    assert torch.equal(found.isnan(), expected.isnan()) and not is_number.all()
+    assert torch.equal(found[is_number].view(torch.int32), expected[is_number].view(torch.int32))
+
+
+@triton.jit
+def choose_kernel(
+    rows_ptr, logits_ptr, bias_ptr, experts_ptr, weights_ptr, chosen_ptr, scale, E: tl.constexpr, R: tl.constexpr,
+    K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr, IS_SIGMOID: tl.constexpr, HAS_CORRECTION: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+):  # fmt: skip
+    experts_KR, weights_KR, is_chosen_E = choose(
+        rows_ptr, logits_ptr, bias_ptr, scale, E, R, K, EP, KP, IS_SIGMOID, HAS_CORRECTION, RENORMALIZE
+    )
+    at_KR = tl.arange(0, KP)[:, None] * R + tl.arange(0, R)[None, :]
+    tl.store(experts_ptr + at_KR, experts_KR)
+    tl.store(weights_ptr + at_KR, weights_KR)
+    tl.store(chosen_ptr + tl.arange(0, EP), is_chosen_E)
+
+
+def run_choose(logits_RE: torch.Tensor, bias_E: torch.Tensor | None, spec: MoeSpec, num_rows: int) -> Any:
+    """Experts [num_rows, K], their weights, and the chosen experts; the last rows are idle."""
+    E, K, KP = spec.num_experts, spec.top_k, 4
+    experts, weights = torch.full((KP, R), -1, dtype=torch.int32), torch.empty(KP, R)
+    chosen = torch.empty(8, dtype=torch.int32)
+    rows = row_records(Rows([1] * num_rows, [0] * num_rows, list(range(num_rows))), R)
+    choose_kernel[(1,)](
+        rows, logits_RE.T.contiguous(), logits_RE if bias_E is None else bias_E, experts, weights, chosen,
+        spec.routed_scale, E=E, R=R, K=K, EP=8, KP=KP, IS_SIGMOID=spec.scoring == "sigmoid",
+        HAS_CORRECTION=bias_E is not None, RENORMALIZE=spec.renormalize,
+    )  # fmt: skip
+    assert (experts[K:] == E).all() and (experts[:, num_rows:] == E).all(), "no expert where there is no choice"
+    return experts.T[:num_rows, :K], weights.T[:num_rows, :K], chosen.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+def test_experts_are_the_references_choice(scoring: Any) -> None:
+    """Ties go to the lower index; idle rows choose nobody; a row without numbers stays inside of the weights."""
+    logits_RE = torch.randn(R, 5, generator=torch.Generator().manual_seed(0))
+    logits_RE[1] = torch.tensor([0.5, 2.0, 0.5, 2.0, 0.5])
+    bias_E = torch.tensor([0.0, 0.3, -0.2, 0.1, 0.05]) if scoring == "sigmoid" else None
+    spec = MoeSpec(5, 3, 8, scoring, bias_E is not None, bias_E is not None, routed_scale=1.5)
+    experts_RK, weights_RK = route(logits_RE[:3], bias_E, spec)
+    found_RK, found_weights_RK, chosen = run_choose(logits_RE, bias_E, spec, 3)
+    assert torch.equal(found_RK.long(), experts_RK) and chosen == experts_RK.unique().tolist()
+    # exponentials of numpy and of torch, and sums of five in another order
+    torch.testing.assert_close(found_weights_RK, weights_RK, rtol=1e-6, atol=0)
+    logits_RE[0] = float("nan")
+    lost_RK, _, _ = run_choose(logits_RE, bias_E, spec, 3)
+    assert sorted(lost_RK[0].tolist()) == [0, 1, 2] and torch.equal(lost_RK[1:], found_RK[1:])
+
+
+@triton.jit
+def words_kernel(sampling_ptr, out_ptr, position, N: tl.constexpr):
+    s0, s1 = (
+        tl.load(sampling_ptr + 2).to(tl.uint32, bitcast=True),
+        tl.load(sampling_ptr + 3).to(tl.uint32, bitcast=True),
+    )
+    k0, k1 = tl.load(sampling_ptr).to(tl.uint32, bitcast=True), tl.load(sampling_ptr + 1).to(tl.uint32, bitcast=True)
+    block_N = tl.arange(0, N)
+    words = uniform_words(block_N, position.to(tl.uint32), s0, s1, k0, k1)
+    for lane in tl.static_range(4):
+        tl.store(out_ptr + block_N * 4 + lane, words[lane].to(tl.int32, bitcast=True))
+
+
+@pytest.mark.parametrize(("seed", "sequence", "position"), [(0, 0, 0), (2**64 - 1, 2**63 + 5, 70_001), (7, 2**40, 3)])
+def test_noise_is_drawn_from_the_same_integers(seed: int, sequence: int, position: int) -> None:
+    found = torch.empty(64, dtype=torch.int32)
+    words_kernel[(1,)](sampling_records([seed], [sequence], [1.0], 1), found, position + 0, N=16)
+    mask = 2**32 - 1
+    counter = (torch.arange(16), *(torch.tensor(x) for x in (position, sequence & mask, sequence >> 32)))
+    words = philox4x32(counter, (seed & mask, seed >> 32))
+    assert torch.equal(found.long() & mask, torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten())
+
+
+def run_sample(logits_RV: torch.Tensor, temperatures: list[float], seeds: list[int]) -> list[int]:
+    """The head on logits as they are: an identity as LM head, and a norm that undoes itself."""
+    V, T = logits_RV.shape[1], 16
+    tiles = -(-V // T)
+    rows = row_records(Rows([1] * 3, [0, 1, 2], [4, 5, 6]), R)
+    best = torch.empty(tiles, 2, R, dtype=torch.int32)
+    for tile in range(tiles):
+        part = logits_RV[:, tile * T : (tile + 1) * T]
+        known = part.nan_to_num(nan=float("-inf")).max(-1).values
+        index = torch.where(part == known[:, None], torch.arange(part.shape[1]) + tile * T, 2**31 - 1).min(-1).values
+        best[tile, 0] = known.view(torch.int32)
+        best[tile, 1] = torch.where(part.isnan().any(-1), -1, index.int())
+    tokens = torch.full((R,), -7, dtype=torch.int32)
+    sampling = sampling_records(seeds, [11, 2**50, 13], temperatures, R)
+    sample_kernel[(R,)](
+        rows, sampling, logits_RV.T.contiguous(), best, tokens, VOCAB=V, TILES=tiles, TP=8, R=R, BLOCKS=8,
+        IS_DEPENDENT=False,
+    )  # fmt: skip
+    assert tokens[3] == -7, "an idle row"
+    return tokens[:3].tolist()
+
+
+def test_tokens_are_those_of_the_engine() -> None:
+    """Greedy with a tie, and sampled: the same argmax as `sampling.sample` with the noise of that position."""
+    logits_RV = torch.randn(R, 77, generator=torch.Generator().manual_seed(0))
+    logits_RV[0, 70] = logits_RV[0, 20] = 9.0
+    assert run_sample(logits_RV, [0.0] * 3, [1, 2, 3]) == [20, *logits_RV[1:3].argmax(-1).tolist()]
+    drawn = set()
+    for seed in range(6):
+        seeds = [seed, seed, 2**63 + seed]
+        noise_RV = gumbel_noise(seeds, [11, 2**50, 13], [4, 5, 6], 77, torch.device("cpu"))
+        # Temperatures at which noise decides; the two largest scores are never within an ulp here.
+        expected = [sample(logits_RV[r], noise_RV[r], SamplingParams(t)) for r, t in enumerate((0.7, 1.3, 5.0))]
+        assert run_sample(logits_RV, [0.7, 1.3, 5.0], seeds) == expected
+        drawn.add(expected[1])
+    assert len(drawn) > 1
+    logits_RV[1, 33] = float("nan")
+    assert run_sample(logits_RV, [0.0, 1.0, 0.0], [1, 2, 3])[1] == -1
+
+
+def test_lm_head_names_its_largest_logit() -> None:
+    """Of each tile and row: the first of equals; -1 where one is not a number; nothing past the vocabulary."""
+    D, V = 24, 21
+    generator = torch.Generator().manual_seed(0)
+    hidden_DR, head_VD = torch.randn(D, R, generator=generator), torch.randn(V, D, generator=generator)
+    head_VD[18] = head_VD[17]
+    head_VD[17:19] *= 10
+    hidden_DR[:, 2] = float("nan")
+    logits_VR, best = torch.full((V, R), 7.0), torch.empty(2, 2, R, dtype=torch.int32)
+    lm_head_kernel[(2,)](
+        hidden_DR, torch.ones(D), head_VD, logits_VR, best, 1e-5, VOCAB=V, D=D, R=R, T=16, CHUNK=32, IS_DEPENDENT=False
+    )  # fmt: skip
+    normed_RD = hidden_DR.T * torch.rsqrt(hidden_DR.T.pow(2).mean(-1, keepdim=True) + 1e-5)
+    expected_RV = normed_RD @ head_VD.T
+    # sums of 24 in another order
+    torch.testing.assert_close(logits_VR.T, expected_RV, rtol=1e-5, atol=1e-5, equal_nan=True)
+    for tile, start in enumerate((0, 16)):
+        part = logits_VR.T[:, start : start + 16]
+        assert best[tile, 1].tolist() == [
+            -1 if row.isnan().any() else start + int(row.numpy().argmax()) for row in part
+        ]  # fmt: skip
+        known = [0, 1, 3]
+        assert torch.equal(best[tile, 0].view(torch.float32)[known], part[known].max(-1).values)
+    assert 17 in best[1, 1]
+
+
+def test_a_projection_adds_to_what_is_there() -> None:
+    """Rows along either axis, a last tile that is cut, and columns past it left alone."""
+    generator = torch.Generator().manual_seed(0)
+    D, K = 21, 40
+    x_RK, w_DK = torch.randn(R, K, generator=generator), torch.randn(D, K, generator=generator)
+    bias_D, hidden_DR = torch.randn(D, generator=generator), torch.randn(D + 11, R, generator=generator)
+    for x, x_step, x_row_step in ((x_RK, 1, K), (x_RK.T.contiguous(), R, 1)):
+        found_DR = hidden_DR.clone()
+        project_kernel[(2,)](
+            x, x_step, x_row_step, w_DK, bias_D, found_DR, K=K, D=D, R=R, T=16, CHUNK=32, HAS_BIAS=True,
+            IS_DEPENDENT=False,
+        )  # fmt: skip
+        expected_DR = hidden_DR[:D] + w_DK @ x_RK.T + bias_D[:, None]
+        # sums of 40 in another order
+        torch.testing.assert_close(found_DR[:D], expected_DR, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found_DR[D:], hidden_DR[D:])
+
+
+def test_records_have_the_fields_that_kernels_read() -> None:
+    from speedstack.runtime.kernels.triton import rows
+
+    records = row_records(Rows([8, 9, 5], [2, 2, 0], [30, 31, 7]), R)
+    assert records.shape == (R, RECORD) and rows.RECORD.value == RECORD
+    fields = {name: getattr(rows, name).value for name in (
+        "TOKEN", "SLOT", "POSITION", "FIRST_POSITION", "FIRST_ROW", "NUM_ROWS",
+    )}  # fmt: skip
+    found = {name: records[:, index].tolist() for name, index in fields.items()}
+    assert found["TOKEN"] == [8, 9, 5, -1] and found["SLOT"][:3] == [2, 2, 0]
+    assert found["POSITION"][:3] == [30, 31, 7] and found["FIRST_POSITION"][:3] == [30, 30, 7]
+    assert found["FIRST_ROW"][:2] == [0, 2] and found["NUM_ROWS"] == [2, 1, 0, 0]
