@@ -19,9 +19,11 @@ def measure_acceptance(
     temperature: float = 0.0,
     seed: int = 0,
     strategy: DraftStrategy | None = None,
+    ignore_eos: bool = True,
 ) -> AcceptanceResult:
-    """Generate `max_new_tokens` from every prompt (end-of-text ignored, so that lengths are equal) and count.
+    """Generate `max_new_tokens` from every prompt and count.
 
+    `ignore_eos`: go on past the target's end token, so that lengths are equal; else an answer ends where it does.
     `strategy`: how the engine speculates meanwhile; None leaves it as it is. Raises ValueError for an engine without a
     drafter, a strategy it does not have, no prompts, or fewer than 2 new tokens (no round would run).
     """
@@ -36,7 +38,7 @@ def measure_acceptance(
     try:
         generations = {
             name: engine.generate(
-                list(prompts), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, ignore_eos=True
+                list(prompts), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos
             )
             for name, prompts in prompt_sets.items()
         }

@@ -76,6 +76,7 @@ _PATHS = frozenset({"data.corpus", "qat.model", "drafter.target", "drafter.text"
 # Of the drafter's settings, those that decide the text it is trained on.
 _TEXT_FIELDS = (
     "data.sequence_length",
+    "drafter.prompts",
     "drafter.num_sequences",
     "drafter.num_eval_sequences",
     "drafter.prompt_length",

@@ -38,12 +38,14 @@ from speedstack.quant.checkpoint import weights_sha256
 from speedstack.runtime import Engine
 from speedstack.runtime.strategy import DraftStrategy
 from speedstack.train.checkpoint import write_atomically
-from speedstack.train.config import DrafterConfig, Section, config_hash, describe_validation_error, read_config
+from speedstack.train.config import DrafterConfig, config_hash, describe_validation_error, read_config
 from speedstack.train.distributed import World, resolve_device
-from speedstack.train.drafter import DrafterRecipe, GreedyText, make_recipe
+from speedstack.train.drafter import DrafterRecipe, make_recipe
+from speedstack.train.drafter_eval import GreedyText
 from speedstack.train.loop import run, train_step
 from speedstack.train.metrics import read_metrics
 from speedstack.train.qat import load_tokenizer
+from speedstack.train.section import Section
 from speedstack.train.trainer import make_trainer
 
 NGRAM: Literal["ngram"] = "ngram"
@@ -90,9 +92,12 @@ class AblationConfig(Section):
                 raise ValueError(f"row {row}: a drafter config has no field {name}")
             raw[section][key] = value
         try:
-            return DrafterConfig.model_validate(raw)
+            config = DrafterConfig.model_validate(raw)
         except ValidationError as error:
             raise ValueError(f"row {row}: {describe_validation_error(error, DrafterConfig)}") from error
+        if config.drafter.prompts.source is not None:
+            raise ValueError(f"row {row}: an ablation has pieces of the corpus as prompts: leave drafter.prompts out")
+        return config
 
 
 class Ablation:

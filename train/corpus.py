@@ -79,7 +79,7 @@ def prepare_corpus(
     if tokenizer is None:
         settings["vocab_size"] = vocab_size
     else:
-        settings["tokenizer_sha256"] = _tokenizer_sha256(tokenizer)
+        settings["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
     if path.exists():
         return _load_matching(path, settings)
 
@@ -99,7 +99,7 @@ def prepare_corpus(
             tokenize(train_rows, tokenizer, keep_text=False).save_to_disk(str(temporary / "train"))
         tokenizer.save_pretrained(str(temporary / "tokenizer"))
         # `vocab_size` stays what was asked for, which little text does not always reach.
-        settings |= {"num_tokens": len(tokenizer), "tokenizer_sha256": _tokenizer_sha256(tokenizer)}
+        settings |= {"num_tokens": len(tokenizer), "tokenizer_sha256": tokenizer_sha256(tokenizer)}
         (temporary / "corpus.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         temporary.chmod(0o755)
         os.replace(temporary, path)
@@ -168,6 +168,18 @@ def load_documents(source: str) -> datasets.Dataset:
     if source == "stdlib":
         pairs = list(_standard_library())
         return datasets.Dataset.from_dict({"name": [name for name, _ in pairs], "text": [text for _, text in pairs]})
+    loaded = load_table(source)
+    if "text" not in loaded.column_names:
+        raise ValueError(f"source {source} has no column 'text'; its columns are {', '.join(loaded.column_names)}")
+    names = [f"{Path(source).name}/{index}" for index in range(len(loaded))]
+    return loaded.select_columns(["text"]).add_column("name", names)
+
+
+def load_table(source: str, split: str = "train") -> datasets.Dataset:
+    """All columns of a .jsonl, .parquet or .txt file, a directory of such files, or a split of a dataset of the Hub.
+
+    Raises ValueError for a source that is neither files of one kind nor a dataset that can be fetched.
+    """
     place = Path(source)
     if place.exists():
         files = sorted(file for file in ([place] if place.is_file() else place.rglob("*")) if file.suffix in _FORMATS)
@@ -180,19 +192,12 @@ def load_documents(source: str) -> datasets.Dataset:
             )
         kind = formats.pop()
         options = {"sample_by": "document"} if kind == "text" else {}
-        loaded = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
-    else:
-        try:
-            loaded = datasets.load_dataset(source, split="train")
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"source {source} is neither a file nor a dataset that can be fetched: {reason}"
-            ) from error
-    if "text" not in loaded.column_names:
-        raise ValueError(f"source {source} has no column 'text'; its columns are {', '.join(loaded.column_names)}")
-    names = [f"{place.name}/{index}" for index in range(len(loaded))]
-    return loaded.select_columns(["text"]).add_column("name", names)
+        return datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
+    try:
+        return datasets.load_dataset(source, split=split)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"source {source} is neither a file nor a dataset that can be fetched: {reason}") from error
 
 
 def _standard_library() -> Iterator[tuple[str, str]]:
@@ -268,7 +273,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 

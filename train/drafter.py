@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from speedstack.dflash.accept import leading_run, survival, walk_rounds
-from speedstack.dflash.block import document_ids, layer_masks, make_blocks, sample_anchors
+from speedstack.dflash.accept import leading_run
+from speedstack.dflash.block import layer_masks, make_blocks
 from speedstack.dflash.checkpoint import load_drafter, save_drafter
 from speedstack.dflash.config import DFlashConfig, default_target_layer_ids
 from speedstack.dflash.loss import BlockLoss, Objective, block_loss
@@ -39,71 +38,26 @@ from speedstack.quant.checkpoint.reader import read_config
 from speedstack.runtime import Engine
 from speedstack.train.checkpoint import write_atomically
 from speedstack.train.config import DrafterConfig, config_hash
-from speedstack.train.corpus import corpus_for
-from speedstack.train.data import PackedWindows, generator
+from speedstack.train.data import PackedWindows
 from speedstack.train.distributed import World
+from speedstack.train.drafter_eval import GreedyText, Simulated, simulate
 from speedstack.train.drafter_text import (
-    ANCHORS,
-    ORDER,
+    describe_text,
+    needed_corpus,
     read_split,
     serving_engine,
     splits_of,
     write_splits,
 )
+from speedstack.train.drafter_windows import Windows, WindowStream
 from speedstack.train.features import FeatureSettings, StoredFeatures, holds_final, windows_sha256, write_features
-from speedstack.train.frozen_target import FrozenTarget
+from speedstack.train.frozen_target import Features, FrozenTarget, gather_final
 from speedstack.train.loop import OnStep, Recipe, RunResult, run
+from speedstack.train.packing import WrittenText
 from speedstack.train.precision import resolve_precision
 from speedstack.train.qat import load_tokenizer
 
-_EVAL_SEQUENCES_AT_ONCE = 4
-_EVAL_ANCHORS_AT_ONCE = 256
 _MAX_LAYERS_ALL_TAPPED = 8
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Training windows: tokens, their documents, and what may be a label there; and the anchors of their blocks."""
-
-    ids_BT: Tensor
-    documents_BT: Tensor
-    predictable_BT: Tensor
-    anchors_BA: Tensor
-    real_BA: Tensor
-
-    def to(self, device: torch.device) -> Windows:
-        return Windows(*(tensor.to(device) for tensor in vars(self).values()))
-
-
-@dataclass(frozen=True)
-class GreedyText:
-    """Sequences that the target wrote greedily: padded tokens int64 [N, T], and where each's prompt and text end."""
-
-    ids_NT: Tensor
-    prompt_lengths: Sequence[int]
-    lengths: Sequence[int]
-
-    @classmethod
-    def of_windows(cls, ids_NT: Tensor, prompt_length: int) -> GreedyText:
-        """Equally long prompts and windows without padding."""
-        return cls(ids_NT, [prompt_length] * len(ids_NT), [ids_NT.shape[1]] * len(ids_NT))
-
-
-@dataclass(frozen=True)
-class Simulated:
-    """Acceptance of each held-out sequence, walked over its text: tokens committed in each round, and the mean loss."""
-
-    rounds: list[list[int]]
-    loss: float
-
-    def acceptance_length(self, num_sequences: int | None = None) -> float:
-        """Tokens a round over the first `num_sequences`, None for all."""
-        pooled = [tokens for rounds in self.rounds[:num_sequences] for tokens in rounds]
-        return sum(pooled) / len(pooled)
-
-    def survival(self, num_proposals: int) -> list[float]:
-        """See `speedstack.dflash.accept.survival`."""
-        return survival(self.rounds, num_proposals)
 
 
 class DrafterRecipe(Recipe):
@@ -126,13 +80,14 @@ class DrafterRecipe(Recipe):
         self.device, self.world = world.device, world
         self.target_sha256 = weights_sha256(section.target)
         self.target_dtype = resolve_precision(section.target_dtype, world.device)
+        tokenizer = load_tokenizer(section.target)
         with world.main_first():
-            corpus = corpus_for(self.config.data, load_tokenizer(section.target))
-        self.separator_id = int(corpus.tokenizer.eos_token_id)
+            corpus = needed_corpus(self.config, tokenizer)
+            splits = splits_of(self.config, tokenizer, corpus)
         target_config = read_config(section.target)[0].get_text_config()
-        self.draft_config = draft_config(self.config, target_config, corpus.tokenizer.mask_token_id, self.target_sha256)
-        self.corpus = PackedWindows(corpus.train, self.config.data.sequence_length)
-        splits = splits_of(self.config, corpus)
+        self.draft_config = draft_config(self.config, target_config, tokenizer.mask_token_id, self.target_sha256)
+        length = self.config.data.sequence_length
+        corpus_windows = None if corpus is None else PackedWindows(corpus.train, length)
         with self._bar("writing text", "seq") as bar:
             write_splits(self.config, splits, self.target_sha256, _advance(bar), world.rank, world.size)
         world.barrier()
@@ -142,8 +97,15 @@ class DrafterRecipe(Recipe):
         self.features_path = section.features_path or self.config.run_directory / "features"
         needs_final = self.objective.is_soft or (section.features == "disk" and holds_final(self.features_path))
         self.target.tap(self.draft_config.target_layer_ids, with_final=needs_final)
-        self.heldout = GreedyText.of_windows(texts["heldout"].ids_NT, section.prompt_length)
-        self.written = texts.get("train")
+        self.data_card = describe_text(self.config, splits)
+        self.heldout = GreedyText.of_sequences(texts["heldout"])
+        self.by_document = section.prompts.source is not None
+        self.written: WrittenText | None = None
+        if "train" in texts:
+            arrange = WrittenText.packed if self.by_document else WrittenText.of_continuations
+            self.written = arrange(texts["train"], length)
+        separator_id = None if corpus is None else int(tokenizer.eos_token_id)
+        self.windows = WindowStream(self.config, corpus_windows, self.written, separator_id)
         self._keep_features()
         self._heads: dict[torch.dtype, Tensor] = {}
         self._engine: Engine | None = None
@@ -157,21 +119,14 @@ class DrafterRecipe(Recipe):
         if self.draft_config.mask_embedding:
             model.init_mask_embedding(self.target.embedding_VD.cpu())
         if self.draft_config.draft_vocab_size is not None:
-            model.set_draft_vocab(self._draft_vocabulary(self.draft_config.draft_vocab_size))
+            model.set_draft_vocab(
+                self.windows.most_frequent(self.draft_config.draft_vocab_size, self.draft_config.vocab_size)
+            )
         return model
 
     def batch(self, indices: Sequence[int]) -> Windows:
         """Windows of the examples with these numbers: written ones spread evenly among those of the corpus."""
-        fraction = self.config.drafter.written_fraction
-        windows = []
-        for index in indices:
-            num_written = int((index + 1) * fraction)
-            if num_written > int(index * fraction):
-                windows.append(self._written_window(num_written - 1, index))
-            else:
-                windows.append(self._corpus_window(index - num_written, index))
-        columns = zip(*(vars(window).values() for window in windows), strict=True)
-        return Windows(*(torch.cat(column) for column in columns)).to(self.device)
+        return self.windows.batch(indices).to(self.device)
 
     def loss(self, model: Callable[..., Any], batch: Windows) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted loss of the blocks; metrics: share of right tokens right after an anchor, mean tau."""
@@ -201,37 +156,10 @@ class DrafterRecipe(Recipe):
                     metrics[f"{name}_at_{j + 1}"] = share
         return metrics
 
-    @torch.no_grad()
     def simulate(self, model: nn.Module, text: GreedyText | None = None) -> Simulated:
-        """The rounds of greedy decoding on `text`, without decoding, and the loss at all anchors; None: held-out text.
-
-        The rounds are the engine's, those that the end of a sequence cuts short included.
-        """
+        """The rounds of greedy decoding on `text`, None for the held-out one, without decoding; and the loss."""
         text = self.heldout if text is None else text
-        length = text.ids_NT.shape[1]
-        anchors = torch.arange(min(text.prompt_lengths), length - 1)
-        is_text_NT = torch.arange(length) < torch.tensor(text.lengths)[:, None]
-        total_loss, total_weight, runs = 0.0, 0, []
-        batches = zip(
-            text.ids_NT.split(_EVAL_SEQUENCES_AT_ONCE), is_text_NT.split(_EVAL_SEQUENCES_AT_ONCE), strict=True
-        )
-        for ids_BT, is_text_BT in batches:
-            parts = []
-            for part in anchors.split(_EVAL_ANCHORS_AT_ONCE):
-                anchors_BA = part.expand(len(ids_BT), -1)
-                real_BA = torch.ones_like(anchors_BA, dtype=torch.bool)
-                windows = Windows(ids_BT, torch.zeros_like(ids_BT), is_text_BT, anchors_BA, real_BA)
-                result, _ = self.blocks_loss(model, windows.to(self.device))
-                total_loss += float(result.loss) * real_BA.numel()
-                total_weight += real_BA.numel()
-                parts.append(leading_run(result.correct_AJ).view(len(ids_BT), -1))
-            runs += torch.cat(parts, dim=1).tolist()
-        first = int(anchors[0])
-        rounds = [
-            walk_rounds(run[prompt_length - first : length - 1 - first])
-            for run, prompt_length, length in zip(runs, text.prompt_lengths, text.lengths, strict=True)
-        ]
-        return Simulated(rounds, total_loss / total_weight)
+        return simulate(text, lambda windows: self.blocks_loss(model, windows.to(self.device)))
 
     def serve(self, model: DFlashDraftModel, temperature: float) -> AcceptanceResult:
         """Acceptance of the running drafter on this process's share of the prompts to serve, decoded by the engine."""
@@ -239,10 +167,12 @@ class DrafterRecipe(Recipe):
             self._engine = serving_engine(self.config)
         self._engine.set_drafter(model)
         section, world = self.config.drafter, self.world
-        prompts = self.heldout.ids_NT[: section.num_served_prompts, : section.prompt_length].tolist()
+        prompts = self.heldout.prompts(section.num_served_prompts)
         share = prompts[world.rank :: world.size] or prompts[:1]
         num_new_tokens = self.config.data.sequence_length - section.prompt_length
-        return measure_acceptance(self._engine, {"held-out": share}, num_new_tokens, temperature)
+        return measure_acceptance(
+            self._engine, {"held-out": share}, num_new_tokens, temperature, ignore_eos=not self.by_document
+        )
 
     def export(self, model: nn.Module, path: Path) -> None:
         assert isinstance(model, DFlashDraftModel)
@@ -253,16 +183,15 @@ class DrafterRecipe(Recipe):
         section, optim, loop = self.config.drafter, self.config.optim, self.config.loop
         simulated = self._simulated or self.simulate(model)  # the last evaluation was of the finished drafter
         num_new = self.config.data.sequence_length - section.prompt_length
-        temperatures = ", ".join(map(str, section.temperatures))
         written = self.written
-        text_sha256 = {"text SHA-256": windows_sha256(written.ids_NT)} if written is not None else {}
+        text_sha256 = (
+            {"text SHA-256": windows_sha256(written.ids_NT, written.documents_NT)} if written is not None else {}
+        )
         return {
             "target": str(section.target),
-            "data": f"{section.num_sequences} texts of {num_new} tokens that the target wrote after prompts of "
-            f"{section.prompt_length}, at temperature {temperatures}; {section.written_fraction:.0%} of the windows, "
-            f"the others from the corpus {self.config.data.source}",
-            "measured": f"Greedy, {len(self.heldout.lengths)} held-out prompts, {num_new} new tokens, simulated on the "
-            "target's own text.",
+            "data": self.data_card,
+            "measured": f"Greedy, {len(self.heldout.lengths)} held-out prompts, {num_new} new tokens"
+            f"{' at most' if self.by_document else ''}, simulated on the target's own text.",
             "acceptance": {"held-out": round(simulated.acceptance_length(), 3)},
             "training": {
                 "steps": loop.num_steps,
@@ -294,7 +223,7 @@ class DrafterRecipe(Recipe):
             config.mask_token_id,
             config.num_proposals,
         )
-        features = self.target.features(windows.ids_BT, windows.documents_BT)
+        features = self.features(windows)
         positions_BT = torch.arange(windows.ids_BT.shape[1], device=self.device).expand_as(windows.ids_BT)
         hidden_BQD = model(
             features.taps_BTC,
@@ -320,6 +249,10 @@ class DrafterRecipe(Recipe):
         )
         return result, valid_AJ
 
+    def features(self, windows: Windows) -> Features:
+        """The target's features of `windows`; documents in one window do not see each other."""
+        return self.target.features(windows.ids_BT, windows.documents_BT)
+
     def product_dtype(self) -> torch.dtype:
         """dtype of this step's products with the LM head."""
         kind = self.device.type
@@ -332,29 +265,20 @@ class DrafterRecipe(Recipe):
             self._heads[dtype] = module.draft_head(self.target.head_VD(dtype))
         return self._heads[dtype]
 
-    def _draft_vocabulary(self, size: int) -> Tensor:
-        """The `size` most frequent tokens of what training predicts, ascending; of equals the lower ids."""
-        if self.written is None:
-            ids = torch.cat([self.corpus.window(index) for index in range(len(self.corpus))])
-        else:
-            ids = self.written.ids_NT[self.written.predictable_NT]
-        counts_V = torch.bincount(ids, minlength=self.draft_config.vocab_size)
-        return counts_V.sort(descending=True, stable=True).indices[:size].sort().values
-
     def _keep_features(self) -> None:
         """Compute the features that are kept, or what is missing of them."""
         section, world = self.config.drafter, self.world
         if section.features == "online" or self.written is None:
             return
-        ids_NT = self.written.ids_NT
+        ids_NT, documents_NT = self.written.ids_NT, self.written.documents_NT
         if section.features == "memory":
-            self.target.precompute(ids_NT, int(section.features_gib * 2**30))
+            self.target.precompute(ids_NT, int(section.features_gib * 2**30), documents_NT)
             return
         settings = FeatureSettings(
             target_sha256=self.target_sha256,
             target_layer_ids=self.target.layer_ids,
             with_final=self.target.with_final,
-            windows_sha256=windows_sha256(ids_NT),
+            windows_sha256=windows_sha256(ids_NT, documents_NT),
             target_dtype=str(self.target_dtype).removeprefix("torch."),
             dtype=section.features_dtype,
         )
@@ -369,39 +293,13 @@ class DrafterRecipe(Recipe):
                 world.rank,
                 world.size,
                 lambda done: advance(done, len(ids_NT)),
+                documents_NT,
             )
         world.barrier()
-        self.target.keep(StoredFeatures(self.features_path, ids_NT, settings))
+        self.target.keep(StoredFeatures(self.features_path, ids_NT, settings, documents_NT))
 
     def _bar(self, what: str, unit: str) -> Any:
         return tqdm(desc=what, unit=unit, leave=False, disable=not (self.show_progress and self.world.is_main))
-
-    def _written_window(self, place: int, index: int) -> Windows:
-        """Window `place` of the endless stream of written text; its labels are the target's own tokens only."""
-        assert self.written is not None
-        epoch, within = divmod(place, len(self.written))
-        rng = generator(self.config.run.seed, ORDER, epoch)
-        row = int(torch.randperm(len(self.written), generator=rng)[within])
-        ids_BT, documents_BT, predictable_BT = (part[row : row + 1] for part in vars(self.written).values())
-        return self._with_anchors(ids_BT, documents_BT, predictable_BT, index)
-
-    def _corpus_window(self, place: int, index: int) -> Windows:
-        ids_BT = self.corpus.examples(self.config.run.seed, [place])
-        everything = torch.ones_like(ids_BT, dtype=torch.bool)
-        return self._with_anchors(ids_BT, document_ids(ids_BT, self.separator_id), everything, index)
-
-    def _with_anchors(self, ids_BT: Tensor, documents_BT: Tensor, predictable_BT: Tensor, index: int) -> Windows:
-        rng = generator(self.config.run.seed, ANCHORS, index)
-        anchors_BA, real_BA = sample_anchors(documents_BT, predictable_BT, self.config.drafter.num_anchors, rng)
-        return Windows(ids_BT, documents_BT, predictable_BT, anchors_BA, real_BA)
-
-
-def gather_final(final_BTD: Tensor | None, before_BAJ: Tensor) -> Tensor | None:
-    """The target's final states [A, J, D] at the positions before the labels, blocks of all windows in a row."""
-    if final_BTD is None:
-        return None
-    window_B11 = torch.arange(len(final_BTD), device=final_BTD.device)[:, None, None]
-    return final_BTD[window_B11, before_BAJ].flatten(0, 1)
 
 
 def draft_config(
@@ -495,9 +393,10 @@ def train_drafter(config: DrafterConfig, on_step: OnStep | None = None) -> RunRe
     file = result.path / "acceptance.json"
     if config.drafter.architecture == "dflash" and not file.is_file() and int(os.environ.get("RANK", "0")) == 0:
         engine = serving_engine(config, result.export_path)
-        corpus = corpus_for(config.data, load_tokenizer(config.drafter.target))
-        split = splits_of(config, corpus)["heldout"]
-        measured = measure_acceptance(engine, {"held-out": split.prompts_NP.tolist()}, split.sampling.num_new_tokens)
+        tokenizer = load_tokenizer(config.drafter.target)
+        split = splits_of(config, tokenizer, needed_corpus(config, tokenizer))["heldout"]
+        prompts, sampling = {"held-out": split.prompt_lists()}, split.sampling
+        measured = measure_acceptance(engine, prompts, sampling.num_new_tokens, ignore_eos=not sampling.stops_at_eos)
         write_atomically(file, measured.model_dump_json(indent=2) + "\n")
     if file.is_file():
         measured = AcceptanceResult.model_validate_json(file.read_text(encoding="utf-8"))

@@ -1,27 +1,31 @@
 """The text a drafter is trained and judged on, as a stage before training: prompts, and what the target makes of them.
 
-Prompts are pieces of the corpus's documents. Training text is sampled at the configured temperatures; evaluation text
-is greedy continuations of held-out prompts, because greedy text does not depend on the drafter. Both stay on disk and
-are resumed shard by shard (`selftext.py`).
+Prompts are pieces of the corpus's documents, or come from a source of their own (`prompts.py`), which may bring the
+answers too. Training text is sampled at the configured temperatures; evaluation text is greedy continuations of
+held-out prompts, because greedy text does not depend on the drafter. Both stay on disk and are resumed shard by shard
+(`selftext.py`).
 
 Shapes: N sequences, P prompt tokens, T tokens of a window.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.runtime import Engine
 from speedstack.train.config import DrafterConfig
 from speedstack.train.corpus import Corpus, corpus_for
+from speedstack.train.packing import Sequences
+from speedstack.train.prompts import prepare_prompts
 from speedstack.train.qat import load_tokenizer
-from speedstack.train.selftext import Sampling, continue_prompts, cut_prompts, load_text, num_sequences_of
+from speedstack.train.selftext import Prompts, Sampling, continue_prompts, cut_prompts, load_text, num_sequences_of
 
 # First keys of the random generators, so that no two uses share numbers; the recipe continues the count.
 TRAIN_PROMPTS, EVAL_PROMPTS, ORDER, ANCHORS = range(4)
@@ -30,29 +34,15 @@ OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class WrittenText:
-    """Windows of the target's text: tokens and documents int64 [N, T], and bool [N, T] where the target wrote."""
-
-    ids_NT: Tensor
-    documents_NT: Tensor
-    predictable_NT: Tensor
-
-    def __len__(self) -> int:
-        return len(self.ids_NT)
-
-    @classmethod
-    def of_continuations(cls, ids_NT: Tensor, prompt_length: int) -> WrittenText:
-        """One document a window, end-of-text or not: in serving the context is never cut either."""
-        predictable_NT = (torch.arange(ids_NT.shape[1]) >= prompt_length).expand(ids_NT.shape).contiguous()
-        return cls(ids_NT, torch.zeros_like(ids_NT), predictable_NT)
-
-
-@dataclass(frozen=True)
 class Split:
-    """Prompts int64 [N, P], and how the target continues them."""
+    """Prompts, int64 [N, P] or lists of any lengths, and how the target continues them; or the answers given."""
 
-    prompts_NP: Tensor
+    prompts: Prompts
     sampling: Sampling
+    given: list[list[int]] | None = None
+
+    def prompt_lists(self) -> list[list[int]]:
+        return self.prompts.tolist() if isinstance(self.prompts, torch.Tensor) else [list(ids) for ids in self.prompts]
 
 
 def write_text(config: DrafterConfig, on_progress: OnProgress | None = None) -> None:
@@ -61,21 +51,38 @@ def write_text(config: DrafterConfig, on_progress: OnProgress | None = None) -> 
     `on_progress(done, total)` counts sequences. Raises ValueError for prompts and settings that do not fit the target
     or the text that is there already; OSError for the disk.
     """
-    corpus = corpus_for(config.data, load_tokenizer(config.drafter.target))
-    write_splits(config, splits_of(config, corpus), weights_sha256(config.drafter.target), on_progress)
+    tokenizer = load_tokenizer(config.drafter.target)
+    splits = splits_of(config, tokenizer, needed_corpus(config, tokenizer))
+    write_splits(config, splits, weights_sha256(config.drafter.target), on_progress)
 
 
-def splits_of(config: DrafterConfig, corpus: Corpus) -> dict[str, Split]:
-    """Prompts and sampling of each split that the target writes."""
+def needed_corpus(config: DrafterConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus | None:
+    """The corpus, prepared if it does not exist yet; None where neither prompts nor windows come from one."""
+    if config.drafter.prompts.source is not None and config.drafter.written_fraction == 1:
+        return None
+    return corpus_for(config.data, tokenizer)
+
+
+def splits_of(config: DrafterConfig, tokenizer: PreTrainedTokenizerBase, corpus: Corpus | None) -> dict[str, Split]:
+    """Prompts and sampling of each split that the target writes. Raises as `prepare_prompts` and `cut_prompts`."""
     section = config.drafter
     seed = config.run.seed if section.text_seed is None else section.text_seed
     greedy = Sampling(config.data.sequence_length - section.prompt_length)
-    heldout_NP = cut_prompts(corpus.heldout, section.num_eval_sequences, section.prompt_length, seed, EVAL_PROMPTS)
-    splits = {"heldout": Split(heldout_NP, greedy)}
+    sampled = replace(greedy, temperatures=section.temperatures, top_p=section.top_p, seed=seed)
+    if section.prompts.source is None:
+        assert corpus is not None
+        heldout_NP = cut_prompts(corpus.heldout, section.num_eval_sequences, section.prompt_length, seed, EVAL_PROMPTS)
+        splits = {"heldout": Split(heldout_NP, greedy)}
+        if section.written_fraction > 0:
+            train_NP = cut_prompts(corpus.train, section.num_sequences, section.prompt_length, seed, TRAIN_PROMPTS)
+            splits["train"] = Split(train_NP, sampled)
+        return splits
+    prepared = prepare_prompts(text_path(config) / "prompts", config, tokenizer, seed)
+    chat = {"stops_at_eos": True, "chat_template_sha256": prepared.facts["chat_template_sha256"]}
+    splits = {"heldout": Split([c.prompt for c in prepared.heldout], replace(greedy, **chat))}
     if section.written_fraction > 0:
-        train_NP = cut_prompts(corpus.train, section.num_sequences, section.prompt_length, seed, TRAIN_PROMPTS)
-        sampling = replace(greedy, temperatures=section.temperatures, top_p=section.top_p, seed=seed)
-        splits["train"] = Split(train_NP, sampling)
+        given = [c.response for c in prepared.train] if section.prompts.responses == "given" else None
+        splits["train"] = Split([c.prompt for c in prepared.train], replace(sampled, **chat), given)
     return splits
 
 
@@ -88,8 +95,9 @@ def write_splits(
     world_size: int = 1,
 ) -> None:
     """This rank's part of all splits, with one engine, and one count over all of them."""
+    splits = {name: split for name, split in splits.items() if split.given is None}
     done = {name: 0 for name in splits}
-    total = sum(num_sequences_of(len(split.prompts_NP), rank, world_size) for split in splits.values())
+    total = sum(num_sequences_of(len(split.prompts), rank, world_size) for split in splits.values())
     engines: list[Engine] = []
 
     def engine() -> Engine:
@@ -105,13 +113,42 @@ def write_splits(
                 on_progress(sum(done.values()), total)
 
         path = text_path(config) / name
-        continue_prompts(path, engine, target_sha256, split.prompts_NP, split.sampling, rank, world_size, advance)
+        continue_prompts(path, engine, target_sha256, split.prompts, split.sampling, rank, world_size, advance)
 
 
-def read_split(config: DrafterConfig, name: str, split: Split, target_sha256: str) -> WrittenText:
+def read_split(config: DrafterConfig, name: str, split: Split, target_sha256: str) -> Sequences:
     """What `write_splits` wrote. Raises ValueError where it is missing, corrupt or made with other settings."""
-    ids_NT = load_text(text_path(config) / name, target_sha256, split.prompts_NP, split.sampling)
-    return WrittenText.of_continuations(ids_NT, config.drafter.prompt_length)
+    prompts = split.prompt_lists()
+    if split.given is None:
+        ids = load_text(text_path(config) / name, target_sha256, split.prompts, split.sampling)
+    else:
+        ids = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, split.given, strict=True)]
+    return Sequences(ids, [len(prompt) for prompt in prompts])
+
+
+def describe_text(config: DrafterConfig, splits: dict[str, Split]) -> str:
+    """What a model card says of the training text."""
+    section, data = config.drafter, config.data
+    num_new = data.sequence_length - section.prompt_length
+    how = f"at temperature {', '.join(map(str, section.temperatures))}"
+    if section.prompts.source is None:
+        written = (
+            f"{section.num_sequences} texts of {num_new} tokens that the target wrote after prompts of "
+            f"{section.prompt_length}, {how}"
+        )
+    else:
+        train = splits.get("train")
+        facts = json.loads((text_path(config) / "prompts" / "prompts.json").read_text(encoding="utf-8"))
+        digest = f"SHA-256 of the ids {facts['train_sha256']}"
+        given = train is not None and train.given is not None
+        whose = "came with them" if given else f"the target wrote, {how}, {num_new} tokens at most"
+        num_train = 0 if train is None else len(train.prompts)
+        heldout = section.prompts.heldout_source or "the same source"
+        written = (
+            f"{num_train} prompts of {section.prompts.source}, {digest}, with answers that {whose}; "
+            f"{len(splits['heldout'].prompts)} held-out prompts of {heldout}"
+        )
+    return f"{written}; {section.written_fraction:.0%} of the windows, the others from the corpus {data.source}"
 
 
 def text_path(config: DrafterConfig) -> Path:

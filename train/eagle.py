@@ -20,7 +20,9 @@ from speedstack.dflash.block import make_blocks
 from speedstack.dflash.eagle import EagleHead
 from speedstack.dflash.loss import BlockLoss, block_loss
 from speedstack.train.config import DrafterConfig
-from speedstack.train.drafter import DrafterRecipe, Windows, gather_final
+from speedstack.train.drafter import DrafterRecipe
+from speedstack.train.drafter_windows import Windows
+from speedstack.train.frozen_target import gather_final
 from speedstack.train.trainer import save_tensors
 
 WEIGHTS_NAME = "eagle.safetensors"
@@ -63,7 +65,7 @@ class EagleRecipe(DrafterRecipe):
             config.mask_token_id,
             config.num_proposals,
         )
-        features = self.target.features(windows.ids_BT, windows.documents_BT)
+        features = self.features(windows)
         embeds_BTD = nn.functional.embedding(windows.ids_BT, self.target.embedding_VD)
         positions_T = torch.arange(windows.ids_BT.shape[1], device=self.device)
         # A filler block's anchor is 0, with nothing before it: position 1 stands in, and nothing of it counts.

@@ -44,29 +44,44 @@ class FeatureSettings:
     dtype: str
 
 
-def window_keys(ids_NT: Tensor) -> list[bytes]:
-    """One key a window: equal tokens, equal key."""
+def window_keys(ids_NT: Tensor, documents_NT: Tensor | None = None) -> list[bytes]:
+    """One key a window: of equal tokens and equal documents. A window that is one document has the key of its tokens,
+    as without `documents_NT`: its features are the same."""
     assert ids_NT.dtype == torch.int64, "equal windows have equal bytes in one dtype only"
-    return [ids_T.tobytes() for ids_T in ids_NT.cpu().numpy()]
+    keys = [row.tobytes() for row in ids_NT.cpu().numpy()]
+    if documents_NT is None:
+        return keys
+    assert documents_NT.dtype == torch.int64, "as above"
+    documents_NT = documents_NT.cpu()
+    rows = zip(keys, is_one_document(documents_NT).tolist(), documents_NT.numpy(), strict=True)
+    return [key if is_one else key + documents.tobytes() for key, is_one, documents in rows]
 
 
-def windows_sha256(ids_NT: Tensor) -> str:
-    """Digest of the tokens and of their cut into windows."""
-    return hashlib.sha256(b"".join([str(tuple(ids_NT.shape)).encode(), *window_keys(ids_NT)])).hexdigest()
+def is_one_document(documents_NT: Tensor) -> Tensor:
+    """Whether a window is one document from end to end, without padding, whose document is negative; bool [N]."""
+    return ((documents_NT == documents_NT[:, :1]) & (documents_NT >= 0)).all(1)
+
+
+def windows_sha256(ids_NT: Tensor, documents_NT: Tensor | None = None) -> str:
+    """Digest of the tokens and of their cut into windows and, as in `window_keys`, documents."""
+    keys = window_keys(ids_NT, documents_NT)
+    return hashlib.sha256(b"".join([str(tuple(ids_NT.shape)).encode(), *keys])).hexdigest()
 
 
 def write_features(
     path: Path,
     ids_NT: Tensor,
     settings: FeatureSettings,
-    compute: Callable[[Tensor], Tensor],
+    compute: Callable[..., Tensor],
     rank: int = 0,
     world_size: int = 1,
     on_progress: Callable[[int], None] | None = None,
+    documents_NT: Tensor | None = None,
 ) -> None:
     """Write this rank's missing shards of the features of `ids_NT` into the directory `path`.
 
-    `compute` gives [n, T, C] for windows [n, T], n up to WINDOWS_A_SHARD; `on_progress(done)` counts this rank's.
+    `compute` gives [n, T, C] for windows [n, T], n up to WINDOWS_A_SHARD, and is given their part of `documents_NT` too
+    where there is one; `on_progress(done)` counts this rank's.
     Raises ValueError when `path` holds other features, OSError, one line, when it cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
@@ -76,11 +91,12 @@ def write_features(
         write_atomically(path / "settings.json", json.dumps(_plain(settings), indent=2) + "\n")
     done = 0
     for shard in range(rank, _num_shards(len(ids_NT)), world_size):
-        part_NT = ids_NT[shard * WINDOWS_A_SHARD : (shard + 1) * WINDOWS_A_SHARD]
+        rows = slice(shard * WINDOWS_A_SHARD, (shard + 1) * WINDOWS_A_SHARD)
+        parts = [ids_NT[rows]] if documents_NT is None else [ids_NT[rows], documents_NT[rows]]
         file = _shard_path(path, shard)
         if not file.is_file():
             temporary = file.with_suffix(".part")
-            features = compute(part_NT).to("cpu", getattr(torch, settings.dtype)).contiguous()
+            features = compute(*parts).to("cpu", getattr(torch, settings.dtype)).contiguous()
             try:
                 save_tensors({_TENSOR: features}, temporary)
                 os.replace(temporary, file)
@@ -90,7 +106,7 @@ def write_features(
                     f"cannot write {file}: {error.strerror or error}; make room, then run the same command again to go "
                     "on, or use drafter.features online"
                 ) from error
-        done += len(part_NT)
+        done += len(parts[0])
         if on_progress is not None:
             on_progress(done)
 
@@ -101,9 +117,11 @@ class StoredFeatures(Mapping[bytes, Tensor]):
     Raises ValueError for another cache's settings and for a missing or corrupt shard.
     """
 
-    def __init__(self, path: Path, ids_NT: Tensor, settings: FeatureSettings) -> None:
+    def __init__(
+        self, path: Path, ids_NT: Tensor, settings: FeatureSettings, documents_NT: Tensor | None = None
+    ) -> None:
         _check_settings(path, settings)
-        self._rows = {key: row for row, key in enumerate(window_keys(ids_NT))}
+        self._rows = {key: row for row, key in enumerate(window_keys(ids_NT, documents_NT))}
         self._slices = []
         for shard in range(_num_shards(len(ids_NT))):
             file = _shard_path(path, shard)

@@ -5,13 +5,15 @@ kept, in memory or on disk (`features.py`): otherwise the target's forward is ha
 computed before the first step and not when they are first needed: on a CPU the bits of a product depend on what else is
 in the batch, and a resumed run must have the same ones.
 
-Shape suffixes: B windows, T positions, D hidden, V vocabulary, C = taps * hidden.
+Conversations that share a window must not see each other. The target reads each as a sequence of its own, from position
+0 on, beside others of about its length: no mask that a family would have to know, and what serving computes.
+
+Shape suffixes: B windows, T positions, D hidden, V vocabulary, C = taps * hidden, A blocks, J proposals.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from speedstack.quant.checkpoint import load_model
 from speedstack.train.attention import enable_blockwise_attention
-from speedstack.train.features import window_keys
+from speedstack.train.features import is_one_document, window_keys
 
 _WINDOWS_AT_ONCE = 8
 
@@ -31,6 +33,14 @@ class Features(NamedTuple):
 
     taps_BTC: Tensor
     final_BTD: Tensor | None
+
+
+def gather_final(final_BTD: Tensor | None, before_BAJ: Tensor) -> Tensor | None:
+    """The target's final states [A, J, D] at the positions before the labels, blocks of all windows in a row."""
+    if final_BTD is None:
+        return None
+    window_B11 = torch.arange(len(final_BTD), device=final_BTD.device)[:, None, None]
+    return final_BTD[window_B11, before_BAJ].flatten(0, 1)
 
 
 class FrozenTarget:
@@ -74,7 +84,7 @@ class FrozenTarget:
         """Values kept of a position."""
         return (len(self.layer_ids) + self.with_final) * self.config.hidden_size
 
-    def precompute(self, ids_BT: Tensor, max_bytes: int) -> None:
+    def precompute(self, ids_BT: Tensor, max_bytes: int, documents_BT: Tensor | None = None) -> None:
         """Compute the features of these windows now, into memory; warns where only some fit into `max_bytes`."""
         bytes_a_window = ids_BT.shape[1] * self.num_columns * torch.float32.itemsize
         num_windows = min(len(ids_BT), max_bytes // bytes_a_window)
@@ -84,15 +94,21 @@ class FrozenTarget:
                 "those of the others are computed in every epoch",
                 stacklevel=2,
             )
-        self._kept = dict(
-            zip(window_keys(ids_BT[:num_windows]), self.compute(ids_BT[:num_windows]), strict=True)
-            if num_windows
-            else {}
-        )
+        if not num_windows:
+            self._kept = {}
+            return
+        ids_BT, documents_BT = ids_BT[:num_windows], None if documents_BT is None else documents_BT[:num_windows]
+        self._kept = dict(zip(window_keys(ids_BT, documents_BT), self.compute(ids_BT, documents_BT), strict=True))
 
-    def compute(self, ids_BT: Tensor) -> Tensor:
-        """Features and, if asked for, final states of these windows side by side, float32 [B, T, num_columns]."""
-        parts = [self._forward(part_BT.to(self.embedding_VD.device)) for part_BT in ids_BT.split(_WINDOWS_AT_ONCE)]
+    def compute(self, ids_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        """Features and, if asked for, final states of these windows side by side, float32 [B, T, num_columns].
+
+        `documents_BT` as in `features`.
+        """
+        parts = []
+        for rows in torch.arange(len(ids_BT)).split(_WINDOWS_AT_ONCE):
+            part_BT = ids_BT[rows].to(self.embedding_VD.device)
+            parts.append(self._columns(part_BT, None if documents_BT is None else documents_BT[rows]))
         return torch.cat(parts)
 
     def keep(self, features: Mapping[bytes, Tensor]) -> None:
@@ -102,17 +118,16 @@ class FrozenTarget:
     def features(self, ids_BT: Tensor, documents_BT: Tensor | None = None) -> Features:
         """Float32 features of these windows, taps concatenated in the order of `tap`.
 
-        `documents_BT`: number of each position's document, ascending. The target reads each document alone, as it will
-        when it serves; None: a window is one document. Windows whose features are kept are one.
+        With `documents_BT` (int64, negative: padding) a position sees its own document alone, as it does in serving,
+        and padding has zeros; None: a window is one document.
         """
-        keys = window_keys(ids_BT) if self._kept else [b""] * len(ids_BT)
+        keys = window_keys(ids_BT, documents_BT) if self._kept else [b""] * len(ids_BT)
         missing = [place for place, key in enumerate(keys) if key not in self._kept]
         if len(missing) == len(keys):
-            columns = self._forward_documents(ids_BT, documents_BT)
+            columns = self._columns(ids_BT, documents_BT)
         else:
-            documents = documents_BT[missing] if documents_BT is not None else None
-            computed = [*self._forward_documents(ids_BT[missing], documents)] if missing else []
-            found = dict(zip(missing, computed, strict=True))
+            others = None if documents_BT is None else documents_BT[missing]
+            found = dict(zip(missing, self._columns(ids_BT[missing], others), strict=True)) if missing else {}
             rows = [found[place] if place in found else self._kept[key] for place, key in enumerate(keys)]
             columns = torch.stack([row.to(ids_BT.device, torch.float32) for row in rows])
         if not self.with_final:
@@ -120,22 +135,21 @@ class FrozenTarget:
         width = len(self.layer_ids) * self.config.hidden_size
         return Features(columns[..., :width], columns[..., width:])
 
-    def _forward_documents(self, ids_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
-        """`_forward` of every document alone, those of one length together; float32 [B, T, num_columns]."""
-        if documents_BT is None or bool((documents_BT[:, :1] == documents_BT).all()):
+    def _columns(self, ids_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
+        """`_forward` of every document alone, beside others of about its length; float32 [B, T, num_columns]."""
+        if documents_BT is None or bool(is_one_document(documents_BT).all()):
             return self._forward(ids_BT)
-        columns = torch.empty(*ids_BT.shape, self.num_columns, device=ids_BT.device)
-        places: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for window, documents_T in enumerate(documents_BT):
-            start = 0
-            for length in documents_T.unique_consecutive(return_counts=True)[1].tolist():
-                places[length].append((window, start))
-                start += length
-        for length, pieces in places.items():
-            found = self._forward(torch.stack([ids_BT[window, start : start + length] for window, start in pieces]))
-            for (window, start), columns_TC in zip(pieces, found, strict=True):
-                columns[window, start : start + length] = columns_TC
-        return columns
+        spans = _document_spans(documents_BT)
+        columns_BTC = torch.zeros(*ids_BT.shape, self.num_columns, device=ids_BT.device)
+        for group in _of_similar_length(spans, ids_BT.numel()):
+            length = max(end - start for _, start, end in group)
+            rows = torch.zeros(len(group), length, dtype=torch.int64, device=ids_BT.device)
+            for place, (row, start, end) in enumerate(group):
+                rows[place, : end - start] = ids_BT[row, start:end]
+            # Padding comes after a document, where a causal model's earlier positions do not see it.
+            for (row, start, end), columns in zip(group, self._forward(rows), strict=True):
+                columns_BTC[row, start:end] = columns[: end - start]
+        return columns_BTC
 
     @torch.no_grad()
     def _forward(self, ids_BT: Tensor) -> Tensor:
@@ -152,3 +166,29 @@ class FrozenTarget:
         if dtype not in self._heads_VD:
             self._heads_VD[dtype] = self._heads_VD[torch.float32].to(dtype)
         return self._heads_VD[dtype]
+
+
+def _document_spans(documents_BT: Tensor) -> list[tuple[int, int, int]]:
+    """(row, start, end) of each document of each window, padding left out."""
+    spans = []
+    for row, documents in enumerate(documents_BT.tolist()):
+        start = 0
+        for end in range(1, len(documents) + 1):
+            if end == len(documents) or documents[end] != documents[start]:
+                if documents[start] >= 0:
+                    spans.append((row, start, end))
+                start = end
+    return spans
+
+
+def _of_similar_length(spans: list[tuple[int, int, int]], max_tokens: int) -> list[list[tuple[int, int, int]]]:
+    """The spans in groups that are padded to at most twice their tokens, and to at most `max_tokens`."""
+    groups: list[list[tuple[int, int, int]]] = []
+    longest = 0
+    for span in sorted(spans, key=lambda span: span[1] - span[2]):
+        length = span[2] - span[1]
+        if not groups or 2 * length < longest or (len(groups[-1]) + 1) * longest > max_tokens:
+            groups.append([])
+            longest = length
+        groups[-1].append(span)
+    return groups

@@ -14,7 +14,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from speedstack.train.config import DrafterConfig, JobConfig, Precision
+from speedstack.train.config import DrafterConfig, JobConfig
+from speedstack.train.section import Precision
 
 ConfigT = TypeVar("ConfigT", bound=JobConfig)
 

@@ -5,7 +5,8 @@ the very tokens a drafter has to foresee. Generating is the slow part, hence a s
 shards appear whole or not at all, an interrupted stage goes on with the missing ones, and `settings.json` keeps one
 directory from ever mixing the texts of two targets, two sets of prompts or two temperatures. Ranks share the shards.
 
-End-of-text does not stop a sequence: all have the same length, and what follows is the target's text as well.
+Pieces of documents are equally long and end-of-text does not stop them: what follows is the target's text as well.
+Prompts of a user are lists of any lengths, and an answer to one ends where the target ends it.
 
 Shapes: N sequences, P prompt tokens, T tokens of prompt and continuation.
 """
@@ -16,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,12 +40,21 @@ _OPENING_EVERY = 4  # one prompt in so many is the beginning of a document, the 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a continuation is drawn; `temperatures` take turns, shard by shard."""
+    """How a continuation is drawn; `temperatures` take turns, shard by shard.
+
+    `stops_at_eos`: it ends with the target's end token, if there is one in time. `chat_template_sha256`: of the
+    template that made the prompts, None without one.
+    """
 
     num_new_tokens: int
     temperatures: tuple[float, ...] = (0.0,)
     top_p: float = 1.0
     seed: int = 0
+    stops_at_eos: bool = False
+    chat_template_sha256: str | None = None
+
+
+Prompts = torch.Tensor | Sequence[Sequence[int]]  # int64 [N, P], or lists of any lengths
 
 
 def cut_prompts(documents: Dataset, num_prompts: int, length: int, *keys: int) -> torch.Tensor:
@@ -77,43 +87,45 @@ def continue_prompts(
     path: Path,
     make_engine: Callable[[], Engine],
     target_sha256: str,
-    prompts_NP: torch.Tensor,
+    prompts: Prompts,
     sampling: Sampling,
     rank: int = 0,
     world_size: int = 1,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write this rank's missing shards of the continuations of `prompts_NP` into the directory `path`.
+    """Write this rank's missing shards of the continuations of `prompts` into the directory `path`.
 
     `make_engine` is called only if something is missing. `on_progress(done)` counts this rank's sequences,
     at first those that were there.
     Raises ValueError when `path` holds text made with other settings, OSError, one line, when it cannot be written.
     """
-    settings = _settings(target_sha256, prompts_NP, sampling)
+    settings = _settings(target_sha256, prompts, sampling)
     path.mkdir(parents=True, exist_ok=True)
     if (path / "settings.json").is_file():
         _check_settings(path, settings)
     elif rank == 0:
         write_atomically(path / "settings.json", json.dumps(settings, indent=2) + "\n")
-    mine = _shards_of(len(prompts_NP), rank, world_size)
+    mine = _shards_of(len(prompts), rank, world_size)
     missing = [shard for shard in mine if not _shard_path(path, shard).is_file()]
-    done = sum(len(_rows(shard, len(prompts_NP))) for shard in mine if shard not in missing)
+    done = sum(len(_rows(shard, len(prompts))) for shard in mine if shard not in missing)
     if on_progress is not None:
         on_progress(done)
     engine = make_engine() if missing else None
     for shard in missing:
         assert engine is not None
-        rows = _rows(shard, len(prompts_NP))
+        rows = _rows(shard, len(prompts))
         continuations: list[list[int]] = []
-        for start in range(0, len(rows), engine.max_batch_size):
-            part = rows[start : start + engine.max_batch_size]
+        # Answers end at different times: the engine fills the places of finished ones from the rest of the shard.
+        num_at_once = len(rows) if sampling.stops_at_eos else engine.max_batch_size
+        for start in range(0, len(rows), num_at_once):
+            part = rows[start : start + num_at_once]
             generations = engine.generate(
-                [prompts_NP[i].tolist() for i in part],
+                [_as_list(prompts[i]) for i in part],
                 max_new_tokens=sampling.num_new_tokens,
                 temperature=sampling.temperatures[shard % len(sampling.temperatures)],
                 top_p=sampling.top_p,
                 seed=[sampling.seed + i for i in part],
-                ignore_eos=True,
+                ignore_eos=not sampling.stops_at_eos,
             )
             continuations += [generation.tokens for generation in generations]
             done += len(part)
@@ -121,9 +133,9 @@ def continue_prompts(
                 on_progress(done)
         file = _shard_path(path, shard)
         temporary = file.with_suffix(".part")
-        tokens_NT = torch.cat([prompts_NP[rows.start : rows.stop], torch.tensor(continuations)], dim=1)
+        tensors = _shard_tensors(prompts[rows.start : rows.stop], continuations)
         try:
-            save_tensors({"tokens": tokens_NT.int()}, temporary)
+            save_tensors(tensors, temporary)
             os.replace(temporary, file)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -132,21 +144,26 @@ def continue_prompts(
             ) from error
 
 
-def load_text(path: Path, target_sha256: str, prompts_NP: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """The sequences int64 [N, T] that `continue_prompts` wrote, in the order of the prompts.
+def load_text(path: Path, target_sha256: str, prompts: Prompts, sampling: Sampling) -> list[torch.Tensor]:
+    """The sequences that `continue_prompts` wrote, prompts included, int64 each, in the order of the prompts.
 
     Raises ValueError for a missing or corrupt shard, and for text made with other settings.
     """
-    _check_settings(path, _settings(target_sha256, prompts_NP, sampling))
-    shards = []
-    for shard in _shards_of(len(prompts_NP), 0, 1):
+    _check_settings(path, _settings(target_sha256, prompts, sampling))
+    sequences: list[torch.Tensor] = []
+    for shard in _shards_of(len(prompts), 0, 1):
         file = _shard_path(path, shard)
+        rows = _rows(shard, len(prompts))
         try:
-            tokens = load_file(file)["tokens"].long()
+            tensors = load_file(file)
+            if isinstance(prompts, torch.Tensor):
+                sequences += tensors["tokens"].long().unbind()
+                continue
+            answers = tensors["responses"].long().split(tensors["lengths"].tolist())
         except (OSError, SafetensorError, KeyError) as error:
             raise ValueError(f"{file} is missing or corrupt ({error}): delete it and run again") from error
-        shards.append(tokens)
-    return torch.cat(shards)
+        sequences += [torch.cat([torch.tensor(prompts[i]), a]) for i, a in zip(rows, answers, strict=True)]
+    return sequences
 
 
 def num_sequences_of(num_sequences: int, rank: int, world_size: int) -> int:
@@ -166,9 +183,28 @@ def _shard_path(path: Path, shard: int) -> Path:
     return path / f"shard-{shard:05d}.safetensors"
 
 
-def _settings(target_sha256: str, prompts_NP: torch.Tensor, sampling: Sampling) -> dict[str, object]:
-    prompts_sha256 = hashlib.sha256(prompts_NP.numpy().tobytes()).hexdigest()
-    settings = {"target_sha256": target_sha256, "prompts_sha256": prompts_sha256, **asdict(sampling)}
+def _as_list(ids: torch.Tensor | Sequence[int]) -> list[int]:
+    return ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+
+
+def _shard_tensors(prompts: Prompts, continuations: list[list[int]]) -> dict[str, torch.Tensor]:
+    """What a shard holds, int32: `tokens` [n, T] of equally long prompts; of others `responses` in a row, `lengths`."""
+    if isinstance(prompts, torch.Tensor):
+        return {"tokens": torch.cat([prompts, torch.tensor(continuations)], dim=1).int()}
+    responses = torch.tensor([token for tokens in continuations for token in tokens], dtype=torch.int32)
+    return {"responses": responses, "lengths": torch.tensor([len(c) for c in continuations], dtype=torch.int32)}
+
+
+def _prompts_sha256(prompts: Prompts) -> str:
+    if isinstance(prompts, torch.Tensor):
+        return hashlib.sha256(prompts.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(json.dumps([list(ids) for ids in prompts]).encode()).hexdigest()
+
+
+def _settings(target_sha256: str, prompts: Prompts, sampling: Sampling) -> dict[str, object]:
+    settings = {"target_sha256": target_sha256, "prompts_sha256": _prompts_sha256(prompts), **asdict(sampling)}
+    if not sampling.stops_at_eos:  # continuations of pieces of documents: no template, and nothing stops them
+        del settings["stops_at_eos"], settings["chat_template_sha256"]
     return json.loads(json.dumps(settings))  # tuples become lists, as they come back from the file
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,8 @@ from speedstack.runtime import Engine
 from speedstack.train.attention import enable_blockwise_attention
 from speedstack.train.config import DrafterConfig, dump_config
 from speedstack.train.distributed import World
-from speedstack.train.drafter import DrafterRecipe, GreedyText, draft_config, make_recipe, train_drafter
+from speedstack.train.drafter import DrafterRecipe, draft_config, make_recipe, train_drafter
+from speedstack.train.drafter_eval import GreedyText
 from speedstack.train.drafter_text import write_text
 from speedstack.train.frozen_target import FrozenTarget
 from speedstack.train.metrics import read_metrics
@@ -133,8 +135,8 @@ def test_written_windows_and_corpus_windows_alternate_at_one_half(recipe):
 
 def test_an_epoch_of_written_text_reads_every_sequence_once(recipe):
     num = len(recipe.written.ids_NT)
-    first = [recipe._written_window(place, 0).ids_BT[0].tolist() for place in range(num)]
-    second = [recipe._written_window(place, 0).ids_BT[0].tolist() for place in range(num, 2 * num)]
+    first = [recipe.windows.written_window(place, 0).ids_BT[0].tolist() for place in range(num)]
+    second = [recipe.windows.written_window(place, 0).ids_BT[0].tolist() for place in range(num, 2 * num)]
     assert sorted(first) == sorted(second) == sorted(recipe.written.ids_NT.tolist())
     assert first != second
 
@@ -203,6 +205,22 @@ def test_features_kept_on_disk_are_those_kept_in_memory(config, tmp_path):
     other = changed(config, drafter=hard | {"target_layer_ids": [0, 1]})
     with pytest.raises(ValueError, match="holds features with another target_layer_ids"):
         DrafterRecipe(other, show_progress=False).build(one_process())
+
+
+def test_a_step_reads_kept_features_and_computes_windows_of_several_documents(config, monkeypatch):
+    built = DrafterRecipe(changed(config, drafter={"features": "memory"}), show_progress=False)
+    built.build(one_process())
+    computed: list[int] = []
+    forward = built.target._forward
+    monkeypatch.setattr(built.target, "_forward", lambda ids_BT: computed.append(len(ids_BT)) or forward(ids_BT))
+    written = built.windows.written_window(0, 0)
+    kept = built.features(written)
+    assert not computed
+    cut = replace(written, documents_BT=(torch.arange(48) >= 20).long()[None])
+    apart = built.features(cut)
+    assert sum(computed) == 2  # each document is a row
+    torch.testing.assert_close(apart.taps_BTC[:, :20], kept.taps_BTC[:, :20])  # other batches
+    assert (apart.taps_BTC[:, 20:] - kept.taps_BTC[:, 20:]).abs().max() > 0.01
 
 
 def test_final_states_are_what_the_head_reads(recipe, tiny_packed_dir):

@@ -39,6 +39,18 @@ def test_each_window_finds_its_row(tmp_path):
         assert torch.equal(stored[key], Compute()(ids_T[None])[0])
 
 
+def test_a_window_of_one_document_has_the_key_of_its_tokens():
+    """Text that was never cut into documents keeps its keys and its digest, whether its documents are given or not."""
+    keys = window_keys(IDS)
+    assert window_keys(IDS, torch.zeros_like(IDS)) == window_keys(IDS, torch.full_like(IDS, 3)) == keys
+    assert windows_sha256(IDS, torch.zeros_like(IDS)) == windows_sha256(IDS)
+    documents = torch.zeros_like(IDS)
+    documents[1, 2:], documents[2, 3:], documents[3, 3:] = 1, 1, -1  # two documents, another cut, padding
+    mixed = window_keys(IDS[:1].expand_as(IDS), documents)
+    assert len(set(mixed[:4])) == 4 and mixed[0] == mixed[4] == keys[0]
+    assert windows_sha256(IDS, documents) != windows_sha256(IDS)
+
+
 def test_an_interrupted_stage_computes_what_is_missing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_features(tmp_path, IDS, SETTINGS, Compute(fail_after=8))
