@@ -212,7 +212,12 @@ def test_a_step_reads_kept_features_and_computes_windows_of_several_documents(co
     built.build(one_process())
     computed: list[int] = []
     forward = built.target._forward
-    monkeypatch.setattr(built.target, "_forward", lambda ids_BT: computed.append(len(ids_BT)) or forward(ids_BT))
+
+    def counted(ids_BT):
+        computed.append(len(ids_BT))
+        return forward(ids_BT)
+
+    monkeypatch.setattr(built.target, "_forward", counted)
     written = built.windows.written_window(0, 0)
     kept = built.features(written)
     assert not computed
