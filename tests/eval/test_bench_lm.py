@@ -40,6 +40,13 @@ def test_answers_agree_and_are_timed(
         if task.kind == "loglikelihood":
             assert agreement.max_difference_nats is not None
             assert agreement.max_difference_nats < LOGPROB_TOLERANCE_NATS
+        if task.kind == "generate_until":
+            assert agreement.engine_error_nats is None and agreement.adapter_error_nats is None
+        else:
+            # Sums of float64 log-probabilities: the engine adds exactly, so that long texts are no worse than short.
+            assert agreement.engine_error_nats is not None and agreement.adapter_error_nats is not None
+            assert 0 < agreement.engine_error_nats < LOGPROB_TOLERANCE_NATS
+            assert agreement.adapter_error_nats > 0
         if task.kind == "loglikelihood_rolling":
             # The adapter sums in float32.
             assert agreement.max_relative_difference is not None and agreement.max_relative_difference < 1e-6
