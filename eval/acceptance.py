@@ -7,6 +7,7 @@ committed / decode rounds with the target's bonus token included, so it is the n
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+from speedstack.eval.environment import describe_environment
 from speedstack.eval.results import AcceptanceResult, AcceptanceSet
 from speedstack.runtime import Engine, Generation
 from speedstack.runtime.strategy import DraftStrategy
@@ -53,6 +54,7 @@ def measure_acceptance(
         max_new_tokens=max_new_tokens,
         overall=summarize("all prompts", everything),
         sets=tuple(summarize(name, group) for name, group in generations.items()),
+        environment=describe_environment(),
     )
 
 

@@ -154,9 +154,10 @@ def bench(
 
 
 def _adapter(target: Path, dtype: torch.dtype, tokenizer: Any, max_length: int, batch_size: int, device: str) -> HFLM:
-    model: Any = load_model(target, dtype=dtype)
+    # Packed values are read as float32 and may then become any dtype.
+    model: Any = load_model(target, dtype=torch.float32)
     return HFLM(
-        pretrained=model.to(device).eval(),
+        pretrained=model.to(device, dtype).eval(),
         tokenizer=tokenizer,
         backend="causal",
         max_length=max_length,

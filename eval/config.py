@@ -130,7 +130,12 @@ class ReportConfig(VerbConfig):
 
     inputs: tuple[Path, ...] = Field(
         (DEMO_RUN,),
+        min_length=1,
         description="Run directories and result files; a directory stands for the runs and results inside it.",
     )
     title: str = Field("speedstack", min_length=1, description="Title of the report.")
+    wandb_mode: Literal["disabled", "offline", "online"] = Field(
+        "disabled",
+        description="Mirror the report's curves and tables to Weights & Biases; offline ones lie in OUT/wandb.",
+    )
     out: Path = Field(Path("runs/report"), description="Directory for report.html and report.json.")

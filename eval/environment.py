@@ -7,7 +7,9 @@ because a report without a processor's name is still a report. The host's name i
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -31,7 +33,24 @@ def describe_environment() -> Environment:
         python=platform.python_version(),
         packages={name: version for name in PACKAGES if (version := _version(name)) is not None},
         git_sha=_git_sha(Path(__file__).resolve()),
+        command=command_line(),
     )
+
+
+def command_line() -> str | None:
+    """The command that runs this process, if it is one of ours; a notebook's or a test's does not say what was done."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name.partition(".")[0] == "speedstack":
+        name = spec.name.removesuffix(".__main__")
+        program = ["speedstack"] if name == "speedstack" else ["python", "-m", name]
+    elif Path(sys.argv[0]).name == "speedstack":
+        program = ["speedstack"]
+    else:
+        return None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        module = program[1:] if len(program) > 1 else ["-m", *program]
+        program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *module]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def _operating_system() -> str:

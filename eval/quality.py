@@ -13,7 +13,8 @@ from typing import Any
 import lm_eval
 import torch
 
-from speedstack.eval.divergence import token_kl, token_nll, top1_matches
+from speedstack.eval.divergence import check_numbers, token_kl, token_nll, top1_matches
+from speedstack.eval.environment import describe_environment
 from speedstack.eval.lm import EngineLM
 from speedstack.eval.results import MethodQuality, QualityResult, TaskScore, to_plain
 from speedstack.eval.task_loading import PREFIX, TASK_NAMES, TaskLoader
@@ -64,7 +65,8 @@ def measure_quality(
     """Held-out perplexity of each engine, its divergence from `engines[teacher]`, and the scores of `tasks`.
 
     `windows` are id sequences of 2 tokens or more; `task_data` is the directory `make_tasks` wrote, None for no tasks;
-    `limit` caps the documents a task. Raises ValueError for a teacher that is not an engine, and as `run_tasks`.
+    `limit` caps the documents a task. Raises ValueError for a teacher that is not an engine, logits
+    that are not numbers, and as `run_tasks`.
     """
     if teacher not in engines:
         raise ValueError(f"teacher {teacher!r} is not among the engines: {', '.join(engines)}")
@@ -74,9 +76,12 @@ def measure_quality(
     for window in windows:
         targets_T = torch.tensor(window[1:])
         # The last row predicts a token that the window does not have.
-        teacher_TV = engines[teacher].logits(list(window))[:-1].cpu()
+        teacher_TV = check_numbers(engines[teacher].logits(list(window))[:-1].cpu(), teacher)
         for name, engine in engines.items():
-            logits_TV = teacher_TV if name == teacher else engine.logits(list(window))[:-1].cpu()
+            if name == teacher:
+                logits_TV = teacher_TV
+            else:
+                logits_TV = check_numbers(engine.logits(list(window))[:-1].cpu(), name)
             nll[name].append(token_nll(logits_TV, targets_T))
             kl[name].append(token_kl(teacher_TV, logits_TV))
             matches[name].append(top1_matches(teacher_TV, logits_TV))
@@ -103,7 +108,7 @@ def measure_quality(
                 tasks=scores[name],
             )
         )
-    return QualityResult(teacher=teacher, methods=tuple(methods), lm_eval=raw)
+    return QualityResult(teacher=teacher, methods=tuple(methods), lm_eval=raw, environment=describe_environment())
 
 
 def run_tasks(

@@ -72,7 +72,9 @@ def read_json(path: str | Path) -> Any:
 
 
 class Environment(Record):
-    """The machine and the software a result was measured with."""
+    """The machine and the software a result was measured with; `command` is the line that did it, None for a caller
+    in Python.
+    """
 
     machine: str
     operating_system: str
@@ -84,6 +86,7 @@ class Environment(Record):
     python: str
     packages: dict[str, str]
     git_sha: str | None
+    command: str | None = None
 
 
 class TaskScore(Record):
@@ -119,6 +122,7 @@ class QualityResult(Document):
     teacher: str
     methods: tuple[MethodQuality, ...]
     lm_eval: dict[str, dict[str, Any]] = {}
+    environment: Environment | None = None
 
     def method(self, name: str) -> MethodQuality:
         """The entry named `name`. Raises ValueError naming those there are."""
@@ -162,6 +166,7 @@ class AcceptanceResult(Document):
     max_new_tokens: int
     overall: AcceptanceSet
     sets: tuple[AcceptanceSet, ...]
+    environment: Environment | None = None
 
 
 class Spread(Record):
@@ -371,8 +376,18 @@ class Example(Record):
     text: str
 
 
+class Attachment(Record):
+    """A result file as it was read, its JSON unchanged; `name` is its path as it was given."""
+
+    name: str
+    content: dict[str, Any]
+
+
 class Report(Document):
-    """A whole run in one file; every part may be absent, so that a report can be made of what is finished."""
+    """A whole run in one file; every part may be absent, so that a report can be made of what is finished.
+
+    `attached` are results of all other kinds, and those of a kind that the run has one of already.
+    """
 
     kind: Literal["report"] = "report"
     title: str
@@ -386,6 +401,7 @@ class Report(Document):
     quality: QualityResult | None = None
     acceptance: AcceptanceResult | None = None
     timing: TimingResult | None = None
+    attached: tuple[Attachment, ...] = ()
     storage: tuple[ExpertStorage, ...] = ()
     memory_bytes: dict[str, dict[str, int]] = Field(default={}, description="engine name -> part -> bytes")
     examples: tuple[Example, ...] = ()

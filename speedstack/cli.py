@@ -109,8 +109,8 @@ VERBS = {
         "speedstack.trace:trace",
     ),
     "report": Verb(
-        "HTML and JSON from finished runs",
-        "speedstack.eval.config:ReportConfig",
+        "HTML and JSON from finished runs and result files of any kind",
+        "speedstack.jobs:load_report_config",
         "speedstack.jobs:report",
     ),
 }

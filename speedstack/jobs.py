@@ -8,13 +8,15 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from speedstack.eval.config import BenchConfig, CompareConfig, ReportConfig
+from speedstack.eval.config import BenchConfig, CompareConfig, ReportConfig, VerbConfig
 from speedstack.train.config import DrafterConfig, PretrainConfig, QatConfig
 
 if TYPE_CHECKING:
     from speedstack.train.loop import RunResult
+
+VerbConfigT = TypeVar("VerbConfigT", bound=VerbConfig)
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -40,15 +42,31 @@ def drafter(config: DrafterConfig) -> None:
 
 def load_compare_config(path: Path | None, overrides: Sequence[str]) -> CompareConfig:
     """As every verb's; instead of a YAML file, the result files may be named one after the other."""
+    if path is not None and not _is_yaml(path) and (not overrides or overrides[0].startswith("-")):
+        raise ValueError("compare needs two result files or more: speedstack compare A.json B.json")
+    return _load_naming_files(CompareConfig, "results", path, overrides)
+
+
+def load_report_config(path: Path | None, overrides: Sequence[str]) -> ReportConfig:
+    """As every verb's; instead of a YAML file, runs and result files may be named one after the other."""
+    return _load_naming_files(ReportConfig, "inputs", path, overrides)
+
+
+def _load_naming_files(
+    config: type[VerbConfigT], field: str, path: Path | None, overrides: Sequence[str]
+) -> VerbConfigT:
+    """The config from a YAML file, or with the paths before the first flag in `field`."""
     from speedstack.train.config import load_config
 
-    if path is None or path.suffix in (".yaml", ".yml"):
-        return load_config(CompareConfig, path, overrides)
+    if path is None or _is_yaml(path):
+        return load_config(config, path, overrides)
     flags = list(itertools.dropwhile(lambda argument: not argument.startswith("-"), overrides))
     named = [str(path), *overrides[: len(overrides) - len(flags)]]
-    if len(named) < 2:
-        raise ValueError("compare needs two result files or more: speedstack compare A.json B.json")
-    return load_config(CompareConfig, None, ["--results", *named, *flags])
+    return load_config(config, None, [f"--{field}", *named, *flags])
+
+
+def _is_yaml(path: Path) -> bool:
+    return path.suffix in (".yaml", ".yml")
 
 
 def compare(config: CompareConfig) -> None:
@@ -113,12 +131,17 @@ def bench(config: BenchConfig) -> None:
 
 def report(config: ReportConfig) -> None:
     """Write report.html and report.json."""
+    from speedstack.eval.environment import command_line
     from speedstack.eval.report import write_report
+    from speedstack.eval.wandb_mirror import mirror_report
     from speedstack.gather import gather
 
+    found = gather(config.inputs, config.title, commands=tuple(filter(None, [command_line()])))
     config.out.mkdir(parents=True, exist_ok=True)
-    for path in write_report(gather(config.inputs, config.title), config.out):
+    for path in write_report(found, config.out):
         _show_path(path)
+    if mirror_report(found, config.out, config.wandb_mode):
+        _show_path(config.out / "wandb", "mirrored")
 
 
 def _show_run(result: RunResult) -> None:

@@ -19,8 +19,8 @@ def task_data(documents: dict[str, str], tmp_path_factory: pytest.TempPathFactor
 
 
 def test_answers_agree_and_are_timed(
-    tiny_model_dir: Path,
-    tiny_drafter_dir: Path,
+    tiny_packed_dir: Path,
+    tiny_packed_drafter_dir: Path,
     task_data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -28,7 +28,7 @@ def test_answers_agree_and_are_timed(
 ) -> None:
     monkeypatch.setattr(bench_lm, "EXPERTS_IMPLEMENTATIONS", dict.fromkeys(bench_lm.KINDS.values(), ("grouped_mm",)))
     out = tmp_path / "lm.json"
-    arguments = [str(tiny_model_dir), "--drafter", str(tiny_drafter_dir), "--task-data", str(task_data)]
+    arguments = [str(tiny_packed_dir), "--drafter", str(tiny_packed_drafter_dir), "--task-data", str(task_data)]
     bench_lm.main([*arguments, "--repeats", "1", "--max-length", "256", "--batch-size", "2", "--out", str(out)])
     result = bench_lm.LmBench.load(out)
     assert [task.num_requests for task in result.tasks] == [12, 2, 3]
