@@ -34,6 +34,7 @@ from speedstack.dflash.ngram import NgramIndex
 from speedstack.eval.acceptance import summarize
 from speedstack.eval.drafter_rows import AblationTimes, DraftedSet, DrafterAblation, DrafterRun, RowTime
 from speedstack.eval.environment import describe_environment
+from speedstack.eval.prompts import fitting_prompts
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.runtime import Engine
 from speedstack.runtime.strategy import DraftStrategy
@@ -231,7 +232,7 @@ class Ablation:
             engine = self._serving()
             tokenizer = load_tokenizer(self.first.drafter.target)
             room = length - config.num_new_tokens
-            prompts = read_prompts(config.code_prompts, tokenizer, config.num_code_prompts, room)
+            prompts = fitting_prompts(config.code_prompts, tokenizer, room)[: config.num_code_prompts]
             written = engine.generate(prompts, max_new_tokens=config.num_new_tokens, ignore_eos=True)
             sequences = [prompt + generation.tokens for prompt, generation in zip(prompts, written, strict=True)]
             padded = [torch.tensor(sequence) for sequence in sequences]
@@ -349,25 +350,6 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read prompts {path}: {error.strerror}") from error
-
-
-def read_prompts(path: Path, tokenizer: Any, num_prompts: int, max_tokens: int) -> list[list[int]]:
-    """Token ids of the first `num_prompts` prompts of a .jsonl that have at most `max_tokens` tokens.
-
-    Raises ValueError, one line, for a file that cannot be read, a line without `prompt`, and when none fits.
-    """
-    content = _read_bytes(path)
-    try:
-        prompts = [json.loads(line)["prompt"] for line in content.decode("utf-8").splitlines() if line.strip()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no .jsonl with a field 'prompt' in every line: {error}") from error
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"{path}: a prompt is not text")
-    encoded = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts if prompt]
-    fitting = [ids for ids in encoded if 1 <= len(ids) <= max_tokens][:num_prompts]
-    if not fitting:
-        raise ValueError(f"{path}: no prompt of {len(prompts)} has 1 to {max_tokens} tokens")
-    return fitting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -234,10 +234,6 @@ def test_report_of_nothing(fails: Callable[..., str], tmp_path: Path) -> None:
     assert "no finished run" in fails("report", "--inputs", tmp_path, "--out", tmp_path / "report")
 
 
-def test_bench_without_a_corpus(fails: Callable[..., str], tmp_path: Path) -> None:
-    assert "corpus" in fails("bench", "--corpus", tmp_path / "corpus", "--out", tmp_path / "out")
-
-
 def test_demo_refuses_an_unwritable_directory(fails: Callable[..., str], tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("in the way", encoding="utf-8")
@@ -321,7 +317,7 @@ def test_interrupt_of_what_does_not_continue(fails: Callable[..., str], monkeypa
     def job(config: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("speedstack.jobs.bench", job)
+    monkeypatch.setattr("speedstack.bench.bench", job)
     assert fails("bench", code=130) == "speedstack: error: interrupted"
 
 

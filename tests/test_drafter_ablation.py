@@ -7,10 +7,9 @@ import pytest
 import yaml
 
 from speedstack import drafter_ablation
-from speedstack.drafter_ablation import Ablation, AblationConfig, main, read_prompts
+from speedstack.drafter_ablation import Ablation, AblationConfig, main
 from speedstack.eval.drafter_rows import DrafterAblation
 from speedstack.train.config import read_config
-from speedstack.train.qat import load_tokenizer
 
 ROWS = {
     "ngram": {},
@@ -153,16 +152,3 @@ def test_what_does_not_fit_is_one_line(config, tmp_path, change, message, capsys
 def test_rows_that_are_not_there(config, capsys):
     assert main([str(config), "--rows", "plain", "fancy"]) == 2
     assert "no row fancy; there are ngram, eagle, plain, all of them" in capsys.readouterr().err
-
-
-def test_prompts_files_that_cannot_serve(tmp_path, tiny_packed_dir):
-    tokenizer = load_tokenizer(tiny_packed_dir)
-    file = tmp_path / "prompts.jsonl"
-    for content, message in (
-        ("{}", "no .jsonl with a field 'prompt'"),
-        ('{"prompt": ""}', "no prompt of 1 has 1 to 8"),
-        ('{"prompt": 5}', "a prompt is not text"),
-    ):
-        file.write_text(content, encoding="utf-8")
-        with pytest.raises(ValueError, match=message):
-            read_prompts(file, tokenizer, 4, 8)
