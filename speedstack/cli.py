@@ -96,7 +96,7 @@ VERBS = {
     "bench": Verb(
         "time the decode loop, with peers side by side",
         "speedstack.eval.config:BenchConfig",
-        "speedstack.jobs:bench",
+        "speedstack.bench:bench",
     ),
     "plan": Verb(
         "plan a model's decode step: bytes, FLOPs, roofline on a named GPU, and the proof that it is safe",

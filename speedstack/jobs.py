@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from speedstack.eval.config import BenchConfig, CompareConfig, ReportConfig, VerbConfig
+from speedstack.eval.config import CompareConfig, ReportConfig, VerbConfig
 from speedstack.train.config import DrafterConfig, PretrainConfig, QatConfig
 
 if TYPE_CHECKING:
@@ -83,50 +83,6 @@ def compare(config: CompareConfig) -> None:
     print(comparison.markdown())
     if config.out is not None:
         _show_path(comparison.save_markdown(config.out) if config.out.suffix == ".md" else comparison.save(config.out))
-
-
-def bench(config: BenchConfig) -> None:
-    """Time the decode loop against peers; with a drafter, its acceptance too."""
-    import torch
-
-    from speedstack.eval.acceptance import measure_acceptance
-    from speedstack.eval.peers import TimingSettings, measure_timing
-    from speedstack.heldout import heldout_prompts
-    from speedstack.runtime import Engine
-    from speedstack.runtime.select import choose_device
-    from speedstack.train.corpus import load_corpus
-
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    corpus = load_corpus(config.corpus)
-    prompt_sets = heldout_prompts(corpus, config.num_prompts, config.num_prompt_tokens, config.seed)
-    settings = TimingSettings(
-        num_new_tokens=config.num_new_tokens,
-        num_repeats=config.num_repeats,
-        dtype=config.dtype,
-        device=choose_device(config.device).type,
-        backend=config.backend,
-    )
-    prompts = list(itertools.chain.from_iterable(prompt_sets.values()))
-    timing = measure_timing(config.target, config.drafter, prompts, settings)
-    paths = [timing.save(config.out / "timing.json")]
-    for entry in timing.contestants:
-        rate, first = entry.decode_tokens_per_second, entry.first_token_seconds
-        print(
-            f"{entry.name}: {rate.median:.1f} tokens/s ({rate.q1:.1f}-{rate.q3:.1f}), "
-            f"first token after {1e3 * first.median:.1f} ms, prepared in {entry.prepare_seconds:.1f} s"
-        )
-    for absent in timing.unavailable:
-        print(f"{absent.name}: not available ({absent.reason})")
-    if config.drafter is not None:
-        engine = Engine.from_pretrained(
-            config.target, config.drafter, backend=config.backend, device=config.device, dtype=config.dtype
-        )
-        acceptance = measure_acceptance(engine, prompt_sets, config.num_new_tokens)
-        print(f"acceptance: {acceptance.overall.acceptance_length:.2f} tokens a round")
-        paths.append(acceptance.save(config.out / "acceptance.json"))
-    for path in paths:
-        _show_path(path)
 
 
 def report(config: ReportConfig) -> None:

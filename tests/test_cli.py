@@ -226,10 +226,6 @@ def test_device_that_is_not_there(fails: Callable[..., str], tiny_model_dir: Pat
     assert not Path("unused-by-this-test").exists()
 
 
-def test_bench_without_a_corpus(fails: Callable[..., str], tmp_path: Path) -> None:
-    assert "corpus" in fails("bench", "--corpus", tmp_path / "corpus", "--out", tmp_path / "out")
-
-
 def test_demo_refuses_an_unwritable_directory(fails: Callable[..., str], tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("in the way", encoding="utf-8")
@@ -313,7 +309,7 @@ def test_interrupt_of_what_does_not_continue(fails: Callable[..., str], monkeypa
     def job(config: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("speedstack.jobs.bench", job)
+    monkeypatch.setattr("speedstack.bench.bench", job)
     assert fails("bench", code=130) == "speedstack: error: interrupted"
 
 
