@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from speedstack.eval.compare import Comparison
@@ -44,7 +45,7 @@ def divergence(quality: QualityResult) -> Figure:
     """KL from the teacher of every method, in millinats a token; whiskers are 95 % intervals over windows."""
     entries = [entry for entry in quality.methods if entry.kl_to_teacher_nats is not None]
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(0.8 + 0.36 * len(entries))
+        figure, axes = new_axes(0.8 + 0.36 * len(entries))
         for row, entry in enumerate(entries):
             axes.barh(
                 row,
@@ -60,7 +61,7 @@ def divergence(quality: QualityResult) -> Figure:
         axes.set_yticks(range(len(entries)), [entry.method for entry in entries])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        _label_x(axes, f"KL from {quality.teacher} (millinats a token)", "95 % interval of the mean over windows")
+        label_x(axes, f"KL from {quality.teacher} (millinats a token)", "95 % interval of the mean over windows")
     return figure
 
 
@@ -75,7 +76,7 @@ def score_by_bits(comparison: Comparison, task: str, bits: Mapping[str, float], 
     points: list[tuple[str, float, float | None]] = [(comparison.baseline, entry.baseline, None)]
     points += [(other.result, other.value, other.stderr) for other in entry.others]
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(3.2)
+        figure, axes = new_axes(3.2)
         for index, (result, value, stderr) in enumerate(points):
             axes.errorbar(
                 bits[result],
@@ -89,13 +90,13 @@ def score_by_bits(comparison: Comparison, task: str, bits: Mapping[str, float], 
             )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
-        _label_x(
+        label_x(
             axes,
             "bits a weight of the experts, scales included (log scale)",
             "95 % interval of the difference from full precision",
         )
         axes.set_ylabel(f"{entry.metric.partition(',')[0]} (share of {entry.num_documents} documents)")
-        _legend_above(axes)
+        legend_above(axes)
     return figure
 
 
@@ -107,7 +108,7 @@ def suite_differences(comparison: Comparison, names: Mapping[str, str]) -> Figur
     entries = [entry for entry in comparison.metrics if all(other.recovery is not None for other in entry.others)]
     num_results = len(entries[0].others) if entries else 0
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(1.2 + 0.16 * num_results * len(entries))
+        figure, axes = new_axes(1.2 + 0.16 * num_results * len(entries))
         for row, entry in enumerate(entries):
             for index, other in enumerate(entry.others):
                 recovery = other.recovery or 0.0
@@ -127,19 +128,19 @@ def suite_differences(comparison: Comparison, names: Mapping[str, str]) -> Figur
         axes.axvline(100, color="black", linewidth=0.8)
         axes.set_yticks(range(len(entries)), [entry.task.removeprefix("speedstack_") for entry in entries])
         axes.invert_yaxis()
-        _label_x(
+        label_x(
             axes,
             f"recovery (% of {names[comparison.baseline]}); hollow: p > {comparison.significance:g}",
             "95 % interval, paired over documents",
         )
-        _legend_above(axes)
+        legend_above(axes)
     return figure
 
 
 def survival(acceptance: AcceptanceResult) -> Figure:
     """Share of rounds whose drafts up to a position were all accepted; bands are 95 % intervals over rounds."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(2.7)
+        figure, axes = new_axes(2.7)
         for index, one in enumerate(acceptance.sets):
             shares = one.survival
             positions = list(range(1, len(shares) + 1))
@@ -156,16 +157,16 @@ def survival(acceptance: AcceptanceResult) -> Figure:
             )
         axes.set_ylim(0, 100)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _label_x(axes, "position in the drafted block (tokens after the anchor)", "95 % interval over rounds")
+        label_x(axes, "position in the drafted block (tokens after the anchor)", "95 % interval over rounds")
         axes.set_ylabel("all accepted up to here (% of rounds)")
-        _legend_above(axes)
+        legend_above(axes)
     return figure
 
 
 def tokens_by_block(acceptance: AcceptanceResult) -> Figure:
     """Tokens a round if only the first k positions were drafted: one plus the sum of their survival."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(2.7)
+        figure, axes = new_axes(2.7)
         for index, one in enumerate(acceptance.sets):
             expected = [1.0 + sum(one.survival[:k]) for k in range(len(one.survival) + 1)]
             errors = [
@@ -191,9 +192,9 @@ def tokens_by_block(acceptance: AcceptanceResult) -> Figure:
             linewidth=1,
             label="every draft accepted",
         )
-        _label_x(axes, "drafted tokens a round", "95 % interval over rounds")
+        label_x(axes, "drafted tokens a round", "95 % interval over rounds")
         axes.set_ylabel("committed tokens a round")
-        _legend_above(axes)
+        legend_above(axes)
     return figure
 
 
@@ -201,7 +202,7 @@ def decode_rates(timing: TimingResult) -> Figure:
     """Tokens a second of every contestant: median and quartiles of the repeats."""
     entries = timing.contestants
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(0.8 + 0.36 * len(entries))
+        figure, axes = new_axes(0.8 + 0.36 * len(entries))
         for row, entry in enumerate(entries):
             rate = entry.decode_tokens_per_second
             axes.barh(
@@ -220,7 +221,7 @@ def decode_rates(timing: TimingResult) -> Figure:
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.12)
-        _label_x(
+        label_x(
             axes, f"decoded tokens a second, {timing.dtype}, {timing.num_threads} threads", "quartiles of the repeats"
         )
     return figure
@@ -230,7 +231,7 @@ def time_per_text(timing: TimingResult) -> Figure:
     """Where the time of one text goes: until its first token, and decoding the others. Medians; log scale."""
     entries = timing.contestants
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(1.0 + 0.42 * len(entries))
+        figure, axes = new_axes(1.0 + 0.42 * len(entries))
         for index, part in enumerate(("first token", "all others")):
             for row, entry in enumerate(entries):
                 rate = entry.decode_tokens_per_second
@@ -253,10 +254,10 @@ def time_per_text(timing: TimingResult) -> Figure:
         axes.set_xscale("log")
         axes.set_yticks(range(len(entries)), [entry.name for entry in entries])
         axes.invert_yaxis()
-        _label_x(
+        label_x(
             axes, f"milliseconds of a text of {timing.num_new_tokens} tokens (log scale)", "quartiles of the repeats"
         )
-        _legend_above(axes)
+        legend_above(axes)
     return figure
 
 
@@ -264,7 +265,7 @@ def stage_times(stages: Sequence[StageSummary]) -> Figure:
     """Seconds of every stage of a run that was timed; one run, so without whiskers."""
     timed = [stage for stage in stages if stage.seconds is not None]
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(0.8 + 0.26 * len(timed))
+        figure, axes = new_axes(0.8 + 0.26 * len(timed))
         axes.barh(
             range(len(timed)),
             [stage.seconds or 0.0 for stage in timed],
@@ -297,14 +298,19 @@ def _variance_of_count(survival_shares: Sequence[float]) -> float:
     return max(0.0, second_moment - mean**2)
 
 
-def _figure(height_inches: float) -> tuple[Figure, Axes]:
+def new_axes(height_inches: float) -> tuple[Figure, Axes]:
+    """A figure of a column's width; to be called, and drawn on, under STYLE."""
     figure = Figure(figsize=(COLUMN_INCHES, height_inches), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _label_x(axes: Axes, quantity: str, whiskers: str) -> None:
+def label_x(axes: Axes, quantity: str, whiskers: str) -> None:
+    """The horizontal axis' quantity with its unit, and below it what whiskers are."""
     axes.set_xlabel(f"{quantity}\nwhiskers: {whiskers}")
 
 
-def _legend_above(axes: Axes) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, borderaxespad=0.2, handletextpad=0.4)
+def legend_above(axes: Axes, handles: Sequence[Line2D] | None = None) -> None:
+    """A legend over the axes, where it covers no point: of what is labelled, or of `handles`."""
+    placed: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "ncols": 2}
+    shown = {} if handles is None else {"handles": handles}
+    axes.legend(**placed, **shown, borderaxespad=0.2, handletextpad=0.4)
