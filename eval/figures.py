@@ -311,6 +311,5 @@ def label_x(axes: Axes, quantity: str, whiskers: str) -> None:
 
 def legend_above(axes: Axes, handles: Sequence[Line2D] | None = None) -> None:
     """A legend over the axes, where it covers no point: of what is labelled, or of `handles`."""
-    placed: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "ncols": 2}
-    shown = {} if handles is None else {"handles": handles}
-    axes.legend(**placed, **shown, borderaxespad=0.2, handletextpad=0.4)
+    options: dict[str, Any] = {} if handles is None else {"handles": handles}
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, borderaxespad=0.2, handletextpad=0.4, **options)

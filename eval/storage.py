@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from speedstack.eval.results import ExpertStorage, ModelSummary
 from speedstack.quant.checkpoint import load_checkpoint
@@ -80,6 +81,12 @@ def directory_bytes(path: str | Path) -> dict[str, int]:
     return sizes
 
 
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype of a checkpoint's weights as its config.json names it; float32 where it names none."""
+    dtype = config.dtype or torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+
+
 def bytes_in_format(
     path: str | Path, format_name: str, modules: ModuleGroup | Sequence[ModuleGroup]
 ) -> tuple[int, int]:
@@ -91,7 +98,7 @@ def bytes_in_format(
     chosen, config = number_format(format_name), read_config(Path(path))[0]
     weights = weights_of(build_skeleton(config), modules)
     stored = directory_bytes(path)
-    itemsize = (config.dtype or torch.float32).itemsize
+    itemsize = stored_dtype(config).itemsize
     total = sum(stored.values())
     experts = sum(size for name, size in stored.items() if EXPERTS in name)
     for name, weight in weights.items():

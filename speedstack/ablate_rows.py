@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from speedstack.ablate_config import AblateConfig, PredictSection, RowSpec
 from speedstack.ablate_plan import EXPORTS, PlannedRow, Planner
 from speedstack.dflash.checkpoint import load_config as load_drafter_config
 from speedstack.eval.ablation import BUSY_CORES, AblationGrid, AblationRow, Served
 from speedstack.eval.environment import describe_environment
-from speedstack.eval.storage import EXPERTS, bytes_in_format, directory_bytes
+from speedstack.eval.storage import EXPERTS, bytes_in_format, directory_bytes, stored_dtype
 from speedstack.plan import StepConfig, make_plan
 from speedstack.quant.checkpoint.files import WeightFiles
 from speedstack.quant.checkpoint.reader import read_config
@@ -132,7 +130,7 @@ def _stored(planned: PlannedRow, config: AblateConfig, store: StepStore) -> dict
     total, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if EXPERTS in name)
     if served == "dequantized":
         total, experts = bytes_in_format(config.model, spec.format, spec.modules)  # type: ignore[arg-type]
-    dtype_bits = 8 * (read_config(config.model)[0].dtype or torch.float32).itemsize
+    dtype_bits = 8 * stored_dtype(read_config(config.model)[0]).itemsize
     return {
         "served": served,
         "model_bytes": total,
@@ -159,7 +157,7 @@ def predict(model: Path, spec: RowSpec, section: PredictSection, drafter: Path |
     rows, draft_us = 1, 0.0
     if drafter is not None:
         rows = 1 + load_drafter_config(drafter).num_proposals
-        num_bytes = _BF16_BYTES * _num_parameters(drafter)
+        num_bytes: float = _BF16_BYTES * _num_parameters(drafter)
         num_bytes += formats.num_bytes("lm_head", shape.vocab_size * shape.hidden_size)
         draft_us = 1e6 * num_bytes / (gpu_named(section.gpu).bandwidth * section.bandwidth_fraction)
     step = StepConfig(

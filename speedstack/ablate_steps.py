@@ -25,6 +25,7 @@ from speedstack.eval.config import EvalConfig
 from speedstack.eval.environment import LoadWatch
 from speedstack.eval.heldout import corpus_windows
 from speedstack.eval.quality import model_quality, stderr_over_windows
+from speedstack.eval.storage import stored_dtype
 from speedstack.eval.suite import Suite, SuiteSettings, run_suite
 from speedstack.eval.task_loading import lm_eval_name
 from speedstack.eval.timing import spread
@@ -100,7 +101,7 @@ def _quantize(job: _Job) -> dict[str, Any]:
             QuantizeConfig(model=job.model, method=settings["method"], device=job.device, out=export, **calibration)
         )
         return {}
-    stored = read_config(job.model)[0].dtype or torch.float32
+    stored = stored_dtype(read_config(job.model)[0])
     model = load_model(job.model, stored if stored in (torch.float32, torch.bfloat16) else torch.float32)
     torch.nn.Module.to(model, job.device)
     round_to_nearest(model, settings["scale_rule"], settings["format"], settings["modules"])

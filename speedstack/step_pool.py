@@ -22,6 +22,7 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from speedstack.step_store import Step, StepStore
 
@@ -64,12 +65,12 @@ def run_steps(
                 failed = next(need for need in step.needs.values() if need.name in failures)
                 settle(step, f"{failed.kind} failed: {failures[failed.name]}")
             for worker in workers:
-                if worker.step is None and (step := _next(list(todo.values()), workers)) is not None:
-                    del todo[step.name]
-                    worker.start(step)
+                if worker.step is None and (ready := _next(list(todo.values()), workers)) is not None:
+                    del todo[ready.name]
+                    worker.start(ready)
             busy = {worker.connection: worker for worker in workers if worker.step is not None}
             for connection in wait(list(busy)) if busy else ():
-                settle(*busy[connection].finish())  # type: ignore[index]
+                settle(*busy[connection].finish())
     finally:
         for worker in workers:
             worker.end()
@@ -95,7 +96,7 @@ class _Worker:
     def __init__(self, store: StepStore, runner: str, place: Place, log: Path) -> None:
         self._arguments = (store, runner, place, log)
         self._process: BaseProcess | None = None
-        self.connection: Connection | None = None
+        self.connection: Any = None  # a multiprocessing connection while there is a process
         self.step: Step | None = None
 
     def start(self, step: Step) -> None:
@@ -106,7 +107,6 @@ class _Worker:
             self._process = context.Process(target=_work, args=(theirs, *self._arguments), daemon=False)
             self._process.start()
             theirs.close()
-        assert self.connection is not None
         self.step = step
         # One that ended while it had nothing to do takes no step; `finish` says so.
         with suppress(BrokenPipeError):
@@ -114,7 +114,7 @@ class _Worker:
 
     def finish(self) -> tuple[Step, str | None]:
         """The step that was running and why it failed, once `connection` has something to say."""
-        assert self.step is not None and self.connection is not None and self._process is not None
+        assert self.step is not None and self._process is not None
         step, self.step = self.step, None
         try:
             failure: str | None = self.connection.recv()

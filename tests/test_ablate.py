@@ -61,7 +61,7 @@ DRAFTER = {
 def corpus(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("corpus")
     for module in (bisect, fnmatch, glob, heapq, json.decoder, json.encoder, shlex, textwrap):
-        text = Path(module.__file__).read_text(encoding="utf-8")
+        text = Path(str(module.__file__)).read_text(encoding="utf-8")
         (directory / f"{module.__name__}.txt").write_text(text, encoding="utf-8")
     tokenizer = load_tokenizer(tiny_model_dir)
     return prepare_corpus(directory / "corpus", source=str(directory), heldout_fraction=0.5, tokenizer=tokenizer).path
@@ -278,7 +278,7 @@ def test_refusals(
     refused("temperature -1.0 is no number from 0 on", grid={"temperature": -1})
     refused("unknown key 'grid.formats'; did you mean 'grid.format'?", grid={"formats": "nvfp4"})
     refused(
-        "mxfp4 attention gptq: gptq rounds experts in mxfp4, not attention",
+        "not attention in mxfp4: leave them out with exclude",
         include=[{"method": "gptq", "modules": "attention"}],
     )
     refused(
@@ -300,7 +300,7 @@ def test_refusals(
     refused("is quantized already", model=str(tiny_packed_dir))
     refused("no model directory at", model=str(tmp_path / "nowhere"))
     refused("is not a prepared corpus", corpus=str(tmp_path))
-    refused("held-out documents give 1 of 99 prompts", "--speed.num-prompts", "99")
+    refused("held-out documents give 4 of 99 prompts", "--speed.num-prompts", "99")
     refused("qat.set: qat.model is set by the grid", grid={"method": "qad"}, qat={"set": {"qat.model": "x"}})
     base = str(tmp_path / "qat.yaml")
     refused(

@@ -1,4 +1,4 @@
-"""The table of a grid and its figures: every number where it belongs, failures in sight, axes that say what they are."""
+"""The table of a grid and its figures: every number where it belongs, failures in sight, axes with units."""
 
 import csv
 from pathlib import Path
