@@ -12,6 +12,7 @@ from typing import Any
 
 import lm_eval
 import torch
+from transformers import PreTrainedModel
 
 from speedstack.eval.divergence import check_numbers, token_kl, token_nll, top1_matches
 from speedstack.eval.environment import describe_environment
@@ -109,6 +110,39 @@ def measure_quality(
             )
         )
     return QualityResult(teacher=teacher, methods=tuple(methods), lm_eval=raw, environment=describe_environment())
+
+
+@torch.no_grad()
+def model_quality(
+    name: str, teacher: PreTrainedModel, student: PreTrainedModel | None, windows: Sequence[Sequence[int]]
+) -> MethodQuality:
+    """Held-out figures of `student` against `teacher`, transformers models on one device; without one, the teacher's.
+
+    For families and numbers that the engine has not. `windows` are token ids, two or more each. Raises ValueError for
+    logits that are not numbers.
+    """
+    sums: dict[str, list[float]] = {"nll": [], "kl": [], "matches": []}
+    for window in windows:
+        ids_BT = torch.tensor([list(window)], device=teacher.device)
+        # The last row predicts a token that the window does not have.
+        teacher_TV, student_TV = (
+            check_numbers(each(input_ids=ids_BT, use_cache=False).logits[0, :-1], label)
+            for each, label in ((teacher, "the teacher"), (student or teacher, name))
+        )
+        sums["nll"].append(float(token_nll(student_TV, ids_BT[0, 1:]).sum()))
+        sums["kl"].append(float(token_kl(teacher_TV, student_TV).sum()))
+        sums["matches"].append(float(top1_matches(teacher_TV, student_TV).sum()))
+    sizes = [len(window) - 1 for window in windows]
+    nll = sum(sums["nll"]) / sum(sizes)
+    return MethodQuality(
+        method=name,
+        num_tokens=sum(sizes),
+        nll_nats=nll,
+        perplexity=math.exp(nll),
+        kl_to_teacher_nats=None if student is None else sum(sums["kl"]) / sum(sizes),
+        kl_stderr_nats=None if student is None else stderr_over_windows(sums["kl"], sizes),
+        top1_agreement=None if student is None else sum(sums["matches"]) / sum(sizes),
+    )
 
 
 def run_tasks(

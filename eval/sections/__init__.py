@@ -23,6 +23,7 @@ MODULES = {
     "quality": "quality",
     "eval": "suite",
     "comparison": "comparison",
+    "ablation": "ablation",
     "ptq": "ptq",
     "sensitivity": "sensitivity",
     "acceptance": "acceptance",

@@ -7,15 +7,21 @@ from typing import Any
 import pytest
 
 from speedstack.eval import sections
+from speedstack.eval.ablation import AblationGrid, AblationRow
 from speedstack.eval.bench_lm import LmAgreement, LmBench, LmTask, LmTiming
 from speedstack.eval.compare import ComparedMetric, Comparison, Difference
 from speedstack.eval.environment import describe_environment
 from speedstack.eval.page import MISSING, Cell, Column, FigureBlock, Section, Table
 from speedstack.eval.results import (
+    ContestantTiming,
     ConversionCost,
     ConversionResult,
     SensitivityResult,
+    SetTiming,
     Spread,
+    TimingResult,
+    TokenTimes,
+    Unavailable,
     UnitSensitivity,
 )
 from speedstack.eval.sections import MODULES, Found, check, kind_of, titled
@@ -295,3 +301,100 @@ def test_columns_without_a_number_are_left_out() -> None:
     )
     kept = table.without_empty_columns()
     assert [each.title for each in kept.columns] == ["name", "known"] and kept.rows[1] == (Cell("b"), MISSING)
+
+
+def contestant(name: str, rate: float, **more: Any) -> ContestantTiming:
+    return ContestantTiming(
+        name=name,
+        description=f"how {name} decodes",
+        prepare_seconds=1.0,
+        warmup_seconds=0.5,
+        decode_tokens_per_second=spread(rate),
+        tokens_per_second=spread(rate / 2),
+        first_token_seconds=spread(0.01),
+        **more,
+    )
+
+
+def test_race_shows_what_was_measured_and_no_more() -> None:
+    times = TokenTimes(p50=spread(2.0), p95=spread(3.0), p99=spread(9.0))
+    full = contestant(
+        "engine", 400.0, token_ms=times, wait_ms=times, survival=(0.8, 0.4), joules_per_token=spread(0.25)
+    )
+    one_set = SetTiming(name="humaneval", source="a file", num_prompt_tokens=(4, 5), contestants=(full,))
+    race = TimingResult(
+        device="cpu",
+        dtype="float32",
+        num_threads=2,
+        num_prompts=3,
+        num_prompt_tokens=(4, 5, 9),
+        num_new_tokens=8,
+        num_repeats=3,
+        contestants=(full, contestant("peer", 40.0, usd_per_million_tokens=1.25)),
+        sets=(one_set, one_set.model_copy(update={"name": "gsm8k"})),
+        unavailable=(Unavailable(name="vLLM", reason="not installed"),),
+        gpu_hour_usd=2.5,
+        energy="NVML counters",
+        notes=("The peer has no drafter.",),
+    )
+    (section,) = sections.sections("timing", [Found("", race)])
+    everything, *sets = tables([section])
+    assert column(everything, "contestant") == ["engine", "peer", "vLLM"]
+    assert column(everything, "token, p50") == ["2", "\u2013", "\u2013"] and column(everything, "p99")[0] == "9"
+    assert column(everything, "energy")[0] == "0.25" and column(everything, "cost")[1] == "1.25"
+    assert everything.rows[2][0].note == "did not run: not installed"
+    assert [table.caption for table in sets] == ["Prompts humaneval, 2 prompts.", "Prompts gsm8k, 2 prompts."]
+    text = " ".join(section.paragraphs)
+    assert "4 to 9 tokens" in text and "2.5 USD an hour" in text and "NVML" in text and "The peer has no" in text
+    assert sum(isinstance(block, FigureBlock) for block in section.blocks) == 3
+    plain = race.model_copy(update={"contestants": (contestant("engine", 4.0),), "sets": (), "unavailable": ()})
+    (section,) = sections.sections("timing", [Found("", plain)])
+    (table,) = tables([section])
+    assert not {"token, p50", "energy", "cost"} & {each.title for each in table.columns}
+
+
+def test_grid_is_a_row_a_combination_and_failures_are_said() -> None:
+    full = AblationRow(
+        name="full", format="", modules="", method="none", drafter="none", temperature=0.0, perplexity=9.5
+    )
+    rtn = AblationRow(
+        name="rtn",
+        format="mxfp4",
+        modules="experts",
+        method="rtn",
+        drafter="quantized",
+        temperature=0.0,
+        served="packed",
+        bits_per_weight=4.25,
+        model_bytes=2**20,
+        expert_bytes=2**19,
+        kl_nats=0.001,
+        kl_stderr_nats=0.0001,
+        perplexity=9.6,
+        tau_greedy=3.0,
+        tau=3.0,
+        tau_stderr=0.1,
+        tokens_per_second=spread(1000.0),
+        busy_cores_of_others=0.9,
+    )
+    broken = full.model_copy(update={"name": "broken", "method": "qad", "format": "int2", "error": "it broke"})
+    grid = AblationGrid(
+        model_sha256="0",
+        corpus_sha256="1",
+        config={},
+        score_metric=None,
+        gpu="H200",
+        num_jobs=1,
+        rows=(full, rtn, broken),
+        notes=("Mind the heat.",),
+        environment=describe_environment(),
+    )
+    (section,) = sections.sections("ablation", [Found("", grid)])
+    (table,) = tables([section])
+    assert column(table, "model") == ["full precision", "mxfp4 experts rtn", "int2  qad"]
+    assert table.rows[2][0].warning == "it broke" and "1 row failed" in " ".join(section.paragraphs)
+    assert column(table, "KL") == ["\u2013", "1 \u00b1 0.1", "\u2013"] and "Mind the heat." in section.paragraphs
+    assert [row[-1].note for row in table.rows] == ["", "others kept 0.9 cores busy", ""]
+    assert "score" not in [each.title for each in table.columns]
+    assert [headline.value for headline in section.headlines] == ["1"]
+    assert sum(isinstance(block, FigureBlock) for block in section.blocks) == 2
