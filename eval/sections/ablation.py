@@ -14,6 +14,7 @@ from speedstack.eval.page import (
     Section,
     Table,
     format_bytes,
+    format_spread,
     number,
     number_and_error,
     plural,
@@ -107,9 +108,7 @@ def _figures(grid: AblationGrid) -> list[Block]:
         series = {f"drafter for the {one} model": [found.get((name, one)) for name in names] for one in drafters}
         label = "\u03c4, tokens a round, greedy (whiskers: 95 % interval)"
         svg = plots.dots("Acceptance over the grid", names, series, label)
-        blocks.append(
-            FigureBlock(svg, "Tokens a round by the model that is served and the one a drafter was made for.")
-        )
+        blocks.append(FigureBlock(svg, "Tokens a round, by the model served and the one its drafter was made for."))
     return blocks
 
 
