@@ -24,6 +24,7 @@ from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backend import DraftRequest, Rows
+from speedstack.runtime.budget import compiled_cost
 from speedstack.runtime.formats import WeightFormat, WeightFormats
 from speedstack.runtime.module_drafter import ModuleDrafter
 from speedstack.runtime.phases import MAX_ROWS, SPLIT_SIZE, build_plan
@@ -59,6 +60,7 @@ class GraphBackend:
 
     name = "graph"
     no_trees_because: str | None = "its kernels write keys and values at a row's position, which siblings would share"
+    round_cost = compiled_cost()  # not measured on a GPU
 
     def __init__(
         self,
