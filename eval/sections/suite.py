@@ -173,7 +173,7 @@ def _requests(found: Sequence[Found[SuiteResult]], labels: Sequence[str]) -> Tab
 
 
 def _short(task: str) -> str:
-    return task.removeprefix("speedstack_")
+    return task.removeprefix("speedstack_").replace("_", " ")
 
 
 def _num_documents(result: SuiteResult, task: str) -> int:
