@@ -14,7 +14,6 @@ from speedstack.eval.page import (
     Section,
     Table,
     format_bytes,
-    format_spread,
     number,
     number_and_error,
     plural,
