@@ -14,6 +14,7 @@ from speedstack.eval.page import (
     Section,
     Table,
     format_bytes,
+    format_spread,
     number,
     number_and_error,
     plural,
