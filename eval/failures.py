@@ -10,6 +10,7 @@ PEER_ERRORS = (
     LookupError,
     ImportError,
     AssertionError,
+    OSError,
 )
 
 

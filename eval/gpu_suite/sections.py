@@ -4,6 +4,7 @@ import random
 import time
 from typing import Any
 
+from speedstack.eval.environment import command_line
 from speedstack.eval.gpu_suite.correctness import Checker
 from speedstack.eval.gpu_suite.machine import Machine
 from speedstack.eval.gpu_suite.quant import QuantKernels
@@ -20,6 +21,7 @@ def run_environment(suite: Suite, result: dict[str, Any], deadline: float) -> No
     worker = suite.start(Machine, suite.scale)
     try:
         result["machine"] = call(worker, deadline, "describe")
+        result["machine"]["software"]["command"] = command_line()  # a worker has none of its own
         suite.save()
         result["copy"] = call(worker, deadline, "copy_bandwidth")
     finally:
