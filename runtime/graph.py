@@ -144,6 +144,15 @@ class GraphBackend:
         if self.drafter is not None:
             self.drafter.write(self._features_RC[: len(rows.tokens)], rows.slots, rows.positions)
 
+    def repeat(self, num_steps: int) -> None:
+        """Computes the newest step again, so many times, and waits for none: what the device needs for a step."""
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            for _ in range(num_steps):
+                if self._graph is not None:
+                    self._graph.replay()
+                else:
+                    self._launch_all(is_dependent=False)
+
     def _launch_all(self, is_dependent: bool) -> None:
         for index, launch in enumerate(self.launches):
             # The first kernel of a step follows the copy of its rows, which lets nothing begin early.
