@@ -40,7 +40,7 @@ class TimingSettings:
     num_repeats: int = 5
     dtype: str = "float32"
     device: str = "cpu"
-    backend: Literal["auto", "reference", "cpu", "graph"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "graph", "resident"] = "auto"
 
 
 class FirstTokenClock:
