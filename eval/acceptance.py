@@ -7,8 +7,9 @@ committed / decode rounds with the target's bonus token included, so it is the n
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+from speedstack.eval.environment import describe_environment
 from speedstack.eval.results import AcceptanceResult, AcceptanceSet
-from speedstack.runtime import Engine, Generation
+from speedstack.runtime import Engine, Generation, GenerationStats
 from speedstack.runtime.strategy import DraftStrategy
 
 
@@ -44,21 +45,39 @@ def measure_acceptance(
         }
     finally:
         engine.set_strategy(before)
-    everything = [generation for group in generations.values() for generation in group]
+    stats = {name: [generation.stats for generation in group] for name, group in generations.items()}
+    return acceptance_result(stats, strategy or before, max_new_tokens, temperature, seed)
+
+
+def acceptance_result(
+    sets: Mapping[str, Sequence[GenerationStats]],
+    strategy: DraftStrategy,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> AcceptanceResult:
+    """The result of what was counted on sets of prompts. Raises ValueError as `summarize`."""
+    everything = [entry for group in sets.values() for entry in group]
     return AcceptanceResult(
-        block_size=1 + max(len(generation.stats.drafted_by_position) for generation in everything),
-        strategy=asdict(strategy or before),
+        block_size=1 + max(len(entry.drafted_by_position) for entry in everything),
+        strategy=asdict(strategy),
         temperature=temperature,
         seed=seed,
         max_new_tokens=max_new_tokens,
-        overall=summarize("all prompts", everything),
-        sets=tuple(summarize(name, group) for name, group in generations.items()),
+        overall=summarize_stats("all prompts", everything),
+        sets=tuple(summarize_stats(name, group) for name, group in sets.items()),
+        environment=describe_environment(),
     )
 
 
 def summarize(name: str, generations: Sequence[Generation]) -> AcceptanceSet:
     """Acceptance pooled over `generations`. Raises ValueError when no decode round ran."""
-    stats = [generation.stats for generation in generations if generation.stats.num_rounds > 0]
+    return summarize_stats(name, [generation.stats for generation in generations])
+
+
+def summarize_stats(name: str, generated: Sequence[GenerationStats]) -> AcceptanceSet:
+    """As `summarize`, of the statistics alone."""
+    stats = [entry for entry in generated if entry.num_rounds > 0]
     if not stats:
         raise ValueError(f"no decode round ran on {name}: generate more tokens")
     num_rounds = sum(entry.num_rounds for entry in stats)
@@ -72,7 +91,7 @@ def summarize(name: str, generations: Sequence[Generation]) -> AcceptanceSet:
             drafted[i] += count
     return AcceptanceSet(
         name=name,
-        num_prompts=len(generations),
+        num_prompts=len(generated),
         num_rounds=num_rounds,
         num_committed=num_committed,
         acceptance_length=num_committed / num_rounds,

@@ -6,6 +6,9 @@ Both get the same requests of the same tasks, built by lm-eval, in one process, 
 turns. The adapter runs the model under the fastest of transformers' experts implementations, tried out on each kind of
 request first, with its own cache of logits. `--task-data` is what `speedstack eval --suite offline` leaves in its
 `tasks/`: multiple choice, whole texts, and texts to write.
+
+Log-likelihoods are also held against the adapter over the same weights in float64, which says whose rounding a
+difference is. On whole texts it is the adapter's: it adds up thousands of nats in float32, whose steps there are 2e-4.
 """
 
 import argparse
@@ -55,7 +58,8 @@ class LmTiming(Record):
 class LmAgreement(Record):
     """Answers of the engine against the adapter's, request by request.
 
-    Log-likelihoods differ by at most `max_difference_nats`, and by `max_relative_difference` of their size; generations
+    Log-likelihoods differ by at most `max_difference_nats`, and by `max_relative_difference` of their size; from those
+    in float64 the engine's differ by at most `engine_error_nats`, the adapter's by `adapter_error_nats`. Generations
     are the same text in `num_equal` cases, log-likelihoods have the same verdict on greediness. `scores` are the task's
     metrics, the engine's and the adapter's.
     """
@@ -63,6 +67,8 @@ class LmAgreement(Record):
     num_equal: int
     max_difference_nats: float | None
     max_relative_difference: float | None
+    engine_error_nats: float | None
+    adapter_error_nats: float | None
     scores: dict[str, tuple[float, float]]
 
 
@@ -113,15 +119,10 @@ def bench(
     engines = {ENGINE: Engine.from_pretrained(target, **options)}
     if drafter is not None:
         engines[ENGINE_DRAFTER] = Engine.from_pretrained(target, drafter, **options)
-    model: Any = load_model(target, dtype=dtype)
-    model = model.to(device).eval()
-    adapter = HFLM(
-        pretrained=model,
-        tokenizer=engines[ENGINE].tokenizer,
-        backend="causal",
-        max_length=max_length,
-        batch_size=batch_size,
-    )
+    adapter = _adapter(target, dtype, engines[ENGINE].tokenizer, max_length, batch_size, device)
+    # Its log-probabilities and their sums are float64 as well.
+    exact = _adapter(target, torch.float64, engines[ENGINE].tokenizer, max_length, batch_size, device)
+    exact.model.set_experts_implementation("eager")  # the one that has no dtype of its own
     loader = TaskLoader(list(KINDS), task_data)
     tasks = []
     for name, kind in KINDS.items():
@@ -135,9 +136,10 @@ def bench(
             if label == ENGINE or kind == "generate_until"
         }
         contestants[ADAPTER] = partial(getattr(adapter, kind), disable_tqdm=True)
-        implementation = _fastest_experts(model, kind, contestants[ADAPTER], task.instances)
-        model.set_experts_implementation(implementation)
-        tasks.append(_bench_task(name, kind, task, contestants, implementation, num_repeats))
+        implementation = _fastest_experts(adapter.model, kind, contestants[ADAPTER], task.instances)
+        adapter.model.set_experts_implementation(implementation)
+        in_float64 = None if kind == "generate_until" else partial(getattr(exact, kind), disable_tqdm=True)
+        tasks.append(_bench_task(name, kind, task, contestants, in_float64, implementation, num_repeats))
     return LmBench(
         target=str(target),
         drafter=None if drafter is None else str(drafter),
@@ -148,6 +150,18 @@ def bench(
         num_threads=torch.get_num_threads(),
         tasks=tuple(tasks),
         environment=describe_environment(),
+    )
+
+
+def _adapter(target: Path, dtype: torch.dtype, tokenizer: Any, max_length: int, batch_size: int, device: str) -> HFLM:
+    # Packed values are read as float32 and may then become any dtype.
+    model: Any = load_model(target, dtype=torch.float32)
+    return HFLM(
+        pretrained=model.to(device, dtype).eval(),
+        tokenizer=tokenizer,
+        backend="causal",
+        max_length=max_length,
+        batch_size=batch_size,
     )
 
 
@@ -175,7 +189,13 @@ def _fastest_experts(model: Any, kind: str, run: Run, requests: Sequence[Instanc
 
 
 def _bench_task(
-    name: str, kind: Any, task: Any, contestants: dict[str, Run], implementation: str, num_repeats: int
+    name: str,
+    kind: Any,
+    task: Any,
+    contestants: dict[str, Run],
+    in_float64: Run | None,
+    implementation: str,
+    num_repeats: int,
 ) -> LmTask:
     requests = list(task.instances)
     answers: dict[str, list[Any]] = {}
@@ -195,7 +215,7 @@ def _bench_task(
         kind=kind,
         num_requests=len(requests),
         experts_implementation=implementation,
-        agreement=_agreement(task, kind, ours, answers[ADAPTER]),
+        agreement=_agreement(task, kind, ours, answers[ADAPTER], in_float64(requests) if in_float64 else None),
         timings=tuple(
             LmTiming(
                 contestant=label,
@@ -208,25 +228,36 @@ def _bench_task(
     )
 
 
-def _agreement(task: Any, kind: str, ours: list[Any], theirs: list[Any]) -> LmAgreement:
+def _agreement(task: Any, kind: str, ours: list[Any], theirs: list[Any], exact: list[Any] | None) -> LmAgreement:
+    """`exact` are the answers in float64, None for generations."""
     a, b = _scores(task, ours), _scores(task, theirs)
     scores = {metric: (a[metric], b[metric]) for metric in a}
-    if kind == "generate_until":
-        num_equal = sum(one == other for one, other in zip(ours, theirs, strict=True))
-        return LmAgreement(num_equal=num_equal, max_difference_nats=None, max_relative_difference=None, scores=scores)
+    if exact is None:
+        return LmAgreement(
+            num_equal=sum(one == other for one, other in zip(ours, theirs, strict=True)),
+            max_difference_nats=None,
+            max_relative_difference=None,
+            engine_error_nats=None,
+            adapter_error_nats=None,
+            scores=scores,
+        )
+    num_equal = len(ours)
     if kind == "loglikelihood":
         num_equal = sum(one[1] == other[1] for one, other in zip(ours, theirs, strict=True))
-        ours, theirs = [one[0] for one in ours], [other[0] for other in theirs]
-    else:
-        num_equal = len(ours)
-    differences = [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
-    relative = [d / max(abs(other), 1e-9) for d, other in zip(differences, theirs, strict=True)]
+        ours, theirs, exact = ([answer[0] for answer in answers] for answers in (ours, theirs, exact))
+    differences = _distances(ours, theirs)
     return LmAgreement(
         num_equal=num_equal,
         max_difference_nats=max(differences),
-        max_relative_difference=max(relative),
+        max_relative_difference=max(d / max(abs(other), 1e-9) for d, other in zip(differences, theirs, strict=True)),
+        engine_error_nats=max(_distances(ours, exact)),
+        adapter_error_nats=max(_distances(theirs, exact)),
         scores=scores,
     )
+
+
+def _distances(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return [abs(one - other) for one, other in zip(a, b, strict=True)]
 
 
 def _scores(task: Any, answers: list[Any]) -> dict[str, float]:
@@ -258,7 +289,12 @@ def show(result: LmBench) -> str:
         difference = agreement.max_difference_nats
         lines.append(
             f"  {agreement.num_equal} equal answers"
-            + ("" if difference is None else f", log-likelihoods within {difference:.1e} nats")
+            + (
+                ""
+                if difference is None
+                else f", log-likelihoods within {difference:.1e} nats; from float64 the engine's within "
+                f"{agreement.engine_error_nats:.1e}, the adapter's within {agreement.adapter_error_nats:.1e}"
+            )
         )
         for metric, (a, b) in agreement.scores.items():
             lines.append(f"  {metric}: {a:.6g} and {b:.6g}{'' if math.isclose(a, b, rel_tol=1e-5) else ' DIFFER'}")

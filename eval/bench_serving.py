@@ -12,7 +12,6 @@ chain and no drafter beside them, and decode fewer of the prompts.
 """
 
 import argparse
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,8 +24,8 @@ from speedstack.dflash.checkpoint import load_drafter
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.acceptance import summarize
 from speedstack.eval.environment import describe_environment
+from speedstack.eval.prompts import HELDOUT, Prompt, PromptLoader, read_prompts, spaced
 from speedstack.eval.results import AcceptanceSet, Document, Environment, Record, Spread
-from speedstack.eval.task_data import make_prompt_sets
 from speedstack.eval.timing import spread
 from speedstack.runtime import Engine, Generation
 from speedstack.runtime.strategy import NGRAM, DraftStrategy
@@ -139,7 +138,7 @@ class Server:
         engine.set_strategy(way.strategy)
         return engine
 
-    def run(self, way: Way, prompt: str | list[int], num_new_tokens: int, seed: int) -> Generation:
+    def run(self, way: Way, prompt: Prompt, num_new_tokens: int, seed: int) -> Generation:
         """One sequence."""
         engine = self.engine(way)
         found: Generation = engine.generate(
@@ -151,7 +150,7 @@ class Server:
 def measure_serving(
     server: Server,
     ways: Sequence[Way],
-    prompt_sets: Mapping[str, Sequence[str | list[int]]],
+    prompt_sets: Mapping[str, Sequence[Prompt]],
     num_new_tokens: int,
     num_repeats: int,
     num_timed_prompts: int,
@@ -166,11 +165,11 @@ def measure_serving(
     if num_repeats < 0 or num_timed_prompts < 1 or num_reference_prompts < 1:
         raise ValueError("a serving bench needs at least one prompt to time, and one for the reference backend")
 
-    def sets_of(way: Way) -> dict[str, Sequence[str | list[int]]]:
+    def sets_of(way: Way) -> dict[str, Sequence[Prompt]]:
         count = num_reference_prompts if way.backend == REFERENCE else None
         return {name: group[:count] for name, group in prompt_sets.items()}
 
-    def timed_of(way: Way) -> list[str | list[int]]:
+    def timed_of(way: Way) -> list[Prompt]:
         prompts = [prompt for group in sets_of(way).values() for prompt in group]
         limit = min(num_timed_prompts, num_reference_prompts) if way.backend == REFERENCE else num_timed_prompts
         return prompts[:limit]
@@ -219,37 +218,18 @@ def measure_serving(
     ]
 
 
-def read_prompts(source: Path, target: Path, num_prompts: int, num_tokens: int) -> dict[str, list[str | list[int]]]:
-    """Set name -> prompts. Raises ValueError, one line, for what is neither a corpus nor a JSONL of prompts."""
+def prompt_sets_of(source: Path, target: Path, num_prompts: int, num_tokens: int) -> dict[str, Sequence[Prompt]]:
+    """Set name -> prompts. Raises ValueError, one line, for what is neither a corpus nor a file of prompts."""
     if source.is_dir():
-        if not (source / "heldout").is_dir():
-            raise ValueError(f"{source} is not a prepared corpus: it has no held-out part")
-        from datasets import load_from_disk
         from transformers import AutoTokenizer
 
-        heldout, tokenizer = load_from_disk(str(source / "heldout")), AutoTokenizer.from_pretrained(target)
-        documents = dict(zip(heldout["name"], heldout["text"], strict=True))
-
-        def encode(text: str) -> list[int]:
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-            return ids
-
-        sets = make_prompt_sets(documents, encode, num_prompts, num_tokens, tokenizer.eos_token_id)
-        return {name: list(prompts) for name, prompts in sets.items()}
-    try:
-        lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
-        prompts = [line["prompt"] for line in lines]
-    except FileNotFoundError:
-        raise ValueError(f"no prompts at {source}: give a prepared corpus or a JSONL file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{source} is not a JSONL file whose lines have a prompt: {error!r}") from None
-    bad = [prompt for prompt in prompts if not isinstance(prompt, str | list)]
-    if bad:
-        raise ValueError(f"{source}: a prompt is text or a list of token ids, not {bad[0]!r}")
+        tokenizer = AutoTokenizer.from_pretrained(target)
+        loader = PromptLoader(tokenizer, num_tokens, num_prompts, corpus=source, num_heldout_tokens=num_tokens)
+        return {entry.name: entry.prompts for entry in loader.load([HELDOUT])}
+    prompts = read_prompts(source)
     if len(prompts) < num_prompts:
         raise ValueError(f"{source} has {len(prompts)} prompts, {num_prompts} were asked for")
-    # From the whole file: benchmarks grow harder, or change their subject, on the way.
-    return {source.stem: [prompts[i * len(prompts) // num_prompts] for i in range(num_prompts)]}
+    return {source.stem: spaced(prompts, num_prompts)}
 
 
 def table(result: ServingBench) -> str:
@@ -296,7 +276,9 @@ def main() -> None:
 
 def bench(arguments: argparse.Namespace) -> ServingBench:
     """The whole measurement. Raises ValueError as its parts do."""
-    prompt_sets = read_prompts(arguments.prompts, arguments.target, arguments.num_prompts, arguments.num_prompt_tokens)
+    prompt_sets = prompt_sets_of(
+        arguments.prompts, arguments.target, arguments.num_prompts, arguments.num_prompt_tokens
+    )
     drafter = load_drafter(arguments.drafter)
     ways = ways_of(drafter.config.num_proposals, arguments.tree_budget)
     rows = measure_serving(

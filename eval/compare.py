@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from speedstack.eval.environment import command_line
 from speedstack.eval.results import Document, Environment, Record
 from speedstack.eval.suite_result import SuiteResult
 
@@ -59,7 +60,7 @@ class ComparedMetric(Record):
 class Comparison(Document):
     """All tasks of the suite; by result, the target's SHA-256, and the mean over the tasks that have a recovery.
 
-    `environment` is where the first result was measured.
+    `environment` is where the first result was measured, with the command that compared.
     """
 
     kind: Literal["comparison"] = "comparison"
@@ -175,7 +176,7 @@ def compare_results(
         metrics=tuple(metrics),
         mean_recovery={label: float(np.mean(values)) for label, values in recoveries.items() if values},
         target_sha256={label: result.block.target_sha256 for label, result in results.items()},
-        environment=first.block.environment,
+        environment=first.block.environment.model_copy(update={"command": command_line()}),
     )
 
 

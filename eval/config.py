@@ -86,21 +86,57 @@ class EvalConfig(ModelConfig):
         return self
 
 
+class PromptsConfig(VerbConfig):
+    """What is decoded: sets of prompts by name."""
+
+    sets: tuple[str, ...] = Field(
+        ("heldout",),
+        min_length=1,
+        description="heldout (two sets, of the corpus), humaneval, mbpp, math-500, gsm8k, mt-bench, long (joined code "
+        "of the corpus), or the path of a .jsonl or .parquet file with a field `prompt`.",
+    )
+    dir: Path | None = Field(
+        None,
+        description="Directory with <set>.jsonl or .parquet of benchmarks, or as eval --data has them; those it lacks "
+        "come from the Hugging Face Hub.",
+    )
+    corpus: Path = Field(
+        DEMO_RUN / "corpus", description="Prepared corpus; heldout and long are made of its held-out part."
+    )
+    num_prompts: int = Field(4, ge=1, description="Prompts of each set, evenly spaced over it.")
+    num_tokens: int = Field(64, ge=2, description="Tokens in a prompt of heldout.")
+    long_tokens: int = Field(16384, ge=2, description="Tokens in a prompt of long, or as many as the model takes.")
+    chat_template: bool = Field(
+        False, description="Benchmarks: prompts as a user's message, in the template of the model's tokenizer."
+    )
+
+
 class BenchConfig(ModelConfig):
-    """Decode speed: the engine and transformers, each with and without the drafter, interleaved in one process."""
+    """Decode speed: the engine with and without speculation, and its peers, interleaved in one process."""
 
     drafter: Path | None = Field(
         DEMO_RUN / "drafter" / "export", description="Directory of the target's DFlash drafter; None: none."
     )
-    corpus: Path = Field(DEMO_RUN / "corpus", description="Prepared corpus; prompts come from its held-out part.")
-    num_prompts: int = Field(4, ge=1, description="Prompts of each kind (module openings, function bodies).")
-    num_prompt_tokens: int = Field(64, ge=2, description="Tokens in a prompt.")
-    num_new_tokens: int = Field(128, ge=2, description="Tokens generated after each prompt.")
+    prompts: PromptsConfig = Field(PromptsConfig(), description="What is decoded.")
+    peers: tuple[Literal["transformers", "assisted", "compiled", "vllm", "llama.cpp"], ...] = Field(
+        ("transformers", "assisted", "compiled", "vllm", "llama.cpp"),
+        description="transformers' generate; the same assisted by the drafter; the same under torch.compile, which "
+        "compiles for minutes on a CPU; vLLM and llama.cpp where they are installed.",
+    )
+    look_up: bool = Field(True, description="Time the engine with prompt look-up too.")
+    gguf: Path | None = Field(None, description="GGUF file of the model, for llama.cpp.")
+    num_new_tokens: int = Field(128, ge=2, description="Tokens generated after each prompt, past any end token.")
     num_repeats: int = Field(5, ge=1, description="Timed repeats of every contestant, interleaved.")
+    num_warmups: int = Field(1, ge=1, description="Calls before, on the first prompt of each set; not counted.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of all contestants.")
     num_threads: int | None = Field(None, ge=1, description="Threads of torch and of the kernels; None: torch's own.")
-    seed: int = Field(0, ge=0, description="Seed of the choice of prompts.")
-    out: Path = Field(Path("runs/bench"), description="Directory for timing.json and acceptance.json.")
+    gpu_hour_usd: float | None = Field(
+        None, gt=0, description="Price of an hour of this machine in US dollars; adds the cost of a million tokens."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the choice of prompts, and of the order of contestants.")
+    out: Path = Field(
+        Path("runs/bench"), description="Directory for timing.json, timing.md and, with a drafter, acceptance.json."
+    )
 
 
 class CompareConfig(VerbConfig):
@@ -130,7 +166,12 @@ class ReportConfig(VerbConfig):
 
     inputs: tuple[Path, ...] = Field(
         (DEMO_RUN,),
+        min_length=1,
         description="Run directories and result files; a directory stands for the runs and results inside it.",
     )
     title: str = Field("speedstack", min_length=1, description="Title of the report.")
+    wandb_mode: Literal["disabled", "offline", "online"] = Field(
+        "disabled",
+        description="Mirror the report's curves and tables to Weights & Biases; offline ones lie in OUT/wandb.",
+    )
     out: Path = Field(Path("runs/report"), description="Directory for report.html and report.json.")

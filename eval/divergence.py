@@ -23,3 +23,10 @@ def token_kl(teacher_TV: torch.Tensor, student_TV: torch.Tensor) -> torch.Tensor
 def top1_matches(teacher_TV: torch.Tensor, student_TV: torch.Tensor) -> torch.Tensor:
     """Whether both would decode the same token greedily at each position; bool [T]."""
     return teacher_TV.argmax(-1) == student_TV.argmax(-1)
+
+
+def check_numbers(logits_TV: torch.Tensor, model: str) -> torch.Tensor:
+    """The same logits. Raises ValueError, naming the model, where they hold not-a-number."""
+    if bool(torch.isnan(logits_TV).any()):
+        raise ValueError(f"the logits of {model} are not numbers; its checkpoint is broken or its dtype overflows")
+    return logits_TV

@@ -51,17 +51,27 @@ class DrafterRun(Record):
     code: DraftedSet | None = None
 
 
-class RowTime(Record):
-    """Time of an optimizer step, rows taking turns, and how many steps the budget buys."""
+class StepTimes(Record):
+    """Times of optimizer steps of one row, rows taking turns; the median leaves the first out."""
 
     row: str
     step_ms: tuple[float, ...]
     median_ms: float
+
+
+class RowTime(StepTimes):
+    """Time of an optimizer step of a row, and how many steps the budget buys.
+
+    `beside`: set on a row that was added to others; the row with known steps that it took turns with then, on a machine
+    that may have been busier or quieter than before. Its own steps are the other's, in proportion to the two medians.
+    """
+
     num_steps: int
+    beside: StepTimes | None = None
 
 
 class AblationTimes(Document):
-    """Measured once, before the first run; every run of a row has its number of steps from here."""
+    """Measured before the first run of a row; every run of it has its number of steps from here."""
 
     kind: Literal["drafter_ablation_times"] = "drafter_ablation_times"
     budget_seconds: float
@@ -71,6 +81,15 @@ class AblationTimes(Document):
     def row(self, name: str) -> RowTime | None:
         """The row called `name`, None if it has not been timed."""
         return next((entry for entry in self.rows if entry.row == name), None)
+
+    def comparable_ms(self, name: str) -> float | None:
+        """Median step time of a row on the machine as the first rows found it, None if the row has not been timed."""
+        entry = self.row(name)
+        if entry is None or entry.beside is None:
+            return None if entry is None else entry.median_ms
+        reference_ms = self.comparable_ms(entry.beside.row)
+        assert reference_ms is not None
+        return entry.median_ms * reference_ms / entry.beside.median_ms
 
 
 class DrafterAblation(Document):
@@ -100,13 +119,13 @@ class DrafterAblation(Document):
             runs = self.of(row)
             if not runs:
                 continue
-            time = self.times.row(row)
+            step_ms = self.times.comparable_ms(row)
             simulated = [run.heldout.tau_simulated for run in runs]
             cells = [
                 row,
                 str(len(runs)),
                 str(runs[0].num_steps),
-                f"{time.median_ms:.0f}" if time else "",
+                "" if step_ms is None else f"{step_ms:.0f}",
                 f"{statistics.mean(simulated):.3f} ({min(simulated):.2f} .. {max(simulated):.2f})",
                 _mean([run.heldout.tau_served for run in runs], 3),
                 _mean([run.heldout.tau_served_t1 for run in runs], 3),

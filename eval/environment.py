@@ -7,8 +7,12 @@ because a report without a processor's name is still a report. The host's name i
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
+import sys
+import time
 from pathlib import Path
+from types import TracebackType
 
 import torch
 
@@ -31,7 +35,63 @@ def describe_environment() -> Environment:
         python=platform.python_version(),
         packages={name: version for name in PACKAGES if (version := _version(name)) is not None},
         git_sha=_git_sha(Path(__file__).resolve()),
+        command=command_line(),
     )
+
+
+def command_line() -> str | None:
+    """The command that runs this process, if it is one of ours; a notebook's or a test's does not say what was done."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name.partition(".")[0] == "speedstack":
+        name = spec.name.removesuffix(".__main__")
+        program = ["speedstack"] if name == "speedstack" else ["python", "-m", name]
+    elif Path(sys.argv[0]).name == "speedstack":
+        program = ["speedstack"]
+    else:
+        return None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        module = program[1:] if len(program) > 1 else ["-m", *program]
+        program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *module]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
+class LoadWatch:
+    """A context in which it is counted how busy other processes keep the machine, so that a timing can say so.
+
+    Afterwards `busy_cores_of_others` is the mean number of cores that ran something else than this process and its
+    finished children; None where the system has no /proc/stat.
+    """
+
+    busy_cores_of_others: float | None = None
+
+    def __enter__(self) -> "LoadWatch":
+        self._before = _busy_seconds(), _own_seconds(), time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        busy_before, own_before, started = self._before
+        busy, own, seconds = _busy_seconds(), _own_seconds(), time.monotonic() - started
+        if busy is None or busy_before is None or seconds <= 0:
+            return
+        self.busy_cores_of_others = max(0.0, (busy - busy_before - (own - own_before)) / seconds)
+
+
+def _busy_seconds() -> float | None:
+    """Seconds that all cores together have spent on anything since the machine started."""
+    try:
+        fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
+    except OSError:
+        return None
+    ticks = dict(zip(("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal"), fields, strict=False))
+    # Waiting is not work; what a hypervisor took away is missing from the machine as if it were.
+    working = ("user", "nice", "system", "irq", "softirq", "steal")
+    return sum(int(ticks.get(name, 0)) for name in working) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    return sum(os.times()[:4])
 
 
 def _operating_system() -> str:

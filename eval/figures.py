@@ -1,17 +1,19 @@
 """Figures for notebooks and papers: one function a question, each from a result document to a matplotlib figure.
 
-Black on white, in a column's width, in the colours of Okabe and Ito with markers and hatches beside them, so that they
+Black on white, in a column's width, in the colours of Okabe and Ito with markers beside them, so that they
 survive a printer and a colour-blind reader. Every axis names its unit, and a line below it says what whiskers are.
 The report draws its own (`speedstack.eval.plots`), which follow the page's theme. Nothing here touches pyplot.
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from speedstack.eval.compare import Comparison
@@ -19,8 +21,9 @@ from speedstack.eval.results import AcceptanceResult, QualityResult, StageSummar
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-HATCHES = ("", "///", "\\\\\\", "xxx", "---", "|||", "+++")
 COLUMN_INCHES = 4.6
+# Characters of a line below the axes, and of a row's name beside them.
+LABEL_WIDTH, NAME_WIDTH = 50, 18
 STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "figure.dpi": 150,
@@ -34,7 +37,6 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "hatch.linewidth": 0.5,
 }
 # Half the width of a normal 95 % interval in standard errors.
 Z95 = 1.96
@@ -44,23 +46,20 @@ def divergence(quality: QualityResult) -> Figure:
     """KL from the teacher of every method, in millinats a token; whiskers are 95 % intervals over windows."""
     entries = [entry for entry in quality.methods if entry.kl_to_teacher_nats is not None]
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(0.8 + 0.36 * len(entries))
+        figure, axes = new_axes(0.8 + 0.36 * len(entries))
         for row, entry in enumerate(entries):
             axes.barh(
                 row,
                 1e3 * (entry.kl_to_teacher_nats or 0.0),
                 xerr=1e3 * Z95 * (entry.kl_stderr_nats or 0.0),
                 height=0.62,
-                color=COLOURS[row % len(COLOURS)],
-                hatch=HATCHES[row % len(HATCHES)],
+                color=COLOURS[0],
                 edgecolor="black",
                 linewidth=0.6,
                 capsize=3,
             )
-        axes.set_yticks(range(len(entries)), [entry.method for entry in entries])
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        _label_x(axes, f"KL from {quality.teacher} (millinats a token)", "95 % interval of the mean over windows")
+        name_rows(axes, [entry.method for entry in entries])
+        label_x(axes, f"KL from {quality.teacher} (millinats a token)", "95 % interval of the mean over windows")
     return figure
 
 
@@ -75,7 +74,7 @@ def score_by_bits(comparison: Comparison, task: str, bits: Mapping[str, float], 
     points: list[tuple[str, float, float | None]] = [(comparison.baseline, entry.baseline, None)]
     points += [(other.result, other.value, other.stderr) for other in entry.others]
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(3.2)
+        figure, axes = new_axes(3.2)
         for index, (result, value, stderr) in enumerate(points):
             axes.errorbar(
                 bits[result],
@@ -89,13 +88,13 @@ def score_by_bits(comparison: Comparison, task: str, bits: Mapping[str, float], 
             )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
-        _label_x(
+        label_x(
             axes,
             "bits a weight of the experts, scales included (log scale)",
             "95 % interval of the difference from full precision",
         )
         axes.set_ylabel(f"{entry.metric.partition(',')[0]} (share of {entry.num_documents} documents)")
-        _legend_above(axes)
+        legend_above(axes)
     return figure
 
 
@@ -107,7 +106,7 @@ def suite_differences(comparison: Comparison, names: Mapping[str, str]) -> Figur
     entries = [entry for entry in comparison.metrics if all(other.recovery is not None for other in entry.others)]
     num_results = len(entries[0].others) if entries else 0
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(1.2 + 0.16 * num_results * len(entries))
+        figure, axes = new_axes(1.2 + 0.16 * num_results * len(entries))
         for row, entry in enumerate(entries):
             for index, other in enumerate(entry.others):
                 recovery = other.recovery or 0.0
@@ -125,21 +124,20 @@ def suite_differences(comparison: Comparison, names: Mapping[str, str]) -> Figur
                     label=names[other.result] if row == 0 else None,
                 )
         axes.axvline(100, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(entries)), [entry.task.removeprefix("speedstack_") for entry in entries])
-        axes.invert_yaxis()
-        _label_x(
+        name_rows(axes, [entry.task.removeprefix("speedstack_").replace("_", " ") for entry in entries])
+        label_x(
             axes,
             f"recovery (% of {names[comparison.baseline]}); hollow: p > {comparison.significance:g}",
             "95 % interval, paired over documents",
         )
-        _legend_above(axes)
+        legend_above(axes)
     return figure
 
 
 def survival(acceptance: AcceptanceResult) -> Figure:
     """Share of rounds whose drafts up to a position were all accepted; bands are 95 % intervals over rounds."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(2.7)
+        figure, axes = new_axes(2.7)
         for index, one in enumerate(acceptance.sets):
             shares = one.survival
             positions = list(range(1, len(shares) + 1))
@@ -156,16 +154,16 @@ def survival(acceptance: AcceptanceResult) -> Figure:
             )
         axes.set_ylim(0, 100)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _label_x(axes, "position in the drafted block (tokens after the anchor)", "95 % interval over rounds")
+        label_x(axes, "position in the drafted block (tokens after the anchor)", "95 % interval over rounds")
         axes.set_ylabel("all accepted up to here (% of rounds)")
-        _legend_above(axes)
+        legend_above(axes)
     return figure
 
 
 def tokens_by_block(acceptance: AcceptanceResult) -> Figure:
     """Tokens a round if only the first k positions were drafted: one plus the sum of their survival."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(2.7)
+        figure, axes = new_axes(2.7)
         for index, one in enumerate(acceptance.sets):
             expected = [1.0 + sum(one.survival[:k]) for k in range(len(one.survival) + 1)]
             errors = [
@@ -191,9 +189,9 @@ def tokens_by_block(acceptance: AcceptanceResult) -> Figure:
             linewidth=1,
             label="every draft accepted",
         )
-        _label_x(axes, "drafted tokens a round", "95 % interval over rounds")
+        label_x(axes, "drafted tokens a round", "95 % interval over rounds")
         axes.set_ylabel("committed tokens a round")
-        _legend_above(axes)
+        legend_above(axes)
     return figure
 
 
@@ -201,7 +199,7 @@ def decode_rates(timing: TimingResult) -> Figure:
     """Tokens a second of every contestant: median and quartiles of the repeats."""
     entries = timing.contestants
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(0.8 + 0.36 * len(entries))
+        figure, axes = new_axes(0.8 + 0.36 * len(entries))
         for row, entry in enumerate(entries):
             rate = entry.decode_tokens_per_second
             axes.barh(
@@ -209,18 +207,15 @@ def decode_rates(timing: TimingResult) -> Figure:
                 rate.median,
                 xerr=[[rate.median - rate.q1], [rate.q3 - rate.median]],
                 height=0.62,
-                color=COLOURS[row % len(COLOURS)],
-                hatch=HATCHES[row % len(HATCHES)],
+                color=COLOURS[0],
                 edgecolor="black",
                 linewidth=0.6,
                 capsize=3,
             )
             axes.annotate(f" {rate.median:.0f}", (rate.q3, row), va="center", xytext=(4, 0), textcoords="offset points")
-        axes.set_yticks(range(len(entries)), [entry.name for entry in entries])
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
+        name_rows(axes, [entry.name for entry in entries])
         axes.margins(x=0.12)
-        _label_x(
+        label_x(
             axes, f"decoded tokens a second, {timing.dtype}, {timing.num_threads} threads", "quartiles of the repeats"
         )
     return figure
@@ -230,7 +225,7 @@ def time_per_text(timing: TimingResult) -> Figure:
     """Where the time of one text goes: until its first token, and decoding the others. Medians; log scale."""
     entries = timing.contestants
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(1.0 + 0.42 * len(entries))
+        figure, axes = new_axes(1.0 + 0.42 * len(entries))
         for index, part in enumerate(("first token", "all others")):
             for row, entry in enumerate(entries):
                 rate = entry.decode_tokens_per_second
@@ -251,12 +246,11 @@ def time_per_text(timing: TimingResult) -> Figure:
                     label=part if row == 0 else None,
                 )
         axes.set_xscale("log")
-        axes.set_yticks(range(len(entries)), [entry.name for entry in entries])
-        axes.invert_yaxis()
-        _label_x(
+        name_rows(axes, [entry.name for entry in entries])
+        label_x(
             axes, f"milliseconds of a text of {timing.num_new_tokens} tokens (log scale)", "quartiles of the repeats"
         )
-        _legend_above(axes)
+        legend_above(axes)
     return figure
 
 
@@ -264,7 +258,7 @@ def stage_times(stages: Sequence[StageSummary]) -> Figure:
     """Seconds of every stage of a run that was timed; one run, so without whiskers."""
     timed = [stage for stage in stages if stage.seconds is not None]
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(0.8 + 0.26 * len(timed))
+        figure, axes = new_axes(0.8 + 0.26 * len(timed))
         axes.barh(
             range(len(timed)),
             [stage.seconds or 0.0 for stage in timed],
@@ -281,9 +275,7 @@ def stage_times(stages: Sequence[StageSummary]) -> Figure:
                 xytext=(4, 0),
                 textcoords="offset points",
             )
-        axes.set_yticks(range(len(timed)), [stage.name for stage in timed])
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
+        name_rows(axes, [stage.name for stage in timed])
         axes.margins(x=0.1)
         axes.set_xlabel("seconds (one run)")
     return figure
@@ -297,14 +289,37 @@ def _variance_of_count(survival_shares: Sequence[float]) -> float:
     return max(0.0, second_moment - mean**2)
 
 
-def _figure(height_inches: float) -> tuple[Figure, Axes]:
+def new_axes(height_inches: float) -> tuple[Figure, Axes]:
+    """A figure of a column's width; to be called, and drawn on, under STYLE."""
     figure = Figure(figsize=(COLUMN_INCHES, height_inches), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _label_x(axes: Axes, quantity: str, whiskers: str) -> None:
-    axes.set_xlabel(f"{quantity}\nwhiskers: {whiskers}")
+def label_x(axes: Axes, quantity: str, whiskers: str) -> None:
+    """The horizontal axis' quantity with its unit, and below it what whiskers are."""
+    axes.set_xlabel(f"{textwrap.fill(quantity, LABEL_WIDTH)}\nwhiskers: {whiskers}")
 
 
-def _legend_above(axes: Axes) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, borderaxespad=0.2, handletextpad=0.4)
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """One row a name, the first on top; long names take two lines."""
+    axes.set_yticks(range(len(names)), [textwrap.fill(name, NAME_WIDTH) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+
+
+def legend_above(axes: Axes, handles: Sequence[Line2D] | None = None) -> None:
+    """A legend over the axes, where it covers no point: of what is labelled, or of `handles`.
+
+    It has two columns where the labels leave room for them.
+    """
+    shown: Sequence[Any] = axes.get_legend_handles_labels()[0] if handles is None else handles
+    labels = [str(handle.get_label()) for handle in shown]
+    axes.legend(
+        shown,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        ncols=2 if 2 * max(map(len, labels), default=0) <= LABEL_WIDTH else 1,
+        borderaxespad=0.2,
+        handletextpad=0.4,
+    )

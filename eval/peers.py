@@ -1,261 +1,247 @@
-"""The contestants of a timing run: our engine with and without drafter, and transformers with and without the same one.
+"""Who runs in a timing: our engine with and without speculation, and the peers that are asked for and there.
 
-Peers are set up as their own documentation would: transformers' `generate` with its dynamic cache, its fastest experts
-implementation for this model (tried out first), no tokens' scores kept; its DFlash assisted generation with the very
-same drafter weights. All decode greedily in one dtype, with one thread count, past end-of-text tokens.
+All decode the same token ids greedily in one dtype, with one thread count, one sequence at a time, past end-of-text
+tokens, as many tokens as the next one. Peers are set up as their own documentation would; those that are not installed,
+or cannot run the model, are named with the reason. In float32 engines differ by rounding alone, which decides no argmax
+but a near tie: there transformers' `generate` is promised to say the same, and the others are compared.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from speedstack.dflash.checkpoint import load_drafter
-from speedstack.dflash.hf import to_transformers
+from speedstack.eval.acceptance import acceptance_result
+from speedstack.eval.energy import EnergyCounter
 from speedstack.eval.environment import describe_environment
-from speedstack.eval.results import TimingResult, Unavailable
-from speedstack.eval.timing import PEER_ERRORS, Contestant, Sample, one_line, race
-from speedstack.quant.checkpoint import load_model
-from speedstack.runtime import Engine
+from speedstack.eval.peer_llama_cpp import llama_cpp_contestants
+from speedstack.eval.peer_transformers import NAMES, transformers_contestants
+from speedstack.eval.peer_vllm import vllm_contestants
+from speedstack.eval.prompts import PromptSet
+from speedstack.eval.results import AcceptanceResult, SetTiming, TimingResult, Unavailable
+from speedstack.eval.timing import Contestant, Sample, Standings, race
+from speedstack.runtime import DraftStrategy, Engine
+from speedstack.runtime.strategy import NGRAM
 
 ENGINE = "engine"
 ENGINE_DRAFTER = "engine + drafter"
 ENGINE_WHOLE_BLOCKS = "engine + drafter, whole blocks"
-TRANSFORMERS = "transformers"
-TRANSFORMERS_DRAFTER = "transformers + drafter"
+ENGINE_LOOK_UP = "engine + look-up"
+TRANSFORMERS, TRANSFORMERS_DRAFTER, TRANSFORMERS_COMPILED = NAMES.values()
 
-EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
-TRIAL_TOKENS = 16
-TRIAL_REPEATS = 3
+Peer = Literal["transformers", "assisted", "compiled", "vllm", "llama.cpp"]
+OnResult = Callable[[TimingResult, AcceptanceResult | None], None]
 
 
 @dataclass(frozen=True)
 class TimingSettings:
-    """How long and how often. `dtype` names the dtype of all contestants: "float32" or "bfloat16"."""
+    """How long, how often, and against whom. `dtype` names the dtype of all contestants: "float32" or "bfloat16".
+
+    `look_up` adds our prompt look-up; `gguf` is the file that llama.cpp reads; `gpu_hour_usd` the price of an hour of
+    this machine; `seed` is of the orders in which contestants run.
+    """
 
     num_new_tokens: int = 128
     num_repeats: int = 5
     dtype: str = "float32"
     device: str = "cpu"
     backend: Literal["auto", "reference", "cpu", "graph", "resident"] = "auto"
-
-
-class FirstTokenClock:
-    """A transformers streamer that notes when the first new token came; the prompt is its first `put`."""
-
-    def __init__(self) -> None:
-        self.num_puts = 0
-        self.first_token_time: float | None = None
-
-    def put(self, value: torch.Tensor) -> None:
-        """Called with the prompt, then with every piece of new tokens."""
-        self.num_puts += 1
-        if self.num_puts == 2:
-            self.first_token_time = time.perf_counter()
-
-    def end(self) -> None:
-        """Called after the last token."""
+    peers: tuple[Peer, ...] = ("transformers", "assisted")
+    look_up: bool = False
+    num_warmups: int = 1
+    gguf: Path | None = None
+    gpu_hour_usd: float | None = None
+    seed: int = 0
 
 
 def measure_timing(
     target: str | Path,
     drafter: str | Path | None,
-    prompts: Sequence[list[int]],
+    prompt_sets: Sequence[PromptSet],
     settings: TimingSettings | None = None,
+    on_result: OnResult | None = None,
     progress: bool = True,
 ) -> TimingResult:
-    """Race the engine against transformers on the checkpoint `target`, each with and without `drafter`.
+    """Race the engine against its peers on the checkpoint `target`, with and without `drafter`.
 
-    Raises ValueError for a dtype that is neither float32 nor bfloat16, and as `race` and the loaders do.
+    `on_result` gets what is finished after every set of every repeat, with the acceptance of whole blocks. Raises
+    ValueError for a dtype that is neither float32 nor bfloat16, when our engine cannot run the model, its logits are
+    not numbers say, and as `race` and the loaders do.
     """
     settings = settings or TimingSettings()
     if settings.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype is {settings.dtype!r}: use 'float32' or 'bfloat16'")
     dtype = getattr(torch, settings.dtype)
-    contestants = engine_contestants(target, drafter, dtype, settings)
-    peers, unavailable = transformers_contestants(target, drafter, dtype, settings, prompts[0])
-    results, failed = race(
-        [*contestants, *peers], prompts, settings.num_new_tokens, settings.num_repeats, progress=progress
-    )
-    return TimingResult(
-        device=settings.device,
-        dtype=settings.dtype,
-        num_threads=torch.get_num_threads(),
-        num_prompts=len(prompts),
-        num_prompt_tokens=tuple(len(prompt) for prompt in prompts),
-        num_new_tokens=settings.num_new_tokens,
-        num_repeats=settings.num_repeats,
-        contestants=results,
-        unavailable=(*unavailable, *failed),
-        environment=describe_environment(),
-    )
+    names = [entry.name for entry in prompt_sets]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two sets of prompts have one name: {', '.join(names)}")
+    prompts = {entry.name: entry.prompts for entry in prompt_sets}
+    every_prompt = [prompt for group in prompts.values() for prompt in group]
+    max_length = max(map(len, every_prompt), default=0) + settings.num_new_tokens
+    ours, identity = engine_contestants(target, drafter, dtype, settings, max_length)
+    peers, unavailable = peer_contestants(target, drafter, dtype, settings, every_prompt, max_length)
+    environment = describe_environment()
+    with EnergyCounter(settings.device) as energy:
+
+        def result(standings: Standings) -> TimingResult:
+            return TimingResult(
+                device=settings.device,
+                dtype=settings.dtype,
+                num_threads=torch.get_num_threads(),
+                num_prompts=len(every_prompt),
+                num_prompt_tokens=tuple(map(len, every_prompt)),
+                num_new_tokens=settings.num_new_tokens,
+                num_repeats=settings.num_repeats,
+                contestants=standings.overall,
+                sets=tuple(
+                    SetTiming(
+                        name=entry.name,
+                        source=entry.source,
+                        num_prompt_tokens=tuple(map(len, entry.prompts)),
+                        contestants=standings.sets[entry.name],
+                    )
+                    for entry in prompt_sets
+                ),
+                unavailable=(*unavailable, *standings.unavailable),
+                seed=settings.seed,
+                gpu_hour_usd=settings.gpu_hour_usd,
+                energy=energy.description,
+                notes=tuple(note for entry in prompt_sets for note in entry.notes),
+                environment=environment,
+                **identity,
+            )
+
+        def on_standings(standings: Standings) -> None:
+            if on_result is not None:
+                rounds = standings.rounds.get(ENGINE_WHOLE_BLOCKS)
+                accepted = acceptance_result(rounds, DraftStrategy(), settings.num_new_tokens) if rounds else None
+                on_result(result(standings), accepted)
+
+        finished = result(
+            race(
+                [*ours, *peers],
+                prompts,
+                settings.num_new_tokens,
+                settings.num_repeats,
+                settings.num_warmups,
+                settings.seed,
+                energy,
+                settings.gpu_hour_usd,
+                on_standings,
+                progress,
+            )
+        )
+    failed = next((entry for entry in finished.unavailable if entry.name == ENGINE), None)
+    if failed is not None:
+        raise ValueError(f"{ENGINE} cannot decode this model: {failed.reason}")
+    return finished
 
 
 def engine_contestants(
-    target: str | Path, drafter: str | Path | None, dtype: torch.dtype, settings: TimingSettings
-) -> list[Contestant]:
-    """Our engine without a drafter and, if there is one, with it, twice; both promise the first one's tokens."""
-    plain = Engine.from_pretrained(target, backend=settings.backend, device=settings.device, dtype=dtype)
-    contestants = [
-        Contestant(
-            name=ENGINE,
-            description=f"speedstack Engine, {plain.backend_name} backend, one token a step",
-            run=_engine_runner(plain),
-            prepare_seconds=plain.prepare_seconds,
-        )
-    ]
-    if drafter is None:
-        return contestants
-    for name, num_drafts, what in (
-        (ENGINE_DRAFTER, "adaptive", "as many drafts as pay"),
-        (ENGINE_WHOLE_BLOCKS, None, "every block verified whole"),
-    ):
-        drafting = Engine.from_pretrained(
-            target,
-            drafter,
-            backend=settings.backend,
-            device=settings.device,
-            dtype=dtype,
-            num_drafts=num_drafts,  # type: ignore[arg-type]
-        )
-        contestants.append(
-            Contestant(
-                name=name,
-                description=f"speedstack Engine, {drafting.backend_name} backend, DFlash drafter, {what}",
-                run=_engine_runner(drafting),
-                prepare_seconds=drafting.prepare_seconds,
-                identical_to=ENGINE,
-                identity_promised=True,
-            )
-        )
-    return contestants
-
-
-def transformers_contestants(
     target: str | Path,
     drafter: str | Path | None,
     dtype: torch.dtype,
     settings: TimingSettings,
-    trial_prompt: list[int],
-) -> tuple[list[Contestant], list[Unavailable]]:
-    """transformers' `generate`, and its assisted generation with the same drafter; what cannot be set up, and why."""
-    names = [TRANSFORMERS] if drafter is None else [TRANSFORMERS, TRANSFORMERS_DRAFTER]
-    started = time.perf_counter()
-    try:
-        model: Any = load_model(target, dtype=dtype)
-        model = model.to(settings.device).eval()
-    except PEER_ERRORS as error:
-        return [], [Unavailable(name=name, reason=one_line(error)) for name in names]
-    load_seconds = time.perf_counter() - started
-    trials, unavailable = try_experts_implementations(model, trial_prompt)
-    if not trials:
-        reason = "none of its experts implementations runs this model"
-        return [], [*unavailable, *(Unavailable(name=name, reason=reason) for name in names)]
-    fastest = min(trials, key=lambda name: trials[name])
-    model.set_experts_implementation(fastest)
-    tried = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in trials.items())
+    max_length: int,
+) -> tuple[list[Contestant], dict[str, str | None]]:
+    """Our engine without and with speculation, all of which promise the first one's tokens; and what is timed.
+
+    The two ways of drafting share an engine, which changes its strategy before a call.
+    """
+
+    def load(with_drafter: str | Path | None) -> Engine:
+        return Engine.from_pretrained(
+            target,
+            with_drafter,
+            backend=settings.backend,
+            device=settings.device,
+            dtype=dtype,
+            max_length=max_length,
+            max_batch_size=1,
+        )
+
+    plain = load(None)
+    identity = {"target": str(target), "target_sha256": plain.target_sha256}
+    backend = f"speedstack Engine, {plain.backend_name} backend"
     contestants = [
         Contestant(
-            name=TRANSFORMERS,
-            description=f"transformers generate, {fastest} experts (tried, ms a decoded token: {tried})",
-            run=_transformers_runner(model, assistant=None),
-            prepare_seconds=load_seconds,
-            identical_to=ENGINE,
-            # In float32 the two differ by rounding alone, which decides no argmax but a near tie; in bfloat16 it does.
-            identity_promised=dtype == torch.float32,
+            name=ENGINE,
+            description=f"{backend}, one token a step",
+            run=engine_runner(plain),
+            prepare_seconds=plain.prepare_seconds,
         )
     ]
+    ways: list[tuple[str, Engine, DraftStrategy, str]] = []
     if drafter is not None:
-        try:
-            assistant = to_transformers(load_drafter(drafter).to(dtype), model)
-        except PEER_ERRORS as error:
-            unavailable.append(Unavailable(name=TRANSFORMERS_DRAFTER, reason=one_line(error)))
-        else:
-            contestants.append(
-                Contestant(
-                    name=TRANSFORMERS_DRAFTER,
-                    description=f"transformers DFlash assisted generation, {fastest} experts, the same drafter",
-                    run=_transformers_runner(model, assistant=assistant),
-                    prepare_seconds=load_seconds,
-                    identical_to=TRANSFORMERS,
-                )
-            )
+        drafting = load(drafter)
+        identity |= {"drafter": str(drafter), "drafter_sha256": drafting.drafter_sha256}
+        ways += [
+            (ENGINE_DRAFTER, drafting, DraftStrategy("adaptive"), "DFlash drafter, as many drafts as pay"),
+            (ENGINE_WHOLE_BLOCKS, drafting, DraftStrategy(), "DFlash drafter, every block verified whole"),
+        ]
+    if settings.look_up:
+        ways.append((ENGINE_LOOK_UP, load(NGRAM), DraftStrategy("adaptive"), "prompt look-up, as many as pay"))
+    contestants += [
+        Contestant(
+            name=name,
+            description=f"{backend}, {what}",
+            run=engine_runner(engine, strategy),
+            prepare_seconds=engine.prepare_seconds,
+            identical_to=ENGINE,
+            identity_promised=True,
+        )
+        for name, engine, strategy, what in ways
+    ]
+    return contestants, identity
+
+
+def peer_contestants(
+    target: str | Path,
+    drafter: str | Path | None,
+    dtype: torch.dtype,
+    settings: TimingSettings,
+    prompts: Sequence[list[int]],
+    max_length: int,
+) -> tuple[list[Contestant], list[Unavailable]]:
+    """The peers of `settings` that can be set up, and the others with the reason."""
+    contestants: list[Contestant] = []
+    unavailable: list[Unavailable] = []
+    wanted = settings.peers
+    kinds = [kind for kind in ("transformers", "assisted", "compiled") if kind in wanted]
+    if drafter is None and "assisted" in kinds:
+        kinds.remove("assisted")
+    found: list[tuple[list[Contestant], list[Unavailable]]] = []
+    if kinds:
+        found.append(
+            transformers_contestants(target, drafter, dtype, settings.device, kinds, prompts[0], max_length, ENGINE)
+        )
+    if "vllm" in wanted:
+        found.append(vllm_contestants(target, drafter, dtype, settings.device, max_length, ENGINE))
+    if "llama.cpp" in wanted:
+        found.append(llama_cpp_contestants(settings.gguf, settings.device, max_length, ENGINE))
+    for here, absent in found:
+        contestants += here
+        unavailable += absent
     return contestants, unavailable
 
 
-def try_experts_implementations(model: Any, prompt: list[int]) -> tuple[dict[str, float], list[Unavailable]]:
-    """Decode seconds a token, the best of a few texts, of each experts implementation; those that fail, and why."""
-    seconds_per_token: dict[str, float] = {}
-    unavailable = []
-    run = _transformers_runner(model, assistant=None)
-    for name in EXPERTS_IMPLEMENTATIONS:
-        try:
-            model.set_experts_implementation(name)
-            run(prompt, 2)
-            samples = [run(prompt, TRIAL_TOKENS) for _ in range(TRIAL_REPEATS)]
-        except PEER_ERRORS as error:
-            unavailable.append(Unavailable(name=f"{TRANSFORMERS} ({name} experts)", reason=one_line(error)))
-        else:
-            # The race compares decode rates, and an implementation fast on a prompt need not be fast on one token.
-            seconds_per_token[name] = min(
-                (sample.total_seconds - sample.first_token_seconds) / (len(sample.tokens) - 1) for sample in samples
-            )
-    return seconds_per_token, unavailable
+def engine_runner(engine: Engine, strategy: DraftStrategy | None = None) -> Callable[[list[int], int], Sample]:
+    """Calls of `generate`, as `strategy` says; without one there is nothing to count in rounds."""
 
-
-def _engine_runner(engine: Engine) -> Callable[[list[int], int], Sample]:
     def run(prompt: list[int], num_new_tokens: int) -> Sample:
+        if strategy is not None:
+            engine.set_strategy(strategy)
         started = time.perf_counter()
         generation = engine.generate(prompt, max_new_tokens=num_new_tokens, ignore_eos=True)
         total_seconds = time.perf_counter() - started
         return Sample(
             tokens=generation.tokens,
-            first_token_seconds=min(generation.stats.prefill_seconds, total_seconds),
+            arrivals=[(moment - started, count) for moment, count in generation.stats.arrivals],
             total_seconds=total_seconds,
-            num_rounds=generation.stats.num_rounds if engine.num_drafts else None,
-        )
-
-    return run
-
-
-def _transformers_runner(model: Any, assistant: Any) -> Callable[[list[int], int], Sample]:
-    # Otherwise the model's own end-of-text id would end a text early.
-    model.generation_config.eos_token_id = None
-    options: dict[str, Any] = {}
-    if assistant is not None:
-        options = {"assistant_model": assistant, "speculation_type": "dflash"}
-
-    def run(prompt: list[int], num_new_tokens: int) -> Sample:
-        ids = torch.tensor([prompt], device=model.device)
-        clock = FirstTokenClock()
-        num_passes = 0
-
-        def count_pass(*_: object) -> None:
-            nonlocal num_passes
-            num_passes += 1
-
-        with model.register_forward_hook(count_pass):
-            started = time.perf_counter()
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=num_new_tokens,
-                do_sample=False,
-                streamer=clock,
-                **options,
-            )
-            tokens = output[0, len(prompt) :].tolist()  # reading the values waits for the device
-            finished = time.perf_counter()
-        first_token_time = clock.first_token_time if clock.first_token_time is not None else finished
-        return Sample(
-            tokens=tokens,
-            first_token_seconds=first_token_time - started,
-            total_seconds=finished - started,
-            # The prompt's pass is no decode round.
-            num_rounds=num_passes - 1 if assistant is not None else None,
+            rounds=generation.stats if strategy is not None else None,
         )
 
     return run

@@ -9,6 +9,7 @@ dotted one takes a hundred times the bytes. Nothing here touches pyplot's global
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ COLOURS = ("#2f8fd0", "#d9822b", "#1f9e77", "#c0699f", "#8c7fd6", "#b39b25", "#7
 HATCHES = ("", "///", "\\\\\\", "xxx", "---", "|||", "+++")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 WIDTH_INCHES = 5.0
+MANY_BARS = 8
+# Characters of an axis label that fit below an axis which labels have narrowed.
+AXIS_LABEL_WIDTH = 46
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "speedstack",
@@ -69,10 +73,10 @@ def training_curves(curves: Sequence[Curve]) -> str:
             axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
         axes.set_xlabel("training step")
-        axes.set_ylabel(curves[0].quantity)
-        axes.legend()
+        axes.set_ylabel(textwrap.fill(curves[0].quantity, 28))
+        _legend_above(axes, len(curves))
 
-    return _figure(draw, f"{curves[0].stage}: {curves[0].quantity} over training steps", height_inches=2.9)
+    return _figure(draw, f"{curves[0].stage}: {curves[0].quantity} over training steps", height_inches=3.0)
 
 
 def divergence_by_method(quality: QualityResult) -> str:
@@ -83,7 +87,9 @@ def divergence_by_method(quality: QualityResult) -> str:
         values = [1e3 * (entry.kl_to_teacher_nats or 0.0) for entry in methods]
         errors = [1e3 * (entry.kl_stderr_nats or 0.0) for entry in methods]
         _horizontal_bars(axes, [entry.method for entry in methods], values, errors, "{:.3g}")
-        axes.set_xlabel(f"KL from {quality.teacher} (millinats a token; less is better)")
+        axes.set_xlabel(
+            textwrap.fill(f"KL from {quality.teacher} (millinats a token; less is better)", AXIS_LABEL_WIDTH)
+        )
 
     return _figure(draw, "Divergence from the teacher by method", _bars_height(len(methods)))
 
@@ -123,27 +129,33 @@ def task_scores_by_method(quality: QualityResult, metrics: Mapping[str, str]) ->
 
 def acceptance_by_position(acceptance: AcceptanceResult) -> str:
     """Share of rounds in which the drafts up to each position were all accepted, overall and for each prompt set."""
+    groups = [acceptance.overall, *(acceptance.sets if len(acceptance.sets) > 1 else ())]
+    curves = {f"{group.name} (\u03c4 {group.acceptance_length:.2f})": group.survival for group in groups}
+    return survival_curves("Acceptance by draft position", curves)
+
+
+def survival_curves(title: str, curves: Mapping[str, Sequence[float]]) -> str:
+    """Shares in [0, 1] by draft position, a curve a label; the first one is the main one."""
 
     def draw(axes: Axes) -> None:
-        groups = [acceptance.overall, *(acceptance.sets if len(acceptance.sets) > 1 else ())]
-        for index, group in enumerate(groups):
+        for index, (label, shares) in enumerate(curves.items()):
             axes.plot(
-                range(1, len(group.survival) + 1),
-                [100 * value for value in group.survival],
+                range(1, len(shares) + 1),
+                [100 * share for share in shares],
                 color=COLOURS[index % len(COLOURS)],
                 marker=MARKERS[index % len(MARKERS)],
                 markersize=4.5,
                 linewidth=2.0 if index == 0 else 1.2,
                 linestyle="-" if index == 0 else "--",
-                label=f"{group.name} (\u03c4 {group.acceptance_length:.2f})",
+                label=label,
             )
-        axes.set_xticks(range(1, len(acceptance.overall.survival) + 1))
+        axes.set_xticks(range(1, max(map(len, curves.values())) + 1))
         axes.set_ylim(0, 100)
         axes.set_xlabel("draft position in the block")
         axes.set_ylabel("rounds accepted this far (%)")
-        axes.legend()
+        _legend_above(axes, len(curves))
 
-    return _figure(draw, "Acceptance by draft position", 2.9)
+    return _figure(draw, title, 2.7 + 0.2 * -(-len(curves) // 2))
 
 
 def tokens_per_second(timing: TimingResult) -> str:
@@ -197,6 +209,73 @@ def memory_by_part(memory_bytes: Mapping[str, Mapping[str, int]]) -> str:
     return _figure(draw, "Memory by part", _bars_height(len(memory_bytes)) + 0.2 * (1 + (num_parts - 1) // 2))
 
 
+def bars(
+    title: str,
+    names: Sequence[str],
+    values: Sequence[float],
+    x_label: str,
+    errors: Sequence[float] | tuple[Sequence[float], Sequence[float]] | None = None,
+    value_format: str = "{:.3g}",
+) -> str:
+    """A bar a name with its value behind it; `errors` are half-widths of whiskers, or those to the left and right."""
+
+    def draw(axes: Axes) -> None:
+        _horizontal_bars(axes, names, values, [0.0] * len(values) if errors is None else errors, value_format)
+        axes.set_xlabel(textwrap.fill(x_label, AXIS_LABEL_WIDTH))
+
+    return _figure(draw, title, _bars_height(len(names)))
+
+
+def dots(
+    title: str,
+    names: Sequence[str],
+    series: Mapping[str, Sequence[tuple[float, float, float] | None]],
+    x_label: str,
+    log: bool = False,
+    reference: float | None = None,
+) -> str:
+    """For every name a dot a series, with its whisker: (value, low, high), None where a series has none.
+
+    `reference` is a line across all, on the axis of the values. Raises ValueError for nothing to draw.
+    """
+    if not any(point is not None for points in series.values() for point in points):
+        raise ValueError(f"nothing to draw: {title} has no values")
+
+    def draw(axes: Axes) -> None:
+        for index, (label, points) in enumerate(series.items()):
+            rows = [row for row, point in enumerate(points) if point is not None]
+            found = [point for point in points if point is not None]
+            offset = 0.5 * ((index + 0.5) / len(series) - 0.5)
+            axes.errorbar(
+                [value for value, _, _ in found],
+                [row + offset for row in rows],
+                # Rounding may put a value a hair outside of its own interval.
+                xerr=[
+                    [max(0.0, value - low) for value, low, _ in found],
+                    [max(0.0, high - value) for value, _, high in found],
+                ],
+                fmt=MARKERS[index % len(MARKERS)],
+                color=COLOURS[index % len(COLOURS)],
+                markersize=5.5,
+                elinewidth=1.1,
+                capsize=2.5,
+                label=label,
+            )
+        if reference is not None:
+            axes.axvline(reference, color=INK, linewidth=0.9, linestyle="--")
+        if log:
+            axes.set_xscale("log")
+        axes.set_yticks(range(len(names)), [_wrap(name, _label_width(len(names))) for name in names])
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlabel(textwrap.fill(x_label, AXIS_LABEL_WIDTH))
+        if len(series) > 1:
+            _legend_above(axes, len(series))
+
+    num_legend_rows = -(-len(series) // 2) if len(series) > 1 else 0
+    row_height = 0.26 + 0.12 * min(3, len(series))
+    return _figure(draw, title, 0.85 + row_height * len(names) + 0.2 * num_legend_rows)
+
+
 def _horizontal_bars(
     axes: Axes,
     names: Sequence[str],
@@ -205,28 +284,32 @@ def _horizontal_bars(
     value_format: str,
 ) -> None:
     """One bar a name, its value written behind the whisker."""
-    for row, value in enumerate(values):
-        axes.barh(row, value, height=0.62, color=COLOURS[row % len(COLOURS)], edgecolor=INK, linewidth=0.5)
+    axes.barh(range(len(values)), values, height=0.62, color=COLOURS[0], edgecolor=INK, linewidth=0.5)
     axes.errorbar(values, range(len(values)), xerr=errors, fmt="none", ecolor=INK, elinewidth=0.9, capsize=3)
     upper = errors[1] if isinstance(errors, tuple) else errors
     for row, (value, error) in enumerate(zip(values, upper, strict=True)):
         axes.annotate(
             value_format.format(value), (value + error, row), xytext=(5, 0), textcoords="offset points", va="center"
         )
-    axes.set_yticks(range(len(names)), [_wrap(name) for name in names])
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(names)), [_wrap(name, _label_width(len(names))) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.margins(x=0.16)
     axes.grid(axis="y", visible=False)
 
 
 def _bars_height(num_bars: int) -> float:
-    return 0.9 + 0.42 * max(1, num_bars)
+    return 0.9 + 0.42 * max(1, min(num_bars, MANY_BARS)) + 0.26 * max(0, num_bars - MANY_BARS)
 
 
-def _wrap(name: str) -> str:
+def _label_width(num_bars: int) -> int:
+    """Characters of a line: many bars are too close together for labels of two."""
+    return 16 if num_bars <= MANY_BARS else 28
+
+
+def _wrap(name: str, width: int = 16) -> str:
     """A long bar label on two lines, so that labels leave the bars their room."""
-    if len(name) <= 16:
+    if len(name) <= width:
         return name
     middle = min((i for i, c in enumerate(name) if c == " "), key=lambda i: abs(i - len(name) / 2), default=None)
     return name if middle is None else f"{name[:middle]}\n{name[middle + 1 :]}"

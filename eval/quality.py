@@ -12,8 +12,10 @@ from typing import Any
 
 import lm_eval
 import torch
+from transformers import PreTrainedModel
 
-from speedstack.eval.divergence import token_kl, token_nll, top1_matches
+from speedstack.eval.divergence import check_numbers, token_kl, token_nll, top1_matches
+from speedstack.eval.environment import describe_environment
 from speedstack.eval.lm import EngineLM
 from speedstack.eval.results import MethodQuality, QualityResult, TaskScore, to_plain
 from speedstack.eval.task_loading import PREFIX, TASK_NAMES, TaskLoader
@@ -64,7 +66,8 @@ def measure_quality(
     """Held-out perplexity of each engine, its divergence from `engines[teacher]`, and the scores of `tasks`.
 
     `windows` are id sequences of 2 tokens or more; `task_data` is the directory `make_tasks` wrote, None for no tasks;
-    `limit` caps the documents a task. Raises ValueError for a teacher that is not an engine, and as `run_tasks`.
+    `limit` caps the documents a task. Raises ValueError for a teacher that is not an engine, logits
+    that are not numbers, and as `run_tasks`.
     """
     if teacher not in engines:
         raise ValueError(f"teacher {teacher!r} is not among the engines: {', '.join(engines)}")
@@ -74,9 +77,12 @@ def measure_quality(
     for window in windows:
         targets_T = torch.tensor(window[1:])
         # The last row predicts a token that the window does not have.
-        teacher_TV = engines[teacher].logits(list(window))[:-1].cpu()
+        teacher_TV = check_numbers(engines[teacher].logits(list(window))[:-1].cpu(), teacher)
         for name, engine in engines.items():
-            logits_TV = teacher_TV if name == teacher else engine.logits(list(window))[:-1].cpu()
+            if name == teacher:
+                logits_TV = teacher_TV
+            else:
+                logits_TV = check_numbers(engine.logits(list(window))[:-1].cpu(), name)
             nll[name].append(token_nll(logits_TV, targets_T))
             kl[name].append(token_kl(teacher_TV, logits_TV))
             matches[name].append(top1_matches(teacher_TV, logits_TV))
@@ -103,7 +109,40 @@ def measure_quality(
                 tasks=scores[name],
             )
         )
-    return QualityResult(teacher=teacher, methods=tuple(methods), lm_eval=raw)
+    return QualityResult(teacher=teacher, methods=tuple(methods), lm_eval=raw, environment=describe_environment())
+
+
+@torch.no_grad()
+def model_quality(
+    name: str, teacher: PreTrainedModel, student: PreTrainedModel | None, windows: Sequence[Sequence[int]]
+) -> MethodQuality:
+    """Held-out figures of `student` against `teacher`, transformers models on one device; without one, the teacher's.
+
+    For families and numbers that the engine has not. `windows` are token ids, two or more each. Raises ValueError for
+    logits that are not numbers.
+    """
+    sums: dict[str, list[float]] = {"nll": [], "kl": [], "matches": []}
+    for window in windows:
+        ids_BT = torch.tensor([list(window)], device=teacher.device)
+        # The last row predicts a token that the window does not have.
+        teacher_TV, student_TV = (
+            check_numbers(each(input_ids=ids_BT, use_cache=False).logits[0, :-1], label)
+            for each, label in ((teacher, "the teacher"), (student or teacher, name))
+        )
+        sums["nll"].append(float(token_nll(student_TV, ids_BT[0, 1:]).sum()))
+        sums["kl"].append(float(token_kl(teacher_TV, student_TV).sum()))
+        sums["matches"].append(float(top1_matches(teacher_TV, student_TV).sum()))
+    sizes = [len(window) - 1 for window in windows]
+    nll = sum(sums["nll"]) / sum(sizes)
+    return MethodQuality(
+        method=name,
+        num_tokens=sum(sizes),
+        nll_nats=nll,
+        perplexity=math.exp(nll),
+        kl_to_teacher_nats=None if student is None else sum(sums["kl"]) / sum(sizes),
+        kl_stderr_nats=None if student is None else stderr_over_windows(sums["kl"], sizes),
+        top1_agreement=None if student is None else sum(sums["matches"]) / sum(sizes),
+    )
 
 
 def run_tasks(

@@ -4,11 +4,20 @@ Counted from the tensors a directory holds, not from formulas over its config, s
 of the files.
 """
 
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
 
 from speedstack.eval.results import ExpertStorage, ModelSummary
 from speedstack.quant.checkpoint import load_checkpoint
+from speedstack.quant.checkpoint.files import weight_files
+from speedstack.quant.checkpoint.reader import build_skeleton, read_config
+from speedstack.quant.formats import number_format
+from speedstack.quant.ptq import ModuleGroup, weights_of
 
 EXPERTS = ".experts."
 BF16_BYTES = 2
@@ -54,3 +63,46 @@ def expert_storage(path: str | Path) -> ExpertStorage:
         packed_bytes=sum(tensor.nbytes for tensor in experts),
         bf16_bytes=BF16_BYTES * sum(math.prod(tensor.shape) for tensor in experts),
     )
+
+
+def directory_bytes(path: str | Path) -> dict[str, int]:
+    """Bytes of every tensor in the safetensors files of directory `path`, as they are stored, by its name there.
+
+    Raises ValueError as `weight_files` does.
+    """
+    sizes = {}
+    for file in weight_files(path):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                sizes[name] = end - start
+    return sizes
+
+
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype of a checkpoint's weights as its config.json names it; float32 where it names none."""
+    dtype = config.dtype or torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+
+
+def bytes_in_format(
+    path: str | Path, format_name: str, modules: ModuleGroup | Sequence[ModuleGroup]
+) -> tuple[int, int]:
+    """Bytes of the model in directory `path`, which is not packed, and of its routed experts, if the weights of
+    `modules` were stored in a number format and the others as they are.
+
+    Raises ValueError as `weights_of` and `weight_files` do.
+    """
+    chosen, config = number_format(format_name), read_config(Path(path))[0]
+    weights = weights_of(build_skeleton(config), modules)
+    stored = directory_bytes(path)
+    itemsize = stored_dtype(config).itemsize
+    total = sum(stored.values())
+    experts = sum(size for name, size in stored.items() if EXPERTS in name)
+    for name, weight in weights.items():
+        difference = chosen.num_bytes(tuple(weight.shape)) - weight.numel() * itemsize
+        total += difference
+        experts += difference if EXPERTS in name else 0
+    return total, experts

@@ -99,11 +99,15 @@ class SuiteResult:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read and validate. Raises ValueError as `Document.load`, and for lm-eval's documents without our block."""
-        content = read_json(path)
+        return cls.check(read_json(path), path)
+
+    @classmethod
+    def check(cls, content: Any, path: str | Path) -> Self:
+        """The result that `content`, read from `path`, is. Raises ValueError as `load`."""
         if not isinstance(content, dict) or BLOCK not in content:
             raise ValueError(f"{path} is no result of a suite: it has no part '{BLOCK}' (speedstack eval --suite)")
-        block = content.pop(BLOCK)
-        return cls(content, SuiteBlock.check(block, path))
+        lm_eval = {key: value for key, value in content.items() if key != BLOCK}
+        return cls(lm_eval, SuiteBlock.check(content[BLOCK], path))
 
     def value(self, task: str, metric: str) -> float | None:
         """lm-eval's value of a task's or group's metric, such as 'acc,none'; None where it has none."""

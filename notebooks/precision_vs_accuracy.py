@@ -12,22 +12,26 @@
 # # Precision against accuracy
 #
 # What rounding the experts costs, from results that were measured before: this notebook reads and plots, it runs no
-# model. `REPORT` is the report of a demo, `COMPARISON` what `speedstack compare A.json B.json --out x.json` wrote.
+# model. `REPORT` is the report of a demo, `COMPARISON` what `speedstack compare A.json B.json --out x.json` wrote, and
+# `GRID` the results.json of `speedstack ablate`.
 
 # %% tags=["parameters"]
 REPORT = "../results/2026-11-21-demo-tiny-intel.json"
 COMPARISON = "../results/2026-11-21-suite-offline-tiny.json"
+GRID = "../results/2026-11-21-ablation-tiny.json"
 
 # %%
 # %matplotlib inline
 from IPython.display import Markdown
 
+from speedstack.eval.ablation import AblationGrid
+from speedstack.eval.ablation_figures import grid_score_by_bits, kl_by_bits, kl_by_bytes, tau_by_bits
 from speedstack.eval.compare import Comparison
 from speedstack.eval.figures import divergence, score_by_bits, suite_differences
 from speedstack.eval.results import Report
 from speedstack.quant.formats import number_format
 
-report, comparison = Report.load(REPORT), Comparison.load(COMPARISON)
+report, comparison, grid = Report.load(REPORT), Comparison.load(COMPARISON), AblationGrid.load(GRID)
 NAMES = {
     "full precision": "full precision",
     "MXFP4, rounded": "MXFP4, rounded to nearest",
@@ -64,3 +68,33 @@ suite_differences(comparison, NAMES)
 
 # %%
 Markdown(comparison.markdown())
+
+# %% [markdown]
+# ## Formats, modules and methods: the whole grid
+#
+# Every point is a model, made from the same full-precision one. At equal bits, what separates points is where the bits
+# are spared, and how the weights were chosen.
+
+# %%
+kl_by_bits(grid)
+
+# %% [markdown]
+# Bits saved where there are few weights save few bytes.
+
+# %%
+kl_by_bytes(grid)
+
+# %%
+grid_score_by_bits(grid)
+
+# %% [markdown]
+# ## Does a drafter notice the target's precision?
+#
+# A drafter trained for the full-precision model, drafting for targets of less and less precision, and drafters trained
+# for those targets.
+
+# %%
+tau_by_bits(grid)
+
+# %%
+Markdown(grid.table())

@@ -21,6 +21,7 @@ Left out: packed storage, which only MXFP4 has, activations, and compiled kernel
 Shape suffixes: N = any leading dimensions, K = contraction, G = blocks, B = elements of a block; R = rows of a matrix.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -89,6 +90,15 @@ class NumberFormat:
         """Bits an element, its share of the block's scale included."""
         rows, columns = self.block_shape
         return self.element_bits + self.scale_bits / (rows * columns)
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of weights of that shape, matrices [out, in] last: elements, block scales, `nvfp4`'s matrix scales."""
+        *stack, num_rows, num_columns = shape
+        rows, columns = self.block_shape
+        num_blocks = -(-num_rows // rows) * -(-num_columns // columns)
+        matrix_scale_bits = 32 if self.name == "nvfp4" else 0
+        bits = num_rows * num_columns * self.element_bits + num_blocks * self.scale_bits + matrix_scale_bits
+        return math.prod(stack) * bits // 8
 
 
 def number_format(name: str) -> NumberFormat:

@@ -1,6 +1,7 @@
 """Programs for the CPU kernels, put together from weights: the layers of a target or of a drafter as operations.
 
-Legend: D hidden, F dense intermediate, E experts, K choices a row.
+Legend: D hidden, F dense intermediate, E experts, K choices a row, R rank of a Markov head, V vocabulary, U draft
+vocabulary.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from speedstack.runtime.program import (
     GATE_UP,
     LINEAR,
     LM_HEAD,
+    MARKOV,
     QKV,
     ROUTER,
     Program,
@@ -25,6 +27,8 @@ from speedstack.runtime.reference import rotary_tables
 from speedstack.runtime.ring import MAX_ROWS, POSITIONS_PER_BLOCK, ring_length
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, MoeSpec
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, LayerWeights, MoeWeights
+
+UNBOUNDED = 1 << 30  # as many positions as there are
 
 
 @dataclass
@@ -126,12 +130,16 @@ class Assembler:
         weights: AttentionWeights,
         spec: AttentionSpec,
         cache: tuple[torch.Tensor, torch.Tensor, int],
+        reach: int = UNBOUNDED,
     ) -> None:
-        """Attention over a cache and the output projection, added to the hidden states."""
+        """Attention over a cache and the output projection, added to the hidden states.
+
+        A row sees what its window holds up to the end that the step names for it, and at most `reach` later positions.
+        """
         b, (keys, values, blocks) = self.buffers, cache
         self.program.add(
             ATTENTION,
-            [spec.num_heads, spec.num_kv_heads, spec.qk_head_dim, spec.v_head_dim, blocks, spec.window or 0],
+            [spec.num_heads, spec.num_kv_heads, spec.qk_head_dim, spec.v_head_dim, blocks, spec.window or 0, reach],
             [spec.softmax_scale],
             [b.query, keys, values, weights.sinks_N, b.attended],
         )
@@ -184,15 +192,31 @@ class Assembler:
         tensors: list[torch.Tensor | Panels | None] = [b.expert, b.hidden, down, b.choice, b.choice_weight]
         self.program.add(EXPERT_DOWN, [size, D, E, K], (), tensors)
 
-    def add_head(
+    def add_head(self, norm_D: torch.Tensor, head: Panels, eps: float) -> None:
+        """Final norm and LM head of the wanted rows."""
+        b = self.buffers
+        self.program.add(LM_HEAD, [norm_D.shape[0], b.logits.shape[1]], [eps], [b.hidden, norm_D, head, b.logits])
+
+    def add_best(self, num_tokens: int, with_probability: bool = False, first: int = 0, step: int = 1) -> None:
+        """The largest of `num_tokens` logits of every `step`th wanted row from `first` on, and its probability."""
+        b = self.buffers
+        probability = b.probability if with_probability else None
+        self.program.add(ARGMAX, [num_tokens, b.logits.shape[1], first, step], (), [b.logits, b.best, probability])
+
+    def add_markov(
         self,
-        norm_D: torch.Tensor,
-        head: Panels,
-        num_tokens: int,
-        eps: float,
-        probability: torch.Tensor | None = None,
+        w1_VR: torch.Tensor,
+        w2: Panels,
+        target_ids_U: torch.Tensor | None,
+        depth: int,
+        num_drafts: int,
+        first_slot: int,
     ) -> None:
-        """Final norm, LM head of `num_tokens` rows, the largest logit and, where wanted, its softmax probability."""
-        b, padded = self.buffers, self.buffers.logits.shape[1]
-        self.program.add(LM_HEAD, [norm_D.shape[0], padded], [eps], [b.hidden, norm_D, head, b.logits])
-        self.program.add(ARGMAX, [num_tokens, padded], (), [b.logits, b.best, probability])
+        """A Markov head's correction of the logits at `depth` of every block, by the best token of the depth before.
+
+        Blocks have `num_drafts` wanted rows, of which the first is `first_slot` rows after the anchor's.
+        `target_ids_U`: int32 ids of a pruned vocabulary, None where they are the target's own.
+        """
+        b = self.buffers
+        sizes = [w1_VR.shape[1], b.logits.shape[1], depth, num_drafts, first_slot]
+        self.program.add(MARKOV, sizes, (), [w1_VR, w2, b.logits, b.best, target_ids_U])

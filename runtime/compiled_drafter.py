@@ -1,39 +1,46 @@
 """The drafter in the CPU kernels: one program that extends its context after a step, one that drafts a block.
 
-Compiled are z-lab's architecture, proposals from the anchor's slot and a pruned vocabulary. A drafter with another
-option runs as the PyTorch module, beside the compiled target. Draft noise is added to the compiled logits in PyTorch.
+Every option of a drafter is compiled. A Markov head corrects a proposal's logits by the token before it, so that the
+operations after the LM head go from left to right, a depth at a time. Draft noise is added to the logits in PyTorch,
+then between those depths.
 
 Legend: R rows, C features, D hidden, U draft vocabulary, V vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
-from speedstack.runtime.assemble import Assembler, Buffers
+from speedstack.runtime.assemble import UNBOUNDED, Assembler, Buffers
 from speedstack.runtime.backend import DraftRequest
 from speedstack.runtime.module_drafter import draft_scores
 from speedstack.runtime.panels import LANES, panels
-from speedstack.runtime.program import EMBED, LINEAR, Program, Runner, records_of
+from speedstack.runtime.program import EMBED, LINEAR, Program, Records, Runner, records_of
 from speedstack.runtime.ring import MAX_ROWS, ring_length
 from speedstack.runtime.spec import DenseSpec, LayerSpec
-from speedstack.runtime.weights import read_drafter
-
-COMPILED_OPTIONS = frozenset({"sample_from_anchor", "draft_vocab_size"})
+from speedstack.runtime.weights import DrafterWeights, read_drafter
 
 
 def why_not_compiled(model: DFlashDraftModel) -> str | None:
-    """What the kernels lack of a drafter, in a few words; None where they have all."""
+    """What the kernels lack for a drafter, in a few words; None where they have all."""
     config = model.config
-    missing = [name for name in config.options if name not in COMPILED_OPTIONS]
-    if missing:
-        return f"its kernels lack {', '.join(missing)}"
     for name, size in (("head", config.head_dim), ("intermediate", config.intermediate_size)):
         if size % LANES:
             return f"its kernels need a drafter {name} size that is a multiple of {LANES}, not {size}"
     return None
+
+
+class BlockRows(NamedTuple):
+    """The rows of some blocks, as `Runner.run` takes them; the wanted ones carry proposals."""
+
+    tokens: list[int]
+    slots: list[int]
+    positions: list[int]
+    key_ends: list[int]
+    wanted: list[int]
 
 
 class CompiledDrafter:
@@ -50,39 +57,85 @@ class CompiledDrafter:
     ) -> None:
         self.model, config = model, model.config
         weights = read_drafter(model)
-        layer = LayerSpec(weights.attention, DenseSpec(config.intermediate_size))
-        self._buffers = b = Buffers.of(config.hidden_size, [layer], config.num_draft_tokens)
+        layers = [LayerSpec(spec, DenseSpec(config.intermediate_size)) for spec in weights.attentions]
+        self._buffers = Buffers.of(config.hidden_size, layers, config.num_draft_tokens)
+        self._num_slots, self._max_length = num_slots, max_length
         self._target_ids_U = model.target_ids(torch.arange(config.num_draft_tokens))
-        # A draft block is written behind the context, up to block_size - 1 positions past the last committed one.
-        length = ring_length(None, max_length + config.block_size)
-        eps, spec = weights.rms_norm_eps, weights.attention
+        self._first_slot = 0 if config.sample_from_anchor else 1
+        self.context, self._block = Program(part="drafter"), Program(part="drafter")
+        self._caches: list[torch.Tensor] = []
+        self._assemble(weights, embedding_VD, model.draft_head(lm_head_VD), features_RC)
+        self._set_markov(weights)
+        self._records: dict[int, Records] = {}
 
-        self.context = Program(part="drafter")
-        assembler = Assembler(self.context, b, num_slots, max_length)
-        caches = [assembler.new_cache(spec, length) for _ in weights.layers]
+    def _assemble(
+        self, weights: DrafterWeights, embedding_VD: torch.Tensor, head_UD: torch.Tensor, features_RC: torch.Tensor
+    ) -> None:
+        config, b, eps = self.model.config, self._buffers, weights.rms_norm_eps
+        # A draft block is written behind the context, up to block_size - 1 positions past the last committed one.
+        length = ring_length(None, self._max_length + config.block_size)
+        assembler = self._assembler(self.context)
+        caches = [assembler.new_cache(spec, length) for spec in weights.attentions]
         self._caches = assembler.caches
         D, C = weights.fc_DC.shape
         self.context.add(LINEAR, [C, D, 0], (), [features_RC, panels(weights.fc_DC), b.context])
-        for (attention, _), cache in zip(weights.layers, caches, strict=True):
+        for (attention, _), spec, cache in zip(weights.layers, weights.attentions, caches, strict=True):
             kv_OD = attention.qkv_OD[spec.num_heads * spec.qk_head_dim :]
             assembler.add_qkv(weights.hidden_norm_D, kv_OD, attention, spec, eps, cache, has_queries=False)
 
         # A block's keys and values lie past the context and are overwritten when rows commit.
-        self._block = Program(part="drafter")
-        assembler = Assembler(self._block, b, num_slots, max_length)
-        self._block.add(EMBED, [D], (), [embedding_VD, b.hidden])
-        for (attention, dense), cache in zip(weights.layers, caches, strict=True):
+        assembler = self._assembler(self._block)
+        self._block.add(EMBED, [D, config.mask_token_id], (), [embedding_VD, b.hidden, weights.mask_embedding_D])
+        for (attention, dense), spec, cache in zip(weights.layers, weights.attentions, caches, strict=True):
             assembler.add_qkv(attention.norm_D, attention.qkv_OD, attention, spec, eps, cache, has_queries=True)
-            assembler.add_attention(attention, spec, cache)
+            reach = UNBOUNDED
+            if spec.window is not None:
+                reach = 0 if config.sliding_is_causal else spec.window - 1
+            assembler.add_attention(attention, spec, cache, reach)
             assembler.add_dense(dense, eps)
         # A draft reads every weight for a few rows, so bytes are its cost: the LM head is a copy in bfloat16.
-        head = panels(model.draft_head(lm_head_VD).to(torch.bfloat16))
-        assembler.add_head(weights.norm_D, head, config.num_draft_tokens, eps, b.probability)
-        self._records = records_of(self._block)
+        assembler.add_head(weights.norm_D, panels(head_UD.to(torch.bfloat16)), eps)
+
+    def _set_markov(self, weights: DrafterWeights) -> None:
+        self._markov_w1_VR, self._markov_w2 = None, None
+        self._draft_ids_U = self._target_ids_U.int() if self.model.d2t is not None else None
+        if weights.markov_w1_VR is None or weights.markov_w2_UR is None:
+            return
+        odd = (0, weights.markov_w1_VR.shape[1] % 2)  # panels in bfloat16 hold pairs of columns
+        self._markov_w1_VR = torch.nn.functional.pad(weights.markov_w1_VR, odd)
+        self._markov_w2 = panels(torch.nn.functional.pad(weights.markov_w2_UR, odd))
+
+    def _choosing(self, num_drafts: int) -> list[tuple[Program, range]]:
+        """What finds the proposals from the LM head's logits, in parts, each with the depths that it is for."""
+        parts = []
+        # Without a Markov head no proposal waits for another.
+        depths = [range(num_drafts)] if self._markov_w2 is None else [range(d, d + 1) for d in range(num_drafts)]
+        for at in depths:
+            program = Program(part="drafter")
+            assembler, step = self._assembler(program), num_drafts // len(at)
+            if self._markov_w1_VR is not None and self._markov_w2 is not None:
+                ids_U = self._draft_ids_U
+                assembler.add_markov(self._markov_w1_VR, self._markov_w2, ids_U, at[0], num_drafts, self._first_slot)
+            assembler.add_best(self.model.config.num_draft_tokens, with_probability=True, first=at[0], step=step)
+            parts.append((program, at))
+        return parts
+
+    def _whole(self, num_drafts: int) -> Records:
+        """A draft from beginning to end."""
+        if num_drafts not in self._records:
+            programs = [self._block, *(program for program, _ in self._choosing(num_drafts))]
+            self._records[num_drafts] = records_of(*programs)
+        return self._records[num_drafts]
+
+    def _assembler(self, program: Program) -> Assembler:
+        return Assembler(program, self._buffers, self._num_slots, self._max_length)
 
     def weight_bytes(self) -> int:
         """Bytes of the matrices in both programs."""
-        return self.context.weight_bytes["drafter"] + self._block.weight_bytes["drafter"]
+        total = self.context.weight_bytes["drafter"] + self._block.weight_bytes["drafter"]
+        if self._markov_w1_VR is not None and self._markov_w2 is not None:
+            total += self._markov_w1_VR.nbytes + self._markov_w2.nbytes
+        return total
 
     def cache_bytes(self) -> int:
         """Bytes of all contexts."""
@@ -90,39 +143,52 @@ class CompiledDrafter:
 
     def draft(self, runner: Runner, requests: Sequence[DraftRequest], num_drafts: int) -> list[Draft]:
         """See `Backend.draft`."""
-        config = self.model.config
-        first = 0 if config.sample_from_anchor else 1
-        block = num_drafts + first
-        masks = [config.mask_token_id] * (block - 1)
         drafts: list[Draft] = []
-        at_once = MAX_ROWS // block
+        at_once = MAX_ROWS // (num_drafts + self._first_slot)
         for start in range(0, len(requests), at_once):
-            tokens: list[int] = []
-            slots: list[int] = []
-            positions: list[int] = []
-            key_ends: list[int] = []
-            for request in requests[start : start + at_once]:
-                tokens += [request.anchor, *masks]
-                slots += [request.slot] * block
-                positions += range(request.position, request.position + block)
-                key_ends += [request.position + block] * block  # a block is not causal
-            wanted = [row for row in range(len(tokens)) if row % block >= first]
-            runner.run(self._records, tokens, slots, positions, key_ends, wanted)
-            for index, request in enumerate(requests[start : start + at_once]):
-                drafts.append(self._read(request, slice(index * num_drafts, (index + 1) * num_drafts)))
+            group = requests[start : start + at_once]
+            rows = self._rows(group, num_drafts)
+            if any(request.noise is not None for request in group):
+                self._sample(runner, rows, group, num_drafts)
+            else:
+                runner.run(self._whole(num_drafts), *rows)
+            drafts += [self._read(slice(i * num_drafts, (i + 1) * num_drafts)) for i in range(len(group))]
         return drafts
 
-    def _read(self, request: DraftRequest, rows: slice) -> Draft:
+    def _rows(self, requests: Sequence[DraftRequest], num_drafts: int) -> BlockRows:
+        rows = BlockRows([], [], [], [], [])
+        num_rows = num_drafts + self._first_slot
+        for request in requests:
+            first = len(rows.tokens) + self._first_slot
+            rows.wanted.extend(range(first, first + num_drafts))
+            rows.tokens.extend([request.anchor, *[self.model.config.mask_token_id] * (num_rows - 1)])
+            rows.slots.extend([request.slot] * num_rows)
+            rows.positions.extend(range(request.position, request.position + num_rows))
+            rows.key_ends.extend([request.position + num_rows] * num_rows)  # a block is not causal
+        return rows
+
+    def _sample(self, runner: Runner, rows: BlockRows, requests: Sequence[DraftRequest], num_drafts: int) -> None:
+        """As `_whole`; proposals of requests with noise are drawn before the depth after them is corrected."""
+        runner.run(records_of(self._block), *rows)
+        for program, depths in self._choosing(num_drafts):
+            runner.run(records_of(program), *rows)
+            for depth in depths:
+                for i, request in enumerate(requests):
+                    if request.noise is not None:
+                        self._draw(request, depth, i * num_drafts + depth)
+
+    def _draw(self, request: DraftRequest, depth: int, row: int) -> None:
+        b = self._buffers
+        if b.best[row] < 0:
+            return
+        scores_U = draft_scores(b.logits[row, : len(self._target_ids_U)], request, depth, self._target_ids_U)
+        best = int(scores_U.argmax())
+        b.best[row], b.probability[row] = best, torch.softmax(scores_U, -1)[best]
+
+    def _read(self, rows: slice) -> Draft:
         best = self._buffers.best[rows].tolist()
-        probabilities = self._buffers.probability[rows].tolist()
         # A proposal whose logits are not numbers is none, and neither is what follows it.
         count = next((i for i, token in enumerate(best) if token < 0), len(best))
-        if request.noise is not None:
-            for depth, logits_U in enumerate(self._buffers.logits[rows][:count]):
-                logits_U = logits_U[: len(self._target_ids_U)]
-                scores_U = draft_scores(logits_U, request, depth, self._target_ids_U)
-                best[depth] = int(scores_U.argmax())
-                probabilities[depth] = float(torch.softmax(scores_U, -1)[best[depth]])
         if self.model.d2t is not None:
             best = self._target_ids_U[best[:count]].tolist()
-        return Draft.chain(best[:count], probabilities[:count])
+        return Draft.chain(best[:count], self._buffers.probability[rows][:count].tolist())

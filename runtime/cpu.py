@@ -85,7 +85,8 @@ class CpuBackend:
             assembler.add_layer(layer, layer_spec, spec.rms_norm_eps)
             self._layer_ends.append(len(self._target.ops) - 1)
         self._target.part = "embedding and LM head"
-        assembler.add_head(weights.norm_D, self._lm_head, spec.vocab_size, spec.rms_norm_eps)
+        assembler.add_head(weights.norm_D, self._lm_head, spec.rms_norm_eps)
+        assembler.add_best(spec.vocab_size)
         self._caches = assembler.caches
 
     def set_drafter(self, drafter: DFlashDraftModel | None) -> None:

@@ -1,14 +1,22 @@
 """How many bits a model's weights take in memory, part by part.
 
 With MXFP4 experts the other parts are most of what a step reads, so each is named. FP8 means E4M3 under one float32
-scale a tile of 128 x 128 (`speedstack.quant.fp8`), MXFP4 blocks of 32 under one byte (`speedstack.quant.mxfp4`).
+scale a tile of 128 x 128 (`speedstack.quant.fp8`), MXFP4 blocks of 32 under one byte (`speedstack.quant.mxfp4`). The
+other number formats of `speedstack.quant.formats` can be planned too: what a step would cost, not what serves them.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
-WeightFormat = Literal["float32", "bf16", "fp8", "mxfp4"]
-BITS: dict[str, float] = {"float32": 32, "bf16": 16, "fp8": 8 + 32 / 128**2, "mxfp4": 4 + 8 / 32}
+from speedstack.quant.formats import FORMATS
+
+WeightFormat = Literal[
+    "float32", "bf16", "fp8", "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "nvfp4", "int4_g32", "int2_g32"
+]
+# A format whose name is spelled otherwise in checkpoints' configurations.
+_NAMES = {"fp8_block128": "fp8"}
+BITS: dict[str, float] = {"float32": 32, "bf16": 16}
+BITS |= {_NAMES.get(each.name, each.name): each.bits_per_weight for each in FORMATS.values()}
 assert set(BITS) == set(get_args(WeightFormat))
 
 
@@ -26,6 +34,14 @@ class WeightFormats:
 
     def num_bytes(self, part: str, num_weights: float) -> float:
         return num_weights * BITS[getattr(self, part)] / 8
+
+
+def weight_format(number_format: str) -> WeightFormat:
+    """The name here of a format of `speedstack.quant.formats`. Raises ValueError for an unknown one."""
+    name = _NAMES.get(number_format, number_format)
+    if name not in BITS:
+        raise ValueError(f"the plan knows no number format {number_format!r}; known: {', '.join(BITS)}")
+    return cast(WeightFormat, name)
 
 
 def formats_from_fields(fields: dict[str, Any]) -> WeightFormats:

@@ -16,7 +16,7 @@ from speedstack.runtime.ring import MAX_ROWS
 
 NUM_INTEGERS, NUM_FLOATS, NUM_POINTERS = 11, 4, 12
 
-EMBED, QKV, ATTENTION, LINEAR, GATE_UP, ROUTER, EXPERT_GATE_UP, EXPERT_DOWN, LM_HEAD, ARGMAX = range(10)
+EMBED, QKV, ATTENTION, LINEAR, GATE_UP, ROUTER, EXPERT_GATE_UP, EXPERT_DOWN, LM_HEAD, ARGMAX, MARKOV = range(11)
 
 # Where an operation that can be tapped keeps the tap's stride and pointer.
 _TAPS = {LINEAR: (3, 3), EXPERT_DOWN: (4, 5)}

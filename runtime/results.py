@@ -15,7 +15,8 @@ class GenerationStats:
     accepts one of them at most; it counts once.
 
     `num_rows` are the rows that the target computed in rounds, anchors included; `num_drafted` the proposals made,
-    verified or not.
+    verified or not. `arrivals` are the times of `time.perf_counter()` at which tokens were committed, and how many
+    each time: the prompt's pass first, then every round.
     """
 
     num_prompt_tokens: int = 0
@@ -28,6 +29,7 @@ class GenerationStats:
     decode_seconds: float = 0.0
     drafted_by_position: list[int] = field(default_factory=list)
     accepted_by_position: list[int] = field(default_factory=list)
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
 
     @property
     def acceptance_length(self) -> float:

@@ -1,5 +1,6 @@
 """One sequence while it is decoded: its tokens, what may still come, and why it ends."""
 
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -108,6 +109,7 @@ class RunningSequence:
             if self.is_finished:
                 break
         self.stats.num_new_tokens = len(self.tokens) - self._num_prompt_tokens
+        self.stats.arrivals.append((time.perf_counter(), len(self.tokens) - num_before))
         return len(self.tokens) - num_before
 
     def take_text(self) -> str:

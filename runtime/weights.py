@@ -229,14 +229,20 @@ def _gate_rows_first(weight: WeightT) -> WeightT:
 
 @dataclass
 class DrafterWeights:
-    """A DFlash drafter in the target's structures: every layer is attention with QK-norm and a dense SwiGLU."""
+    """A DFlash drafter in the target's structures: every layer is attention with QK-norm and a dense SwiGLU.
 
-    attention: AttentionSpec
+    `markov_w1_VR`, `markov_w2_UR`: of its Markov head, None without one.
+    """
+
+    attentions: list[AttentionSpec]
     rms_norm_eps: float
     fc_DC: torch.Tensor
     hidden_norm_D: torch.Tensor
     layers: list[tuple[AttentionWeights, DenseWeights]]
     norm_D: torch.Tensor
+    mask_embedding_D: torch.Tensor | None = None
+    markov_w1_VR: torch.Tensor | None = None
+    markov_w2_UR: torch.Tensor | None = None
 
 
 def read_drafter(model: DFlashDraftModel) -> DrafterWeights:
@@ -261,6 +267,7 @@ def read_drafter(model: DFlashDraftModel) -> DrafterWeights:
             output_DO=joined(at + "o_proj"),
             q_norm_H=joined(at + "q_norm"),
             k_norm_H=joined(at + "k_norm"),
+            sinks_N=tensors.get(at + "attention_sink_bias"),
         )
         dense = DenseWeights(
             norm_D=tensors[f"layers.{i}.post_attention_layernorm.weight"],
@@ -268,20 +275,31 @@ def read_drafter(model: DFlashDraftModel) -> DrafterWeights:
             down_DF=joined(mlp + "down_proj"),
         )
         layers.append((attention, dense))
-    spec = AttentionSpec(
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        qk_head_dim=config.head_dim,
-        v_head_dim=config.head_dim,
-        rotary_dim=config.head_dim,
-        rope_theta=config.rope_theta,
-        has_qk_norm=True,
-    )
+    attentions = [
+        AttentionSpec(
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            qk_head_dim=config.head_dim,
+            v_head_dim=config.head_dim,
+            rotary_dim=config.rotary_dim,
+            rope_theta=config.rope_theta,
+            window=config.window(i),
+            has_sinks=config.attention_sinks,
+            has_qk_norm=True,
+            value_scale=config.attention_value_scale,
+        )
+        for i in range(config.num_hidden_layers)
+    ]
+    has_markov = config.markov_rank > 0
     return DrafterWeights(
-        attention=spec,
+        attentions=attentions,
         rms_norm_eps=config.rms_norm_eps,
         fc_DC=joined("fc"),
         hidden_norm_D=tensors["hidden_norm.weight"],
         layers=layers,
         norm_D=tensors["norm.weight"],
+        mask_embedding_D=tensors.get("mask_embedding"),
+        # Gathered a row at a time, like the embedding: bytes do not matter.
+        markov_w1_VR=tensors["markov_head.markov_w1.weight"] if has_markov else None,
+        markov_w2_UR=joined("markov_head.markov_w2") if has_markov else None,
     )

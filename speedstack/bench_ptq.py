@@ -13,23 +13,20 @@ Seconds are of the quantization alone, and are no timing where other work runs b
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-from pydantic import Field
 from transformers import PreTrainedModel
 
-from speedstack.eval.divergence import token_kl, token_nll, top1_matches
 from speedstack.eval.environment import describe_environment
 from speedstack.eval.heldout import corpus_windows
-from speedstack.eval.quality import stderr_over_windows
-from speedstack.eval.results import Document, Environment, MethodQuality, Record
+from speedstack.eval.ptq_rows import PtqMethod, PtqResult
+from speedstack.eval.quality import model_quality
 from speedstack.quant.calibration import GPTQ_SCALE_RULE, gptq_experts
 from speedstack.quant.checkpoint import load_model, weights_sha256
 from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
@@ -43,46 +40,6 @@ from speedstack.train.qat import load_tokenizer
 FULL_PRECISION = "full precision"
 RULES: tuple[ScaleRule, ...] = get_args(ScaleRule)
 CALIBRATION_BATCH_SIZE = 8
-
-
-class PtqMethod(Record):
-    """One way to quantize. `settings` are what made it; `kl_over_rtn` is its KL over that of rounding to nearest under
-    the default scale rule; `gptq` sums up the report of a calibration; an export has the digest of its weights.
-    """
-
-    quality: MethodQuality
-    settings: dict[str, Any] = Field(default={})
-    seconds: float | None = None
-    kl_over_rtn: float | None = None
-    gptq: dict[str, float] = Field(default={})
-    model_sha256: str | None = None
-
-
-class PtqResult(Document):
-    """Ways to quantize one model, the first entry being the model itself, on `num_tokens` held-out tokens."""
-
-    kind: Literal["ptq"] = "ptq"
-    model_sha256: str
-    num_tokens: int
-    window: int
-    methods: tuple[PtqMethod, ...]
-    environment: Environment
-
-    def table(self) -> str:
-        """The methods as lines of text."""
-        lines = [f"{'':<28}{'KL, millinats':>18}{'over RTN':>10}{'top-1':>9}{'loss, nats':>12}"]
-        for method in self.methods:
-            quality = method.quality
-            line = f"{quality.method:<28}"
-            if quality.kl_to_teacher_nats is None or quality.top1_agreement is None:
-                line += " " * 37
-            else:
-                error = f" ± {1e3 * quality.kl_stderr_nats:.3f}" if quality.kl_stderr_nats is not None else ""
-                ratio = "" if method.kl_over_rtn is None else f"{method.kl_over_rtn:.3f}"
-                line += f"{f'{1e3 * quality.kl_to_teacher_nats:.4f}{error}':>18}{ratio:>10}"
-                line += f"{100 * quality.top1_agreement:>8.2f}%"
-            lines.append(f"{line}{quality.nll_nats:>12.5f}")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -151,13 +108,13 @@ def compare(
         if on_method is not None:
             on_method(methods[-1])
 
-    add(PtqMethod(quality=_quality(FULL_PRECISION, teacher, None, windows)))
+    add(PtqMethod(quality=model_quality(FULL_PRECISION, teacher, None, windows)))
     # The default rule first: it is what the others are compared with.
     for rule in sorted(RULES, key=lambda rule: rule != DEFAULT_SCALE_RULE):
         student, start = _load(directory, place), time.perf_counter()
         round_to_nearest(student, rule)
         seconds = time.perf_counter() - start
-        quality = _quality(f"RTN, {rule}", teacher, student, windows)
+        quality = model_quality(f"RTN, {rule}", teacher, student, windows)
         add(PtqMethod(quality=quality, settings=_rtn_settings(rule), seconds=seconds))
     for rule in gptq_rules:
         student, start = _load(directory, place), time.perf_counter()
@@ -165,7 +122,7 @@ def compare(
         seconds = time.perf_counter() - start
         add(
             PtqMethod(
-                quality=_quality(f"GPTQ, {rule}", teacher, student, windows),
+                quality=model_quality(f"GPTQ, {rule}", teacher, student, windows),
                 settings={"method": "gptq", "scale_rule": rule, "calibration": vars(calibration)},
                 seconds=seconds,
                 gptq={
@@ -178,7 +135,7 @@ def compare(
             )
         )
     for name, path in exports.items():
-        quality = _quality(name, teacher, _load(path, place), windows)
+        quality = model_quality(name, teacher, _load(path, place), windows)
         add(PtqMethod(quality=quality, settings={"export": path.name}, model_sha256=weights_sha256(path)))
     return PtqResult(
         model_sha256=weights_sha256(directory),
@@ -197,34 +154,6 @@ def _load(path: Path, device: torch.device) -> PreTrainedModel:
 
 def _rtn_settings(rule: ScaleRule) -> dict[str, Any]:
     return {"method": "rtn", "scale_rule": rule}
-
-
-@torch.no_grad()
-def _quality(
-    name: str, teacher: PreTrainedModel, student: PreTrainedModel | None, windows: Sequence[Sequence[int]]
-) -> MethodQuality:
-    """The row of `student`, or without one of the teacher itself."""
-    sums: dict[str, list[float]] = {"nll": [], "kl": [], "matches": []}
-    for window in windows:
-        ids_BT = torch.tensor([list(window)], device=teacher.device)
-        # The last row predicts a token that the window does not have.
-        teacher_TV, student_TV = (
-            each(input_ids=ids_BT, use_cache=False).logits[0, :-1] for each in (teacher, student or teacher)
-        )
-        sums["nll"].append(float(token_nll(student_TV, ids_BT[0, 1:]).sum()))
-        sums["kl"].append(float(token_kl(teacher_TV, student_TV).sum()))
-        sums["matches"].append(float(top1_matches(teacher_TV, student_TV).sum()))
-    sizes = [len(window) - 1 for window in windows]
-    nll = sum(sums["nll"]) / sum(sizes)
-    return MethodQuality(
-        method=name,
-        num_tokens=sum(sizes),
-        nll_nats=nll,
-        perplexity=math.exp(nll),
-        kl_to_teacher_nats=None if student is None else sum(sums["kl"]) / sum(sizes),
-        kl_stderr_nats=None if student is None else stderr_over_windows(sums["kl"], sizes),
-        top1_agreement=None if student is None else sum(sums["matches"]) / sum(sizes),
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,8 +3,8 @@
 A verb is a row of `VERBS`: what it does, the type of its config and the function that does it, the last two as names,
 so that `speedstack --help` imports neither torch nor the verb. Nothing is computed here. What this file owns is the
 boundary to the shell: a user's mistake becomes one line on stderr and an exit code (2 for bad input, 1 for a file
-system that refuses, 130 for Ctrl-C); `--debug`, or SPEEDSTACK_DEBUG=1, shows the traceback as well. An exception that
-is none of these is a defect of ours and keeps its traceback.
+system that refuses and for a job that did not do all, 130 for Ctrl-C); `--debug`, or SPEEDSTACK_DEBUG=1, shows the
+traceback as well. An exception that is none of these is a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ EXIT_INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Verb:
-    """One command: `config` and `job` are 'module:name'; the job takes the config and prints where its result lies.
+    """One command: `config` and `job` are 'module:name'; the job takes the config and prints where its result lies. It
+    returns None, or an exit code.
 
     `continues` says that an interrupted job goes on where it was when the same command is given again.
     """
@@ -96,7 +97,13 @@ VERBS = {
     "bench": Verb(
         "time the decode loop, with peers side by side",
         "speedstack.eval.config:BenchConfig",
-        "speedstack.jobs:bench",
+        "speedstack.bench:bench",
+    ),
+    "ablate": Verb(
+        "a grid over number format, modules, method, drafter and temperature: one table and its plots",
+        "speedstack.ablate_config:load_ablate_config",
+        "speedstack.ablate:ablate",
+        continues=True,
     ),
     "plan": Verb(
         "plan a model's decode step: bytes, FLOPs, roofline on a named GPU, and the proof that it is safe",
@@ -109,8 +116,8 @@ VERBS = {
         "speedstack.trace:trace",
     ),
     "report": Verb(
-        "HTML and JSON from finished runs",
-        "speedstack.eval.config:ReportConfig",
+        "HTML and JSON from finished runs and result files of any kind",
+        "speedstack.jobs:load_report_config",
         "speedstack.jobs:report",
     ),
 }
@@ -153,9 +160,10 @@ def _dispatch(arguments: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(f"speedstack {name} [CONFIG.yaml] [--section.key value ...]\n{verb.summary}\n")
     config = _load(verb, path, rest)
-    if config is not None:
-        _resolve(verb.job)(config)
-    return EXIT_OK
+    if config is None:
+        return EXIT_OK
+    code = _resolve(verb.job)(config)
+    return EXIT_OK if code is None else int(code)
 
 
 def usage() -> str:

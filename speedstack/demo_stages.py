@@ -12,7 +12,6 @@ text from its shards; the measurements are short and start over.
 
 from __future__ import annotations
 
-import itertools
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -227,12 +226,13 @@ class DemoStages:
     def run_timing(self, advance: Advance) -> str:
         """Race the engine against transformers, each with and without the drafter."""
         from speedstack.eval.peers import TimingSettings, measure_timing
+        from speedstack.eval.prompts import PromptSet
 
         section = self.config.timing
-        prompt_sets = self._prompt_sets(section.num_prompts, section.num_prompt_tokens)
-        prompts = list(itertools.chain.from_iterable(prompt_sets.values()))
+        made = self._prompt_sets(section.num_prompts, section.num_prompt_tokens)
+        prompt_sets = [PromptSet(name, "held-out documents", prompts) for name, prompts in made.items()]
         settings = TimingSettings(section.num_new_tokens, section.num_repeats, section.dtype, self.config.device)
-        result = measure_timing(self.models[QAD], self.drafter, prompts, settings, progress=False)
+        result = measure_timing(self.models[QAD], self.drafter, prompt_sets, settings, progress=False)
         result.save(self.out / "timing.json")
         rates = [f"{entry.name} {entry.decode_tokens_per_second.median:.0f}" for entry in result.contestants]
         return f"tokens/s: {', '.join(rates)}"

@@ -4,9 +4,9 @@
 
 The target writes the text once and its features are computed once, on disk; all rows read both. Steps of all rows are
 timed first, taking turns, and each row then gets as many steps as the time budget buys: a loss that costs twice as much
-has to learn twice as much from a step. After training, acceptance is simulated on the greedy text of held-out prompts
-and served by the engine, greedily and at temperature 1, also on prompts of code from a file. Prompt look-up, which is
-not trained, is a row of its own.
+has to learn twice as much from a step. Rows that are added later are timed beside one of the earlier ones. After
+training, acceptance is simulated on the greedy text of held-out prompts and served by the engine, greedily and at
+temperature 1, also on prompts of code from a file. Prompt look-up, which is not trained, is a row of its own.
 
 Everything is kept as soon as it is known: the same command goes on with what is missing, whatever ended the last one.
 Rows of one directory have their settings and their prompts in common with what is there, or are refused.
@@ -17,32 +17,31 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
-from tqdm import tqdm
 
 from speedstack.dflash.accept import survival, walk_rounds
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.ngram import NgramIndex
 from speedstack.eval.acceptance import summarize
-from speedstack.eval.drafter_rows import AblationTimes, DraftedSet, DrafterAblation, DrafterRun, RowTime
+from speedstack.eval.drafter_rows import AblationTimes, DraftedSet, DrafterAblation, DrafterRun
 from speedstack.eval.environment import describe_environment
+from speedstack.eval.prompts import fitting_prompts
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.runtime import Engine
 from speedstack.runtime.strategy import DraftStrategy
+from speedstack.step_times import added_times, first_times, time_steps
 from speedstack.train.checkpoint import write_atomically
 from speedstack.train.config import DrafterConfig, config_hash, describe_validation_error, read_config
 from speedstack.train.distributed import World, resolve_device
 from speedstack.train.drafter import DrafterRecipe, make_recipe
 from speedstack.train.drafter_eval import GreedyText
-from speedstack.train.loop import run, train_step
+from speedstack.train.loop import run
 from speedstack.train.metrics import read_metrics
 from speedstack.train.qat import load_tokenizer
 from speedstack.train.section import Section
@@ -103,9 +102,14 @@ class AblationConfig(Section):
 class Ablation:
     """One ablation directory; `run` does what is missing and returns all there is."""
 
-    def __init__(self, config: AblationConfig) -> None:
+    def __init__(self, config: AblationConfig, only: Sequence[str] | None = None) -> None:
+        """`only`: the rows to run, None for all. Raises ValueError, one line, for what cannot be run."""
         self.config = config
-        self.trained = [row for row in config.rows if row != NGRAM]
+        unknown = [row for row in only or () if row not in config.rows]
+        if unknown:
+            raise ValueError(f"no row {', '.join(unknown)}; there are {', '.join(config.rows)}")
+        self.rows = list(config.rows) if only is None else list(only)
+        self.trained = [row for row in self.rows if row != NGRAM]
         configs = {row: config.row_config(row, config.seeds[0]) for row in self.trained}
         if not configs:
             raise ValueError("an ablation needs a row that is trained")
@@ -131,7 +135,7 @@ class Ablation:
         texts = self._texts()
         runs: list[DrafterRun] = []
         for seed in self.config.seeds:
-            for row in self.config.rows:
+            for row in self.rows:
                 runs.append(self._one(row, seed, times, texts))
                 if on_row is not None:
                     on_row(runs[-1])
@@ -146,7 +150,7 @@ class Ablation:
             target_sha256=weights_sha256(self.first.drafter.target),
             budget_seconds=self.config.budget_seconds,
             num_new_tokens=self.config.num_new_tokens,
-            rows=json.loads(json.dumps(self.config.rows, default=str)),
+            rows=json.loads(json.dumps({row: self.config.rows[row] for row in self.rows}, default=str)),
             times=times,
             runs=tuple(runs),
             environment=describe_environment(),
@@ -189,7 +193,7 @@ class Ablation:
         return recipe, recipe.build(self.world).train()
 
     def _times(self) -> AblationTimes:
-        """Step times of all rows, taken in turns; rows that a file of an earlier call has are not timed again."""
+        """Steps of all rows; only what a file of an earlier call lacks is timed, beside a row that it has."""
         file = self.config.out / "times.json"
         known = AblationTimes.load(file) if file.is_file() else None
         if known is not None and known.budget_seconds != self.config.budget_seconds:
@@ -199,26 +203,28 @@ class Ablation:
         missing = [row for row in self.trained if known is None or known.row(row) is None]
         if known is not None and not missing:
             return known
+        timed = missing if known is None else [self._reference(known), *missing]
         contestants = {}
-        for row in missing:
+        for row in timed:
             recipe, model = self._recipe(row)
             contestants[row] = recipe, make_trainer(model, recipe.config, self.world)
-        step_ms: dict[str, list[float]] = {row: [] for row in missing}
-        for step in tqdm(range(self.config.num_timed_steps), desc="timing steps", unit="round", leave=False):
-            for row, (recipe, trainer) in contestants.items():
-                started = time.perf_counter()
-                train_step(recipe, recipe.config, self.world, trainer, step)
-                step_ms[row].append(1e3 * (time.perf_counter() - started))
-        rows = list(known.rows) if known is not None else []
-        for row in missing:
-            median_ms = statistics.median(step_ms[row][1:])
-            num_steps = max(1, round(1e3 * self.config.budget_seconds / median_ms))
-            rows.append(RowTime(row=row, step_ms=tuple(step_ms[row]), median_ms=median_ms, num_steps=num_steps))
-        times = AblationTimes(
-            budget_seconds=self.config.budget_seconds, rows=tuple(rows), environment=describe_environment()
-        )
+        measured = time_steps(contestants, self.world, self.config.num_timed_steps)
+        times = first_times(measured, self.config.budget_seconds) if known is None else added_times(measured, known)
         times.save(file)
         return times
+
+    def _reference(self, known: AblationTimes) -> str:
+        """A row of `known` that this config has unchanged, of the first call where possible: it can be timed again."""
+        digests = json.loads((self.config.out / "settings.json").read_text(encoding="utf-8"))["rows"]
+        present = {entry.row: entry for entry in known.rows if entry.row in self.config.rows}
+        found = {row: config_hash(self.config.row_config(row, 0)) for row in present}
+        unchanged = [entry for row, entry in present.items() if digests.get(row, found[row]) == found[row]]
+        if not unchanged:
+            raise ValueError(
+                f"{self.config.out} was timed with rows that this config lacks or has changed, and new ones are timed "
+                f"beside one of them: add one of {', '.join(entry.row for entry in known.rows)} to rows as it was"
+            )
+        return min(unchanged, key=lambda entry: entry.beside is not None).row
 
     def _texts(self) -> dict[str, GreedyText]:
         """Greedy text of the prompts that are decoded: what simulation walks over, and no drafter changes."""
@@ -231,7 +237,7 @@ class Ablation:
             engine = self._serving()
             tokenizer = load_tokenizer(self.first.drafter.target)
             room = length - config.num_new_tokens
-            prompts = read_prompts(config.code_prompts, tokenizer, config.num_code_prompts, room)
+            prompts = fitting_prompts(config.code_prompts, tokenizer, room)[: config.num_code_prompts]
             written = engine.generate(prompts, max_new_tokens=config.num_new_tokens, ignore_eos=True)
             sequences = [prompt + generation.tokens for prompt, generation in zip(prompts, written, strict=True)]
             padded = [torch.tensor(sequence) for sequence in sequences]
@@ -351,25 +357,6 @@ def _read_bytes(path: Path) -> bytes:
         raise ValueError(f"cannot read prompts {path}: {error.strerror}") from error
 
 
-def read_prompts(path: Path, tokenizer: Any, num_prompts: int, max_tokens: int) -> list[list[int]]:
-    """Token ids of the first `num_prompts` prompts of a .jsonl that have at most `max_tokens` tokens.
-
-    Raises ValueError, one line, for a file that cannot be read, a line without `prompt`, and when none fits.
-    """
-    content = _read_bytes(path)
-    try:
-        prompts = [json.loads(line)["prompt"] for line in content.decode("utf-8").splitlines() if line.strip()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no .jsonl with a field 'prompt' in every line: {error}") from error
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"{path}: a prompt is not text")
-    encoded = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts if prompt]
-    fitting = [ids for ids in encoded if 1 <= len(ids) <= max_tokens][:num_prompts]
-    if not fitting:
-        raise ValueError(f"{path}: no prompt of {len(prompts)} has 1 to {max_tokens} tokens")
-    return fitting
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit code 2 for bad input, 1 for a file system that refuses."""
     parser = argparse.ArgumentParser(prog="python -m speedstack.drafter_ablation", description=__doc__.split("\n")[0])
@@ -387,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config = _with_options(read_config(AblationConfig, options.config), options)
-        result = Ablation(config).run(on_row=_print_run)
+        result = Ablation(config, options.rows).run(on_row=_print_run)
     except (ValueError, OSError) as error:
         print(f"drafter_ablation: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -404,11 +391,6 @@ def _with_options(config: AblationConfig, options: argparse.Namespace) -> Ablati
     for name, field in (("target", "drafter.target"), ("corpus", "data.corpus"), ("text", "drafter.text")):
         if getattr(options, name) is not None:
             raw["common"][field] = getattr(options, name)
-    if options.rows is not None:
-        unknown = [row for row in options.rows if row not in config.rows]
-        if unknown:
-            raise ValueError(f"no row {', '.join(unknown)}; there are {', '.join(config.rows)}")
-        raw["rows"] = {row: config.rows[row] for row in options.rows}
     try:
         return AblationConfig.model_validate(raw)
     except ValidationError as error:

@@ -56,7 +56,7 @@ def _evaluate_suite(config: EvalConfig, name: str) -> None:
             if config.teacher is None and (left_out := [t.task for t in suite.tasks if t.task in TEACHER_TASK_NAMES]):
                 print(f"left out, for want of --teacher: {', '.join(left_out)}")
                 suite = suite.without(left_out)
-            _make_task_data(config, {task.task for task in suite.tasks})
+            make_task_data(config, {task.task for task in suite.tasks})
             settings = SuiteSettings(
                 limit=config.limit,
                 task_data=config.out / "tasks",
@@ -80,8 +80,8 @@ def _evaluate_suite(config: EvalConfig, name: str) -> None:
     print(f"written: {path}")
 
 
-def _make_task_data(config: EvalConfig, tasks: set[str]) -> None:
-    """The data of those of our tasks that are made from held-out text."""
+def make_task_data(config: EvalConfig, tasks: set[str]) -> None:
+    """Write the data of those of `tasks` that are ours, made from held-out text, into `config.out`/tasks."""
     from speedstack.eval.lm import EngineLM
     from speedstack.eval.task_data import NUM_SAME_TEXT, SUITE_SIZES, make_same_text, make_tasks
     from speedstack.eval.task_loading import TASK_NAMES, TEACHER_TASK_NAMES, generation_settings

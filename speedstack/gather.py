@@ -1,45 +1,42 @@
 """One `Report` from whatever finished work is found: run directories, result files, a whole demo.
 
 Everything is read from disk, hence the demo's own report and `speedstack report` of its directory are one code path,
-and a half-finished demo can be reported too. Of two results of a kind, the one given later wins, and within a
-directory the one nearer to its top.
+and a half-finished demo can be reported too. Inputs are read in their order, a directory before the ones in it. Of the
+measurements that a run has one of, the first of a kind is the run's own, and all others are attached beside it; but a
+directory's own measurement stands for those of its kind in the runs inside it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field
 
+from speedstack.eval import sections
 from speedstack.eval.environment import describe_environment
 from speedstack.eval.report import utc_now
 from speedstack.eval.results import (
-    AcceptanceResult,
+    Attachment,
     Curve,
     Document,
+    Environment,
     Example,
     ExpertStorage,
     ModelSummary,
-    QualityResult,
     Report,
     StageSummary,
-    TimingResult,
+    read_json,
 )
 from speedstack.stages import RECORDS, read_records
 from speedstack.train.metrics import FILE_NAME, read_metrics
 
-RESULTS: dict[str, type[Document]] = {
-    "quality": QualityResult,
-    "acceptance": AcceptanceResult,
-    "timing": TimingResult,
-}
-# Results that are files of their own and have no place in a report.
-OTHER_KINDS = ("sensitivity", "quantize", "ptq", "conversion")
-FACTS = ("model", "storage", "memory_bytes", "examples")
+# Fields of a report that one measurement each has.
+OWN = ("quality", "acceptance", "timing")
+FACTS_KIND, REPORT_KIND = "facts", "report"
+FACTS_FILE, REPORT_FILE = "facts.json", "report.json"
 CROSS_ENTROPY = "cross-entropy (nats a token)"
 KL = "KL from the teacher (nats a token)"
 MIXTURE = "weighted cross-entropy and KL (nats a token)"
@@ -62,43 +59,124 @@ class Facts(Document):
 def gather(inputs: Sequence[Path], title: str, **fields: Any) -> Report:
     """A report of everything below `inputs`; `fields` are set as they are (subtitle, seed, commands).
 
-    Results of kinds that a report has no place for, of sensitivity say, are named in its notes. Raises ValueError for
-    an input that does not exist, a result file of another schema, and when nothing is found.
+    A report among the inputs gives what it holds. Results of kinds that no page shows, a plan say, are named in the
+    notes. Raises ValueError for an input that does not exist, a result file of another schema, and when nothing is
+    found.
     """
-    parts: dict[str, Any] = {}
-    curves: list[Curve] = []
-    stages: list[StageSummary] = []
-    left_out: list[str] = []
+    gathered = _Gathered()
     for path in inputs:
         if not path.exists():
-            raise ValueError(f"nothing at {path}; give run directories or result files with --inputs")
+            raise ValueError(f"nothing at {path}: give run directories or result files")
+        kinds_on_top: set[str | None] = set()
         for file in _find(path):
-            if file.name == FILE_NAME:
-                curves += run_curves(file.parent)
+            content = None if file.name == FILE_NAME else read_json(file)
+            if content is None:
+                gathered.curves += run_curves(file.parent)
+            elif (kind := sections.kind_of(content)) in OWN and file.parent != path and kind in kinds_on_top:
                 continue
-            if (kind := _kind(file)) in OTHER_KINDS:
-                left_out.append(f"{file} ({kind})")
-                continue
-            loaded = _load(file, kind)
-            loaded["memory_bytes"] = parts.get("memory_bytes", {}) | loaded.get("memory_bytes", {})
-            parts |= loaded
-        stages += [StageSummary(name=r.name, summary=r.summary, seconds=r.seconds) for r in read_records(path)]
-    if not parts and not curves:
-        hint = f" that a report shows; there are {', '.join(left_out)}" if left_out else ""
+            else:
+                gathered.add(file, content, is_named=file == path)
+                if file.parent == path:
+                    kinds_on_top.add(kind)
+        if path.is_dir():
+            gathered.stages += [
+                StageSummary(name=r.name, summary=r.summary, seconds=r.seconds) for r in read_records(path)
+            ]
+    if gathered.is_empty:
+        hint = f" that a report shows; there are {', '.join(gathered.left_out)}" if gathered.left_out else ""
         raise ValueError(f"no finished run or result in {', '.join(map(str, inputs))}{hint}")
-    timing = parts.get("timing")
-    if left_out:
-        fields["notes"] = (*fields.get("notes", ()), f"Not shown in this report: {', '.join(left_out)}")
-    return Report(
-        title=title,
-        created_utc=utc_now(),
-        # A report may be made elsewhere, or later, than its times were measured.
-        environment=(timing and timing.environment) or describe_environment(),
-        stages=tuple(stages),
-        curves=tuple(curves),
-        **parts,
-        **fields,
-    )
+    return gathered.report(title, fields)
+
+
+class _Gathered:
+    """What was found so far; the first of what there can be one of stays."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, Any] = {}
+        self.curves: list[Curve] = []
+        self.stages: list[StageSummary] = []
+        self.attached: list[Attachment] = []
+        self.reports: list[Report] = []
+        self.left_out: list[str] = []
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.parts or self.curves or self.attached or self.stages)
+
+    def add(self, file: Path, content: Any, is_named: bool) -> None:
+        """Take in a file's JSON. Raises ValueError for content that does not fit its kind, and for a file that was
+        named and is no result.
+        """
+        kind = sections.kind_of(content)
+        if kind == FACTS_KIND:
+            self._take_run(Facts.check(content, file))
+        elif kind == REPORT_KIND:
+            self._take_report(Report.check(content, file), file)
+        elif kind in sections.MODULES:
+            self._take_result(kind, sections.check(kind, content, str(file)), _shown(file), content)
+        elif kind is not None:
+            self.left_out.append(f"{_shown(file)} ({kind})")
+        elif is_named:
+            raise ValueError(f"{file} is not a result file: it names no kind and schema version of ours")
+
+    def report(self, title: str, fields: dict[str, Any]) -> Report:
+        """All of it."""
+        notes = [note for report in self.reports for note in report.notes]
+        if self.left_out:
+            notes.append(f"Not shown in this report: {', '.join(self.left_out)}")
+        commands = [command for report in self.reports for command in report.commands]
+        given: dict[str, Any] = {
+            "notes": (*fields.pop("notes", ()), *notes),
+            "commands": tuple(dict.fromkeys((*commands, *fields.pop("commands", ())))),
+        }
+        if len(self.reports) == 1 and self.attached == list(self.reports[0].attached):
+            given |= {"subtitle": self.reports[0].subtitle, "seed": self.reports[0].seed}
+        return Report(
+            title=title,
+            created_utc=utc_now(),
+            environment=self._environment(),
+            stages=tuple(self.stages),
+            curves=tuple(self.curves),
+            attached=tuple(self.attached),
+            **self.parts,
+            **(given | fields),
+        )
+
+    def _environment(self) -> Environment:
+        """A report may be made elsewhere, or later, than its figures were measured."""
+        own = [self.parts.get(kind) for kind in ("timing", "acceptance", "quality")]
+        measured = [sections.environment_of(result) for result in own if result is not None]
+        measured += [report.environment for report in self.reports]
+        for attachment in self.attached:
+            kind = sections.kind_of(attachment.content)
+            assert kind is not None
+            measured.append(sections.environment_of(sections.check(kind, attachment.content, attachment.name)))
+        return next((environment for environment in measured if environment is not None), describe_environment())
+
+    def _take_run(self, facts: Facts | Report) -> None:
+        """The fields that a run has once; bytes are added to those of other engines."""
+        for name in ("model", "storage", "examples"):
+            if value := getattr(facts, name):
+                self.parts.setdefault(name, value)
+        if facts.memory_bytes:
+            known = self.parts.get("memory_bytes", {})
+            self.parts["memory_bytes"] = known | {k: v for k, v in facts.memory_bytes.items() if k not in known}
+
+    def _take_report(self, report: Report, file: Path) -> None:
+        self.reports.append(report)
+        self._take_run(report)
+        self.curves += report.curves
+        self.stages += report.stages
+        self.attached += report.attached
+        for kind in OWN:
+            if (result := getattr(report, kind)) is not None:
+                self._take_result(kind, result, _shown(file), result.model_dump(mode="json"))
+
+    def _take_result(self, kind: str, result: Any, name: str, content: dict[str, Any]) -> None:
+        if kind in OWN and kind not in self.parts:
+            self.parts[kind] = result
+        else:
+            self.attached.append(Attachment(name=name, content=content))
 
 
 def run_curves(run_directory: Path) -> list[Curve]:
@@ -129,28 +207,23 @@ def _recipe(run_directory: Path) -> tuple[str, str]:
     return kind, TRAIN_LOSS.get(trained_on, "training loss (nats a token)")
 
 
-def _find(path: Path) -> list[Path]:
-    """Metrics and results at `path` or in it and the directories in it, the outermost last, so that it wins."""
+def _find(path: Path) -> Iterator[Path]:
+    """Metrics and JSON files at `path`, or in it and then in the directories in it."""
     if path.is_file():
-        return [path]
-    names = [FILE_NAME, "facts.json", "examples.json", *(f"{kind}.json" for kind in (*RESULTS, *OTHER_KINDS))]
-    directories = [*sorted(child for child in path.iterdir() if child.is_dir() and child.name != RECORDS), path]
-    return [directory / name for directory in directories for name in names if (directory / name).is_file()]
+        yield path
+        return
+    # A page made before is made of the files beside it.
+    skipped = (REPORT_FILE,)
+    for directory in (path, *sorted(child for child in path.iterdir() if child.is_dir() and child.name != RECORDS)):
+        if (directory / FILE_NAME).is_file():
+            yield directory / FILE_NAME
+        yield from sorted(
+            (file for file in directory.glob("*.json") if file.name not in skipped),
+            key=lambda file: (file.name != FACTS_FILE, file.name),
+        )
 
 
-def _kind(file: Path) -> object:
-    """The kind that a result file says it is of. Raises ValueError for a file that is none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8")).get("kind")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{file} is not a result file: {error}") from error
-
-
-def _load(file: Path, kind: object) -> dict[str, Any]:
-    """The report's fields that a result file holds. Raises ValueError for a file of another kind."""
-    if kind == Facts.model_fields["kind"].default:
-        facts = Facts.load(file)
-        return {name: value for name in FACTS if (value := getattr(facts, name))}
-    if not isinstance(kind, str) or kind not in RESULTS:
-        raise ValueError(f"{file} is not a result file: its kind is {kind!r}, not {', '.join(RESULTS)}")
-    return {kind: RESULTS[kind].load(file)}
+def _shown(file: Path) -> str:
+    """A file's name on the page: below the working directory, where it is there."""
+    resolved = file.resolve()
+    return str(resolved.relative_to(Path.cwd())) if resolved.is_relative_to(Path.cwd()) else str(file)

@@ -8,13 +8,15 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from speedstack.eval.config import BenchConfig, CompareConfig, ReportConfig
+from speedstack.eval.config import CompareConfig, ReportConfig, VerbConfig
 from speedstack.train.config import DrafterConfig, PretrainConfig, QatConfig
 
 if TYPE_CHECKING:
     from speedstack.train.loop import RunResult
+
+VerbConfigT = TypeVar("VerbConfigT", bound=VerbConfig)
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -40,15 +42,31 @@ def drafter(config: DrafterConfig) -> None:
 
 def load_compare_config(path: Path | None, overrides: Sequence[str]) -> CompareConfig:
     """As every verb's; instead of a YAML file, the result files may be named one after the other."""
+    if path is not None and not _is_yaml(path) and (not overrides or overrides[0].startswith("-")):
+        raise ValueError("compare needs two result files or more: speedstack compare A.json B.json")
+    return _load_naming_files(CompareConfig, "results", path, overrides)
+
+
+def load_report_config(path: Path | None, overrides: Sequence[str]) -> ReportConfig:
+    """As every verb's; instead of a YAML file, runs and result files may be named one after the other."""
+    return _load_naming_files(ReportConfig, "inputs", path, overrides)
+
+
+def _load_naming_files(
+    config: type[VerbConfigT], field: str, path: Path | None, overrides: Sequence[str]
+) -> VerbConfigT:
+    """The config from a YAML file, or with the paths before the first flag in `field`."""
     from speedstack.train.config import load_config
 
-    if path is None or path.suffix in (".yaml", ".yml"):
-        return load_config(CompareConfig, path, overrides)
+    if path is None or _is_yaml(path):
+        return load_config(config, path, overrides)
     flags = list(itertools.dropwhile(lambda argument: not argument.startswith("-"), overrides))
     named = [str(path), *overrides[: len(overrides) - len(flags)]]
-    if len(named) < 2:
-        raise ValueError("compare needs two result files or more: speedstack compare A.json B.json")
-    return load_config(CompareConfig, None, ["--results", *named, *flags])
+    return load_config(config, None, [f"--{field}", *named, *flags])
+
+
+def _is_yaml(path: Path) -> bool:
+    return path.suffix in (".yaml", ".yml")
 
 
 def compare(config: CompareConfig) -> None:
@@ -67,58 +85,19 @@ def compare(config: CompareConfig) -> None:
         _show_path(comparison.save_markdown(config.out) if config.out.suffix == ".md" else comparison.save(config.out))
 
 
-def bench(config: BenchConfig) -> None:
-    """Time the decode loop against peers; with a drafter, its acceptance too."""
-    import torch
-
-    from speedstack.eval.acceptance import measure_acceptance
-    from speedstack.eval.peers import TimingSettings, measure_timing
-    from speedstack.heldout import heldout_prompts
-    from speedstack.runtime import Engine
-    from speedstack.runtime.select import choose_device
-    from speedstack.train.corpus import load_corpus
-
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    corpus = load_corpus(config.corpus)
-    prompt_sets = heldout_prompts(corpus, config.num_prompts, config.num_prompt_tokens, config.seed)
-    settings = TimingSettings(
-        num_new_tokens=config.num_new_tokens,
-        num_repeats=config.num_repeats,
-        dtype=config.dtype,
-        device=choose_device(config.device).type,
-        backend=config.backend,
-    )
-    prompts = list(itertools.chain.from_iterable(prompt_sets.values()))
-    timing = measure_timing(config.target, config.drafter, prompts, settings)
-    paths = [timing.save(config.out / "timing.json")]
-    for entry in timing.contestants:
-        rate, first = entry.decode_tokens_per_second, entry.first_token_seconds
-        print(
-            f"{entry.name}: {rate.median:.1f} tokens/s ({rate.q1:.1f}-{rate.q3:.1f}), "
-            f"first token after {1e3 * first.median:.1f} ms, prepared in {entry.prepare_seconds:.1f} s"
-        )
-    for absent in timing.unavailable:
-        print(f"{absent.name}: not available ({absent.reason})")
-    if config.drafter is not None:
-        engine = Engine.from_pretrained(
-            config.target, config.drafter, backend=config.backend, device=config.device, dtype=config.dtype
-        )
-        acceptance = measure_acceptance(engine, prompt_sets, config.num_new_tokens)
-        print(f"acceptance: {acceptance.overall.acceptance_length:.2f} tokens a round")
-        paths.append(acceptance.save(config.out / "acceptance.json"))
-    for path in paths:
-        _show_path(path)
-
-
 def report(config: ReportConfig) -> None:
     """Write report.html and report.json."""
+    from speedstack.eval.environment import command_line
     from speedstack.eval.report import write_report
+    from speedstack.eval.wandb_mirror import mirror_report
     from speedstack.gather import gather
 
+    found = gather(config.inputs, config.title, commands=tuple(filter(None, [command_line()])))
     config.out.mkdir(parents=True, exist_ok=True)
-    for path in write_report(gather(config.inputs, config.title), config.out):
+    for path in write_report(found, config.out):
         _show_path(path)
+    if mirror_report(found, config.out, config.wandb_mode):
+        _show_path(config.out / "wandb", "mirrored")
 
 
 def _show_run(result: RunResult) -> None:

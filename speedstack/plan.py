@@ -20,11 +20,24 @@ from speedstack.eval.results import Document, Record
 
 if TYPE_CHECKING:
     from speedstack.runtime.cost import StepCost
+    from speedstack.runtime.formats import WeightFormats
     from speedstack.runtime.gpus import Gpu
     from speedstack.runtime.plan import Plan
     from speedstack.runtime.spec import ModelSpec
 
-Format = Literal["checkpoint", "float32", "bf16", "fp8", "mxfp4"]
+Format = Literal[
+    "checkpoint",
+    "float32",
+    "bf16",
+    "fp8",
+    "mxfp4",
+    "mxfp6_e2m3",
+    "mxfp6_e3m2",
+    "mxfp8_e4m3",
+    "nvfp4",
+    "int4_g32",
+    "int2_g32",
+]
 GIGA, MEGA = 1e9, 1e6
 
 
@@ -165,15 +178,19 @@ def load_plan_config(path: Path | None, overrides: Sequence[str]) -> PlanConfig:
     return load_config(PlanConfig, path, flags)
 
 
-def make_plan(config: StepConfig) -> Planned:
-    """Reads the model's shape, plans one GPU's step and costs it. Raises ValueError, one line, for bad input."""
+def make_plan(config: StepConfig, formats: WeightFormats | None = None) -> Planned:
+    """Reads the model's shape, plans one GPU's step and costs it; `formats` are in the place of the checkpoint's.
+
+    Raises ValueError, one line, for bad input.
+    """
     from speedstack.runtime.config_file import read_model_config
     from speedstack.runtime.cost import Assumptions, step_cost, weights_bytes
     from speedstack.runtime.gpus import gpu_named
     from speedstack.runtime.phases import build_plan, shard
 
     gpu = gpu_named(config.gpu)
-    spec, formats = read_model_config(config.model)
+    spec, stored_formats = read_model_config(config.model)
+    formats = formats or stored_formats
     wanted = {
         "experts": config.experts,
         "attention": config.attention,

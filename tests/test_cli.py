@@ -14,9 +14,6 @@ import pytest
 from speedstack import __version__, cli, demo
 from speedstack.cli import VERBS, main
 from speedstack.demo_config import DemoConfig, load_demo_config
-from speedstack.eval.environment import describe_environment
-from speedstack.eval.results import TimingResult
-from speedstack.gather import CROSS_ENTROPY, KL, WEIGHTED, gather, run_curves
 from speedstack.train.config import dump_config
 
 
@@ -84,6 +81,7 @@ def test_unknown_key_in_a_file_names_the_nearest(verb: str, fails: Callable[...,
         "eval": ("techer: x", "teacher"),
         "bench": ("num_repeat: 2", "num_repeats"),
         "compare": ("significanse: 0.1", "significance"),
+        "ablate": ("grid: {formats: x}", "grid.format"),
         "plan": ("row: 8", "rows"),
         "trace": ("num_step: 2", "num_steps"),
         "report": ("input: []", "inputs"),
@@ -229,15 +227,6 @@ def test_device_that_is_not_there(fails: Callable[..., str], tiny_model_dir: Pat
     assert not Path("unused-by-this-test").exists()
 
 
-def test_report_of_nothing(fails: Callable[..., str], tmp_path: Path) -> None:
-    assert "nowhere" in fails("report", "--inputs", tmp_path / "nowhere", "--out", tmp_path / "report")
-    assert "no finished run" in fails("report", "--inputs", tmp_path, "--out", tmp_path / "report")
-
-
-def test_bench_without_a_corpus(fails: Callable[..., str], tmp_path: Path) -> None:
-    assert "corpus" in fails("bench", "--corpus", tmp_path / "corpus", "--out", tmp_path / "out")
-
-
 def test_demo_refuses_an_unwritable_directory(fails: Callable[..., str], tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("in the way", encoding="utf-8")
@@ -321,7 +310,7 @@ def test_interrupt_of_what_does_not_continue(fails: Callable[..., str], monkeypa
     def job(config: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("speedstack.jobs.bench", job)
+    monkeypatch.setattr("speedstack.bench.bench", job)
     assert fails("bench", code=130) == "speedstack: error: interrupted"
 
 
@@ -348,67 +337,6 @@ def test_one_line_of_a_box() -> None:
     rule, side = "\u2500" * 3, "\u2502"
     lines = [rule, f"{side} first part {side}", f"{side} second {side}", f"{side} {rule} {side}", f"{side} help {side}"]
     assert cli._first_message("\n".join(lines)) == "first part second"
-
-
-def test_report_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tmp_path / "runs" / "pretrain"
-    run.mkdir(parents=True)
-    lines = [{"kind": "train", "step": step, "loss": 3.0 / step} for step in (1, 2, 3)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    assert main(["report", "--inputs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--title", "Mine"]) == 0
-    assert str(tmp_path / "out" / "report.html") in capsys.readouterr().out
-    assert "Mine" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-    assert report["curves"][0]["values"] == [3.0, 1.5, 1.0]
-
-
-def test_a_report_names_what_it_has_no_place_for(fails: Callable[..., str], tmp_path: Path) -> None:
-    for kind in ("sensitivity", "quantize", "ptq"):
-        (tmp_path / kind).mkdir()
-        (tmp_path / kind / f"{kind}.json").write_text(json.dumps({"kind": kind, "schema_version": 1}), encoding="utf-8")
-    line = fails("report", "--inputs", tmp_path, "--out", tmp_path / "out")
-    assert f"that a report shows; there are {tmp_path / 'ptq' / 'ptq.json'} (ptq)" in line
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1, "loss": 3.0}) + "\n", encoding="utf-8")
-    assert main(["report", "--inputs", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
-    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "Not shown in this report: " in page
-    for kind in ("sensitivity", "quantize", "ptq"):
-        assert f"{tmp_path / kind / kind}.json ({kind})" in page
-
-
-@pytest.mark.parametrize(
-    ("config", "training", "heldout"),
-    [
-        ("kind: pretrain", CROSS_ENTROPY, CROSS_ENTROPY),
-        ("{kind: qat, qat: {objective: kl}}", KL, CROSS_ENTROPY),
-        ("{kind: qat, qat: {objective: ce}}", CROSS_ENTROPY, CROSS_ENTROPY),
-        ("kind: drafter", WEIGHTED, WEIGHTED),
-    ],
-)
-def test_curves_name_what_their_recipe_trains_on(config: str, training: str, heldout: str, tmp_path: Path) -> None:
-    lines = [{"kind": "train", "step": 1, "loss": 2.0}, {"kind": "eval", "step": 1, "heldout_loss": 3.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
-    assert [(c.label, c.quantity) for c in run_curves(tmp_path)] == [("training", training), ("held-out", heldout)]
-
-
-def test_report_names_the_machine_that_was_timed(tmp_path: Path) -> None:
-    elsewhere = describe_environment().model_copy(update={"cpu_model": "Abacus"})
-    timing = TimingResult(
-        device="cpu",
-        dtype="float32",
-        num_threads=1,
-        num_prompts=1,
-        num_prompt_tokens=(4,),
-        num_new_tokens=2,
-        num_repeats=1,
-        contestants=(),
-        environment=elsewhere,
-    )
-    timing.save(tmp_path / "timing.json")
-    assert gather([tmp_path], "Timed elsewhere").environment == elsewhere
 
 
 def test_convert_names_its_source_before_the_flags(

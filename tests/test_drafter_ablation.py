@@ -2,15 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from speedstack import drafter_ablation
-from speedstack.drafter_ablation import Ablation, AblationConfig, main, read_prompts
-from speedstack.eval.drafter_rows import DrafterAblation
+from speedstack import drafter_ablation, step_times
+from speedstack.drafter_ablation import Ablation, AblationConfig, main
+from speedstack.eval.drafter_rows import AblationTimes, DrafterAblation
 from speedstack.train.config import read_config
-from speedstack.train.qat import load_tokenizer
 
 ROWS = {
     "ngram": {},
@@ -120,6 +120,57 @@ def test_a_stopped_ablation_goes_on_with_what_is_missing(config, capsys, monkeyp
     assert table.count("\n") == 2 + len(ROWS)
 
 
+def test_rows_added_later_get_steps_of_the_same_budget(config, tmp_path, monkeypatch):
+    """A machine that has become three times slower buys nobody less."""
+    cost_ms = {"plain": 2.0, "eagle": 1.0, "all of them": 4.0, "added": 5.0, "late": 8.0}
+    load, now_ms = 1.0, 0.0
+    turns: list[str] = []
+
+    def fake_step(recipe, drafter_config, world, trainer, step):
+        nonlocal now_ms
+        row = drafter_config.run.name.removesuffix("-seed-0")
+        turns.append(row)
+        now_ms += load * cost_ms[row] * (10.0 if step == 0 else 1.0)
+
+    monkeypatch.setattr(step_times, "train_step", fake_step)
+    monkeypatch.setattr(step_times, "time", SimpleNamespace(perf_counter=lambda: now_ms / 1e3))
+    raw = yaml.safe_load(config.read_text())
+    raw["rows"] |= {"added": {"drafter.gamma": 2.0}, "late": {"drafter.markov_rank": 4}}
+    # The data is prepared already.
+    raw |= {"budget_seconds": 1.0, "common": {"drafter.text": str(Path(raw["out"]) / "text")}, "out": str(tmp_path)}
+    all_rows = AblationConfig.model_validate(raw)
+
+    def times_of(*rows: str, rows_of: AblationConfig = all_rows) -> AblationTimes:
+        ablation = Ablation(rows_of, rows)
+        ablation._prepare()
+        return ablation._times()
+
+    times_of("plain", "eagle", "all of them")
+    assert turns == ["plain", "eagle", "all of them"] * 3
+    load = 3.0
+    turns.clear()
+    times_of("added")  # a row that is not asked for is the one to compare with
+    assert turns == ["plain", "added"] * 3
+    load = 0.5
+    found = times_of("all of them", "late")
+
+    assert {entry.row: entry.num_steps for entry in found.rows} == {
+        "plain": 500,
+        "eagle": 1000,
+        "all of them": 250,
+        "added": 200,
+        "late": 125,
+    }
+    assert {row: found.comparable_ms(row) for row in cost_ms} == pytest.approx(cost_ms)
+    saved = json.loads((tmp_path / "times.json").read_text())["rows"]
+    assert [row["beside"] and row["beside"]["row"] for row in saved] == [None, None, None, "plain", "plain"]
+    assert saved[3]["median_ms"] == pytest.approx(15.0) and saved[3]["beside"]["median_ms"] == pytest.approx(6.0)
+
+    others = AblationConfig.model_validate(raw | {"rows": {"plain": {"drafter.gamma": 3.0}, "new": {}}})
+    with pytest.raises(ValueError, match="add one of plain, eagle, all of them, added, late to rows as it was"):
+        times_of("new", rows_of=others)
+
+
 def test_look_up_simulated_is_look_up_served(config):
     ablation = Ablation(read_config(AblationConfig, config))
     found = DrafterAblation.load(ablation.config.out / "results.json").of("ngram")[0].heldout
@@ -153,16 +204,3 @@ def test_what_does_not_fit_is_one_line(config, tmp_path, change, message, capsys
 def test_rows_that_are_not_there(config, capsys):
     assert main([str(config), "--rows", "plain", "fancy"]) == 2
     assert "no row fancy; there are ngram, eagle, plain, all of them" in capsys.readouterr().err
-
-
-def test_prompts_files_that_cannot_serve(tmp_path, tiny_packed_dir):
-    tokenizer = load_tokenizer(tiny_packed_dir)
-    file = tmp_path / "prompts.jsonl"
-    for content, message in (
-        ("{}", "no .jsonl with a field 'prompt'"),
-        ('{"prompt": ""}', "no prompt of 1 has 1 to 8"),
-        ('{"prompt": 5}', "a prompt is not text"),
-    ):
-        file.write_text(content, encoding="utf-8")
-        with pytest.raises(ValueError, match=message):
-            read_prompts(file, tokenizer, 4, 8)

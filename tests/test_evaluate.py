@@ -37,6 +37,10 @@ def test_bad_input_is_one_line(tiny_model_dir: Path, tmp_path: Path, capsys: pyt
     assert "no suite 'recover'; did you mean 'recovery'" in error_of(capsys, "eval", "M", "--suite", "recover")
     assert "compare needs two result files" in error_of(capsys, "compare", "a.json")
     assert "no result file at a.json" in error_of(capsys, "compare", "a.json", "b.json")
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({"results": {}, "speedstack": {"kind": "eval", "schema_version": 0}}), encoding="utf-8")
+    other_release = f"{old} has schema version 0, this release reads version 1"
+    assert other_release in error_of(capsys, "compare", str(old), str(old))
     model = ["eval", str(tiny_model_dir), "--device", "cpu", "--backend", "reference", "--out", str(tmp_path)]
     code = error_of(capsys, *model, "--suite", "code")
     assert "humaneval runs programs that the model wrote: allow it with --allow-code" in code

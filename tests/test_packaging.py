@@ -100,7 +100,7 @@ def install_from_sdist(directory: Path) -> Path:
 
 def check_holds_every_file(installed: Path) -> None:
     (shipped,) = (installed / "lib").glob("python*/site-packages/speedstack")
-    kept = {"", ".py", ".typed", ".yaml", ".html", ".css", ".cpp", ".h"}
+    kept = {"", ".py", ".typed", ".yaml", ".html", ".css", ".js", ".cpp", ".h"}
     expected = {
         file.relative_to(ROOT / "speedstack")
         for file in (ROOT / "speedstack").glob("*.*")

@@ -338,7 +338,9 @@ def describe_validation_error(error: ValidationError, config_type: type[BaseMode
             problems.append(f"unknown key '{key}'{_nearest(key, config_type)}")
         else:
             prefix = f"{key}: " if key else ""
-            problems.append(f"{prefix}{item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"[:300])
+            # A validator that looks at a whole section names what is wrong in it.
+            got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+            problems.append(f"{prefix}{item['msg'].removeprefix('Value error, ')}{got}"[:300])
     return "; ".join(problems)
 
 

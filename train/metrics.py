@@ -2,8 +2,7 @@
 
 The file is the truth: a line is flushed when it is written, and a resumed run first cuts the file back to the
 checkpoint it continues from, so that the record reads as if nothing had happened. wandb cannot resume an offline run,
-so every continuation is a run of its own there, in the group of the run's name. WANDB_MODE=disabled in the
-environment wins over the config, so that a machine or a test suite can rule the mirror out.
+so every continuation is a run of its own there, in the group of the run's name.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from speedstack.eval.wandb_mirror import start_run
 from speedstack.train.checkpoint import write_atomically
 
 FILE_NAME = "metrics.jsonl"
@@ -33,19 +33,7 @@ class MetricsLog:
         kept = [line for line in read_metrics(run_directory) if line["step"] <= resume_step] if resume_step else []
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
-        self._wandb_run = None
-        if wandb_mode != "disabled" and os.environ.get("WANDB_MODE") != "disabled":
-            import wandb
-
-            self._wandb_run = wandb.init(
-                mode=wandb_mode,
-                dir=run_directory,
-                project="speedstack",
-                group=run_directory.name,
-                config=config,
-                # The screen is the progress bar's; online, the address of the run is worth its lines.
-                settings=wandb.Settings(silent=wandb_mode == "offline", console="off"),
-            )
+        self._wandb_run = start_run(wandb_mode, run_directory, run_directory.name, config)
 
     def write(self, kind: Literal["train", "eval"], step: int, values: dict[str, float]) -> None:
         """Append one line; `step` counts the optimizer steps done. Raises OSError if it cannot be written."""

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from speedstack.eval.prompts import Row, read_rows
 from speedstack.train.config import DrafterConfig
 from speedstack.train.corpus import load_table, quiet_datasets, tokenizer_sha256
 from speedstack.train.data import generator
@@ -35,7 +36,6 @@ from speedstack.train.drafter_config import PromptsSection
 from speedstack.train.trainer import save_tensors
 
 _SPLITS = ("heldout", "train")
-Row = tuple[str, dict[str, Any]]  # where it stands, for errors; its fields
 
 
 @dataclass(frozen=True)
@@ -238,25 +238,12 @@ class _Reader:
 
 
 def _read_rows(source: str, split: str) -> Iterator[Row]:
-    """Rows of a source; a .jsonl is read here, so that a bad line can be named."""
+    """Rows of a source; of a .jsonl a bad line is named."""
     place = Path(source)
     if place.exists() and split != "train":
         raise ValueError(f"{place} is a file or directory, which has no split '{split}': leave prompts.split out")
     if place.is_file() and place.suffix == ".jsonl":
-        try:
-            lines = place.read_text(encoding="utf-8").split("\n")  # a string may hold other line ends
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read prompts {place}: {error}") from error
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{place} line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{place} line {number} is not a JSON object")
-            yield f"{place} line {number}", row
+        yield from read_rows(place)
         return
     with quiet_datasets():
         table = load_table(source, split)

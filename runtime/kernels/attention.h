@@ -92,7 +92,7 @@ inline void attend(const Op& op, const Query* query, const float* k, const float
 
 inline void attention(const Op& op, const Rows& rows, const Worker& me) {
     const int num_heads = op.i[0], num_kv_heads = op.i[1], dk = op.i[2], dv = op.i[3], num_blocks = op.i[4],
-              window = op.i[5];
+              window = op.i[5], reach = op.i[6];
     const int group = num_heads / num_kv_heads, rows_at_once = std::max(1, ROW_BLOCK / group);
     const float *q = (const float*)op.p[0], *k_cache = (const float*)op.p[1], *v_cache = (const float*)op.p[2],
                 *sinks = (const float*)op.p[3];
@@ -120,8 +120,8 @@ inline void attention(const Op& op, const Rows& rows, const Worker& me) {
                 for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
                     const int lo = window > 0 ? std::max(0, rows.position[r] - window + 1) : 0;
                     const int64_t index = int64_t(r) * num_heads + head;
-                    queries[num++] = {q + index * dk, out + index * dv, sinks ? sinks + head : nullptr, lo,
-                                      rows.key_end[r] - 1};
+                    const int hi = std::min(rows.key_end[r] - 1, rows.position[r] + reach);
+                    queries[num++] = {q + index * dk, out + index * dv, sinks ? sinks + head : nullptr, lo, hi};
                     if (num == ROW_BLOCK) flush();
                 }
             flush();

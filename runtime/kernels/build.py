@@ -7,7 +7,7 @@ from pathlib import Path
 from speedstack.quant.kernels.build import load_library
 
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
-HEADERS = ("simd.h", "panels.h", "program.h", "attention.h", "experts.h")
+HEADERS = ("simd.h", "panels.h", "program.h", "attention.h", "experts.h", "head.h")
 
 
 @cache

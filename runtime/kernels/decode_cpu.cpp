@@ -27,6 +27,7 @@
 
 #include "attention.h"
 #include "experts.h"
+#include "head.h"
 #include "program.h"
 
 namespace {
@@ -42,16 +43,21 @@ enum Kind : int32_t {
     EXPERT_DOWN = 7,
     LM_HEAD = 8,
     ARGMAX = 9,
+    MARKOV = 10,
 };
 
+// Rows of the embedding table; with a third pointer one token has that vector instead of its row.
 void embed(const Op& op, const Rows& rows, const Worker& me) {
-    const int D = op.i[0];
-    const float* table = (const float*)op.p[0];
+    const int D = op.i[0], replaced = op.i[1];
+    const float *table = (const float*)op.p[0], *replacement = (const float*)op.p[2];
     float* h = (float*)op.p[1];
     int begin, end;
     me.slice(rows.num_rows, begin, end);
-    for (int r = begin; r < end; r++)
-        std::memcpy(h + int64_t(r) * D, table + int64_t(rows.token[r]) * D, sizeof(float) * D);
+    for (int r = begin; r < end; r++) {
+        const bool is_replaced = replacement && rows.token[r] == replaced;
+        const float* from = is_replaced ? replacement : table + int64_t(rows.token[r]) * D;
+        std::memcpy(h + int64_t(r) * D, from, sizeof(float) * D);
+    }
 }
 
 // Norm, projection of query, key and value heads, QK-norm, rotary embedding, cache append. A unit of work is a head.
@@ -175,61 +181,6 @@ void gate_up(const Op& op, const Rows& rows, const Worker& me) {
     }
 }
 
-// Final norm and LM head, for the rows whose logits are wanted.
-void lm_head(const Op& op, const Rows& rows, const Worker& me) {
-    const int D = op.i[0], V = op.i[1];  // V is padded to whole panels
-    const float eps = op.f[0];
-    const float *h = (const float*)op.p[0], *norm = (const float*)op.p[1];
-    float* logits = (float*)op.p[3];
-    int begin, end;
-    me.slice(V / LANES, begin, end);
-    float* x = me.reserve(int64_t(ROW_BLOCK) * D);
-    for (int r0 = 0; r0 < rows.num_logit_rows; r0 += ROW_BLOCK) {
-        const int num = std::min(ROW_BLOCK, rows.num_logit_rows - r0);
-        const float* xs[ROW_BLOCK];
-        float* ys[ROW_BLOCK];
-        for (int r = 0; r < num; r++) {
-            rms_norm(h + int64_t(rows.logit_row[r0 + r]) * D, norm, D, eps, x + r * D);
-            xs[r] = x + r * D, ys[r] = logits + int64_t(r0 + r) * V + begin * LANES;
-        }
-        matmul(weights_of(op, 2, D).at(begin), end - begin, num, xs, ys);
-    }
-}
-
-// Index of the largest logit of every wanted row, ties to the lower index; -1 where a logit is not a number. With a
-// third pointer also the softmax probability of that index.
-void argmax(const Op& op, const Rows& rows, const Worker& me) {
-    const int V = op.i[0], stride = op.i[1];
-    const float* logits = (const float*)op.p[0];
-    int32_t* out = (int32_t*)op.p[1];
-    float* probability = (float*)op.p[2];
-    const v16i lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    int begin, end;
-    me.slice(rows.num_logit_rows, begin, end);
-    for (int r = begin; r < end; r++) {
-        const float* row = logits + int64_t(r) * stride;
-        v16f peak = splat(-INFINITY);
-        v16i where = v16i{}, not_numbers = v16i{};
-        for (int n = 0; n < V; n += LANES) {
-            v16f x = load(row + n);
-            not_numbers |= x != x;
-            v16i better = (x > peak) & (lane + n < V);
-            peak = better ? x : peak;
-            where = better ? lane + n : where;
-        }
-        int best = 0, num_bad = 0;
-        for (int l = 0; l < LANES; l++) {
-            num_bad += not_numbers[l] != 0;
-            if (peak[l] > peak[best] || (peak[l] == peak[best] && where[l] < where[best])) best = l;
-        }
-        out[r] = num_bad || peak[best] == -INFINITY ? -1 : where[best];
-        if (!probability) continue;
-        v16f total = v16f{};
-        for (int n = 0; n < V; n += LANES) total += lane + n < V ? exp16(load(row + n) - peak[best]) : v16f{};
-        probability[r] = 1.0f / sum_lanes(total);
-    }
-}
-
 }  // namespace
 
 extern "C" {
@@ -256,6 +207,7 @@ int speedstack_run(const Op* ops, int num_ops, const Rows* rows, int num_threads
                 case EXPERT_DOWN: expert_down(op, *rows, me); break;
                 case LM_HEAD: lm_head(op, *rows, me); break;
                 case ARGMAX: argmax(op, *rows, me); break;
+                case MARKOV: markov(op, *rows, me); break;
                 default:
                     if (me.id == 0) unknown = n + 1;
             }

@@ -19,8 +19,8 @@ def task_data(documents: dict[str, str], tmp_path_factory: pytest.TempPathFactor
 
 
 def test_answers_agree_and_are_timed(
-    tiny_model_dir: Path,
-    tiny_drafter_dir: Path,
+    tiny_packed_dir: Path,
+    tiny_packed_drafter_dir: Path,
     task_data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -28,7 +28,7 @@ def test_answers_agree_and_are_timed(
 ) -> None:
     monkeypatch.setattr(bench_lm, "EXPERTS_IMPLEMENTATIONS", dict.fromkeys(bench_lm.KINDS.values(), ("grouped_mm",)))
     out = tmp_path / "lm.json"
-    arguments = [str(tiny_model_dir), "--drafter", str(tiny_drafter_dir), "--task-data", str(task_data)]
+    arguments = [str(tiny_packed_dir), "--drafter", str(tiny_packed_drafter_dir), "--task-data", str(task_data)]
     bench_lm.main([*arguments, "--repeats", "1", "--max-length", "256", "--batch-size", "2", "--out", str(out)])
     result = bench_lm.LmBench.load(out)
     assert [task.num_requests for task in result.tasks] == [12, 2, 3]
@@ -40,6 +40,13 @@ def test_answers_agree_and_are_timed(
         if task.kind == "loglikelihood":
             assert agreement.max_difference_nats is not None
             assert agreement.max_difference_nats < LOGPROB_TOLERANCE_NATS
+        if task.kind == "generate_until":
+            assert agreement.engine_error_nats is None and agreement.adapter_error_nats is None
+        else:
+            # Sums of float64 log-probabilities: the engine adds exactly, so that long texts are no worse than short.
+            assert agreement.engine_error_nats is not None and agreement.adapter_error_nats is not None
+            assert 0 < agreement.engine_error_nats < LOGPROB_TOLERANCE_NATS
+            assert agreement.adapter_error_nats > 0
         if task.kind == "loglikelihood_rolling":
             # The adapter sums in float32.
             assert agreement.max_relative_difference is not None and agreement.max_relative_difference < 1e-6

@@ -9,7 +9,7 @@ import pytest
 
 from speedstack.dflash.checkpoint import load_drafter
 from speedstack.eval import bench_serving
-from speedstack.eval.bench_serving import Server, ServingBench, Way, main, measure_serving, read_prompts, ways_of
+from speedstack.eval.bench_serving import Server, ServingBench, Way, main, measure_serving, prompt_sets_of, ways_of
 from speedstack.runtime import Generation
 from speedstack.runtime.strategy import DraftStrategy
 
@@ -90,22 +90,12 @@ def test_result_file(
     assert result.rows[0].sets[0].name == "prompts" and result.rows[0].decode_tokens_per_second is None
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("not json\n", "is not a JSONL file"),
-        ('{"question": "x"}\n', "lines have a prompt"),
-        ('{"prompt": "x"}\n', "has 1 prompts, 5 were asked for"),
-        ('{"prompt": 5}\n', "a list of token ids, not 5"),
-        (None, "no prompts at"),
-    ],
-)
-def test_prompts_that_cannot_be_read(content: str | None, message: str, tmp_path: Path) -> None:
+def test_prompts_that_cannot_be_read(tmp_path: Path, tiny_packed_dir: Path) -> None:
     file = tmp_path / "prompts.jsonl"
-    if content is not None:
-        file.write_text(content)
-    with pytest.raises(ValueError, match=message) as error:
-        read_prompts(file, tmp_path, 5, 64)
-    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="no prompts at"):
+        prompt_sets_of(file, tmp_path, 5, 64)
+    file.write_text('{"prompt": "x"}\n')
+    with pytest.raises(ValueError, match="has 1 prompts, 5 were asked for"):
+        prompt_sets_of(file, tmp_path, 5, 64)
     with pytest.raises(ValueError, match="not a prepared corpus"):
-        read_prompts(tmp_path, tmp_path, 5, 64)
+        prompt_sets_of(tmp_path, tiny_packed_dir, 5, 64)

@@ -1,13 +1,16 @@
 """The environment is described without names that do not belong into a shared report."""
 
+import importlib.machinery
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from speedstack.eval import environment
-from speedstack.eval.environment import describe_environment
+from speedstack.eval.environment import command_line, describe_environment
 
 
 def test_describes_the_running_process() -> None:
@@ -31,3 +34,27 @@ def test_no_revision_outside_a_checkout_that_tracks_the_source(tmp_path: Path) -
     subprocess.run([*git, "add", "file.py"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     assert environment._git_sha(source) == head
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "torchrun", "expected"),
+    [
+        ("speedstack.__main__", ["-m", "bench", "--out", "a b"], False, "speedstack bench --out 'a b'"),
+        (None, ["/somewhere/bin/speedstack", "report", "x.json"], False, "speedstack report x.json"),
+        ("speedstack.bench_ptq", ["bench_ptq.py", "MODEL"], False, "python -m speedstack.bench_ptq MODEL"),
+        ("speedstack.__main__", ["-m", "eval"], True, "torchrun --nproc-per-node 2 -m speedstack eval"),
+        ("speedstack.eval.x", ["x.py", "y"], True, "torchrun --nproc-per-node 2 -m speedstack.eval.x y"),
+        ("pytest.__main__", ["pytest", "-q"], False, None),
+        (None, ["ipykernel_launcher.py"], False, None),
+    ],
+)
+def test_the_command_is_named_if_it_is_ours(
+    module: str | None, arguments: list[str], torchrun: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = None if module is None else importlib.machinery.ModuleSpec(module, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", arguments)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert command_line() == expected

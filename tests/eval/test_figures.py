@@ -72,6 +72,10 @@ def test_every_figure_is_labelled_and_can_be_printed(made_up_report: Report, tmp
         label = axes.get_xlabel()
         assert label and (name == "stage_times" or "\nwhiskers: " in label), name
         assert axes.get_ylabel() or len(axes.get_yticklabels()) > 0, name
+        # Nothing leaves the page, however it is saved; inches, and a hair for anti-aliasing.
+        figure.draw_without_rendering()
+        inside, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert min(inside.x0, inside.y0) > -0.02 and inside.x1 < width + 0.02 and inside.y1 < height + 0.02, name
         for suffix in ("png", "pdf"):
             figure.savefig(tmp_path / f"{name}.{suffix}")
             assert (tmp_path / f"{name}.{suffix}").stat().st_size > 3000

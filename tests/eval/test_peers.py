@@ -2,63 +2,111 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from speedstack.eval.peer_transformers import (
+    EXPERTS_IMPLEMENTATIONS,
+    ArrivalClock,
+    rounds_of,
+    try_experts_implementations,
+)
 from speedstack.eval.peers import (
     ENGINE,
     ENGINE_DRAFTER,
+    ENGINE_LOOK_UP,
     ENGINE_WHOLE_BLOCKS,
-    EXPERTS_IMPLEMENTATIONS,
     TRANSFORMERS,
+    TRANSFORMERS_COMPILED,
     TRANSFORMERS_DRAFTER,
-    FirstTokenClock,
     TimingSettings,
     measure_timing,
-    try_experts_implementations,
 )
-from speedstack.eval.results import TimingResult
+from speedstack.eval.prompts import PromptSet
+from speedstack.eval.results import AcceptanceResult, TimingResult
 from speedstack.eval.timing import Sample
-from speedstack.quant.checkpoint import load_model
+from speedstack.quant.checkpoint import load_model, weights_sha256
 
 PROMPTS = [[5, 17, 200, 31, 8, 90], [300, 301, 302]]
+SETS = [PromptSet("a", "made up", PROMPTS[:1]), PromptSet("b", "made up", PROMPTS[1:], notes=("b: short",))]
+ONE = SETS[:1]
 
 
 def test_all_contestants_make_the_same_tokens(
     tiny_packed_dir: Path, tiny_packed_drafter_dir: Path, tmp_path: Path
 ) -> None:
-    settings = TimingSettings(num_new_tokens=24, num_repeats=2, backend="reference")
-    result = measure_timing(tiny_packed_dir, tiny_packed_drafter_dir, PROMPTS, settings, progress=False)
-    assert [entry.name for entry in result.contestants] == [
+    settings = TimingSettings(num_new_tokens=24, num_repeats=2, backend="reference", look_up=True)
+    seen: list[tuple[TimingResult, AcceptanceResult | None]] = []
+    result = measure_timing(
+        tiny_packed_dir,
+        tiny_packed_drafter_dir,
+        SETS,
+        settings,
+        on_result=lambda timing, acceptance: seen.append((timing, acceptance)),
+        progress=False,
+    )
+    names = [
         ENGINE,
         ENGINE_DRAFTER,
         ENGINE_WHOLE_BLOCKS,
+        ENGINE_LOOK_UP,
         TRANSFORMERS,
         TRANSFORMERS_DRAFTER,
-    ], result.unavailable
+    ]
+    assert [entry.name for entry in result.contestants] == names, result.unavailable
     for entry in result.contestants[1:]:
         assert entry.identity is not None
         assert entry.identity.num_identical == len(PROMPTS), (entry.name, entry.identity.first_difference)
     promised = [entry.identity.promised for entry in result.contestants[1:] if entry.identity is not None]
-    assert promised == [True, True, True, False]
-    # Both count rounds of the same proposals, whose last ones are cut by the length in different ways.
-    ours, theirs = result.contestants[2].acceptance_length, result.contestants[4].acceptance_length
-    assert ours is not None and theirs == pytest.approx(ours, rel=0.1)
+    assert promised == [True, True, True, True, False]
+    # The same proposals, verified whole and counted by one rule.
+    ours, theirs = result.contestants[2], result.contestants[5]
+    assert ours.acceptance_length is not None and ours.acceptance_length == theirs.acceptance_length
+    assert ours.survival == theirs.survival and len(ours.survival) == 7
     for entry in result.contestants:
         assert 0 < entry.first_token_seconds.median < entry.warmup_seconds + 60
         assert entry.decode_tokens_per_second.median > 0
+        assert entry.token_ms is not None and entry.token_ms.p50.median <= entry.token_ms.p99.median
+    assert [[one.name for one in entry.contestants] for entry in result.sets] == [names, names]
     assert result.num_threads == torch.get_num_threads() and result.num_prompt_tokens == (6, 3)
+    assert (result.target_sha256, result.notes) == (weights_sha256(tiny_packed_dir), ("b: short",))
+    assert result.drafter_sha256 == weights_sha256(tiny_packed_drafter_dir)
+    assert result.energy is not None and result.energy.startswith("not counted")
     assert TimingResult.load(result.save(tmp_path / "timing.json")) == result
+
+    assert len(seen) == 4 and seen[-1][0] == result
+    acceptance = seen[-1][1]
+    assert acceptance is not None and [entry.name for entry in acceptance.sets] == ["a", "b"]
+    assert acceptance.overall.acceptance_length == ours.acceptance_length and acceptance.block_size == 8
+    assert acceptance.overall.rows_per_token is not None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # the compiler
+def test_compiled_transformers_says_the_same(make_tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    # One layer: every one takes the compiler its time.
+    make_tiny_model(num_hidden_layers=1, layer_types=["full_attention"], mlp_layer_types=["sparse"]).save_pretrained(
+        tmp_path
+    )
+    settings = TimingSettings(num_new_tokens=8, num_repeats=2, backend="reference", peers=("compiled",))
+    result = measure_timing(tmp_path, None, SETS, settings, progress=False)
+    assert [entry.name for entry in result.contestants] == [ENGINE, TRANSFORMERS_COMPILED], result.unavailable
+    compiled = result.contestants[1]
+    assert compiled.identity is not None and compiled.identity.num_identical == 2
+    # Compiled in the warm-up and never again, whatever the length of the prompt.
+    assert compiled.tokens_per_second.minimum > 8 / compiled.warmup_seconds
 
 
 def test_without_drafter_and_with_a_peer_that_cannot_run(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise ValueError("this class is not known")
 
-    monkeypatch.setattr("speedstack.eval.peers.load_model", refuse)
+    monkeypatch.setattr("speedstack.eval.peer_transformers.load_model", refuse)
     settings = TimingSettings(num_new_tokens=4, num_repeats=1, backend="reference")
-    result = measure_timing(tiny_model_dir, None, PROMPTS[:1], settings, progress=False)
+    result = measure_timing(tiny_model_dir, None, ONE, settings, progress=False)
     assert [entry.name for entry in result.contestants] == [ENGINE]
     assert result.contestants[0].acceptance_length is None
     assert [(entry.name, entry.reason) for entry in result.unavailable] == [
@@ -83,9 +131,9 @@ def test_the_try_experts_implementations_is_one_that_runs(
     assert [entry.name for entry in unavailable] == [
         f"transformers ({name} experts)" for name in EXPERTS_IMPLEMENTATIONS if name != "eager"
     ]
-    monkeypatch.setattr("speedstack.eval.peers.EXPERTS_IMPLEMENTATIONS", ("grouped_mm",))
+    monkeypatch.setattr("speedstack.eval.peer_transformers.EXPERTS_IMPLEMENTATIONS", ("grouped_mm",))
     settings = TimingSettings(num_new_tokens=4, num_repeats=1, backend="reference")
-    result = measure_timing(tiny_model_dir, None, PROMPTS[:1], settings, progress=False)
+    result = measure_timing(tiny_model_dir, None, ONE, settings, progress=False)
     assert [entry.name for entry in result.contestants] == [ENGINE]
     assert [(entry.name, entry.reason) for entry in result.unavailable] == [
         ("transformers (grouped_mm experts)", "NotImplementedError: grouped_mm is not built"),
@@ -96,25 +144,53 @@ def test_the_try_experts_implementations_is_one_that_runs(
 def test_experts_implementations_are_compared_by_decoding_alone(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def runner(model: object, assistant: object) -> Callable[[list[int], int], Sample]:
-        return lambda prompt, num_new_tokens: Sample([1] * num_new_tokens, 10.0, 10.0 + 0.5 * (num_new_tokens - 1))
+    def runner(model: object) -> Callable[[list[int], int], Sample]:
+        return lambda prompt, n: Sample([1] * n, [(10.0, 1), (10.0 + 0.5 * (n - 1), n - 1)], 10.0 + 0.5 * (n - 1))
 
-    monkeypatch.setattr("speedstack.eval.peers._transformers_runner", runner)
+    monkeypatch.setattr("speedstack.eval.peer_transformers.transformers_runner", runner)
     seconds, _ = try_experts_implementations(load_model(tiny_model_dir), PROMPTS[0])
     assert set(seconds.values()) == {0.5}
 
 
-def test_first_token_clock_skips_the_prompt() -> None:
-    clock = FirstTokenClock()
+def test_broken_logits_are_an_error_that_names_them(tiny_model_dir: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_model_dir.iterdir():
+        if file.suffix == ".json":
+            (broken / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tiny_model_dir / "model.safetensors")
+    tensors["lm_head.weight"] = torch.full_like(tensors["lm_head.weight"], float("nan"))
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    settings = TimingSettings(num_new_tokens=4, num_repeats=1, backend="reference")
+    seen: list[Any] = []
+    with pytest.raises(ValueError, match=r"engine cannot decode this model: .*are not numbers"):
+        measure_timing(broken, None, ONE, settings, on_result=lambda *found: seen.append(found), progress=False)
+    (unavailable,) = [result.unavailable for result, _ in seen]
+    assert {entry.name for entry in unavailable} == {ENGINE, TRANSFORMERS}
+    assert all("not numbers" in entry.reason for entry in unavailable)
+
+
+def test_arrival_clock_skips_the_prompt_and_counts_tokens() -> None:
+    clock = ArrivalClock()
     clock.put(torch.tensor([[1, 2, 3]]))
-    assert clock.first_token_time is None
+    assert clock.arrivals == []
     clock.put(torch.tensor([4]))
-    first = clock.first_token_time
-    clock.put(torch.tensor([5]))
+    clock.put(torch.tensor([[5, 6, 7]]))
     clock.end()
-    assert first is not None and clock.first_token_time == first
+    (first, one), (second, three) = clock.arrivals
+    assert (one, three) == (1, 3) and first <= second
 
 
-def test_another_dtype_is_refused(tiny_model_dir: Path) -> None:
+def test_rounds_of_a_foreign_decoder_are_counted_as_ours() -> None:
+    # 3 proposals a round: all taken, none, and at the end two tokens of which one could still be proposed.
+    stats = rounds_of([(0.0, 1), (0.0, 4), (0.0, 1), (0.0, 2)], num_new_tokens=8, num_proposals=3)
+    assert (stats.num_rounds, stats.num_round_tokens, stats.acceptance_length) == (3, 7, 7 / 3)
+    assert stats.drafted_by_position == [3, 2, 1]
+    assert stats.accepted_by_position == [2, 1, 1]
+
+
+def test_bad_input_is_named(tiny_model_dir: Path) -> None:
     with pytest.raises(ValueError, match="dtype is 'float16': use 'float32' or 'bfloat16'"):
-        measure_timing(tiny_model_dir, None, PROMPTS, TimingSettings(dtype="float16"))
+        measure_timing(tiny_model_dir, None, ONE, TimingSettings(dtype="float16"))
+    with pytest.raises(ValueError, match="two sets of prompts have one name: a, a"):
+        measure_timing(tiny_model_dir, None, ONE * 2)

@@ -56,6 +56,12 @@ def test_quality_of_known_distance(engine: Engine, documents: dict[str, str]) ->
     assert teacher.perplexity == pytest.approx(math.exp(teacher.nll_nats))
 
 
+def test_logits_that_are_no_numbers_name_their_model(engine: Engine) -> None:
+    engines = {"teacher": engine, "broken": Shifted(engine, float("nan"))}
+    with pytest.raises(ValueError, match=r"^the logits of broken are not numbers; its checkpoint is broken"):
+        measure_quality(engines, "teacher", [[1, 2, 3]], progress=False)  # type: ignore[arg-type]
+
+
 def test_windows_take_turns_between_documents_and_stop_at_the_budget() -> None:
     windows = heldout_windows([list(range(100, 110)), [], [200, 201]], window=4, max_tokens=7, prefix_id=0)
     assert windows == [[0, 100, 101, 102], [0, 200, 201], [0, 103, 104]]

@@ -1,34 +1,57 @@
-"""The race: order, medians, identity of outputs, and contestants that fail; with clocks made up."""
+"""The race: order, medians, times of tokens, identity of outputs, contestants that fail; with clocks made up."""
 
 import itertools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
-from speedstack.eval.timing import Contestant, Sample, race, spread
+from speedstack.eval.results import Report, SetTiming
+from speedstack.eval.timing import Contestant, Sample, Standings, race, spread
+from speedstack.runtime import GenerationStats
 
 Run = Callable[[list[int], int], Sample]
-
-
-def runner(log: list[str], name: str, seconds: float, tokens: Callable[[list[int], int], list[int]]) -> Run:
-    def run(prompt: list[int], num_new_tokens: int) -> Sample:
-        log.append(f"{name}{prompt[0]}")
-        return Sample(tokens(prompt, num_new_tokens), 0.5, 0.5 + seconds, num_rounds=4)
-
-    return run
+Tokens = Callable[[list[int], int], list[int]]
+PROMPTS = {"a set": [[1], [2]]}
 
 
 def counting(prompt: list[int], num_new_tokens: int) -> list[int]:
     return [prompt[0] + i for i in range(num_new_tokens)]
 
 
+def runner(log: list[str], name: str, seconds: float, tokens: Tokens = counting) -> Run:
+    """The first token after half a second, the others evenly over `seconds`."""
+
+    def run(prompt: list[int], num_new_tokens: int) -> Sample:
+        log.append(f"{name}{prompt[0]}")
+        arrivals = [(0.5 + i * seconds / (num_new_tokens - 1), 1) for i in range(num_new_tokens)]
+        return Sample(tokens(prompt, num_new_tokens), arrivals, 0.5 + seconds)
+
+    return run
+
+
+def run_race(contestants: list[Contestant], prompt_sets: Any = PROMPTS, **options: Any) -> Standings:
+    return race(contestants, prompt_sets, progress=False, **({"num_new_tokens": 4, "num_repeats": 2} | options))
+
+
+class MadeUpMeter:
+    """Each reading is a joule after the one before."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def joules(self) -> float:
+        self.count += 1
+        return float(self.count)
+
+
 def test_repeats_are_interleaved_in_orders_drawn_from_the_seed() -> None:
     def order(seed: int) -> list[str]:
         log: list[str] = []
-        contestants = [Contestant(name, name, runner(log, name, 1.0, counting)) for name in "abc"]
-        race(contestants, [[1], [2]], num_new_tokens=3, num_repeats=8, progress=False, seed=seed)
+        contestants = [Contestant(name, name, runner(log, name, 1.0)) for name in "abc"]
+        run_race(contestants, num_repeats=8, seed=seed)
         return log
 
     log = order(0)
@@ -42,16 +65,78 @@ def test_repeats_are_interleaved_in_orders_drawn_from_the_seed() -> None:
     assert order(0) == log and order(1) != log
 
 
+def test_every_set_is_warmed_up_and_repeated_in_turn() -> None:
+    log: list[str] = []
+    sets = {"short": [[1], [2]], "long": [[3, 3, 3]]}
+    run_race([Contestant("a", "a", runner(log, "a", 1.0))], sets, num_warmups=2)
+    # The longest first: buffers sized by it are not sized again.
+    assert log == ["a3", "a3", "a1", "a1", *(2 * ["a1", "a2", "a3"])]
+
+
 def test_rates_are_by_definition() -> None:
-    contestant = Contestant("a", "how", runner([], "a", 2.0, counting), prepare_seconds=1.5)
-    (found,), _ = race([contestant], [[1], [2]], num_new_tokens=9, num_repeats=3, progress=False)
+    contestant = Contestant("a", "how", runner([], "a", 2.0), prepare_seconds=1.5)
+    (found,) = run_race([contestant], num_new_tokens=9, num_repeats=3, gpu_hour_usd=7.2).overall
     assert found.decode_tokens_per_second.median == 8 / 2.0
     assert found.tokens_per_second.median == 9 / 2.5
     assert found.first_token_seconds.median == 0.5
     assert (found.prepare_seconds, found.warmup_seconds) == (1.5, 2.5)
-    assert found.acceptance_length == 8 / 4
     assert found.decode_tokens_per_second.num_repeats == 3
-    assert found.identity is None
+    assert found.token_ms is not None and found.token_ms.p50.median == pytest.approx(250.0)
+    # 7.2 dollars an hour are 0.002 a second, in which 3.6 tokens are made.
+    assert found.usd_per_million_tokens == pytest.approx(0.002 / 3.6 * 1e6)
+    assert found.identity is None and found.acceptance_length is None and found.survival == ()
+    assert found.joules_per_token is None
+
+
+def test_tokens_that_come_together_share_their_wait() -> None:
+    sample = Sample([1] * 9, [(1.0, 2), (1.4, 4), (1.5, 1), (2.5, 2)], 2.6)
+    assert sample.first_token_seconds == 1.0
+    # Nothing for the two of the first arrival; the mean over tokens is the inverse of the rate up to the last arrival.
+    assert sample.token_seconds() == pytest.approx([0.1] * 4 + [0.1] + [0.5] * 2)
+    assert sum(sample.token_seconds()) == pytest.approx(2.5 - 1.0)
+    assert sample.wait_seconds() == pytest.approx([0.4, 0.1, 1.0])
+
+    def run(prompt: list[int], num_new_tokens: int) -> Sample:
+        return sample
+
+    (found,) = run_race([Contestant("a", "a", run)], num_new_tokens=9, num_repeats=3).overall
+    assert found.token_ms is not None and found.wait_ms is not None
+    times, waits = 1e3 * np.array(sample.token_seconds() * 2), 1e3 * np.array(sample.wait_seconds() * 2)
+    for level in (50, 95, 99):
+        assert getattr(found.token_ms, f"p{level}").median == pytest.approx(np.percentile(times, level))
+        assert getattr(found.wait_ms, f"p{level}").median == pytest.approx(np.percentile(waits, level))
+    assert found.decode_tokens_per_second.median == pytest.approx(7 / 1.6)
+    assert found.token_ms.p50.num_repeats == 3
+
+
+def test_text_that_arrives_at_once_has_no_times_of_tokens() -> None:
+    (found,) = run_race([Contestant("a", "a", lambda p, n: Sample([1] * n, [(1.0, n)], 1.0))]).overall
+    assert found.token_ms is None and found.wait_ms is None
+    assert found.decode_tokens_per_second.median == 0.0 and found.tokens_per_second.median == 4.0
+
+
+def test_rounds_are_counted_once_a_prompt() -> None:
+    def run(prompt: list[int], num_new_tokens: int) -> Sample:
+        stats = GenerationStats(
+            num_rounds=2 * prompt[0],
+            num_round_tokens=6,
+            drafted_by_position=[4, 2],
+            accepted_by_position=[3, 1],
+        )
+        return Sample(counting(prompt, num_new_tokens), [(0.1, 1), (0.2, num_new_tokens - 1)], 0.2, rounds=stats)
+
+    standings = run_race([Contestant("a", "a", run), Contestant("b", "b", runner([], "b", 1.0))])
+    found, without = standings.overall
+    assert found.acceptance_length == 12 / 6 and found.survival == (6 / 8, 2 / 4)
+    assert without.acceptance_length is None
+    assert {name: list(sets) for name, sets in standings.rounds.items()} == {"a": ["a set"]}
+    assert len(standings.rounds["a"]["a set"]) == 2
+
+
+def test_joules_are_those_between_two_readings() -> None:
+    meter: Any = MadeUpMeter()
+    (found,) = run_race([Contestant("a", "a", runner([], "a", 1.0))], energy=meter).overall
+    assert found.joules_per_token is not None and found.joules_per_token.median == 2 / 8
 
 
 def test_spread_is_numpys() -> None:
@@ -71,17 +156,20 @@ def test_different_tokens_are_told_and_a_broken_promise_is_an_error(
         return [*tokens[:2], 99, *tokens[3:]] if prompt == [2] else tokens
 
     contestants = [
-        Contestant("a", "a", runner([], "a", 1.0, counting)),
+        Contestant("a", "a", runner([], "a", 1.0)),
         Contestant("b", "b", runner([], "b", 1.0, differs_on_second), identical_to="a", identity_promised=promised),
-        Contestant("c", "c", runner([], "c", 1.0, counting), identical_to="a", identity_promised=True),
+        Contestant("c", "c", runner([], "c", 1.0), identical_to="a", identity_promised=True),
     ]
     with caplog.at_level(logging.ERROR):
-        (_, b, c), _ = race(contestants, [[1], [2]], num_new_tokens=4, num_repeats=2, progress=False)
+        _, b, c = run_race(contestants).overall
     assert b.identity is not None and c.identity is not None
     assert (b.identity.num_identical, b.identity.num_prompts) == (1, 2)
     assert b.identity.first_difference == "prompt 2 differs from token 3 on"
     assert b.identity.is_broken is promised and not c.identity.is_broken
     assert ("b promised the tokens of a" in caplog.text) is promised
+    _, b, _ = run_race(contestants, {"x": [[1]], "y": [[1], [2]]}).overall
+    assert b.identity is not None and b.identity.first_difference == "y prompt 2 differs from token 3 on"
+    assert (b.identity.num_identical, b.identity.num_prompts) == (2, 3)
 
 
 def test_a_contestant_that_fails_is_reported_with_its_reason_and_the_others_go_on() -> None:
@@ -92,7 +180,7 @@ def test_a_contestant_that_fails_is_reported_with_its_reason_and_the_others_go_o
         calls += 1
         if calls == 3:
             raise RuntimeError("out of something\nand a stack")
-        return Sample(counting(prompt, num_new_tokens), 0.5, 1.0)
+        return runner([], "", 1.0)(prompt, num_new_tokens)
 
     def raises(prompt: list[int], num_new_tokens: int) -> Sample:
         raise NotImplementedError("not this model")
@@ -101,20 +189,90 @@ def test_a_contestant_that_fails_is_reported_with_its_reason_and_the_others_go_o
         Contestant("early", "", raises),
         Contestant("late", "", fails_at_third_call),
         Contestant("short", "", runner([], "s", 1.0, lambda prompt, n: [1])),
-        Contestant("good", "", runner([], "g", 1.0, counting), identical_to="late"),
+        Contestant("good", "", runner([], "g", 1.0), identical_to="late"),
     ]
-    found, unavailable = race(contestants, [[1], [2]], num_new_tokens=4, num_repeats=2, progress=False)
-    assert [entry.name for entry in found] == ["good"]
-    assert len(found[0].model_dump()) and found[0].decode_tokens_per_second.num_repeats == 2
-    assert found[0].identity is None  # there is nothing left to compare with
-    assert {entry.name: entry.reason for entry in unavailable} == {
+    standings = run_race(contestants)
+    assert [entry.name for entry in standings.overall] == ["good"]
+    assert standings.overall[0].decode_tokens_per_second.num_repeats == 2
+    assert standings.overall[0].identity is None  # there is nothing left to compare with
+    assert {entry.name: entry.reason for entry in standings.unavailable} == {
         "early": "NotImplementedError: not this model",
         "late": "RuntimeError: out of something",
         "short": "made 1 tokens of 4",
     }
 
 
+def test_who_fails_on_one_set_keeps_the_others_and_its_finished_repeats() -> None:
+    calls = 0
+
+    def fails_late_on_long(prompt: list[int], num_new_tokens: int) -> Sample:
+        nonlocal calls
+        calls += len(prompt) > 1
+        if len(prompt) > 1 and calls == 3:  # a warm-up, a repeat, and no more
+            raise RuntimeError("out of memory")
+        return runner([], "", 1.0)(prompt, num_new_tokens)
+
+    contestants = [Contestant("a", "", fails_late_on_long), Contestant("b", "", runner([], "b", 1.0))]
+    standings = run_race(contestants, {"short": [[1]], "long": [[2, 2]]}, num_repeats=3)
+    repeats = {
+        name: {entry.name: entry.tokens_per_second.num_repeats for entry in entries}
+        for name, entries in standings.sets.items()
+    }
+    assert repeats == {"short": {"a": 3, "b": 3}, "long": {"a": 1, "b": 3}}
+    assert {entry.name: entry.tokens_per_second.num_repeats for entry in standings.overall} == {"a": 1, "b": 3}
+    assert [(entry.name, entry.reason) for entry in standings.unavailable] == [
+        ("a", "long: RuntimeError: out of memory")
+    ]
+
+
+def test_standings_are_handed_out_after_every_set_of_every_repeat() -> None:
+    seen: list[Standings] = []
+    contestants = [Contestant("a", "", runner([], "a", 1.0))]
+    final = run_race(contestants, {"x": [[1]], "y": [[2]]}, on_standings=seen.append)
+    assert [{name: len(entries) for name, entries in one.sets.items()} for one in seen] == [
+        {"x": 1, "y": 0},
+        *(3 * [{"x": 1, "y": 1}]),
+    ]
+    # Over all sets only what every set has: until then nothing, then as many repeats as are whole.
+    assert [[entry.tokens_per_second.num_repeats for entry in one.overall] for one in seen] == [[], [1], [1], [2]]
+    assert seen[-1] == final
+
+
 def test_bad_input_is_named() -> None:
-    for prompts, num_new_tokens, num_repeats in (([], 4, 1), ([[1]], 1, 1), ([[1]], 4, 0)):
-        with pytest.raises(ValueError, match="a race needs a prompt, 2 new tokens and 1 repeat"):
-            race([], prompts, num_new_tokens, num_repeats, progress=False)
+    for sets, num_new_tokens, num_repeats, num_warmups in (
+        ({}, 4, 1, 1),
+        ({"a": []}, 4, 1, 1),
+        (PROMPTS, 1, 1, 1),
+        (PROMPTS, 4, 0, 1),
+        (PROMPTS, 4, 1, 0),
+    ):
+        with pytest.raises(ValueError, match="a race needs a prompt in every set, 2 new tokens, 1 repeat"):
+            race([], sets, num_new_tokens, num_repeats, num_warmups, progress=False)
+
+
+def test_table_of_a_result(made_up_report: Report) -> None:
+    timing = made_up_report.timing
+    assert timing is not None
+    rows = timing.rows()
+    assert [row["contestant"] for row in rows] == ["engine", "engine + drafter", "transformers"]
+    assert rows[0]["tokens/s"] == "400 (392-404)" and rows[1]["same text"] == "4 of 4"
+    assert "J/token" not in rows[0] and "tau" not in rows[0]  # nobody has any
+    text = timing.table()
+    assert text.startswith("| contestant | tokens/s |") and text.count("| engine |") == 1
+    assert "transformers + drafter: did not run: ValueError: made up" in text
+
+
+def test_table_of_several_sets(made_up_report: Report) -> None:
+    timing = made_up_report.timing
+    assert timing is not None
+    one = timing.contestants[0].model_copy(update={"joules_per_token": timing.contestants[0].first_token_seconds})
+    sets = tuple(
+        SetTiming(name=name, source="a file", num_prompt_tokens=(64,), contestants=(one,)) for name in ("mbpp", "long")
+    )
+    timing = timing.model_copy(update={"sets": sets, "energy": "counted by hand", "notes": ("long: shorter",)})
+    assert timing.rows("mbpp")[0]["J/token"] == "0.012"
+    text = timing.table()
+    assert text.count("| engine |") == 3 and "mbpp:\n\n|" in text
+    assert "energy: counted by hand" in text and "long: shorter" in text
+    with pytest.raises(ValueError, match="no set 'x'; there are mbpp, long"):
+        timing.rows("x")

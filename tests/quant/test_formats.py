@@ -414,3 +414,14 @@ def test_bad_arguments() -> None:
         fake_quantize(torch.zeros(256), "fp8_block128")
     with pytest.raises(ValueError, match="unknown number format 'fp3': choose one of mxfp4, mxfp6_e2m3"):
         fake_quantize(w, "fp3")  # type: ignore[arg-type]
+
+
+def test_bytes_of_stored_weights() -> None:
+    packed = mxfp4.quantize(torch.zeros(3, 5, 64))
+    assert number_format("mxfp4").num_bytes((3, 5, 64)) == packed.nbytes
+    for name in NAMES:
+        chosen = number_format(name)
+        matrix_scale = 4 if name == "nvfp4" else 0
+        assert chosen.num_bytes((2, 128, 256)) == 2 * (128 * 256 * chosen.bits_per_weight / 8 + matrix_scale)
+    # Blocks at the edges have whole scales.
+    assert number_format("fp8_block128").num_bytes((129, 130)) == 129 * 130 + 4 * 4

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speedstack.quant.formats import FORMATS
 from speedstack.runtime.config_file import read_model_config, spec_from_fields
 from speedstack.runtime.cost import Assumptions, active_experts, step_cost, weights_bytes
-from speedstack.runtime.formats import WeightFormats, formats_from_fields
+from speedstack.runtime.formats import WeightFormats, formats_from_fields, weight_format
 from speedstack.runtime.gpus import Gpu, gpu_named
 from speedstack.runtime.interleave import Lists, search
 from speedstack.runtime.phases import MMA_TILES, build_plan, choose_tile, shard
@@ -374,6 +375,10 @@ def test_formats_of_checkpoints() -> None:
     # 4 bits and a byte for 32; a float32 for 128 x 128
     assert WeightFormats(experts="mxfp4").num_bytes("experts", 1024) == 1024 * 4.25 / 8
     assert math.isclose(WeightFormats(lm_head="fp8").num_bytes("lm_head", 128**2), 128**2 + 4)
+    for name, chosen in FORMATS.items():
+        assert WeightFormats(experts=weight_format(name)).num_bytes("experts", 8) == chosen.bits_per_weight
+    with pytest.raises(ValueError, match="knows no number format 'fp3'"):
+        weight_format("fp3")
 
 
 def test_gpus_by_name() -> None:

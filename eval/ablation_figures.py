@@ -1,0 +1,166 @@
+"""Figures of an ablation, in the style of `speedstack.eval.figures`: precision against divergence, score and tau.
+
+Colours are the quantized modules, markers the method, so that a point can be told on a printer and by a colour-blind
+reader; whiskers are 95 % intervals. A figure shows the rows that have its two figures, and none is drawn without any.
+"""
+
+from collections.abc import Callable, Sequence
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator, ScalarFormatter
+
+from speedstack.eval.ablation import AblationGrid, AblationRow
+from speedstack.eval.figures import COLOURS, MARKERS, STYLE, Z95, label_x, legend_above, new_axes
+
+_MODULES = ("experts", "attention", "lm_head", "all", "")
+_METHODS = ("rtn", "mse", "gptq", "qat-ce", "qad", "none")
+BITS = "bits a quantized weight, scales included (log scale)"
+BYTES = "bytes of the whole model (MB)"
+NATS = "KL from full precision (millinats a token, log scale)"
+
+
+def ablation_figures(grid: AblationGrid) -> dict[str, Figure]:
+    """All that the grid has rows for, by file name."""
+    drawn = {
+        "kl_by_bits": kl_by_bits(grid),
+        "kl_by_bytes": kl_by_bytes(grid),
+        "score_by_bits": grid_score_by_bits(grid),
+        "tau_by_bits": tau_by_bits(grid),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def kl_by_bits(grid: AblationGrid) -> Figure | None:
+    """KL of every quantized model over the bits that one of its quantized weights takes."""
+    return _points(
+        _with_kl(grid), lambda row: row.bits_per_weight, _kl, BITS, NATS, "95 % interval of the mean over windows"
+    )
+
+
+def kl_by_bytes(grid: AblationGrid) -> Figure | None:
+    """KL of every quantized model over the bytes of the whole model: what a format is worth where it is used."""
+    rows = _with_kl(grid)
+    figure = _points(rows, _megabytes, _kl, BYTES, NATS, "95 % interval of the mean over windows")
+    if figure is not None:
+        (axes,) = figure.axes
+        axes.set_xscale("linear")
+    return figure
+
+
+def grid_score_by_bits(grid: AblationGrid) -> Figure | None:
+    """Score of every model over the bits that one of its quantized weights takes."""
+    rows = [row for row in grid.models() if row.score is not None]
+    return _points(
+        rows,
+        lambda row: row.bits_per_weight,
+        lambda row: (row.score or 0.0, row.score_stderr),
+        BITS,
+        grid.score_metric or "score",
+        "95 % interval over documents",
+        log_y=False,
+    )
+
+
+def tau_by_bits(grid: AblationGrid) -> Figure | None:
+    """Tokens a round over the target's precision: a line a drafter's target and temperature, methods by marker."""
+    rows = [row for row in grid.rows if row.tau is not None and row.modules in ("experts", "")]
+    if not rows:
+        return None
+    keys = sorted({(row.temperature, row.drafter) for row in rows})
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_axes(3.4)
+        for index, key in enumerate(keys):
+            for row in rows:
+                if (row.temperature, row.drafter) == key:
+                    _point(axes, row, row.bits_per_weight or 0.0, row.tau or 0.0, row.tau_stderr, COLOURS[index])
+        named = [
+            (f"drafter of the {drafter} model, T={temperature:g}", COLOURS[index])
+            for index, (temperature, drafter) in enumerate(keys)
+        ]
+        _finish(axes, rows, named, BITS, "tokens a round (tau)", "95 % interval over texts")
+    return figure
+
+
+def _with_kl(grid: AblationGrid) -> list[AblationRow]:
+    return [row for row in grid.models() if row.kl_nats is not None and row.kl_nats > 0]
+
+
+def _kl(row: AblationRow) -> tuple[float, float | None]:
+    return 1e3 * (row.kl_nats or 0.0), None if row.kl_stderr_nats is None else 1e3 * row.kl_stderr_nats
+
+
+def _megabytes(row: AblationRow) -> float | None:
+    return None if row.model_bytes is None else row.model_bytes / 1e6
+
+
+def _points(
+    rows: Sequence[AblationRow],
+    x_of: Callable[[AblationRow], float | None],
+    y_of: Callable[[AblationRow], tuple[float, float | None]],
+    x_label: str,
+    y_label: str,
+    whiskers: str,
+    log_y: bool = True,
+) -> Figure | None:
+    rows = [row for row in rows if x_of(row) is not None]
+    if not rows:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_axes(3.4)
+        if log_y:
+            axes.set_yscale("log")
+        for row in rows:
+            y, stderr = y_of(row)
+            _point(axes, row, x_of(row) or 0.0, y, stderr, COLOURS[_MODULES.index(row.modules)])
+        modules = [name for name in _MODULES if any(row.modules == name for row in rows)]
+        named = [(name or "full precision", COLOURS[_MODULES.index(name)]) for name in modules]
+        _finish(axes, rows, named, x_label, y_label, whiskers)
+    return figure
+
+
+def _point(axes: Axes, row: AblationRow, x: float, y: float, stderr: float | None, colour: str) -> None:
+    axes.errorbar(
+        x,
+        y,
+        yerr=None if stderr is None else Z95 * stderr,
+        fmt=MARKERS[_METHODS.index(row.method)],
+        color=colour,
+        markerfacecolor="none",
+        markersize=5.5,
+        capsize=2.5,
+        elinewidth=0.9,
+    )
+
+
+def _finish(
+    axes: Axes,
+    rows: Sequence[AblationRow],
+    named: Sequence[tuple[str, str]],
+    x_label: str,
+    y_label: str,
+    whiskers: str,
+) -> None:
+    """Labels, and a legend of what colours and markers stand for."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    label_x(axes, x_label, whiskers)
+    axes.set_ylabel(y_label)
+    methods = [name for name in _METHODS if any(row.method == name for row in rows) and name != "none"]
+    handles = [Line2D([], [], color=colour, linewidth=3, label=label) for label, colour in named]
+    handles += [
+        Line2D(
+            [],
+            [],
+            color="black",
+            linestyle="none",
+            marker=MARKERS[_METHODS.index(name)],
+            markerfacecolor="none",
+            label=name,
+        )
+        for name in methods
+    ]
+    legend_above(axes, handles)

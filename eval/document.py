@@ -1,0 +1,123 @@
+"""What every result is made of: records, documents that are files, the machine, a spread over repeats.
+
+Each file is one JSON document that names its `kind` and `schema_version`; a reader refuses another version rather than
+guess. Units are in the names. Not-a-number and infinity are refused when a result is made: JSON has neither, and a
+result that holds one is a bug upstream, not a value.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+SCHEMA_VERSION: Literal[1] = 1
+
+
+class Record(BaseModel):
+    """Immutable, no unknown fields, finite numbers; numpy and torch scalars become plain Python numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Document(Record):
+    """A result that is a file of its own."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+
+    def save(self, path: str | Path) -> Path:
+        """Write as JSON, whole or not at all; returns the path. Raises OSError as the file system does."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read and validate. Raises ValueError, one line, for a missing file, broken JSON or another schema version."""
+        return cls.check(read_json(path), path)
+
+    @classmethod
+    def check(cls, content: Any, path: str | Path) -> Self:
+        """The document that `content`, read from `path`, is. Raises ValueError as `load`."""
+        kind = cls.model_fields["kind"].default
+        if not isinstance(content, dict) or content.get("kind") != kind:
+            found = content.get("kind", "none") if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"{path} holds no {kind} result (its kind: {found})")
+        if content.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"{path} has schema version {content.get('schema_version')}, this release reads version "
+                f"{SCHEMA_VERSION}: measure again, or read it with the release that wrote it"
+            )
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"{path} does not fit the {kind} schema: {place}: {first['msg']}") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """Content of a JSON file. Raises ValueError, one line, for a missing file and for anything but JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"no result file at {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+
+
+class Environment(Record):
+    """The machine and the software a result was measured with; `command` is the line that did it, None for a caller
+    in Python.
+    """
+
+    machine: str
+    operating_system: str
+    cpu_model: str
+    num_cores: int
+    num_threads: int
+    memory_bytes: int
+    gpus: tuple[str, ...]
+    python: str
+    packages: dict[str, str]
+    git_sha: str | None
+    command: str | None = None
+
+
+class Spread(Record):
+    """A repeated measurement: median, quartiles, extremes, and how many repeats."""
+
+    median: float
+    q1: float
+    q3: float
+    minimum: float
+    maximum: float
+    num_repeats: int
+
+
+class Unavailable(Record):
+    """A peer that was to run and could not, with its reason."""
+
+    name: str
+    reason: str
+
+
+def to_plain(value: object) -> Any:
+    """`value` as plain JSON types: numpy and torch scalars and arrays too; any other object as its str()."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return to_plain(value.tolist())
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    return str(value)

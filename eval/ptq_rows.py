@@ -1,0 +1,50 @@
+"""Results of ways to quantize one model: rows of one table, each a way.
+
+Shapes of the file and the table printed from it; what is run is `speedstack.bench_ptq`'s business.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from speedstack.eval.results import Document, Environment, MethodQuality, Record
+
+
+class PtqMethod(Record):
+    """One way to quantize. `settings` are what made it; `kl_over_rtn` is its KL over that of rounding to nearest under
+    the default scale rule; `gptq` sums up the report of a calibration; an export has the digest of its weights.
+    """
+
+    quality: MethodQuality
+    settings: dict[str, Any] = Field(default={})
+    seconds: float | None = None
+    kl_over_rtn: float | None = None
+    gptq: dict[str, float] = Field(default={})
+    model_sha256: str | None = None
+
+
+class PtqResult(Document):
+    """Ways to quantize one model, the first entry being the model itself, on `num_tokens` held-out tokens."""
+
+    kind: Literal["ptq"] = "ptq"
+    model_sha256: str
+    num_tokens: int
+    window: int
+    methods: tuple[PtqMethod, ...]
+    environment: Environment
+
+    def table(self) -> str:
+        """The methods as lines of text."""
+        lines = [f"{'':<28}{'KL, millinats':>18}{'over RTN':>10}{'top-1':>9}{'loss, nats':>12}"]
+        for method in self.methods:
+            quality = method.quality
+            line = f"{quality.method:<28}"
+            if quality.kl_to_teacher_nats is None or quality.top1_agreement is None:
+                line += " " * 37
+            else:
+                error = f" ± {1e3 * quality.kl_stderr_nats:.3f}" if quality.kl_stderr_nats is not None else ""
+                ratio = "" if method.kl_over_rtn is None else f"{method.kl_over_rtn:.3f}"
+                line += f"{f'{1e3 * quality.kl_to_teacher_nats:.4f}{error}':>18}{ratio:>10}"
+                line += f"{100 * quality.top1_agreement:>8.2f}%"
+            lines.append(f"{line}{quality.nll_nats:>12.5f}")
+        return "\n".join(lines)

@@ -1,0 +1,107 @@
+"""The `bench` verb: prompts by name, the race of the engine and its peers, and what came out as files and a table.
+
+Files are written after every set of every repeat, so that whatever ends the run leaves what was finished.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from speedstack.eval.config import BenchConfig
+
+if TYPE_CHECKING:
+    from speedstack.eval.prompts import PromptSet
+    from speedstack.eval.results import AcceptanceResult, TimingResult
+
+TIMING_FILE, TABLE_FILE, ACCEPTANCE_FILE = "timing.json", "timing.md", "acceptance.json"
+
+
+def bench(config: BenchConfig) -> None:
+    """Time the decode loop against peers, and count the drafter's acceptance meanwhile.
+
+    Raises ValueError, one line, for prompts that cannot be had, for checkpoints as their loaders do, and when the
+    engine itself cannot decode.
+    """
+    import torch
+
+    from speedstack.eval.peers import TimingSettings, measure_timing
+    from speedstack.runtime.select import choose_device
+    from speedstack.train.checkpoint import write_atomically
+
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    prompt_sets = load_prompts(config)
+    for entry in prompt_sets:
+        print(f"{entry.name}: {_sizes(entry)} tokens, {entry.source}")
+    written: set[Path] = set()
+
+    def keep(timing: TimingResult, acceptance: AcceptanceResult | None) -> None:
+        written.add(timing.save(config.out / TIMING_FILE))
+        if acceptance is not None:
+            written.add(acceptance.save(config.out / ACCEPTANCE_FILE))
+
+    try:
+        timing = measure_timing(
+            config.target,
+            config.drafter,
+            prompt_sets,
+            TimingSettings(
+                num_new_tokens=config.num_new_tokens,
+                num_repeats=config.num_repeats,
+                dtype=config.dtype,
+                device=choose_device(config.device).type,
+                backend=config.backend,
+                peers=config.peers,
+                look_up=config.look_up,
+                num_warmups=config.num_warmups,
+                gguf=config.gguf,
+                gpu_hour_usd=config.gpu_hour_usd,
+                seed=config.seed,
+            ),
+            on_result=keep,
+        )
+        table = timing.table()
+        write_atomically(config.out / TABLE_FILE, table)
+        written.add(config.out / TABLE_FILE)
+        print(f"\n{table}")
+    finally:
+        for path in sorted(written):
+            print(f"written: {path}")
+
+
+def load_prompts(config: BenchConfig) -> list[PromptSet]:
+    """The sets that the config names, in tokens of its target. Raises ValueError, one line."""
+    from transformers import AutoTokenizer
+
+    from speedstack.eval.prompts import PromptLoader
+    from speedstack.quant.checkpoint.files import checkpoint_directory
+    from speedstack.quant.checkpoint.reader import read_config
+    from speedstack.runtime.spec import spec_from_config
+
+    section, target = config.prompts, checkpoint_directory(config.target)
+    window = spec_from_config(read_config(target)[0]).max_position_embeddings
+    if window <= config.num_new_tokens:
+        raise ValueError(f"num_new_tokens {config.num_new_tokens} leaves no room in the model's {window} positions")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(target, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{target} has no tokenizer that can be read: {' '.join(str(error).split())}") from error
+    loader = PromptLoader(
+        tokenizer=tokenizer,
+        max_tokens=window - config.num_new_tokens,
+        num_prompts=section.num_prompts,
+        corpus=section.corpus,
+        directory=section.dir,
+        num_heldout_tokens=section.num_tokens,
+        num_long_tokens=section.long_tokens,
+        chat_template=section.chat_template,
+        seed=config.seed,
+    )
+    return loader.load(section.sets)
+
+
+def _sizes(entry: PromptSet) -> str:
+    lengths = [len(prompt) for prompt in entry.prompts]
+    count = f"{len(lengths)} prompt{'s' if len(lengths) > 1 else ''}"
+    return f"{count} of {min(lengths)}{f' to {max(lengths)}' if min(lengths) < max(lengths) else ''}"

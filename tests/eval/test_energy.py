@@ -1,0 +1,94 @@
+"""Joules from NVML's counter or nvidia-smi's power, both made up here, and none with a reason."""
+
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from speedstack.eval.energy import EnergyCounter, SmiMeter
+
+
+def fake_nvml(**changes: Any) -> SimpleNamespace:
+    readings = iter([1_000_000, 1_500_000, 1_750_000])
+    functions: dict[str, Any] = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
+        "nvmlDeviceGetTotalEnergyConsumption": lambda handle: next(readings),
+    }
+    return SimpleNamespace(**(functions | changes))
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234-abcd"))
+
+
+def write_smi(directory: Path, *lines: str, then: str = "sleep 5") -> Path:
+    file = directory / "nvidia-smi"
+    file.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines) + f"exec {then}\n")
+    file.chmod(0o755)
+    return file
+
+
+def test_a_cpu_has_no_meter() -> None:
+    with EnergyCounter("cpu") as energy:
+        assert energy.joules() is None
+        assert energy.description == "not counted: joules are those of an NVIDIA GPU, and this ran on cpu"
+
+
+def test_nvml_counts_millijoules(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    nvml = fake_nvml(nvmlShutdown=lambda: asked.append("shutdown"))
+    nvml.nvmlDeviceGetHandleByUUID = asked.append
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    with EnergyCounter("cuda:0") as energy:  # opening it takes the first reading
+        assert energy.joules() == 1500.0 and energy.joules() == 1750.0
+        assert energy.description.startswith("NVML's energy counter")
+    assert asked == ["GPU-1234-abcd", "shutdown"]
+
+
+def test_without_bindings_nvidia_smi_is_followed(a_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_smi(tmp_path, "100.0", "[N/A]")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with EnergyCounter("cuda") as energy:
+        started, first = time.perf_counter(), energy.joules()
+        time.sleep(0.05)
+        last, seconds = energy.joules(), time.perf_counter() - started
+        assert first is not None and last is not None
+        # 100 watts all the time; the clock here and there are read microseconds apart.
+        assert last - first == pytest.approx(100.0 * seconds, abs=1.0)
+        assert energy.description.startswith("nvidia-smi's power")
+
+
+def test_what_cannot_be_counted_says_why(a_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    counter = EnergyCounter("cuda")
+    assert counter.joules() is None
+    assert counter.description == (
+        "not counted: pynvml is not installed (pip install nvidia-ml-py), and there is no nvidia-smi"
+    )
+
+    def unsupported(handle: object) -> int:
+        raise Exception("Not Supported")  # what NVMLError derives from
+
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetTotalEnergyConsumption=unsupported))
+    assert EnergyCounter("cuda").description == "not counted: NVML: Not Supported, and there is no nvidia-smi"
+    write_smi(tmp_path, "[N/A]")
+    assert (
+        EnergyCounter("cuda").description == "not counted: NVML: Not Supported; nvidia-smi printed '[N/A]' as its power"
+    )
+
+
+def test_a_meter_that_dies_is_an_error(tmp_path: Path) -> None:
+    meter = SmiMeter("GPU-1", str(write_smi(tmp_path, "50.0", then="true")))
+    meter._process.wait()
+    with pytest.raises(ValueError, match="nvidia-smi ended with code 0 while energy was counted"):
+        meter.joules()
+    meter.close()

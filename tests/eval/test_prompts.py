@@ -1,0 +1,198 @@
+"""Prompts by the name of their set: files in every form they come in, the Hub, held-out and long code, bad files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from speedstack.eval.prompts import (
+    BENCHMARKS,
+    PromptLoader,
+    benchmark_rows,
+    fitting_prompts,
+    long_prompts,
+    prompt_of,
+    read_prompts,
+    read_rows,
+    spaced,
+)
+
+
+def write_lines(file: Path, *rows: Any) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, documents: dict[str, str]) -> Path:
+    """What of a prepared corpus is read here: its held-out documents."""
+    table = datasets.Dataset.from_dict({"name": list(documents), "text": list(documents.values())})
+    table.save_to_disk(str(tmp_path / "corpus" / "heldout"))
+    return tmp_path / "corpus"
+
+
+def loader(tokenizer: PreTrainedTokenizerFast, **options: Any) -> PromptLoader:
+    return PromptLoader(tokenizer, **({"max_tokens": 200, "num_prompts": 2} | options))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "row"),
+    [
+        ("humaneval", "humaneval.jsonl", {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "test": "assert f"}),
+        ("humaneval", "prompts-humaneval.jsonl", {"turns": ["def f(x):\n"]}),
+        ("mbpp", "mbpp.jsonl", {"task_id": 1, "text": "def f(x):\n", "code": "pass"}),
+        ("math-500", "prompts-math500.jsonl", {"turns": ["def f(x):\n"]}),
+        ("math-500", "HuggingFaceH4/MATH-500/default/test.jsonl", {"problem": "def f(x):\n", "answer": "1"}),
+        ("gsm8k", "gsm8k-test.jsonl", {"question": "def f(x):\n", "answer": "#### 1"}),
+        ("gsm8k", "openai/gsm8k/main/test.jsonl", {"question": "def f(x):\n", "answer": "#### 1"}),
+        ("mt-bench", "prompts-mt-bench.jsonl", {"turns": ["def f(x):\n", "and the second"]}),
+        ("mt-bench", "HuggingFaceH4/mt_bench_prompts/default/train.jsonl", {"prompt": ["def f(x):\n", "second"]}),
+    ],
+)
+def test_benchmarks_from_files(
+    name: str, file: str, row: dict[str, Any], tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    write_lines(tmp_path / file, row, row)
+    (found,) = loader(tiny_tokenizer, directory=tmp_path).load([name])
+    assert found.name == name and found.source == str(tmp_path / file) and found.notes == ()
+    assert [tiny_tokenizer.decode(ids) for ids in found.prompts] == ["def f(x):\n"] * 2
+
+
+def test_parquet_and_a_file_of_ones_own(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    datasets.Dataset.from_dict({"prompt": ["import os", "import re"]}).to_parquet(str(tmp_path / "mbpp.parquet"))
+    own = write_lines(tmp_path / "mine.jsonl", {"prompt": [5, 6, 7]}, {"prompt": "class A:"})
+    mbpp, mine = loader(tiny_tokenizer, directory=tmp_path).load(["mbpp", str(own)])
+    assert [tiny_tokenizer.decode(ids) for ids in mbpp.prompts] == ["import os", "import re"]
+    assert mine.name == "mine" and mine.prompts[0] == [5, 6, 7]
+
+
+def test_prompts_are_from_the_whole_set_and_fit(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    assert spaced(list(range(10)), 4) == [0, 2, 5, 7]
+    rows = [{"prompt": [number]} for number in range(8)]
+    file = write_lines(tmp_path / "mine.jsonl", {"prompt": [1] * 300}, *rows, {"prompt": ""})
+    (found,) = loader(tiny_tokenizer, num_prompts=4).load([str(file)])
+    assert found.prompts == [[0], [2], [4], [6]]
+    assert found.notes == ("mine: 2 of 10 prompts do not fit the model, and were left out",)
+    with pytest.raises(ValueError, match="has 8 prompts of 1 to 200 tokens, 9 were asked for"):
+        loader(tiny_tokenizer, num_prompts=9).load([str(file)])
+    assert fitting_prompts(file, tiny_tokenizer, 200) == [[number] for number in range(8)]
+    with pytest.raises(ValueError, match="no prompt of 10 has 1 to 0 tokens"):
+        fitting_prompts(file, tiny_tokenizer, 0)
+
+
+def test_chats_take_the_template_and_the_benchmarks_instruction(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "humaneval.jsonl", {"prompt": "def f(x): ..."}, {"turns": ["Write {f}"]})
+    options = {"directory": tmp_path, "chat_template": True}
+    with pytest.raises(ValueError, match="tokenizer has no chat template"):
+        loader(tiny_tokenizer, **options).load(["humaneval"])
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+    (found,) = loader(tiny_tokenizer, **options).load(["humaneval"])
+    first, second = (tiny_tokenizer.decode(ids) for ids in found.prompts)
+    assert first.startswith("<user>Write a solution to the following problem") and "def f(x): ...\n```" in first
+    assert second == "<user>Write {f}<assistant>"
+    assert BENCHMARKS["gsm8k"].instruction.format("2?").endswith("final answer within \\boxed{}.")
+
+
+def test_the_hub_is_asked_for_what_the_directory_lacks(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load_dataset(path: str, name: str | None, split: str) -> list[dict[str, str]]:
+        asked.append((path, name, split))
+        return [{"question": "def f(x):"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows, source = benchmark_rows("gsm8k", tmp_path)
+    assert asked == [("openai/gsm8k", "main", "test")] and source == "openai/gsm8k (main), test"
+    assert rows == [("openai/gsm8k (main), test, row 1", {"question": "def f(x):"})]
+
+
+def test_without_a_network_the_error_names_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route\nand much more")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for directory, place in ((tmp_path, str(tmp_path)), (None, "DIR")):
+        with pytest.raises(ValueError, match="ConnectionError: no route") as error:
+            benchmark_rows("mt-bench", directory)
+        assert f"--prompts.dir {place} with {place}/mt-bench.jsonl" in str(error.value)
+        assert f"{place}/HuggingFaceH4/mt_bench_prompts/default/train.jsonl" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_heldout_is_two_sets_of_the_corpus(corpus: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    made = loader(tiny_tokenizer, corpus=corpus, num_heldout_tokens=24).load(["heldout"])
+    assert [entry.name for entry in made] == ["module opening", "function body"]
+    assert all(len(entry.prompts) == 2 and len(ids) <= 24 for entry in made for ids in entry.prompts)
+    with pytest.raises(ValueError, match="held-out prompts of 300 tokens leave no room"):
+        loader(tiny_tokenizer, corpus=corpus, num_heldout_tokens=300).load(["heldout"])
+
+
+def test_long_prompts_are_whole_documents_joined(
+    corpus: Path, documents: dict[str, str], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (found,) = loader(tiny_tokenizer, corpus=corpus, max_tokens=20000, num_long_tokens=16384).load(["long"])
+    assert [len(ids) for ids in found.prompts] == [16384] * 2 and found.notes == ()
+    used = []
+    for ids in found.prompts:
+        start, *pieces = tiny_tokenizer.decode(ids).split("<|endoftext|>")
+        assert start == "" and len(pieces) >= 1
+        names = [next(name for name, text in documents.items() if text.startswith(piece)) for piece in pieces]
+        assert [documents[name] for name in names[:-1]] == pieces[:-1]
+        used += names
+    assert len(set(used)) == len(used)
+    (found,) = loader(tiny_tokenizer, corpus=corpus, max_tokens=100).load(["long"])
+    assert [len(ids) for ids in found.prompts] == [100] * 2
+    assert found.notes == ("long: prompts of 100 tokens, the longest that fit the model, not 16384",)
+    with pytest.raises(ValueError, match="give 0 of 1 prompts of 9 tokens"):
+        long_prompts({"a": "x = 1"}, lambda text: [7, 8, 9], 1, 9, separator=0)
+    assert long_prompts({"a": "", "b": ""}, lambda text: [7, 8, 9], 1, 6, separator=0) == [[0, 7, 8, 9, 0, 7]]
+
+
+def test_names_and_places_that_are_not_there(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="no prompt set 'humanevil': there are heldout, humaneval"):
+        loader(tiny_tokenizer).load(["humanevil"])
+    with pytest.raises(ValueError, match=r"prompts long are made of a prepared corpus: give prompts\.corpus"):
+        loader(tiny_tokenizer).load(["long"])
+    with pytest.raises(ValueError, match="is not a prepared corpus"):
+        loader(tiny_tokenizer, corpus=tmp_path).load(["heldout"])
+    with pytest.raises(ValueError, match="no prompts at"):
+        loader(tiny_tokenizer).load([str(tmp_path / "none.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("not json\n", "line 1 is not JSON"),
+        ('{"prompt": "x"}\n\n[1]\n', "line 3 is not a JSON object"),
+        ('{"answer": "x"}\n', "line 1 has none of the fields prompt, turns, .*; its fields are answer"),
+        ('{"prompt": 5}\n', "line 1: a prompt is text, a list of turns or a list of token ids, not '5'"),
+        ('{"prompt": [{"role": "user"}]}\n', "line 1: a prompt is text"),
+        ("\xff", "cannot read prompts"),
+    ],
+)
+def test_files_that_are_no_prompts_are_named(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=message) as error:
+        read_prompts(file)
+    assert "\n" not in str(error.value) and str(file) in str(error.value)
+
+
+def test_rows_keep_line_ends_inside_strings_and_null_fields_are_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8")
+    assert read_rows(file) == [(f"{file} line 1", {"prompt": "a\u2028b"})]
+    assert prompt_of("here", {"prompt": None, "turns": ["x"]}) == "x"
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="cannot read prompts"):
+        read_rows(broken)
