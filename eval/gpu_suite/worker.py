@@ -48,7 +48,10 @@ StartWorker = Callable[..., Worker]
 
 
 def call(worker: Worker, deadline: float, method: str, *arguments: Any) -> Any:
-    """Begins and finishes one call."""
+    """Begins and finishes one call; past the deadline it does not begin one."""
+    if deadline <= time.monotonic():
+        worker.close()
+        raise WorkerFailed(NEVER_BEGAN)
     worker.begin(method, *arguments)
     return worker.finish(deadline)
 
