@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import torch
 
-from speedstack.dflash.checkpoint import check_target, load_drafter
+from speedstack.dflash.checkpoint import MASK_EMBEDDING_NAME, check_target, load_drafter
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.quant.checkpoint import load_checkpoint, weights_sha256
 from speedstack.runtime.backend import Backend, Rows
+from speedstack.runtime.budget import DraftBudget
 from speedstack.runtime.decoder import Decoder
 from speedstack.runtime.proposer import DrafterProposer, NgramProposer, NoProposer, Proposer
 from speedstack.runtime.results import Generation, Score
@@ -79,7 +80,7 @@ class Engine:
         cls,
         target: str | Path,
         drafter: str | Path | DFlashDraftModel | None = None,
-        backend: Literal["auto", "reference", "cpu", "graph"] = "auto",
+        backend: Literal["auto", "reference", "cpu", "graph", "resident"] = "auto",
         device: str = "auto",
         dtype: str | torch.dtype | None = None,
         max_length: int | None = None,
@@ -94,8 +95,9 @@ class Engine:
             target: Hugging Face directory, experts packed in MXFP4 or not.
             drafter: DFlash directory, or a model in memory (see `set_drafter`); refused when it names another target.
                 `"ngram"` is prompt look-up, which needs no drafter; a directory of that name needs its whole path.
-            backend: `reference` is PyTorch on any device, `cpu` compiled kernels for float32 on a CPU, `graph` Triton
-                kernels on a GPU; `auto` takes `cpu` where it can and says why where it cannot, and else `reference`.
+            backend: `reference` is PyTorch on any device, `cpu` compiled kernels for float32 on a CPU, `graph` a Triton
+                kernel a phase on a GPU, `resident` one for a whole step; `auto` takes `cpu` where it can and says why
+                where it cannot, and else `reference`.
             device: `cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is one.
             dtype: of everything but packed experts; None is float32 on a CPU and bfloat16 on a GPU.
             max_length: positions that each sequence's buffers hold; None takes the model's, at most 4096.
@@ -292,6 +294,8 @@ class Engine:
         if stops and (self.tokenizer is None or "" in stops):
             raise ValueError("stop strings need a tokenizer and must not be empty")
         eos = () if ignore_eos else self.spec.eos_token_ids
+        is_look_up = self._drafter == NGRAM
+        cost = self.backend.round_cost.of_look_up if is_look_up else self.backend.round_cost
         return RunningSequence(
             ids,
             max_new_tokens,
@@ -301,8 +305,8 @@ class Engine:
             stops,
             self.tokenizer,
             self.num_drafts,
-            self.strategy.is_adaptive,
-            self.strategy.ngram_size if self._drafter == NGRAM else None,
+            DraftBudget(self.num_drafts, cost) if self.strategy.is_adaptive else None,
+            self.strategy.ngram_size if is_look_up else None,
         )
 
     def _run(self, waiting: list[RunningSequence]) -> Iterator[None]:
@@ -367,14 +371,14 @@ def _load_drafter(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[DFlashDraftModel | Literal["ngram"] | None, str | None]:
-    """A drafter as backends take it, checked against the target, and the SHA-256 of its file if it has one."""
+    """A drafter as backends take it, checked against the target, and the SHA-256 of its weights if they are on disk."""
     if drafter is None:
         return None, None
     if isinstance(drafter, str | Path) and str(drafter) == NGRAM:
         return NGRAM, None
     model = copy.deepcopy(drafter) if isinstance(drafter, DFlashDraftModel) else load_drafter(drafter)
     check_target(model.config, target_sha256, spec.hidden_size, spec.num_layers, spec.vocab_size)
-    sha256 = None if isinstance(drafter, DFlashDraftModel) else weights_sha256(drafter)
+    sha256 = None if isinstance(drafter, DFlashDraftModel) else weights_sha256(drafter, [MASK_EMBEDDING_NAME])
     return model.to(device, dtype).eval().requires_grad_(False), sha256
 
 
