@@ -6,13 +6,12 @@ file with `AblationGrid.load` and draws it with `speedstack.eval.ablation_figure
 
 import csv
 import io
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from speedstack.eval.results import Document, Environment, Record, Spread
+from speedstack.eval.document import Document, Environment, Record, Spread, write_whole
 
 Served = Literal["packed", "dequantized", "unquantized"]
 # More than this part of a core taken by others while tokens/s were measured makes the figure doubtful.
@@ -97,7 +96,7 @@ class AblationGrid(Document):
 
     def save_csv(self, path: str | Path) -> Path:
         """Write the rows as CSV, a column a field, tokens/s as its median and quartiles; returns the path."""
-        return _write_whole(Path(path), self._csv())
+        return write_whole(path, self._csv())
 
     def _csv(self) -> str:
         rows = []
@@ -115,7 +114,7 @@ class AblationGrid(Document):
 
     def save_markdown(self, path: str | Path) -> Path:
         """Write the table and the notes; returns the path."""
-        return _write_whole(Path(path), self.table() + "".join(f"\n{note}\n" for note in self.notes))
+        return write_whole(path, self.table() + "".join(f"\n{note}\n" for note in self.notes))
 
     def table(self) -> str:
         """A Markdown table. Empty columns are left out; a row that failed ends in its error."""
@@ -173,11 +172,3 @@ def _cells(row: AblationRow) -> list[str]:
 
 def _number(value: float | None, template: str, factor: float = 1.0) -> str:
     return "" if value is None else template.format(factor * value)
-
-
-def _write_whole(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    os.replace(temporary, path)
-    return path

@@ -7,7 +7,9 @@ reader; whiskers are 95 % intervals. A figure shows the rows that have its two f
 from collections.abc import Callable, Sequence
 
 import matplotlib
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, ScalarFormatter
@@ -70,14 +72,17 @@ def tau_by_bits(grid: AblationGrid) -> Figure | None:
     if not rows:
         return None
     keys = sorted({(row.temperature, row.drafter) for row in rows})
+    # More lines than colours that are told apart: shades, from cold to hot.
+    shades = [to_hex(colormaps["cividis"](index / len(keys))) for index in range(len(keys))]
+    colours = COLOURS if len(keys) <= len(COLOURS) else shades
     with matplotlib.rc_context(STYLE):
         figure, axes = new_axes(3.4)
         for index, key in enumerate(keys):
             for row in rows:
                 if (row.temperature, row.drafter) == key:
-                    _point(axes, row, row.bits_per_weight or 0.0, row.tau or 0.0, row.tau_stderr, COLOURS[index])
+                    _point(axes, row, row.bits_per_weight or 0.0, row.tau or 0.0, row.tau_stderr, colours[index])
         named = [
-            (f"drafter of the {drafter} model, T={temperature:g}", COLOURS[index])
+            (f"drafter of the {drafter} model, T={temperature:g}", colours[index])
             for index, (temperature, drafter) in enumerate(keys)
         ]
         _finish(axes, rows, named, BITS, "tokens a round (tau)", "95 % interval over texts")

@@ -6,15 +6,14 @@ correction is made for looking at several tasks: at a significance of 0.05 one t
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from speedstack.eval.document import Document, Environment, Record, write_whole
 from speedstack.eval.environment import command_line
-from speedstack.eval.results import Document, Environment, Record
 from speedstack.eval.suite_result import SuiteResult
 
 # Resamples drawn at once: bounds memory for tasks of ten thousand documents.
@@ -106,11 +105,7 @@ class Comparison(Document):
 
     def save_markdown(self, path: Path) -> Path:
         """Write the table, whole or not at all; returns the path."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(self.markdown() + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-        return path
+        return write_whole(path, self.markdown() + "\n")
 
 
 def compare_results(

@@ -2,7 +2,9 @@
 
 NVML's counter is the board's energy since the driver was loaded, in millijoules, on GPUs since Volta; it moves every 20
 to 100 ms, so figures of single short calls are coarse and sums over many are not. Without the Python bindings
-`nvidia-smi` prints the power several times a second, which is integrated. A CPU has no such meter here.
+`nvidia-smi` prints the power several times a second, which is integrated: the power of the moment where the driver has
+it, since `power.draw` is the mean of a second on GPUs since Ampere, and calls that take turns would share it. A CPU has
+no such meter here. A meter that fails ends the counting, not the measurement.
 """
 
 import importlib
@@ -19,6 +21,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SAMPLE_MS = 50
+INSTANT_POWER, AVERAGE_POWER = "power.draw.instant", "power.draw"
 
 
 class Meter(Protocol):
@@ -61,18 +64,20 @@ class NvmlMeter:
 
 
 class SmiMeter:
-    """Power of one GPU as a running `nvidia-smi` prints it, every sample held until the next."""
+    """Power of one GPU as a running `nvidia-smi` prints it, every sample held until the next.
 
-    source = f"nvidia-smi's power of the GPU every {SAMPLE_MS} ms, over whole calls"
+    `quantity` is what it is asked for.
+    """
 
-    def __init__(self, uuid: str, program: str = "nvidia-smi") -> None:
+    def __init__(self, uuid: str, program: str = "nvidia-smi", quantity: str = INSTANT_POWER) -> None:
         """Raises OSError where the program does not start, ValueError where it prints no power."""
+        self.source = f"nvidia-smi's {quantity} of the GPU every {SAMPLE_MS} ms, over whole calls"
         self._lock = threading.Lock()
         self._joules, self._watts, self._since = 0.0, 0.0, time.perf_counter()
         self._process = subprocess.Popen(
             [
                 program,
-                "--query-gpu=power.draw",
+                f"--query-gpu={quantity}",
                 "--format=csv,noheader,nounits",
                 f"--id={uuid}",
                 f"--loop-ms={SAMPLE_MS}",
@@ -128,8 +133,20 @@ class EnergyCounter:
         return self.meter.source if self.meter is not None else f"not counted: {self.reason}"
 
     def joules(self) -> float | None:
-        """Energy used until now, None without a meter."""
-        return None if self.meter is None else self.meter.joules()
+        """Energy used until now, None without a meter, and from the moment on at which the meter has failed."""
+        if self.meter is None:
+            return None
+        try:
+            return self.meter.joules()
+        except Exception as error:  # NVMLError, of a package that may not be there
+            logger.warning("energy is not counted any more: %s", error)
+            failed, self.meter = self.meter, None
+            self.reason = f"the meter failed, joules are of the repeats before ({error})"
+            try:
+                failed.close()
+            except Exception as second:
+                logger.debug("closing it: %s", second)
+            return None
 
     def __enter__(self) -> Self:
         return self
@@ -154,7 +171,9 @@ def _open(device: torch.device) -> tuple[Meter | None, str]:
         reason = f"NVML: {error}"
     if shutil.which("nvidia-smi") is None:
         return None, f"{reason}, and there is no nvidia-smi"
-    try:
-        return SmiMeter(uuid), ""
-    except (OSError, ValueError) as error:
-        return None, f"{reason}; {error}"
+    for quantity in (INSTANT_POWER, AVERAGE_POWER):
+        try:
+            return SmiMeter(uuid, quantity=quantity), ""
+        except (OSError, ValueError) as error:
+            last = error
+    return None, f"{reason}; {last}"

@@ -215,8 +215,10 @@ def peer_contestants(
         kinds.remove("assisted")
     found: list[tuple[list[Contestant], list[Unavailable]]] = []
     if kinds:
+        # Experts are tried out on decoding, for which a long prompt is only a wait.
+        trial = min(prompts, key=len)
         found.append(
-            transformers_contestants(target, drafter, dtype, settings.device, kinds, prompts[0], max_length, ENGINE)
+            transformers_contestants(target, drafter, dtype, settings.device, kinds, trial, max_length, ENGINE)
         )
     if "vllm" in wanted:
         found.append(vllm_contestants(target, drafter, dtype, settings.device, max_length, ENGINE))

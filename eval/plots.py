@@ -7,6 +7,7 @@ narrow, so that a phone shows them at nearly full size and a desktop two side by
 dotted one takes a hundred times the bytes. Nothing here touches pyplot's global state.
 """
 
+import html
 import io
 import re
 import textwrap
@@ -356,4 +357,4 @@ def _adopt(svg: str, title: str) -> str:
     # The page's font: matplotlib lists every family it would try.
     svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--font, sans-serif)", svg)
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)

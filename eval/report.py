@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from speedstack.eval.document import write_whole
 from speedstack.eval.page import Headline, Page, Section, render
 from speedstack.eval.results import Environment, Report
 from speedstack.eval.sections import MODULES, Found, check, environment_of, kind_of, run, sections
@@ -22,11 +23,7 @@ def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
     directory = Path(directory)
     html = render_html(report)
     json_path = report.save(directory / "report.json")
-    html_path = directory / "report.html"
-    temporary = directory / ".report.html.tmp"
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(html_path)
-    return json_path, html_path
+    return json_path, write_whole(directory / "report.html", html)
 
 
 def render_html(report: Report) -> str:

@@ -5,8 +5,8 @@ be imported from here, which is where a reader of results looks.
 """
 
 import csv
+import io
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from speedstack.eval.document import (
     Unavailable,
     read_json,
     to_plain,
+    write_whole,
 )
 from speedstack.eval.timing_result import ContestantTiming, Identity, SetTiming, TimingResult, TokenTimes
 
@@ -142,15 +143,11 @@ class SensitivityResult(Document):
 
     def save_csv(self, path: str | Path) -> Path:
         """Write the units as CSV, a row each, an empty `expert` for whole layers; returns the path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(UnitSensitivity.model_fields))
-            writer.writeheader()
-            writer.writerows(unit.model_dump() for unit in self.units)
-        os.replace(temporary, path)
-        return path
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=list(UnitSensitivity.model_fields))
+        writer.writeheader()
+        writer.writerows(unit.model_dump() for unit in self.units)
+        return write_whole(path, text.getvalue())
 
 
 class ConversionCost(Record):

@@ -1,12 +1,11 @@
 """The result file of a suite: lm-eval's own document, unchanged, with one more key that holds our block."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from speedstack.eval.results import Document, Environment, Record, read_json
+from speedstack.eval.document import Document, Environment, Record, read_json, write_whole
 
 BLOCK = "speedstack"
 
@@ -88,13 +87,8 @@ class SuiteResult:
 
     def save(self, path: str | Path) -> Path:
         """Write as JSON, whole or not at all; returns the path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         content = self.lm_eval | {BLOCK: self.block.model_dump(mode="json")}
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-        return path
+        return write_whole(path, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

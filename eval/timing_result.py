@@ -7,7 +7,8 @@ host has them: one at a time, or several at once where a round of speculation co
 - Decode rate: the tokens after the first, over the time from the first arrival to the end of the call.
 - Time of a token: its share of the wait for the arrival that brought it, which is the time since the arrival before
   divided by the tokens that came together. Tokens of the first arrival have none. The mean over tokens is the inverse
-  of the decode rate, so percentiles compare contestants with and without a drafter.
+  of the decode rate, but for what a call does after its last arrival, so percentiles compare contestants with and
+  without a drafter.
 - Wait: the time between two arrivals, however many tokens the second brings. This is what a reader sees as stutter; a
   drafter makes tokens cheaper and may make waits longer.
 

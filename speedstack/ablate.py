@@ -48,7 +48,7 @@ class Ablation:
         self.config = config
         self.planner = Planner(config)
         self.rows = self.planner.rows()
-        self.store = StepStore(config.out / "steps")
+        self.store = StepStore(config.out.resolve() / "steps")
         self.places = worker_places(config, self.planner.device)
         self._finished: dict[str, AblationRow] = {}
         self._failures: dict[str, str] = {}

@@ -351,13 +351,16 @@ def qat_config(config: AblateConfig, method: str, out: Path) -> QatConfig:
     """The run of a trained method, in `out`/run. Raises ValueError as `TrainingSection.config`."""
     return config.qat.config(
         QatConfig,
-        {**_run_values(config, out), "qat.model": config.model, "qat.objective": TRAINED[method]},
+        {**_run_values(config, out), "qat.model": config.model.resolve(), "qat.objective": TRAINED[method]},
     )
 
 
 def drafter_config(config: AblateConfig, target: Path, out: Path) -> DrafterConfig:
-    """The run of a drafter for the model in `target`, in `out`/run. Raises as `qat_config`."""
-    return config.drafter.config(DrafterConfig, {**_run_values(config, out), "drafter.target": target})
+    """The run of a drafter for the model in `target`, in `out`/run, where its text and features are too: those of a
+    base config's directories are of another target. Raises as `qat_config`.
+    """
+    places = {"drafter.target": target, "drafter.text": None, "drafter.features_path": None}
+    return config.drafter.config(DrafterConfig, {**_run_values(config, out), **places})
 
 
 def _run_values(config: AblateConfig, out: Path) -> dict[str, Any]:
@@ -370,7 +373,8 @@ def _run_values(config: AblateConfig, out: Path) -> dict[str, Any]:
         "run.seed": config.seed,
         "run.device": config.device,
         "run.wandb_mode": "disabled",
-        "data.corpus": config.corpus,
+        # A run that was killed knows its inputs by their paths: however they are spelled, it goes on.
+        "data.corpus": config.corpus.resolve(),
         # A corpus is loaded by those who say what it was made of.
         "data.source": corpus["source"],
         "data.split_seed": corpus["seed"],

@@ -60,10 +60,12 @@ def run_steps(
 
     try:
         while todo or any(worker.step is not None for worker in workers):
-            for step in [step for step in todo.values() if any(need.name in failures for need in step.needs.values())]:
-                del todo[step.name]
-                failed = next(need for need in step.needs.values() if need.name in failures)
-                settle(step, f"{failed.kind} failed: {failures[failed.name]}")
+            # In the order of closures, needs first: what needs a step that is settled here is settled after it.
+            for step in list(todo.values()):
+                failed = next((need for need in step.needs.values() if need.name in failures), None)
+                if failed is not None:
+                    del todo[step.name]
+                    settle(step, f"{failed.kind} failed: {failures[failed.name]}")
             for worker in workers:
                 if worker.step is None and (ready := _next(list(todo.values()), workers)) is not None:
                     del todo[ready.name]

@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from speedstack.ablate import Ablation, worker_places
-from speedstack.ablate_config import AblateConfig, Grids, load_ablate_config
+from speedstack.ablate_config import AblateConfig, Grids, drafter_config, load_ablate_config, qat_config
 from speedstack.ablate_steps import run_step
 from speedstack.cli import main
 from speedstack.eval.ablation import AblationGrid, AblationRow
@@ -36,6 +36,7 @@ from speedstack.quant.formats import number_format
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.step_pool import OnStep, describe
 from speedstack.step_store import Step, StepStore
+from speedstack.train.config import identity
 from speedstack.train.corpus import prepare_corpus
 from speedstack.train.qat import load_tokenizer
 
@@ -319,6 +320,32 @@ def test_several_grids(write_config: Callable[..., Path], tmp_path: Path) -> Non
     bad = write_config("bad", grid={"format": "fp3"})
     with pytest.raises(ValueError, match=r"bad\.yaml: .*unknown format 'fp3'"):
         load_ablate_config(first, [str(bad)])
+
+
+def test_runs_have_their_own_text_and_know_inputs_however_they_are_spelled(
+    write_config: Callable[..., Path],
+    tiny_model_dir: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = tmp_path / "base.yaml"
+    section = {"text": "runs/text", "features": "disk", "features_path": "runs/features"}
+    base.write_text(yaml.safe_dump({"drafter": section}), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    configs = [
+        load_ablate_config(write_config(drafter={"base": str(base)}, model=model, corpus=text, out=out), [])
+        for model, text, out in (
+            (str(tiny_model_dir), str(corpus), str(tmp_path / "out")),
+            (os.path.relpath(tiny_model_dir), os.path.relpath(corpus), "out"),
+        )
+    ]
+    absolute, relative = (config for config in configs if isinstance(config, AblateConfig))
+    drafter = drafter_config(relative, Path(), Path()).drafter
+    assert (drafter.text, drafter.features_path, drafter.features) == (None, None, "disk")
+    # What a killed run compares with its own when it goes on.
+    assert identity(qat_config(relative, "qad", Path())) == identity(qat_config(absolute, "qad", Path()))
+    assert Ablation(relative).store.root == Ablation(absolute).store.root
 
 
 def test_rows_of_a_grid() -> None:

@@ -110,15 +110,17 @@ def test_what_does_not_depend_on_a_failure_goes_on(tmp_path: Path, runner: str) 
     left, right = (step(name, tmp_path, {"root": root}, seconds=0.1) for name in ("left", "right"))
     raises, dies = step("raises", tmp_path, raises=True), step("dies", tmp_path, {"root": root}, dies=True)
     after = [step("after", tmp_path, {"a": raises, "b": root}), step("both", tmp_path, {"a": left, "b": right})]
+    later = step("later", tmp_path, {"after": after[0]})
     alone = [step(f"alone{i}", tmp_path, {"a": left}, seconds=0.2, is_exclusive=True) for i in range(2)]
     settled: dict[str, str | None] = {}
-    wanted = [*alone, *after, dies, left, right]
+    wanted = [later, *alone, *after, dies, left, right]
     failures = run_steps(
         store, wanted, runner, [PLACE, PLACE], tmp_path / "logs", lambda one, why: settled.update({one.kind: why})
     )
-    assert settled.keys() == {"root", "left", "right", "raises", "dies", "after", "both", "alone0", "alone1"}
-    assert failures.keys() == {raises.name, dies.name, after[0].name}
+    assert settled.keys() == {"root", "left", "right", "raises", "dies", "after", "later", "both", "alone0", "alone1"}
+    assert failures.keys() == {raises.name, dies.name, after[0].name, later.name}
     assert settled["raises"] == "two lines of it" and settled["after"] == "raises failed: two lines of it"
+    assert settled["later"] == "after failed: raises failed: two lines of it"
     assert "its process ended by signal 9" in (settled["dies"] or "")
     ran = runs(tmp_path)
     assert ran.keys() == {one.name for one in (root, left, right, after[1], *alone)}

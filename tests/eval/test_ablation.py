@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from matplotlib.container import ErrorbarContainer
+from matplotlib.lines import Line2D
 
 from speedstack.eval import environment
 from speedstack.eval.ablation import AblationGrid, AblationRow
@@ -84,6 +85,19 @@ def test_figures_say_what_they_show(grid: AblationGrid, tmp_path: Path) -> None:
     (segment,) = first[2][0].get_segments()
     assert [y for _, y in segment] == pytest.approx([0.7 - 1.96 * 0.02, 0.7 + 1.96 * 0.02])
     assert ablation_figures(grid.model_copy(update={"rows": grid.rows[4:]})) == {}
+
+
+def test_more_temperatures_than_colours_are_drawn(grid: AblationGrid) -> None:
+    drafted = [
+        row("a", drafter=drafter, temperature=temperature, bits_per_weight=4.25, tau=2.0)
+        for drafter in ("full", "quantized")
+        for temperature in (0.0, 0.25, 0.5, 0.75, 1.0)
+    ]
+    (axes,) = ablation_figures(grid.model_copy(update={"rows": tuple(drafted)}))["tau_by_bits"].axes
+    legend = axes.get_legend()
+    assert legend is not None
+    lines = [handle for handle in legend.legend_handles if isinstance(handle, Line2D)][:10]
+    assert len({str(line.get_color()) for line in lines}) == 10
 
 
 def test_load_of_others_is_what_is_busy_and_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from speedstack.eval.energy import EnergyCounter, SmiMeter
+from speedstack.eval.timing import Contestant, Sample, race
 
 
 def fake_nvml(**changes: Any) -> SimpleNamespace:
@@ -63,7 +64,20 @@ def test_without_bindings_nvidia_smi_is_followed(a_gpu: None, tmp_path: Path, mo
         assert first is not None and last is not None
         # 100 watts all the time; the clock here and there are read microseconds apart.
         assert last - first == pytest.approx(100.0 * seconds, abs=1.0)
-        assert energy.description.startswith("nvidia-smi's power")
+        assert energy.description.startswith("nvidia-smi's power.draw.instant of the GPU")
+
+
+def test_a_driver_without_the_power_of_the_moment_gives_its_mean(
+    a_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "nvidia-smi"
+    refusal = 'Field "power.draw.instant" is not a valid field to query.'
+    file.write_text(f"#!/bin/sh\ncase $1 in *instant) echo '{refusal}';; *) echo 70.0; exec sleep 5;; esac\n")
+    file.chmod(0o755)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with EnergyCounter("cuda") as energy:
+        assert energy.description.startswith("nvidia-smi's power.draw of the GPU")
 
 
 def test_what_cannot_be_counted_says_why(a_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,3 +106,15 @@ def test_a_meter_that_dies_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nvidia-smi ended with code 0 while energy was counted"):
         meter.joules()
     meter.close()
+
+
+def test_a_meter_that_fails_on_the_way_leaves_the_race_running(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening takes one of the three readings, the warm-up the others: the repeats find none."""
+    closed: list[bool] = []
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlShutdown=lambda: closed.append(True)))
+    one = Contestant("one", "", lambda prompt, n: Sample([1] * n, [(0.1, 1), (0.2, n - 1)], 0.3))
+    with EnergyCounter("cuda") as energy:
+        standings = race([one], {"a": [[1]]}, 2, num_repeats=2, energy=energy, progress=False)
+        assert energy.description.startswith("not counted: the meter failed, joules are of the repeats before")
+    assert not standings.unavailable and standings.overall[0].tokens_per_second.num_repeats == 2
+    assert standings.overall[0].joules_per_token is None and closed == [True]

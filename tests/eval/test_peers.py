@@ -1,5 +1,7 @@
 """The real contestants on the tiny model: all run, and make the same greedy tokens in float32."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from speedstack.eval.peer_transformers import (
     EXPERTS_IMPLEMENTATIONS,
     ArrivalClock,
+    choose_experts,
     rounds_of,
     try_experts_implementations,
 )
@@ -100,6 +103,18 @@ def test_compiled_transformers_says_the_same(make_tiny_model: Callable[..., Any]
     assert compiled.tokens_per_second.minimum > 8 / compiled.warmup_seconds
 
 
+def test_a_models_own_generation_settings_change_no_race(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    own = {"repetition_penalty": 1.9, "no_repeat_ngram_size": 2, "eos_token_id": list(range(64)), "max_length": 4}
+    (model / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
+    settings = TimingSettings(num_new_tokens=24, num_repeats=1, backend="reference", peers=("transformers",))
+    result = measure_timing(model, None, SETS, settings, progress=False)
+    entry = result.contestant(TRANSFORMERS)
+    assert entry is not None and entry.identity is not None, result.unavailable
+    assert entry.identity.num_identical == len(PROMPTS), entry.identity.first_difference
+
+
 def test_without_drafter_and_with_a_peer_that_cannot_run(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise ValueError("this class is not known")
@@ -150,6 +165,26 @@ def test_experts_implementations_are_compared_by_decoding_alone(
     monkeypatch.setattr("speedstack.eval.peer_transformers.transformers_runner", runner)
     seconds, _ = try_experts_implementations(load_model(tiny_model_dir), PROMPTS[0])
     assert set(seconds.values()) == {0.5}
+
+
+def test_every_contestant_runs_under_its_own_experts(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = {"grouped_mm": 2.0, "batched_mm": 3.0, "eager": 1.0}
+    assert [choose_experts(kind, trials) for kind in ("transformers", "assisted")] == ["eager", "eager"]
+    assert choose_experts("compiled", trials) == "grouped_mm" and choose_experts("compiled", {"eager": 1.0}) == "eager"
+    ran: list[tuple[str, str]] = []
+
+    def runner_of(kind: str, model: Any, *rest: object) -> tuple[Callable[[list[int], int], Sample], str]:
+        def run(prompt: list[int], num_new_tokens: int) -> Sample:
+            ran.append((kind, model.config._experts_implementation))
+            return Sample([1] * num_new_tokens, [(0.1, 1), (0.2, num_new_tokens - 1)], 0.3)
+
+        return run, kind
+
+    monkeypatch.setattr("speedstack.eval.peer_transformers._runner_of", runner_of)
+    monkeypatch.setattr("speedstack.eval.peer_transformers.try_experts_implementations", lambda *_: (trials, []))
+    settings = TimingSettings(num_new_tokens=4, num_repeats=2, backend="reference", peers=("transformers", "compiled"))
+    measure_timing(tiny_model_dir, None, ONE, settings, progress=False)
+    assert len(ran) == 6 and set(ran) == {("transformers", "eager"), ("compiled", "grouped_mm")}
 
 
 def test_broken_logits_are_an_error_that_names_them(tiny_model_dir: Path, tmp_path: Path) -> None:

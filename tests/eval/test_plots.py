@@ -41,6 +41,14 @@ def test_figures_are_inline_svg_in_the_pages_colours(made_up_report: Report) -> 
     assert dict(matplotlib.rcParams) == before
 
 
+def test_names_are_text_and_never_markup() -> None:
+    title, name = 'Suite "x" onload="y"><script>', '<b>&amp; "id="z"'
+    root = ET.fromstring(plots.dots(title, [name], {"s": [(1.0, 1.0, 1.0)]}, "x"))
+    assert root.get("aria-label") == title and root.get("onload") is None
+    assert not [element for element in root.iter() if element.tag.endswith("script")]
+    assert name in [" ".join(element.itertext()) for element in root.iter() if element.tag.endswith("text")]
+
+
 def test_same_input_same_bytes(made_up_report: Report) -> None:
     assert all_figures(made_up_report) == all_figures(made_up_report)
 
