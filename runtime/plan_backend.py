@@ -52,7 +52,7 @@ def check_supported(name: str, weights: ModelWeights) -> bool:
 
 
 class PlanBackend:
-    """One way of executing plans. A subclass builds its kernels in `_prepare` and computes a step in `_run`.
+    """One way of executing plans. A subclass builds its kernels in `_prepare` and makes a step in `_run` and `_tokens`.
 
     num_rows: of a step; split_size: positions that one item of attention takes; powers of two. num_programs: what the
     plan is cut for.
@@ -92,6 +92,10 @@ class PlanBackend:
         """Computes the rows in `memory.rows`."""
         raise NotImplementedError
 
+    def _tokens(self) -> list[int]:
+        """The rows' tokens that the step just run has sampled."""
+        return self.memory.tokens[0].tolist()
+
     def set_drafter(self, drafter: DFlashDraftModel | None) -> None:
         w = self.weights
         taps = () if drafter is None else tuple(drafter.config.target_layer_ids)
@@ -129,7 +133,8 @@ class PlanBackend:
             here = [row - start for row in logit_rows if start <= row < start + self.plan.rows]
             if here:
                 parts.append(self.memory.logits_VR[:, here].T.contiguous())
-                best += self.memory.tokens[0, here].tolist()
+                tokens = self._tokens()
+                best += [tokens[row] for row in here]
         return torch.cat(parts) if parts else self.memory.logits_VR.new_empty(0, self.weights.spec.vocab_size), best
 
     def _step_chunk(self, rows: Rows) -> None:
