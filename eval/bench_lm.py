@@ -25,10 +25,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from speedstack.eval.environment import describe_environment
+from speedstack.eval.failures import PEER_ERRORS
 from speedstack.eval.lm import EngineLM
 from speedstack.eval.results import Document, Environment, Record, Spread
 from speedstack.eval.task_loading import TaskLoader
-from speedstack.eval.timing import PEER_ERRORS, spread
+from speedstack.eval.timing import spread
 from speedstack.quant.checkpoint import load_model
 from speedstack.runtime import Engine
 

@@ -8,7 +8,8 @@ without a drafter at the same temperature on the same backend, and a difference 
 repeats of the first few are timed with the rows interleaved, in a seeded order, and medians are reported.
 
 Trees need the `reference` backend, which is built to be checked and not to be fast: its rows stand apart, with a
-chain and no drafter beside them, and decode fewer of the prompts.
+chain and no drafter beside them, and decode fewer of the prompts. A tree's speed is given over that chain's: what a row
+costs beside a step, and with it whether a tree pays, is another matter in compiled kernels.
 """
 
 import argparse
@@ -50,6 +51,8 @@ class ServingRow(Record):
 
     `acceptance` is of all prompts, `sets` of each set; without proposals its length is 1.
     `decode_tokens_per_second` leaves the prompt out; it is of `num_timed_prompts` prompts, None when nothing was timed.
+    `speedup_over_chain`: of a tree, over the drafter's whole chain on the same backend and the same prompts, repeat by
+    repeat. It says nothing of a chain on another backend.
     """
 
     name: str
@@ -61,6 +64,7 @@ class ServingRow(Record):
     sets: tuple[AcceptanceSet, ...]
     num_timed_prompts: int
     decode_tokens_per_second: Spread | None
+    speedup_over_chain: Spread | None = None
 
 
 class ServingBench(Document):
@@ -212,10 +216,21 @@ def measure_serving(
             acceptance=summarize("all prompts", [one for group in found.values() for one in group]),
             sets=tuple(summarize(name, group) for name, group in found.items()),
             num_timed_prompts=len(timed_of(way)),
-            decode_tokens_per_second=spread(seconds) if seconds else None,
+            decode_tokens_per_second=spread(rates[index]) if rates[index] else None,
+            speedup_over_chain=_over_chain(index, ways, rates),
         )
-        for way, found, seconds in zip(ways, counted, rates, strict=True)
+        for index, (way, found) in enumerate(zip(ways, counted, strict=True))
     ]
+
+
+def _over_chain(index: int, ways: Sequence[Way], rates: Sequence[Sequence[float]]) -> Spread | None:
+    """Of the tree at `index`, its tokens a second over those of the chain that differs from it in nothing else."""
+    way = ways[index]
+    chain = replace(way, name="", strategy=replace(way.strategy, tree_budget=None))
+    others = [i for i, other in enumerate(ways) if replace(other, name="") == chain]
+    if way.strategy.tree_budget is None or not others or not rates[index]:
+        return None
+    return spread([tree / plain for tree, plain in zip(rates[index], rates[others[0]], strict=True)])
 
 
 def prompt_sets_of(source: Path, target: Path, num_prompts: int, num_tokens: int) -> dict[str, Sequence[Prompt]]:
@@ -234,13 +249,14 @@ def prompt_sets_of(source: Path, target: Path, num_prompts: int, num_tokens: int
 
 def table(result: ServingBench) -> str:
     """The rows as text."""
-    lines = ["backend    T    way                               tau   rows/token  drafted/token   tokens/s"]
+    lines = ["backend    T    way                               tau   rows/token  drafted/token   tokens/s  tree/chain"]
     for row in result.rows:
         found, rate = row.acceptance, row.decode_tokens_per_second
         lines.append(
             f"{row.backend:9}  {row.temperature:.0f}    {row.name:32}{found.acceptance_length:5.2f}"
             f"{found.rows_per_token:13.2f}{found.drafted_per_token:15.2f}"
             + (f"{rate.median:11.0f}" if rate is not None else "")
+            + (f"{row.speedup_over_chain.median:11.2f}x" if row.speedup_over_chain is not None else "")
         )
     return "\n".join(lines)
 

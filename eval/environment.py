@@ -13,30 +13,39 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from speedstack.eval.results import Environment
+if TYPE_CHECKING:
+    from speedstack.eval.results import Environment
 
 PACKAGES = ("speedstack", "torch", "transformers", "datasets", "deepspeed", "lm_eval", "safetensors", "triton", "numpy")
 
 
-def describe_environment() -> Environment:
+def describe_environment() -> "Environment":
     """The running process's environment; `num_threads` is what torch uses inside an operation."""
+    from speedstack.eval.results import Environment
+
+    return Environment(**environment_fields())
+
+
+def environment_fields() -> dict[str, Any]:
+    """The same as plain values: a machine that measures need not have what checks a schema."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return Environment(
-        machine=platform.machine(),
-        operating_system=_operating_system(),
-        cpu_model=_cpu_model(),
-        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        num_threads=torch.get_num_threads(),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        gpus=tuple(gpus),
-        python=platform.python_version(),
-        packages={name: version for name in PACKAGES if (version := _version(name)) is not None},
-        git_sha=_git_sha(Path(__file__).resolve()),
-        command=command_line(),
-    )
+    return {
+        "machine": platform.machine(),
+        "operating_system": _operating_system(),
+        "cpu_model": _cpu_model(),
+        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "num_threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": tuple(gpus),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "git_sha": _git_sha(Path(__file__).resolve()),
+        "command": command_line(),
+    }
 
 
 def command_line() -> str | None:

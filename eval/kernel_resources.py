@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from speedstack.eval.environment import describe_environment
+from speedstack.eval.released import MODELS, released_spec
 from speedstack.eval.results import Document, Environment, Record
 from speedstack.runtime.memory import Memory
 from speedstack.runtime.phases import build_plan
@@ -21,12 +22,11 @@ from speedstack.runtime.plan import Plan
 from speedstack.runtime.plan_backend import formats_of
 from speedstack.runtime.resident import Prefetching, arguments_of, compile_options
 from speedstack.runtime.shapes import empty_weights
-from speedstack.runtime.spec import ModelSpec, spec_from_config
+from speedstack.runtime.spec import ModelSpec
 from speedstack.runtime.weights import ModelWeights
 
 NUM_PROGRAMS = 132  # multiprocessors of an H200
 MAX_CONTEXT = 16384
-MODELS = ("gpt-oss-20b", "mimo-v2-flash", "qwen3-30b-a3b")
 
 
 class KernelResources(Record):
@@ -54,36 +54,10 @@ class KernelResourcesResult(Document):
 
 
 def model_spec(model: str) -> ModelSpec:
-    """A released model's shapes, cut to the first layers in which every kind of its layers occurs.
-
-    Sources: config.json of openai/gpt-oss-20b and Qwen/Qwen3-30B-A3B; the defaults of transformers' MiMoV2FlashConfig
-    are XiaomiMiMo/MiMo-V2-Flash.
-    """
-    from transformers import GptOssConfig, MiMoV2FlashConfig, Qwen3MoeConfig
-
-    if model == "gpt-oss-20b":
-        kinds = ["sliding_attention", "full_attention"]
-        return spec_from_config(GptOssConfig(num_hidden_layers=2, layer_types=kinds, num_local_experts=32))
-    if model == "mimo-v2-flash":
-        spec = spec_from_config(MiMoV2FlashConfig())
-        is_new = [layer not in spec.layers[:index] for index, layer in enumerate(spec.layers)]
-        return replace(spec, layers=tuple(layer for layer, new in zip(spec.layers, is_new, strict=True) if new))
-    if model != "qwen3-30b-a3b":
-        raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
-    fields = {
-        "hidden_size": 2048,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-        "norm_topk_prob": True,
-        "num_hidden_layers": 1,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-    }
-    return spec_from_config(Qwen3MoeConfig.from_dict(fields))
+    """A released model's shapes, cut to the first layer of every kind."""
+    spec = released_spec(model)
+    is_new = [layer not in spec.layers[:index] for index, layer in enumerate(spec.layers)]
+    return replace(spec, layers=tuple(layer for layer, new in zip(spec.layers, is_new, strict=True) if new))
 
 
 def compiled_kernels(model: str, is_packed: bool) -> Iterator[KernelResources]:

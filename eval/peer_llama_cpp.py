@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from speedstack.eval.document import Unavailable
-from speedstack.eval.timing import PEER_ERRORS, Contestant, Sample, one_line
+from speedstack.eval.failures import PEER_ERRORS, one_line
+from speedstack.eval.timing import Contestant, Sample
 
 LLAMA_CPP = "llama.cpp"
 

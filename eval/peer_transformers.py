@@ -15,7 +15,8 @@ import torch
 from speedstack.dflash.checkpoint import load_drafter
 from speedstack.dflash.hf import to_transformers
 from speedstack.eval.document import Unavailable
-from speedstack.eval.timing import PEER_ERRORS, Contestant, Sample, one_line
+from speedstack.eval.failures import PEER_ERRORS, one_line
+from speedstack.eval.timing import Contestant, Sample
 from speedstack.quant.checkpoint import load_model
 from speedstack.runtime import GenerationStats
 

@@ -18,8 +18,9 @@ import torch
 
 from speedstack.dflash.checkpoint import load_drafter
 from speedstack.eval.document import Unavailable
+from speedstack.eval.failures import PEER_ERRORS, one_line
 from speedstack.eval.peer_transformers import rounds_of
-from speedstack.eval.timing import PEER_ERRORS, Contestant, Sample, one_line
+from speedstack.eval.timing import Contestant, Sample
 
 VLLM, VLLM_DRAFTER = "vLLM", "vLLM + drafter"
 MEMORY_SHARE = 0.45

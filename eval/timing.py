@@ -23,23 +23,13 @@ from tqdm import tqdm
 from speedstack.eval.acceptance import summarize_stats
 from speedstack.eval.document import Spread, Unavailable
 from speedstack.eval.energy import EnergyCounter
+from speedstack.eval.failures import PEER_ERRORS, one_line
+from speedstack.eval.spread import spread_fields
 from speedstack.eval.timing_result import ContestantTiming, Identity, TokenTimes
 from speedstack.runtime import GenerationStats
 
 logger = logging.getLogger(__name__)
 
-# What foreign generation code raises when it cannot run a model. Such a peer is reported with its reason; a contestant
-# that is ours fails in the same way, because a missing row is visible and a broken benchmark run is not.
-PEER_ERRORS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ImportError,
-    AssertionError,
-    OSError,
-)
 PERCENTILES = (50, 95, 99)
 
 
@@ -160,24 +150,8 @@ def race(
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median, quartiles (linear interpolation between closest ranks) and extremes of at least one value."""
-    ordered = sorted(values)
-    # One value has no quartiles; two or more interpolate as numpy's default does.
-    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
-    return Spread(
-        median=statistics.median(ordered),
-        q1=quartiles[0],
-        q3=quartiles[2],
-        minimum=ordered[0],
-        maximum=ordered[-1],
-        num_repeats=len(ordered),
-    )
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as one short line: its type and the first line of its message."""
-    message = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {message[0][:200]}" if message else type(error).__name__
+    """`spread_fields` of at least one value, as results hold them."""
+    return Spread(**spread_fields(values))
 
 
 class _Race:

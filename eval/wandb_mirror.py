@@ -9,12 +9,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from speedstack.eval.page import Table
-from speedstack.eval.report import report_sections
-from speedstack.eval.results import Report
-
 if TYPE_CHECKING:
     import wandb
+
+    from speedstack.eval.page import Table
+    from speedstack.eval.results import Report
 
 Mode = Literal["disabled", "offline", "online"]
 PROJECT = "speedstack"
@@ -46,6 +45,10 @@ def mirror_report(report: Report, directory: Path, mode: Mode) -> bool:
     if run is None:
         return False
     import wandb
+
+    # Here, so that a training job does not import what draws.
+    from speedstack.eval.page import Table
+    from speedstack.eval.report import report_sections
 
     for stage in dict.fromkeys(curve.stage for curve in report.curves):
         run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")

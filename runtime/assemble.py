@@ -103,9 +103,8 @@ class Assembler:
     ) -> None:
         """Norm, projections, rotary embedding and cache append: of hidden states, or of a drafter's context."""
         b, (keys, values, blocks) = self.buffers, cache
-        cos, sin = rotary_tables(
-            spec, blocks * POSITIONS_PER_BLOCK if spec.window is None else self._max_length, keys.device
-        )
+        # A ring may be shorter than the text, and a drafter's is longer by a block.
+        cos, sin = rotary_tables(spec, max(blocks * POSITIONS_PER_BLOCK, self._max_length), keys.device)
         heads = spec.num_heads if has_queries else 0
         self.program.add(
             QKV,

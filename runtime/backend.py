@@ -13,6 +13,7 @@ import torch
 
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
+from speedstack.runtime.budget import RoundCost
 from speedstack.runtime.sampling import GREEDY, SamplingParams
 
 
@@ -52,6 +53,11 @@ class Backend(Protocol):
     prepare_seconds: float
     # Why rows with `parents` are refused; None where they are computed.
     no_trees_because: str | None
+
+    @property
+    def round_cost(self) -> RoundCost:
+        """What a round takes with the present drafter."""
+        ...
 
     def step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
         """Computes all rows, and the logits of those named in `logit_rows`, which ascend.

@@ -6,17 +6,46 @@ drafting, how often this sequence's recent proposals were right; after it, the d
 the number with the most expected tokens a unit of time is taken. Whatever is chosen, the text is the same: only rows
 that would be thrown away are saved.
 
-Costs are constants and not measurements of the running machine, so that the rounds of a seeded run are the same every
-time. Unit: one step of a single row.
+What a round costs is the backend's to say, for the drafter it has: from constants and sizes and not from measurements
+of the running machine, so that the rounds of a seeded run are the same every time.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-# Measured with the compiled CPU kernels on a 12M-parameter model and a two-layer drafter, two threads: a step of R rows
-# takes 0.8 + 0.2 R, a draft of k tokens 0.45 + 0.08 k.
-DRAFT_COST = 0.45
-DRAFT_TOKEN_COST = 0.08
-ROW_COST = 0.2
+
+@dataclass(frozen=True)
+class RoundCost:
+    """What drafting and verifying take, in steps of a single row: a draft of k tokens `draft + draft_token * k`, a step
+    of R rows `1 + row * (R - 1)`.
+    """
+
+    draft: float
+    draft_token: float
+    row: float
+
+    @property
+    def of_look_up(self) -> "RoundCost":
+        """The same where proposals cost nothing before they are verified."""
+        return RoundCost(0.0, 0.0, self.row)
+
+
+# Measured on a 12M-parameter model and a two-layer drafter. Where all is PyTorch, calls are most of a step whatever its
+# rows are, and a draft has few of them; beside a compiled target that is what a draft of the same calls costs.
+IN_PYTORCH = RoundCost(draft=0.05, draft_token=0.004, row=0.012)
+PYTORCH_BESIDE_COMPILED = RoundCost(draft=3.3, draft_token=0.34, row=0.2)
+
+
+def compiled_cost(draft_share: float = 0.45, correction_share: float = 0.0) -> RoundCost:
+    """The cost with compiled kernels, of which bytes decide.
+
+    `draft_share`: bytes that a draft reads over those that a step of one row reads; `correction_share`: the same of
+    what is read again for every proposal, as a Markov head's matrix is. On the model above a draft took 0.45 + 0.08 k
+    steps (its share is 0.42), a row 0.2. A Markov head of rank 64 made a proposal dearer by 0.016, which is 0.4 of its
+    share: the matrix stays in a cache from one proposal to the next.
+    """
+    return RoundCost(draft=draft_share, draft_token=0.08 + 0.4 * correction_share, row=0.2)
+
 
 # Weight of past rounds after one more round: about the last five count.
 _MEMORY = 0.8
@@ -46,14 +75,10 @@ def num_worth(chances: Sequence[float], base_cost: float, token_cost: float) -> 
 
 
 class DraftBudget:
-    """One sequence's choice of how much to draft and verify; `limit` is the most that the drafter proposes.
+    """One sequence's choice of how much to draft and verify; `limit` is the most that the drafter proposes."""
 
-    `is_drafting_free`: proposals cost nothing before they are verified, as those of prompt look-up.
-    """
-
-    def __init__(self, limit: int, is_drafting_free: bool = False) -> None:
-        self._limit = limit
-        self._draft_cost, self._draft_token_cost = (0.0, 0.0) if is_drafting_free else (DRAFT_COST, DRAFT_TOKEN_COST)
+    def __init__(self, limit: int, cost: RoundCost) -> None:
+        self._limit, self._cost = limit, cost
         self._right, self._wrong = _PRIOR_RIGHT, _PRIOR_WRONG
         self._num_skipped = 0
         self._has_drafted = False
@@ -61,7 +86,7 @@ class DraftBudget:
     def num_to_draft(self) -> int:
         """Proposals worth asking for, judged by what was right lately."""
         chance = self._right / (self._right + self._wrong)
-        count = num_worth([chance] * self._limit, self._draft_cost, self._draft_token_cost + ROW_COST)
+        count = num_worth([chance] * self._limit, self._cost.draft, self._cost.draft_token + self._cost.row)
         if count == 0 and self._num_skipped >= _ROUNDS_TO_RETRY:
             count = (self._limit + 1) // 2
         return count
@@ -69,7 +94,7 @@ class DraftBudget:
     def num_to_verify(self, probabilities: Sequence[float]) -> int:
         """Leading proposals worth verifying, judged by the drafter's probabilities; drafting is paid for by now."""
         self._has_drafted = True
-        return num_worth(probabilities, base_cost=0.0, token_cost=ROW_COST)
+        return num_worth(probabilities, base_cost=0.0, token_cost=self._cost.row)
 
     def record(self, num_verified: int, num_accepted: int) -> None:
         """Remembers a round; 0 verified is a round without a draft, or one whose drafts were not worth a row."""

@@ -16,6 +16,7 @@ from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
 from speedstack.runtime.assemble import UNBOUNDED, Assembler, Buffers
 from speedstack.runtime.backend import DraftRequest
+from speedstack.runtime.budget import RoundCost, compiled_cost
 from speedstack.runtime.module_drafter import draft_scores
 from speedstack.runtime.panels import LANES, panels
 from speedstack.runtime.program import EMBED, LINEAR, Program, Records, Runner, records_of
@@ -66,7 +67,9 @@ class CompiledDrafter:
         self._caches: list[torch.Tensor] = []
         self._assemble(weights, embedding_VD, model.draft_head(lm_head_VD), features_RC)
         self._set_markov(weights)
-        self._records: dict[int, Records] = {}
+        self._block_records = records_of(self._block)
+        self._whole: dict[int, Records] = {}  # by number of drafts
+        self._parts: dict[int, list[tuple[Records, range]]] = {}
 
     def _assemble(
         self, weights: DrafterWeights, embedding_VD: torch.Tensor, head_UD: torch.Tensor, features_RC: torch.Tensor
@@ -107,35 +110,41 @@ class CompiledDrafter:
 
     def _choosing(self, num_drafts: int) -> list[tuple[Program, range]]:
         """What finds the proposals from the LM head's logits, in parts, each with the depths that it is for."""
+        num_tokens = self.model.config.num_draft_tokens
         parts = []
-        # Without a Markov head no proposal waits for another.
-        depths = [range(num_drafts)] if self._markov_w2 is None else [range(d, d + 1) for d in range(num_drafts)]
-        for at in depths:
+        if self._markov_w1_VR is None or self._markov_w2 is None:
             program = Program(part="drafter")
-            assembler, step = self._assembler(program), num_drafts // len(at)
-            if self._markov_w1_VR is not None and self._markov_w2 is not None:
-                ids_U = self._draft_ids_U
-                assembler.add_markov(self._markov_w1_VR, self._markov_w2, ids_U, at[0], num_drafts, self._first_slot)
-            assembler.add_best(self.model.config.num_draft_tokens, with_probability=True, first=at[0], step=step)
-            parts.append((program, at))
+            self._assembler(program).add_best(num_tokens, with_probability=True)
+            return [(program, range(num_drafts))]
+        for depth in range(num_drafts):
+            program = Program(part="drafter")
+            assembler, ids_U = self._assembler(program), self._draft_ids_U
+            assembler.add_markov(self._markov_w1_VR, self._markov_w2, ids_U, depth, num_drafts, self._first_slot)
+            assembler.add_best(num_tokens, with_probability=True, first=depth, step=num_drafts)
+            parts.append((program, range(depth, depth + 1)))
         return parts
 
-    def _whole(self, num_drafts: int) -> Records:
-        """A draft from beginning to end."""
-        if num_drafts not in self._records:
-            programs = [self._block, *(program for program, _ in self._choosing(num_drafts))]
-            self._records[num_drafts] = records_of(*programs)
-        return self._records[num_drafts]
+    def _prepare(self, num_drafts: int) -> None:
+        """Make the records of a draft from beginning to end, and of its parts after the block."""
+        parts = self._choosing(num_drafts)
+        self._whole[num_drafts] = records_of(self._block, *(program for program, _ in parts))
+        self._parts[num_drafts] = [(records_of(program), depths) for program, depths in parts]
 
     def _assembler(self, program: Program) -> Assembler:
         return Assembler(program, self._buffers, self._num_slots, self._max_length)
 
     def weight_bytes(self) -> int:
-        """Bytes of the matrices in both programs."""
+        """Bytes of all matrices."""
         total = self.context.weight_bytes["drafter"] + self._block.weight_bytes["drafter"]
         if self._markov_w1_VR is not None and self._markov_w2 is not None:
             total += self._markov_w1_VR.nbytes + self._markov_w2.nbytes
         return total
+
+    def round_cost(self, step_bytes: float) -> RoundCost:
+        """See `Backend.round_cost`; `step_bytes`: what a step of the target reads for one row."""
+        both = self.context.weight_bytes["drafter"] + self._block.weight_bytes["drafter"]
+        correction = self._markov_w2.nbytes if self._markov_w2 is not None else 0
+        return compiled_cost(both / step_bytes, correction / step_bytes)
 
     def cache_bytes(self) -> int:
         """Bytes of all contexts."""
@@ -144,6 +153,8 @@ class CompiledDrafter:
     def draft(self, runner: Runner, requests: Sequence[DraftRequest], num_drafts: int) -> list[Draft]:
         """See `Backend.draft`."""
         drafts: list[Draft] = []
+        if num_drafts not in self._whole:
+            self._prepare(num_drafts)
         at_once = MAX_ROWS // (num_drafts + self._first_slot)
         for start in range(0, len(requests), at_once):
             group = requests[start : start + at_once]
@@ -151,7 +162,7 @@ class CompiledDrafter:
             if any(request.noise is not None for request in group):
                 self._sample(runner, rows, group, num_drafts)
             else:
-                runner.run(self._whole(num_drafts), *rows)
+                runner.run(self._whole[num_drafts], *rows)
             drafts += [self._read(slice(i * num_drafts, (i + 1) * num_drafts)) for i in range(len(group))]
         return drafts
 
@@ -168,10 +179,10 @@ class CompiledDrafter:
         return rows
 
     def _sample(self, runner: Runner, rows: BlockRows, requests: Sequence[DraftRequest], num_drafts: int) -> None:
-        """As `_whole`; proposals of requests with noise are drawn before the depth after them is corrected."""
-        runner.run(records_of(self._block), *rows)
-        for program, depths in self._choosing(num_drafts):
-            runner.run(records_of(program), *rows)
+        """Part by part: proposals of requests with noise are drawn before the depth after them is corrected."""
+        runner.run(self._block_records, *rows)
+        for records, depths in self._parts[num_drafts]:
+            runner.run(records, *rows)
             for depth in depths:
                 for i, request in enumerate(requests):
                     if request.noise is not None:

@@ -20,6 +20,7 @@ from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
 from speedstack.runtime.assemble import Assembler, Buffers
 from speedstack.runtime.backend import DraftRequest, Rows
+from speedstack.runtime.budget import PYTORCH_BESIDE_COMPILED, RoundCost, compiled_cost
 from speedstack.runtime.compiled_drafter import CompiledDrafter, why_not_compiled
 from speedstack.runtime.module_drafter import ModuleDrafter
 from speedstack.runtime.panels import LANES, panels, unpacked
@@ -109,6 +110,19 @@ class CpuBackend:
                 self.drafter = ModuleDrafter(drafter, self._embedding_VD, lm_head_VD, self.num_slots, self.max_length)
         self._target.tap(taps)
         self._records = records_of(self._target, *after)
+
+    @property
+    def round_cost(self) -> RoundCost:
+        if isinstance(self.drafter, ModuleDrafter):
+            return PYTORCH_BESIDE_COMPILED
+        return compiled_cost() if self.drafter is None else self.drafter.round_cost(self._step_bytes())
+
+    def _step_bytes(self) -> float:
+        """Bytes of weights that a step reads for one row: of the experts those that are chosen."""
+        moes = [layer.mlp for layer in self.spec.layers if isinstance(layer.mlp, MoeSpec)]
+        chosen = sum(moe.top_k for moe in moes) / max(1, sum(moe.num_experts for moe in moes))
+        parts = self._target.weight_bytes.items()
+        return sum(size * (chosen if part.startswith("experts") else 1.0) for part, size in parts)
 
     def weight_bytes(self) -> dict[str, int]:
         parts = dict(self._target.weight_bytes)

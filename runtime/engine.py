@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import torch
 
-from speedstack.dflash.checkpoint import check_target, load_drafter
+from speedstack.dflash.checkpoint import MASK_EMBEDDING_NAME, check_target, load_drafter
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.quant.checkpoint import load_checkpoint, weights_sha256
 from speedstack.runtime.backend import Backend, Rows
+from speedstack.runtime.budget import DraftBudget
 from speedstack.runtime.decoder import Decoder
 from speedstack.runtime.proposer import DrafterProposer, NgramProposer, NoProposer, Proposer
 from speedstack.runtime.results import Generation, Score
@@ -293,6 +294,8 @@ class Engine:
         if stops and (self.tokenizer is None or "" in stops):
             raise ValueError("stop strings need a tokenizer and must not be empty")
         eos = () if ignore_eos else self.spec.eos_token_ids
+        is_look_up = self._drafter == NGRAM
+        cost = self.backend.round_cost.of_look_up if is_look_up else self.backend.round_cost
         return RunningSequence(
             ids,
             max_new_tokens,
@@ -302,8 +305,8 @@ class Engine:
             stops,
             self.tokenizer,
             self.num_drafts,
-            self.strategy.is_adaptive,
-            self.strategy.ngram_size if self._drafter == NGRAM else None,
+            DraftBudget(self.num_drafts, cost) if self.strategy.is_adaptive else None,
+            self.strategy.ngram_size if is_look_up else None,
         )
 
     def _run(self, waiting: list[RunningSequence]) -> Iterator[None]:
@@ -368,14 +371,14 @@ def _load_drafter(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[DFlashDraftModel | Literal["ngram"] | None, str | None]:
-    """A drafter as backends take it, checked against the target, and the SHA-256 of its file if it has one."""
+    """A drafter as backends take it, checked against the target, and the SHA-256 of its weights if they are on disk."""
     if drafter is None:
         return None, None
     if isinstance(drafter, str | Path) and str(drafter) == NGRAM:
         return NGRAM, None
     model = copy.deepcopy(drafter) if isinstance(drafter, DFlashDraftModel) else load_drafter(drafter)
     check_target(model.config, target_sha256, spec.hidden_size, spec.num_layers, spec.vocab_size)
-    sha256 = None if isinstance(drafter, DFlashDraftModel) else weights_sha256(drafter)
+    sha256 = None if isinstance(drafter, DFlashDraftModel) else weights_sha256(drafter, [MASK_EMBEDDING_NAME])
     return model.to(device, dtype).eval().requires_grad_(False), sha256
 
 

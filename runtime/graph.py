@@ -46,7 +46,7 @@ class GraphBackend(PlanBackend):
         self.launches = build_launches(self.plan, self.weights, self.memory)
         self._graph: Any = None
 
-    def _run(self) -> None:
+    def _start(self) -> None:
         if self._is_interpreted:
             self._launch_all(is_dependent=False)
             return

@@ -1,6 +1,6 @@
 """A drafter as it is: the PyTorch module, with a context for every slot. Serves every option, on any device.
 
-The reference backend drafts with it, and so does the compiled one where its kernels lack an option of the drafter.
+The reference backend drafts with it, and so does the compiled one where its kernels cannot take the drafter's sizes.
 
 Legend: R rows, C features, K block slots, D hidden, U draft vocabulary, V vocabulary.
 """

@@ -22,6 +22,7 @@ from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backend import DraftRequest, Rows
+from speedstack.runtime.budget import compiled_cost
 from speedstack.runtime.formats import WeightFormat, WeightFormats
 from speedstack.runtime.memory import Memory, row_records
 from speedstack.runtime.module_drafter import ModuleDrafter
@@ -52,7 +53,7 @@ def check_supported(name: str, weights: ModelWeights) -> bool:
 
 
 class PlanBackend:
-    """One way of executing plans. A subclass builds its kernels in `_prepare` and makes a step in `_run` and `_tokens`.
+    """One way of executing plans. A subclass builds its kernels in `_prepare` and begins a step in `_start`.
 
     num_rows: of a step; split_size: positions that one item of attention takes; powers of two. num_programs: what the
     plan is cut for.
@@ -60,6 +61,7 @@ class PlanBackend:
 
     name: str
     no_trees_because: str | None = "its kernels write keys and values at a row's position, which siblings would share"
+    round_cost = compiled_cost()  # not measured on a GPU
     plan: Plan
     memory: Memory
 
@@ -88,13 +90,12 @@ class PlanBackend:
         """Builds kernels and their arguments for `plan` and `memory`."""
         raise NotImplementedError
 
-    def _run(self) -> None:
-        """Computes the rows in `memory.rows`."""
+    def _start(self) -> None:
+        """Begins to compute the rows in `memory.rows`."""
         raise NotImplementedError
 
-    def _tokens(self) -> list[int]:
-        """The rows' tokens that the step just run has sampled."""
-        return self.memory.tokens[0].tolist()
+    def _finish(self) -> None:
+        """Looks after what `_start` began; raises RuntimeError where it failed."""
 
     def set_drafter(self, drafter: DFlashDraftModel | None) -> None:
         w = self.weights
@@ -117,12 +118,21 @@ class PlanBackend:
         drafter = self.drafter.cache_bytes() if self.drafter is not None else 0
         return sum(cache.nbytes for cache in self.memory.caches) + drafter
 
+    def repeat(self, num_steps: int) -> None:
+        """Computes the newest step again, so many times, and waits for none: what the device needs for a step."""
+        with self._on_device():
+            for _ in range(num_steps):
+                self._start()
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        # Kernels are launched on the current device, which need not be the weights'.
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
     @torch.no_grad()
     def step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
         assert rows.parents is None, "the engine asks for no trees here"
         assert all(a < b for a, b in pairwise(logit_rows)), "logit rows have to ascend"
-        # Kernels are launched on the current device, which need not be the weights'.
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+        with self._on_device():
             return self._step(rows, logit_rows)
 
     def _step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
@@ -133,13 +143,13 @@ class PlanBackend:
             here = [row - start for row in logit_rows if start <= row < start + self.plan.rows]
             if here:
                 parts.append(self.memory.logits_VR[:, here].T.contiguous())
-                tokens = self._tokens()
-                best += [tokens[row] for row in here]
+                best += self.memory.tokens[0, here].tolist()
         return torch.cat(parts) if parts else self.memory.logits_VR.new_empty(0, self.weights.spec.vocab_size), best
 
     def _step_chunk(self, rows: Rows) -> None:
         self.memory.rows.copy_(row_records(rows, self.plan.rows))
-        self._run()
+        self._start()
+        self._finish()
         if self.drafter is not None:
             features_RC = self.memory.features_CR.T[: len(rows.tokens)]
             self.drafter.write(features_RC, rows.slots, rows.positions)

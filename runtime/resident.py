@@ -99,11 +99,11 @@ class ResidentBackend(PlanBackend):
         )
         self.next_step = 0
 
-    def _run(self) -> None:
-        (self._last_tokens,) = self._launch(1)
+    def _start(self) -> None:
+        self._launch(1)
 
-    def _tokens(self) -> list[int]:
-        return self._last_tokens
+    def _finish(self) -> None:
+        self._outcome(1)
 
     def run_alone(self, rows: Rows, num_steps: int) -> list[list[int]]:
         """Tokens of each of several steps, made without the host: each row goes on with what was sampled for it.
@@ -115,7 +115,8 @@ class ResidentBackend(PlanBackend):
         assert len(set(rows.slots)) == len(rows.slots) <= self.plan.rows and 2 <= num_steps <= MAX_STEPS
         assert max(rows.positions) + num_steps <= self.max_length
         self.memory.rows.copy_(row_records(rows, self.plan.rows))
-        return [tokens[: len(rows.tokens)] for tokens in self._launch(num_steps)]
+        self._launch(num_steps)
+        return [tokens[: len(rows.tokens)] for tokens in self._outcome(num_steps)]
 
     def arguments(self, num_steps: int) -> dict[str, Any]:
         """The kernel's, by its parameters."""
@@ -128,7 +129,7 @@ class ResidentBackend(PlanBackend):
             "max_polls": self.max_polls,
         }
 
-    def _launch(self, num_steps: int) -> list[list[int]]:
+    def _launch(self, num_steps: int) -> None:
         from speedstack.runtime.kernels.triton.resident import resident_kernel
 
         num_programs, arguments = self._num_programs + self.num_movers, self.arguments(num_steps)
@@ -140,6 +141,8 @@ class ResidentBackend(PlanBackend):
         else:
             resident_kernel[(num_programs,)](**arguments, **compile_options())
         self.next_step += num_steps
+
+    def _outcome(self, num_steps: int) -> list[list[int]]:
         # The one copy from the GPU, which waits for the kernel.
         *tokens, has_failed = self.memory.outbox.tolist()
         if has_failed:

@@ -15,7 +15,8 @@ from speedstack.runtime.text import TextStream
 class RunningSequence:
     """State of one prompt's continuation. `slot` is the cache slot, -1 until the engine admits it.
 
-    `num_drafts`: proposals a round at most; `ngram_size`: of the look-up that makes them, None for a drafter.
+    `num_drafts`: proposals a round at most; `budget` says how many of them are worth it, None for all; `ngram_size`: of
+    the look-up that makes them, None for a drafter.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class RunningSequence:
         stop: Sequence[str],
         tokenizer: Any,
         num_drafts: int,
-        is_adaptive: bool,
+        budget: DraftBudget | None,
         ngram_size: int | None = None,
     ) -> None:
         self.tokens = list(prompt)
@@ -43,7 +44,7 @@ class RunningSequence:
         self._has_stop, self._undecoded = bool(stop), list[int]()
         self._num_drafts = num_drafts
         self._ngrams = NgramIndex(ngram_size) if ngram_size is not None else None
-        self._budget = DraftBudget(num_drafts, is_drafting_free=self._ngrams is not None) if is_adaptive else None
+        self._budget = budget
         self.stats = GenerationStats(
             num_prompt_tokens=len(prompt),
             drafted_by_position=[0] * num_drafts,

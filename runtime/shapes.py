@@ -1,10 +1,13 @@
-"""Weights of a model's shapes without their values: what a plan's kernels are built and compiled for.
+"""Weights of a model's shapes without their values, or with random ones: what kernels are compiled for and timed on.
 
-On the meta device they take no memory, so that kernels of a model of any size can be compiled anywhere; on a GPU they
-hold whatever lies there until someone fills them.
+On the meta device they take no memory, so that kernels of a model of any size can be compiled anywhere. Random ones are
+drawn where they lie, packed experts as bytes, so that a model as large as the device's memory needs no other.
 
 Legend: D hidden, O qkv rows, N heads, H head dim, F dense intermediate, E experts, I expert intermediate, V vocabulary.
 """
+
+import math
+from typing import Any
 
 import torch
 
@@ -25,6 +28,56 @@ def empty_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device, is_
         for layer in spec.layers
     ]
     return ModelWeights(spec, shapes.plain(V, D), layers, shapes.plain(D), shapes.plain(V, D))
+
+
+def random_weights(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, is_packed: bool, seed: int = 0
+) -> ModelWeights:
+    """Weights of `empty_weights`, drawn so that a step's values stay near one and tokens stay apart.
+
+    Embeddings are normal; every matrix is normal with variance 1 / columns, those that add to the hidden state divided
+    by twice the number of layers besides, as GPT-2 does. A token's own embedding then dominates its hidden state in
+    every layer, so that rows reach routers in independent directions and their experts are nearly independent and
+    uniform draws: as many different experts as a step of those rows can be expected to read, an upper bound for text.
+    Packed experts have uniform codes under one of two scales, which give the same variance.
+    """
+    weights = empty_weights(spec, dtype, device, is_packed)
+    filler = _Filler(torch.Generator(device).manual_seed(seed), (2 * spec.num_layers) ** -0.5)
+    for owner in (weights, *(part for layer in weights.layers for part in (layer.attention, layer.mlp))):
+        for name, value in vars(owner).items():
+            filler.fill(name, value)
+    return weights
+
+
+_E2M1_RMS = (68.5 / 8) ** 0.5  # of the eight magnitudes
+_ADDS_TO_HIDDEN = ("output_DO", "down_DF", "down_EDI")
+
+
+class _Filler:
+    def __init__(self, generator: torch.Generator, residual_scale: float) -> None:
+        self.generator, self.residual_scale = generator, residual_scale
+
+    def fill(self, name: str, value: Any) -> None:
+        """Draws the values of a weight in place; what is no weight stays."""
+        if isinstance(value, MXFP4Tensor):
+            exponent = math.log2(self.deviation(name, value) / _E2M1_RMS)
+            value.codes.random_(0, 256, generator=self.generator)
+            # The variance of equal shares of 2**e and 2**(e - 1) is 0.625 times that of the larger.
+            largest = 127 + round(exponent - math.log2(0.625) / 2)
+            value.scales.random_(largest - 1, largest + 1, generator=self.generator)
+        elif isinstance(value, torch.Tensor):
+            if "norm" in name:
+                value.uniform_(0.8, 1.2, generator=self.generator)
+            else:
+                value.normal_(0.0, self.deviation(name, value), generator=self.generator)
+
+    def deviation(self, name: str, value: Weight) -> float:
+        """Standard deviation of a weight's values."""
+        if name == "embedding_VD":
+            return 1.0
+        if "bias" in name or "sinks" in name:
+            return 0.02
+        return value.shape[-1] ** -0.5 * (self.residual_scale if name in _ADDS_TO_HIDDEN else 1.0)
 
 
 class _Shapes:

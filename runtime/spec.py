@@ -183,8 +183,9 @@ def _gpt_oss_layers(config: Any) -> tuple[LayerSpec, ...]:
             has_correction_bias=False,
             renormalize=True,
             has_bias=True,
-            swiglu_limit=float(config.swiglu_limit),
-            swiglu_alpha=float(config.swiglu_alpha),
+            # Releases of transformers whose config lacks the two compute with these numbers.
+            swiglu_limit=float(getattr(config, "swiglu_limit", 7.0)),
+            swiglu_alpha=float(getattr(config, "swiglu_alpha", 1.702)),
         )
         layers.append(LayerSpec(attention, moe))
     return tuple(layers)

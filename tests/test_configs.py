@@ -6,9 +6,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from speedstack.ablation_config import AblationConfig
 from speedstack.cli import VERBS, config_loader
 from speedstack.demo_config import MANAGED, SIZES, load_demo_config, stage_configs
-from speedstack.drafter_ablation import AblationConfig
 from speedstack.train.config import KINDS, dump_config, read_config
 
 ROOT = Path(__file__).resolve().parent.parent

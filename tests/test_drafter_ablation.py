@@ -8,8 +8,11 @@ import pytest
 import yaml
 
 from speedstack import drafter_ablation, step_times
-from speedstack.drafter_ablation import Ablation, AblationConfig, main
+from speedstack.ablation_config import AblationConfig
+from speedstack.drafter_ablation import Ablation, main
 from speedstack.eval.drafter_rows import AblationTimes, DrafterAblation
+from speedstack.quant.checkpoint import load_model
+from speedstack.train import frozen_target
 from speedstack.train.config import read_config
 
 ROWS = {
@@ -132,6 +135,13 @@ def test_rows_added_later_get_steps_of_the_same_budget(config, tmp_path, monkeyp
         turns.append(row)
         now_ms += load * cost_ms[row] * (10.0 if step == 0 else 1.0)
 
+    loaded: list[Path] = []
+
+    def counting_load(path, **options):
+        loaded.append(path)
+        return load_model(path, **options)
+
+    monkeypatch.setattr(frozen_target, "load_model", counting_load)
     monkeypatch.setattr(step_times, "train_step", fake_step)
     monkeypatch.setattr(step_times, "time", SimpleNamespace(perf_counter=lambda: now_ms / 1e3))
     raw = yaml.safe_load(config.read_text())
@@ -147,6 +157,7 @@ def test_rows_added_later_get_steps_of_the_same_budget(config, tmp_path, monkeyp
 
     times_of("plain", "eagle", "all of them")
     assert turns == ["plain", "eagle", "all of them"] * 3
+    assert len(loaded) == 1  # for three rows
     load = 3.0
     turns.clear()
     times_of("added")  # a row that is not asked for is the one to compare with

@@ -28,7 +28,6 @@ from tqdm import tqdm
 from speedstack.dflash.accept import leading_run
 from speedstack.dflash.block import layer_masks, make_blocks
 from speedstack.dflash.checkpoint import load_drafter, save_drafter
-from speedstack.dflash.config import DFlashConfig, default_target_layer_ids
 from speedstack.dflash.loss import BlockLoss, Objective, block_loss
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.acceptance import measure_acceptance
@@ -41,6 +40,7 @@ from speedstack.train.config import DrafterConfig, config_hash
 from speedstack.train.data import PackedWindows
 from speedstack.train.distributed import World
 from speedstack.train.drafter_eval import GreedyText, Simulated, simulate
+from speedstack.train.drafter_shape import draft_config
 from speedstack.train.drafter_text import (
     describe_text,
     needed_corpus,
@@ -51,13 +51,12 @@ from speedstack.train.drafter_text import (
 )
 from speedstack.train.drafter_windows import Windows, WindowStream
 from speedstack.train.features import FeatureSettings, StoredFeatures, holds_final, windows_sha256, write_features
-from speedstack.train.frozen_target import Features, FrozenTarget, gather_final
+from speedstack.train.frozen_target import Features, FrozenTarget, LoadTarget, gather_final
 from speedstack.train.loop import OnStep, Recipe, RunResult, run
 from speedstack.train.packing import WrittenText
 from speedstack.train.precision import resolve_precision
 from speedstack.train.qat import load_tokenizer
-
-_MAX_LAYERS_ALL_TAPPED = 8
+from speedstack.train.sharding import whole_weight
 
 
 class DrafterRecipe(Recipe):
@@ -65,9 +64,12 @@ class DrafterRecipe(Recipe):
 
     name = "drafter"
 
-    def __init__(self, config: DrafterConfig, show_progress: bool = True) -> None:
+    def __init__(
+        self, config: DrafterConfig, show_progress: bool = True, load_target: LoadTarget = FrozenTarget
+    ) -> None:
         self.config = config
         self.show_progress = show_progress
+        self._load_target = load_target
         section = config.drafter
         _check_zero_stage(config)
         self.objective = Objective(section.ce_weight, section.kl_weight, section.tv_weight)
@@ -93,7 +95,7 @@ class DrafterRecipe(Recipe):
         world.barrier()
         texts = {name: read_split(self.config, name, split, self.target_sha256) for name, split in splits.items()}
         # Not before: the engine that writes text holds the target too.
-        self.target = FrozenTarget(section.target, world.device, self.target_dtype)
+        self.target = self._load_target(section.target, world.device, self.target_dtype)
         self.features_path = section.features_path or self.config.run_directory / "features"
         needs_final = self.objective.is_soft or (section.features == "disk" and holds_final(self.features_path))
         self.target.tap(self.draft_config.target_layer_ids, with_final=needs_final)
@@ -245,7 +247,7 @@ class DrafterRecipe(Recipe):
             self.objective,
             target_hidden_AJD=gather_final(features.final_BTD, blocks.before_BAJ),
             markov_AJR=None if markov is None else markov.markov_w1(blocks.previous_BAJ.flatten(0, 1)),
-            markov_VR=None if markov is None else markov.markov_w2.weight,
+            markov_VR=None if markov is None else whole_weight(markov.markov_w2),
         )
         return result, valid_AJ
 
@@ -302,59 +304,11 @@ class DrafterRecipe(Recipe):
         return tqdm(desc=what, unit=unit, leave=False, disable=not (self.show_progress and self.world.is_main))
 
 
-def draft_config(
-    config: DrafterConfig, target_config: Any, tokenizer_mask_id: int | None, target_sha256: str
-) -> DFlashConfig:
-    """The drafter's shape for a target with the transformers config `target_config`.
-
-    Raises ValueError when no mask token is known, a tapped layer does not exist, or an option does not fit the target.
-    """
-    section = config.drafter
-    mask_token_id = tokenizer_mask_id if section.mask_token_id is None else section.mask_token_id
-    if mask_token_id is None:
-        raise ValueError("the target's tokenizer has no mask token: set drafter.mask_token_id to an unused id")
-    num_target_layers = target_config.num_hidden_layers
-    layer_type = "full_attention" if section.sliding_window is None else "sliding_attention"
-    return DFlashConfig(
-        hidden_size=target_config.hidden_size,
-        intermediate_size=section.intermediate_size,
-        num_hidden_layers=section.num_layers,
-        num_attention_heads=section.num_attention_heads,
-        num_key_value_heads=section.num_key_value_heads,
-        head_dim=section.head_dim,
-        vocab_size=target_config.vocab_size,
-        mask_token_id=mask_token_id,
-        target_layer_ids=section.target_layer_ids or _default_layer_ids(num_target_layers),
-        num_target_layers=num_target_layers,
-        block_size=section.block_size,
-        rope_theta=section.rope_theta,
-        max_position_embeddings=target_config.max_position_embeddings,
-        target_sha256=target_sha256,
-        sample_from_anchor=section.sample_from_anchor,
-        markov_rank=section.markov_rank,
-        draft_vocab_size=section.draft_vocab_size,
-        layer_types=(layer_type,) * section.num_layers,  # type: ignore[arg-type]
-        sliding_window=section.sliding_window,
-        sliding_is_causal=section.sliding_is_causal,
-        attention_sinks=section.attention_sinks,
-        attention_value_scale=section.attention_value_scale,
-        partial_rotary_factor=section.partial_rotary_factor,
-        mask_embedding=section.mask_embedding,
-    )
-
-
-def _default_layer_ids(num_target_layers: int) -> tuple[int, ...]:
-    """All layers of a small target, whose features cost next to nothing; z-lab's five of a large one."""
-    if num_target_layers <= _MAX_LAYERS_ALL_TAPPED:
-        return tuple(range(num_target_layers))
-    return default_target_layer_ids(num_target_layers, 5)
-
-
 def _check_zero_stage(config: DrafterConfig) -> None:
     """Refuse what reads parameters outside of the model's forward, where ZeRO-3 has gathered none."""
     if config.distributed.zero_stage < 3:
         return
-    names = ("markov_rank", "mask_embedding", "num_served_prompts")
+    names = ("mask_embedding", "num_served_prompts")
     in_the_way = [name for name in names if getattr(config.drafter, name)]
     if in_the_way:
         raise ValueError(
@@ -371,13 +325,18 @@ def _advance(bar: Any) -> Callable[[int, int], None]:
     return advance
 
 
-def make_recipe(config: DrafterConfig, show_progress: bool = True) -> DrafterRecipe:
-    """The recipe of the configured architecture. Raises ValueError for options that it does not have."""
+def make_recipe(
+    config: DrafterConfig, show_progress: bool = True, load_target: LoadTarget = FrozenTarget
+) -> DrafterRecipe:
+    """The recipe of the configured architecture; `load_target`: where its target comes from, a `SharedTarget` perhaps.
+
+    Raises ValueError for options that it does not have.
+    """
     if config.drafter.architecture == "eagle":
         from speedstack.train.eagle import EagleRecipe  # which inherits from this module's recipe
 
-        return EagleRecipe(config, show_progress)
-    return DrafterRecipe(config, show_progress)
+        return EagleRecipe(config, show_progress, load_target)
+    return DrafterRecipe(config, show_progress, load_target)
 
 
 def train_drafter(config: DrafterConfig, on_step: OnStep | None = None) -> RunResult:

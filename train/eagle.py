@@ -22,7 +22,7 @@ from speedstack.dflash.loss import BlockLoss, block_loss
 from speedstack.train.config import DrafterConfig
 from speedstack.train.drafter import DrafterRecipe
 from speedstack.train.drafter_windows import Windows
-from speedstack.train.frozen_target import gather_final
+from speedstack.train.frozen_target import FrozenTarget, LoadTarget, gather_final
 from speedstack.train.trainer import save_tensors
 
 WEIGHTS_NAME = "eagle.safetensors"
@@ -31,8 +31,10 @@ WEIGHTS_NAME = "eagle.safetensors"
 class EagleRecipe(DrafterRecipe):
     """The baseline's part of the training loop. Raises ValueError for options that only block drafters have."""
 
-    def __init__(self, config: DrafterConfig, show_progress: bool = True) -> None:
-        super().__init__(config, show_progress)
+    def __init__(
+        self, config: DrafterConfig, show_progress: bool = True, load_target: LoadTarget = FrozenTarget
+    ) -> None:
+        super().__init__(config, show_progress, load_target)
         section = config.drafter
         options = (
             "sample_from_anchor",

@@ -13,6 +13,7 @@ Shape suffixes: B windows, T positions, D hidden, V vocabulary, C = taps * hidde
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -63,6 +64,12 @@ class FrozenTarget:
         self._taps: dict[int, Tensor] = {}
         self._kept: Mapping[bytes, Tensor] = {}
         self.with_final = False
+
+    def sharing(self) -> FrozenTarget:
+        """Another one with the same weights, not copied, and taps of its own; of one that has no taps yet."""
+        assert not hasattr(self, "layer_ids"), "hooks of taps would be copied too"
+        weights = [*self.decoder.parameters(), *self.decoder.buffers(), self.embedding_VD, *self._heads_VD.values()]
+        return copy.deepcopy(self, {id(weight): weight for weight in weights})
 
     def tap(self, layer_ids: Sequence[int], with_final: bool = False) -> None:
         """Make `features` the outputs of these layers; without the final states, drop the layers after the last."""
@@ -166,6 +173,23 @@ class FrozenTarget:
         if dtype not in self._heads_VD:
             self._heads_VD[dtype] = self._heads_VD[torch.float32].to(dtype)
         return self._heads_VD[dtype]
+
+
+LoadTarget = Callable[[Path, torch.device, torch.dtype], FrozenTarget]
+
+
+class SharedTarget:
+    """A `LoadTarget` that reads a model once, for all that ask for it in the same dtype on the same device."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[tuple[Path, torch.device, torch.dtype], FrozenTarget] = {}
+
+    def __call__(self, path: Path, device: torch.device, dtype: torch.dtype) -> FrozenTarget:
+        """See `FrozenTarget`."""
+        key = path, device, dtype
+        if key not in self._loaded:
+            self._loaded[key] = FrozenTarget(path, device, dtype)
+        return self._loaded[key].sharing()
 
 
 def _document_spans(documents_BT: Tensor) -> list[tuple[int, int, int]]:

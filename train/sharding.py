@@ -47,6 +47,19 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         yield
 
 
+def whole_weight(linear: nn.Linear) -> torch.Tensor:
+    """The weight of `linear` for a product outside of its forward, to be differentiated; whole if it is sharded.
+
+    A sharded weight is there in its module's own forward alone: it comes out of that as the product with the identity,
+    which is exact in float32.
+    """
+    if not is_sharded(linear.weight):
+        return linear.weight
+    with torch.autocast(linear.weight.device.type, enabled=False):
+        product: torch.Tensor = linear(torch.eye(linear.in_features, device=linear.weight.device))
+        return product.T
+
+
 def load_for_stage(path: Path, dtype: torch.dtype, zero_stage: int, world: World) -> PreTrainedModel:
     """`load_model`, or under ZeRO-3 the same weights in parts. In eval mode; parameters have `dtype`.
 

@@ -14,6 +14,7 @@ from speedstack.eval.page import (
     Section,
     Table,
     format_bytes,
+    format_spread,
     number,
     number_and_error,
     plural,
@@ -80,9 +81,7 @@ def _row(row: AblationRow) -> tuple[Cell, ...]:
         number_and_error(row.score, row.score_stderr, ".3f"),
         number_and_error(row.tau_greedy, row.tau_greedy_stderr, ".2f"),
         number_and_error(row.tau, row.tau_stderr, ".2f"),
-        MISSING
-        if rate is None
-        else Cell(f"{rate.median:,.0f} ({rate.q1:,.0f}\u2013{rate.q3:,.0f})", rate.median, doubt),
+        MISSING if rate is None else Cell(format_spread(rate), rate.median, doubt),
         number(row.predicted_tokens_per_second, ",.0f"),
     )
 

@@ -49,7 +49,7 @@ def _row(entry: ComparedMetric, other: Difference) -> tuple[Cell, ...]:
     baseline_stderr = "" if entry.baseline_stderr is None else f" \u00b1 {entry.baseline_stderr:.2g}"
     better = {True: "more is better", False: "less is better", None: ""}[entry.higher_is_better]
     return (
-        Cell(entry.task.removeprefix("speedstack_")),
+        Cell(_task(entry)),
         Cell(entry.metric, note=better),
         Cell(other.result),
         count(entry.num_documents),
@@ -73,7 +73,7 @@ def _figure(comparison: Comparison) -> FigureBlock | None:
     }
     svg = plots.dots(
         f"Recovery, suite {comparison.suite}",
-        [entry.task.removeprefix("speedstack_") for entry in entries],
+        [_task(entry) for entry in entries],
         series,
         f"recovery (% of {comparison.baseline}; whiskers: 95 % interval)",
         reference=100.0,
@@ -89,6 +89,10 @@ def _interval(other: Difference) -> tuple[float, float, float] | None:
         return None
     error = Z95 * (other.stderr or 0.0) * other.recovery / abs(other.value) if other.value else 0.0
     return 100 * other.recovery, 100 * (other.recovery - error), 100 * (other.recovery + error)
+
+
+def _task(entry: ComparedMetric) -> str:
+    return entry.task.removeprefix("speedstack_").replace("_", " ")
 
 
 def _p_value(p_value: float) -> str:

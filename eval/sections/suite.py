@@ -76,7 +76,7 @@ def _score_row(headline: HeadlineMetric, found: Sequence[Found[SuiteResult]]) ->
             continue
         note = plural(_num_documents(one.result, headline.task), "document")
         # A share is read in percent; other metrics (perplexities, bits) as they are.
-        if stderr is not None and 0 <= value <= 1:
+        if stderr is not None and _is_share(one.result, headline.task, metric):
             cells.append(Cell(f"{100 * value:.2f} \u00b1 {100 * stderr:.2f}%", value, note))
         else:
             error = "" if stderr is None else f" \u00b1 {stderr:.2g}"
@@ -96,12 +96,10 @@ def _figure(
         row: list[tuple[float, float, float] | None] = []
         for one in found:
             value, stderr = one.result.value(headline.task, metric), one.result.stderr(headline.task, metric)
-            is_share = value is not None and stderr is not None and 0 <= value <= 1
-            row.append(
-                (100 * value, 100 * (value - Z95 * stderr), 100 * (value + Z95 * stderr))
-                if is_share and value is not None and stderr is not None
-                else None
-            )
+            if value is None or stderr is None or not _is_share(one.result, headline.task, metric):
+                row.append(None)
+            else:
+                row.append((100 * value, 100 * (value - Z95 * stderr), 100 * (value + Z95 * stderr)))
         if any(row):
             names.append(_short(headline.task))
             for label, point in zip(labels, row, strict=True):
@@ -173,7 +171,7 @@ def _requests(found: Sequence[Found[SuiteResult]], labels: Sequence[str]) -> Tab
 
 
 def _short(task: str) -> str:
-    return task.removeprefix("speedstack_")
+    return task.removeprefix("speedstack_").replace("_", " ")
 
 
 def _num_documents(result: SuiteResult, task: str) -> int:
@@ -187,3 +185,9 @@ def _num_documents(result: SuiteResult, task: str) -> int:
 def _better(result: SuiteResult, task: str, metric: str) -> str | None:
     found = result.lm_eval.get("higher_is_better", {}).get(task, {}).get(metric.partition(",")[0])
     return {True: "higher", False: "lower"}.get(found)
+
+
+def _is_share(result: SuiteResult, task: str, metric: str) -> bool:
+    """Whether a score counts documents done right: bits and perplexities may lie in [0, 1] too, but less is better."""
+    value = result.value(task, metric)
+    return value is not None and 0 <= value <= 1 and _better(result, task, metric) == "higher"

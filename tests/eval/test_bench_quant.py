@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from speedstack.eval import bench_quant
-from speedstack.eval.bench_quant import COPY, OURS, PEERS, REFERENCE, QuantBench, main
+from speedstack.eval import bench_quant, quant_race
+from speedstack.eval.bench_quant import QuantBench, main
+from speedstack.eval.quant_race import COPY, OURS, PEERS, REFERENCE
 from speedstack.quant import mxfp4
 
 SMALL = ["--shape", "2,64,64", "--repeats", "2"]
@@ -45,10 +46,11 @@ def test_measures_every_contestant_and_writes_json(tmp_path: Path, capsys: pytes
 
 
 def test_a_peer_that_cannot_run_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(scale_rule: mxfp4.ScaleRule) -> bench_quant.Library:
+    def broken(scale_rule: mxfp4.ScaleRule) -> quant_race.Library:
         raise ImportError("not today")
 
-    monkeypatch.setattr(bench_quant, "PEERS", {"torchao": broken})
+    for module in (bench_quant, quant_race):
+        monkeypatch.setattr(module, "PEERS", {"torchao": broken})
     import torch
 
     result = bench_quant.bench((1, 32, 32), torch.device("cpu"), ("float32",), "mse", 1)

@@ -11,13 +11,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 from speedstack.eval.kernel_resources import (
-    MODELS,
     KernelResources,
     KernelResourcesResult,
     compiled_kernels,
     compiled_resident,
     model_spec,
 )
+from speedstack.eval.released import MODELS
 from speedstack.runtime.kernels.triton.resources import MAX_SHARED_BYTES
 
 OPS = {"embed", "qkv", "attention", "combine", "o_proj", "router", "expert_gate_up", "expert_down", "lm_head", "sample"}

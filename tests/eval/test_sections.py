@@ -152,7 +152,7 @@ def test_suite_is_a_column_a_model() -> None:
     (section,) = sections.sections("eval", found)
     scores, runs, requests = tables([section])
     assert section.title == "Suite offline" and "cut to their first documents" in " ".join(section.paragraphs)
-    assert column(scores, "task") == ["close_line", "heldout"] and column(scores, "better") == ["higher", "lower"]
+    assert column(scores, "task") == ["close line", "heldout"] and column(scores, "better") == ["higher", "lower"]
     # Both directories are called export: their parents tell them apart.
     assert column(scores, "pretrain/export") == ["60.00 \u00b1 2.00%", "812.5"]
     assert column(scores, "qad/export") == ["58.00 \u00b1 2.00%", "812.5"]

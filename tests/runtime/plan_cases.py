@@ -5,20 +5,17 @@ Legend: R rows, D hidden, V vocabulary, G key/value heads, K choices of a row.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from speedstack.quant.mxfp4 import MXFP4Tensor, quantize
 from speedstack.runtime.backend import Rows
-from speedstack.runtime.plan import Phase
 from speedstack.runtime.plan_backend import PlanBackend
-from speedstack.runtime.reference import ReferenceBackend, _experts, rms_norm, route, swiglu
+from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.shapes import empty_weights
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec, YarnSpec
-from speedstack.runtime.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights
+from speedstack.runtime.weights import ModelWeights
 
 CPU = torch.device("cpu")
 MAX_LENGTH, NUM_SLOTS, NUM_ROWS = 64, 3, 4
@@ -121,90 +118,6 @@ def fill(backend: PlanBackend, reference: ReferenceBackend) -> None:
 def rows_of(ids: list[list[int]], *places: tuple[int, int]) -> Rows:
     """Rows at (slot, position)."""
     return Rows([ids[s][p] for s, p in places], [s for s, _ in places], [p for _, p in places])
-
-
-def expected_buffers(backend: ReferenceBackend, rows: Rows) -> dict[str, torch.Tensor]:
-    """What each phase of a step writes, by the reference's own functions, rows first."""
-    weights, eps = backend.weights, backend.weights.spec.rms_norm_eps
-    slots_R, positions_R = torch.tensor(rows.slots), torch.tensor(rows.positions)
-    hidden_RD = weights.embedding_VD[torch.tensor(rows.tokens)]
-    seen = {"embed": hidden_RD}
-    for index, (layer, spec) in enumerate(zip(weights.layers, weights.spec.layers, strict=True)):
-        a, at = layer.attention, f"L{index:02d}."
-        x_RD = rms_norm(hidden_RD, a.norm_D, eps)
-        bias_O = 0.0 if a.qkv_bias_O is None else a.qkv_bias_O
-        seen[at + "qkv"] = x_RD @ a.qkv_OD.T + bias_O
-
-        def attend(x_RD: torch.Tensor, a: AttentionWeights, index: int = index) -> torch.Tensor:
-            return backend._attention(index, x_RD, a, slots_R, positions_R, None)
-
-        identity = torch.eye(a.output_DO.shape[1])
-        seen[at + "combine"] = attend(x_RD, replace(a, output_DO=identity, output_bias_D=None))
-        hidden_RD = seen[at + "o_proj"] = hidden_RD + attend(x_RD, a)
-        x_RD = rms_norm(hidden_RD, layer.mlp.norm_D, eps)
-        if isinstance(layer.mlp, DenseWeights):
-            gate_RF, up_RF = (x_RD @ layer.mlp.gate_up_FD.T).chunk(2, dim=-1)
-            seen[at + "gate_up"] = F.silu(gate_RF) * up_RF
-            hidden_RD = seen[at + "down"] = hidden_RD + seen[at + "gate_up"] @ layer.mlp.down_DF.T
-        else:
-            assert isinstance(spec.mlp, MoeSpec)
-            hidden_RD = seen[at + "down"] = hidden_RD + _mixture(x_RD, layer.mlp, spec.mlp, seen, at)
-    final_RD = rms_norm(hidden_RD, weights.norm_D, eps)
-    seen["lm_head"] = final_RD @ weights.lm_head_VD.T
-    return seen
-
-
-def _mixture(
-    x_RD: torch.Tensor, moe: MoeWeights, spec: MoeSpec, seen: dict[str, torch.Tensor], at: str
-) -> torch.Tensor:
-    logits_RE = seen[at + "router"] = x_RD @ moe.router_ED.T + (
-        0.0 if moe.router_bias_E is None else moe.router_bias_E
-    )  # fmt: skip
-    experts_RK, weights_RK = route(logits_RE, moe.correction_bias_E, spec)
-    act, out_RD = [], torch.zeros_like(x_RD)
-    for k in range(spec.top_k):
-        index_R = experts_RK[:, k]
-        gate_up_RI = (_experts(moe.gate_up_EID, index_R, x_RD.dtype) @ x_RD[:, :, None])[..., 0]
-        if moe.gate_up_bias_EI is not None:
-            gate_up_RI = gate_up_RI + moe.gate_up_bias_EI[index_R]
-        act.append(swiglu(gate_up_RI, spec))
-        down_RD = (_experts(moe.down_EDI, index_R, x_RD.dtype) @ act[-1][:, :, None])[..., 0]
-        if moe.down_bias_ED is not None:
-            down_RD = down_RD + moe.down_bias_ED[index_R]
-        out_RD = out_RD + weights_RK[:, k, None] * down_RD
-    seen[at + "gate_up"] = torch.cat(act, dim=1)
-    return out_RD
-
-
-def found_buffer(backend: PlanBackend, phase: Phase, num_rows: int) -> torch.Tensor | None:
-    """What a phase wrote, rows first, in the reference's order of columns; None where that is not compared."""
-    R = backend.plan.rows
-    buffers, weights = backend.memory.buffers, backend.weights
-    if phase.op in ("embed", "o_proj", "dense_down", "expert_down"):
-        return backend.memory.hidden_DR.T[:num_rows]
-    if phase.op == "lm_head":
-        return backend.memory.logits_VR.T[:num_rows]
-    if phase.layer is None:
-        return None
-    a, mlp = weights.spec.layers[phase.layer].attention, weights.spec.layers[phase.layer].mlp
-    if phase.op == "qkv":
-        columns = phase.axes[1].size * phase.tile
-        grouped = buffers["qkv"][: a.num_kv_heads * columns * R].view(a.num_kv_heads, columns, R)
-        q = a.num_heads // a.num_kv_heads * a.qk_head_dim
-        ends = [0, q, q + a.qk_head_dim, q + a.qk_head_dim + a.v_head_dim]
-        parts = [grouped[:, start:end].flatten(0, 1) for start, end in pairwise(ends)]
-        return torch.cat(parts).T[:num_rows]
-    if phase.op == "combine":
-        return buffers["attended"][: R * a.num_heads * a.v_head_dim].view(R, -1)[:num_rows]
-    if phase.op == "router":
-        assert isinstance(mlp, MoeSpec)
-        return buffers["router"][: mlp.num_experts * R].view(-1, R).T[:num_rows]
-    if phase.op == "expert_gate_up":
-        assert isinstance(mlp, MoeSpec)
-        return buffers["act"][: R * mlp.top_k * mlp.intermediate_size].view(R, -1)[:num_rows]
-    if phase.op == "dense_gate_up":
-        return buffers["act"][: mlp.intermediate_size * R].view(-1, R).T[:num_rows]
-    return None
 
 
 def check_caches(backend: PlanBackend, reference: ReferenceBackend) -> None:

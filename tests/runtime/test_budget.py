@@ -1,7 +1,8 @@
 """Budgets: as many drafts as pay, and none where none do."""
 
-from speedstack.runtime.budget import DraftBudget, num_worth
+from speedstack.runtime.budget import IN_PYTORCH, PYTORCH_BESIDE_COMPILED, DraftBudget, compiled_cost, num_worth
 
+COST = compiled_cost()
 SURE, DOUBTFUL = [0.99] * 7, [0.05] * 7
 
 
@@ -27,24 +28,37 @@ def test_proposals_are_worth_what_they_bring() -> None:
 
 
 def test_budget_follows_the_text() -> None:
-    budget = DraftBudget(limit=7)
+    budget = DraftBudget(7, COST)
     assert play(budget, SURE, num_right=7, num_rounds=8)[-1] == 7
     assert play(budget, SURE, num_right=0, num_rounds=20)[8:].count(0) > 8
 
 
 def test_drafts_that_are_thrown_away_count_as_wrong() -> None:
-    drafted = play(DraftBudget(limit=7), DOUBTFUL, num_right=7, num_rounds=40)
+    drafted = play(DraftBudget(7, COST), DOUBTFUL, num_right=7, num_rounds=40)
     assert 0 < sum(count > 0 for count in drafted) < 12
 
 
 def test_budget_tries_again_after_eight_rounds_without_a_draft() -> None:
-    budget = DraftBudget(limit=7)
+    budget = DraftBudget(7, COST)
     drafted = play(budget, SURE, num_right=0, num_rounds=60)
     gaps = "".join("d" if count else "-" for count in drafted[10:]).strip("d").split("d")
     assert {len(gap) for gap in gaps[1:-1] if gap} == {8}
 
 
 def test_doubtful_proposals_are_not_verified() -> None:
-    budget = DraftBudget(limit=7)
+    budget = DraftBudget(7, COST)
     assert budget.num_to_verify([0.99, 0.98, 0.1, 0.9]) == 2
     assert budget.num_to_verify([0.1, 0.99]) == 0
+
+
+def test_what_is_drafted_follows_the_cost() -> None:
+    """A dear drafter is asked for easy text alone, a cheap one always; dearer proposals make shorter drafts."""
+
+    def first(draft: float, token: float) -> int:
+        return DraftBudget(7, compiled_cost(draft, token)).num_to_draft()
+
+    assert [first(0.1, 0.0), first(0.45, 0.0), first(0.45, 0.5), first(2.0, 0.0)] == [3, 4, 3, 0]
+    assert DraftBudget(7, IN_PYTORCH).num_to_draft() == 7
+    assert play(DraftBudget(7, PYTORCH_BESIDE_COMPILED), SURE, num_right=7, num_rounds=40).count(0) > 30
+    assert play(DraftBudget(7, COST), SURE, num_right=7, num_rounds=40).count(0) == 0
+    assert DraftBudget(7, COST.of_look_up).num_to_draft() == 4

@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from speedstack.dflash.checkpoint import load_drafter
+from speedstack.dflash.checkpoint import load_drafter, save_drafter
+from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
-from speedstack.quant.checkpoint import load_model
+from speedstack.quant.checkpoint import load_model, weights_sha256
 from speedstack.runtime import Engine
 from speedstack.runtime.backend import DraftRequest
 from speedstack.runtime.compiled_drafter import CompiledDrafter
@@ -48,7 +50,7 @@ def propose(engine: Engine, texts: Sequence[Sequence[int]], num_right: Callable[
             right += [0] * (7 - len(right))
             cut = num_right(position)
             wrong = [(token + 1) % engine.vocab_size for token in right[cut:]]
-            probabilities = [0.95] * cut + [0.05] * (7 - cut)
+            probabilities = [0.95] * cut + [0.005] * (7 - cut)
             drafts.append(Draft.chain((right[:cut] + wrong)[:num_drafts], probabilities[:num_drafts]))
         return drafts
 
@@ -229,6 +231,23 @@ def test_a_drafter_in_memory_serves_as_the_same_on_disk(
     ]
     plain_engine.set_drafter(None)
     assert plain_engine.generate(PROMPTS[0], **options).stats.num_rounds == 29
+
+
+def test_a_mask_embedding_in_a_file_of_its_own_is_a_weight(
+    tiny_packed_dir: Path, tiny_packed_drafter_dir: Path, tmp_path: Path
+) -> None:
+    engine = Engine.from_pretrained(tiny_packed_dir, tiny_packed_drafter_dir, backend="reference")
+    assert engine.drafter_sha256 == weights_sha256(tiny_packed_drafter_dir)
+    plain = load_drafter(tiny_packed_drafter_dir)
+    model = DFlashDraftModel(replace(plain.config, mask_embedding=True))
+    model.load_state_dict(plain.state_dict() | {"mask_embedding": torch.zeros(plain.config.hidden_size)})
+    digests = set()
+    for value in (0.0, 0.5, 0.0):
+        model.mask_embedding.data.fill_(value)  # type: ignore[union-attr]
+        save_drafter(model, tmp_path / "drafter", to="mimo")
+        engine.set_drafter(tmp_path / "drafter")
+        digests.add(engine.drafter_sha256)
+    assert len(digests) == 2 and weights_sha256(tmp_path / "drafter") not in digests
 
 
 def test_set_drafter_refuses_what_does_not_fit(

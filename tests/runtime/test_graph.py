@@ -21,6 +21,7 @@ import torch
 
 from speedstack.runtime import Engine
 from speedstack.runtime.backend import Rows
+from speedstack.runtime.expected import expected_buffers, found_buffer
 from speedstack.runtime.graph import GraphBackend
 from speedstack.runtime.memory import row_records
 from speedstack.runtime.reference import ReferenceBackend
@@ -34,9 +35,7 @@ from tests.runtime.plan_cases import (
     NUM_ROWS,
     NUM_SLOTS,
     check_caches,
-    expected_buffers,
     fill,
-    found_buffer,
     naming,
     prefilled,
     rows_of,

@@ -23,6 +23,7 @@ import torch
 
 from speedstack.runtime import Engine
 from speedstack.runtime.backend import Rows
+from speedstack.runtime.expected import expected_buffers, found_buffer
 from speedstack.runtime.plan import Plan
 from speedstack.runtime.proof import prove
 from speedstack.runtime.reference import ReferenceBackend
@@ -35,9 +36,7 @@ from tests.runtime.plan_cases import (
     SMALL_CASES,
     SMALL_LENGTH,
     check_caches,
-    expected_buffers,
     fill,
-    found_buffer,
     naming,
     prefilled,
     rows_of,

@@ -1,8 +1,11 @@
 """Jobs small enough to train in a second: a corpus of made-up programs and a model of a hundred thousand weights."""
 
 import json
+import os
 import random
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from speedstack.train.config import PretrainConfig, QatConfig
+from speedstack.train.config import DrafterConfig, PretrainConfig, QatConfig, dump_config
 from speedstack.train.corpus import load_corpus, prepare_corpus
 from speedstack.train.loop import RunResult
 from speedstack.train.pretrain import pretrain
@@ -92,6 +95,62 @@ def pretrained(
 ) -> RunResult:
     """A finished pretraining run of 6 steps, read only."""
     return pretrain(make_pretrain_config(tmp_path_factory.mktemp("runs")))
+
+
+@pytest.fixture(scope="session")
+def changed() -> Callable[..., DrafterConfig]:
+    """`changed(config, **sections)`: a drafter's config with these fields of its sections replaced."""
+
+    def change(config: DrafterConfig, **sections: dict[str, Any]) -> DrafterConfig:
+        raw = config.model_dump()
+        for section, values in sections.items():
+            raw[section] |= values
+        return DrafterConfig.model_validate(raw)
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[[str, Path, Sequence[Path]], None]:
+    """`torchrun(source, script, files)`: two processes that run `source`, which is written to `script`, on `files`."""
+
+    def launch(source: str, script: Path, files: Sequence[Path]) -> None:
+        script.write_text(source)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(
+            command + [str(file) for file in files], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    return launch
+
+
+_DRAFTER_JOB = """
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from speedstack.train.config import DrafterConfig, read_config
+from speedstack.train.drafter import train_drafter
+for path in sys.argv[1:]:
+    train_drafter(read_config(DrafterConfig, Path(path)))
+sys.stderr.flush()
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="session")
+def train_by_two(torchrun: Callable[[str, Path, Sequence[Path]], None]) -> Callable[..., None]:
+    """`train_by_two(configs, directory)`: two processes train these drafters, one after the other."""
+
+    def train(configs: Sequence[DrafterConfig], directory: Path) -> None:
+        files = [directory / f"{config.run.name}.yaml" for config in configs]
+        for file, config in zip(files, configs, strict=True):
+            file.write_text(dump_config(config))
+        torchrun(_DRAFTER_JOB, directory / "job.py", files)
+
+    return train
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +56,6 @@ os._exit(0)
 """
 
 
-def torchrun(paths: list[Path], script: Path) -> None:
-    """Two processes that run the jobs of config files, and load model directories in parts."""
-    script.write_text(_JOB)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        command + [str(path) for path in paths], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -77,6 +64,7 @@ def test_two_processes_give_the_losses_of_one_at_every_stage(
     make_qat_config: Callable[..., QatConfig],
     random_model: Callable[[str, Path], Path],
     tmp_path: Path,
+    torchrun: Callable[[str, Path, Sequence[Path]], None],
 ) -> None:
     def config(name: str, **changes: Any) -> QatConfig:
         options = {"optim__name": "adamw", "optim__lr": 1e-3, "optim__weight_decay": 0.1, "qat__trainable": "all"}
@@ -94,7 +82,7 @@ def test_two_processes_give_the_losses_of_one_at_every_stage(
     }  # fmt: skip
     for name, job in jobs.items():
         (tmp_path / f"{name}.yaml").write_text(dump_config(job))
-    torchrun([tmp_path / f"{name}.yaml" for name in jobs], tmp_path / "job.py")
+    torchrun(_JOB, tmp_path / "job.py", [tmp_path / f"{name}.yaml" for name in jobs])
 
     # One process against two: float32 sums in another order. A weight on the edge of two MXFP4 codes may fall to the
     # other side, which moves a KL of 1e-3 and its gradient by some per cent and the held-out loss not at all.
@@ -121,7 +109,7 @@ def test_two_processes_give_the_losses_of_one_at_every_stage(
     families = [random_model(family, tmp_path / family) for family in ("qwen3_moe", "gpt_oss", "minimax_m2")]
     models = [tmp_path / "pretrained", *families]
     shutil.copytree(pretrained.export_path, models[0])
-    torchrun([*(tmp_path / f"{name}.yaml" for name in resumed), *models], tmp_path / "job.py")
+    torchrun(_JOB, tmp_path / "job.py", [*(tmp_path / f"{name}.yaml" for name in resumed), *models])
     for name in resumed:
         directory = jobs[name].run_directory
         assert numbers(directory) == expected_lines[name]

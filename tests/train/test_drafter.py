@@ -1,9 +1,6 @@
 """The drafter recipe on the tiny packed model: batches, what evaluation counts, and a run from end to end."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +13,13 @@ from speedstack.dflash.checkpoint import load_drafter
 from speedstack.quant.checkpoint import load_model, weights_sha256
 from speedstack.runtime import Engine
 from speedstack.train.attention import enable_blockwise_attention
-from speedstack.train.config import DrafterConfig, dump_config
+from speedstack.train.config import DrafterConfig
 from speedstack.train.distributed import World
-from speedstack.train.drafter import DrafterRecipe, draft_config, make_recipe, train_drafter
+from speedstack.train.drafter import DrafterRecipe, make_recipe, train_drafter
 from speedstack.train.drafter_eval import GreedyText
+from speedstack.train.drafter_shape import draft_config
 from speedstack.train.drafter_text import write_text
-from speedstack.train.frozen_target import FrozenTarget
+from speedstack.train.frozen_target import FrozenTarget, SharedTarget
 from speedstack.train.metrics import read_metrics
 
 MODULES = [
@@ -80,13 +78,6 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_packed_dir: Path) -> D
     )
 
 
-def changed(config: DrafterConfig, **sections: dict[str, Any]) -> DrafterConfig:
-    raw = config.model_dump()
-    for section, values in sections.items():
-        raw[section] |= values
-    return DrafterConfig.model_validate(raw)
-
-
 @pytest.fixture(scope="module")
 def recipe(config: DrafterConfig) -> DrafterRecipe:
     built = DrafterRecipe(config, show_progress=False)
@@ -103,7 +94,7 @@ def one_process() -> World:
     return World(rank=0, size=1, device=torch.device("cpu"))
 
 
-def test_text_is_a_stage_of_its_own(config, tmp_path):
+def test_text_is_a_stage_of_its_own(config, tmp_path, changed):
     apart = changed(config, run={"name": "apart"}, drafter={"text": tmp_path / "text"})
     counts: list[tuple[int, int]] = []
     write_text(apart, on_progress=lambda done, total: counts.append((done, total)))
@@ -188,7 +179,7 @@ def test_precomputed_features_are_used_and_the_rest_computed(recipe, tiny_packed
     assert num_windows == 1
 
 
-def test_features_kept_on_disk_are_those_kept_in_memory(config, tmp_path):
+def test_features_kept_on_disk_are_those_kept_in_memory(config, tmp_path, changed):
     kept: dict[str, Any] = {}
     for features in ("memory", "disk"):
         options = {"features": features, "features_path": tmp_path / "features", "kl_weight": 1.0}
@@ -207,7 +198,28 @@ def test_features_kept_on_disk_are_those_kept_in_memory(config, tmp_path):
         DrafterRecipe(other, show_progress=False).build(one_process())
 
 
-def test_a_step_reads_kept_features_and_computes_windows_of_several_documents(config, monkeypatch):
+def test_targets_that_share_weights_have_their_own_taps(tiny_packed_dir):
+    load, ids_BT = SharedTarget(), torch.arange(40).reshape(2, 20) + 5
+    alone = FrozenTarget(tiny_packed_dir, torch.device("cpu"))
+    alone.tap([0, 2], with_final=True)
+    expected = alone.features(ids_BT)
+    first, second, third = (load(tiny_packed_dir, torch.device("cpu"), torch.float32) for _ in range(3))
+    first.tap([0])
+    second.tap([0, 2], with_final=True)
+    third.tap([1, 0])
+    assert [len(target.decoder.layers) for target in (first, second, third)] == [1, 3, 2]
+    pointers = [{p.data_ptr() for p in target.decoder.parameters()} for target in (first, second, third)]
+    assert pointers[0] < pointers[2] < pointers[1]
+    assert first.embedding_VD is second.embedding_VD
+    taps, final = second.features(ids_BT)
+    assert final is not None and expected.final_BTD is not None
+    assert torch.equal(taps, expected.taps_BTC) and torch.equal(final, expected.final_BTD)
+    assert torch.equal(first.features(ids_BT).taps_BTC, taps[..., :64])
+    assert torch.equal(third.features(ids_BT).taps_BTC[..., 64:], taps[..., :64])
+    assert not first._taps and not second._taps and not third._taps
+
+
+def test_a_step_reads_kept_features_and_computes_windows_of_several_documents(config, monkeypatch, changed):
     built = DrafterRecipe(changed(config, drafter={"features": "memory"}), show_progress=False)
     built.build(one_process())
     computed: list[int] = []
@@ -241,7 +253,7 @@ def test_final_states_are_what_the_head_reads(recipe, tiny_packed_dir):
     assert torch.equal(features.final_BTD @ target.head_VD(torch.float32).T, logits)
 
 
-def test_evaluation_serves_the_running_drafter(recipe, config):
+def test_evaluation_serves_the_running_drafter(recipe, config, changed):
     served = DrafterRecipe(changed(config, drafter={"num_served_prompts": 3}), show_progress=False)
     model = served.build(one_process())
     metrics = served.evaluate(model)
@@ -254,7 +266,7 @@ def test_evaluation_serves_the_running_drafter(recipe, config):
     assert changed_metrics["tau_served"] != metrics["tau_served"] or metrics["tau_served"] == 1.0
 
 
-def test_the_pruned_vocabulary_is_what_the_target_writes_most(config):
+def test_the_pruned_vocabulary_is_what_the_target_writes_most(config, changed):
     built = DrafterRecipe(changed(config, drafter={"draft_vocab_size": 20}), show_progress=False)
     model: Any = built.build(one_process())
     counts = torch.bincount(written_ids(built)[:, 12:].flatten(), minlength=built.draft_config.vocab_size)
@@ -272,7 +284,7 @@ def test_layers_after_the_last_tap_are_not_computed(tiny_packed_dir):
     assert not any(p.requires_grad for p in target.decoder.parameters())
 
 
-def test_training_end_to_end(config, tiny_packed_dir):
+def test_training_end_to_end(config, tiny_packed_dir, changed):
     steps: list[int] = []
     memorise = changed(config, loop={"num_steps": 120}, drafter={"written_fraction": 1.0})
     result = train_drafter(memorise, on_step=lambda done, total, metrics: steps.append(done))
@@ -330,7 +342,7 @@ EVERY_OPTION = {
     [("online", {}), ("memory", {}), ("disk", EVERY_OPTION)],
     ids=["plain, online", "plain, memory", "every option, disk"],
 )
-def test_a_stopped_run_continues_bit_for_bit(config, features, options, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_bit_for_bit(config, features, options, tmp_path, monkeypatch, changed):
     class Stop(Exception):
         pass
 
@@ -363,24 +375,10 @@ def test_a_stopped_run_continues_bit_for_bit(config, features, options, tmp_path
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-_JOB = """
-import os, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from speedstack.train.config import DrafterConfig, read_config
-from speedstack.train.drafter import train_drafter
-for path in sys.argv[1:]:
-    train_drafter(read_config(DrafterConfig, Path(path)))
-sys.stderr.flush()
-os._exit(0)
-"""
-
-
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_processes_train_as_one_does(config, tmp_path):
+def test_two_processes_train_as_one_does(config, tmp_path, changed, train_by_two):
     options: dict[str, Any] = {
         "loop": {"num_steps": 4, "log_every": 1},
         "optim": {"name": "adamw", "lr": 1e-3},
@@ -396,24 +394,13 @@ def test_two_processes_train_as_one_does(config, tmp_path):
         name: changed(config, run={"name": name, "out": tmp_path}, distributed={"zero_stage": stage}, **options)
         for name, stage in (("alone", 0), ("zero-0", 0), ("zero-2", 2))
     }
+    jobs["zero-3"] = changed(jobs["zero-2"], run={"name": "zero-3"}, drafter={"num_served_prompts": 0})
+    jobs["zero-3"] = changed(jobs["zero-3"], distributed={"zero_stage": 3})
     train_drafter(jobs["alone"], on_step=lambda *_: None)
-    (tmp_path / "job.py").write_text(_JOB)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    files = [tmp_path / f"{name}.yaml" for name in ("zero-0", "zero-2")]
-    for file in files:
-        file.write_text(dump_config(jobs[file.stem]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "job.py"), *map(str, files)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    train_by_two([job for name, job in jobs.items() if name != "alone"], tmp_path)
     lines = {name: [line for line in read_metrics(job.run_directory)] for name, job in jobs.items()}
     assert len(list((tmp_path / "zero-0" / "features").glob("*.safetensors"))) == 1
-    for name in ("zero-0", "zero-2"):
+    for name in ("zero-0", "zero-2", "zero-3"):
         for ours, theirs in zip(lines["alone"], lines[name], strict=True):
             for key in {"loss", "heldout_loss", "grad_norm"} & ours.keys():
                 # A process divides by the weights of its own windows, whose last blocks are cut short: not by all.
@@ -421,14 +408,14 @@ def test_two_processes_train_as_one_does(config, tmp_path):
 
 
 @pytest.mark.parametrize(("num_layers", "expected"), [(3, (0, 1, 2)), (8, tuple(range(8))), (36, (1, 9, 17, 25, 33))])
-def test_layers_tapped_by_default(config, num_layers, expected):
+def test_layers_tapped_by_default(config, num_layers, expected, changed):
     target = SimpleNamespace(hidden_size=64, num_hidden_layers=num_layers, vocab_size=512, max_position_embeddings=256)
     assert (
         draft_config(changed(config, drafter={"target_layer_ids": []}), target, 2, "sha").target_layer_ids == expected
     )
 
 
-def test_impossible_drafters_are_one_line(config, tmp_path):
+def test_impossible_drafters_are_one_line(config, tmp_path, changed):
     target = SimpleNamespace(hidden_size=64, num_hidden_layers=3, vocab_size=512, max_position_embeddings=256)
     with pytest.raises(ValueError, match="no mask token"):
         draft_config(config, target, None, "sha")
@@ -457,6 +444,6 @@ def test_impossible_drafters_are_one_line(config, tmp_path):
         ({"features": "disk", "written_fraction": 0.0}, "kept of written windows"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(config, values, message):
+def test_settings_that_do_not_fit_are_refused(config, values, message, changed):
     with pytest.raises(ValueError, match=message):
         changed(config, drafter=values)

@@ -18,6 +18,7 @@ from speedstack.train.drafter import DrafterRecipe, train_drafter
 from speedstack.train.drafter_eval import GreedyText, simulate
 from speedstack.train.drafter_text import write_text
 from speedstack.train.drafter_windows import Windows
+from speedstack.train.metrics import read_metrics
 from speedstack.train.packing import PADDING
 
 TEMPLATE = (
@@ -80,13 +81,6 @@ def config(tmp_path_factory: pytest.TempPathFactory, chat_model: Path) -> Drafte
             },
         }
     )
-
-
-def changed(config: DrafterConfig, **sections: dict[str, Any]) -> DrafterConfig:
-    raw = config.model_dump()
-    for section, values in sections.items():
-        raw[section] |= values
-    return DrafterConfig.model_validate(raw)
 
 
 def built(config: DrafterConfig) -> tuple[DrafterRecipe, Any]:
@@ -156,7 +150,7 @@ def test_a_conversation_in_company_is_the_conversation_alone(recipe_and_model):
 
 
 @pytest.mark.parametrize("features", ["memory", "disk"])
-def test_kept_features_are_those_computed_in_a_step(recipe_and_model, config, features, tmp_path):
+def test_kept_features_are_those_computed_in_a_step(recipe_and_model, config, features, tmp_path, changed):
     recipe, _ = recipe_and_model
     kept, _ = built(changed(config, drafter={"features": features, "features_path": tmp_path / "features"}))
     text = recipe.written
@@ -166,7 +160,7 @@ def test_kept_features_are_those_computed_in_a_step(recipe_and_model, config, fe
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_training_end_to_end(config, tmp_path):
+def test_training_end_to_end(config, tmp_path, changed):
     class Stop(Exception):
         pass
 
@@ -229,7 +223,7 @@ def test_simulation_of_unequal_answers_is_that_of_each_alone(recipe_and_model, m
         simulate(GreedyText(ids_NT[2:5], [40, 10, 30], [41, 11, 32]), blocks_loss).acceptance_length(1)
 
 
-def test_given_answers_train_without_a_word_of_the_targets(config, tmp_path):
+def test_given_answers_train_without_a_word_of_the_targets(config, tmp_path, changed):
     prompts = config.drafter.prompts.model_dump() | {"responses": "given"}
     given = changed(config, drafter={"prompts": prompts, "text": tmp_path / "text"})
     recipe, _ = built(given)
@@ -243,7 +237,7 @@ def test_given_answers_train_without_a_word_of_the_targets(config, tmp_path):
     assert len(facts["train_sha256"]) == len(facts["source_sha256"]) == 64
 
 
-def test_an_interrupted_generation_loses_nothing(config, tmp_path, monkeypatch):
+def test_an_interrupted_generation_loses_nothing(config, tmp_path, monkeypatch, changed):
     monkeypatch.setattr(selftext, "SEQUENCES_A_SHARD", 8)
     apart = changed(config, drafter={"text": tmp_path / "text", "temperatures": [0.8]})
     generate, num_calls = Engine.generate, 0
@@ -272,7 +266,7 @@ def test_an_interrupted_generation_loses_nothing(config, tmp_path, monkeypatch):
         assert shard.read_bytes() == (tmp_path / "text" / shard.relative_to(tmp_path / "whole")).read_bytes()
 
 
-def test_text_of_another_temperature_or_template_is_refused(recipe_and_model, config, tmp_path):
+def test_text_of_another_temperature_or_template_is_refused(recipe_and_model, config, tmp_path, changed):
     with pytest.raises(ValueError, match="generated with another temperatures: choose another"):
         built(changed(config, drafter={"temperatures": [0.5]}))
     with pytest.raises(ValueError, match="generated with another top_p"):
@@ -282,3 +276,33 @@ def test_text_of_another_temperature_or_template_is_refused(recipe_and_model, co
     (model / "chat_template.jinja").write_text(TEMPLATE.replace("<assistant>", "<model>"))
     with pytest.raises(ValueError, match="made with another chat_template_sha256"):
         built(changed(config, drafter={"target": model}))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_share_the_prompts_and_train_as_one_does(config, tmp_path, changed, train_by_two):
+    alone, pair = (
+        changed(
+            config,
+            run={"name": name, "out": tmp_path},
+            loop={"num_steps": 2, "log_every": 1},
+            optim={"name": "adamw", "lr": 1e-3},
+            drafter={"num_served_prompts": 2, "text": tmp_path / f"{name}-text"},
+        )
+        for name in ("alone", "pair")
+    )
+    train_drafter(alone, on_step=lambda *_: None)
+    train_by_two([pair], tmp_path)
+    prompts = [(run.drafter.text / "prompts" / "prompts.json").read_bytes() for run in (alone, pair)]
+    assert prompts[0] == prompts[1]
+    texts = [built(run)[0] for run in (alone, pair)]
+    assert texts[0].written is not None and texts[1].written is not None
+    assert torch.equal(texts[0].written.ids_NT, texts[1].written.ids_NT)
+    assert torch.equal(texts[0].heldout.ids_NT, texts[1].heldout.ids_NT)
+    lines = [read_metrics(run.run_directory) for run in (alone, pair)]
+    for ours, theirs in zip(*lines, strict=True):
+        for key in {"loss", "heldout_loss", "grad_norm"} & ours.keys():
+            # A process divides by the weights of its own windows, which hold unequally many answers: not by all.
+            assert theirs[key] == pytest.approx(ours[key], rel=0.05), key
+    assert (pair.run_directory / "acceptance.json").is_file()

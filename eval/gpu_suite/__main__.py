@@ -1,0 +1,97 @@
+"""`python -m speedstack.eval.gpu_suite [--minutes 8] [--only correctness,speed] [--out results/x.json]`."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from speedstack.eval.gpu_suite.scale import CONTESTANTS, scale_for
+from speedstack.eval.gpu_suite.sections import run_correctness, run_environment, run_quant
+from speedstack.eval.gpu_suite.speed import run_speed
+from speedstack.eval.gpu_suite.suite import Section, Suite, free_path, run_sections
+from speedstack.eval.gpu_suite.table import judge, text
+from speedstack.eval.gpu_suite.worker import ProcessWorker, StartWorker
+from speedstack.eval.released import MODELS
+
+ENVIRONMENT = Section("environment", 0.06, run_environment)
+SECTIONS = (
+    ENVIRONMENT,
+    Section("correctness", 0.27, run_correctness),
+    Section("speed", 0.59, run_speed),
+    Section("quant", 0.08, run_quant),
+)
+
+
+def main(arguments: Sequence[str] | None = None, start: StartWorker = ProcessWorker) -> int:
+    """Exit status: 0 when every section is complete, 1 when one is not, 2 for settings that cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m speedstack.eval.gpu_suite",
+        description="Correctness, row invariance and speed of the GPU backends, measured in one go.",
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default: %(default)s)")
+    known = ",".join(section.name for section in SECTIONS)
+    parser.add_argument("--only", default=known, help="sections (default: %(default)s)")
+    parser.add_argument("--models", default=",".join(MODELS), help="families and shapes (default: %(default)s)")
+    parser.add_argument("--contestants", default=",".join(CONTESTANTS), help="default: %(default)s")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the suite on tiny models")
+    parser.add_argument("--out", type=Path, help="result file (default: results/DATE-gpu-suite.json)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and orders (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        only = _chosen("section", options.only, [section.name for section in SECTIONS])
+        suite = Suite(
+            scale=scale_for(options.device),
+            models=_chosen("model", options.models, MODELS),
+            contestants=_chosen("contestant", options.contestants, CONTESTANTS),
+            minutes=options.minutes,
+            out=options.out or free_path(Path("results"), f"{datetime.now(UTC):%Y-%m-%d}-gpu-suite"),
+            start=start,
+            seed=options.seed,
+        )
+        if options.minutes <= 0:
+            raise ValueError(f"--minutes must be above 0, got {options.minutes:g}")
+        _check_device(options.device)
+        suite.save()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # Every fraction is of the copy's bandwidth: the environment is always measured.
+    sections = [section for section in SECTIONS if section.name in only or section is ENVIRONMENT]
+    try:
+        is_complete = run_sections(suite, sections)
+    except KeyboardInterrupt:
+        print(f"interrupted; what was measured is in {suite.out}", file=sys.stderr)
+        return 130
+    suite.document["targets"] = judge(suite.document)
+    suite.save()
+    print(text(suite.document))
+    print(f"written to {suite.out}")
+    return 0 if is_complete else 1
+
+
+def _chosen(what: str, names: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The names of a list with commas. Raises ValueError, with the nearest known one, for another."""
+    chosen = tuple(name for name in names.split(",") if name)
+    if not chosen:
+        raise ValueError(f"name at least one {what}: {', '.join(known)}")
+    for name in chosen:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown {what} {name!r}{hint} Known: {', '.join(known)}")
+    return chosen
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {device!r}; use cuda, or cpu to try the suite on tiny models")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here; --device cpu tries the suite on tiny models")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""Is what a GPU backend computes right, on tiny models of each family?
+
+The oracle is the reference backend in float32 on the same device, on copies of the same weights and the same key/value
+buffers. Compared are the buffer of every phase (of backends that run phase by phase), the logits, and the tokens.
+Roundings may decide a near tie between two experts, and then everything after differs; so rows whose choice of experts
+is closer than roundings can move it are counted and left out, and so are tokens whose two best logits are.
+
+Row invariance has no tolerance: a row's logits are the same bits alone, among others, at other places and in a draft,
+and a text is the same token by token as scoring finds it.
+
+Legend: R rows, V vocabulary, D any width, E experts.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from speedstack.eval.gpu_suite.scale import Scale
+from speedstack.eval.released import tiny_config
+from speedstack.runtime.backend import Backend, Rows
+from speedstack.runtime.engine import Engine
+from speedstack.runtime.expected import expected_buffers, found_buffer
+from speedstack.runtime.graph import GraphBackend
+from speedstack.runtime.reference import ReferenceBackend
+from speedstack.runtime.select import DTYPES, make_backend
+from speedstack.runtime.shapes import random_weights
+from speedstack.runtime.spec import MoeSpec, spec_from_config
+from speedstack.runtime.weights import ModelWeights, MoeWeights
+
+# Largest error of a row, relative to its norm. bfloat16: up to about 20 roundings of 2**-9 of two or three layers one
+# after another, about sqrt(20) * 2**-9 = 0.9 % where they are independent. float32: sums of up to 96 terms in another
+# order.
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
+
+
+class Checker:
+    """One backend on a tiny model. Made in a worker."""
+
+    def __init__(self, scale: Scale, model: str, backend: str) -> None:
+        self.scale, self.backend_name = scale, backend
+        self.device, self.dtype = torch.device(scale.device), DTYPES[scale.dtype]
+        self.tolerance = TOLERANCE[self.dtype]
+        self.spec = spec_from_config(tiny_config(model))
+        self.weights = random_weights(self.spec, self.dtype, self.device, is_packed=True, seed=1)
+        self.num_rows = scale.check_rows
+        self.max_length = scale.check_context + 32
+        generator = torch.Generator().manual_seed(2)
+        shape = (self.num_rows, self.max_length)
+        self.ids = torch.randint(0, self.spec.vocab_size, shape, generator=generator).tolist()
+        # Sequences of different lengths, the first the longest; each row of a step follows one.
+        step = max(1, scale.check_context // (2 * self.num_rows))
+        self.lengths = [scale.check_context - slot * step for slot in range(self.num_rows)]
+
+    def check_buffers(self) -> dict[str, Any]:
+        """Every phase, logits and tokens against the oracle. Raises RuntimeError that names the first phase off."""
+        oracle = ReferenceBackend(widened(self.weights), None, self.num_rows, self.max_length)
+        self._fill(oracle)
+        backend = self._backend()
+        copy_caches(oracle, backend)
+        rows = self._next_rows(range(self.num_rows))
+        expected = expected_buffers(oracle, rows)
+        decided_R = self._decided(expected)
+        if not decided_R.any():
+            raise RuntimeError("no row's choice of experts is clear of roundings: give the check another seed")
+        errors: dict[str, float] = {}
+        logits_RV, tokens = backend.step(rows, range(self.num_rows))
+        if isinstance(backend, GraphBackend):
+            errors |= self._phase_errors(backend, expected, decided_R)
+        wanted_RV = expected["lm_head"]
+        errors["logits"] = row_error(logits_RV, wanted_RV, decided_R)
+        top_R2 = wanted_RV.topk(2, dim=-1).values
+        # An error within the tolerance of a row's norm, spread over its entries, moves two of them by this at most.
+        clear_R = top_R2[:, 0] - top_R2[:, 1] > 2 * self.tolerance * wanted_RV.square().mean(-1).sqrt()
+        compared = [row for row in range(self.num_rows) if decided_R[row] and clear_R[row]]
+        wrong = [row for row in compared if tokens[row] != int(wanted_RV[row].argmax())]
+        found = {
+            "largest_error": max(errors.values()),
+            "tolerance": self.tolerance,
+            "errors": errors,
+            "num_rows": self.num_rows,
+            "num_near_ties_of_experts": int((~decided_R).sum()),
+            "num_tokens_compared": len(compared),
+            "num_tokens_different": len(wrong),
+        }
+        # Not `>`: a NaN has to fail.
+        off = [name for name, error in errors.items() if not error <= self.tolerance]
+        if off:
+            raise RuntimeError(f"{off[0]} is off by {errors[off[0]]:.2e} of its norm, allowed {self.tolerance:.0e}")
+        if wrong:
+            raise RuntimeError(f"{len(wrong)} of {len(compared)} tokens differ from the reference's")
+        if not compared:
+            raise RuntimeError("no row's token is clear of roundings: give the check another seed")
+        return found
+
+    def _phase_errors(
+        self, backend: GraphBackend, expected: dict[str, torch.Tensor], decided_R: torch.Tensor
+    ) -> dict[str, float]:
+        """The newest step again, phase by phase. Its rows write the same keys and values again."""
+        errors = {}
+        for index, launch in enumerate(backend.launches):
+            launch.run(is_dependent=self.device.type == "cuda" and index > 0)
+            found = found_buffer(backend, launch.phase, self.num_rows)
+            if found is not None:
+                name = launch.phase.name
+                errors[name] = row_error(found, expected[name], decided_R)
+        if set(errors) != set(expected):
+            raise RuntimeError(f"phases not compared: {sorted(set(expected) ^ set(errors))}")
+        return errors
+
+    def check_row_invariance(self) -> dict[str, Any]:
+        """One row in many companies, bit by bit. Raises RuntimeError that names the company that changed it."""
+        backend = self._backend()
+        self._fill(backend)
+        alone_V = self._logits_of(backend, self._next_rows([0]), 0)
+        if not bool(torch.isfinite(alone_V).all()):
+            raise RuntimeError("the row's logits are not finite")
+        first, others = self._next_rows([0]), list(range(1, self.num_rows))
+        before = self.lengths[0] - 1
+        draft = Rows(self.ids[0][before : before + 2], [0, 0], [before, before + 1])
+        half, company = len(others) // 2, f"among {len(others)} others"
+        companies = {
+            f"first {company}": (self._next_rows([0, *others]), 0),
+            f"in the middle {company}": (self._next_rows([*others[:half], 0, *others[half:]]), half),
+            f"last {company}": (self._next_rows([*others, 0]), len(others)),
+            "behind its own last token, as a draft": (draft, 1),
+            "alone again": (first, 0),
+        }
+        for name, (rows, place) in companies.items():
+            if not torch.equal(self._logits_of(backend, rows, place), alone_V):
+                raise RuntimeError(f"a row's bits change when it is {name}")
+        return {"companies": ["alone", *companies], "context": self.lengths[0]}
+
+    def check_text(self) -> dict[str, Any]:
+        """The engine's own loop on this backend: each token is the one that scoring the text finds best, exactly."""
+        num_new = self.scale.num_generated
+        engine = Engine(
+            self.weights, backend=self.backend_name, max_length=self.max_length, max_batch_size=self.num_rows
+        )  # fmt: skip
+        prompts = [self.ids[slot][: 5 + slot] for slot in range(2)]
+        texts = [out.tokens for out in engine.generate(prompts, max_new_tokens=num_new, ignore_eos=True)]
+        for prompt, text in zip(prompts, texts, strict=True):
+            best = engine.logits(prompt + text)[len(prompt) - 1 : -1].argmax(-1).tolist()
+            if best != text:
+                place = next(i for i, (a, b) in enumerate(zip(best, text, strict=True)) if a != b)
+                raise RuntimeError(f"token {place + 1} of a text is not the one that scoring the text finds best")
+        return {"num_texts": len(texts), "num_tokens": sum(map(len, texts))}
+
+    def _backend(self) -> Backend:
+        return make_backend(self.backend_name, self.weights, None, self.num_rows, self.max_length)
+
+    def _fill(self, backend: Backend) -> None:
+        """Computes the context of every sequence."""
+        places = [(slot, position) for slot, length in enumerate(self.lengths) for position in range(length)]
+        tokens = [self.ids[slot][position] for slot, position in places]
+        backend.step(Rows(tokens, [slot for slot, _ in places], [position for _, position in places]), [])
+
+    def _next_rows(self, slots: Iterable[int]) -> Rows:
+        """The next token of each of these sequences."""
+        chosen = list(slots)
+        positions = [self.lengths[slot] for slot in chosen]
+        return Rows([self.ids[s][p] for s, p in zip(chosen, positions, strict=True)], chosen, positions)
+
+    def _logits_of(self, backend: Backend, rows: Rows, place: int) -> torch.Tensor:
+        return backend.step(rows, [place])[0][0].clone()
+
+    def _decided(self, expected: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Bool [R]: no rounding within the tolerance changes a row's experts in any layer."""
+        decided_R = torch.ones(self.num_rows, dtype=torch.bool, device=self.device)
+        for index, (layer, spec) in enumerate(zip(self.weights.layers, self.spec.layers, strict=True)):
+            if isinstance(layer.mlp, MoeWeights):
+                assert isinstance(spec.mlp, MoeSpec)
+                logits_RE = expected[f"L{index:02d}.router"]
+                gap_R = choice_gap(logits_RE, layer.mlp.correction_bias_E, spec.mlp)
+                decided_R &= gap_R > 2 * self.tolerance * logits_RE.square().mean(-1).sqrt()
+        return decided_R
+
+
+def choice_gap(logits_RE: torch.Tensor, correction_E: torch.Tensor | None, spec: MoeSpec) -> torch.Tensor:
+    """Float32 [R]: how far the logits of the last expert chosen and the first not chosen are apart, at least."""
+    if spec.top_k == spec.num_experts:
+        return torch.full_like(logits_RE[:, 0], float("inf"))
+    if spec.scoring == "softmax":
+        best = logits_RE.topk(spec.top_k + 1, dim=-1).values
+        return best[:, -2] - best[:, -1]
+    scores_RE = logits_RE.sigmoid()
+    best = (scores_RE if correction_E is None else scores_RE + correction_E).topk(spec.top_k + 1, dim=-1).values
+    # A sigmoid rises by at most a quarter of what its argument does.
+    return 4 * (best[:, -2] - best[:, -1])
+
+
+def row_error(found_RD: torch.Tensor, wanted_RD: torch.Tensor, chosen_R: torch.Tensor) -> float:
+    """Largest norm of a chosen row's difference over the norm of what is wanted."""
+    difference_RD = found_RD.float() - wanted_RD.float()
+    ratio_R = difference_RD.norm(dim=-1) / wanted_RD.float().norm(dim=-1)
+    return float(ratio_R[chosen_R].max())
+
+
+def widened(weights: ModelWeights) -> ModelWeights:
+    """The same values in float32; packed experts stay."""
+
+    def wide(owner: Any) -> Any:
+        plain = {name: value.float() for name, value in vars(owner).items() if isinstance(value, torch.Tensor)}
+        return replace(owner, **plain)
+
+    layers = [replace(layer, attention=wide(layer.attention), mlp=wide(layer.mlp)) for layer in weights.layers]
+    return replace(wide(weights), layers=layers)
+
+
+def copy_caches(oracle: ReferenceBackend, backend: Any) -> None:
+    """Gives a GPU backend the oracle's keys and values, rounded to its own dtype."""
+    for cache, wanted in zip(backend.memory.caches, oracle.caches, strict=True):
+        both_SLGH = torch.cat([wanted.k_SLGH, wanted.v_SLGH], dim=-1)
+        cache.copy_(both_SLGH[: cache.shape[1]].permute(2, 0, 1, 3))

@@ -1,0 +1,73 @@
+"""The device: what it is, and the bandwidth that a copy reaches, which every fraction in the results is of."""
+
+import time
+from typing import Any
+
+import torch
+
+from speedstack.eval.environment import environment_fields
+from speedstack.eval.gpu_suite.scale import Scale
+from speedstack.eval.spread import spread_fields
+
+COPIES_A_SAMPLE = 4
+NUM_SAMPLES = 15
+
+
+class Machine:
+    """Made in a worker."""
+
+    def __init__(self, scale: Scale) -> None:
+        self.device = torch.device(scale.device)
+        self.copy_bytes = scale.copy_bytes
+
+    def describe(self) -> dict[str, Any]:
+        """Software and hardware; `free_bytes` of the device's memory as it is found."""
+        found: dict[str, Any] = {"software": environment_fields(), "device": str(self.device)}
+        if self.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(self.device)
+            free, total = torch.cuda.mem_get_info(self.device)
+            found |= {
+                "name": properties.name,
+                "num_programs": properties.multi_processor_count,
+                "l2_bytes": getattr(properties, "L2_cache_size", None),
+                "capability": list(torch.cuda.get_device_capability(self.device)),
+                "free_bytes": free,
+                "memory_bytes": total,
+            }
+        return found
+
+    def copy_bandwidth(self) -> dict[str, Any]:
+        """Bytes/s of a copy from device memory to device memory, bytes read and bytes written both counted."""
+        source = torch.empty(self.copy_bytes, dtype=torch.uint8, device=self.device)
+        source.random_(0, 256)  # zeros can be faster than data
+        target = torch.empty_like(source)
+        target.copy_(source)
+
+        def copies() -> None:
+            for _ in range(COPIES_A_SAMPLE):
+                target.copy_(source)
+
+        seconds = [device_seconds(copies, self.device) / COPIES_A_SAMPLE for _ in range(NUM_SAMPLES)]
+        if not torch.equal(source, target):
+            raise RuntimeError("a copy on the device is not equal to its source")
+        rates = spread_fields([2 * self.copy_bytes / value for value in seconds])
+        return {
+            "copy_bytes": self.copy_bytes,
+            "bytes_per_second": rates,
+            "best": rates["maximum"],
+            "median": rates["median"],
+        }
+
+
+def device_seconds(call: Any, device: torch.device) -> float:
+    """Time of `call()`'s work on the device, by its own clock."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -1,0 +1,180 @@
+"""The peer: transformers with a static cache, compiled to CUDA graphs (`mode="reduce-overhead"`), in bfloat16.
+
+Compiling 48 layers takes minutes, so the time of a whole model is extrapolated from two depths of it: what is added
+between them is what a layer takes, everything else is there in both. Models are made on the device, with weights drawn
+as ours are, so that rows choose experts alike. Of the ways in which transformers computes experts the faster compiled
+one is taken. Written for what transformers 5.17 and later offer.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from speedstack.eval.failures import PEER_ERRORS, one_line
+from speedstack.eval.gpu_suite.backends import cell_length, model_config
+from speedstack.eval.gpu_suite.machine import device_seconds
+from speedstack.eval.gpu_suite.scale import Cell, Scale
+from speedstack.runtime.cost import step_cost
+from speedstack.runtime.formats import WeightFormats
+from speedstack.runtime.gpus import Gpu
+from speedstack.runtime.phases import build_plan
+from speedstack.runtime.select import DTYPES
+from speedstack.runtime.spec import spec_from_config
+
+EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
+WARM_STEPS = 3  # CUDA graphs of torch.compile: one step warms up, one records, one replays
+SAMPLE_STEPS = 16  # a cache moves on with every step, and is read whole: few steps keep it near the context
+
+
+class Peer:
+    """A model at two depths. Made in a worker."""
+
+    def __init__(self, scale: Scale, model: str, num_layers: int, seed: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.scale, self.model, self.num_layers = scale, model, num_layers
+        self.device = torch.device(scale.device)
+        self.depths = scale.peer_layers[model]
+        generator = torch.Generator(self.device).manual_seed(seed)
+        self.models = []
+        for depth in self.depths:
+            with torch.device(self.device):
+                made = AutoModelForCausalLM.from_config(
+                    model_config(scale, model, depth), dtype=DTYPES[scale.dtype]
+                ).eval()
+            draw_weights(made, num_layers, generator)
+            self.models.append(made)
+        self.implementation: str | None = None
+        self.unavailable: dict[str, str] = {}
+
+    @torch.no_grad()
+    def prepare(self, cell: Cell) -> dict[str, Any]:
+        """Compiles both depths for `cell`, and before the first one finds out which experts are faster."""
+        started = time.perf_counter()
+        self.cell = cell
+        if self.implementation is None:
+            self.implementation = self._fastest_experts()
+        torch.compiler.reset()
+        for model in self.models:
+            model.set_experts_implementation(self.implementation)
+        self.steps = [Step(self.scale, model, cell) for model in self.models]
+        for step in self.steps:
+            step.run(WARM_STEPS)
+        return {
+            "prepare_seconds": time.perf_counter() - started,
+            "experts_implementation": self.implementation,
+            "attention_implementation": self.models[0].config._attn_implementation,
+            "unavailable": self.unavailable,
+            "depths": list(self.depths),
+            "num_layers": self.num_layers,
+            "is_extrapolated": self.num_layers != self.depths[1],
+        }
+
+    @torch.no_grad()
+    def sample(self) -> dict[str, float]:
+        """Seconds of a step at both depths, one right after the other, and extrapolated to the whole model."""
+        shallow, deep = (step.seconds() for step in self.steps)
+        return {"shallow": shallow, "deep": deep, "seconds": extrapolate(shallow, deep, self.depths, self.num_layers)}
+
+    def cost(self, bandwidth: float) -> dict[str, float]:
+        """Bytes that a step of the whole model reads with experts in bfloat16, independent uniform routing assumed."""
+        spec = spec_from_config(model_config(self.scale, self.model))
+        spec = replace(spec, layers=spec.layers[: self.num_layers])
+        plan = build_plan(spec, WeightFormats(), num_programs=1, max_context=cell_length(self.scale, self.cell))
+        gpu = Gpu(str(self.device), 1, bandwidth, float("inf"), 0.0)
+        return {"read_bytes": step_cost(plan, gpu, self.cell.rows, 1, self.cell.context).memory_bytes}
+
+    def _fastest_experts(self) -> str:
+        if not self.scale.compiles_peer:
+            return EXPERTS_IMPLEMENTATIONS[0]
+        seconds: dict[str, float] = {}
+        for name in EXPERTS_IMPLEMENTATIONS:
+            torch.compiler.reset()
+            try:
+                self.models[0].set_experts_implementation(name)
+                step = Step(self.scale, self.models[0], self.cell)
+                step.run(WARM_STEPS)
+                seconds[name] = min(step.seconds() for _ in range(3))
+            except PEER_ERRORS as error:
+                self.unavailable[name] = one_line(error)
+        if not seconds:
+            raise RuntimeError(f"no implementation of experts runs compiled: {self.unavailable}")
+        return min(seconds, key=lambda name: seconds[name])
+
+
+class Step:
+    """A compiled decode step of one model over a filled cache. Its newest token is found on the device, as ours is."""
+
+    def __init__(self, scale: Scale, model: Any, cell: Cell) -> None:
+        from transformers import StaticCache
+
+        self.device, self.cell = torch.device(scale.device), cell
+        self.num_steps = SAMPLE_STEPS if not scale.is_tiny else 1
+        length = cell.context + max(self.num_steps, WARM_STEPS) * cell.rows
+        # Any: what its layers are called in transformers' types differs from release to release.
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=length)
+        self.ids_1R = torch.arange(cell.rows, device=self.device)[None] % model.config.vocab_size
+        self.positions_1R = torch.arange(cell.context - cell.rows, cell.context, device=self.device)[None]
+
+        def decode(ids_1R: torch.Tensor, positions_1R: torch.Tensor) -> torch.Tensor:
+            out = model(input_ids=ids_1R, position_ids=positions_1R, past_key_values=self.cache, use_cache=True)
+            return out.logits.argmax(-1)
+
+        decode(self.ids_1R, self.positions_1R)  # makes the cache's tensors
+        for layer in self.cache.layers:
+            layer.keys.normal_()
+            layer.values.normal_()
+        self.decode: Callable[..., torch.Tensor] = decode
+        if scale.compiles_peer:
+            self.decode = torch.compile(decode, mode="reduce-overhead", fullgraph=True)
+        self._rewind(whole=True)
+
+    def _rewind(self, whole: bool) -> None:
+        """Sets the cache's length back to the context. Not whole: only what the host keeps, which costs no launch."""
+        length = self.cell.context - self.cell.rows
+        for layer in self.cache.layers:
+            if hasattr(layer, "cumulative_length_int"):
+                # A full window rolls by itself; one that fills would need its device's counter as well, every step.
+                assert length >= layer.max_cache_len, "contexts are longer than windows"
+                layer.cumulative_length_int = length
+            if whole:
+                layer.cumulative_length.fill_(min(length, layer.max_cache_len))
+
+    def run(self, num_steps: int) -> None:
+        """So many steps from the context on."""
+        self._rewind(whole=True)
+        for _ in range(num_steps):
+            torch.compiler.cudagraph_mark_step_begin()
+            self._rewind(whole=False)
+            self.decode(self.ids_1R, self.positions_1R)
+
+    def seconds(self) -> float:
+        """Of one step, from so many that it matters little how the first begins."""
+        self.run(1)
+        return device_seconds(lambda: self.run(self.num_steps), self.device) / self.num_steps
+
+
+def extrapolate(shallow: float, deep: float, depths: tuple[int, int], num_layers: int) -> float:
+    """The time of `num_layers` layers, from those of two depths."""
+    return shallow + (num_layers - depths[0]) * (deep - shallow) / (depths[1] - depths[0])
+
+
+@torch.no_grad()
+def draw_weights(model: torch.nn.Module, num_layers: int, generator: torch.Generator) -> None:
+    """Fills a transformers model as `speedstack.runtime.shapes.random_weights` fills ours."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.uniform_(0.8, 1.2, generator=generator)
+        elif "embed_tokens" in name:
+            parameter.normal_(0.0, 1.0, generator=generator)
+        elif parameter.dim() < 2 or name.endswith("bias"):
+            parameter.normal_(0.0, 0.02, generator=generator)
+        else:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            columns = parameter.shape[-2 if getattr(owner, "is_transposed", False) else -1]
+            adds = "o_proj" in name or "down_proj" in name
+            scale = (2 * num_layers) ** -0.5 if adds else 1.0
+            parameter.normal_(0.0, scale * columns**-0.5, generator=generator)

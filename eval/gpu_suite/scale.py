@@ -1,0 +1,82 @@
+"""How large everything is that the suite does: on a GPU, and on a CPU, where it only shows that it works."""
+
+from dataclasses import dataclass
+
+CONTESTANTS = ("resident", "graph", "transformers")
+PEER = "transformers"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One speed to measure: a step of so many rows of one sequence (a block that is verified) after such a context."""
+
+    rows: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Scale:
+    """num_steps: of a timed sample, after `warm_steps` more. check_rows, check_context: of correctness.
+
+    peer_layers: two depths of each model, from which a whole one is extrapolated. flush_bytes: written between timings
+    of phases, to empty the L2 cache.
+    """
+
+    device: str
+    is_tiny: bool
+    copy_bytes: int
+    cells: tuple[Cell, ...]
+    num_repeats: int
+    num_steps: int
+    warm_steps: int
+    check_rows: int
+    check_context: int
+    num_generated: int
+    peer_layers: dict[str, tuple[int, int]]
+    compiles_peer: bool
+    flush_bytes: int
+    quant_shape: tuple[int, int, int]
+
+    @property
+    def dtype(self) -> str:
+        return "float32" if self.device == "cpu" else "bfloat16"
+
+
+def scale_for(device: str) -> Scale:
+    """Released shapes on a GPU, tiny ones on a CPU."""
+    if device == "cpu":
+        return Scale(
+            device=device,
+            is_tiny=True,
+            copy_bytes=1 << 20,
+            cells=(Cell(2, 14),),
+            num_repeats=2,
+            num_steps=1,
+            warm_steps=0,
+            check_rows=3,
+            check_context=6,
+            num_generated=2,
+            peer_layers=dict.fromkeys(("gpt-oss-20b", "mimo-v2-flash", "qwen3-30b-a3b"), (1, 2)),
+            compiles_peer=False,
+            flush_bytes=1 << 10,
+            quant_shape=(2, 64, 64),
+        )
+    return Scale(
+        device=device,
+        is_tiny=False,
+        copy_bytes=4 << 30,
+        # In the order of what must not be missed when time runs out.
+        cells=(Cell(1, 1024), Cell(8, 1024), Cell(1, 16384), Cell(8, 16384)),
+        num_repeats=7,
+        num_steps=32,
+        warm_steps=2,
+        check_rows=8,
+        check_context=530,
+        num_generated=24,
+        # What is between them is as the rest of the model: gpt-oss' kinds of layers take turns, and of MiMo's, whose
+        # first one is dense, most are sliding. Its layers of experts are 13 GB each in bfloat16.
+        peer_layers={"gpt-oss-20b": (2, 4), "mimo-v2-flash": (1, 3), "qwen3-30b-a3b": (1, 3)},
+        compiles_peer=True,
+        flush_bytes=256 << 20,
+        quant_shape=(128, 1536, 2048),
+    )

@@ -1,0 +1,88 @@
+"""The suite's sections but speed: the machine, correctness, and the MXFP4 kernels."""
+
+import random
+import time
+from typing import Any
+
+from speedstack.eval.environment import command_line
+from speedstack.eval.gpu_suite.correctness import Checker
+from speedstack.eval.gpu_suite.machine import Machine
+from speedstack.eval.gpu_suite.quant import QuantKernels
+from speedstack.eval.gpu_suite.scale import PEER
+from speedstack.eval.gpu_suite.suite import OutOfTime, Suite
+from speedstack.eval.gpu_suite.worker import NEVER_BEGAN, WorkerFailed, call
+
+CHECKS = ("check_buffers", "check_row_invariance", "check_text")
+NOT_AVAILABLE = "not available"
+
+
+def run_environment(suite: Suite, result: dict[str, Any], deadline: float) -> None:
+    """What the machine is, and how fast it copies."""
+    worker = suite.start(Machine, suite.scale)
+    try:
+        result["machine"] = call(worker, deadline, "describe")
+        result["machine"]["software"]["command"] = command_line()  # a worker has none of its own
+        suite.save()
+        result["copy"] = call(worker, deadline, "copy_bandwidth")
+    finally:
+        worker.close()
+
+
+def why_not(suite: Suite, contestant: str) -> str | None:
+    """Why a backend cannot run here, None where it can."""
+    from speedstack.runtime.select import BACKENDS
+
+    if contestant != PEER and contestant not in BACKENDS:
+        return f"the engine has no backend {contestant!r}"
+    return None
+
+
+def run_correctness(suite: Suite, result: dict[str, Any], deadline: float) -> None:
+    """Every check of every backend on every family; each pair has a worker, so that none suffers from another.
+
+    Raises RuntimeError at the end when a check failed, and OutOfTime when one could not begin.
+    """
+    failed, late = list[str](), list[str]()
+    backends = [name for name in suite.contestants if name != PEER]
+    num_left = len(backends) * len(suite.models)
+    for backend in backends:
+        found = result[backend] = dict[str, Any]()
+        reason = why_not(suite, backend)
+        if reason is not None:
+            found[NOT_AVAILABLE] = reason
+            num_left -= len(suite.models)
+            continue
+        for model in suite.models:
+            checks = found[model] = dict[str, Any]()
+            # A kernel that hangs takes its own share of the time, not that of the others.
+            end = time.monotonic() + (deadline - time.monotonic()) / num_left
+            num_left -= 1
+            worker = suite.start(Checker, suite.scale, model, backend)
+            try:
+                for check in CHECKS:
+                    where = f"{check} of {backend} on {model}"
+                    if not worker.is_alive:
+                        checks[check] = {"passed": False, "error": "its process had ended"}
+                        continue
+                    try:
+                        checks[check] = {"passed": True} | call(worker, end, check)
+                    except WorkerFailed as error:
+                        is_late = str(error) == NEVER_BEGAN
+                        (late if is_late else failed).append(f"{where}: {error}")
+                        checks[check] = {"passed": None if is_late else False, "error": str(error)}
+                    suite.save()
+            finally:
+                worker.close()
+    if failed:
+        raise RuntimeError(f"{len(failed)} checks failed, first {failed[0]}")
+    if late:
+        raise OutOfTime(f"{len(late)} checks did not begin")
+
+
+def run_quant(suite: Suite, result: dict[str, Any], deadline: float) -> None:
+    """MXFP4 quantization, dequantization and fake quantization against a copy of the weights."""
+    worker = suite.start(QuantKernels, suite.scale)
+    try:
+        result["timings"] = call(worker, deadline, "measure", random.Random(suite.seed).randrange(2**31))
+    finally:
+        worker.close()

@@ -1,0 +1,136 @@
+"""Sections one after another, each with a share of the time, and a file that holds what is known so far."""
+
+import json
+import math
+import os
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from speedstack.eval.failures import one_line
+from speedstack.eval.gpu_suite.scale import Scale
+from speedstack.eval.gpu_suite.worker import StartWorker
+
+SCHEMA_VERSION = 1
+KIND = "gpu-suite"
+COMPLETE, FAILED, OUT_OF_TIME = "complete", "failed", "out of time"
+
+
+class OutOfTime(Exception):
+    """A section's share of the time is used up; what it had done by then stands."""
+
+
+def print_now(line: str) -> None:
+    """A log shows how far a run came that was killed."""
+    print(line, flush=True)
+
+
+@dataclass
+class Suite:
+    """One run: what to do it with, and its document.
+
+    `document["sections"][name]` holds status, seconds, error and result. What a section puts into its result is saved
+    as often as it calls `save`.
+    """
+
+    scale: Scale
+    models: tuple[str, ...]
+    contestants: tuple[str, ...]
+    minutes: float
+    out: Path
+    start: StartWorker
+    seed: int = 0
+    say: Callable[[str], None] = print_now
+    document: dict[str, Any] = field(default_factory=dict)
+
+    def save(self) -> None:
+        """Writes the document, whole or not at all; what is no finite number becomes null.
+
+        Raises OSError as the file system does.
+        """
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.out.with_name(f".{self.out.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(finite(self.document), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, self.out)
+
+    def result(self, section: str) -> dict[str, Any]:
+        """What a section has found so far; empty where it has not run."""
+        found: dict[str, Any] = self.document.get("sections", {}).get(section, {}).get("result", {})
+        return found
+
+
+@dataclass(frozen=True)
+class Section:
+    """`run(suite, result, deadline)` fills `result` in place. share: of the time, among the sections that run."""
+
+    name: str
+    share: float
+    run: Callable[[Suite, dict[str, Any], float], None]
+
+
+def run_sections(suite: Suite, sections: Sequence[Section]) -> bool:
+    """Runs them all, whatever fails; whether all are complete. Time that one leaves is the next ones'."""
+    started = time.monotonic()
+    end, total = started + 60 * suite.minutes, sum(section.share for section in sections)
+    suite.document = {
+        "kind": KIND,
+        "schema_version": SCHEMA_VERSION,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "scale": "tiny" if suite.scale.is_tiny else "released",
+        "device": suite.scale.device,
+        "minutes": suite.minutes,
+        "seed": suite.seed,
+        "is_complete": False,
+        "sections": {},
+    }
+    suite.save()
+    used_share = 0.0
+    for section in sections:
+        used_share += section.share / total
+        begun = time.monotonic()
+        record: dict[str, Any] = {"status": COMPLETE, "seconds": 0.0, "error": None, "result": {}}
+        suite.document["sections"][section.name] = record
+        suite.say(f"{section.name} ...")
+        try:
+            if begun >= end:
+                raise OutOfTime("nothing was left for it")
+            section.run(suite, record["result"], started + used_share * (end - started))
+        except OutOfTime as error:
+            record |= {"status": OUT_OF_TIME, "error": str(error)}
+        except Exception as error:
+            # Whatever a section ran into costs that section alone.
+            traceback.print_exc()
+            record |= {"status": FAILED, "error": one_line(error)}
+        record["seconds"] = round(time.monotonic() - begun, 2)
+        suite.say(f"{section.name}: {record['status']}, {record['seconds']:.0f} s" + _because(record["error"]))
+        suite.save()
+    suite.document["seconds"] = round(time.monotonic() - started, 2)
+    suite.document["is_complete"] = all(record["status"] == COMPLETE for record in suite.document["sections"].values())
+    suite.save()
+    return bool(suite.document["is_complete"])
+
+
+def finite(value: Any) -> Any:
+    """The same, with None for the floats that JSON does not have: one of them must not cost all other results."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _because(error: str | None) -> str:
+    return "" if error is None else f": {error}"
+
+
+def free_path(folder: Path, stem: str) -> Path:
+    """A file that does not exist: a second run on a day does not overwrite the first."""
+    path, number = folder / f"{stem}.json", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.json"
+    return path

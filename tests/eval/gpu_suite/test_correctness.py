@@ -1,0 +1,119 @@
+"""The checks pass on a backend that is right, and each fails on one that is wrong in its way.
+
+The backend under test is the reference, which needs no kernels; interpreted ones are checked with the whole suite.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from speedstack.eval.gpu_suite import correctness
+from speedstack.eval.gpu_suite.correctness import Checker, choice_gap, row_error
+from speedstack.eval.gpu_suite.scale import scale_for
+from speedstack.eval.released import MODELS
+from speedstack.runtime.backend import Rows
+from speedstack.runtime.reference import ReferenceBackend
+from speedstack.runtime.spec import MoeSpec
+
+SCALE = scale_for("cpu")
+
+
+@pytest.fixture(autouse=True)
+def reference_takes_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def copy_caches(oracle: ReferenceBackend, backend: Any) -> None:
+        for cache, wanted in zip(backend.caches, oracle.caches, strict=True):
+            cache.k_SLGH.copy_(wanted.k_SLGH)
+            cache.v_SLGH.copy_(wanted.v_SLGH)
+
+    monkeypatch.setattr(correctness, "copy_caches", copy_caches)
+
+
+def breaking(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """The backend under test, not the oracle, gives logits that `change` made of the right ones and the rows."""
+    step = ReferenceBackend.step
+
+    class Broken(ReferenceBackend):
+        def step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+            logits_WV, best = step(self, rows, logit_rows)
+            logits_WV = change(logits_WV, rows)
+            return logits_WV, logits_WV.argmax(-1).tolist() if len(best) else best
+
+    monkeypatch.setattr(correctness, "make_backend", lambda name, *arguments: Broken(*arguments))
+    monkeypatch.setattr("speedstack.runtime.engine.make_backend", lambda name, w, d, n, m, t: Broken(w, d, n, m))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_reference_passes(model: str) -> None:
+    checker = Checker(SCALE, model, "reference")
+    found = checker.check_buffers()
+    assert found["num_tokens_compared"] == 3 and found["errors"].keys() == {"logits"}
+    assert checker.check_row_invariance()["context"] == SCALE.check_context
+    assert checker.check_text() == {"num_texts": 2, "num_tokens": 4}
+
+
+def test_wrong_logits_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    checker = Checker(SCALE, "qwen3-30b-a3b", "reference")
+    breaking(monkeypatch, lambda logits, rows: logits * 1.001)
+    with pytest.raises(RuntimeError, match=r"logits is off by 1\.00e-03 of its norm, allowed 1e-04"):
+        checker.check_buffers()
+    breaking(monkeypatch, lambda logits, rows: logits * float("nan"))
+    with pytest.raises(RuntimeError, match="logits is off by nan"):
+        checker.check_buffers()
+
+
+def test_wrong_tokens_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    checker = Checker(SCALE, "qwen3-30b-a3b", "reference")
+    step = ReferenceBackend.step
+
+    class Broken(ReferenceBackend):
+        def step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+            logits_WV, best = step(self, rows, logit_rows)
+            return logits_WV, [token + 1 for token in best]
+
+    monkeypatch.setattr(correctness, "make_backend", lambda name, *arguments: Broken(*arguments))
+    with pytest.raises(RuntimeError, match="3 of 3 tokens differ"):
+        checker.check_buffers()
+
+
+@pytest.mark.parametrize(
+    ("number", "company"), [(3, "first among 2 others"), (2, "behind its own last token, as a draft")]
+)
+def test_bits_that_depend_on_company_are_found(monkeypatch: pytest.MonkeyPatch, number: int, company: str) -> None:
+    """One unit in the last place, in steps of so many rows."""
+    checker = Checker(SCALE, "gpt-oss-20b", "reference")
+
+    def nudge(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return torch.nextafter(logits, logits + 1) if len(rows.tokens) == number else logits
+
+    breaking(monkeypatch, nudge)
+    with pytest.raises(RuntimeError, match=f"a row's bits change when it is {company}"):
+        checker.check_row_invariance()
+
+
+def test_text_that_scoring_does_not_find_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    checker = Checker(SCALE, "gpt-oss-20b", "reference")
+    breaking(monkeypatch, lambda logits, rows: -logits if len(rows.tokens) == 2 else logits)
+    with pytest.raises(RuntimeError, match="token 2 of a text is not the one that scoring the text finds best"):
+        checker.check_text()
+
+
+def test_near_ties_of_experts() -> None:
+    """By hand: the third best of four is chosen last; a sigmoid's slope is at most a quarter."""
+    logits_RE = torch.tensor([[3.0, 2.0, 1.0, 0.9]])
+    softmax = MoeSpec(4, 3, 32, "softmax", has_correction_bias=False, renormalize=True)
+    assert choice_gap(logits_RE, None, softmax).item() == pytest.approx(0.1)
+    sigmoid = MoeSpec(4, 3, 32, "sigmoid", has_correction_bias=True, renormalize=True)
+    correction_E = torch.tensor([0.0, 0.0, 0.0, 0.5])
+    wanted = 4 * (torch.tensor(2.0).sigmoid() - torch.tensor(1.0).sigmoid()).item()
+    assert choice_gap(logits_RE, correction_E, sigmoid).item() == pytest.approx(wanted)
+    every = MoeSpec(4, 4, 32, "softmax", has_correction_bias=False, renormalize=True)
+    assert choice_gap(logits_RE, None, every).item() == float("inf")
+
+
+def test_row_error_is_the_worst_chosen_row() -> None:
+    wanted = torch.tensor([[3.0, 4.0], [3.0, 4.0]])
+    found = wanted + torch.tensor([[0.5, 0.0], [5.0, 0.0]])
+    assert row_error(found, wanted, torch.tensor([True, True])) == pytest.approx(1.0)
+    assert row_error(found, wanted, torch.tensor([True, False])) == pytest.approx(0.1)
