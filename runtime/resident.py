@@ -39,7 +39,7 @@ INTERPRETED_PROGRAMS = 3
 # Attention, and the choice among 256 experts, hold more in registers than four warps have.
 NUM_WARPS = 8
 MAX_STEPS = 16  # of one launch
-# A poll takes about a microsecond on a GPU: seconds, where a step takes milliseconds.
+# If a poll takes a microsecond, which is a guess, this is seconds, where a step takes milliseconds.
 MAX_POLLS = 1 << 22
 NUM_MOVERS = 4
 # The instructions of prefetching and of cooperative launches that are used here, and 227 KiB of shared memory.
@@ -51,7 +51,8 @@ class ResidentBackend(PlanBackend):
 
     Args:
         num_rows, split_size: see `PlanBackend`.
-        num_programs: None is one a multiprocessor, movers among them; another number is for the interpreter.
+        num_programs: None is one a multiprocessor, movers among them: a program takes more than half of its registers.
+            The driver refuses more than fit; the interpreter takes any number.
         prefetch, num_movers: see the module; movers there are only with `movers`.
         max_polls: polls in vain after which a wait gives up.
         seed: of the order in which the interpreter's programs take turns, for the first launch; later ones count on.

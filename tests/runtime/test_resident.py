@@ -45,7 +45,7 @@ from tests.runtime.plan_cases import (
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 interpreted = pytest.mark.skipif(not (INTERPRETED and HAS_TRITON), reason="runs in the process that interprets")
-NUM_SCHEDULES = int(os.environ.get("SPEEDSTACK_SCHEDULES", "60"))
+NUM_SCHEDULES = int(os.environ.get("SPEEDSTACK_SCHEDULES", "40"))
 SPLIT = 16
 
 
@@ -112,9 +112,7 @@ def test_every_buffer_of_every_step_equals_the_reference(case: str, num_programs
     assert backend.next_step == 3 and not any(watch.left.values())
 
 
-def outcome(
-    backend: ResidentBackend, start: tuple[list[torch.Tensor], Rows], num_steps: int, first_step: int = 0
-) -> tuple[Any, ...]:
+def outcome(backend: ResidentBackend, start: tuple[list[torch.Tensor], Rows], num_steps: int) -> tuple[Any, ...]:
     """Tokens, logits and caches after some steps without the host, from the same contexts every time."""
     caches, rows = start
     for cache, was in zip(backend.memory.caches, caches, strict=True):
@@ -142,11 +140,11 @@ def small(case: str, num_programs: int, **options: Any) -> tuple[ResidentBackend
 def test_steps_without_the_host_are_the_references_under_every_schedule(case: str) -> None:
     """Bit for bit the same with 1, 3 and 8 programs, movers or not, whatever the order in which they run."""
     backend, start = small(case, 1)
-    expected = outcome(backend, start, 3)
+    expected = outcome(backend, start, 2)
     reference, _ = prefilled(SMALL_CASES[case](), [17, 6], SMALL_LENGTH)
     rows = start[1]
     tokens = []
-    for _ in range(3):
+    for _ in range(2):
         logits_RV, best = reference.step(rows, range(2))
         rows = Rows(best, rows.slots, [position + 1 for position in rows.positions])
         tokens.append(best)
@@ -162,7 +160,7 @@ def test_steps_without_the_host_are_the_references_under_every_schedule(case: st
     for seed in range(num_schedules):
         backend = backends[seed % 3]
         backend.seed = seed
-        assert same(outcome(backend, start, 3), expected), f"seed {seed}, {backend.plan.num_programs} programs"
+        assert same(outcome(backend, start, 2), expected), f"seed {seed}, {backend.plan.num_programs} programs"
 
 
 def altered(plan: Plan, name: str, **changes: Any) -> Plan:
