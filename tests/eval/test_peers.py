@@ -194,3 +194,5 @@ def test_bad_input_is_named(tiny_model_dir: Path) -> None:
         measure_timing(tiny_model_dir, None, ONE, TimingSettings(dtype="float16"))
     with pytest.raises(ValueError, match="two sets of prompts have one name: a, a"):
         measure_timing(tiny_model_dir, None, ONE * 2)
+    with pytest.raises(ValueError, match="a timing needs prompts"):
+        measure_timing(tiny_model_dir, None, [])
