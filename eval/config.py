@@ -110,6 +110,17 @@ class PromptsConfig(VerbConfig):
         False, description="Benchmarks: prompts as a user's message, in the template of the model's tokenizer."
     )
 
+    @model_validator(mode="after")
+    def _fields_fit(self) -> "PromptsConfig":
+        benchmarks = {"dir": "a benchmark", "chat_template": "a benchmark or a file"}
+        needs = ({} if set(self.sets) - {"heldout", "long"} else benchmarks) | {
+            field: name for field, name in (("num_tokens", "heldout"), ("long_tokens", "long")) if name not in self.sets
+        }
+        for field, what in needs.items():
+            if getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"prompts.{field} needs {what} among prompts.sets, which are {', '.join(self.sets)}")
+        return self
+
 
 class BenchConfig(ModelConfig):
     """Decode speed: the engine with and without speculation, and its peers, interleaved in one process."""
@@ -137,6 +148,12 @@ class BenchConfig(ModelConfig):
     out: Path = Field(
         Path("runs/bench"), description="Directory for timing.json, timing.md and, with a drafter, acceptance.json."
     )
+
+    @model_validator(mode="after")
+    def _gguf_is_read(self) -> "BenchConfig":
+        if self.gguf is not None and "llama.cpp" not in self.peers:
+            raise ValueError("gguf is for the peer llama.cpp, which is not among peers")
+        return self
 
 
 class CompareConfig(VerbConfig):

@@ -2,8 +2,8 @@
 
 `generate` runs with its dynamic cache and its fastest experts implementation for this model (tried out first), and
 keeps no scores. The compiled one is what transformers' documentation calls it: a static cache, and the decoding
-forward under `torch.compile`, with the fastest experts implementation that compiles whole; the cache is as long as the
-longest text, so that nothing is compiled twice.
+forward under `torch.compile`; the cache is as long as the longest text, so that nothing is compiled twice. It tries
+experts implementations out as well, compiled, since another one may be fastest then.
 """
 
 import time
@@ -27,8 +27,9 @@ NAMES = {
     "assisted": "transformers + drafter",
     "compiled": "transformers, compiled",
 }
-LOOP = "eager"
-EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm", LOOP)
+EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
+# The third is a loop over experts that the router chose, at which every layer's graph breaks.
+COMPILED_EXPERTS = ("grouped_mm", "batched_mm")
 TRIAL_TOKENS = 16
 TRIAL_REPEATS = 3
 
@@ -75,25 +76,37 @@ def transformers_contestants(
     except PEER_ERRORS as error:
         return [], [Unavailable(name=name, reason=one_line(error)) for name in names]
     load_seconds = time.perf_counter() - started
-    trials, unavailable = try_experts_implementations(model, trial_prompt)
-    if not trials:
-        reason = "none of its experts implementations runs this model"
-        return [], [*unavailable, *(Unavailable(name=name, reason=reason) for name in names)]
-    tried = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in trials.items())
+    plain: dict[str, float] = {}
+    unavailable: list[Unavailable] = []
+    if set(kinds) - {"compiled"}:
+        plain, unavailable = try_experts_implementations(model, trial_prompt)
     contestants = []
     for kind in kinds:
-        experts = choose_experts(kind, trials)
+        started = time.perf_counter()
         try:
             run, what = _runner_of(kind, model, drafter, dtype, max_length)
         except PEER_ERRORS as error:
             unavailable.append(Unavailable(name=NAMES[kind], reason=one_line(error)))
             continue
+        trials = plain
+        if kind == "compiled":
+            num_tokens = min(TRIAL_TOKENS, max_length - len(trial_prompt))
+            trials, failed = try_experts_implementations(
+                model, trial_prompt, run, COMPILED_EXPERTS, num_tokens, NAMES[kind]
+            )
+            unavailable += failed
+        if not trials:
+            reason = "none of its experts implementations runs this model"
+            unavailable.append(Unavailable(name=NAMES[kind], reason=reason))
+            continue
+        fastest = min(trials, key=lambda name: trials[name])
+        tried = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in trials.items())
         contestants.append(
             Contestant(
                 name=NAMES[kind],
-                description=f"transformers {what}, {experts} experts (tried, ms a decoded token: {tried})",
-                run=_with_experts(model, experts, run),
-                prepare_seconds=load_seconds,
+                description=f"transformers {what}, {fastest} experts (tried, ms a decoded token: {tried})",
+                run=_with_experts(model, fastest, run),
+                prepare_seconds=load_seconds + time.perf_counter() - started,
                 identical_to=reference,
                 # In float32 the two differ by rounding alone, which decides no argmax but a near tie; in bfloat16 it
                 # does, and so it may where rows are verified together.
@@ -101,18 +114,6 @@ def transformers_contestants(
             )
         )
     return contestants, unavailable
-
-
-def choose_experts(kind: str, trials: dict[str, float]) -> str:
-    """The fastest experts implementation for a contestant, of those that ran: seconds a token, uncompiled, by name.
-
-    The compiled contestant does not take the loop over experts where there is another one. Its iterations depend on the
-    router, so that every layer breaks the graph and is compiled again until torch.compile gives up.
-    """
-    chosen = trials
-    if kind == "compiled":
-        chosen = {name: seconds for name, seconds in trials.items() if name != LOOP} or trials
-    return min(chosen, key=lambda name: chosen[name])
 
 
 def _with_experts(
@@ -171,24 +172,46 @@ def refuse_broken_logits(model: Any, prompt: list[int]) -> None:
         raise ValueError("its logits are not numbers; the checkpoint is broken or its dtype overflows")
 
 
-def try_experts_implementations(model: Any, prompt: list[int]) -> tuple[dict[str, float], list[Unavailable]]:
-    """Decode seconds a token, the best of a few texts, of each experts implementation; those that fail, and why."""
+def try_experts_implementations(
+    model: Any,
+    prompt: list[int],
+    run: Callable[[list[int], int], Sample] | None = None,
+    implementations: Sequence[str] | None = None,
+    num_tokens: int = TRIAL_TOKENS,
+    label: str = NAMES["transformers"],
+) -> tuple[dict[str, float], list[Unavailable]]:
+    """Decode seconds a token, the best of a few texts, of each experts implementation; those that fail, and why.
+
+    `run` is plain `generate` if it is not given, `implementations` all there are; `label` names those that fail.
+    """
     seconds_per_token: dict[str, float] = {}
     unavailable = []
-    run = transformers_runner(model)
-    for name in EXPERTS_IMPLEMENTATIONS:
+    run = run or transformers_runner(model)
+    for name in implementations or EXPERTS_IMPLEMENTATIONS:
         try:
             model.set_experts_implementation(name)
             run(prompt, 2)
-            samples = [run(prompt, TRIAL_TOKENS) for _ in range(TRIAL_REPEATS)]
+            samples = [run(prompt, num_tokens) for _ in range(TRIAL_REPEATS)]
         except PEER_ERRORS as error:
-            unavailable.append(Unavailable(name=f"{NAMES['transformers']} ({name} experts)", reason=one_line(error)))
+            unavailable.append(Unavailable(name=f"{label} ({name} experts)", reason=one_line(error)))
         else:
             # The race compares decode rates, and an implementation fast on a prompt need not be fast on one token.
             seconds_per_token[name] = min(
                 (sample.total_seconds - sample.first_token_seconds) / (len(sample.tokens) - 1) for sample in samples
             )
     return seconds_per_token, unavailable
+
+
+def _with_experts(
+    model: Any, implementation: str, run: Callable[[list[int], int], Sample]
+) -> Callable[[list[int], int], Sample]:
+    """`run` with an experts implementation of its own: contestants share the model."""
+
+    def run_with(prompt: list[int], num_new_tokens: int) -> Sample:
+        model.set_experts_implementation(implementation)
+        return run(prompt, num_new_tokens)
+
+    return run_with
 
 
 def transformers_runner(

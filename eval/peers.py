@@ -80,7 +80,9 @@ def measure_timing(
         raise ValueError(f"two sets of prompts have one name: {', '.join(names)}")
     prompts = {entry.name: entry.prompts for entry in prompt_sets}
     every_prompt = [prompt for group in prompts.values() for prompt in group]
-    max_length = max(map(len, every_prompt), default=0) + settings.num_new_tokens
+    if not every_prompt:
+        raise ValueError("a timing needs prompts")
+    max_length = max(map(len, every_prompt)) + settings.num_new_tokens
     ours, identity = engine_contestants(target, drafter, dtype, settings, max_length)
     peers, unavailable = peer_contestants(target, drafter, dtype, settings, every_prompt, max_length)
     environment = describe_environment()

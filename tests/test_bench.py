@@ -120,6 +120,9 @@ def test_mistakes_are_one_line(make_config: Callable[..., BenchConfig], capsys: 
         (["--target", "nowhere"], "no model directory at nowhere"),
         (["--gpu-hour-usd", "0"], "gpu_hour_usd"),
         (["--peers", "sglang"], "peers"),
+        (["--peers", "vllm", "--gguf", "m.gguf"], "gguf is for the peer llama.cpp"),
+        (["--prompts.dir", "data"], "prompts.dir needs a benchmark among prompts.sets, which are heldout"),
+        (["--prompts.long-tokens", "9"], "prompts.long_tokens needs long among prompts.sets"),
     ):
         assert main([*common, *flags]) == 2
         error = capsys.readouterr().err.strip().splitlines()

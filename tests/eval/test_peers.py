@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from speedstack.eval.peer_transformers import (
     EXPERTS_IMPLEMENTATIONS,
     ArrivalClock,
-    choose_experts,
     rounds_of,
     try_experts_implementations,
 )
@@ -167,26 +166,6 @@ def test_experts_implementations_are_compared_by_decoding_alone(
     assert set(seconds.values()) == {0.5}
 
 
-def test_every_contestant_runs_under_its_own_experts(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trials = {"grouped_mm": 2.0, "batched_mm": 3.0, "eager": 1.0}
-    assert [choose_experts(kind, trials) for kind in ("transformers", "assisted")] == ["eager", "eager"]
-    assert choose_experts("compiled", trials) == "grouped_mm" and choose_experts("compiled", {"eager": 1.0}) == "eager"
-    ran: list[tuple[str, str]] = []
-
-    def runner_of(kind: str, model: Any, *rest: object) -> tuple[Callable[[list[int], int], Sample], str]:
-        def run(prompt: list[int], num_new_tokens: int) -> Sample:
-            ran.append((kind, model.config._experts_implementation))
-            return Sample([1] * num_new_tokens, [(0.1, 1), (0.2, num_new_tokens - 1)], 0.3)
-
-        return run, kind
-
-    monkeypatch.setattr("speedstack.eval.peer_transformers._runner_of", runner_of)
-    monkeypatch.setattr("speedstack.eval.peer_transformers.try_experts_implementations", lambda *_: (trials, []))
-    settings = TimingSettings(num_new_tokens=4, num_repeats=2, backend="reference", peers=("transformers", "compiled"))
-    measure_timing(tiny_model_dir, None, ONE, settings, progress=False)
-    assert len(ran) == 6 and set(ran) == {("transformers", "eager"), ("compiled", "grouped_mm")}
-
-
 def test_broken_logits_are_an_error_that_names_them(tiny_model_dir: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -229,3 +208,5 @@ def test_bad_input_is_named(tiny_model_dir: Path) -> None:
         measure_timing(tiny_model_dir, None, ONE, TimingSettings(dtype="float16"))
     with pytest.raises(ValueError, match="two sets of prompts have one name: a, a"):
         measure_timing(tiny_model_dir, None, ONE * 2)
+    with pytest.raises(ValueError, match="a timing needs prompts"):
+        measure_timing(tiny_model_dir, None, [])

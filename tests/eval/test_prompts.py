@@ -94,7 +94,7 @@ def test_chats_take_the_template_and_the_benchmarks_instruction(
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
     (found,) = loader(tiny_tokenizer, **options).load(["humaneval"])
-    first, second = (tiny_tokenizer.decode(ids) for ids in found.prompts)
+    first, second = (str(tiny_tokenizer.decode(ids)) for ids in found.prompts)
     assert first.startswith("<user>Write a solution to the following problem") and "def f(x): ...\n```" in first
     assert second == "<user>Write {f}<assistant>"
     assert BENCHMARKS["gsm8k"].instruction.format("2?").endswith("final answer within \\boxed{}.")
@@ -143,7 +143,7 @@ def test_long_prompts_are_whole_documents_joined(
     assert [len(ids) for ids in found.prompts] == [16384] * 2 and found.notes == ()
     used = []
     for ids in found.prompts:
-        start, *pieces = tiny_tokenizer.decode(ids).split("<|endoftext|>")
+        start, *pieces = str(tiny_tokenizer.decode(ids)).split("<|endoftext|>")
         assert start == "" and len(pieces) >= 1
         names = [next(name for name, text in documents.items() if text.startswith(piece)) for piece in pieces]
         assert [documents[name] for name in names[:-1]] == pieces[:-1]
