@@ -48,8 +48,11 @@ def read_log(path: Path) -> Iterator[bytes]:
 
 def read_run(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """Config, rows of history and summary of the one offline run below `directory`."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    # The file is a background process' own, which may hold back its last records until it ends.
+    wandb.teardown()
     config: dict[str, Any] = {}
     history: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
