@@ -116,18 +116,6 @@ def transformers_contestants(
     return contestants, unavailable
 
 
-def _with_experts(
-    model: Any, experts: str, run: Callable[[list[int], int], Sample]
-) -> Callable[[list[int], int], Sample]:
-    """`run` with an experts implementation, which is set before its clock starts: contestants share the model."""
-
-    def run_with_experts(prompt: list[int], num_new_tokens: int) -> Sample:
-        model.set_experts_implementation(experts)
-        return run(prompt, num_new_tokens)
-
-    return run_with_experts
-
-
 def _runner_of(
     kind: str, model: Any, drafter: str | Path | None, dtype: torch.dtype, max_length: int
 ) -> tuple[Callable[[list[int], int], Sample], str]:
