@@ -60,16 +60,16 @@ class LmAgreement(Record):
     """Answers of the engine against the adapter's, request by request.
 
     Log-likelihoods differ by at most `max_difference_nats`, and by `max_relative_difference` of their size; from those
-    in float64 the engine's differ by at most `engine_error_nats`, the adapter's by `adapter_error_nats`. Generations
-    are the same text in `num_equal` cases, log-likelihoods have the same verdict on greediness. `scores` are the task's
-    metrics, the engine's and the adapter's.
+    in float64 the engine's differ by at most `engine_error_nats`, the adapter's by `adapter_error_nats`, which older
+    files lack. Generations are the same text in `num_equal` cases, log-likelihoods have the same verdict on greediness.
+    `scores` are the task's metrics, the engine's and the adapter's.
     """
 
     num_equal: int
     max_difference_nats: float | None
     max_relative_difference: float | None
-    engine_error_nats: float | None
-    adapter_error_nats: float | None
+    engine_error_nats: float | None = None
+    adapter_error_nats: float | None = None
     scores: dict[str, tuple[float, float]]
 
 
