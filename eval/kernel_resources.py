@@ -96,7 +96,7 @@ def compiled_resident(model: str, is_packed: bool, prefetch: Prefetching = "own"
     plan, weights, memory = _shapes(model, is_packed)
     tasks = build_tasks(plan, bind(plan, weights, memory), torch.device("cpu"))
     word = torch.zeros(1, dtype=torch.int32)
-    changing = {"counters_ptr": word, "dump_ptr": word, "failed_ptr": word}
+    changing: dict[str, Any] = {"counters_ptr": word, "dump_ptr": word, "failed_ptr": word}
     changing |= {"first_step": 0, "num_steps": 1, "max_polls": 1}
     options = compile_options()
     compiled = compile_kernel(resident_kernel, arguments_of(plan, tasks, prefetch) | changing, options)

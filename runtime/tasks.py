@@ -54,9 +54,10 @@ def build_tasks(plan: Plan, bindings: Sequence[Binding], device: torch.device) -
         record = [0] * resident.RECORD.value
         record[resident.VARIANT.value] = numbers.setdefault(variant_of(binding), len(numbers))
         record[resident.ROTATION.value] = phase.rotation
-        for at, whats in ((resident.WAIT_COUNTERS, phase.waits), (resident.SIGNAL_COUNTERS, phase.signals)):
-            for slot, what in enumerate(whats):
-                record[at.value + slot] = _counter(plan, what)
+        for slot, wait in enumerate(phase.waits):
+            record[resident.WAIT_COUNTERS.value + slot] = _counter(plan, wait)
+        for slot, signal in enumerate(phase.signals):
+            record[resident.SIGNAL_COUNTERS.value + slot] = _counter(plan, signal)
         for slot, tensor in enumerate(binding.pointers):
             if tensor.device.type == "cuda" and tensor.data_ptr() % 16:
                 raise ValueError(f"a tensor of {phase.name} is not aligned to 16 bytes, as the kernel takes it to be")

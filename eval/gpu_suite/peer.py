@@ -124,7 +124,8 @@ class Step:
             return out.logits.argmax(-1)
 
         decode(self.ids_1R, self.positions_1R)  # makes the cache's tensors
-        for layer in self.cache.layers:
+        layers: Any = self.cache.layers
+        for layer in layers:
             layer.keys.normal_()
             layer.values.normal_()
         self.decode: Callable[..., torch.Tensor] = decode

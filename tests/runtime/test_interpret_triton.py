@@ -110,7 +110,10 @@ def test_counters_can_be_observed() -> None:
     """Every signal, in its order, and no poll."""
     seen = list[tuple[int, int]]()
     counters = torch.zeros(2, dtype=torch.int32)
-    arguments = {"a": torch.zeros(SIZE, dtype=torch.int32), "b": torch.arange(SIZE, dtype=torch.int32)}
+    arguments: dict[str, object] = {
+        "a": torch.zeros(SIZE, dtype=torch.int32),
+        "b": torch.arange(SIZE, dtype=torch.int32),
+    }
     arguments |= {"counters": counters, "NUM_STEPS": 2, "SIZE": SIZE, "P": 3, "BROKEN": 0}
     first = counters.data_ptr()
     interpret_triton(

@@ -45,7 +45,7 @@ def compiled(prefetch: Prefetching = "own") -> tuple[Tasks, Any]:
     plan = build_plan(weights.spec, formats_of(weights), 132, 16, 512)
     tasks = build_tasks(plan, bind(plan, weights, Memory(plan, weights, 2, 512)), torch.device("cpu"))
     word = torch.zeros(1, dtype=torch.int32)
-    changing = {"counters_ptr": word, "dump_ptr": word, "failed_ptr": word}
+    changing: dict[str, Any] = {"counters_ptr": word, "dump_ptr": word, "failed_ptr": word}
     changing |= {"first_step": 0, "num_steps": 1, "max_polls": 1}
     arguments = arguments_of(plan, tasks, prefetch) | changing
     return tasks, compile_kernel(resident.resident_kernel, arguments, compile_options())

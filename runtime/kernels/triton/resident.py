@@ -40,7 +40,7 @@ def load_pointers(record_ptr, PHASE: tl.constexpr):
     p = ()
     for n in tl.static_range(len(PHASE.pointer_types)):
         address = tl.load(record_ptr + POINTERS + n)
-        p = p + (tl.multiple_of(address.to(PHASE.pointer_types[n]), 16),)  # noqa: RUF005
+        p = p + (tl.multiple_of(address.to(PHASE.pointer_types[n]), 16),)  # type: ignore  # noqa: RUF005
     return p
 
 
@@ -53,7 +53,7 @@ def wait_all(
     if IS_ITEM:
         WAITS: tl.constexpr = PHASE.item_waits
     else:
-        WAITS: tl.constexpr = PHASE.waits
+        WAITS: tl.constexpr = PHASE.waits  # type: ignore[no-redef]
     is_alive = max_polls > 0
     for n in tl.static_range(len(WAITS)):
         if is_alive:

@@ -58,7 +58,7 @@ def signature(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Any]
 def compile_kernel(kernel: Any, arguments: Mapping[str, Any], options: dict[str, Any], capability: int = HOPPER) -> Any:
     """Compiles a kernel for its arguments, with pointers aligned as an allocator's are. Triton's compiled kernel."""
     types, constants = signature(kernel, arguments)
-    aligned = {}
+    aligned: dict[tuple[int, ...], Any] = {}
     for place, (parameter, kind) in enumerate(zip(kernel.params, types.values(), strict=True)):
         value = arguments[parameter.name]
         if isinstance(kind, tuple):
