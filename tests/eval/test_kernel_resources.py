@@ -29,7 +29,7 @@ KNOWN_SPILLS = {
     ("mimo-v2-flash", "expert_down"): 16,
     ("mimo-v2-flash", "resident"): 448,
     ("gpt-oss-20b", "resident"): 64,
-    ("qwen3-30b-a3b", "resident"): 112,
+    ("qwen3-30b-a3b", "resident"): 88,
 }
 
 
