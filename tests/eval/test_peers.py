@@ -166,6 +166,26 @@ def test_experts_implementations_are_compared_by_decoding_alone(
     assert set(seconds.values()) == {0.5}
 
 
+def test_every_contestant_runs_under_its_own_experts(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, str]] = []
+
+    def runner_of(kind: str, model: Any, *rest: object) -> tuple[Callable[[list[int], int], Sample], str]:
+        def run(prompt: list[int], num_new_tokens: int) -> Sample:
+            ran.append((kind, model.config._experts_implementation))
+            return Sample([1] * num_new_tokens, [(0.1, 1), (0.2, num_new_tokens - 1)], 0.3)
+
+        return run, kind
+
+    def fastest(model: Any, prompt: list[int], run: object = None, *rest: object) -> tuple[dict[str, float], list[Any]]:
+        return ({"eager": 1.0, "grouped_mm": 2.0} if run is None else {"batched_mm": 1.0}), []
+
+    monkeypatch.setattr("speedstack.eval.peer_transformers._runner_of", runner_of)
+    monkeypatch.setattr("speedstack.eval.peer_transformers.try_experts_implementations", fastest)
+    settings = TimingSettings(num_new_tokens=4, num_repeats=2, backend="reference", peers=("transformers", "compiled"))
+    measure_timing(tiny_model_dir, None, ONE, settings, progress=False)
+    assert len(ran) == 6 and set(ran) == {("transformers", "eager"), ("compiled", "batched_mm")}
+
+
 def test_broken_logits_are_an_error_that_names_them(tiny_model_dir: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
