@@ -12,13 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.ticker import AutoLocator, NullLocator, ScalarFormatter
 
 from speedstack.eval.ablation import AblationGrid, AblationRow
 from speedstack.eval.figures import COLOURS, MARKERS, STYLE, Z95, label_x, legend_above, new_axes
 
 _MODULES = ("experts", "attention", "lm_head", "all", "")
 _METHODS = ("rtn", "mse", "gptq", "qat-ce", "qad", "none")
+# Bits that an axis names, where it reaches so far.
+_TICKS = (2, 3, 4, 5, 6, 8, 12, 16, 32)
 BITS = "bits a quantized weight, scales included (log scale)"
 BYTES = "bytes of the whole model (MB)"
 NATS = "KL from full precision (millinats a token, log scale)"
@@ -49,6 +51,7 @@ def kl_by_bytes(grid: AblationGrid) -> Figure | None:
     if figure is not None:
         (axes,) = figure.axes
         axes.set_xscale("linear")
+        axes.xaxis.set_major_locator(AutoLocator())
     return figure
 
 
@@ -82,7 +85,7 @@ def tau_by_bits(grid: AblationGrid) -> Figure | None:
                 if (row.temperature, row.drafter) == key:
                     _point(axes, row, row.bits_per_weight or 0.0, row.tau or 0.0, row.tau_stderr, colours[index])
         named = [
-            (f"drafter of the {drafter} model, T={temperature:g}", colours[index])
+            (f"trained for {drafter}, T={temperature:g}", colours[index])
             for index, (temperature, drafter) in enumerate(keys)
         ]
         _finish(axes, rows, named, BITS, "tokens a round (tau)", "95 % interval over texts")
@@ -150,6 +153,8 @@ def _finish(
 ) -> None:
     """Labels, and a legend of what colours and markers stand for."""
     axes.set_xscale("log", base=2)
+    low, high = axes.get_xlim()
+    axes.set_xticks([bits for bits in _TICKS if low <= bits <= high])
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
     label_x(axes, x_label, whiskers)

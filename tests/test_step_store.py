@@ -111,27 +111,36 @@ def test_what_does_not_depend_on_a_failure_goes_on(tmp_path: Path, runner: str) 
     raises, dies = step("raises", tmp_path, raises=True), step("dies", tmp_path, {"root": root}, dies=True)
     after = [step("after", tmp_path, {"a": raises, "b": root}), step("both", tmp_path, {"a": left, "b": right})]
     later = step("later", tmp_path, {"after": after[0]})
-    alone = [step(f"alone{i}", tmp_path, {"a": left}, seconds=0.2, is_exclusive=True) for i in range(2)]
     settled: dict[str, str | None] = {}
-    wanted = [later, *alone, *after, dies, left, right]
+    wanted = [later, *after, dies, left, right]
     failures = run_steps(
         store, wanted, runner, [PLACE, PLACE], tmp_path / "logs", lambda one, why: settled.update({one.kind: why})
     )
-    assert settled.keys() == {"root", "left", "right", "raises", "dies", "after", "later", "both", "alone0", "alone1"}
+    assert settled.keys() == {"root", "left", "right", "raises", "dies", "after", "later", "both"}
     assert failures.keys() == {raises.name, dies.name, after[0].name, later.name}
     assert settled["raises"] == "two lines of it" and settled["after"] == "raises failed: two lines of it"
     assert settled["later"] == "after failed: raises failed: two lines of it"
     assert "its process ended by signal 9" in (settled["dies"] or "")
     ran = runs(tmp_path)
-    assert ran.keys() == {one.name for one in (root, left, right, after[1], *alone)}
+    assert ran.keys() == {one.name for one in (root, left, right, after[1])}
     assert ran[root.name][1] <= min(ran[left.name][0], ran[right.name][0])
-    for one in alone:
-        start, end = ran[one.name]
-        assert all(e <= start or end <= s for name, (s, e) in ran.items() if name != one.name)
     assert store.result(left)["needs"] == [str(store.path(root))]
     # What failed is tried again, what is there is not.
     again = run_steps(store, wanted, runner, [PLACE], tmp_path / "logs", lambda one, why: None)
     assert again.keys() == failures.keys() and runs(tmp_path) == ran
+
+
+def test_exclusive_steps_run_alone(tmp_path: Path, runner: str) -> None:
+    slow, quick = step("slow", tmp_path, seconds=3), step("quick", tmp_path)
+    alone = [step(f"alone{i}", tmp_path, {"of": quick}, seconds=0.2, is_exclusive=True) for i in range(2)]
+    store, steps = StepStore(tmp_path / "steps"), [*alone, slow]
+    assert run_steps(store, steps, runner, [PLACE, PLACE], tmp_path / "logs", lambda one, why: None) == {}
+    ran = runs(tmp_path)
+    # The other two ran beside each other, so that there was somebody to wait for.
+    assert ran[quick.name][0] < ran[slow.name][1] and len(ran) == 4
+    for one in alone:
+        start, end = ran[one.name]
+        assert all(e <= start or end <= s for name, (s, e) in ran.items() if name != one.name)
 
 
 def test_killed_with_its_workers_and_continued(tmp_path: Path, runner: str) -> None:
