@@ -23,7 +23,7 @@ class ModelConfig(VerbConfig):
 
     target: Path = Field(DEMO_RUN / "qad" / "export", description="Model directory, experts packed in MXFP4 or not.")
     drafter: Path | None = Field(None, description="Directory of a DFlash drafter trained for the target; None: none.")
-    backend: Literal["auto", "reference", "cpu", "graph"] = Field(
+    backend: Literal["auto", "reference", "cpu", "graph", "resident"] = Field(
         "auto", description="How a step is computed; auto takes the fastest that this machine and model allow."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device; auto takes CUDA if present.")

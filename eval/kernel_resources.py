@@ -1,24 +1,29 @@
 """What the decode kernels take of a GPU's multiprocessor: `python -m speedstack.eval.kernel_resources [RESULT.json]`.
 
 Compiles every kernel of a decode step for sm_90a at the shapes of released models, weights in bfloat16 and experts in
-MXFP4 or bfloat16, and records registers, spilled bytes and shared memory. Needs Triton, and no GPU.
+MXFP4 or bfloat16: those of the `graph` backend, and the one of the `resident` backend. Records registers, spilled bytes
+and shared memory. Needs Triton, and no GPU.
 """
 
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from speedstack.eval.environment import describe_environment
 from speedstack.eval.released import MODELS, released_spec
 from speedstack.eval.results import Document, Environment, Record
-from speedstack.runtime.graph import formats_of
+from speedstack.runtime.memory import Memory
 from speedstack.runtime.phases import build_plan
+from speedstack.runtime.plan import Plan
+from speedstack.runtime.plan_backend import formats_of
+from speedstack.runtime.resident import Prefetching, arguments_of, compile_options
 from speedstack.runtime.shapes import empty_weights
 from speedstack.runtime.spec import ModelSpec
+from speedstack.runtime.weights import ModelWeights
 
 NUM_PROGRAMS = 132  # multiprocessors of an H200
 MAX_CONTEXT = 16384
@@ -57,17 +62,15 @@ def model_spec(model: str) -> ModelSpec:
 
 def compiled_kernels(model: str, is_packed: bool) -> Iterator[KernelResources]:
     """Compiles a model's kernels, those of the same shape once."""
-    from speedstack.runtime.kernels.triton.resources import compile_launch, signature
-    from speedstack.runtime.launches import Memory, build_launches
+    from speedstack.runtime.kernels.triton.resources import compile_launch
+    from speedstack.runtime.launches import build_launches
 
-    weights = empty_weights(model_spec(model), torch.bfloat16, torch.device("meta"), is_packed)
-    plan = build_plan(weights.spec, formats_of(weights), NUM_PROGRAMS, max_context=MAX_CONTEXT)
+    plan, weights, memory = _shapes(model, is_packed)
     seen = set()
-    for launch in build_launches(plan, weights, Memory(plan, weights, 8, MAX_CONTEXT)):
-        key = (launch.phase.op, str(signature(launch, is_dependent=True)))
-        if key in seen:
+    for launch in build_launches(plan, weights, memory):
+        if launch.binding.constants in seen:
             continue
-        seen.add(key)
+        seen.add(launch.binding.constants)
         found = compile_launch(launch)
         yield KernelResources(
             model=model,
@@ -83,6 +86,42 @@ def compiled_kernels(model: str, is_packed: bool) -> Iterator[KernelResources]:
         )
 
 
+def compiled_resident(model: str, is_packed: bool, prefetch: Prefetching = "own") -> tuple[KernelResources, Any]:
+    """The kernel of a whole step; and what Triton compiled, for its code."""
+    from speedstack.runtime.bindings import bind
+    from speedstack.runtime.kernels.triton.resident import resident_kernel
+    from speedstack.runtime.kernels.triton.resources import compile_kernel, resources_of
+    from speedstack.runtime.tasks import build_tasks
+
+    plan, weights, memory = _shapes(model, is_packed)
+    tasks = build_tasks(plan, bind(plan, weights, memory), torch.device("cpu"))
+    word = torch.zeros(1, dtype=torch.int32)
+    changing = {"counters_ptr": word, "dump_ptr": word, "failed_ptr": word}
+    changing |= {"first_step": 0, "num_steps": 1, "max_polls": 1}
+    options = compile_options()
+    compiled = compile_kernel(resident_kernel, arguments_of(plan, tasks, prefetch) | changing, options)
+    found = resources_of(compiled)
+    kernel = KernelResources(
+        model=model,
+        expert_format="mxfp4" if is_packed else "bf16",
+        phase="whole step",
+        op="resident",
+        grid=(plan.num_programs,),
+        tile=0,
+        num_warps=options["num_warps"],
+        num_registers=found.registers,
+        local_bytes=found.local_bytes,
+        shared_bytes=found.shared_bytes,
+    )
+    return kernel, compiled
+
+
+def _shapes(model: str, is_packed: bool) -> tuple[Plan, ModelWeights, Memory]:
+    weights = empty_weights(model_spec(model), torch.bfloat16, torch.device("meta"), is_packed)
+    plan = build_plan(weights.spec, formats_of(weights), NUM_PROGRAMS, max_context=MAX_CONTEXT)
+    return plan, weights, Memory(plan, weights, 8, MAX_CONTEXT)
+
+
 def main() -> None:
     """Compile, print and save."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -91,7 +130,8 @@ def main() -> None:
     kernels = []
     for model in MODELS:
         for is_packed in (True, False):
-            for kernel in compiled_kernels(model, is_packed):
+            resident, _ = compiled_resident(model, is_packed)
+            for kernel in (*compiled_kernels(model, is_packed), resident):
                 kernels.append(kernel)
                 print(
                     f"{model} {kernel.expert_format} {kernel.phase}: {kernel.num_registers} registers, "

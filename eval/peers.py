@@ -48,7 +48,7 @@ class TimingSettings:
     num_repeats: int = 5
     dtype: str = "float32"
     device: str = "cpu"
-    backend: Literal["auto", "reference", "cpu", "graph"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "graph", "resident"] = "auto"
     peers: tuple[Peer, ...] = ("transformers", "assisted")
     look_up: bool = False
     num_warmups: int = 1

@@ -79,7 +79,7 @@ class Engine:
         cls,
         target: str | Path,
         drafter: str | Path | DFlashDraftModel | None = None,
-        backend: Literal["auto", "reference", "cpu", "graph"] = "auto",
+        backend: Literal["auto", "reference", "cpu", "graph", "resident"] = "auto",
         device: str = "auto",
         dtype: str | torch.dtype | None = None,
         max_length: int | None = None,
@@ -94,8 +94,9 @@ class Engine:
             target: Hugging Face directory, experts packed in MXFP4 or not.
             drafter: DFlash directory, or a model in memory (see `set_drafter`); refused when it names another target.
                 `"ngram"` is prompt look-up, which needs no drafter; a directory of that name needs its whole path.
-            backend: `reference` is PyTorch on any device, `cpu` compiled kernels for float32 on a CPU, `graph` Triton
-                kernels on a GPU; `auto` takes `cpu` where it can and says why where it cannot, and else `reference`.
+            backend: `reference` is PyTorch on any device, `cpu` compiled kernels for float32 on a CPU, `graph` a Triton
+                kernel a phase on a GPU, `resident` one for a whole step; `auto` takes `cpu` where it can and says why
+                where it cannot, and else `reference`.
             device: `cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is one.
             dtype: of everything but packed experts; None is float32 on a CPU and bfloat16 on a GPU.
             max_length: positions that each sequence's buffers hold; None takes the model's, at most 4096.

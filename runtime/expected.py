@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from speedstack.runtime.backend import Rows
-from speedstack.runtime.graph import GraphBackend
+from speedstack.runtime.plan import Phase
+from speedstack.runtime.plan_backend import PlanBackend
 from speedstack.runtime.reference import ReferenceBackend, _experts, rms_norm, route, swiglu
 from speedstack.runtime.spec import MoeSpec
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, MoeWeights
@@ -73,9 +74,9 @@ def _mixture(
     return out_RD
 
 
-def found_buffer(backend: GraphBackend, index: int, num_rows: int) -> torch.Tensor | None:
-    """What phase `index` wrote, rows first, in the reference's order of columns; None where that is not compared."""
-    phase, R = backend.launches[index].phase, backend.plan.rows
+def found_buffer(backend: PlanBackend, phase: Phase, num_rows: int) -> torch.Tensor | None:
+    """What a phase wrote, rows first, in the reference's order of columns; None where that is not compared."""
+    R = backend.plan.rows
     buffers, weights = backend.memory.buffers, backend.weights
     if phase.op in ("embed", "o_proj", "dense_down", "expert_down"):
         return backend.memory.hidden_DR.T[:num_rows]

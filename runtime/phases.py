@@ -28,6 +28,7 @@ garbage, from which nothing flows into other rows.
 Left out: a drafter's phases, and the exchange between GPUs (the cost model counts it): a plan is of one GPU.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -89,10 +90,12 @@ def build_plan(
     max_context: int = 4096,
     split_size: int = SPLIT_SIZE,
     is_sharded: bool = False,
+    taps: Sequence[int] = (),
 ) -> Plan:
     """The plan for steps of up to `rows` rows over contexts of up to `max_context` positions.
 
     is_sharded: `spec` is one GPU's part; partial sums are exchanged after o_proj and down, logits after lm_head.
+    taps: layers whose output is also written to the buffers `features.0`, `features.1`, ..., for a drafter.
 
     Raises ValueError for sizes out of range.
     """
@@ -102,7 +105,7 @@ def build_plan(
         raise ValueError(f"context {max_context} is outside the model's 1 to {spec.max_position_embeddings} positions")
     if num_programs < 1 or split_size < 1:
         raise ValueError("a plan needs at least one program and splits of at least one position")
-    builder = _Builder(spec, formats, num_programs, rows, max_context, split_size, is_sharded)
+    builder = _Builder(spec, formats, num_programs, rows, max_context, split_size, is_sharded, tuple(taps))
     return builder.build()
 
 
@@ -115,6 +118,7 @@ class _Builder:
     max_context: int
     split_size: int
     is_sharded: bool
+    taps: tuple[int, ...]
     buffers: dict[str, Buffer] = field(default_factory=dict)
     counters: list[Counter] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
@@ -126,7 +130,10 @@ class _Builder:
         D = self.spec.hidden_size
         rows_axis = (Axis("row", self.rows, is_dynamic=True),)
         self.buffer("rows", self.rows, 32)  # a row's token, sequence and position
-        self.buffer("hidden", D, self.rows * ELEMENT_BYTES)
+        hidden = self.buffers[self.buffer("hidden", D, self.rows * ELEMENT_BYTES)]
+        for tap in range(len(self.taps)):
+            name = f"features.{tap}"
+            self.buffers[name] = replace(hidden, name=name, memory="features", offset=tap * hidden.num_bytes)
         # Every program's arrival at `sample` in the step before: the rows of this step are known.
         self.add(
             "embed", "embed", rows_axis, reads=[Read(Region("rows", 1, 0, (1,)), "sample", 1)],
@@ -340,10 +347,13 @@ class _Builder:
         """A projection to the hidden size, added to the hidden state in place."""
         D = self.spec.hidden_size
         tile = choose_tile(D, self.num_programs, MMA_TILES)
+        writes = [Region("hidden", tile, 0, (tile,))]
+        if op != "o_proj" and index in self.taps:  # the layer's last phase
+            writes.append(replace(writes[0], buffer=f"features.{self.taps.index(index)}"))
         self.add(
             name, op, (Axis("tile", _ceil(D, tile)),), index, tile,
             reads=[*reads, self.read("hidden", hidden_of, tile, (tile,))],
-            writes=[Region("hidden", tile, 0, (tile,))],
+            writes=writes,
             waits=[self.all_programs(waits_for)],
             work=work,
         )  # fmt: skip

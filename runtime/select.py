@@ -9,11 +9,12 @@ from speedstack.runtime.backend import Backend
 from speedstack.runtime.cpu import CpuBackend
 from speedstack.runtime.graph import GraphBackend
 from speedstack.runtime.reference import ReferenceBackend
+from speedstack.runtime.resident import ResidentBackend
 from speedstack.runtime.weights import ModelWeights
 
 logger = logging.getLogger("speedstack.runtime")
 
-BACKENDS = ("auto", "reference", "cpu", "graph")
+BACKENDS = ("auto", "reference", "cpu", "graph", "resident")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -52,6 +53,8 @@ def make_backend(
 ) -> Backend:
     """The backend asked for; `auto` tries the compiled one on a CPU and falls back to PyTorch with a warning.
 
+    On a GPU `auto` is PyTorch too: neither `graph` nor `resident` has been measured on one.
+
     Raises:
         ValueError: an unknown name, or a model that the named backend cannot take, with the reason.
     """
@@ -69,10 +72,11 @@ def make_backend(
         else:
             logger.info("backend %s: cpu, compiled kernels", name)
             return backend
-    if name == "graph":
-        if has_trees:
-            raise ValueError(refuse_trees(GraphBackend))
-        return GraphBackend(weights, drafter, num_slots, max_length)
+    for kind in (GraphBackend, ResidentBackend):
+        if name == kind.name:
+            if has_trees:
+                raise ValueError(refuse_trees(kind))
+            return kind(weights, drafter, num_slots, max_length)
     return ReferenceBackend(weights, drafter, num_slots, max_length)
 
 

@@ -101,7 +101,7 @@ class Checker:
         errors = {}
         for index, launch in enumerate(backend.launches):
             launch.run(is_dependent=self.device.type == "cuda" and index > 0)
-            found = found_buffer(backend, index, self.num_rows)
+            found = found_buffer(backend, launch.phase, self.num_rows)
             if found is not None:
                 name = launch.phase.name
                 errors[name] = row_error(found, expected[name], decided_R)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from speedstack.runtime.graph import formats_of
+from speedstack.runtime.memory import Memory
 from speedstack.runtime.phases import build_plan
+from speedstack.runtime.plan_backend import formats_of
 from speedstack.runtime.shapes import empty_weights
 from speedstack.runtime.spec import ModelSpec, spec_from_config
 
@@ -22,15 +23,15 @@ TYPICAL_PROGRAMS = 132  # tiles, and with them padding, depend little on it
 
 def backend_bytes(spec: ModelSpec, max_length: int, num_slots: int = 1) -> int:
     """A GPU backend's weights, packed experts, its own copies of some, key/value buffers and activations."""
-    from speedstack.runtime.launches import Memory, build_launches
+    from speedstack.runtime.bindings import bind
 
     weights = empty_weights(spec, torch.bfloat16, META, is_packed=True)
     plan = build_plan(spec, formats_of(weights), TYPICAL_PROGRAMS, max_context=max_length)
     memory = Memory(plan, weights, num_slots, max_length)
     held = {id(tensor): tensor for tensor in [*memory.buffers.values(), *memory.caches]}
-    for launch in build_launches(plan, weights, memory):
-        held |= {id(value): value for value in launch.arguments.values() if isinstance(value, torch.Tensor)}
-    # Launches name weights that are not copied as well, and every weight is in the first sum.
+    for binding in bind(plan, weights, memory):
+        held |= {id(tensor): tensor for tensor in binding.pointers}
+    # Phases name weights that are not copied as well, and every weight is in the first sum.
     own = {id(tensor) for tensor in weight_tensors(weights)}
     copies = sum(tensor.nbytes for key, tensor in held.items() if key not in own)
     return sum(weights.nbytes_by_part().values()) + copies

@@ -14,6 +14,7 @@ from speedstack.eval.kernel_resources import (
     KernelResources,
     KernelResourcesResult,
     compiled_kernels,
+    compiled_resident,
     model_spec,
 )
 from speedstack.eval.released import MODELS
@@ -40,6 +41,14 @@ def test_no_kernel_spills_more_than_is_known(model: str) -> None:
         check(kernel)
     dense = {"dense_gate_up", "dense_down"} if model == "mimo-v2-flash" else set()
     assert {kernel.op for kernel in kernels} == OPS | dense
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_kernel_of_a_whole_step_spills_no_more_than_is_known(model: str) -> None:
+    kernel, _ = compiled_resident(model, is_packed=True)
+    check(kernel)
 
 
 def test_a_spill_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,11 +23,12 @@ import triton
 import triton.language as tl
 
 from speedstack.runtime.backend import Rows
+from speedstack.runtime.bindings import Constants
 from speedstack.runtime.kernels.triton.head import uniform_words
-from speedstack.runtime.kernels.triton.launch import lm_head_kernel, project_kernel, sample_kernel
+from speedstack.runtime.kernels.triton.phase import phase_kernel
 from speedstack.runtime.kernels.triton.products import e2m1, power_of_two
 from speedstack.runtime.kernels.triton.router import choose
-from speedstack.runtime.launches import RECORD, row_records, sampling_records
+from speedstack.runtime.memory import RECORD, row_records, sampling_records
 
 R = 4
 
@@ -138,10 +139,8 @@ def run_sample(logits_RV: torch.Tensor, temperatures: list[float], seeds: list[i
         best[tile, 1] = torch.where(part.isnan().any(-1), -1, index.int())
     tokens = torch.full((R,), -7, dtype=torch.int32)
     sampling = sampling_records(seeds, [11, 2**50, 13], temperatures, R)
-    sample_kernel[(R,)](
-        rows, sampling, logits_RV.T.contiguous(), best, tokens, VOCAB=V, TILES=tiles, TP=8, R=R, BLOCKS=8,
-        IS_DEPENDENT=False,
-    )  # fmt: skip
+    phase = Constants(op="sample", axes=(R,), VOCAB=V, TILES=tiles, TP=8, R=R, BLOCKS=8)
+    phase_kernel[(R,)]((rows, sampling, logits_RV.T.contiguous(), best, tokens), PHASE=phase, IS_DEPENDENT=False)
     assert tokens[3] == -7, "an idle row"
     return tokens[:3].tolist()
 
@@ -173,9 +172,8 @@ def test_lm_head_names_its_largest_logit() -> None:
     head_VD[17:19] *= 10
     hidden_DR[:, 2] = float("nan")
     logits_VR, best = torch.full((V, R), 7.0), torch.empty(2, 2, R, dtype=torch.int32)
-    lm_head_kernel[(2,)](
-        hidden_DR, torch.ones(D), head_VD, logits_VR, best, 1e-5, VOCAB=V, D=D, R=R, T=16, CHUNK=32, IS_DEPENDENT=False
-    )  # fmt: skip
+    phase = Constants(op="lm_head", axes=(2,), eps=1e-5, VOCAB=V, D=D, R=R, T=16, CHUNK=32)
+    phase_kernel[(2,)]((hidden_DR, torch.ones(D), head_VD, logits_VR, best), PHASE=phase, IS_DEPENDENT=False)
     normed_RD = hidden_DR.T * torch.rsqrt(hidden_DR.T.pow(2).mean(-1, keepdim=True) + 1e-5)
     expected_RV = normed_RD @ head_VD.T
     # sums of 24 in another order
@@ -198,14 +196,16 @@ def test_a_projection_adds_to_what_is_there() -> None:
     bias_D, hidden_DR = torch.randn(D, generator=generator), torch.randn(D + 11, R, generator=generator)
     for x, x_step, x_row_step in ((x_RK, 1, K), (x_RK.T.contiguous(), R, 1)):
         found_DR = hidden_DR.clone()
-        project_kernel[(2,)](
-            x, x_step, x_row_step, w_DK, bias_D, found_DR, K=K, D=D, R=R, T=16, CHUNK=32, HAS_BIAS=True,
-            IS_DEPENDENT=False,
+        tap_DR = torch.zeros(D, R)
+        phase = Constants(
+            op="o_proj", axes=(2,), x_step=x_step, x_row_step=x_row_step, K=K, D=D, R=R, T=16, CHUNK=32, HAS_BIAS=True,
+            HAS_TAP=True,
         )  # fmt: skip
+        phase_kernel[(2,)]((x, w_DK, bias_D, found_DR, tap_DR), PHASE=phase, IS_DEPENDENT=False)
         expected_DR = hidden_DR[:D] + w_DK @ x_RK.T + bias_D[:, None]
         # sums of 40 in another order
         torch.testing.assert_close(found_DR[:D], expected_DR, rtol=1e-5, atol=1e-5)
-        assert torch.equal(found_DR[D:], hidden_DR[D:])
+        assert torch.equal(found_DR[D:], hidden_DR[D:]) and torch.equal(tap_DR, found_DR[:D])
 
 
 def test_records_have_the_fields_that_kernels_read() -> None:

@@ -3,7 +3,7 @@
 Triton decides when it is imported whether it interprets, so one test runs this file and that of single functions again
 in a process that has TRITON_INTERPRET set.
 
-Legend: R rows, V vocabulary.
+Legend: W wanted rows, V vocabulary.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,112 +19,36 @@ from typing import Any
 import pytest
 import torch
 
-from speedstack.quant.mxfp4 import MXFP4Tensor, quantize
 from speedstack.runtime import Engine
 from speedstack.runtime.backend import Rows
 from speedstack.runtime.expected import expected_buffers, found_buffer
 from speedstack.runtime.graph import GraphBackend
+from speedstack.runtime.memory import row_records
 from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.select import make_backend
 from speedstack.runtime.shapes import empty_weights
-from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec, YarnSpec
-from speedstack.runtime.weights import ModelWeights
+from tests.runtime.plan_cases import (
+    CASES,
+    CPU,
+    LOST,
+    MAX_LENGTH,
+    NUM_ROWS,
+    NUM_SLOTS,
+    check_caches,
+    fill,
+    naming,
+    prefilled,
+    rows_of,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that interprets")
-CPU = torch.device("cpu")
-MAX_LENGTH, NUM_SLOTS, NUM_ROWS = 64, 3, 4
-LOST = 69  # a token of which one test takes the embedding away
-
-# Every ingredient of the three families at sizes that fill no tile: three heads a group, a hidden size that is no
-# multiple of a chunk, a last tile that is cut.
-MIMO = (
-    LayerSpec(AttentionSpec(6, 2, 24, 20, 9, 5e5), DenseSpec(40)),
-    LayerSpec(
-        AttentionSpec(6, 2, 24, 20, 8, 1e4, window=9, has_sinks=True, value_scale=0.7),
-        MoeSpec(5, 2, 24, "sigmoid", True, True, routed_scale=1.5),
-    ),
-)
-QWEN3 = (
-    LayerSpec(
-        AttentionSpec(4, 1, 16, 16, 16, 1e4, has_qk_norm=True),
-        MoeSpec(6, 3, 32, "softmax", has_correction_bias=False, renormalize=False),
-    ),
-)
-GPT_OSS = (
-    LayerSpec(
-        AttentionSpec(
-            2, 2, 16, 16, 16, 1.5e5, window=12, has_sinks=True, has_bias=True,
-            yarn=YarnSpec(8.0, 32, 32.0, 1.0, False, 1.2),
-        ),
-        MoeSpec(4, 2, 32, "softmax", False, True, has_bias=True, swiglu_limit=0.7, swiglu_alpha=1.702),
-    ),
-)  # fmt: skip
 
 
-def build(layers: Sequence[LayerSpec], hidden_size: int, is_packed: bool) -> ModelWeights:
-    """Random float32 weights, large enough that nothing is near zero and the SwiGLU's clamp is reached."""
-    spec = ModelSpec("test", LOST + 1, hidden_size, 1e-5, MAX_LENGTH, (), tuple(layers))
-    weights = empty_weights(spec, torch.float32, CPU, is_packed)
-    generator = torch.Generator().manual_seed(0)
-
-    def fill(owner: Any) -> None:
-        for name, value in vars(owner).items():
-            if isinstance(value, MXFP4Tensor):
-                plain = torch.randn(value.shape, generator=generator) * 0.2
-                setattr(owner, name, quantize(plain))
-            elif isinstance(value, torch.Tensor):
-                is_norm = "norm" in name
-                value.uniform_(0.8, 1.2, generator=generator) if is_norm else value.normal_(0, 0.2, generator=generator)
-
-    fill(weights)
-    for layer in weights.layers:
-        fill(layer.attention)
-        fill(layer.mlp)
-    return weights
-
-
-CASES: dict[str, Callable[[], ModelWeights]] = {
-    "mimo": lambda: build(MIMO, 72, False),
-    "qwen3-mxfp4": lambda: build(QWEN3, 96, True),
-    "gpt-oss-mxfp4": lambda: build(GPT_OSS, 64, True),
-}
-
-
-def prefilled(weights: ModelWeights, lengths: Sequence[int]) -> tuple[ReferenceBackend, list[list[int]]]:
-    """A reference backend whose slots hold sequences of these lengths, and NaN wherever nothing was written."""
-    backend = ReferenceBackend(weights, None, NUM_SLOTS, MAX_LENGTH)
-    for cache in backend.caches:
-        cache.k_SLGH.fill_(float("nan"))
-        cache.v_SLGH.fill_(float("nan"))
-    generator = torch.Generator().manual_seed(1)
-    ids = [torch.randint(0, LOST, (MAX_LENGTH,), generator=generator).tolist() for _ in lengths]
-    for slot, length in enumerate(lengths):
-        if length:
-            backend.step(Rows(ids[slot][:length], [slot] * length, list(range(length))), [])
-    return backend, ids
-
-
-def graph_of(reference: ReferenceBackend, split_size: int, num_rows: int = NUM_ROWS) -> GraphBackend:
-    """A graph backend with the same contexts, and NaN in every buffer that a step has to write before it reads."""
-    backend = GraphBackend(reference.weights, None, NUM_SLOTS, MAX_LENGTH, num_rows, split_size)
-    for cache, wanted in zip(backend.memory.caches, reference.caches, strict=True):
-        both_SLGH = torch.cat([wanted.k_SLGH, wanted.v_SLGH], dim=-1)
-        cache.copy_(both_SLGH[:NUM_SLOTS].permute(2, 0, 1, 3))
-    for buffer in backend.memory.buffers.values():
-        if buffer.is_floating_point():
-            buffer.fill_(float("nan"))
+def graph_of(reference: ReferenceBackend, split_size: int) -> GraphBackend:
+    backend = GraphBackend(reference.weights, None, NUM_SLOTS, MAX_LENGTH, NUM_ROWS, split_size)
+    fill(backend, reference)
     return backend
-
-
-def rows_of(ids: list[list[int]], *places: tuple[int, int]) -> Rows:
-    """Rows at (slot, position)."""
-    return Rows([ids[s][p] for s, p in places], [s for s, _ in places], [p for _, p in places])
-
-
-def naming(phase: str) -> Callable[[str], str]:
-    """What puts the phase before a comparison's message."""
-    return lambda message: f"{phase}: {message}"
 
 
 @interpreted
@@ -135,28 +59,26 @@ def test_every_buffer_equals_the_reference(
     case: str, split_size: int, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two sequences, one in two splits. Queries 4: a tile a row; splits of 2: more than are combined at once."""
-    from speedstack.runtime import launches
+    from speedstack.runtime import bindings
 
-    monkeypatch.setattr(launches, "QUERIES", queries)
+    monkeypatch.setattr(bindings, "QUERIES", queries)
     reference, ids = prefilled(CASES[case](), [39, 15])
     backend = graph_of(reference, split_size)
     rows = rows_of(ids, (1, 15), (1, 16), (0, 39))
     expected = expected_buffers(reference, rows)
-    backend.memory.rows.copy_(launches.row_records(rows, NUM_ROWS))
+    backend.memory.rows.copy_(row_records(rows, NUM_ROWS))
     compared = set()
-    for index, launch in enumerate(backend.launches):
+    for launch in backend.launches:
         launch.run(is_dependent=False)
-        found = found_buffer(backend, index, 3)
+        found = found_buffer(backend, launch.phase, 3)
         if found is not None:
             name = launch.phase.name
             compared.add(name)
             # float32 sums of up to 96 terms in another order, through at most two layers of values up to about 10
             torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=3e-5, msg=naming(name))
     assert compared == set(expected)
-    for cache, wanted in zip(backend.memory.caches, reference.caches, strict=True):
-        both = torch.cat([wanted.k_SLGH, wanted.v_SLGH], dim=-1)[:NUM_SLOTS].permute(2, 0, 1, 3)
-        torch.testing.assert_close(cache, both, rtol=1e-4, atol=3e-5, equal_nan=True)
-    assert backend.memory.tokens[:3].tolist() == expected["lm_head"].argmax(-1).tolist()
+    check_caches(backend, reference)
+    assert backend.memory.tokens[0, :3].tolist() == expected["lm_head"].argmax(-1).tolist()
 
 
 @interpreted
@@ -225,7 +147,7 @@ def test_engine_writes_the_same_text(tmp_path: Path, make_tiny_model: Callable[.
 
 @interpreted
 def test_bfloat16_is_refused_under_the_interpreter() -> None:
-    weights = empty_weights(build(QWEN3, 96, True).spec, torch.bfloat16, CPU, True)
+    weights = empty_weights(CASES["qwen3-mxfp4"]().spec, torch.bfloat16, CPU, True)
     with pytest.raises(ValueError, match="float32 only under Triton's interpreter"):
         GraphBackend(weights, None, 1, 32)
 

@@ -21,7 +21,7 @@ if INTERPRETED and HAS_TRITON:
     import triton.language as tl
 
     from speedstack.runtime.interpret import Deadlock
-    from speedstack.runtime.interpret_triton import interpret_triton
+    from speedstack.runtime.interpret_triton import interpret_grid, interpret_triton
 
     @triton.jit
     def wait(counter, threshold):
@@ -51,6 +51,13 @@ if INTERPRETED and HAS_TRITON:
             for item in range(program, SIZE, P):
                 tl.store(b + item, tl.load(a + (item + 3) % SIZE) + 1)
             signal(counters + 1)
+
+    @triton.jit
+    def place(out, FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
+        """A loop whose bounds are no constants, at every place of a grid of two axes."""
+        i, j = tl.program_id(0), tl.program_id(1)
+        for k in range(i, i + j + 1):
+            tl.store(out + i * tl.num_programs(1) + j, FIRST + k)
 
     def run(num_programs: int, seed: int, broken: int = 0) -> tuple[list[int], list[int]]:
         a, b = torch.zeros(SIZE, dtype=torch.int32), torch.arange(SIZE, dtype=torch.int32)
@@ -98,6 +105,27 @@ def test_a_missing_signal_is_a_dump_and_not_a_hang() -> None:
     assert run(3, 0)[0] == expected(), "the interpreter is left as it was found"
 
 
+@needs_interpreter
+def test_counters_can_be_observed() -> None:
+    """Every signal, in its order, and no poll."""
+    seen = list[tuple[int, int]]()
+    counters = torch.zeros(2, dtype=torch.int32)
+    arguments = {"a": torch.zeros(SIZE, dtype=torch.int32), "b": torch.arange(SIZE, dtype=torch.int32)}
+    arguments |= {"counters": counters, "NUM_STEPS": 2, "SIZE": SIZE, "P": 3, "BROKEN": 0}
+    first = counters.data_ptr()
+    interpret_triton(
+        two_phases, 3, arguments, 0, observe=lambda place, value: seen.append(((place - first) // 4, value))
+    )
+    assert seen == [(counter, 3 * step + n + 1) for step in range(2) for counter in range(2) for n in range(3)]
+
+
+@needs_interpreter
+def test_a_grid_without_waits_runs_in_order() -> None:
+    out = torch.zeros(3, 2, dtype=torch.int32)
+    interpret_grid(place, (3, 2), {"out": out, "FIRST": 10})
+    assert out.tolist() == [[10, 11], [11, 12], [12, 13]]
+
+
 @pytest.mark.skipif(INTERPRETED, reason="runs the others, which run here by themselves")
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 def test_under_the_interpreter() -> None:
@@ -106,4 +134,4 @@ def test_under_the_interpreter() -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) == 7 and " skipped" not in result.stdout, result.stdout[-1000:]
+    assert passed and int(passed[1]) == 9 and " skipped" not in result.stdout, result.stdout[-1000:]

@@ -8,7 +8,11 @@
     router       router logits, and which experts rows chose
     experts      gate, up and activation of an expert's columns; down and the weighted sum
     head         final norm, LM head, the largest logits; sampling
-    launch       one kernel an op, an item a program, for the `graph` backend
+    items        any item of any phase, by the phase's constants
+    phase        a phase as one kernel, an item a program, for the `graph` backend
+    resident     a whole step as one kernel, for the `resident` backend
+    counters     how its programs wait for each other, and what must not go wrong there
+    prefetch     how they ask for weights ahead of time
 
 Rules that make a row's bits its own. Every product takes all R rows of a step, idle ones too, so that tile shapes never
 depend on their number; an idle or broken row stays in its column. Contraction axes are walked in chunks of CHUNK, keys

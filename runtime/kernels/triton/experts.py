@@ -1,45 +1,37 @@
 """Routed experts, plain or MXFP4. See the package for the legend.
 
-Every item repeats the choice of experts from the router's logits: they are a few KB that lie in the L2 cache, and a
-phase of its own would cost a wait.
+What rows chose (`router.choose`) every program finds out by itself from the router's logits: they are a few KB that lie
+in the L2 cache, and a phase of its own would cost a wait.
 """
 
 import triton
 import triton.language as tl
 
 from speedstack.runtime.kernels.triton.products import inverse_rms, multiply
-from speedstack.runtime.kernels.triton.router import choose
+from speedstack.runtime.kernels.triton.projections import add_to_hidden
 
 
 @triton.jit
 def expert_gate_up_item(
     nth,
     tile,
-    rows_ptr,
+    experts_KR,
+    is_chosen_E,
     hidden_ptr,
     norm_ptr,
-    logits_ptr,
-    correction_ptr,
     w_ptr,
     scales_ptr,
     bias_ptr,
     act_ptr,
     eps,
-    routed_scale,
     limit,
     alpha,
     WIDTH: tl.constexpr,
     D: tl.constexpr,
-    E: tl.constexpr,
     K: tl.constexpr,
-    EP: tl.constexpr,
-    KP: tl.constexpr,
     R: tl.constexpr,
     T: tl.constexpr,
     CHUNK: tl.constexpr,
-    IS_SIGMOID: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
     IS_PACKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_CLAMPED: tl.constexpr,
@@ -48,12 +40,9 @@ def expert_gate_up_item(
 
     IS_CLAMPED is gpt-oss's SwiGLU. Gate rows of weights and biases come before up rows.
     """
-    experts_KR, _, is_chosen_E = choose(
-        rows_ptr, logits_ptr, correction_ptr, routed_scale, E, R, K, EP, KP, IS_SIGMOID, HAS_CORRECTION, RENORMALIZE
-    )
+    KP: tl.constexpr = experts_KR.shape[0]
     if nth < tl.sum(is_chosen_E, axis=0):
-        is_nth_E = (is_chosen_E > 0) & (tl.cumsum(is_chosen_E, axis=0) == nth + 1)
-        expert = tl.sum(tl.where(is_nth_E, tl.arange(0, EP), 0), axis=0)
+        expert = nth_expert(nth, is_chosen_E)
         r_R = tl.arange(0, R)
         choice_R = _choice(experts_KR, expert, KP)
         all_R = r_R >= 0
@@ -85,34 +74,30 @@ def expert_gate_up_item(
 @triton.jit
 def expert_down_item(
     tile,
-    rows_ptr,
-    logits_ptr,
-    correction_ptr,
+    experts_KR,
+    weights_KR,
     act_ptr,
     w_ptr,
     scales_ptr,
     bias_ptr,
     hidden_ptr,
-    routed_scale,
+    tap_ptr,
     WIDTH: tl.constexpr,
     D: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
-    EP: tl.constexpr,
-    KP: tl.constexpr,
     R: tl.constexpr,
     T: tl.constexpr,
     CHUNK: tl.constexpr,
-    IS_SIGMOID: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
     IS_PACKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_TAP: tl.constexpr,
 ):
-    """T columns of the hidden size: the weighted sum over all chosen experts, in ascending order, added in place."""
-    experts_KR, weights_KR, _ = choose(
-        rows_ptr, logits_ptr, correction_ptr, routed_scale, E, R, K, EP, KP, IS_SIGMOID, HAS_CORRECTION, RENORMALIZE
-    )
+    """T columns of the hidden size: the weighted sum over all chosen experts, in ascending order, added in place.
+
+    experts_KR, weights_KR: as `router.choose` has them; E is no expert. tap_ptr [D, R] takes a copy.
+    """
+    KP: tl.constexpr = experts_KR.shape[0]
     r_R = tl.arange(0, R)
     column_T = tile * T + tl.arange(0, T)
     valid_T = column_T < D
@@ -132,9 +117,15 @@ def expert_down_item(
         sum_TR = tl.where(is_ours_R[None, :], sum_TR + out_TR * weight_R[None, :], sum_TR)
         later_KR = tl.where(experts_KR > expert, experts_KR, E)
         expert = tl.min(tl.min(later_KR, axis=0), axis=0)
-    at_TR = hidden_ptr + column_T[:, None] * R + r_R[None, :]
-    before_TR = tl.load(at_TR, mask=valid_T[:, None], other=0.0).to(tl.float32)
-    tl.store(at_TR, (before_TR + sum_TR).to(hidden_ptr.dtype.element_ty), mask=valid_T[:, None])
+    add_to_hidden(sum_TR, column_T, hidden_ptr, tap_ptr, D, HAS_TAP)
+
+
+@triton.jit
+def nth_expert(nth, is_chosen_E):
+    """The nth of the chosen experts in ascending order."""
+    EP: tl.constexpr = is_chosen_E.shape[0]
+    is_nth_E = (is_chosen_E > 0) & (tl.cumsum(is_chosen_E, axis=0) == nth + 1)
+    return tl.sum(tl.where(is_nth_E, tl.arange(0, EP), 0), axis=0)
 
 
 @triton.jit

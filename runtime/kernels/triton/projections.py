@@ -41,19 +41,21 @@ def qkv_item(
 def project_item(
     tile,
     x_ptr,
-    x_step,
-    x_row_step,
     w_ptr,
     bias_ptr,
     hidden_ptr,
+    tap_ptr,
+    x_step,
+    x_row_step,
     K: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
     T: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_TAP: tl.constexpr,
 ):
-    """T columns of a projection to the hidden size, added in place.
+    """T columns of a projection to the hidden size, added in place; tap_ptr [D, R] takes a copy.
 
     Element k of row r lies at x[k * x_step + r * x_row_step].
     """
@@ -66,9 +68,20 @@ def project_item(
     )  # fmt: skip
     if HAS_BIAS:
         out_TR += tl.load(bias_ptr + column_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
-    at_TR = hidden_ptr + column_T[:, None] * R + r_R[None, :]
-    before_TR = tl.load(at_TR, mask=valid_T[:, None], other=0.0).to(tl.float32)
-    tl.store(at_TR, (before_TR + out_TR).to(hidden_ptr.dtype.element_ty), mask=valid_T[:, None])
+    add_to_hidden(out_TR, column_T, hidden_ptr, tap_ptr, D, HAS_TAP)
+
+
+@triton.jit
+def add_to_hidden(out_TR, column_T, hidden_ptr, tap_ptr, D: tl.constexpr, HAS_TAP: tl.constexpr):
+    """Adds float32 [T, R] to columns of the hidden state, and copies the sum to tap_ptr [D, R] where that is wanted."""
+    R: tl.constexpr = out_TR.shape[1]
+    at_TR = column_T[:, None] * R + tl.arange(0, R)[None, :]
+    valid_T1 = (column_T < D)[:, None]
+    before_TR = tl.load(hidden_ptr + at_TR, mask=valid_T1, other=0.0).to(tl.float32)
+    sum_TR = (before_TR + out_TR).to(hidden_ptr.dtype.element_ty)
+    tl.store(hidden_ptr + at_TR, sum_TR, mask=valid_T1)
+    if HAS_TAP:
+        tl.store(tap_ptr + at_TR, sum_TR, mask=valid_T1)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ kernel takes and what it spills to memory.
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from speedstack.runtime.kernels.triton.phase import phase_kernel
 from speedstack.runtime.launches import Launch
 
 HOPPER = 90
@@ -25,6 +27,7 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.uint8: "*u8",
 }
 
@@ -38,38 +41,50 @@ class Resources:
     local_bytes: int
 
 
-def signature(launch: Launch, is_dependent: bool) -> tuple[dict[str, str], dict[str, Any]]:
-    """Types of a launch's arguments by name, and values of those that are fixed at compile time, as a call has them."""
-    arguments = launch.arguments | {"IS_DEPENDENT": is_dependent}
-    types, constants = {}, {}
-    for parameter in launch.kernel.params:
+def signature(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[tuple[int, ...], Any]]:
+    """Types of a kernel's arguments by name, and values of those fixed at compile time by place, as a call has them."""
+    types: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    for place, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            types[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            types[parameter.name] = _TYPES[value.dtype]
+        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or is_one:
+            types[parameter.name], constants[(place,)] = "constexpr", value
         else:
-            types[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            types[parameter.name] = _type(value)
     return types, constants
 
 
+def compile_kernel(kernel: Any, arguments: Mapping[str, Any], options: dict[str, Any], capability: int = HOPPER) -> Any:
+    """Compiles a kernel for its arguments, with pointers aligned as an allocator's are. Triton's compiled kernel."""
+    types, constants = signature(kernel, arguments)
+    aligned = {}
+    for place, (parameter, kind) in enumerate(zip(kernel.params, types.values(), strict=True)):
+        value = arguments[parameter.name]
+        if isinstance(kind, tuple):
+            aligned |= {(place, inner): [["tt.divisibility", 16]] for inner in range(len(kind))}
+        elif kind.startswith("*") or (kind == "i32" and value % 16 == 0 and not parameter.do_not_specialize):
+            aligned[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, types, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
 def compile_launch(launch: Launch, capability: int = HOPPER, is_dependent: bool = True) -> Resources:
-    """Compiles a launch's kernel for its shapes, with pointers aligned as an allocator's are."""
-    types, constants = signature(launch, is_dependent)
-    names = list(types)
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if types[name].startswith("*") or (types[name] == "i32" and launch.arguments[name] % 16 == 0)
-    }
-    source = ASTSource(
-        launch.kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned
-    )
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options(is_dependent))
-    return _resources(built)
+    """What a phase's own kernel takes."""
+    options = launch.options(is_dependent)
+    return resources_of(compile_kernel(phase_kernel, launch.arguments(is_dependent), options, capability))
 
 
-def _resources(built: Any) -> Resources:
+def _type(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_type(element) for element in value)
+    if isinstance(value, torch.Tensor):
+        return _TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def resources_of(built: Any) -> Resources:
+    """What a compiled kernel takes."""
     with tempfile.TemporaryDirectory() as directory:
         cubin = Path(directory) / "kernel.cubin"
         cubin.write_bytes(built.asm["cubin"])

@@ -1,0 +1,320 @@
+"""What the device function of each phase is given: the tensors it works on, and the values it is compiled for.
+
+Which phases there are, how they are cut and what lies where, the plan says; here each phase finds its buffers, weights
+and sizes, for every backend that executes plans in Triton. Weights stay as they are, but for the projection to queries,
+keys and values, whose rows are sorted by key/value head and padded to whole tiles, and for the sampling state, which
+the plan knows as part of the rows.
+
+Legend: R rows, D hidden, N heads, G key/value heads, M heads of a group, H query/key head size, V value head size,
+O qkv rows of the checkpoint, T positions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from speedstack.quant.mxfp4 import MXFP4Tensor
+from speedstack.runtime.memory import Memory
+from speedstack.runtime.plan import Phase, Plan
+from speedstack.runtime.reference import rotary_tables
+from speedstack.runtime.spec import AttentionSpec, MoeSpec
+from speedstack.runtime.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights, Weight
+
+# Fixed, so that the order of every sum is: elements of a contraction axis at a time, (row, head) pairs of a query tile,
+# keys at a time, splits combined at a time, blocks of four tokens that draw noise at a time.
+CHUNK = 128
+QUERIES = 32
+KEY_CHUNK = 64
+SPLITS_AT_A_TIME = 16
+NOISE_BLOCKS = 256
+
+
+class Constants:
+    """Values that a kernel is compiled for, by name: `constants.D`.
+
+    Triton takes this for one compile-time value. It tells two apart by hash and text, so equal values have equal ones.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+        self._text = ", ".join(f"{name}={value!r}" for name, value in sorted(values.items()))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["values"][name]
+        except KeyError:
+            raise AttributeError(f"no constant {name!r}") from None
+
+    def __repr__(self) -> str:
+        return f"Constants({self._text})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constants) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One phase's. pointers: in the order in which `kernels.triton.items` takes them, contiguous."""
+
+    phase: Phase
+    pointers: tuple[torch.Tensor, ...]
+    constants: Constants
+
+
+def bind(plan: Plan, weights: ModelWeights, memory: Memory) -> list[Binding]:
+    """The bindings of a step's phases in order."""
+    builder = _Builder(plan, weights, memory)
+    return [builder.bind(phase) for phase in plan.phases]
+
+
+def grouped_qkv(weight_OD: torch.Tensor, spec: AttentionSpec, columns: int) -> torch.Tensor:
+    """Rows of a qkv projection (or its bias) by key/value head: its queries, key and value, zeros up to `columns`."""
+    sizes = [
+        spec.num_heads * spec.qk_head_dim,
+        spec.num_kv_heads * spec.qk_head_dim,
+        spec.num_kv_heads * spec.v_head_dim,
+    ]
+    parts = [part.unflatten(0, (spec.num_kv_heads, -1)) for part in weight_OD.split(sizes)]
+    grouped = torch.cat(parts, dim=1)
+    padding = grouped.new_zeros(spec.num_kv_heads, columns - grouped.shape[1], *grouped.shape[2:])
+    return torch.cat([grouped, padding], dim=1).flatten(0, 1).contiguous()
+
+
+Bound = tuple[tuple[torch.Tensor, ...], dict[str, Any]]
+
+
+class _Builder:
+    def __init__(self, plan: Plan, weights: ModelWeights, memory: Memory) -> None:
+        self.plan, self.weights, self.memory = plan, weights, memory
+        self.spec, self.buffers = weights.spec, memory.buffers
+        self.sizes = {"D": weights.spec.hidden_size, "R": plan.rows, "CHUNK": CHUNK, "eps": weights.spec.rms_norm_eps}
+        self._tables: dict[AttentionSpec, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def bind(self, phase: Phase) -> Binding:
+        pointers, constants = _BOUND[phase.op](self, phase)
+        assert all(tensor.is_contiguous() for tensor in pointers), f"{phase.name}: a tensor has gaps"
+        axes = tuple(axis.size for axis in phase.axes)
+        return Binding(phase, pointers, Constants(op=phase.op, axes=axes, T=phase.tile, **self.sizes, **constants))
+
+    def buffer(self, *names: str) -> tuple[torch.Tensor, ...]:
+        return tuple(self.buffers[name] for name in names)
+
+    def optional(self, tensor: torch.Tensor | None) -> torch.Tensor:
+        """Something to point to where there is nothing."""
+        return self.memory.hidden_DR if tensor is None else tensor
+
+    def attention_of(self, phase: Phase) -> tuple[AttentionSpec, AttentionWeights]:
+        assert phase.layer is not None
+        return self.spec.layers[phase.layer].attention, self.weights.layers[phase.layer].attention
+
+    def dense_of(self, phase: Phase) -> DenseWeights:
+        assert phase.layer is not None
+        mlp = self.weights.layers[phase.layer].mlp
+        assert isinstance(mlp, DenseWeights)
+        return mlp
+
+    def moe_of(self, phase: Phase) -> tuple[MoeSpec, MoeWeights]:
+        assert phase.layer is not None
+        spec, weights = self.spec.layers[phase.layer].mlp, self.weights.layers[phase.layer].mlp
+        assert isinstance(spec, MoeSpec) and isinstance(weights, MoeWeights)
+        return spec, weights
+
+    def tap(self, phase: Phase) -> torch.Tensor | None:
+        """Where a copy of the phase's result goes."""
+        for region in phase.writes:
+            if region.buffer.startswith("features."):
+                start = self.plan.buffer_named[region.buffer].offset // self.plan.buffer_named["hidden"].num_bytes
+                D = self.spec.hidden_size
+                return self.memory.features_CR[start * D : (start + 1) * D]
+        return None
+
+    def embed(self, phase: Phase) -> Bound:
+        (rows, hidden) = self.buffer("rows", "hidden")
+        return (rows, self.weights.embedding_VD, hidden), {}
+
+    def qkv(self, phase: Phase) -> Bound:
+        spec, weights = self.attention_of(phase)
+        columns = phase.axes[1].size * phase.tile
+        hidden, qkv = self.buffer("hidden", "qkv")
+        weight, bias_O = grouped_qkv(weights.qkv_OD, spec, columns), weights.qkv_bias_O
+        bias = self.optional(None if bias_O is None else grouped_qkv(bias_O, spec, columns))
+        return (hidden, weights.norm_D, weight, bias, qkv), {"COLUMNS": columns, "HAS_BIAS": bias_O is not None}
+
+    def attention(self, phase: Phase) -> Bound:
+        spec, weights = self.attention_of(phase)
+        assert phase.layer is not None
+        qkv = self.plan.phases[self.plan.phase_named[f"L{phase.layer:02d}.qkv"]]
+        if spec not in self._tables:
+            cos_TH, sin_TH = rotary_tables(spec, self.plan.max_context, self.memory.hidden_DR.device)
+            dtype = self.memory.hidden_DR.dtype
+            self._tables[spec] = cos_TH.to(dtype).contiguous(), sin_TH.to(dtype).contiguous()
+        cos_TH, sin_TH = self._tables[spec]
+        cache = self.memory.caches[phase.layer]
+        heads = spec.num_heads // spec.num_kv_heads
+        head_tile, head_size = power_of_two(heads), max(16, power_of_two(spec.qk_head_dim))
+        # Wide heads take the registers of more queries.
+        queries = QUERIES if head_size <= 128 else QUERIES // 2
+        q_norm, k_norm = self.optional(weights.q_norm_H), self.optional(weights.k_norm_H)
+        rows, grouped, partial = self.buffer("rows", "qkv", "partial")
+        return (rows, grouped, q_norm, k_norm, cos_TH, sin_TH, cache, partial), {
+            "value_scale": float(spec.value_scale),
+            "softmax_scale": spec.softmax_scale,
+            "num_slots": self.memory.num_slots,
+            "M": heads,
+            "G": spec.num_kv_heads,
+            "H": spec.qk_head_dim,
+            "V": spec.v_head_dim,
+            "HALF": cos_TH.shape[1],
+            "COLUMNS": qkv.axes[1].size * qkv.tile,
+            "RING": cache.shape[2],
+            "WINDOW": spec.window or 0,
+            "SPLIT": self.plan.split_size,
+            "SPLITS": phase.axes[2].size,
+            "HP": head_size,
+            "VP": max(16, power_of_two(spec.v_head_dim)),
+            "MP": head_tile,
+            "QUERIES": max(queries, head_tile),
+            "C": min(KEY_CHUNK, self.plan.split_size),
+            "HAS_QK_NORM": spec.has_qk_norm,
+        }
+
+    def combine(self, phase: Phase) -> Bound:
+        spec, weights = self.attention_of(phase)
+        attention = self.plan.phases[self.plan.phase_named[f"L{phase.layer:02d}.attention"]]
+        rows, partial, attended = self.buffer("rows", "partial", "attended")
+        return (rows, self.optional(weights.sinks_N), partial, attended), {
+            "N": spec.num_heads,
+            "V": spec.v_head_dim,
+            "VP": power_of_two(spec.v_head_dim),
+            "WINDOW": spec.window or 0,
+            "SPLIT": self.plan.split_size,
+            "SPLITS": attention.axes[2].size,
+            "S": SPLITS_AT_A_TIME,
+            "HAS_SINKS": spec.has_sinks,
+        }
+
+    def o_proj(self, phase: Phase) -> Bound:
+        spec, weights = self.attention_of(phase)
+        width = spec.num_heads * spec.v_head_dim
+        x = self.buffers["attended"]
+        return self.project(phase, x, 1, width, width, weights.output_DO, weights.output_bias_D)
+
+    def dense_down(self, phase: Phase) -> Bound:
+        weights = self.dense_of(phase)
+        x, width = self.buffers["act"], weights.down_DF.shape[1]
+        return self.project(phase, x, self.plan.rows, 1, width, weights.down_DF, None)
+
+    def project(
+        self,
+        phase: Phase,
+        x: torch.Tensor,
+        x_step: int,
+        x_row_step: int,
+        width: int,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> Bound:
+        """A projection to the hidden size; element k of row r lies at x[k * x_step + r * x_row_step]."""
+        tap = self.tap(phase)
+        return (x, weight, self.optional(bias), self.buffers["hidden"], self.optional(tap)), {
+            "x_step": x_step,
+            "x_row_step": x_row_step,
+            "K": width,
+            "HAS_BIAS": bias is not None,
+            "HAS_TAP": tap is not None,
+        }
+
+    def dense_gate_up(self, phase: Phase) -> Bound:
+        weights = self.dense_of(phase)
+        hidden, act = self.buffer("hidden", "act")
+        return (hidden, weights.norm_D, weights.gate_up_FD, act), {"WIDTH": weights.down_DF.shape[1]}
+
+    def router(self, phase: Phase) -> Bound:
+        spec, weights = self.moe_of(phase)
+        hidden, logits = self.buffer("hidden", "router")
+        bias = self.optional(weights.router_bias_E)
+        return (hidden, weights.norm_D, weights.router_ED, bias, logits), {
+            "E": spec.num_experts,
+            "HAS_BIAS": weights.router_bias_E is not None,
+        }
+
+    def choice(self, phase: Phase) -> Bound:
+        """What chooses experts, which comes first in the phases that need it."""
+        spec, weights = self.moe_of(phase)
+        rows, logits = self.buffer("rows", "router")
+        return (rows, logits, self.optional(weights.correction_bias_E)), {
+            "routed_scale": float(spec.routed_scale),
+            "WIDTH": spec.intermediate_size,
+            "E": spec.num_experts,
+            "K": spec.top_k,
+            "EP": power_of_two(spec.num_experts),
+            "KP": power_of_two(spec.top_k),
+            "IS_SIGMOID": spec.scoring == "sigmoid",
+            "HAS_CORRECTION": weights.correction_bias_E is not None,
+            "RENORMALIZE": spec.renormalize,
+        }
+
+    def expert_weights(self, weight: Weight, bias: torch.Tensor | None) -> Bound:
+        codes, scales = (weight.codes, weight.scales) if isinstance(weight, MXFP4Tensor) else (weight, weight)
+        constants = {"IS_PACKED": isinstance(weight, MXFP4Tensor), "HAS_BIAS": bias is not None}
+        return (codes, scales, self.optional(bias)), constants
+
+    def expert_gate_up(self, phase: Phase) -> Bound:
+        spec, weights = self.moe_of(phase)
+        choice, choice_constants = self.choice(phase)
+        matrix, matrix_constants = self.expert_weights(weights.gate_up_EID, weights.gate_up_bias_EI)
+        hidden, act = self.buffer("hidden", "act")
+        return (*choice, *matrix, hidden, weights.norm_D, act), choice_constants | matrix_constants | {
+            "limit": 0.0 if spec.swiglu_limit is None else spec.swiglu_limit,
+            "alpha": spec.swiglu_alpha,
+            "IS_CLAMPED": spec.swiglu_limit is not None,
+        }
+
+    def expert_down(self, phase: Phase) -> Bound:
+        _, weights = self.moe_of(phase)
+        choice, choice_constants = self.choice(phase)
+        matrix, matrix_constants = self.expert_weights(weights.down_EDI, weights.down_bias_ED)
+        act, hidden = self.buffer("act", "hidden")
+        tap = self.tap(phase)
+        constants = choice_constants | matrix_constants | {"HAS_TAP": tap is not None}
+        return (*choice, *matrix, act, hidden, self.optional(tap)), constants
+
+    def lm_head(self, phase: Phase) -> Bound:
+        hidden, logits, best = self.buffer("hidden", "logits", "best")
+        return (hidden, self.weights.norm_D, self.weights.lm_head_VD, logits, best), {"VOCAB": self.spec.vocab_size}
+
+    def sample(self, phase: Phase) -> Bound:
+        tiles = self.plan.buffer_named["best"].num_cells
+        rows, logits, best = self.buffer("rows", "logits", "best")
+        return (rows, self.memory.sampling, logits, best, self.memory.tokens), {
+            "VOCAB": self.spec.vocab_size,
+            "TILES": tiles,
+            "TP": power_of_two(tiles),
+            "BLOCKS": NOISE_BLOCKS,
+        }
+
+
+_BOUND: dict[str, Callable[[_Builder, Phase], Bound]] = {
+    "embed": _Builder.embed,
+    "qkv": _Builder.qkv,
+    "attention": _Builder.attention,
+    "combine": _Builder.combine,
+    "o_proj": _Builder.o_proj,
+    "dense_gate_up": _Builder.dense_gate_up,
+    "dense_down": _Builder.dense_down,
+    "router": _Builder.router,
+    "expert_gate_up": _Builder.expert_gate_up,
+    "expert_down": _Builder.expert_down,
+    "lm_head": _Builder.lm_head,
+    "sample": _Builder.sample,
+}
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below `size`."""
+    return 1 << (size - 1).bit_length()

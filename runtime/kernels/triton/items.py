@@ -1,0 +1,122 @@
+"""Any item of any phase: from a phase's constants and pointers to its device function. The one definition of what a
+phase computes, for all GPU backends.
+
+A phase's constants (`speedstack.runtime.bindings.Constants`) hold its op, its axes and all sizes; whatever depends on
+them is decided at compile time. Pointers are a tuple in the order that is written here.
+"""
+
+import triton
+import triton.language as tl
+
+from speedstack.runtime.kernels.triton.attention import attention_item, combine_item
+from speedstack.runtime.kernels.triton.embed import embed_item
+from speedstack.runtime.kernels.triton.experts import expert_down_item, expert_gate_up_item
+from speedstack.runtime.kernels.triton.head import lm_head_item, sample_item
+from speedstack.runtime.kernels.triton.projections import dense_gate_up_item, project_item, qkv_item
+from speedstack.runtime.kernels.triton.router import choose, router_item
+from speedstack.runtime.kernels.triton.rows import NUM_ROWS, TOKEN, field
+
+
+@triton.jit
+def begin_phase(p, PHASE: tl.constexpr):
+    """How many coordinates of the first axis exist in this step, and what the items of the phase share.
+
+    Shared are experts [KP, R], their weights [KP, R] and which are chosen [EP] (see `router.choose`), or nothing.
+    """
+    num_first = PHASE.axes[0]
+    shared = ()
+    if PHASE.op == "embed" or PHASE.op == "combine" or PHASE.op == "sample":
+        r_R = tl.arange(0, PHASE.R)
+        num_first = tl.max(tl.where(field(p[0], r_R, TOKEN) >= 0, r_R + 1, 0), axis=0)
+    elif PHASE.op == "attention":
+        r_R = tl.arange(0, PHASE.R)
+        num_first = tl.sum((field(p[0], r_R, NUM_ROWS) > 0).to(tl.int32), axis=0)
+    elif PHASE.op == "expert_gate_up" or PHASE.op == "expert_down":
+        shared = choose_experts(p, PHASE)
+        if PHASE.op == "expert_gate_up":
+            num_first = tl.sum(shared[2], axis=0)
+    return num_first, shared
+
+
+@triton.jit
+def choose_experts(p, PHASE: tl.constexpr):
+    """What rows chose, in a phase whose pointers begin with those that say so."""
+    return choose(
+        p[0], p[1], p[2], PHASE.routed_scale, PHASE.E, PHASE.R, PHASE.K, PHASE.EP, PHASE.KP,
+        PHASE.IS_SIGMOID, PHASE.HAS_CORRECTION, PHASE.RENORMALIZE,
+    )  # fmt: skip
+
+
+@triton.jit
+def coordinates(item, PHASE: tl.constexpr):
+    """Of an item along the axes; zeros for axes that there are not."""
+    i, j, k = item, item * 0, item * 0
+    if len(PHASE.axes) == 2:
+        i, j = item // PHASE.axes[1], item % PHASE.axes[1]
+    elif len(PHASE.axes) == 3:
+        i = item // (PHASE.axes[1] * PHASE.axes[2])
+        j, k = item // PHASE.axes[2] % PHASE.axes[1], item % PHASE.axes[2]
+    return i, j, k
+
+
+@triton.jit
+def run_item(i, j, k, local_step, shared, p, goes_on, PHASE: tl.constexpr):
+    """The item at coordinates (i, j, k) of the phase's axes, as many as it has.
+
+    local_step: of this launch. goes_on: see `head.sample_item`.
+    """
+    if PHASE.op == "embed":  # rows, embedding, hidden
+        embed_item(i, p[0], p[1], p[2], PHASE.D, PHASE.R, PHASE.CHUNK)
+    elif PHASE.op == "qkv":  # hidden, norm, weight, bias, qkv
+        qkv_item(
+            i, j, p[0], p[1], p[2], p[3], p[4], PHASE.eps, PHASE.COLUMNS, PHASE.D, PHASE.R, PHASE.T, PHASE.CHUNK,
+            PHASE.HAS_BIAS,
+        )  # fmt: skip
+    elif PHASE.op == "attention":  # rows, qkv, query norm, key norm, cosines, sines, cache, partial
+        attention_item(
+            i, j, k, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], PHASE.eps, PHASE.value_scale,
+            PHASE.softmax_scale, PHASE.num_slots, PHASE.M, PHASE.G, PHASE.H, PHASE.V, PHASE.HALF, PHASE.COLUMNS,
+            PHASE.R, PHASE.RING, PHASE.WINDOW, PHASE.SPLIT, PHASE.SPLITS, PHASE.HP, PHASE.VP, PHASE.MP, PHASE.QUERIES,
+            PHASE.C, PHASE.HAS_QK_NORM,
+        )  # fmt: skip
+    elif PHASE.op == "combine":  # rows, sinks, partial, attended
+        combine_item(
+            i, j, p[0], p[1], p[2], p[3], PHASE.N, PHASE.V, PHASE.VP, PHASE.WINDOW, PHASE.SPLIT, PHASE.SPLITS, PHASE.S,
+            PHASE.HAS_SINKS,
+        )  # fmt: skip
+    elif PHASE.op == "o_proj" or PHASE.op == "dense_down":  # x, weight, bias, hidden, tap
+        project_item(
+            i, p[0], p[1], p[2], p[3], p[4], PHASE.x_step, PHASE.x_row_step, PHASE.K, PHASE.D, PHASE.R, PHASE.T,
+            PHASE.CHUNK, PHASE.HAS_BIAS, PHASE.HAS_TAP,
+        )  # fmt: skip
+    elif PHASE.op == "dense_gate_up":  # hidden, norm, weight, act
+        dense_gate_up_item(
+            i, p[0], p[1], p[2], p[3], PHASE.eps, PHASE.WIDTH, PHASE.D, PHASE.R, PHASE.T, PHASE.CHUNK
+        )  # fmt: skip
+    elif PHASE.op == "router":  # hidden, norm, weight, bias, logits
+        router_item(
+            i, p[0], p[1], p[2], p[3], p[4], PHASE.eps, PHASE.E, PHASE.D, PHASE.R, PHASE.T, PHASE.CHUNK,
+            PHASE.HAS_BIAS,
+        )  # fmt: skip
+    elif PHASE.op == "expert_gate_up":  # rows, logits, correction, codes, scales, bias, hidden, norm, act
+        expert_gate_up_item(
+            i, j, shared[0], shared[2], p[6], p[7], p[3], p[4], p[5], p[8], PHASE.eps, PHASE.limit, PHASE.alpha,
+            PHASE.WIDTH, PHASE.D, PHASE.K, PHASE.R, PHASE.T, PHASE.CHUNK, PHASE.IS_PACKED, PHASE.HAS_BIAS,
+            PHASE.IS_CLAMPED,
+        )  # fmt: skip
+    elif PHASE.op == "expert_down":  # rows, logits, correction, codes, scales, bias, act, hidden, tap
+        expert_down_item(
+            i, shared[0], shared[1], p[6], p[3], p[4], p[5], p[7], p[8], PHASE.WIDTH, PHASE.D, PHASE.E, PHASE.K,
+            PHASE.R, PHASE.T, PHASE.CHUNK, PHASE.IS_PACKED, PHASE.HAS_BIAS, PHASE.HAS_TAP,
+        )  # fmt: skip
+    elif PHASE.op == "lm_head":  # hidden, norm, weight, logits, best
+        lm_head_item(
+            i, p[0], p[1], p[2], p[3], p[4], PHASE.eps, PHASE.VOCAB, PHASE.D, PHASE.R, PHASE.T, PHASE.CHUNK
+        )  # fmt: skip
+    elif PHASE.op == "sample":  # rows, sampling, logits, best, tokens [steps, R]
+        sample_item(
+            i, p[0], p[1], p[2], p[3], p[4] + local_step * PHASE.R, goes_on, PHASE.VOCAB, PHASE.TILES, PHASE.TP,
+            PHASE.R, PHASE.BLOCKS,
+        )  # fmt: skip
+    else:
+        tl.static_assert(False, "no device function for this op")

@@ -1,0 +1,217 @@
+"""A whole decode step in one kernel, whose programs wait for each other: the plan executed as `plan` describes it.
+
+Every program walks the phases in order. A phase's record says which of the kernel's variants computes it (phases that
+differ in layer alone are one variant), the counters that it waits on and signals, and its pointers; all else about a
+variant is known at compile time. Rows of the table: int64, see RECORD.
+
+Programs numbered from `num_programs` on are movers: they compute nothing and fetch weights ahead of the others.
+
+Why `while` loops, and why what is read comes after the wait: see `counters`. Loops are told not to hoist
+(disable_licm), or LLVM computes what any variant needs ahead of all of them, and holds it in registers throughout.
+"""
+
+import triton
+import triton.language as tl
+
+from speedstack.runtime.kernels.triton.counters import DUMP_RECORD, SCRATCH, signal, wait_for
+from speedstack.runtime.kernels.triton.items import begin_phase, coordinates, run_item
+from speedstack.runtime.kernels.triton.prefetch import prefetch_items
+
+# A phase's record: its variant, the rotation of its items, counters of its waits and of its signals, then pointers.
+RECORD = tl.constexpr(24)
+VARIANT = tl.constexpr(0)
+ROTATION = tl.constexpr(1)
+WAIT_COUNTERS = tl.constexpr(2)
+SIGNAL_COUNTERS = tl.constexpr(4)
+POINTERS = tl.constexpr(6)
+# A mover's task: the phase whose weights it fetches, and what for it waits, if for anything. int32.
+MOVE_RECORD = tl.constexpr(8)
+MOVE_PHASE = tl.constexpr(0)
+MOVE_COUNTER = tl.constexpr(1)
+MOVE_PER_STEP = tl.constexpr(2)
+MOVE_OFFSET = tl.constexpr(3)
+# Stands for an item in the dump.
+WHOLE_PHASE = tl.constexpr(-1)
+
+
+@triton.jit
+def load_pointers(record_ptr, PHASE: tl.constexpr):
+    """A phase's pointers out of its record, with the alignment that allocations have."""
+    p = ()
+    for n in tl.static_range(len(PHASE.pointer_types)):
+        address = tl.load(record_ptr + POINTERS + n)
+        p = p + (tl.multiple_of(address.to(PHASE.pointer_types[n]), 16),)  # noqa: RUF005
+    return p
+
+
+@triton.jit
+def wait_all(
+    record_ptr, i, j, k, step, phase, item, counters_ptr, max_polls, dump_ptr, failed_ptr, PHASE: tl.constexpr,
+    IS_ITEM: tl.constexpr,
+):  # fmt: skip
+    """A phase's waits before an item, or before all; false if one was in vain."""
+    if IS_ITEM:
+        WAITS: tl.constexpr = PHASE.item_waits
+    else:
+        WAITS: tl.constexpr = PHASE.waits
+    is_alive = max_polls > 0
+    for n in tl.static_range(len(WAITS)):
+        if is_alive:
+            counter = tl.load(record_ptr + WAIT_COUNTERS + WAITS[n][0]).to(tl.int32)
+            counter += i * WAITS[n][3] + j * WAITS[n][4] + k * WAITS[n][5]
+            threshold = step * WAITS[n][1] + WAITS[n][2]
+            is_alive = wait_for(
+                counters_ptr, counter, threshold, max_polls, dump_ptr, failed_ptr, step, phase, item
+            )  # fmt: skip
+    return is_alive
+
+
+@triton.jit
+def run_phase(
+    record_ptr,
+    phase,
+    step,
+    local_step,
+    goes_on,
+    num_programs,
+    counters_ptr,
+    max_polls,
+    dump_ptr,
+    failed_ptr,
+    PHASES: tl.constexpr,
+    NUMBER: tl.constexpr,
+    PREFETCHES: tl.constexpr,
+):
+    """One program's part of a phase; false if it waited in vain."""
+    PHASE: tl.constexpr = PHASES[NUMBER]
+    p = load_pointers(record_ptr, PHASE)
+    first = (tl.program_id(0) + num_programs - tl.load(record_ptr + ROTATION).to(tl.int32)) % num_programs
+    if PREFETCHES:  # noqa: SIM102
+        if PHASE.is_known_early:
+            prefetch_items(first, num_programs, num_programs, p, PHASE)
+    is_alive = wait_all(
+        record_ptr, 0, 0, 0, step, phase, WHOLE_PHASE, counters_ptr, max_polls, dump_ptr, failed_ptr, PHASE, False
+    )  # fmt: skip
+    if is_alive:
+        num_first, shared = begin_phase(p, PHASE)
+        if PHASE.is_cut:
+            num_items = num_first * PHASE.num_items_each
+        else:
+            num_items = PHASE.num_items
+        item = first
+        while tl.condition((item < num_items) & is_alive, disable_licm=True):
+            i, j, k = coordinates(item, PHASE)
+            is_alive = wait_all(
+                record_ptr, i, j, k, step, phase, item, counters_ptr, max_polls, dump_ptr, failed_ptr, PHASE, True
+            )  # fmt: skip
+            if is_alive:
+                if i < num_first:
+                    run_item(i, j, k, local_step, shared, p, goes_on, PHASE)
+                for n in tl.static_range(len(PHASE.item_signals)):
+                    counter = tl.load(record_ptr + SIGNAL_COUNTERS + PHASE.item_signals[n][0]).to(tl.int32)
+                    counter += i * PHASE.item_signals[n][1] + j * PHASE.item_signals[n][2]
+                    signal(counters_ptr, counter + k * PHASE.item_signals[n][3])
+            item += num_programs
+        if is_alive:
+            for n in tl.static_range(len(PHASE.signals)):
+                signal(counters_ptr, tl.load(record_ptr + SIGNAL_COUNTERS + PHASE.signals[n]).to(tl.int32))
+    return is_alive
+
+
+@triton.jit
+def compute(
+    phases_ptr, num_phases, num_programs, counters_ptr, first_step, num_steps, max_polls, dump_ptr, failed_ptr,
+    PHASES: tl.constexpr, PREFETCHES: tl.constexpr,
+):  # fmt: skip
+    """A program's steps; it leaves when it waited in vain."""
+    local_step = num_steps * 0
+    is_alive = num_steps > 0
+    while tl.condition((local_step < num_steps) & is_alive, disable_licm=True):
+        phase = num_phases * 0
+        variant = tl.load(phases_ptr + VARIANT)
+        while tl.condition((phase < num_phases) & is_alive, disable_licm=True):
+            # Asked for a phase ahead, since what comes next cannot begin without it.
+            following = tl.load(phases_ptr + (phase + 1) % num_phases * RECORD + VARIANT)
+            for number in tl.static_range(len(PHASES)):
+                if variant == number:
+                    is_alive = run_phase(
+                        phases_ptr + phase * RECORD, phase, first_step + local_step, local_step, num_steps > 1,
+                        num_programs, counters_ptr, max_polls, dump_ptr, failed_ptr, PHASES, number, PREFETCHES,
+                    )  # fmt: skip
+            variant = following
+            phase += 1
+        local_step += 1
+
+
+@triton.jit
+def move(
+    phases_ptr, moves_ptr, num_moves, num_programs, counters_ptr, first_step, num_steps, max_polls, dump_ptr,
+    failed_ptr, PHASES: tl.constexpr,
+):  # fmt: skip
+    """A mover's steps."""
+    first, num_movers = tl.program_id(0) - num_programs, tl.num_programs(0) - num_programs
+    scratch_ptr = dump_ptr + tl.program_id(0) * DUMP_RECORD + SCRATCH
+    local_step = num_steps * 0
+    is_alive = num_steps > 0
+    while tl.condition((local_step < num_steps) & is_alive, disable_licm=True):
+        step = first_step + local_step
+        n = num_moves * 0
+        while (n < num_moves) & is_alive:
+            move_ptr = moves_ptr + n * MOVE_RECORD
+            phase, counter = tl.load(move_ptr + MOVE_PHASE), tl.load(move_ptr + MOVE_COUNTER)
+            if counter >= 0:
+                threshold = step * tl.load(move_ptr + MOVE_PER_STEP) + tl.load(move_ptr + MOVE_OFFSET)
+                is_alive = wait_for(
+                    counters_ptr, counter, threshold, max_polls, dump_ptr, failed_ptr, step, phase, WHOLE_PHASE
+                )
+            if is_alive:
+                record_ptr = phases_ptr + phase * RECORD
+                variant = tl.load(record_ptr + VARIANT)
+                for number in tl.static_range(len(PHASES)):
+                    if variant == number:
+                        move_phase(record_ptr, first, num_movers, num_programs, scratch_ptr, PHASES, number)
+            n += 1
+        local_step += 1
+
+
+@triton.jit
+def move_phase(record_ptr, first, num_movers, num_programs, scratch_ptr, PHASES: tl.constexpr, NUMBER: tl.constexpr):
+    """A mover's share of a phase's weights."""
+    PHASE: tl.constexpr = PHASES[NUMBER]
+    if PHASE.has_weights:
+        prefetch_items(first, num_movers, num_programs, load_pointers(record_ptr, PHASE), PHASE, scratch_ptr)
+
+
+@triton.jit(do_not_specialize=["first_step", "num_steps", "max_polls"])
+def resident_kernel(
+    phases_ptr,
+    moves_ptr,
+    counters_ptr,
+    dump_ptr,
+    failed_ptr,
+    num_phases,
+    num_moves,
+    num_programs,
+    first_step,
+    num_steps,
+    max_polls,
+    PHASES: tl.constexpr,
+    PREFETCHES: tl.constexpr,
+    HAS_MOVERS: tl.constexpr,
+):
+    """Steps first_step to first_step + num_steps of a plan; with more than one, rows go on by themselves.
+
+    phases_ptr, moves_ptr: tables of RECORDs. counters_ptr: as the steps before left them. dump_ptr, failed_ptr: see
+    `counters.wait_for`, which polls max_polls times. PHASES: the variants. PREFETCHES: programs fetch what they need.
+    """
+    if HAS_MOVERS:  # noqa: SIM102
+        if tl.program_id(0) >= num_programs:
+            move(
+                phases_ptr, moves_ptr, num_moves, num_programs, counters_ptr, first_step, num_steps, max_polls,
+                dump_ptr, failed_ptr, PHASES,
+            )  # fmt: skip
+    if tl.program_id(0) < num_programs:
+        compute(
+            phases_ptr, num_phases, num_programs, counters_ptr, first_step, num_steps, max_polls, dump_ptr, failed_ptr,
+            PHASES, PREFETCHES,
+        )  # fmt: skip

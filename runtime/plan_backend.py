@@ -1,0 +1,162 @@
+"""What the backends that execute plans on a GPU have in common: plan, memory, rows in, logits and features out.
+
+A step holds up to `phases.MAX_ROWS` rows; the engine's larger ones are cut. Without a GPU the kernels run under
+Triton's interpreter, in float32, which is slow and meant for tests: TRITON_INTERPRET=1 has to be set before the process
+starts.
+
+Left out: draft trees, whose siblings would share a place in the key/value buffers; top-k and top-p, which the engine
+does from the logits.
+
+Legend: R rows, C features, W wanted rows, V vocabulary.
+"""
+
+import contextlib
+import importlib.util
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from speedstack.dflash.model import DFlashDraftModel
+from speedstack.dflash.tree import Draft
+from speedstack.quant.mxfp4 import MXFP4Tensor
+from speedstack.runtime.backend import DraftRequest, Rows
+from speedstack.runtime.formats import WeightFormat, WeightFormats
+from speedstack.runtime.memory import Memory, row_records
+from speedstack.runtime.module_drafter import ModuleDrafter
+from speedstack.runtime.phases import build_plan
+from speedstack.runtime.plan import Plan
+from speedstack.runtime.weights import ModelWeights, MoeWeights
+
+
+def check_supported(name: str, weights: ModelWeights) -> bool:
+    """Whether kernels are interpreted. Raises ValueError, with the reason, where they can neither run nor be."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(f"backend {name!r} needs Triton, which is not installed: pip install triton")
+    import triton
+
+    from speedstack.runtime.kernels.triton.items import run_item
+
+    is_interpreted = not isinstance(run_item, triton.JITFunction)
+    device, dtype = weights.embedding_VD.device, weights.embedding_VD.dtype
+    if device.type != "cuda" and not is_interpreted:
+        raise ValueError(
+            f"backend {name!r} runs on a GPU; on a CPU it needs Triton's interpreter, for tests: set TRITON_INTERPRET=1"
+        )
+    if is_interpreted and dtype != torch.float32:
+        raise ValueError(f"backend {name!r} takes float32 only under Triton's interpreter: it computes others wrongly")
+    if not is_interpreted and dtype != torch.bfloat16:
+        raise ValueError(f"backend {name!r} takes bfloat16 only on a GPU; use backend='reference' for float32")
+    return is_interpreted
+
+
+class PlanBackend:
+    """One way of executing plans. A subclass builds its kernels in `_prepare` and computes a step in `_run`.
+
+    num_rows: of a step; split_size: positions that one item of attention takes; powers of two. num_programs: what the
+    plan is cut for.
+    """
+
+    name: str
+    no_trees_because: str | None = "its kernels write keys and values at a row's position, which siblings would share"
+    plan: Plan
+    memory: Memory
+
+    def __init__(
+        self,
+        weights: ModelWeights,
+        drafter: DFlashDraftModel | None,
+        num_slots: int,
+        max_length: int,
+        num_rows: int,
+        split_size: int,
+        num_programs: int,
+        max_steps: int = 1,
+    ) -> None:
+        assert num_rows & (num_rows - 1) == 0, "tiles are powers of two"
+        started = time.perf_counter()
+        self.weights, self.num_slots, self.max_length = weights, num_slots, max_length
+        self.device = weights.embedding_VD.device
+        self._num_rows, self._split_size, self._num_programs = num_rows, split_size, num_programs
+        self._max_steps = max_steps
+        self.drafter: ModuleDrafter | None = None
+        self.set_drafter(drafter)
+        self.prepare_seconds = time.perf_counter() - started
+
+    def _prepare(self) -> None:
+        """Builds kernels and their arguments for `plan` and `memory`."""
+        raise NotImplementedError
+
+    def _run(self) -> None:
+        """Computes the rows in `memory.rows`."""
+        raise NotImplementedError
+
+    def set_drafter(self, drafter: DFlashDraftModel | None) -> None:
+        w = self.weights
+        taps = () if drafter is None else tuple(drafter.config.target_layer_ids)
+        self.plan = build_plan(
+            w.spec, formats_of(w), self._num_programs, self._num_rows, self.max_length, self._split_size, taps=taps
+        )
+        caches = self.memory.caches if hasattr(self, "memory") else None
+        self.memory = Memory(self.plan, w, self.num_slots, self.max_length, self._max_steps, caches)
+        self._prepare()
+        self.drafter = None
+        if drafter is not None:
+            self.drafter = ModuleDrafter(drafter, w.embedding_VD, w.lm_head_VD, self.num_slots, self.max_length)
+
+    def weight_bytes(self) -> dict[str, int]:
+        drafter = {"drafter": self.drafter.weight_bytes()} if self.drafter is not None else {}
+        return self.weights.nbytes_by_part() | drafter
+
+    def cache_bytes(self) -> int:
+        drafter = self.drafter.cache_bytes() if self.drafter is not None else 0
+        return sum(cache.nbytes for cache in self.memory.caches) + drafter
+
+    @torch.no_grad()
+    def step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        assert rows.parents is None, "the engine asks for no trees here"
+        assert all(a < b for a, b in pairwise(logit_rows)), "logit rows have to ascend"
+        # Kernels are launched on the current device, which need not be the weights'.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            return self._step(rows, logit_rows)
+
+    def repeat(self, num_steps: int) -> None:
+        """Computes the newest step again, so many times, with as little of the host as there can be: for timing."""
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            for _ in range(num_steps):
+                self._run()
+
+    def _step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        parts, best = [], list[int]()
+        for start in range(0, len(rows.tokens), self.plan.rows):
+            cut = slice(start, start + self.plan.rows)
+            self._step_chunk(Rows(rows.tokens[cut], rows.slots[cut], rows.positions[cut]))
+            here = [row - start for row in logit_rows if start <= row < start + self.plan.rows]
+            if here:
+                parts.append(self.memory.logits_VR[:, here].T.contiguous())
+                best += self.memory.tokens[0, here].tolist()
+        return torch.cat(parts) if parts else self.memory.logits_VR.new_empty(0, self.weights.spec.vocab_size), best
+
+    def _step_chunk(self, rows: Rows) -> None:
+        self.memory.rows.copy_(row_records(rows, self.plan.rows))
+        self._run()
+        if self.drafter is not None:
+            features_RC = self.memory.features_CR.T[: len(rows.tokens)]
+            self.drafter.write(features_RC, rows.slots, rows.positions)
+
+    def commit(self, rows: Sequence[int]) -> None:
+        raise AssertionError("the engine asks for no trees here")
+
+    def draft(self, requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:
+        assert tree_budget is None, "the engine asks for no trees here"
+        assert self.drafter is not None
+        return self.drafter.draft(requests, num_drafts)
+
+
+def formats_of(weights: ModelWeights) -> WeightFormats:
+    """What the plan's cost is counted by."""
+    plain: WeightFormat = "float32" if weights.embedding_VD.dtype == torch.float32 else "bf16"
+    layers = [layer.mlp for layer in weights.layers if isinstance(layer.mlp, MoeWeights)]
+    is_packed = any(isinstance(mlp.gate_up_EID, MXFP4Tensor) for mlp in layers)
+    return WeightFormats(plain, plain, plain, "float32", "mxfp4" if is_packed else plain, plain, plain)

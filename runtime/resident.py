@@ -1,0 +1,203 @@
+"""The resident backend: a decode step as one persistent Triton kernel.
+
+Programs wait for each other on the counters of the plan, which is proved safe before anything runs; there is no barrier
+over all of them. Counters are never reset: every launch goes on from the step where the last one ended. All programs
+have to be on the GPU at once, so there are as many as it holds, and the driver refuses a launch that would not fit
+(cooperative launch) instead of letting it hang.
+
+A wait gives up after so many polls that only a fault can be the reason. The kernel then says who waits for what, and
+`step` raises that as a RuntimeError; counters start again from zero, and the sequences of that step are lost.
+
+`prefetch` says who brings weights into the L2 cache before they are needed: `own`, every program those of its own items
+before it waits; `movers`, programs that do nothing else; `none`. The default is a guess that has not been measured.
+
+Left out, still: drafting, verification and acceptance without the host. `run_alone` makes several steps in one launch,
+for sequences that each have one row; the engine makes one step a launch.
+
+Legend: R rows.
+"""
+
+import contextlib
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from speedstack.dflash.model import DFlashDraftModel
+from speedstack.runtime.backend import Rows
+from speedstack.runtime.memory import row_records
+from speedstack.runtime.phases import MAX_ROWS, SPLIT_SIZE
+from speedstack.runtime.plan import Plan
+from speedstack.runtime.plan_backend import PlanBackend, check_supported
+from speedstack.runtime.proof import prove
+from speedstack.runtime.weights import ModelWeights
+
+if TYPE_CHECKING:
+    from speedstack.runtime.tasks import Tasks
+
+Prefetching = Literal["own", "movers", "none"]
+
+INTERPRETED_PROGRAMS = 3
+# Attention, and the choice among 256 experts, hold more in registers than four warps have.
+NUM_WARPS = 8
+MAX_STEPS = 16  # of one launch
+# A poll takes about a microsecond on a GPU: seconds, where a step takes milliseconds.
+MAX_POLLS = 1 << 22
+NUM_MOVERS = 4
+# The instructions of prefetching and of cooperative launches that are used here, and 227 KiB of shared memory.
+CAPABILITY = (9, 0)
+
+
+class ResidentBackend(PlanBackend):
+    """See the module.
+
+    Args:
+        num_rows, split_size: see `PlanBackend`.
+        num_programs: None is one a multiprocessor, movers among them; another number is for the interpreter.
+        prefetch, num_movers: see the module; movers there are only with `movers`.
+        max_polls: polls in vain after which a wait gives up.
+        seed: of the order in which the interpreter's programs take turns, for the first launch; later ones count on.
+    """
+
+    name = "resident"
+
+    def __init__(
+        self,
+        weights: ModelWeights,
+        drafter: DFlashDraftModel | None,
+        num_slots: int,
+        max_length: int,
+        num_rows: int = MAX_ROWS,
+        split_size: int = SPLIT_SIZE,
+        num_programs: int | None = None,
+        prefetch: Prefetching = "own",
+        num_movers: int = NUM_MOVERS,
+        max_polls: int = MAX_POLLS,
+        seed: int = 0,
+    ) -> None:
+        self._is_interpreted = check_supported(self.name, weights)
+        self.prefetch, self.max_polls, self.seed = prefetch, max_polls, seed
+        self.interpreter_options: dict[str, Any] = {}  # of `interpret_triton`
+        self.num_movers = num_movers if prefetch == "movers" else 0
+        if num_programs is None:
+            num_programs = INTERPRETED_PROGRAMS
+            if not self._is_interpreted:
+                num_programs = _multiprocessors(weights.embedding_VD.device) - self.num_movers
+        super().__init__(weights, drafter, num_slots, max_length, num_rows, split_size, num_programs, MAX_STEPS)
+
+    def _prepare(self) -> None:
+        from speedstack.runtime.bindings import bind
+        from speedstack.runtime.kernels.triton.counters import DUMP_RECORD
+        from speedstack.runtime.tasks import build_tasks
+
+        failure = prove(self.plan).failure
+        assert failure is None, failure
+        self.bindings = bind(self.plan, self.weights, self.memory)
+        self.tasks = build_tasks(self.plan, self.bindings, self.device)
+        self.counters = torch.zeros(self.plan.num_counters, dtype=torch.int32, device=self.device)
+        self.dump = torch.zeros(
+            self._num_programs + self.num_movers, DUMP_RECORD.value, dtype=torch.int32, device=self.device
+        )
+        self.next_step = 0
+
+    def _run(self) -> None:
+        self._launch(1)
+
+    def run_alone(self, rows: Rows, num_steps: int) -> list[list[int]]:
+        """Tokens of each of several steps, made without the host: each row goes on with what was sampled for it.
+
+        One row a sequence; sampled by `memory.sampling`, greedily unless something was written there.
+
+        Raises RuntimeError as `step` does.
+        """
+        assert len(set(rows.slots)) == len(rows.slots) <= self.plan.rows and 2 <= num_steps <= MAX_STEPS
+        assert max(rows.positions) + num_steps <= self.max_length
+        self.memory.rows.copy_(row_records(rows, self.plan.rows))
+        return [tokens[: len(rows.tokens)] for tokens in self._launch(num_steps)]
+
+    def repeat(self, num_steps: int) -> None:
+        """See `PlanBackend`. Where each sequence has one row, a launch makes many steps, from the same rows on.
+
+        Raises RuntimeError as `step` does.
+        """
+        rows = self.memory.rows.clone()
+        slots = rows[rows[:, 0] >= 0, 1].tolist()
+        longest = MAX_STEPS if len(set(slots)) == len(slots) else 1
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            for start in range(0, num_steps, longest):
+                self.memory.rows.copy_(rows)
+                self._enqueue(min(longest, num_steps - start))
+            self.memory.rows.copy_(rows)
+        if self.memory.failed.item():
+            self._give_up()
+
+    def arguments(self, num_steps: int) -> dict[str, Any]:
+        """The kernel's, by its parameters."""
+        return arguments_of(self.plan, self.tasks, self.prefetch) | {
+            "counters_ptr": self.counters,
+            "dump_ptr": self.dump,
+            "failed_ptr": self.memory.failed,
+            "first_step": (self.next_step + 2**31) % 2**32 - 2**31,  # wraps around as the counters do
+            "num_steps": num_steps,
+            "max_polls": self.max_polls,
+        }
+
+    def _launch(self, num_steps: int) -> list[list[int]]:
+        self._enqueue(num_steps)
+        # The one copy from the GPU, which waits for the kernel.
+        *tokens, has_failed = self.memory.outbox.tolist()
+        if has_failed:
+            self._give_up()
+        R = self.plan.rows
+        return [tokens[step * R : (step + 1) * R] for step in range(num_steps)]
+
+    def _enqueue(self, num_steps: int) -> None:
+        from speedstack.runtime.kernels.triton.resident import resident_kernel
+
+        num_programs, arguments = self._num_programs + self.num_movers, self.arguments(num_steps)
+        if self._is_interpreted:
+            from speedstack.runtime.interpret_triton import interpret_triton
+
+            interpret_triton(resident_kernel, num_programs, arguments, self.seed, **self.interpreter_options)
+            self.seed += 1
+        else:
+            resident_kernel[(num_programs,)](**arguments, **compile_options())
+        self.next_step += num_steps
+
+    def _give_up(self) -> None:
+        """Raises what the dump says, with everything as before the first step."""
+        from speedstack.runtime.tasks import explain
+
+        message = explain(self.plan, self.dump.cpu())
+        for tensor in (self.dump, self.memory.failed, self.counters):
+            tensor.zero_()
+        self.next_step = 0
+        raise RuntimeError(f"the resident kernel waited in vain:\n{message}")
+
+
+def arguments_of(plan: Plan, tasks: "Tasks", prefetch: Prefetching) -> dict[str, Any]:
+    """Those of the kernel's arguments that a plan decides."""
+    return {
+        "phases_ptr": tasks.phases,
+        "moves_ptr": tasks.moves,
+        "num_phases": len(plan.phases),
+        "num_moves": len(plan.prefetches),
+        "num_programs": plan.num_programs,
+        "PHASES": tasks.variants,
+        "PREFETCHES": prefetch == "own",
+        "HAS_MOVERS": prefetch == "movers",
+    }
+
+
+def compile_options() -> dict[str, Any]:
+    """How the kernel is compiled and launched."""
+    return {"num_warps": NUM_WARPS, "enable_fp_fusion": True, "launch_cooperative_grid": True}
+
+
+def _multiprocessors(device: torch.device) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) < CAPABILITY:
+        raise ValueError(
+            f"backend 'resident' needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]}; {properties.name} "
+            f"has {properties.major}.{properties.minor}: use backend='graph'"
+        )
+    return properties.multi_processor_count

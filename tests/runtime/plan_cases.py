@@ -1,0 +1,133 @@
+"""Tiny models of three families, and every buffer of a step as the reference backend has it, for tests of plans.
+
+Legend: R rows, D hidden, V vocabulary, G key/value heads, K choices of a row.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from speedstack.quant.mxfp4 import MXFP4Tensor, quantize
+from speedstack.runtime.backend import Rows
+from speedstack.runtime.plan_backend import PlanBackend
+from speedstack.runtime.reference import ReferenceBackend
+from speedstack.runtime.shapes import empty_weights
+from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec, YarnSpec
+from speedstack.runtime.weights import ModelWeights
+
+CPU = torch.device("cpu")
+MAX_LENGTH, NUM_SLOTS, NUM_ROWS = 64, 3, 4
+LOST = 69  # a token of which one test takes the embedding away
+
+# Every ingredient of the three families at sizes that fill no tile: three heads a group, a hidden size that is no
+# multiple of a chunk, a last tile that is cut.
+MIMO = (
+    LayerSpec(AttentionSpec(6, 2, 24, 20, 9, 5e5), DenseSpec(40)),
+    LayerSpec(
+        AttentionSpec(6, 2, 24, 20, 8, 1e4, window=9, has_sinks=True, value_scale=0.7),
+        MoeSpec(5, 2, 24, "sigmoid", True, True, routed_scale=1.5),
+    ),
+)
+QWEN3 = (
+    LayerSpec(
+        AttentionSpec(4, 1, 16, 16, 16, 1e4, has_qk_norm=True),
+        MoeSpec(6, 3, 32, "softmax", has_correction_bias=False, renormalize=False),
+    ),
+)
+GPT_OSS = (
+    LayerSpec(
+        AttentionSpec(
+            2, 2, 16, 16, 16, 1.5e5, window=12, has_sinks=True, has_bias=True,
+            yarn=YarnSpec(8.0, 32, 32.0, 1.0, False, 1.2),
+        ),
+        MoeSpec(4, 2, 32, "softmax", False, True, has_bias=True, swiglu_limit=0.7, swiglu_alpha=1.702),
+    ),
+)  # fmt: skip
+
+
+def build(layers: Sequence[LayerSpec], hidden_size: int, is_packed: bool, vocab_size: int = LOST + 1) -> ModelWeights:
+    """Random float32 weights, large enough that nothing is near zero and the SwiGLU's clamp is reached."""
+    spec = ModelSpec("test", vocab_size, hidden_size, 1e-5, MAX_LENGTH, (), tuple(layers))
+    weights = empty_weights(spec, torch.float32, CPU, is_packed)
+    generator = torch.Generator().manual_seed(0)
+
+    def fill(owner: Any) -> None:
+        for name, value in vars(owner).items():
+            if isinstance(value, MXFP4Tensor):
+                plain = torch.randn(value.shape, generator=generator) * 0.2
+                setattr(owner, name, quantize(plain))
+            elif isinstance(value, torch.Tensor):
+                is_norm = "norm" in name
+                value.uniform_(0.8, 1.2, generator=generator) if is_norm else value.normal_(0, 0.2, generator=generator)
+
+    fill(weights)
+    for layer in weights.layers:
+        fill(layer.attention)
+        fill(layer.mlp)
+    return weights
+
+
+CASES: dict[str, Callable[[], ModelWeights]] = {
+    "mimo": lambda: build(MIMO, 72, False),
+    "qwen3-mxfp4": lambda: build(QWEN3, 96, True),
+    "gpt-oss-mxfp4": lambda: build(GPT_OSS, 64, True),
+}
+
+
+# The same families with as few items as show every kind of phase, for many schedules.
+SMALL_LENGTH = 32
+SMALL_CASES: dict[str, Callable[[], ModelWeights]] = {
+    "mimo": lambda: build((LayerSpec(replace(MIMO[1].attention, num_heads=2), MIMO[1].mlp),), 40, False, 24),
+    "dense": lambda: build((LayerSpec(AttentionSpec(2, 1, 16, 16, 8, 1e4), DenseSpec(40)),), 40, False, 24),
+    "qwen3-mxfp4": lambda: build(
+        (replace(QWEN3[0], attention=replace(QWEN3[0].attention, num_heads=2)),), 32, True, 24
+    ),
+    "gpt-oss-mxfp4": lambda: build(GPT_OSS, 32, True, 24),
+}
+
+
+def prefilled(
+    weights: ModelWeights, lengths: Sequence[int], max_length: int = MAX_LENGTH
+) -> tuple[ReferenceBackend, list[list[int]]]:
+    """A reference backend whose slots hold sequences of these lengths, and NaN wherever nothing was written."""
+    backend = ReferenceBackend(weights, None, NUM_SLOTS, max_length)
+    for cache in backend.caches:
+        cache.k_SLGH.fill_(float("nan"))
+        cache.v_SLGH.fill_(float("nan"))
+    generator = torch.Generator().manual_seed(1)
+    num_known = min(LOST, weights.spec.vocab_size)
+    ids = [torch.randint(0, num_known, (max_length,), generator=generator).tolist() for _ in lengths]
+    for slot, length in enumerate(lengths):
+        if length:
+            backend.step(Rows(ids[slot][:length], [slot] * length, list(range(length))), [])
+    return backend, ids
+
+
+def fill(backend: PlanBackend, reference: ReferenceBackend) -> None:
+    """The same contexts as the reference's, and NaN in every buffer that a step has to write before it reads."""
+    for cache, wanted in zip(backend.memory.caches, reference.caches, strict=True):
+        both_SLGH = torch.cat([wanted.k_SLGH, wanted.v_SLGH], dim=-1)
+        cache.copy_(both_SLGH[:NUM_SLOTS].permute(2, 0, 1, 3))
+    for buffer in backend.memory.buffers.values():
+        if buffer.is_floating_point():
+            buffer.fill_(float("nan"))
+
+
+def rows_of(ids: list[list[int]], *places: tuple[int, int]) -> Rows:
+    """Rows at (slot, position)."""
+    return Rows([ids[s][p] for s, p in places], [s for s, _ in places], [p for _, p in places])
+
+
+def check_caches(backend: PlanBackend, reference: ReferenceBackend) -> None:
+    """Keys and values are the reference's, and what was not written is what it was."""
+    for cache, wanted in zip(backend.memory.caches, reference.caches, strict=True):
+        both = torch.cat([wanted.k_SLGH, wanted.v_SLGH], dim=-1)[:NUM_SLOTS].permute(2, 0, 1, 3)
+        # float32 sums of up to 96 terms in another order
+        torch.testing.assert_close(cache, both, rtol=1e-4, atol=3e-5, equal_nan=True)
+
+
+def naming(phase: str) -> Callable[[str], str]:
+    """What puts the phase before a comparison's message."""
+    return lambda message: f"{phase}: {message}"

@@ -1,0 +1,427 @@
+"""The resident kernel under seeded schedules: whole steps equal to the reference, and its faults found.
+
+The kernel is the one that a GPU runs. Its programs are threads that take turns at every counter operation and every
+store, in an order that a seed decides. Triton decides when it is imported whether it interprets, so one test runs this
+file again in a process that has TRITON_INTERPRET set. SPEEDSTACK_SCHEDULES=200 runs more schedules than continuous
+integration has time for.
+
+Legend: R rows, V vocabulary.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from speedstack.runtime import Engine
+from speedstack.runtime.backend import Rows
+from speedstack.runtime.expected import expected_buffers, found_buffer
+from speedstack.runtime.plan import Plan
+from speedstack.runtime.proof import prove
+from speedstack.runtime.reference import ReferenceBackend
+from speedstack.runtime.resident import ResidentBackend
+from speedstack.runtime.select import make_backend
+from tests.runtime.plan_cases import (
+    CASES,
+    NUM_ROWS,
+    NUM_SLOTS,
+    SMALL_CASES,
+    SMALL_LENGTH,
+    check_caches,
+    fill,
+    naming,
+    prefilled,
+    rows_of,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+interpreted = pytest.mark.skipif(not (INTERPRETED and HAS_TRITON), reason="runs in the process that interprets")
+NUM_SCHEDULES = int(os.environ.get("SPEEDSTACK_SCHEDULES", "60"))
+SPLIT = 16
+
+
+def resident_of(reference: ReferenceBackend, num_programs: int, **options: Any) -> ResidentBackend:
+    backend = ResidentBackend(
+        reference.weights, None, NUM_SLOTS, reference.max_length, split_size=SPLIT, num_programs=num_programs, **options
+    )
+    fill(backend, reference)
+    return backend
+
+
+class Watch:
+    """Copies what a phase wrote when the last of its signals is given, before anybody can write over it."""
+
+    def __init__(self, backend: ResidentBackend, num_rows: int) -> None:
+        self.backend, self.num_rows = backend, num_rows
+        self.seen: dict[str, torch.Tensor] = {}
+        plan = backend.plan
+        self.phase_of = {plan.counter_base[phase.name]: phase for phase in plan.phases}
+        self.left: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.seen.clear()
+        plan = self.backend.plan
+        for phase in plan.phases:
+            per_item = any(signal.each == "item" for signal in phase.signals)
+            self.left[phase.name] = phase.num_items if per_item else plan.num_programs
+
+    def __call__(self, address: int, value: int) -> None:
+        plan, counters = self.backend.plan, self.backend.counters
+        element = (address - counters.data_ptr()) // counters.element_size()
+        if not 0 <= element < plan.num_counters:
+            return
+        phase = self.phase_of[max(base for base in self.phase_of if base <= element)]
+        self.left[phase.name] -= 1
+        if self.left[phase.name] == 0:
+            found = found_buffer(self.backend, phase, self.num_rows)
+            if found is not None:
+                self.seen[phase.name] = found.clone()
+
+
+@interpreted
+@pytest.mark.parametrize("num_programs", [1, 3, 8])
+@pytest.mark.parametrize("case", CASES)
+def test_every_buffer_of_every_step_equals_the_reference(case: str, num_programs: int) -> None:
+    """Two sequences, one in two splits, over consecutive steps that meet what earlier ones left in all buffers."""
+    reference, ids = prefilled(CASES[case](), [39, 15])
+    backend = resident_of(reference, num_programs, num_rows=NUM_ROWS, prefetch="none", seed=num_programs)
+    watch = Watch(backend, 3)
+    backend.interpreter_options = {"observe": watch}
+    for step, places in enumerate((((1, 15), (1, 16), (0, 39)), ((0, 40), (1, 17)), ((0, 41), (0, 42), (1, 18)))):
+        rows = rows_of(ids, *places)
+        watch.num_rows = len(places)
+        watch.begin()
+        logits_RV, best = backend.step(rows, range(len(places)))
+        expected = expected_buffers(reference, rows)
+        assert watch.seen.keys() == expected.keys()
+        for name, found in watch.seen.items():
+            # float32 sums of up to 96 terms in another order, through at most two layers of values up to about 10
+            torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=3e-5, msg=naming(f"{step} {name}"))
+        assert torch.equal(logits_RV, watch.seen["lm_head"]) and best == expected["lm_head"].argmax(-1).tolist()
+    check_caches(backend, reference)
+    assert backend.next_step == 3 and not any(watch.left.values())
+
+
+def outcome(
+    backend: ResidentBackend, start: tuple[list[torch.Tensor], Rows], num_steps: int, first_step: int = 0
+) -> tuple[Any, ...]:
+    """Tokens, logits and caches after some steps without the host, from the same contexts every time."""
+    caches, rows = start
+    for cache, was in zip(backend.memory.caches, caches, strict=True):
+        cache.copy_(was)
+    tokens = backend.run_alone(rows, num_steps)
+    logits_RV = backend.memory.logits_VR[:, : len(rows.tokens)].T.clone()
+    return tokens, logits_RV, [cache.clone() for cache in backend.memory.caches]
+
+
+def same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Bit for bit, what is not a number too."""
+    pairs = [(a[1], b[1]), *zip(a[2], b[2], strict=True)]
+    return a[0] == b[0] and all(torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in pairs)
+
+
+def small(case: str, num_programs: int, **options: Any) -> tuple[ResidentBackend, tuple[list[torch.Tensor], Rows]]:
+    """A backend for a smaller model of the family, and where its runs start."""
+    reference, ids = prefilled(SMALL_CASES[case](), [17, 6], SMALL_LENGTH)
+    backend = resident_of(reference, num_programs, num_rows=2, **options)
+    return backend, ([cache.clone() for cache in backend.memory.caches], rows_of(ids, (0, 17), (1, 6)))
+
+
+@interpreted
+@pytest.mark.parametrize("is_draft", [False, True])
+def test_repeating_a_step_leaves_it_as_it_was(is_draft: bool) -> None:
+    """Rows that are alone make many steps a launch, and rows of one sequence one: both go on from the same rows."""
+    backend, (_, rows) = small("qwen3-mxfp4", 3)
+    if is_draft:
+        rows = Rows(rows.tokens, [0, 0], [17, 18])
+    logits_WV, best = backend.step(rows, [0, 1])
+    kept_WV, records, first_step = logits_WV.clone(), backend.memory.rows.clone(), backend.next_step
+    backend.repeat(2)
+    assert backend.next_step == first_step + 2 and torch.equal(backend.memory.rows, records)
+    again_WV, best_again = backend.step(rows, [0, 1])
+    assert torch.equal(again_WV, kept_WV) and best_again == best
+
+
+@interpreted
+@pytest.mark.parametrize("case", SMALL_CASES)
+def test_steps_without_the_host_are_the_references_under_every_schedule(case: str) -> None:
+    """Bit for bit the same with 1, 3 and 8 programs, movers or not, whatever the order in which they run."""
+    backend, start = small(case, 1)
+    expected = outcome(backend, start, 3)
+    reference, _ = prefilled(SMALL_CASES[case](), [17, 6], SMALL_LENGTH)
+    rows = start[1]
+    tokens = []
+    for _ in range(3):
+        logits_RV, best = reference.step(rows, range(2))
+        rows = Rows(best, rows.slots, [position + 1 for position in rows.positions])
+        tokens.append(best)
+    assert expected[0] == tokens
+    # as above
+    torch.testing.assert_close(expected[1], logits_RV, rtol=1e-4, atol=3e-5)
+    backends = [
+        small(case, 3, prefetch="none")[0],
+        small(case, 8)[0],
+        small(case, 3, prefetch="movers", num_movers=2)[0],
+    ]
+    num_schedules = NUM_SCHEDULES // len(SMALL_CASES)
+    for seed in range(num_schedules):
+        backend = backends[seed % 3]
+        backend.seed = seed
+        assert same(outcome(backend, start, 3), expected), f"seed {seed}, {backend.plan.num_programs} programs"
+
+
+def altered(plan: Plan, name: str, **changes: Any) -> Plan:
+    """The plan with one phase changed."""
+    phases = list(plan.phases)
+    index = plan.phase_named[name]
+    phases[index] = replace(phases[index], **changes)
+    return replace(plan, phases=tuple(phases))
+
+
+def plant(backend: ResidentBackend, plan: Plan) -> None:
+    """Has the kernel execute another plan, as the backend would never let it."""
+    from speedstack.runtime.bindings import bind
+    from speedstack.runtime.tasks import build_tasks
+
+    backend.plan = plan
+    backend.tasks = build_tasks(plan, bind(plan, backend.weights, backend.memory), backend.device)
+    backend.counters.zero_()
+    backend.next_step = 0
+
+
+@interpreted
+def test_a_missing_signal_is_a_dump_and_not_a_hang() -> None:
+    """From the scheduler, and from the kernel's own budget; after that the backend works again."""
+    from speedstack.runtime.interpret import Deadlock
+
+    backend, start = small("qwen3-mxfp4", 3, prefetch="movers", num_movers=1)
+    expected, sound = outcome(backend, start, 2), backend.plan
+    plant(backend, altered(sound, "L00.combine", signals=()))
+    assert prove(backend.plan).failure is not None
+    with pytest.raises(Deadlock, match="program 2: polls address") as caught:
+        outcome(backend, start, 2)
+    assert set(caught.value.waiting) == {0, 1, 2, 3}
+    backend.max_polls, backend.interpreter_options = 300, {"patience": None}
+    backend.counters.zero_()
+    backend.next_step = 0
+    with pytest.raises(RuntimeError, match="the resident kernel waited in vain") as failed:
+        outcome(backend, start, 2)
+    for program in range(3):
+        line = f"  program {program}: step 0, L00.o_proj: L00.combine[0] is 0 and has to reach 3"
+        assert line in str(failed.value).splitlines()
+    assert "  mover 0: step 0, " in str(failed.value)
+    plant(backend, sound)
+    assert same(outcome(backend, start, 2), expected)
+
+
+@interpreted
+def test_an_item_that_waits_in_vain_is_named() -> None:
+    backend, start = small("mimo", 3, max_polls=300)
+    backend.interpreter_options = {"patience": None}
+    phase = backend.plan.phases[backend.plan.phase_named["L00.attention"]]
+    (wait,) = phase.waits
+    plant(backend, altered(backend.plan, phase.name, waits=(replace(wait, offset=wait.offset + 1),)))
+    with pytest.raises(RuntimeError) as failed:
+        outcome(backend, start, 2)
+    reached, missing = wait.offset, wait.offset + 1
+    assert re.search(
+        rf"program \d: step 0, L00\.attention\[\d, \d, \d\]: L00\.qkv\[\d\] is {reached} and has to reach {missing}",
+        str(failed.value),
+    )
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "fault"), [
+    ("L00.combine", "lowered"), ("lm_head", "lowered"), ("embed", "lowered"),
+    ("L00.o_proj", "early"), ("L00.down", "early"), ("L00.attention", "early"),
+])  # fmt: skip
+def test_a_read_before_its_time_is_seen_by_some_schedule(name: str, fault: str) -> None:
+    """A threshold lower by one, or no wait at all: the proof rejects it, and a handful of schedules shows it."""
+    backend, start = small("qwen3-mxfp4", 3, prefetch="none")
+    expected, sound = outcome(backend, start, 3), backend.plan
+    (wait,) = sound.phases[sound.phase_named[name]].waits
+    waits = () if fault == "early" else (replace(wait, offset=wait.offset - 1),)
+    plant(backend, altered(sound, name, waits=waits))
+    assert prove(backend.plan).failure is not None
+    for seed in range(40):
+        backend.seed = seed
+        backend.counters.zero_()
+        backend.next_step = 0
+        if not same(outcome(backend, start, 3), expected):
+            return
+    pytest.fail("no schedule shows it")
+
+
+@interpreted
+@pytest.mark.parametrize("first_step", [715_827_881, 2**31 - 2, 2**32 - 1])
+def test_counters_and_steps_wrap_around(first_step: int) -> None:
+    """Thresholds pass 2^31 at the first of these (three programs), steps do at the others."""
+    backend, start = small("qwen3-mxfp4", 3)
+    expected = outcome(backend, start, 3)
+    rates = backend.counters.long() // 3
+    assert rates.max() == 3 and rates.min() >= 1
+    backend.next_step = first_step
+    backend.counters.copy_((rates * first_step + 2**31) % 2**32 - 2**31)
+    assert same(outcome(backend, start, 3), expected)
+    assert torch.equal((backend.counters.long() - rates * backend.next_step) % 2**32, torch.zeros_like(rates))
+
+
+@interpreted
+def test_sampling_goes_on_without_the_host() -> None:
+    """With a temperature too: several steps in one launch are as many launches."""
+    from speedstack.runtime.memory import sampling_records
+
+    backend, start = small("qwen3-mxfp4", 3)
+    backend.memory.sampling.copy_(sampling_records([5, 6], [1, 2], [1.5, 0.0], 2))
+    tokens, logits_RV, _ = outcome(backend, start, 4)
+    for cache, was in zip(backend.memory.caches, start[0], strict=True):
+        cache.copy_(was)
+    rows, single = start[1], []
+    for _ in range(4):
+        found_RV, best = backend.step(rows, range(2))
+        rows = Rows(best, rows.slots, [position + 1 for position in rows.positions])
+        single.append(best)
+    assert tokens == single and torch.equal(found_RV, logits_RV)
+    greedy = [int(row.argmax()) for row in logits_RV]
+    assert tokens[3][1] == greedy[1] and len({*zip(*tokens, strict=True)}) == 2
+
+
+def fetched(backend: ResidentBackend, run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Addresses of all sixteens of bytes that prefetches of a run name."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    from speedstack.runtime.kernels.triton import prefetch
+
+    load, ends, lanes = interpreter_builder.create_masked_load, list[Any](), prefetch._LANES.value
+
+    def record(ptrs: Any, mask: Any, *args: Any) -> Any:
+        if ptrs.data.shape == (lanes,) and ptrs.get_element_ty().name == "uint8":
+            ends.append(ptrs.data[mask.data].tolist())
+        return load(ptrs, mask, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter_builder, "create_masked_load", record, raising=False)
+        run()
+    both = zip(ends[::2], ends[1::2], strict=True)
+    pieces = [piece for firsts, lasts in both for piece in zip(firsts, lasts, strict=True)]
+    assert all(first % 16 == 0 and last % 16 == 15 for first, last in pieces)
+    return {address for first, last in pieces for address in range(first, last, 16)}
+
+
+@interpreted
+@pytest.mark.parametrize("prefetch", ["own", "movers"])
+@pytest.mark.parametrize("case", SMALL_CASES)
+def test_what_is_prefetched_is_what_a_step_reads(case: str, prefetch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All weights that every step reads, of the experts the chosen ones alone, and nothing else."""
+    backend, start = small(case, 16, prefetch=prefetch, num_movers=2)
+    assert all(phase.num_items <= 16 for phase in backend.plan.phases if phase.work.weight_bytes), "first items are all"
+    found = fetched(backend, lambda: outcome(backend, start, 2), monkeypatch)
+    every, some = set[int](), set[int]()
+    for phase, binding in zip(backend.plan.phases, backend.bindings, strict=True):
+        if phase.work.expert_bytes:
+            tensors = binding.pointers[3:5]
+            some |= {a for t in tensors for a in range(t.data_ptr() // 16 * 16, t.data_ptr() + t.nbytes, 16)}
+        elif phase.work.weight_bytes and phase.op != "embed":
+            weight = binding.pointers[1 if phase.op in ("o_proj", "dense_down") else 2]
+            last = weight.data_ptr() + weight.nbytes - 15
+            every |= set(range(weight.data_ptr() // 16 * 16, last, 16))
+    assert every <= found <= every | some
+    assert found & some if some else found == every
+    if case == "mimo" and prefetch == "own":  # movers may guess by what is being written
+        assert len(found & some) < len(some), "an expert that nobody chose was fetched"
+
+
+@interpreted
+def test_features_reach_the_drafter(tiny_model_dir: Path, tiny_drafter_dir: Path) -> None:
+    """Its proposals are the reference backend's; a drafter that comes later, and more rows than a step holds."""
+    from speedstack.dflash.checkpoint import load_drafter
+    from speedstack.quant.checkpoint import load_checkpoint
+    from speedstack.runtime.backend import DraftRequest
+    from speedstack.runtime.spec import spec_from_config
+    from speedstack.runtime.weights import read_weights
+
+    checkpoint = load_checkpoint(tiny_model_dir)
+    spec = spec_from_config(checkpoint.config)
+    weights = read_weights(spec, dict(checkpoint.tensors), torch.float32, torch.device("cpu"), tied=False)
+    drafter = load_drafter(tiny_drafter_dir)
+    reference = ReferenceBackend(weights, drafter, 1, 32)
+    resident = ResidentBackend(weights, None, 1, 32, num_rows=4, split_size=SPLIT)
+    resident.set_drafter(drafter)
+    rows = Rows([5, 6, 7, 8, 9], [0] * 5, list(range(5)))
+    logits, best = zip(*[backend.step(rows, [0, 4]) for backend in (reference, resident)], strict=True)
+    # float32 sums of up to 96 terms in another order, through three layers of logits up to about 20
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+    assert best[0] == best[1]
+    drafts = [backend.draft([DraftRequest(best[0][1], 0, 5)], 7)[0] for backend in (reference, resident)]
+    assert drafts[0].tokens == drafts[1].tokens
+
+
+@interpreted
+def test_engine_writes_the_same_text(tmp_path: Path, make_tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    model = make_tiny_model(num_hidden_layers=1, layer_types=["sliding_attention"], mlp_layer_types=["sparse"])
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    tokens = {}
+    for backend in ("reference", "resident"):
+        engine = Engine.from_pretrained(tmp_path, backend=backend, max_length=32, max_batch_size=1)  # type: ignore[arg-type]
+        assert engine.backend_name == backend
+        tokens[backend] = engine.generate([5, 6, 7], max_new_tokens=4, ignore_eos=True).tokens
+    assert tokens["resident"] == tokens["reference"] and len(set(tokens["resident"])) > 1
+
+
+@interpreted
+def test_too_many_kinds_of_phases_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from speedstack.runtime import tasks
+
+    monkeypatch.setattr(tasks, "MAX_VARIANTS", 5)
+    with pytest.raises(ValueError, match=r"'resident' compiles every kind of phase .* takes 5 at most; .* make 10"):
+        small("qwen3-mxfp4", 3)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="about a process that does not interpret")
+def test_refused_by_name_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = CASES["qwen3-mxfp4"]()
+    if HAS_TRITON:
+        with pytest.raises(ValueError, match=r"'resident' runs on a GPU; on a CPU .* TRITON_INTERPRET=1"):
+            make_backend("resident", weights, None, 1, 32)
+    with pytest.raises(ValueError, match="'resident' verifies no draft trees"):
+        make_backend("resident", weights, None, 1, 32, has_trees=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="'resident' needs Triton, which is not installed"):
+        make_backend("resident", weights, None, 1, 32)
+
+
+def test_older_gpus_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from speedstack.runtime.resident import _multiprocessors
+
+    properties = SimpleNamespace(name="A100", major=8, minor=0, multi_processor_count=108)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    with pytest.raises(ValueError, match=r"compute capability 9\.0; A100 has 8\.0: use backend='graph'"):
+        _multiprocessors(torch.device("cuda"))
+    properties.major = 9
+    assert _multiprocessors(torch.device("cuda")) == 108
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs the others, which run here by themselves")
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_under_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=1500", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed and int(passed[1]) >= 35, result.stdout[-1000:]

@@ -1,0 +1,164 @@
+"""What compilers make of the resident kernel's waits and signals, read off the code for sm_90a without a GPU.
+
+Each check is one way in which a wait that looks right in the source is none on a GPU. See `kernels.triton.counters`.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: its kernels are not compiled")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+
+import triton
+
+from speedstack.runtime.bindings import bind
+from speedstack.runtime.kernels.triton import resident
+from speedstack.runtime.kernels.triton.resources import compile_kernel
+from speedstack.runtime.memory import Memory
+from speedstack.runtime.phases import build_plan
+from speedstack.runtime.plan_backend import formats_of
+from speedstack.runtime.resident import Prefetching, arguments_of, compile_options
+from speedstack.runtime.shapes import empty_weights
+from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec
+from speedstack.runtime.tasks import Tasks, build_tasks
+
+# One layer of each kind, at the least sizes that a tensor core takes.
+LAYERS = (
+    LayerSpec(AttentionSpec(4, 2, 32, 32, 16, 1e4, window=64, has_sinks=True), DenseSpec(64)),
+    LayerSpec(AttentionSpec(4, 2, 32, 32, 16, 1e4), MoeSpec(8, 2, 64, "sigmoid", True, True)),
+)
+META = torch.device("meta")
+
+
+def compiled(prefetch: Prefetching = "own") -> tuple[Tasks, Any]:
+    """The tables and the compiled kernel of a tiny model."""
+    weights = empty_weights(ModelSpec("test", 256, 64, 1e-5, 512, (), LAYERS), torch.bfloat16, META, True)
+    plan = build_plan(weights.spec, formats_of(weights), 132, 16, 512)
+    tasks = build_tasks(plan, bind(plan, weights, Memory(plan, weights, 2, 512)), torch.device("cpu"))
+    word = torch.zeros(1, dtype=torch.int32)
+    changing = {"counters_ptr": word, "dump_ptr": word, "failed_ptr": word}
+    changing |= {"first_step": 0, "num_steps": 1, "max_polls": 1}
+    arguments = arguments_of(plan, tasks, prefetch) | changing
+    return tasks, compile_kernel(resident.resident_kernel, arguments, compile_options())
+
+
+@pytest.fixture(scope="module")
+def own() -> tuple[Tasks, Any]:
+    return compiled()
+
+
+def sass_of(built: Any) -> list[str]:
+    """Instructions of the machine code, in order."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory) / "kernel.cubin"
+        cubin.write_bytes(built.asm["cubin"])
+        listing = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(.*?);", listing, re.MULTILINE)
+
+
+def ptx_of(built: Any) -> list[str]:
+    """Instructions of the virtual machine's code, without directives, comments and labels."""
+    lines = (line.strip() for line in built.asm["ptx"].splitlines())
+    return [line for line in lines if line and not line.startswith(("//", ".", "{", "}", "$"))]
+
+
+def first(lines: list[str], pattern: str) -> str:
+    """The first line that the pattern matches, or nothing."""
+    return next((line for line in lines if re.search(pattern, line)), "")
+
+
+def unguarded_acquires(ptx: list[str]) -> Iterator[str]:
+    """Acquire loads behind which global memory is touched before all threads have met."""
+    for index, line in enumerate(ptx):
+        if "ld.global.gpu.acquire" in line:
+            after = first(ptx[index + 1 :], r"bar\.sync|\.global|cp\.async")
+            if "bar.sync" not in after:
+                yield f"{line} then {after}"
+
+
+def unguarded_releases(ptx: list[str]) -> Iterator[str]:
+    """Releases before which something was stored without all threads having met since."""
+    for index, line in enumerate(ptx):
+        if re.search(r"(atom|red)\.global\.gpu\.release", line):
+            before = first(ptx[:index][::-1], r"bar\.sync|st\.global")
+            if "bar.sync" not in before:
+                yield f"{before} then {line}"
+
+
+def stale_acquires(sass: list[str]) -> Iterator[str]:
+    """Acquire loads that leave the multiprocessor's L1 cache as it was."""
+    for index, line in enumerate(sass):
+        if "LDG.E.STRONG.GPU" in line:
+            after = first(sass[index + 1 :], r"CCTL\.IVALL|BAR\.SYNC|LDG|STG")
+            if "CCTL.IVALL" not in after:
+                yield f"{line} then {after}"
+
+
+def unfenced_releases(sass: list[str]) -> Iterator[str]:
+    """Additions to counters that are not held back until what was stored has arrived."""
+    for index, line in enumerate(sass):
+        if re.search(r"(RED|ATOM)G?\.E\.ADD\.STRONG\.GPU", line):
+            before = first(sass[:index][::-1], r"MEMBAR\.\w+\.GPU|STG|BAR\.SYNC")
+            if "MEMBAR" not in before:
+                yield f"{before} then {line}"
+
+
+def without(lines: list[str], pattern: str) -> list[str]:
+    return [line for line in lines if not re.search(pattern, line)]
+
+
+def num_waits_and_signals(tasks: Tasks) -> tuple[int, int]:
+    waits = sum(len(variant.waits) + len(variant.item_waits) for variant in tasks.variants)
+    return waits, sum(len(variant.signals) + len(variant.item_signals) for variant in tasks.variants)
+
+
+@pytest.mark.slow
+def test_a_wait_is_an_acquire_that_nothing_passes(own: tuple[Tasks, Any]) -> None:
+    """Every wait is there twice: once before its loop of polls and once in it, which has not been deleted."""
+    tasks, built = own
+    ptx, sass = ptx_of(built), sass_of(built)
+    num_waits, _ = num_waits_and_signals(tasks)
+    assert sum("ld.global.gpu.acquire" in line for line in ptx) == 2 * num_waits
+    assert sum("LDG.E.STRONG.GPU" in line for line in sass) >= 2 * num_waits
+    assert not list(unguarded_acquires(ptx)) and not list(stale_acquires(sass))
+    assert list(unguarded_acquires(without(ptx, r"bar\.sync"))), "the check sees what is missing"
+    assert list(stale_acquires(without(sass, r"CCTL\.IVALL")))
+
+
+@pytest.mark.slow
+def test_a_signal_is_a_release_of_what_all_threads_stored(own: tuple[Tasks, Any]) -> None:
+    tasks, built = own
+    ptx, sass = ptx_of(built), sass_of(built)
+    _, num_signals = num_waits_and_signals(tasks)
+    assert sum(bool(re.search(r"(atom|red)\.global\.gpu\.release", line)) for line in ptx) == num_signals
+    assert not list(unguarded_releases(ptx)) and not list(unfenced_releases(sass))
+    assert list(unguarded_releases(without(ptx, r"bar\.sync"))), "the check sees what is missing"
+    assert list(unfenced_releases(without(sass, "MEMBAR")))
+
+
+@pytest.mark.slow
+def test_no_load_may_be_served_from_what_a_launch_found(own: tuple[Tasks, Any]) -> None:
+    """Loads through the non-coherent path may return what lay there before the launch."""
+    _, built = own
+    assert "ld.global.nc" not in built.asm["ptx"]
+    loads = [line for line in sass_of(built) if "LDG" in line]
+    assert len(loads) > 100 and not [line for line in loads if "CONSTANT" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefetch", ["own", "movers", "none"])
+def test_weights_are_fetched_by_those_who_were_asked(prefetch: Prefetching, own: tuple[Tasks, Any]) -> None:
+    _, built = own if prefetch == "own" else compiled(prefetch)
+    num_prefetches = built.asm["ptx"].count("cp.async.bulk.prefetch.L2.global")
+    assert (num_prefetches > 0) == (prefetch != "none")
+    assert built.metadata.launch_cooperative_grid
