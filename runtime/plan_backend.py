@@ -119,7 +119,7 @@ class PlanBackend:
         return sum(cache.nbytes for cache in self.memory.caches) + drafter
 
     def repeat(self, num_steps: int) -> None:
-        """Computes the newest step again, so many times, and waits for none: what the device needs for a step."""
+        """Computes the newest step again, so many times, with as little of the host as there can be: for timing."""
         with self._on_device():
             for _ in range(num_steps):
                 self._start()

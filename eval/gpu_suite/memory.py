@@ -30,8 +30,8 @@ def backend_bytes(spec: ModelSpec, max_length: int, num_slots: int = 1) -> int:
     memory = Memory(plan, weights, num_slots, max_length)
     held = {id(tensor): tensor for tensor in [*memory.buffers.values(), *memory.caches]}
     for binding in bind(plan, weights, memory):
-        held |= {id(value): value for value in binding.pointers}
-    # Bindings name weights that are not copied as well, and every weight is in the first sum.
+        held |= {id(tensor): tensor for tensor in binding.pointers}
+    # Phases name weights that are not copied as well, and every weight is in the first sum.
     own = {id(tensor) for tensor in weight_tensors(weights)}
     copies = sum(tensor.nbytes for key, tensor in held.items() if key not in own)
     return sum(weights.nbytes_by_part().values()) + copies

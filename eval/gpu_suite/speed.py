@@ -6,7 +6,7 @@ counted, over the median time and the bandwidth that a copy reached in this run.
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from speedstack.eval.gpu_suite.backends import BackendContestant, cell_length, model_config
@@ -21,9 +21,10 @@ from speedstack.runtime.spec import ModelSpec, spec_from_config
 
 # Of a section's time: the first models are those that a GPU holds whole.
 MODEL_SHARES = {"qwen3-30b-a3b": 0.45, "gpt-oss-20b": 0.3, "mimo-v2-flash": 0.25}
-# Of a model's time until a cell is measured, what a contestant may take to get ready for it; and of a cell, to sample.
-PREPARE_SHARE = 0.7
-FIRST_CELL_SHARE = 0.5
+# Of a cell's time, what contestants may take to get ready: ours compile for every context, the peer for rows as well,
+# and for the first cell all make their weights. What is left is enough to take turns.
+PREPARE_SHARE = 0.85
+FIRST_WEIGHT, NEW_CONTEXT_WEIGHT, SAME_CONTEXT_WEIGHT = 5, 4, 2
 HUNG = "not started again: it was killed with the model before"
 
 
@@ -50,6 +51,15 @@ def run_speed(suite: Suite, result: dict[str, Any], deadline: float) -> None:
         raise OutOfTime("; ".join(late))
 
 
+def cell_weights(cells: Sequence[Cell]) -> list[int]:
+    """How the time of a model is shared among its cells."""
+    weights = []
+    for number, cell in enumerate(cells):
+        is_new = all(cell.context != other.context for other in cells[:number])
+        weights.append(FIRST_WEIGHT if number == 0 else NEW_CONTEXT_WEIGHT if is_new else SAME_CONTEXT_WEIGHT)
+    return weights
+
+
 class _ModelRace:
     """One model's contestants and cells."""
 
@@ -73,8 +83,10 @@ class _ModelRace:
         try:
             for name in ready:
                 self._start(name, num_layers)
-            for number, cell in enumerate(self.suite.scale.cells):
-                self._measure(cell, len(self.suite.scale.cells) - number)
+            cells = self.suite.scale.cells
+            weights = cell_weights(cells)
+            for number, cell in enumerate(cells):
+                self._measure(cell, weights[number] / sum(weights[number:]), len(cells) - number)
             self._extras()
         finally:
             for worker in self.workers.values():
@@ -103,19 +115,17 @@ class _ModelRace:
                 BackendContestant, suite.scale, self.model, name, num_layers, suite.seed
             )  # fmt: skip
 
-    def _measure(self, cell: Cell, cells_left: int) -> None:
-        """One cell. The time that is left is shared among the cells that are."""
+    def _measure(self, cell: Cell, share: float, cells_left: int) -> None:
+        """One cell, in its share of the time that is left."""
         now = time.monotonic()
         if now >= self.deadline:
             raise OutOfTime(f"{cells_left} cells were not measured")
-        # The first cell starts processes and makes weights.
-        is_first = cell == self.suite.scale.cells[0]
-        end = now + (self.deadline - now) * (FIRST_CELL_SHARE if is_first else 1 / cells_left)
+        end = now + (self.deadline - now) * share
         record: dict[str, Any] = {"rows": cell.rows, "context": cell.context, "contestants": {}}
         self.found["cells"].append(record)
         entries = record["contestants"]
         # Compiling takes the host, not the device: all get ready at the same time.
-        entries |= self._on_all(now + PREPARE_SHARE * (end - now), lambda worker: worker.begin("prepare", cell))
+        entries |= self._prepare(cell, now + PREPARE_SHARE * (end - now))
         samples: dict[str, list[Any]] = {name: [] for name in self.workers}
         orders = random.Random(self.suite.seed)
         for _ in range(self.suite.scale.num_repeats):
@@ -157,12 +167,12 @@ class _ModelRace:
                 entries[name]["phases"] = self._ask(name, self.deadline, "phases", self.bandwidth) or []
             self.suite.save()
 
-    def _on_all(self, end: float, begin: Callable[[Worker], None]) -> dict[str, dict[str, Any]]:
+    def _prepare(self, cell: Cell, end: float) -> dict[str, dict[str, Any]]:
         for worker in self.workers.values():
-            begin(worker)
+            worker.begin("prepare", cell)
         answers = {}
         for name in list(self.workers):
-            answer = self._finish(name, end)
+            answer = self._finish(name, "prepare", end)
             if answer is not None:
                 answers[name] = answer
         return answers
@@ -172,15 +182,18 @@ class _ModelRace:
         if name not in self.workers:
             return None
         self.workers[name].begin(method, *arguments)
-        return self._finish(name, end)
+        return self._finish(name, method, end)
 
-    def _finish(self, name: str, end: float) -> Any:
-        """The answer to what was begun. Who fails leaves the race for this model, with its reason."""
+    def _finish(self, name: str, method: str, end: float) -> Any:
+        """The answer to what was begun. Who fails leaves the race for this model, with its reason.
+
+        Who hangs in a step, rather than in a compiler, is not started for another model.
+        """
         try:
             return self.workers[name].finish(end)
         except WorkerFailed as error:
             self.workers.pop(name).close()
             self.found["failed"][name] = str(error)
-            if name != PEER and str(error).startswith(KILLED):
+            if method == "sample" and name != PEER and str(error).startswith(KILLED):
                 self.hung.add(name)
             return None

@@ -136,6 +136,21 @@ def small(case: str, num_programs: int, **options: Any) -> tuple[ResidentBackend
 
 
 @interpreted
+@pytest.mark.parametrize("is_draft", [False, True])
+def test_repeating_a_step_leaves_it_as_it_was(is_draft: bool) -> None:
+    """Rows that are alone make many steps a launch, and rows of one sequence one: both go on from the same rows."""
+    backend, (_, rows) = small("qwen3-mxfp4", 3)
+    if is_draft:
+        rows = Rows(rows.tokens, [0, 0], [17, 18])
+    logits_WV, best = backend.step(rows, [0, 1])
+    kept_WV, records, first_step = logits_WV.clone(), backend.memory.rows.clone(), backend.next_step
+    backend.repeat(2)
+    assert backend.next_step == first_step + 2 and torch.equal(backend.memory.rows, records)
+    again_WV, best_again = backend.step(rows, [0, 1])
+    assert torch.equal(again_WV, kept_WV) and best_again == best
+
+
+@interpreted
 @pytest.mark.parametrize("case", SMALL_CASES)
 def test_steps_without_the_host_are_the_references_under_every_schedule(case: str) -> None:
     """Bit for bit the same with 1, 3 and 8 programs, movers or not, whatever the order in which they run."""

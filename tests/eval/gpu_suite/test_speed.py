@@ -10,7 +10,7 @@ import pytest
 from speedstack.eval.gpu_suite import speed
 from speedstack.eval.gpu_suite.peer import Peer
 from speedstack.eval.gpu_suite.scale import Cell, scale_for
-from speedstack.eval.gpu_suite.speed import HUNG, run_speed
+from speedstack.eval.gpu_suite.speed import HUNG, cell_weights, run_speed
 from speedstack.eval.gpu_suite.suite import OutOfTime, Suite
 from speedstack.eval.gpu_suite.worker import KILLED, WorkerFailed
 
@@ -127,3 +127,15 @@ def test_fractions_need_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run_speed(suite, result, time.monotonic() + 60)
     entry = result[MODELS[0]]["cells"][0]["contestants"]["graph"]
     assert "step_seconds" in entry and "mbu" not in entry
+
+
+def test_a_compiler_that_is_late_is_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    suite = suite_of(tmp_path, log, {"resident": {"prepare": f"{KILLED} 30 s"}}, monkeypatch)
+    with pytest.raises(RuntimeError, match="2 failed"):
+        run_speed(suite, {}, time.monotonic() + 60)
+    assert log.count("resident prepare") == 2
+
+
+def test_what_is_compiled_anew_gets_more_time() -> None:
+    assert cell_weights(scale_for("cuda").cells) == [5, 2, 4, 2]

@@ -46,7 +46,7 @@ def test_on_a_cpu_with_interpreted_kernels(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     command = [sys.executable, "-m", "speedstack.eval.gpu_suite", "--device", "cpu", "--minutes", "12"]
     result = subprocess.run(
-        [*command, "--models", "gpt-oss-20b", "--out", str(out)],
+        [*command, "--models", "gpt-oss-20b", "--contestants", "graph,transformers", "--out", str(out)],
         env=environment(tmp_path / "site"), cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     shown = result.stdout[-3000:] + result.stderr[-3000:]
