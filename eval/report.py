@@ -16,6 +16,7 @@ from speedstack.eval.results import Environment, Report
 from speedstack.eval.sections import MODULES, Found, check, environment_of, kind_of, run, sections
 
 MAX_HEADLINES = 8
+GATHERING = "speedstack report"
 
 
 def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
@@ -56,8 +57,8 @@ def report_sections(report: Report, found: dict[str, list[Found[Any]]] | None = 
     for kind, results in found.items():
         shown += sections(kind, results)
     shown += [*run.memory(report), *run.training(report), *run.examples(report)]
-    # What names no file is of the run, and the run's first command made it.
-    command = report.commands[0] if report.commands else None
+    # What names no file is of the run, and the run's first command made it. A command that gathered files made nothing.
+    command = next((command for command in report.commands if not command.startswith(GATHERING)), None)
     return [section.made_by_run(command) for section in shown]
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from speedstack.eval.page import format_bytes, format_count, format_number, format_seconds
-from speedstack.eval.report import headlines, render_html, write_report
+from speedstack.eval.page import FigureBlock, Table, format_bytes, format_count, format_number, format_seconds
+from speedstack.eval.report import headlines, render_html, report_sections, write_report
 from speedstack.eval.results import Attachment, Curve, Report
 from speedstack.eval.sections.run import thin_curve
 
@@ -188,3 +188,12 @@ def test_long_curves_are_thinned_and_keep_their_end() -> None:
     assert len(thin.steps) <= 102 and thin.steps[0] == 0 and thin.steps[-1] == 1000
     assert thin.values == tuple(float(step) for step in thin.steps)
     assert thin_curve(thin, max_points=200) is thin
+
+
+def test_gathering_is_no_measurement(made_up_report: Report) -> None:
+    gathering = "speedstack report there --out here"
+    for commands, made in ((made_up_report.commands, "speedstack demo --seed 7"), ((gathering,), None)):
+        report = made_up_report.model_copy(update={"commands": commands, "attached": ()})
+        blocks = [block for section in report_sections(report) for block in section.blocks]
+        named = {block.command for block in blocks if isinstance(block, Table | FigureBlock) and not block.source}
+        assert named == {made}
