@@ -15,7 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import AutoLocator, NullLocator, ScalarFormatter
 
 from speedstack.eval.ablation import AblationGrid, AblationRow
-from speedstack.eval.figures import COLOURS, MARKERS, STYLE, Z95, label_x, legend_above, new_axes
+from speedstack.eval.document import Z95
+from speedstack.eval.figures import COLOURS, MARKERS, STYLE, label_x, legend_above, new_axes
 
 _MODULES = ("experts", "attention", "lm_head", "all", "")
 _METHODS = ("rtn", "mse", "gptq", "qat-ce", "qad", "none")

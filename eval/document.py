@@ -13,6 +13,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 SCHEMA_VERSION: Literal[1] = 1
+# Half the width of a normal 95 % interval in standard errors.
+Z95 = 1.96
 
 
 class Record(BaseModel):

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from speedstack.eval.compare import Comparison
+from speedstack.eval.document import Z95
 from speedstack.eval.results import AcceptanceResult, QualityResult, StageSummary, TimingResult
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
@@ -38,8 +39,6 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
 }
-# Half the width of a normal 95 % interval in standard errors.
-Z95 = 1.96
 
 
 def divergence(quality: QualityResult) -> Figure:

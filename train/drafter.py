@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from speedstack.dflash.accept import leading_run
-from speedstack.dflash.block import layer_masks, make_blocks
+from speedstack.dflash.block import Blocks, layer_masks, make_blocks
 from speedstack.dflash.checkpoint import load_drafter, save_drafter
 from speedstack.dflash.loss import BlockLoss, Objective, block_loss
 from speedstack.dflash.model import DFlashDraftModel
@@ -211,11 +211,10 @@ class DrafterRecipe(Recipe):
         """The model that `export` wrote, on this process's device."""
         return load_drafter(path, torch.float32).to(self.device)
 
-    def blocks_loss(self, model: Callable[..., Any], windows: Windows) -> tuple[BlockLoss, Tensor]:
-        """The loss of all blocks of `windows`, and which of their proposals [A, J] count."""
-        section, config = self.config.drafter, self.draft_config
-        module = model if isinstance(model, DFlashDraftModel) else model.module  # type: ignore[attr-defined]
-        blocks = make_blocks(
+    def blocks(self, windows: Windows) -> Blocks:
+        """The blocks behind the anchors of `windows`."""
+        config = self.draft_config
+        return make_blocks(
             windows.ids_BT,
             windows.documents_BT,
             windows.predictable_BT,
@@ -225,6 +224,12 @@ class DrafterRecipe(Recipe):
             config.mask_token_id,
             config.num_proposals,
         )
+
+    def blocks_loss(self, model: Callable[..., Any], windows: Windows) -> tuple[BlockLoss, Tensor]:
+        """The loss of all blocks of `windows`, and which of their proposals [A, J] count."""
+        section, config = self.config.drafter, self.draft_config
+        module = model if isinstance(model, DFlashDraftModel) else model.module  # type: ignore[attr-defined]
+        blocks = self.blocks(windows)
         features = self.features(windows)
         positions_BT = torch.arange(windows.ids_BT.shape[1], device=self.device).expand_as(windows.ids_BT)
         hidden_BQD = model(

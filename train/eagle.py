@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from speedstack.dflash.block import make_blocks
 from speedstack.dflash.eagle import EagleHead
 from speedstack.dflash.loss import BlockLoss, block_loss
 from speedstack.train.config import DrafterConfig
@@ -56,17 +55,8 @@ class EagleRecipe(DrafterRecipe):
         return model
 
     def blocks_loss(self, model: Callable[..., Any], windows: Windows) -> tuple[BlockLoss, Tensor]:
-        section, config = self.config.drafter, self.draft_config
-        blocks = make_blocks(
-            windows.ids_BT,
-            windows.documents_BT,
-            windows.predictable_BT,
-            windows.anchors_BA,
-            windows.real_BA,
-            config.block_size,
-            config.mask_token_id,
-            config.num_proposals,
-        )
+        section = self.config.drafter
+        blocks = self.blocks(windows)
         features = self.features(windows)
         embeds_BTD = nn.functional.embedding(windows.ids_BT, self.target.embedding_VD)
         positions_T = torch.arange(windows.ids_BT.shape[1], device=self.device)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from speedstack.eval import plots
 from speedstack.eval.ablation import BUSY_CORES, AblationGrid, AblationRow
+from speedstack.eval.document import Z95
 from speedstack.eval.page import (
     MISSING,
     Block,
@@ -23,7 +24,6 @@ from speedstack.eval.page import (
 from speedstack.eval.sections import Found, each
 
 DOCUMENT = AblationGrid
-Z95 = 1.96
 
 
 def sections(found: Sequence[Found[AblationGrid]]) -> list[Section]:

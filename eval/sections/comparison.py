@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from speedstack.eval import plots
 from speedstack.eval.compare import ComparedMetric, Comparison, Difference
+from speedstack.eval.document import Z95
 from speedstack.eval.page import Block, Cell, Column, FigureBlock, Headline, Section, Table, count, number, words
 from speedstack.eval.sections import Found, each
 
 DOCUMENT = Comparison
-Z95 = 1.96
 
 
 def sections(found: Sequence[Found[Comparison]]) -> list[Section]:

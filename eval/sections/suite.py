@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from speedstack.eval import plots
+from speedstack.eval.document import Z95
 from speedstack.eval.page import (
     MISSING,
     Block,
@@ -22,7 +23,6 @@ from speedstack.eval.sections import Found
 from speedstack.eval.suite_result import HeadlineMetric, SuiteResult
 
 DOCUMENT = SuiteResult
-Z95 = 1.96
 
 
 def sections(found: Sequence[Found[SuiteResult]]) -> list[Section]:

@@ -5,11 +5,13 @@ Legend: R rows, D hidden, V vocabulary, G key/value heads, K choices of a row.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from speedstack.quant.mxfp4 import MXFP4Tensor, quantize
+from speedstack.runtime import Engine
 from speedstack.runtime.backend import Rows
 from speedstack.runtime.plan_backend import PlanBackend
 from speedstack.runtime.reference import ReferenceBackend
@@ -126,6 +128,16 @@ def check_caches(backend: PlanBackend, reference: ReferenceBackend) -> None:
         both = torch.cat([wanted.k_SLGH, wanted.v_SLGH], dim=-1)[:NUM_SLOTS].permute(2, 0, 1, 3)
         # float32 sums of up to 96 terms in another order
         torch.testing.assert_close(cache, both, rtol=1e-4, atol=3e-5, equal_nan=True)
+
+
+def check_text(model: Path, name: str) -> None:
+    """An engine with the backend `name` writes what one with the reference backend does."""
+    tokens = {}
+    for backend in ("reference", name):
+        engine = Engine.from_pretrained(model, backend=backend, max_length=32, max_batch_size=1)  # type: ignore[arg-type]
+        assert engine.backend_name == backend
+        tokens[backend] = engine.generate([5, 6, 7], max_new_tokens=4, ignore_eos=True).tokens
+    assert tokens[name] == tokens["reference"] and len(set(tokens[name])) > 1
 
 
 def naming(phase: str) -> Callable[[str], str]:

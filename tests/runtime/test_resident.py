@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 import torch
 
-from speedstack.runtime import Engine
 from speedstack.runtime.backend import Rows
 from speedstack.runtime.expected import expected_buffers, found_buffer
 from speedstack.runtime.plan import Plan
@@ -36,6 +35,7 @@ from tests.runtime.plan_cases import (
     SMALL_CASES,
     SMALL_LENGTH,
     check_caches,
+    check_text,
     fill,
     naming,
     prefilled,
@@ -369,12 +369,7 @@ def test_engine_writes_the_same_text(tmp_path: Path, make_tiny_model: Callable[.
     model = make_tiny_model(num_hidden_layers=1, layer_types=["sliding_attention"], mlp_layer_types=["sparse"])
     model.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    tokens = {}
-    for backend in ("reference", "resident"):
-        engine = Engine.from_pretrained(tmp_path, backend=backend, max_length=32, max_batch_size=1)  # type: ignore[arg-type]
-        assert engine.backend_name == backend
-        tokens[backend] = engine.generate([5, 6, 7], max_new_tokens=4, ignore_eos=True).tokens
-    assert tokens["resident"] == tokens["reference"] and len(set(tokens["resident"])) > 1
+    check_text(tmp_path, "resident")
 
 
 @interpreted
