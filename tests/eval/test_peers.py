@@ -194,7 +194,7 @@ def test_one_copy_of_the_target_for_all_of_ours_and_one_for_transformers(
     settings = TimingSettings(num_new_tokens=4, backend="reference", look_up=True, peers=peers)
     prompts = {"a": PROMPTS}
     ours, _ = engine_contestants(tiny_packed_dir, tiny_packed_drafter_dir, torch.float32, settings, 16)
-    tried = ({"eager": 1.0}, [])
+    tried: tuple[dict[str, float], list[Any]] = ({"eager": 1.0}, [])
     monkeypatch.setattr("speedstack.eval.peer_transformers.try_experts_implementations", lambda *_: tried)
     theirs, _ = peer_contestants(tiny_packed_dir, tiny_packed_drafter_dir, torch.float32, settings, prompts)
     assert len(ours) == 4 and len(theirs) == 3 and loads == ["ours", "transformers"]
