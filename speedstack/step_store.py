@@ -120,7 +120,7 @@ class StepStore:
                 record = json.loads(file.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue
-            step = wanted.get(record.get("inputs_key")) if isinstance(record, dict) else None
+            step = wanted.get(str(record.get("inputs_key"))) if isinstance(record, dict) else None
             if step is not None:
                 then = record["software"]
                 packages = sorted({*then, *step.software})
