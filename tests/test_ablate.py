@@ -28,6 +28,7 @@ from speedstack.ablate_config import AblateConfig, Grids, drafter_config, load_a
 from speedstack.ablate_steps import run_step
 from speedstack.cli import main
 from speedstack.eval.ablation import AblationGrid, AblationRow
+from speedstack.eval.environment import describe_environment
 from speedstack.eval.heldout import corpus_windows
 from speedstack.eval.quality import model_quality
 from speedstack.eval.storage import directory_bytes
@@ -214,8 +215,8 @@ def test_every_kind_of_row(
     ]
 
 
-def test_another_checkpoint_or_setting_makes_other_steps(
-    write_config: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path
+def test_another_checkpoint_setting_or_software_makes_other_steps(
+    write_config: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def names(**fields: Any) -> dict[str, set[str]]:
         config = load_ablate_config(write_config(grid={"method": ["gptq", "qad"]}, include=INCLUDE, **fields), [])
@@ -243,6 +244,38 @@ def test_another_checkpoint_or_setting_makes_other_steps(
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
     assert changed(model=str(other)) == set(before)
+    machine = describe_environment()
+    for package, kinds in (("lm_eval", {"tasks", "suite"}), ("torch", set(before)), ("numpy", set())):
+        packages = machine.packages | {package: "0.0.1"}
+        monkeypatch.setattr(
+            "speedstack.ablate_plan.describe_environment",
+            partial(machine.model_copy, update={"packages": packages}),
+        )
+        assert changed() == kinds
+
+
+def test_what_other_software_made_is_named_and_made_anew(
+    write_config: Callable[..., Path],
+    in_process: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = write_config(grid={"method": ["rtn"]})
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    content["suite"]["name"], content["speed"]["num_repeats"] = None, 0
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert main(["ablate", str(file)]) == 0
+    num_made = len(in_process)
+    assert num_made and "other software" not in capsys.readouterr().err
+    machine = describe_environment()
+    then = machine.packages["torch"]
+    newer = machine.model_copy(update={"packages": machine.packages | {"torch": "99.0"}})
+    with monkeypatch.context() as patch:
+        patch.setattr("speedstack.ablate_plan.describe_environment", lambda: newer)
+        assert main(["ablate", str(file)]) == 0
+    assert f"{num_made} steps are there of other software (torch {then}, is 99.0)" in capsys.readouterr().err
+    assert len(in_process) == 2 * num_made
+    assert main(["ablate", str(file)]) == 0 and len(in_process) == 2 * num_made
 
 
 def test_a_row_that_fails_keeps_its_line_and_others_go_on(

@@ -28,8 +28,6 @@ from speedstack.eval.sections import MODULES, Found, check, kind_of, titled
 from speedstack.eval.suite_result import BLOCK, HeadlineMetric, SuiteBlock, SuiteResult, TaskRequests
 
 RESULTS = sorted((Path(__file__).resolve().parents[2] / "results").glob("*.json"))
-# Written by hand from several runs, before there were schemas.
-WITHOUT_SCHEMA = {"ptq_comparison", "qat_runs"}
 
 
 def read(path: Path) -> Any:
@@ -49,7 +47,7 @@ def column(table: Table, title: str) -> list[str]:
 def test_committed_results_are_shown(path: Path) -> None:
     content = read(path)
     kind = kind_of(content)
-    if kind in WITHOUT_SCHEMA or kind == "report":
+    if kind == "report":
         assert kind not in MODULES
         return
     assert kind in MODULES, f"{path.name}: no section shows a result of kind {kind}"
