@@ -195,6 +195,7 @@ class Planner:
             "num_repeats": self.config.speed.num_repeats,
             "num_threads": torch.get_num_threads(),
             "machine": [self.machine.cpu_model, self.machine.num_cores, *self.machine.gpus],
+            "thread_settings": self.machine.thread_settings,
         }
         needs = _target(model) | ({} if drafter is None else {"drafter": drafter})
         # A GPU is its worker's own; the cores of a CPU are everybody's.
