@@ -91,8 +91,8 @@ class Ablation:
 
     def _warn_of_other_software(self, steps: Sequence[Step]) -> None:
         found = self.store.other_software(steps)
-        if found:
-            packages = dict.fromkeys(difference for differences in found.values() for difference in differences)
+        packages = dict.fromkeys(difference for differences in found.values() for difference in differences)
+        if packages:
             print(
                 f"{len(found)} steps are there of other software ({'; '.join(packages)}): made anew, so that all rows "
                 "are of one; with those versions installed they are found again",

@@ -16,6 +16,7 @@ from speedstack.eval.peer_transformers import (
     EXPERTS_IMPLEMENTATIONS,
     ArrivalClock,
     CompiledGenerate,
+    choose_experts,
     rounds_of,
     transformers_runner,
     try_experts_implementations,
@@ -266,6 +267,16 @@ def test_experts_implementations_are_compared_by_decoding_alone(
     monkeypatch.setattr("speedstack.eval.peer_transformers.transformers_runner", runner)
     seconds, _ = try_experts_implementations(load_model(tiny_model_dir), PROMPTS[0])
     assert set(seconds.values()) == {0.5}
+
+
+def test_on_a_gpu_noise_does_not_choose_experts_that_gather_a_prompts_weights() -> None:
+    times = {"grouped_mm": 1.1, "batched_mm": 1.0, "eager": 9.0}
+    assert choose_experts(times, "compiled", "cpu") == "batched_mm"
+    assert choose_experts(times, "compiled", "cuda") == choose_experts(times, "transformers", "cuda") == "grouped_mm"
+    # Assisted generation does not switch; and where grouped_mm does not run there is nothing to switch from.
+    assert choose_experts(times, "assisted", "cuda") == "batched_mm"
+    assert choose_experts({"batched_mm": 1.0, "eager": 0.5}, "transformers", "cuda") == "eager"
+    assert choose_experts({"batched_mm": 1.0}, "compiled", "cuda") == "batched_mm"
 
 
 def test_every_contestant_runs_under_its_own_experts(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
