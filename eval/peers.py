@@ -166,7 +166,8 @@ def engine_contestants(
 
     plain = make(None)
     identity = {"target": str(target), "target_sha256": plain.target_sha256}
-    backend = f"speedstack Engine, {plain.backend_name} backend"
+    packed = "".join(f", {part}" for part in plain.memory_bytes() if part.endswith(")"))
+    backend = f"speedstack Engine, {plain.backend_name} backend{packed}"
     contestants = [
         Contestant(
             name=ENGINE,

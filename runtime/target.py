@@ -26,18 +26,20 @@ class LoadedTarget:
 
 
 def load_target(path: str | Path, device: str = "auto", dtype: str | torch.dtype | None = None) -> LoadedTarget:
-    """Reads the Hugging Face directory `path`, whose experts may be packed in MXFP4; see `Engine.from_pretrained`.
+    """Reads the Hugging Face directory `path`, experts in MXFP4 and other matrices in FP8 as they are stored.
+
+    See `Engine.from_pretrained`.
 
     Raises ValueError, one line, for a directory that is broken, a model that the runtime does not know, and a device or
     dtype that is not there.
     """
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, torch_device)
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, keep_fp8=True)
     spec = spec_from_config(checkpoint.config)
     sha256 = weights_sha256(path)
     tied = bool(checkpoint.config.tie_word_embeddings)
-    weights = read_weights(spec, checkpoint.tensors, torch_dtype, torch_device, tied)
+    weights = read_weights(spec, {**checkpoint.tensors, **checkpoint.fp8}, torch_dtype, torch_device, tied)
     return LoadedTarget(weights, sha256, _load_tokenizer(path))
 
 
