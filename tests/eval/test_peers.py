@@ -148,11 +148,12 @@ def test_each_set_is_compiled_for_its_length_and_never_again(
         graphs.append({tuple(tensor.shape) for tensor in inputs if isinstance(tensor, torch.Tensor)})
         return graph
 
-    monkeypatch.setattr("transformers.CompileConfig", functools.partial(CompileConfig, backend=backend))
     # One of the layers has a window of 16, which is full before the longer texts end.
     layer_types = ["sliding_attention", "full_attention"]
     model = make_tiny_model(num_hidden_layers=2, layer_types=layer_types, mlp_layer_types=["dense", "sparse"])
     prompts = {"short": [[5, 17, 200], [7] * 9], "long": [[8] * 50, [9, 10]]}
+    # Not before the model, whose import would put the original back.
+    monkeypatch.setattr("transformers.CompileConfig", functools.partial(CompileConfig, backend=backend))
     compiled = CompiledGenerate(model, prompts, 24)
     for name, length in (("short", 33), ("long", 74)):
         graphs.clear()
