@@ -184,8 +184,8 @@ class _Builder:
         cache = self.memory.caches[phase.layer]
         heads = spec.num_heads // spec.num_kv_heads
         head_tile, head_size = power_of_two(heads), max(16, power_of_two(spec.qk_head_dim))
-        # Wide heads take the registers of more queries.
-        queries = QUERIES if head_size <= 128 else QUERIES // 2
+        # Wide heads take the registers of more queries and keys.
+        queries, keys = (QUERIES, KEY_CHUNK) if head_size <= 64 else (QUERIES // 2, KEY_CHUNK // 2)
         q_norm, k_norm = self.optional(weights.q_norm_H), self.optional(weights.k_norm_H)
         rows, grouped, partial = self.buffer("rows", "qkv", "partial")
         return (rows, grouped, q_norm, k_norm, cos_TH, sin_TH, cache, partial), {
@@ -206,7 +206,7 @@ class _Builder:
             "VP": max(16, power_of_two(spec.v_head_dim)),
             "MP": head_tile,
             "QUERIES": max(queries, head_tile),
-            "C": min(KEY_CHUNK, self.plan.split_size),
+            "C": min(keys, self.plan.split_size),
             "HAS_QK_NORM": spec.has_qk_norm,
         }
 

@@ -7,6 +7,7 @@ import triton
 
 from speedstack.runtime.bindings import Binding, bind
 from speedstack.runtime.interpret_triton import interpret_grid
+from speedstack.runtime.kernels.triton.first_values import first_values
 from speedstack.runtime.kernels.triton.phase import phase_kernel
 from speedstack.runtime.memory import Memory
 from speedstack.runtime.plan import Phase, Plan
@@ -34,7 +35,8 @@ class Launch:
     def run(self, is_dependent: bool) -> None:
         """is_dependent: may begin while the kernel before it ends."""
         if isinstance(phase_kernel, triton.JITFunction):
-            phase_kernel[self.grid](**self.arguments(is_dependent), **self.options(is_dependent))
+            with first_values():
+                phase_kernel[self.grid](**self.arguments(is_dependent), **self.options(is_dependent))
         else:
             interpret_grid(phase_kernel, self.grid, self.arguments(is_dependent))
 

@@ -146,6 +146,7 @@ class ResidentBackend(PlanBackend):
         }
 
     def _launch(self, num_steps: int) -> None:
+        from speedstack.runtime.kernels.triton.first_values import first_values
         from speedstack.runtime.kernels.triton.resident import resident_kernel
 
         num_programs, arguments = self._num_programs + self.num_movers, self.arguments(num_steps)
@@ -155,7 +156,8 @@ class ResidentBackend(PlanBackend):
             interpret_triton(resident_kernel, num_programs, arguments, self.seed, **self.interpreter_options)
             self.seed += 1
         else:
-            resident_kernel[(num_programs,)](**arguments, **compile_options())
+            with first_values():
+                resident_kernel[(num_programs,)](**arguments, **compile_options())
         self.next_step += num_steps
 
     def _outcome(self, num_steps: int) -> list[list[int]]:

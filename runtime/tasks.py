@@ -28,7 +28,7 @@ _TYPES = {
     torch.float8_e4m3fn: tl.float8e4nv,
 }
 _MAX_WAITS = resident.SIGNAL_COUNTERS.value - resident.WAIT_COUNTERS.value
-_MAX_SIGNALS = resident.POINTERS.value - resident.SIGNAL_COUNTERS.value
+_MAX_SIGNALS = resident.FOLLOWING.value - resident.SIGNAL_COUNTERS.value
 _MAX_POINTERS = resident.RECORD.value - resident.POINTERS.value
 
 
@@ -70,6 +70,8 @@ def build_tasks(plan: Plan, bindings: Sequence[Binding], device: torch.device) -
             record[resident.POINTERS.value + slot] = 0 if tensor.is_meta else tensor.data_ptr()
             kept.append(tensor)
         records.append(record)
+    for record, following in zip(records, [*records[1:], records[0]], strict=True):
+        record[resident.FOLLOWING.value] = following[resident.VARIANT.value]
     if len(numbers) > MAX_VARIANTS:
         raise ValueError(
             f"backend 'resident' compiles every kind of phase into one kernel and takes {MAX_VARIANTS} at most; this "

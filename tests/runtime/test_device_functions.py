@@ -86,13 +86,13 @@ def choose_kernel(
     K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr, IS_SIGMOID: tl.constexpr, HAS_CORRECTION: tl.constexpr,
     RENORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    experts_KR, weights_KR, is_chosen_E = choose(
+    experts_KR, weights_KR, rank_E = choose(
         rows_ptr, logits_ptr, bias_ptr, scale, E, R, K, EP, KP, IS_SIGMOID, HAS_CORRECTION, RENORMALIZE
     )
     at_KR = tl.arange(0, KP)[:, None] * R + tl.arange(0, R)[None, :]
     tl.store(experts_ptr + at_KR, experts_KR)
     tl.store(weights_ptr + at_KR, weights_KR)
-    tl.store(chosen_ptr + tl.arange(0, EP), is_chosen_E)
+    tl.store(chosen_ptr + tl.arange(0, EP), rank_E)
 
 
 def run_choose(logits_RE: torch.Tensor, bias_E: torch.Tensor | None, spec: MoeSpec, num_rows: int) -> Any:

@@ -22,6 +22,7 @@ import triton
 
 from speedstack.runtime.bindings import bind
 from speedstack.runtime.kernels.triton import resident
+from speedstack.runtime.kernels.triton.first_values import first_values, with_first_values
 from speedstack.runtime.kernels.triton.resources import compile_kernel
 from speedstack.runtime.memory import Memory
 from speedstack.runtime.phases import build_plan
@@ -115,6 +116,14 @@ def unfenced_releases(sass: list[str]) -> Iterator[str]:
                 yield f"{before} then {line}"
 
 
+def unset_loads(ptx: list[str]) -> Iterator[str]:
+    """Loads from shared memory by some threads alone, into registers that have no value for the others."""
+    for before, line in zip(["", *ptx], ptx, strict=False):
+        load = re.match(r"@!?%p\d+ ld\.shared\.\w+ (%\w+),", line)
+        if load and not re.match(rf"mov\.b\d+ {load[1]}, 0;", before):
+            yield line
+
+
 def without(lines: list[str], pattern: str) -> list[str]:
     return [line for line in lines if not re.search(pattern, line)]
 
@@ -175,3 +184,39 @@ def test_fp8_weights_are_decoded_there_too(own: tuple[Tasks, Any]) -> None:
     _, built = compiled(has_fp8=True, layers=LAYERS[:1])
     assert "e4m3x2" in built.asm["ptx"] and "e4m3x2" not in own[1].asm["ptx"]
     assert not list(unguarded_acquires(ptx_of(built))) and "ld.global.nc" not in built.asm["ptx"]
+
+
+@pytest.mark.slow
+def test_registers_that_some_threads_load_have_a_value_before(own: tuple[Tasks, Any]) -> None:
+    """Of Triton 3.6; later versions have no such loads."""
+    _, built = own
+    ptx = ptx_of(built)
+    assert not list(unset_loads(ptx))
+    has_them = any(re.match(r"@!?%p\d+ ld\.shared", line) for line in ptx)
+    assert has_them == triton.__version__.startswith("3.6.") == any(unset_loads(without(ptx, r"mov\.b32 %r\d+, 0;")))
+
+
+def test_a_first_value_is_given_once_and_never_to_an_address() -> None:
+    load, other = "\t@%p1 ld.shared.b32 %r2, [ %r21 + 0 ];\n", "\t@!%p1 ld.shared.b64 %rd3, [ %r21 + 8 ];\n"
+    ptx = f"{load}{other}\tst.shared.b32 [%r2], %r3;\n"
+    found = f"\tmov.b32 %r2, 0;\n{load}\tmov.b64 %rd3, 0;\n{other}\tst.shared.b32 [%r2], %r3;\n"
+    assert with_first_values(ptx) == found
+    own_address = "\t@%p1 ld.shared.b32 %r2, [ %r2 + 0 ];\n"
+    assert with_first_values(own_address) == own_address
+
+
+def test_a_hook_of_somebody_else_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def hook(*arguments: Any) -> Any:
+        seen.append(arguments)
+        return None if arguments else ("theirs", "hash")
+
+    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", hook)
+    with first_values():
+        ours = triton.knobs.runtime.add_stages_inspection_hook
+        stages = {"ptx": lambda source, metadata: "@%p1 ld.shared.b32 %r2, [ %r3 + 0 ];"}
+        ours(None, stages, None, None, 90)
+        assert [text.endswith(end) for text, end in zip(ours(), ("theirs", "hash"), strict=True)] == [True, True]
+    assert stages["ptx"](None, None).startswith("mov.b32 %r2, 0;") and len(seen) == 2
+    assert triton.knobs.runtime.add_stages_inspection_hook is hook

@@ -12,6 +12,7 @@
     phase        a phase as one kernel, an item a program, for the `graph` backend
     resident     a whole step as one kernel, for the `resident` backend
     counters     how its programs wait for each other, and what must not go wrong there
+    first_values what Triton 3.6 leaves unset in compiled kernels
     prefetch     how they ask for weights ahead of time
 
 Rules that make a row's bits its own. Every product takes all R rows of a step, idle ones too, so that tile shapes never

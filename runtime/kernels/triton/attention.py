@@ -20,6 +20,9 @@ from speedstack.runtime.kernels.triton.rows import (
     first_visible,
 )
 
+# Rows whose keys and values are appended at a time.
+APPENDED = tl.constexpr(4)
+
 
 @triton.jit
 def rotated(
@@ -116,23 +119,27 @@ def attention_item(
             keys_ptr = cache_ptr + (kv_head * num_slots + slot).to(tl.int64) * (RING * (H + V))
             h_H, v_V = tl.arange(0, HP), tl.arange(0, VP)
 
-            r_R = tl.arange(0, R)
-            position_R = first_position + r_R - first_row
-            is_new_R = (r_R >= first_row) & (r_R < first_row + num_rows)
-            is_new_R = is_new_R & (position_R >= start) & (position_R < start + SPLIT)
-            key_column_R = own_columns + M * H + r_R * 0
-            key_RH = rotated(
-                qkv_ptr, key_column_R, r_R, is_new_R, position_R, k_norm_ptr, cos_ptr, sin_ptr, eps,
-                H, HP, HALF, R, HAS_QK_NORM,
-            )  # fmt: skip
-            value_column_V = own_columns + M * H + H + v_V
-            value_mask_RV = is_new_R[:, None] & (v_V < V)[None, :]
-            value_RV = tl.load(qkv_ptr + value_column_V[None, :] * R + r_R[:, None], mask=value_mask_RV, other=0.0)
-            value_RV = value_RV.to(tl.float32) * value_scale
-            place_R = (position_R % RING) * (H + V)
-            key_mask_RH = is_new_R[:, None] & (h_H < H)[None, :]
-            tl.store(keys_ptr + place_R[:, None] + h_H[None, :], key_RH.to(dtype), mask=key_mask_RH)
-            tl.store(keys_ptr + place_R[:, None] + H + v_V[None, :], value_RV.to(dtype), mask=value_mask_RV)
+            # A few at a time, because a step appends few, and the rotation of a whole step's fills the registers.
+            first_new = first_row + tl.maximum(start - first_position, 0)
+            end_new = first_row + tl.minimum(start + SPLIT - first_position, num_rows)
+            for row in range(first_new, end_new, APPENDED):
+                row_A = row + tl.arange(0, APPENDED)
+                is_new_A = row_A < end_new
+                position_A = first_position + row_A - first_row
+                key_AH = rotated(
+                    qkv_ptr, own_columns + M * H + row_A * 0, row_A, is_new_A, position_A, k_norm_ptr, cos_ptr, sin_ptr,
+                    eps, H, HP, HALF, R, HAS_QK_NORM,
+                )  # fmt: skip
+                value_column_V = own_columns + M * H + H + v_V
+                value_mask_AV = is_new_A[:, None] & (v_V < V)[None, :]
+                value_AV = tl.load(
+                    qkv_ptr + value_column_V[None, :] * R + row_A[:, None], mask=value_mask_AV, other=0.0
+                )
+                value_AV = value_AV.to(tl.float32) * value_scale
+                place_A = (position_A % RING) * (H + V)
+                key_mask_AH = is_new_A[:, None] & (h_H < H)[None, :]
+                tl.store(keys_ptr + place_A[:, None] + h_H[None, :], key_AH.to(dtype), mask=key_mask_AH)
+                tl.store(keys_ptr + place_A[:, None] + H + v_V[None, :], value_AV.to(dtype), mask=value_mask_AV)
             # Other threads of this program read what these stored.
             tl.debug_barrier()
 
@@ -140,7 +147,8 @@ def attention_item(
             head_I = i_I % MP
             begin = tl.maximum(start, low) // C * C
             end = tl.minimum(start + SPLIT, last_position + 1)
-            for first in range(0, num_rows, QUERIES // MP):
+            # Mostly one tile: what its keys need is not worth registers from one to the next.
+            for first in tl.range(0, num_rows, QUERIES // MP, disable_licm=True):
                 nth_I = first + i_I // MP
                 valid_I = (nth_I < num_rows) & (head_I < M)
                 row_I, position_I = first_row + nth_I, first_position + nth_I

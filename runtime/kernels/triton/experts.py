@@ -16,7 +16,7 @@ def expert_gate_up_item(
     nth,
     tile,
     experts_KR,
-    is_chosen_E,
+    rank_E,
     hidden_ptr,
     norm_ptr,
     w_ptr,
@@ -36,39 +36,40 @@ def expert_gate_up_item(
     HAS_BIAS: tl.constexpr,
     IS_CLAMPED: tl.constexpr,
 ):
-    """T columns of the nth expert, in ascending order, of those that rows chose; nothing where there are fewer.
+    """T columns of the nth of the experts that rows chose, of which there are more than nth.
 
+    experts_KR, rank_E: as `router.choose` has them.
     IS_CLAMPED is gpt-oss's SwiGLU. Gate rows of weights and biases come before up rows.
     """
     KP: tl.constexpr = experts_KR.shape[0]
-    if nth < tl.sum(is_chosen_E, axis=0):
-        expert = nth_expert(nth, is_chosen_E)
-        r_R = tl.arange(0, R)
-        choice_R = _choice(experts_KR, expert, KP)
-        all_R = r_R >= 0
-        rms_R = inverse_rms(hidden_ptr, eps, D, R, CHUNK)
-        column_T = tile * T + tl.arange(0, T)
-        valid_T = column_T < WIDTH
-        gate_T = expert.to(tl.int64) * (2 * WIDTH) + column_T
-        up_T = gate_T + WIDTH
-        gate_TR = multiply(
-            hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, scales_ptr, gate_T, valid_T, D, CHUNK, True, IS_PACKED
-        )  # fmt: skip
-        up_TR = multiply(
-            hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, scales_ptr, up_T, valid_T, D, CHUNK, True, IS_PACKED
-        )  # fmt: skip
-        if HAS_BIAS:
-            gate_TR += tl.load(bias_ptr + gate_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
-            up_TR += tl.load(bias_ptr + up_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
-        if IS_CLAMPED:
-            # Comparisons, because a minimum would replace what is not a number by the limit.
-            gate_TR = tl.where(gate_TR > limit, limit, gate_TR)
-            up_TR = tl.where(up_TR > limit, limit, tl.where(up_TR < -limit, -limit, up_TR))
-            out_TR = (up_TR + 1.0) * (gate_TR * tl.sigmoid(gate_TR * alpha))
-        else:
-            out_TR = gate_TR * tl.sigmoid(gate_TR) * up_TR
-        at_TR = act_ptr + ((r_R * K + choice_R) * WIDTH)[None, :] + column_T[:, None]
-        tl.store(at_TR, out_TR.to(act_ptr.dtype.element_ty), mask=valid_T[:, None] & (choice_R >= 0)[None, :])
+    expert = nth_expert(nth, rank_E)
+    r_R = tl.arange(0, R)
+    all_R = r_R >= 0
+    rms_R = inverse_rms(hidden_ptr, eps, D, R, CHUNK)
+    column_T = tile * T + tl.arange(0, T)
+    valid_T = column_T < WIDTH
+    gate_T = expert.to(tl.int64) * (2 * WIDTH) + column_T
+    up_T = gate_T + WIDTH
+    gate_TR = multiply(
+        hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, scales_ptr, gate_T, valid_T, D, CHUNK, True, IS_PACKED
+    )  # fmt: skip
+    up_TR = multiply(
+        hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, scales_ptr, up_T, valid_T, D, CHUNK, True, IS_PACKED
+    )  # fmt: skip
+    if HAS_BIAS:
+        gate_TR += tl.load(bias_ptr + gate_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
+        up_TR += tl.load(bias_ptr + up_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
+    if IS_CLAMPED:
+        # Comparisons, because a minimum would replace what is not a number by the limit.
+        gate_TR = tl.where(gate_TR > limit, limit, gate_TR)
+        up_TR = tl.where(up_TR > limit, limit, tl.where(up_TR < -limit, -limit, up_TR))
+        out_TR = (up_TR + 1.0) * (gate_TR * tl.sigmoid(gate_TR * alpha))
+    else:
+        out_TR = gate_TR * tl.sigmoid(gate_TR) * up_TR
+    # Not before the products, which need the registers.
+    choice_R = _choice(experts_KR, expert, KP)
+    at_TR = act_ptr + ((r_R * K + choice_R) * WIDTH)[None, :] + column_T[:, None]
+    tl.store(at_TR, out_TR.to(act_ptr.dtype.element_ty), mask=valid_T[:, None] & (choice_R >= 0)[None, :])
 
 
 @triton.jit
@@ -103,10 +104,9 @@ def expert_down_item(
     valid_T = column_T < D
     sum_TR = tl.zeros((T, R), tl.float32)
     expert = tl.min(tl.min(experts_KR, axis=0), axis=0)
-    while expert < E:
+    while tl.condition(expert < E, disable_licm=True):
         choice_R = _choice(experts_KR, expert, KP)
         is_ours_R = choice_R >= 0
-        weight_R = tl.sum(tl.where(experts_KR == expert, weights_KR, 0.0), axis=0)
         w_T = expert.to(tl.int64) * D + column_T
         x_R = (r_R * K + tl.maximum(choice_R, 0)) * WIDTH
         out_TR = multiply(
@@ -114,6 +114,8 @@ def expert_down_item(
         )  # fmt: skip
         if HAS_BIAS:
             out_TR += tl.load(bias_ptr + w_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
+        # Not before the product, which needs the registers.
+        weight_R = tl.sum(tl.where(experts_KR == expert, weights_KR, 0.0), axis=0)
         sum_TR = tl.where(is_ours_R[None, :], sum_TR + out_TR * weight_R[None, :], sum_TR)
         later_KR = tl.where(experts_KR > expert, experts_KR, E)
         expert = tl.min(tl.min(later_KR, axis=0), axis=0)
@@ -121,11 +123,10 @@ def expert_down_item(
 
 
 @triton.jit
-def nth_expert(nth, is_chosen_E):
+def nth_expert(nth, rank_E):
     """The nth of the chosen experts in ascending order."""
-    EP: tl.constexpr = is_chosen_E.shape[0]
-    is_nth_E = (is_chosen_E > 0) & (tl.cumsum(is_chosen_E, axis=0) == nth + 1)
-    return tl.sum(tl.where(is_nth_E, tl.arange(0, EP), 0), axis=0)
+    EP: tl.constexpr = rank_E.shape[0]
+    return tl.sum(tl.where(rank_E == nth + 1, tl.arange(0, EP), 0), axis=0)
 
 
 @triton.jit

@@ -53,8 +53,8 @@ def lm_head_item(
     is_broken_TR = valid_T[:, None] & (logits_TR != logits_TR)
     known_TR = tl.where(valid_T[:, None] & (logits_TR == logits_TR), logits_TR, float("-inf"))
     largest_R = tl.max(known_TR, axis=0)
-    best_R = tl.min(tl.where(known_TR == largest_R[None, :], index_TR, _NONE), axis=0)
-    best_R = tl.where(tl.max(is_broken_TR.to(tl.int32), axis=0) > 0, -1, best_R)
+    index_TR = tl.where(known_TR == largest_R[None, :], index_TR, _NONE)
+    best_R = tl.min(tl.where(is_broken_TR, -1, index_TR), axis=0)
     at_R = best_ptr + tile * (2 * R) + r_R
     tl.store(at_R, largest_R.to(tl.int32, bitcast=True))
     tl.store(at_R + R, best_R)
@@ -86,12 +86,12 @@ def sample_item(
         value_T = tl.load(at_T, mask=t_T < TILES, other=0).to(tl.float32, bitcast=True)
         value_T = tl.where(t_T < TILES, value_T, float("-inf"))
         index_T = tl.load(at_T + R, mask=t_T < TILES, other=_NONE)
-        token = tl.min(tl.where(value_T == tl.max(value_T, axis=0), index_T, _NONE), axis=0)
-        lowest = tl.min(index_T, axis=0)
+        # A tile with what is no number has the index -1, which is the least.
+        is_best_T = (value_T == tl.max(value_T, axis=0)) | (index_T < 0)
+        token = tl.min(tl.where(is_best_T, index_T, _NONE), axis=0)
         temperature = tl.load(sampling_ptr + row * SAMPLING_RECORD + TEMPERATURE).to(tl.float32, bitcast=True)
-        if (lowest >= 0) & (temperature > 0.0):
+        if (token >= 0) & (temperature > 0.0):
             token = _gumbel_max(row, rows_ptr, sampling_ptr, logits_ptr, temperature, VOCAB, R, BLOCKS)
-        token = tl.where(lowest < 0, -1, token)
         tl.store(token_ptr + row, token)
         if goes_on:
             # Every warp has read this record, and knows how many items there are, before one warp changes it.

@@ -19,10 +19,11 @@ from speedstack.runtime.kernels.triton.rows import NUM_ROWS, TOKEN, field
 
 
 @triton.jit
-def begin_phase(p, PHASE: tl.constexpr):
+def begin_phase(p, choice, PHASE: tl.constexpr):
     """How many coordinates of the first axis exist in this step, and what the items of the phase share.
 
-    Shared are experts [KP, R], their weights [KP, R] and which are chosen [EP] (see `router.choose`), or nothing.
+    Shared are experts [KP, R], their weights [KP, R] and ranks [EP] (see `router.choose`), or nothing.
+    choice: just that where it is known already, or nothing.
     """
     num_first = PHASE.axes[0]
     shared = ()
@@ -33,9 +34,11 @@ def begin_phase(p, PHASE: tl.constexpr):
         r_R = tl.arange(0, PHASE.R)
         num_first = tl.sum((field(p[0], r_R, NUM_ROWS) > 0).to(tl.int32), axis=0)
     elif PHASE.op == "expert_gate_up" or PHASE.op == "expert_down":
-        shared = choose_experts(p, PHASE)
+        shared = choice
+        if len(choice) == 0:
+            shared = choose_experts(p, PHASE)
         if PHASE.op == "expert_gate_up":
-            num_first = tl.sum(shared[2], axis=0)
+            num_first = tl.max(shared[2], axis=0)
     return num_first, shared
 
 

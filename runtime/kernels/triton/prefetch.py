@@ -20,17 +20,20 @@ _LINE = tl.constexpr(128)  # bytes of a cache line
 
 
 @triton.jit
-def prefetch_items(first, stride, num_programs, p, PHASE: tl.constexpr, scratch_ptr=None):
+def prefetch_items(first, stride, num_programs, p, choice, PHASE: tl.constexpr, scratch_ptr=None):
     """The weights of items first, first + stride, ... of a phase, as far as anybody's first item.
 
+    choice: what rows chose (`router.choose`), or nothing; then it is found out here if it is needed.
     scratch_ptr: given by those who read the router's logits while others may write them.
     """
     num_items = tl.minimum(num_programs, PHASE.num_items)
     num_experts = 0
-    is_chosen_E = tl.zeros((1,), tl.int32)
+    rank_E = tl.zeros((1,), tl.int32)
     if PHASE.op == "expert_gate_up" or PHASE.op == "expert_down":
-        is_chosen_E = choose_experts(p, PHASE)[2]
-        num_experts = tl.sum(is_chosen_E, axis=0)
+        if len(choice) == 0:
+            choice = choose_experts(p, PHASE)
+        rank_E = choice[2]
+        num_experts = tl.max(rank_E, axis=0)
         if scratch_ptr is not None:
             num_experts = agreed(num_experts, scratch_ptr)
     if PHASE.op == "expert_gate_up":
@@ -51,14 +54,14 @@ def prefetch_items(first, stride, num_programs, p, PHASE: tl.constexpr, scratch_
         elif PHASE.op == "lm_head":
             prefetch_linear_rows(p, 2, i * PHASE.T, PHASE.VOCAB - i * PHASE.T, PHASE.D, PHASE)
         elif PHASE.op == "expert_gate_up":
-            gate = expert_row(i, is_chosen_E, 2 * PHASE.WIDTH, PHASE) + j * PHASE.T
+            gate = expert_row(i, rank_E, 2 * PHASE.WIDTH, PHASE) + j * PHASE.T
             left = PHASE.WIDTH - j * PHASE.T
             prefetch_expert_rows(p, gate, left, PHASE.D, PHASE)
             prefetch_expert_rows(p, gate + PHASE.WIDTH, left, PHASE.D, PHASE)
         elif PHASE.op == "expert_down":
             nth = num_experts * 0
             while nth < num_experts:
-                row = expert_row(nth, is_chosen_E, PHASE.D, PHASE) + i * PHASE.T
+                row = expert_row(nth, rank_E, PHASE.D, PHASE) + i * PHASE.T
                 prefetch_expert_rows(p, row, PHASE.D - i * PHASE.T, PHASE.WIDTH, PHASE)
                 nth += 1
         else:
@@ -67,10 +70,10 @@ def prefetch_items(first, stride, num_programs, p, PHASE: tl.constexpr, scratch_
 
 
 @triton.jit
-def expert_row(nth, is_chosen_E, NUM_ROWS: tl.constexpr, PHASE: tl.constexpr):
+def expert_row(nth, rank_E, NUM_ROWS: tl.constexpr, PHASE: tl.constexpr):
     """The first row of the nth chosen expert, of NUM_ROWS each."""
     # What was read while others wrote may be no choice at all.
-    return tl.minimum(nth_expert(nth, is_chosen_E), PHASE.E - 1).to(tl.int64) * NUM_ROWS
+    return tl.minimum(nth_expert(nth, rank_E), PHASE.E - 1).to(tl.int64) * NUM_ROWS
 
 
 @triton.jit

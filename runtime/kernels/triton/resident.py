@@ -7,23 +7,30 @@ variant is known at compile time. Rows of the table: int64, see RECORD.
 Programs numbered from `num_programs` on are movers: they compute nothing and fetch weights ahead of the others.
 
 Why `while` loops, and why what is read comes after the wait: see `counters`. Loops are told not to hoist
-(disable_licm), or LLVM computes what any variant needs ahead of all of them, and holds it in registers throughout.
+(disable_licm), or LLVM computes what any variant needs ahead of all of them, and holds it in registers throughout. The
+hint hangs on a loop's one way back to its start. The loops over steps and phases therefore end with one comparison: of
+two conditions LLVM may make two ways back, and then it forgets the hint.
+
+Variants are inlined. As functions of their own (`noinline`) they take more registers, and make the assembler wait for
+every tensor-core product of a warp group before the next.
 """
 
 import triton
 import triton.language as tl
 
 from speedstack.runtime.kernels.triton.counters import DUMP_RECORD, SCRATCH, signal, wait_for
-from speedstack.runtime.kernels.triton.items import begin_phase, coordinates, run_item
+from speedstack.runtime.kernels.triton.items import begin_phase, choose_experts, coordinates, run_item
 from speedstack.runtime.kernels.triton.prefetch import prefetch_items
 
-# A phase's record: its variant, the rotation of its items, counters of its waits and of its signals, then pointers.
+# A phase's record: its variant, the rotation of its items, counters of its waits and of its signals, the variant of the
+# phase that comes next, then pointers.
 RECORD = tl.constexpr(24)
 VARIANT = tl.constexpr(0)
 ROTATION = tl.constexpr(1)
 WAIT_COUNTERS = tl.constexpr(2)
 SIGNAL_COUNTERS = tl.constexpr(4)
-POINTERS = tl.constexpr(6)
+FOLLOWING = tl.constexpr(6)
+POINTERS = tl.constexpr(7)
 # A mover's task: the phase whose weights it fetches, and what for it waits, if for anything. int32.
 MOVE_RECORD = tl.constexpr(8)
 MOVE_PHASE = tl.constexpr(0)
@@ -82,18 +89,22 @@ def run_phase(
     NUMBER: tl.constexpr,
     PREFETCHES: tl.constexpr,
 ):
-    """One program's part of a phase; false if it waited in vain."""
+    """One program's part of a phase. False if it waited in vain; and the variant of the next phase."""
     PHASE: tl.constexpr = PHASES[NUMBER]
     p = load_pointers(record_ptr, PHASE)
     first = (tl.program_id(0) + num_programs - tl.load(record_ptr + ROTATION).to(tl.int32)) % num_programs
+    choice = ()
+    if PHASE.op == "expert_down":
+        # What rows chose has been known since the wait of `expert_gate_up`, which every program has behind it.
+        choice = choose_experts(p, PHASE)
     if PREFETCHES:  # noqa: SIM102
         if PHASE.is_known_early:
-            prefetch_items(first, num_programs, num_programs, p, PHASE)
+            prefetch_items(first, num_programs, num_programs, p, choice, PHASE)
     is_alive = wait_all(
         record_ptr, 0, 0, 0, step, phase, WHOLE_PHASE, counters_ptr, max_polls, dump_ptr, failed_ptr, PHASE, False
     )  # fmt: skip
     if is_alive:
-        num_first, shared = begin_phase(p, PHASE)
+        num_first, shared = begin_phase(p, choice, PHASE)
         if PHASE.is_cut:
             num_items = num_first * PHASE.num_items_each
         else:
@@ -112,10 +123,12 @@ def run_phase(
                     counter += i * PHASE.item_signals[n][1] + j * PHASE.item_signals[n][2]
                     signal(counters_ptr, counter + k * PHASE.item_signals[n][3])
             item += num_programs
-        if is_alive:
-            for n in tl.static_range(len(PHASE.signals)):
-                signal(counters_ptr, tl.load(record_ptr + SIGNAL_COUNTERS + PHASE.signals[n]).to(tl.int32))
-    return is_alive
+    # What comes next cannot begin without it: it arrives while the signal is held back for what was stored.
+    following = tl.load(record_ptr + FOLLOWING).to(tl.int32)
+    if is_alive:
+        for n in tl.static_range(len(PHASE.signals)):
+            signal(counters_ptr, tl.load(record_ptr + SIGNAL_COUNTERS + PHASE.signals[n]).to(tl.int32))
+    return is_alive, following
 
 
 @triton.jit
@@ -126,21 +139,20 @@ def compute(
     """A program's steps; it leaves when it waited in vain."""
     local_step = num_steps * 0
     is_alive = num_steps > 0
-    while tl.condition((local_step < num_steps) & is_alive, disable_licm=True):
+    while tl.condition(local_step < num_steps, disable_licm=True):
         phase = num_phases * 0
-        variant = tl.load(phases_ptr + VARIANT)
-        while tl.condition((phase < num_phases) & is_alive, disable_licm=True):
-            # Asked for a phase ahead, since what comes next cannot begin without it.
-            following = tl.load(phases_ptr + (phase + 1) % num_phases * RECORD + VARIANT)
+        variant = tl.load(phases_ptr + VARIANT).to(tl.int32)
+        while tl.condition(phase < num_phases, disable_licm=True):
+            following = variant
             for number in tl.static_range(len(PHASES)):
                 if variant == number:
-                    is_alive = run_phase(
+                    is_alive, following = run_phase(
                         phases_ptr + phase * RECORD, phase, first_step + local_step, local_step, num_steps > 1,
                         num_programs, counters_ptr, max_polls, dump_ptr, failed_ptr, PHASES, number, PREFETCHES,
                     )  # fmt: skip
             variant = following
-            phase += 1
-        local_step += 1
+            phase = tl.where(is_alive, phase + 1, num_phases)
+        local_step = tl.where(is_alive, local_step + 1, num_steps)
 
 
 @triton.jit
@@ -179,7 +191,7 @@ def move_phase(record_ptr, first, num_movers, num_programs, scratch_ptr, PHASES:
     """A mover's share of a phase's weights."""
     PHASE: tl.constexpr = PHASES[NUMBER]
     if PHASE.has_weights:
-        prefetch_items(first, num_movers, num_programs, load_pointers(record_ptr, PHASE), PHASE, scratch_ptr)
+        prefetch_items(first, num_movers, num_programs, load_pointers(record_ptr, PHASE), (), PHASE, scratch_ptr)
 
 
 @triton.jit(do_not_specialize=["first_step", "num_steps", "max_polls"])

@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from speedstack.runtime.kernels.triton.first_values import first_values
 from speedstack.runtime.kernels.triton.phase import phase_kernel
 from speedstack.runtime.launches import Launch
 
@@ -67,7 +68,8 @@ def compile_kernel(kernel: Any, arguments: Mapping[str, Any], options: dict[str,
         elif kind.startswith("*") or (kind == "i32" and value % 16 == 0 and not parameter.do_not_specialize):
             aligned[place,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, types, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with first_values():
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def compile_launch(launch: Launch, capability: int = HOPPER, is_dependent: bool = True) -> Resources:

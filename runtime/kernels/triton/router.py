@@ -41,6 +41,15 @@ def router_item(
 
 
 @triton.jit
+def scores(logits_XR, peak_R, total_R, IS_SIGMOID: tl.constexpr):
+    """What logits [.., R] are worth: sigmoids, or the softmax whose peak and total of exponentials are given."""
+    if IS_SIGMOID:
+        return tl.sigmoid(logits_XR)
+    else:
+        return tl.exp(logits_XR - peak_R[None, :]) / total_R[None, :]
+
+
+@triton.jit
 def choose(
     rows_ptr,
     logits_ptr,
@@ -55,41 +64,42 @@ def choose(
     HAS_CORRECTION: tl.constexpr,
     RENORMALIZE: tl.constexpr,
 ):
-    """Experts int32 [KP, R] and weights float32 [KP, R], best choice first, ties to the lower index; is chosen [EP].
+    """Experts int32 [KP, R] and weights float32 [KP, R], best choice first, ties to the lower index; ranks int32 [EP].
 
-    E stands for no expert: choices past K, and all of idle rows. EP, KP: powers of two, at least E and K. A logit that
-    is not a number is chosen last; the row is lost already, yet must not lead outside of the weights.
+    E stands for no expert: choices past K, and all of idle rows. EP, KP: powers of two, at least E and K. The rank of
+    an expert that any row chose is its place among them in ascending order, from 1; others have 0. A logit that is not
+    a number is chosen last; the row is lost already, yet must not lead outside of the weights.
     """
     e_E, r_R, k_K = tl.arange(0, EP), tl.arange(0, R), tl.arange(0, KP)
     is_expert_E = e_E < E
     logits_ER = tl.load(
         logits_ptr + e_E[:, None] * R + r_R[None, :], mask=is_expert_E[:, None], other=float("-inf")
     )  # fmt: skip
-    if IS_SIGMOID:
-        scores_ER = tl.sigmoid(logits_ER)
-    else:
-        exp_ER = tl.exp(logits_ER - tl.max(logits_ER, axis=0)[None, :])
-        scores_ER = exp_ER / tl.sum(exp_ER, axis=0)[None, :]
-    values_ER = scores_ER
+    peak_R, total_R = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
+    if not IS_SIGMOID:
+        peak_R = tl.max(logits_ER, axis=0)
+        total_R = tl.sum(tl.exp(logits_ER - peak_R[None, :]), axis=0)
+    values_ER = scores(logits_ER, peak_R, total_R, IS_SIGMOID)
     if HAS_CORRECTION:
         values_ER += tl.load(correction_ptr + e_E, mask=is_expert_E, other=0.0)[:, None]
     values_ER = tl.where(values_ER == values_ER, values_ER, float("-inf"))
     is_free_ER = is_expert_E[:, None] & (r_R >= 0)[None, :]
     is_row_R = field(rows_ptr, r_R, TOKEN) >= 0
     experts_KR = tl.full((KP, R), E, tl.int32)
-    weights_KR = tl.zeros((KP, R), tl.float32)
-    for k in tl.static_range(K):
+    # Not unrolled: code of its own for every choice, and with Triton 3.6.0 registers too, which then stay taken.
+    for k in range(K):
         largest_R = tl.max(tl.where(is_free_ER, values_ER, float("-inf")), axis=0)
         is_best_ER = is_free_ER & (values_ER == largest_R[None, :])
         best_R = tl.min(tl.where(is_best_ER, e_E[:, None], E - 1), axis=0)
-        is_best_ER = e_E[:, None] == best_R[None, :]
-        weight_R = tl.sum(tl.where(is_best_ER, scores_ER, 0.0), axis=0)
         is_free_ER = is_free_ER & (e_E[:, None] != best_R[None, :])
-        is_now_KR = (k_K == k)[:, None] & is_row_R[None, :]
-        experts_KR = tl.where(is_now_KR, best_R[None, :], experts_KR)
-        weights_KR = tl.where(is_now_KR, weight_R[None, :], weights_KR)
+        experts_KR = tl.where((k_K == k)[:, None] & is_row_R[None, :], best_R[None, :], experts_KR)
+    is_choice_KR = experts_KR < E
+    # Their logits once more, because lanes cannot reach each other's values.
+    logits_KR = tl.load(logits_ptr + experts_KR * R + r_R[None, :], mask=is_choice_KR, other=0.0)
+    weights_KR = tl.where(is_choice_KR, scores(logits_KR, peak_R, total_R, IS_SIGMOID), 0.0)
     if RENORMALIZE:
         weights_KR = weights_KR / (tl.sum(weights_KR, axis=0)[None, :] + 1e-20)
     is_taken_ER = is_expert_E[:, None] & is_row_R[None, :] & (is_free_ER == 0)
     is_chosen_E = tl.max(is_taken_ER.to(tl.int32), axis=1)
-    return experts_KR, weights_KR * routed_scale, is_chosen_E
+    rank_E = tl.where(is_chosen_E > 0, tl.cumsum(is_chosen_E, axis=0), 0)
+    return experts_KR, weights_KR * routed_scale, rank_E
