@@ -40,7 +40,8 @@ class PlanMemory:
     """The buffers of a plan for a model's weights, and the bodies that compute on them."""
 
     def __init__(self, plan: Plan, weights: ModelWeights) -> None:
-        self.plan, self.weights, self.spec = plan, weights, weights.spec
+        # An item takes its columns of a matrix: unpacking the whole for each would be most of the work.
+        self.plan, self.weights, self.spec = plan, weights.plain(), weights.spec
         like, R = weights.embedding_VD, plan.rows
         self.rows_R4 = torch.zeros(R, 4, dtype=torch.int64)
         self.hidden_RD = like.new_full((R, self.spec.hidden_size), float("nan"))

@@ -19,7 +19,6 @@ import torch
 
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
-from speedstack.quant.fp8 import FP8Tensor
 from speedstack.runtime.assemble import Assembler, Buffers
 from speedstack.runtime.backend import DraftRequest, Rows
 from speedstack.runtime.budget import PYTORCH_BESIDE_COMPILED, RoundCost, compiled_cost
@@ -88,9 +87,9 @@ class CpuBackend:
             assembler.add_layer(layer, layer_spec, spec.rms_norm_eps)
             self._layer_ends.append(len(self._target.ops) - 1)
         self._target.part = "embedding and LM head"
-        num_fp8 = sum(isinstance(matrix, FP8Tensor) for matrix in weights.linears())
-        if num_fp8:
-            logger.warning("backend cpu: %d matrices in FP8 are held in bfloat16, its kernels read no FP8", num_fp8)
+        if weights.num_fp8():
+            message = "backend cpu: %d matrices in FP8 are held in bfloat16, its kernels read no FP8"
+            logger.warning(message, weights.num_fp8())
         assembler.add_head(weights.norm_D, self._lm_head, spec.rms_norm_eps)
         assembler.add_best(spec.vocab_size)
         self._caches = assembler.caches

@@ -60,7 +60,7 @@ def check_supported(name: str, weights: ModelWeights) -> bool:
 
 def check_fp8(name: str, weights: ModelWeights, capability: tuple[int, int]) -> None:
     """Raises ValueError for weights in FP8 on a GPU whose compute capability has no instruction that decodes it."""
-    if capability < FP8_CAPABILITY and any(isinstance(matrix, FP8Tensor) for matrix in weights.linears()):
+    if capability < FP8_CAPABILITY and weights.num_fp8():
         raise ValueError(
             f"backend {name!r} reads FP8 on GPUs of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}; this "
             f"one has {capability[0]}.{capability[1]}: use backend='reference'"

@@ -11,12 +11,15 @@ stands. They are kept beside them, one place a row of the step; attention gather
 either the committed buffer or the ancestor at that position, and from there on the arithmetic is that of a chain: a
 tree row's bits are those of a plain row after the same tokens. `commit` copies the path that stands.
 
-Left out: speed. Packed experts and FP8 matrices are unpacked for every group.
+Matrices in FP8 are dequantized once, when the backend is made, and held in the engine's dtype.
+
+Left out: speed. Packed experts are unpacked for every group.
 
 Legend: R rows (always GROUP), D hidden, N heads, G key/value heads, H head dim, C key chunk, E experts, K choices a
 row, I expert intermediate, V vocabulary, L buffer length.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +36,8 @@ from speedstack.runtime.module_drafter import ModuleDrafter
 from speedstack.runtime.ring import ring_length
 from speedstack.runtime.spec import AttentionSpec, MoeSpec, YarnSpec
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights, Weight, plain_matrix
+
+logger = logging.getLogger("speedstack.runtime")
 
 GROUP = 8
 KEY_CHUNK = 128
@@ -183,7 +188,9 @@ class ReferenceBackend:
     def __init__(
         self, weights: ModelWeights, drafter: DFlashDraftModel | None, num_slots: int, max_length: int
     ) -> None:
-        self.weights, self.num_slots = weights, num_slots
+        if weights.num_fp8():
+            logger.warning("backend reference: %d matrices in FP8 are held dequantized", weights.num_fp8())
+        self.weights, self.num_slots = weights.plain(), num_slots
         self.device, self.dtype = weights.embedding_VD.device, weights.embedding_VD.dtype
         spec = weights.spec
         self.max_length = max_length

@@ -9,7 +9,7 @@ Legend: D hidden, N heads, H head dim, F dense intermediate, E experts, I expert
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -87,6 +87,23 @@ class ModelWeights:
             if isinstance(layer.mlp, DenseWeights):
                 yield from (layer.mlp.gate_up_FD, layer.mlp.down_DF)
         yield self.lm_head_VD
+
+    def plain(self) -> "ModelWeights":
+        """The same with every matrix in FP8 as `plain_matrix` has it; all others are shared with these."""
+        dtype = self.embedding_VD.dtype
+        layers = []
+        for layer in self.layers:
+            a, mlp = layer.attention, layer.mlp
+            a = replace(a, qkv_OD=plain_matrix(a.qkv_OD, dtype), output_DO=plain_matrix(a.output_DO, dtype))
+            if isinstance(mlp, DenseWeights):
+                gate_up, down = plain_matrix(mlp.gate_up_FD, dtype), plain_matrix(mlp.down_DF, dtype)
+                mlp = replace(mlp, gate_up_FD=gate_up, down_DF=down)
+            layers.append(LayerWeights(a, mlp))
+        return replace(self, layers=layers, lm_head_VD=plain_matrix(self.lm_head_VD, dtype))
+
+    def num_fp8(self) -> int:
+        """How many matrices are in FP8."""
+        return sum(isinstance(matrix, FP8Tensor) for matrix in self.linears())
 
     def nbytes_by_part(self) -> dict[str, int]:
         """Bytes of every part, by the names that reports show; what is packed or FP8 has names of its own."""
