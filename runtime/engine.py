@@ -96,8 +96,9 @@ class Engine:
             drafter: DFlash directory, or a model in memory (see `set_drafter`); refused when it names another target.
                 `"ngram"` is prompt look-up, which needs no drafter; a directory of that name needs its whole path.
             backend: `reference` is PyTorch on any device, `cpu` compiled kernels for float32 on a CPU, `graph` a Triton
-                kernel a phase on a GPU, `resident` one for a whole step; `auto` takes `cpu` where it can and says why
-                where it cannot, and else `reference`.
+                kernel a phase on a GPU, `resident` one for whole rounds, several a launch without a drafter or with a
+                fixed number of looked-up drafts; `auto` takes `cpu` where it can and says why where it cannot, and else
+                `reference`.
             device: `cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is one.
             dtype: of everything but packed experts; None is float32 on a CPU and bfloat16 on a GPU.
             max_length: positions that each sequence's buffers hold; None takes the model's, at most 4096.
@@ -156,7 +157,13 @@ class Engine:
         proposer: Proposer = DrafterProposer(self.backend, strategy)
         if drafter is None or drafter == NGRAM:
             proposer = NoProposer() if drafter is None else NgramProposer()
-        self._decoder = Decoder(self.backend, proposer, has_trees, self.spec.vocab_size, self.device)
+        rounds = self.backend.rounds
+        if rounds is not None:
+            is_look_up = drafter == NGRAM
+            can_draft = drafter is None or (is_look_up and not strategy.is_adaptive and num_drafts < rounds.num_rows)
+            rounds.set_look_up(is_look_up and can_draft)
+            rounds = rounds if can_draft else None
+        self._decoder = Decoder(self.backend, proposer, has_trees, self.spec.vocab_size, self.device, rounds)
 
     @property
     def backend_name(self) -> str:
@@ -310,7 +317,7 @@ class Engine:
         )
 
     def _run(self, waiting: list[RunningSequence]) -> Iterator[None]:
-        """Decodes all sequences, `max_batch_size` at a time; yields after every round."""
+        """Decodes all sequences, `max_batch_size` at a time; yields after prompts and after every round or several."""
         free = list(range(self.max_batch_size))[::-1]
         running: list[RunningSequence] = []
         waiting = waiting[::-1]
@@ -321,6 +328,7 @@ class Engine:
                     sequence.slot = free.pop()
                     self._decoder.prefill(sequence)
                     running.append(sequence)
+                    yield
                 decoding = [sequence for sequence in running if not sequence.is_finished]
                 if decoding:
                     self._decoder.round(decoding)
