@@ -20,7 +20,8 @@ from speedstack.eval.kernel_resources import (
 from speedstack.eval.released import MODELS
 from speedstack.runtime.kernels.triton.resources import MAX_SHARED_BYTES
 
-OPS = {"embed", "qkv", "attention", "combine", "o_proj", "router", "expert_gate_up", "expert_down", "lm_head", "sample"}
+OPS = {"embed", "qkv", "attention", "combine", "o_proj", "router", "expert_gate_up", "expert_down", "lm_head"}
+OPS |= {"sample", "accept"}
 
 # Bytes of a thread; with 256 experts the choice of experts is what fills the registers. In the kernel of a whole step a
 # reduction's registers live around the loop over phases, because Triton loads its last part under a predicate: the most

@@ -113,7 +113,7 @@ def test_rounds_are_the_same_under_every_schedule() -> None:
     expected = run(backend_of(weights, 1, True))
     assert any(one.num_accepted for rounds in expected[0] for one in rounds)
     others = [backend_of(weights, 3, True, prefetch="movers", num_movers=1), backend_of(weights, 8, True)]
-    for seed in range(4):
+    for seed in range(3):
         backend = others[seed % 2]
         backend.seed = seed
         assert same(run(backend), expected), f"seed {seed}, {backend.plan.num_programs} programs"
@@ -171,7 +171,8 @@ def test_an_engine_writes_the_references_text_and_counts_its_rounds(monkeypatch:
         engine = Engine(weights, drafter, None, backend, MAX_LENGTH, 2, options_of_drafter)
         return engine.generate(PROMPTS, max_new_tokens=10, **options)
 
-    eos = write("reference", None)[0].tokens[5]
+    one, other = (found.tokens for found in write("reference", None))
+    eos = next(token for token in one[4:] if token not in other)
     weights = replace(weights, spec=replace(weights.spec, eos_token_ids=(eos,)))
     expected, host = write("reference", None), write("reference", "ngram")
     assert {one.finish_reason for one in expected} == {"eos", "length"}
@@ -180,7 +181,8 @@ def test_an_engine_writes_the_references_text_and_counts_its_rounds(monkeypatch:
     assert launches == [1, 1, 8, 1]
     launches.clear()
     found = write("resident", "ngram")
-    assert texts(found) == texts(host) and counts(found) == counts(host) and launches == [1, 1, 8]
+    assert texts(found) == texts(host) and counts(found) == counts(host)
+    assert sum(launches) == 2 + max(one.stats.num_rounds for one in host) and len(launches) == 4
     assert sum(sum(one.stats.accepted_by_position) for one in found) > 0
     drawn = {"temperature": 0.7, "seed": 4}
     assert texts(write("resident", "ngram", **drawn)) == texts(write("reference", None, **drawn)) != texts(expected)

@@ -107,7 +107,7 @@ def test_end_of_sequence_ends_one_and_disturbs_no_other(weights: ModelWeights, m
     """An end-of-sequence token within a launch, at its first and at its last round, among accepted drafts."""
     free = reference_of(weights).generate(PROMPTS, max_new_tokens=30)
     seen = set[str | None]()
-    for eos in sorted({token for one in free for token in one.tokens}):
+    for eos in sorted({token for one in free for token in one.tokens})[::3]:
         ending = replace(weights, spec=replace(weights.spec, eos_token_ids=(eos, 0)))
         for drafter in (None, "ngram"):
             strategy = DraftStrategy(num_drafts=3) if drafter else None
