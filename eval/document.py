@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 SCHEMA_VERSION: Literal[1] = 1
 # Half the width of a normal 95 % interval in standard errors.
@@ -83,6 +83,9 @@ def read_json(path: str | Path) -> Any:
 class Environment(Record):
     """The machine and the software a result was measured with; `command` is the line that did it, None for a caller
     in Python.
+
+    `thread_settings` are the environment variables that change how threads work and wait: with OMP_WAIT_POLICY=PASSIVE
+    the CPU kernels, which meet often, decode several times slower.
     """
 
     machine: str
@@ -96,6 +99,7 @@ class Environment(Record):
     packages: dict[str, str]
     git_sha: str | None
     command: str | None = None
+    thread_settings: dict[str, str] = Field(default={})
 
 
 class Spread(Record):

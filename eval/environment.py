@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from speedstack.eval.results import Environment
 
 PACKAGES = ("speedstack", "torch", "transformers", "datasets", "deepspeed", "lm_eval", "safetensors", "triton", "numpy")
+THREAD_SETTINGS = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")
 
 
 def describe_environment() -> "Environment":
@@ -45,6 +46,9 @@ def environment_fields() -> dict[str, Any]:
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "git_sha": _git_sha(Path(__file__).resolve()),
         "command": command_line(),
+        "thread_settings": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(THREAD_SETTINGS)
+        },
     }
 
 

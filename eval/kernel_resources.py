@@ -1,8 +1,8 @@
 """What the decode kernels take of a GPU's multiprocessor: `python -m speedstack.eval.kernel_resources [RESULT.json]`.
 
-Compiles every kernel of a decode step for sm_90a at the shapes of released models, weights in bfloat16 and experts in
-MXFP4 or bfloat16: those of the `graph` backend, and the one of the `resident` backend. Records registers, spilled bytes
-and shared memory. Needs Triton, and no GPU.
+Compiles every kernel of a decode step for sm_90a at the shapes of released models, weights in bfloat16 or in FP8 and
+experts in MXFP4 or bfloat16: those of the `graph` backend, and the one of the `resident` backend. Records registers,
+spilled bytes and shared memory. Needs Triton, and no GPU.
 """
 
 import argparse
@@ -34,6 +34,7 @@ class KernelResources(Record):
 
     model: str
     expert_format: Literal["mxfp4", "bf16"]
+    linear_format: Literal["bf16", "fp8"] = "bf16"
     phase: str
     op: str
     grid: tuple[int, ...]
@@ -60,12 +61,12 @@ def model_spec(model: str) -> ModelSpec:
     return replace(spec, layers=tuple(layer for layer, new in zip(spec.layers, is_new, strict=True) if new))
 
 
-def compiled_kernels(model: str, is_packed: bool) -> Iterator[KernelResources]:
+def compiled_kernels(model: str, is_packed: bool, has_fp8: bool = False) -> Iterator[KernelResources]:
     """Compiles a model's kernels, those of the same shape once."""
     from speedstack.runtime.kernels.triton.resources import compile_launch
     from speedstack.runtime.launches import build_launches
 
-    plan, weights, memory = _shapes(model, is_packed)
+    plan, weights, memory = _shapes(model, is_packed, has_fp8)
     seen = set()
     for launch in build_launches(plan, weights, memory):
         if launch.binding.constants in seen:
@@ -75,6 +76,7 @@ def compiled_kernels(model: str, is_packed: bool) -> Iterator[KernelResources]:
         yield KernelResources(
             model=model,
             expert_format="mxfp4" if is_packed else "bf16",
+            linear_format="fp8" if has_fp8 else "bf16",
             phase=launch.phase.name,
             op=launch.phase.op,
             grid=launch.grid,
@@ -86,14 +88,16 @@ def compiled_kernels(model: str, is_packed: bool) -> Iterator[KernelResources]:
         )
 
 
-def compiled_resident(model: str, is_packed: bool, prefetch: Prefetching = "own") -> tuple[KernelResources, Any]:
+def compiled_resident(
+    model: str, is_packed: bool, prefetch: Prefetching = "own", has_fp8: bool = False
+) -> tuple[KernelResources, Any]:
     """The kernel of a whole step; and what Triton compiled, for its code."""
     from speedstack.runtime.bindings import bind
     from speedstack.runtime.kernels.triton.resident import resident_kernel
     from speedstack.runtime.kernels.triton.resources import compile_kernel, resources_of
     from speedstack.runtime.tasks import build_tasks
 
-    plan, weights, memory = _shapes(model, is_packed)
+    plan, weights, memory = _shapes(model, is_packed, has_fp8)
     tasks = build_tasks(plan, bind(plan, weights, memory), torch.device("cpu"))
     word = torch.zeros(1, dtype=torch.int32)
     changing: dict[str, Any] = {"counters_ptr": word, "dump_ptr": word, "failed_ptr": word}
@@ -104,6 +108,7 @@ def compiled_resident(model: str, is_packed: bool, prefetch: Prefetching = "own"
     kernel = KernelResources(
         model=model,
         expert_format="mxfp4" if is_packed else "bf16",
+        linear_format="fp8" if has_fp8 else "bf16",
         phase="whole step",
         op="resident",
         grid=(plan.num_programs,),
@@ -116,8 +121,8 @@ def compiled_resident(model: str, is_packed: bool, prefetch: Prefetching = "own"
     return kernel, compiled
 
 
-def _shapes(model: str, is_packed: bool) -> tuple[Plan, ModelWeights, Memory]:
-    weights = empty_weights(model_spec(model), torch.bfloat16, torch.device("meta"), is_packed)
+def _shapes(model: str, is_packed: bool, has_fp8: bool) -> tuple[Plan, ModelWeights, Memory]:
+    weights = empty_weights(model_spec(model), torch.bfloat16, torch.device("meta"), is_packed, has_fp8)
     plan = build_plan(weights.spec, formats_of(weights), NUM_PROGRAMS, max_context=MAX_CONTEXT)
     return plan, weights, Memory(plan, weights, 8, MAX_CONTEXT)
 
@@ -129,13 +134,14 @@ def main() -> None:
     path = parser.parse_args().result
     kernels = []
     for model in MODELS:
-        for is_packed in (True, False):
-            resident, _ = compiled_resident(model, is_packed)
-            for kernel in (*compiled_kernels(model, is_packed), resident):
+        for is_packed, has_fp8 in ((True, False), (False, False), (True, True)):
+            resident, _ = compiled_resident(model, is_packed, has_fp8=has_fp8)
+            for kernel in (*compiled_kernels(model, is_packed, has_fp8), resident):
                 kernels.append(kernel)
                 print(
-                    f"{model} {kernel.expert_format} {kernel.phase}: {kernel.num_registers} registers, "
-                    f"{kernel.local_bytes} bytes spilled, {kernel.shared_bytes / 1024:.1f} KiB shared",
+                    f"{model} {kernel.expert_format} {kernel.linear_format} {kernel.phase}: "
+                    f"{kernel.num_registers} registers, {kernel.local_bytes} bytes spilled, "
+                    f"{kernel.shared_bytes / 1024:.1f} KiB shared",
                     flush=True,
                 )
     result = KernelResourcesResult(environment=describe_environment(), target="sm_90a", kernels=tuple(kernels))

@@ -1,15 +1,19 @@
 """transformers as a peer: `generate`, assisted generation with the same DFlash drafter, and `generate` compiled.
 
-`generate` runs with its dynamic cache and its fastest experts implementation for this model (tried out first), and
-keeps no scores. The compiled one is what transformers' documentation calls it: a static cache, and the decoding
-forward under `torch.compile`; the cache is as long as the longest text, so that nothing is compiled twice. It tries
-experts implementations out as well, compiled, since another one may be fastest then.
+`generate` runs with its dynamic cache and the experts implementation that decodes this model fastest (tried out first),
+and keeps no scores. The compiled one is what transformers' documentation calls it: a static cache, and the decoding
+forward under `torch.compile`. A step attends to the whole of a static cache, so every set of prompts has one of its
+own, as long as its longest text, and code compiled for that length: a set of long prompts slows no other. It tries
+experts implementations out as well, compiled, since another one may be fastest then; fastest at decoding, for which a
+slow prompt may be the price on a CPU: the time of the first token shows it.
+
+All three run one model in memory.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from transformers import GenerationConfig
@@ -21,6 +25,9 @@ from speedstack.eval.failures import PEER_ERRORS, one_line
 from speedstack.eval.timing import Contestant, Sample
 from speedstack.quant.checkpoint import load_model
 from speedstack.runtime import GenerationStats
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NAMES = {
     "transformers": "transformers",
@@ -57,15 +64,19 @@ def transformers_contestants(
     dtype: torch.dtype,
     device: str,
     kinds: Sequence[str],
-    trial_prompt: list[int],
-    max_length: int,
+    prompts: Mapping[str, Sequence[list[int]]],
+    num_new_tokens: int,
     reference: str,
 ) -> tuple[list[Contestant], list[Unavailable]]:
     """Contestants of `kinds` (keys of `NAMES`) that can be set up, and the others with the reason.
 
-    `max_length` is the longest prompt with its answer; `reference` the contestant whose text these must say.
+    `prompts` are those of each set, by its name; `reference` is the contestant whose text these must say.
     """
     names = [NAMES[kind] for kind in kinds]
+    # Experts are tried out on decoding, for which a long prompt is only a wait.
+    shortest = {name: min(group, key=len) for name, group in prompts.items()}
+    trial_set = min(shortest, key=lambda name: len(shortest[name]))
+    trial_prompt = shortest[trial_set]
     started = time.perf_counter()
     try:
         model: Any = load_model(target, dtype=dtype)
@@ -84,22 +95,22 @@ def transformers_contestants(
     for kind in kinds:
         started = time.perf_counter()
         try:
-            run, what = _runner_of(kind, model, drafter, dtype, max_length)
+            run, what = _runner_of(kind, model, drafter, dtype, prompts, num_new_tokens)
+            trials = plain
+            if isinstance(run, CompiledGenerate):
+                run.choose_set(trial_set)
+                trials, failed = try_experts_implementations(
+                    model, trial_prompt, run, COMPILED_EXPERTS, min(TRIAL_TOKENS, num_new_tokens), NAMES[kind]
+                )
+                unavailable += failed
         except PEER_ERRORS as error:
             unavailable.append(Unavailable(name=NAMES[kind], reason=one_line(error)))
             continue
-        trials = plain
-        if kind == "compiled":
-            num_tokens = min(TRIAL_TOKENS, max_length - len(trial_prompt))
-            trials, failed = try_experts_implementations(
-                model, trial_prompt, run, COMPILED_EXPERTS, num_tokens, NAMES[kind]
-            )
-            unavailable += failed
         if not trials:
             reason = "none of its experts implementations runs this model"
             unavailable.append(Unavailable(name=NAMES[kind], reason=reason))
             continue
-        fastest = min(trials, key=lambda name: trials[name])
+        fastest = choose_experts(trials, kind, model.device.type)
         tried = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in trials.items())
         contestants.append(
             Contestant(
@@ -107,6 +118,7 @@ def transformers_contestants(
                 description=f"transformers {what}, {fastest} experts (tried, ms a decoded token: {tried})",
                 run=_with_experts(model, fastest, run),
                 prepare_seconds=load_seconds + time.perf_counter() - started,
+                enter_set=_with_experts(model, fastest, run.enter_set) if isinstance(run, CompiledGenerate) else None,
                 identical_to=reference,
                 # In float32 the two differ by rounding alone, which decides no argmax but a near tie; in bfloat16 it
                 # does, and so it may where rows are verified together.
@@ -116,8 +128,24 @@ def transformers_contestants(
     return contestants, unavailable
 
 
+def choose_experts(seconds_per_token: Mapping[str, float], kind: str, device: str) -> str:
+    """The experts implementation of a contestant, from the decode times of those that run.
+
+    On a GPU `generate` decodes a model of grouped_mm with batched_mm by itself, so that noise alone would choose
+    between the two; and with batched_mm it would gather the weights of every token of a prompt as well.
+    """
+    switches = device != "cpu" and kind != "assisted" and "grouped_mm" in seconds_per_token
+    names = [name for name in seconds_per_token if not (switches and name == "batched_mm")]
+    return min(names, key=lambda name: seconds_per_token[name])
+
+
 def _runner_of(
-    kind: str, model: Any, drafter: str | Path | None, dtype: torch.dtype, max_length: int
+    kind: str,
+    model: Any,
+    drafter: str | Path | None,
+    dtype: torch.dtype,
+    prompts: Mapping[str, Sequence[list[int]]],
+    num_new_tokens: int,
 ) -> tuple[Callable[[list[int], int], Sample], str]:
     """How to run a contestant, and what to call it."""
     if kind == "transformers":
@@ -131,25 +159,65 @@ def _runner_of(
             transformers_runner(model, options, num_proposals=loaded.config.num_proposals),
             "DFlash assisted generation, the same drafter",
         )
-    return _compiled_runner(model, max_length), "generate, static cache, torch.compile"
+    return CompiledGenerate(model, prompts, num_new_tokens), "generate, static cache, torch.compile"
 
 
-def _compiled_runner(model: Any, max_length: int) -> Callable[[list[int], int], Sample]:
-    from transformers import CompileConfig, StaticCache
+class CompiledGenerate:
+    """`generate` under `torch.compile`, with a static cache for each set of prompts, as long as its longest text.
 
-    config = CompileConfig()
-    if model.device.type == "cpu":
-        # CUDA graphs are what the default mode is for; and transformers compiles on a CPU only when told so.
-        config.mode = "default"
-        config._compile_all_devices = True  # type: ignore[assignment]
-    cache = StaticCache(config=model.config, max_cache_len=max_length)
-    generate = transformers_runner(model, {"past_key_values": cache, "compile_config": config})
+    `choose_set` says whose prompts come; `enter_set` says it too, and compiles for them when it does so first.
+    """
 
-    def run(prompt: list[int], num_new_tokens: int) -> Sample:
-        cache.reset()
-        return generate(prompt, num_new_tokens)
+    def __init__(self, model: Any, prompts: Mapping[str, Sequence[list[int]]], num_new_tokens: int) -> None:
+        from transformers import CompileConfig, StaticCache
 
-    return run
+        config = CompileConfig()
+        if model.device.type == "cpu":
+            # CUDA graphs are what the default mode is for; and transformers compiles on a CPU only when told so.
+            config.mode = "default"
+            config._compile_all_devices = True  # type: ignore[assignment]
+        self._prompts, self._num_new_tokens = prompts, num_new_tokens
+        lengths = {name: max(map(len, group)) + num_new_tokens for name, group in prompts.items()}
+        caches = {length: StaticCache(config=model.config, max_cache_len=length) for length in set(lengths.values())}
+        self.caches = {name: caches[length] for name, length in lengths.items()}
+        self._generate = {
+            name: transformers_runner(model, {"past_key_values": cache, "compile_config": config})
+            for name, cache in self.caches.items()
+        }
+        # Past its limit the compiler silently leaves a function uncompiled; every length is one more of each.
+        self._recompile_limit = torch._dynamo.config.recompile_limit * len(caches)
+        self._set_name = next(iter(prompts))
+        self._has_buffers, self._is_compiled = set[int](), set[str]()
+
+    def choose_set(self, name: str) -> None:
+        """The next prompts are of the set `name`."""
+        self._set_name, cache = name, self.caches[name]
+        if id(cache) in self._has_buffers:
+            return
+        self(self._prompts[name][0][:1], 1)  # a prefill, which is not compiled, makes the buffers
+        for layer in cache.layers:
+            for buffer in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+                if buffer is not None:
+                    # Or a second length would make the compiler write slower code, for any length.
+                    torch._dynamo.mark_static(buffer)
+        self._has_buffers.add(id(cache))
+
+    def enter_set(self, name: str) -> None:
+        """`choose_set`; for the first time it also runs the shortest and the longest prompt of the set.
+
+        A layer with a window is other code once its window is full: between them these texts see both, if any does.
+        """
+        self.choose_set(name)
+        if name not in self._is_compiled:
+            for prompt in (min(self._prompts[name], key=len), max(self._prompts[name], key=len)):
+                self(prompt, self._num_new_tokens)
+            self._is_compiled.add(name)
+
+    def __call__(self, prompt: list[int], num_new_tokens: int) -> Sample:
+        """One text."""
+        self.caches[self._set_name].reset()
+        with torch._dynamo.config.patch(recompile_limit=self._recompile_limit):
+            return self._generate[self._set_name](prompt, num_new_tokens)
 
 
 def refuse_broken_logits(model: Any, prompt: list[int]) -> None:
@@ -175,7 +243,7 @@ def try_experts_implementations(
     seconds_per_token: dict[str, float] = {}
     unavailable = []
     run = run or transformers_runner(model)
-    for name in implementations or EXPERTS_IMPLEMENTATIONS:
+    for name in EXPERTS_IMPLEMENTATIONS if implementations is None else implementations:
         try:
             model.set_experts_implementation(name)
             run(prompt, 2)
@@ -190,14 +258,12 @@ def try_experts_implementations(
     return seconds_per_token, unavailable
 
 
-def _with_experts(
-    model: Any, implementation: str, run: Callable[[list[int], int], Sample]
-) -> Callable[[list[int], int], Sample]:
+def _with_experts(model: Any, implementation: str, run: Callable[P, T]) -> Callable[P, T]:
     """`run` with an experts implementation of its own: contestants share the model."""
 
-    def run_with(prompt: list[int], num_new_tokens: int) -> Sample:
+    def run_with(*arguments: P.args, **options: P.kwargs) -> T:
         model.set_experts_implementation(implementation)
-        return run(prompt, num_new_tokens)
+        return run(*arguments, **options)
 
     return run_with
 

@@ -4,10 +4,14 @@ All decode the same token ids greedily in one dtype, with one thread count, one 
 tokens, as many tokens as the next one. Peers are set up as their own documentation would; those that are not installed,
 or cannot run the model, are named with the reason. In float32 engines differ by rounding alone, which decides no argmax
 but a near tie: there transformers' `generate` is promised to say the same, and the others are compared.
+
+Repeats are interleaved, so everybody is in memory at once. What is held of the target's weights at most: one copy for
+all of ours, which share a `LoadedTarget` (with a drafter two, where the `cpu` backend arranges them for its kernels);
+one transformers model for its three ways, experts unpacked; one for each of vLLM's two instances; one of llama.cpp.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +29,7 @@ from speedstack.eval.results import AcceptanceResult, SetTiming, TimingResult, U
 from speedstack.eval.timing import Contestant, Sample, Standings, race
 from speedstack.runtime import DraftStrategy, Engine
 from speedstack.runtime.strategy import NGRAM
+from speedstack.runtime.target import load_target
 
 ENGINE = "engine"
 ENGINE_DRAFTER = "engine + drafter"
@@ -79,12 +84,12 @@ def measure_timing(
     if len(set(names)) < len(names):
         raise ValueError(f"two sets of prompts have one name: {', '.join(names)}")
     prompts = {entry.name: entry.prompts for entry in prompt_sets}
+    if not prompts or not all(prompts.values()):
+        raise ValueError("a timing needs prompts, in every set")
     every_prompt = [prompt for group in prompts.values() for prompt in group]
-    if not every_prompt:
-        raise ValueError("a timing needs prompts")
     max_length = max(map(len, every_prompt)) + settings.num_new_tokens
     ours, identity = engine_contestants(target, drafter, dtype, settings, max_length)
-    peers, unavailable = peer_contestants(target, drafter, dtype, settings, every_prompt, max_length)
+    peers, unavailable = peer_contestants(target, drafter, dtype, settings, prompts)
     environment = describe_environment()
     with EnergyCounter(settings.device) as energy:
 
@@ -151,51 +156,62 @@ def engine_contestants(
 ) -> tuple[list[Contestant], dict[str, str | None]]:
     """Our engine without and with speculation, all of which promise the first one's tokens; and what is timed.
 
-    The two ways of drafting share an engine, which changes its strategy before a call.
+    One engine has no drafter: it decodes plainly and with look-up. Another has the drafter, whose context it writes in
+    every step. They change how they speculate before a call.
     """
+    loaded = load_target(target, settings.device, dtype)
 
-    def load(with_drafter: str | Path | None) -> Engine:
-        return Engine.from_pretrained(
-            target,
-            with_drafter,
-            backend=settings.backend,
-            device=settings.device,
-            dtype=dtype,
-            max_length=max_length,
-            max_batch_size=1,
-        )
+    def make(with_drafter: str | Path | None) -> Engine:
+        return Engine.from_target(loaded, with_drafter, settings.backend, max_length, max_batch_size=1)
 
-    plain = load(None)
+    plain = make(None)
     identity = {"target": str(target), "target_sha256": plain.target_sha256}
-    backend = f"speedstack Engine, {plain.backend_name} backend"
+    packed = "".join(f", {part}" for part in plain.memory_bytes() if part.endswith(")"))
+    backend = f"speedstack Engine, {plain.backend_name} backend{packed}"
     contestants = [
         Contestant(
             name=ENGINE,
             description=f"{backend}, one token a step",
-            run=engine_runner(plain),
+            run=engine_runner(plain, lambda: plain.set_drafter(None), speculates=False),
             prepare_seconds=plain.prepare_seconds,
         )
     ]
-    ways: list[tuple[str, Engine, DraftStrategy, str]] = []
+    ways: list[tuple[str, Engine, Callable[[], None], str]] = []
+    adaptive = DraftStrategy("adaptive")
     if drafter is not None:
-        drafting = load(drafter)
+        drafting = make(drafter)
         identity |= {"drafter": str(drafter), "drafter_sha256": drafting.drafter_sha256}
         ways += [
-            (ENGINE_DRAFTER, drafting, DraftStrategy("adaptive"), "DFlash drafter, as many drafts as pay"),
-            (ENGINE_WHOLE_BLOCKS, drafting, DraftStrategy(), "DFlash drafter, every block verified whole"),
+            (
+                ENGINE_DRAFTER,
+                drafting,
+                lambda: drafting.set_strategy(adaptive),
+                "DFlash drafter, as many drafts as pay",
+            ),
+            (
+                ENGINE_WHOLE_BLOCKS,
+                drafting,
+                lambda: drafting.set_strategy(DraftStrategy()),
+                "DFlash drafter, every block verified whole",
+            ),
         ]
     if settings.look_up:
-        ways.append((ENGINE_LOOK_UP, load(NGRAM), DraftStrategy("adaptive"), "prompt look-up, as many as pay"))
+
+        def look_up() -> None:
+            plain.set_drafter(NGRAM)
+            plain.set_strategy(adaptive)
+
+        ways.append((ENGINE_LOOK_UP, plain, look_up, "prompt look-up, as many as pay"))
     contestants += [
         Contestant(
             name=name,
             description=f"{backend}, {what}",
-            run=engine_runner(engine, strategy),
+            run=engine_runner(engine, prepare, speculates=True),
             prepare_seconds=engine.prepare_seconds,
             identical_to=ENGINE,
             identity_promised=True,
         )
-        for name, engine, strategy, what in ways
+        for name, engine, prepare, what in ways
     ]
     return contestants, identity
 
@@ -205,22 +221,22 @@ def peer_contestants(
     drafter: str | Path | None,
     dtype: torch.dtype,
     settings: TimingSettings,
-    prompts: Sequence[list[int]],
-    max_length: int,
+    prompts: Mapping[str, Sequence[list[int]]],
 ) -> tuple[list[Contestant], list[Unavailable]]:
-    """The peers of `settings` that can be set up, and the others with the reason."""
+    """The peers of `settings` that can be set up for these sets of prompts, and the others with the reason."""
     contestants: list[Contestant] = []
     unavailable: list[Unavailable] = []
     wanted = settings.peers
     kinds = [kind for kind in ("transformers", "assisted", "compiled") if kind in wanted]
+    num_new_tokens = settings.num_new_tokens
+    max_length = max(len(prompt) for group in prompts.values() for prompt in group) + num_new_tokens
     if drafter is None and "assisted" in kinds:
         kinds.remove("assisted")
+        unavailable.append(Unavailable(name=TRANSFORMERS_DRAFTER, reason="no drafter: give --drafter DIR"))
     found: list[tuple[list[Contestant], list[Unavailable]]] = []
     if kinds:
-        # Experts are tried out on decoding, for which a long prompt is only a wait.
-        trial = min(prompts, key=len)
         found.append(
-            transformers_contestants(target, drafter, dtype, settings.device, kinds, trial, max_length, ENGINE)
+            transformers_contestants(target, drafter, dtype, settings.device, kinds, prompts, num_new_tokens, ENGINE)
         )
     if "vllm" in wanted:
         found.append(vllm_contestants(target, drafter, dtype, settings.device, max_length, ENGINE))
@@ -232,12 +248,11 @@ def peer_contestants(
     return contestants, unavailable
 
 
-def engine_runner(engine: Engine, strategy: DraftStrategy | None = None) -> Callable[[list[int], int], Sample]:
-    """Calls of `generate`, as `strategy` says; without one there is nothing to count in rounds."""
+def engine_runner(engine: Engine, prepare: Callable[[], None], speculates: bool) -> Callable[[list[int], int], Sample]:
+    """Calls of `generate`, each after `prepare`; only one that speculates has rounds to count."""
 
     def run(prompt: list[int], num_new_tokens: int) -> Sample:
-        if strategy is not None:
-            engine.set_strategy(strategy)
+        prepare()
         started = time.perf_counter()
         generation = engine.generate(prompt, max_new_tokens=num_new_tokens, ignore_eos=True)
         total_seconds = time.perf_counter() - started
@@ -245,7 +260,7 @@ def engine_runner(engine: Engine, strategy: DraftStrategy | None = None) -> Call
             tokens=generation.tokens,
             arrivals=[(moment - started, count) for moment, count in generation.stats.arrivals],
             total_seconds=total_seconds,
-            rounds=generation.stats if strategy is not None else None,
+            rounds=generation.stats if speculates else None,
         )
 
     return run

@@ -15,6 +15,7 @@ prompt into tokens and times.
 import logging
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -68,6 +69,8 @@ class Sample:
 class Contestant:
     """A way of generating: `run(prompt ids, number of new tokens)` decodes greedily, past any end-of-text token.
 
+    `enter_set` is told, before each call, of which set the prompt is: whoever sizes buffers ahead sizes them by a set.
+    What it takes is no part of a call's time; in warm-ups it counts as theirs.
     `identical_to` names the contestant whose tokens these must be compared with; `identity_promised` says that a
     difference is a fault, not a rounding.
     """
@@ -76,6 +79,7 @@ class Contestant:
     description: str
     run: Callable[[list[int], int], Sample]
     prepare_seconds: float = 0.0
+    enter_set: Callable[[str], None] | None = None
     identical_to: str | None = None
     identity_promised: bool = False
 
@@ -99,6 +103,7 @@ class _Lane:
 
     contestant: Contestant
     warmup_seconds: float = 0.0
+    enter_seconds: float = 0.0
     samples: dict[str, list[list[Sample]]] = field(default_factory=dict)
     left: set[str] = field(default_factory=set)
 
@@ -174,8 +179,9 @@ class _Race:
         for lane in self.lanes:
             for name in names:
                 for _ in range(num_warmups):
+                    lane.enter_seconds = 0.0
                     sample = self._call(lane, name, self.prompt_sets[name][0])
-                    lane.warmup_seconds += sample.total_seconds if sample is not None else 0.0
+                    lane.warmup_seconds += lane.enter_seconds + (sample.total_seconds if sample is not None else 0.0)
 
     def repeat(self, name: str, orders: random.Random) -> None:
         """Every prompt of a set once by everybody."""
@@ -230,8 +236,12 @@ class _Race:
         self.bar.update()
         if name in lane.left:
             return None
-        before = self.energy.joules() if self.energy is not None else None
         try:
+            if lane.contestant.enter_set is not None:
+                started = time.perf_counter()
+                lane.contestant.enter_set(name)
+                lane.enter_seconds = time.perf_counter() - started
+            before = self.energy.joules() if self.energy is not None else None
             sample = lane.contestant.run(prompt, self.num_new_tokens)
         except PEER_ERRORS as error:
             reason = one_line(error)

@@ -4,11 +4,13 @@ Not part of our recipe, which leaves everything but the routed experts alone; ch
 other linear layers this way, and what reads or writes those has to speak it. Scales are multipliers, float32 (MiMo,
 DeepSeek-V3) or E8M0 powers of two (DeepSeek-V4).
 
-Left out: activations, per-tensor and per-channel scales, and computing with FP8.
+Left out: activations, per-tensor and per-channel scales, and products of FP8 with FP8.
 
-Shape suffixes: O = out features, I = in features, P = ceil(O / 128), Q = ceil(I / 128).
+Shape suffixes: O = out features, I = in features, P = ceil(O / rows of a tile), Q = ceil(I / 128).
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +18,13 @@ import torch
 TILE_SIZE = 128
 ELEMENT_DTYPE = torch.float8_e4m3fn
 SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu)
+# In a config.json's quantization_config: whether the language-model head is stored so too, which nobody else does.
+# GPTQ's configurations have the same field.
+HEAD_FIELD = "lm_head"
 _MAX = 448.0
+_NAN_BITS = 0x7F  # of an element, whatever its sign
+# Rows whose float32 values are in memory at a time.
+_ROWS_AT_A_TIME = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +32,14 @@ class FP8Tensor:
     """A matrix of shape [O, I].
 
     codes_OI: float8_e4m3fn. scales_PQ: float32 or float8_e8m0fnu, one a tile; tiles at the edges may be partial.
+    tile_rows: 128 in checkpoints; a part of that where rows of several matrices were put together, see `joined`.
 
     Raises ValueError when dtypes or shapes do not fit together.
     """
 
     codes_OI: torch.Tensor
     scales_PQ: torch.Tensor
+    tile_rows: int = TILE_SIZE
 
     def __post_init__(self) -> None:
         if self.codes_OI.dtype != ELEMENT_DTYPE or self.scales_PQ.dtype not in SCALE_DTYPES:
@@ -37,7 +47,10 @@ class FP8Tensor:
                 f"FP8 tiles are {ELEMENT_DTYPE} with scales of {SCALE_DTYPES[0]} or {SCALE_DTYPES[1]}, got "
                 f"{self.codes_OI.dtype} and {self.scales_PQ.dtype}"
             )
-        expected = tuple(-(-size // TILE_SIZE) for size in self.codes_OI.shape)
+        if self.tile_rows < 1 or TILE_SIZE % self.tile_rows:
+            raise ValueError(f"FP8 tiles have {TILE_SIZE} rows or a part of that, not {self.tile_rows}")
+        sizes = (self.tile_rows, TILE_SIZE)
+        expected = tuple(-(-size // tile) for size, tile in zip(self.codes_OI.shape, sizes, strict=False))
         if self.codes_OI.ndim != 2 or tuple(self.scales_PQ.shape) != expected:
             raise ValueError(
                 f"FP8 codes {tuple(self.codes_OI.shape)} need scales of shape {expected}, "
@@ -49,21 +62,55 @@ class FP8Tensor:
         """Shape of the matrix that `dequantize` returns."""
         return self.codes_OI.shape
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes_OI.nbytes + self.scales_PQ.nbytes
+
+    def to(self, device: torch.device | str) -> "FP8Tensor":
+        """The same bytes on `device`."""
+        return FP8Tensor(self.codes_OI.to(device), self.scales_PQ.to(device), self.tile_rows)
+
+    def has_nan(self) -> bool:
+        """Whether an element or a scale is no number, or a scale is infinite."""
+        has_nan_codes = bool(((self.codes_OI.view(torch.uint8) & _NAN_BITS) == _NAN_BITS).any())
+        return has_nan_codes or not bool(torch.isfinite(self.scales_PQ.float()).all())
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [O, I]: multiplied in float32, then rounded once to `dtype`."""
-        w_OI = torch.empty(self.shape, dtype=dtype)
-        for row, scales_Q in enumerate(self.scales_PQ.float()):
-            rows = slice(row * TILE_SIZE, (row + 1) * TILE_SIZE)
-            scales_I = scales_Q.repeat_interleave(TILE_SIZE)[: self.shape[1]]
-            w_OI[rows] = (self.codes_OI[rows].float() * scales_I).to(dtype)
+        w_OI = torch.empty(self.shape, dtype=dtype, device=self.codes_OI.device)
+        for start in range(0, self.shape[0], _ROWS_AT_A_TIME):
+            codes_RI = self.codes_OI[start : start + _ROWS_AT_A_TIME]
+            tiles = slice(start // self.tile_rows, (start + _ROWS_AT_A_TIME) // self.tile_rows)
+            scales_RQ = self.scales_PQ[tiles].float().repeat_interleave(self.tile_rows, 0)[: len(codes_RI)]
+            scales_RI = scales_RQ.repeat_interleave(TILE_SIZE, 1)[:, : self.shape[1]]
+            w_OI[start : start + len(codes_RI)] = (codes_RI.float() * scales_RI).to(dtype)
         return w_OI
+
+    def with_tile_rows(self, tile_rows: int) -> "FP8Tensor":
+        """The same values under scales of fewer rows each; a divisor of `tile_rows`."""
+        assert self.tile_rows % tile_rows == 0
+        num_tiles = -(-self.shape[0] // tile_rows)
+        scales_PQ = self.scales_PQ.repeat_interleave(self.tile_rows // tile_rows, 0)[:num_tiles]
+        return FP8Tensor(self.codes_OI, scales_PQ, tile_rows)
 
     def with_scales(self, dtype: torch.dtype) -> "FP8Tensor | None":
         """The same values with scales of `dtype`; None where that cannot hold every one of them exactly."""
         scales_PQ = self.scales_PQ.float().to(dtype)
         if not torch.equal(scales_PQ.float(), self.scales_PQ.float()):
             return None
-        return FP8Tensor(self.codes_OI, scales_PQ)
+        return FP8Tensor(self.codes_OI, scales_PQ, self.tile_rows)
+
+
+def joined(parts: Sequence[FP8Tensor]) -> FP8Tensor:
+    """The rows of several matrices with float32 scales, one after the other.
+
+    Tiles begin anew with every part, so they keep as many rows as divide where all parts begin: 128 for most models.
+    """
+    assert all(part.scales_PQ.dtype == torch.float32 for part in parts)
+    tile_rows = math.gcd(*(part.tile_rows for part in parts), *(part.shape[0] for part in parts[:-1]))
+    codes_OI = torch.cat([part.codes_OI.view(torch.uint8) for part in parts]).view(ELEMENT_DTYPE)
+    return FP8Tensor(codes_OI, torch.cat([part.with_tile_rows(tile_rows).scales_PQ for part in parts]), tile_rows)
 
 
 def quantize_fp8(w_OI: torch.Tensor, scale_dtype: torch.dtype = torch.float32) -> FP8Tensor:

@@ -26,7 +26,7 @@ from speedstack.runtime.program import (
 from speedstack.runtime.reference import rotary_tables
 from speedstack.runtime.ring import MAX_ROWS, POSITIONS_PER_BLOCK, ring_length
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, MoeSpec
-from speedstack.runtime.weights import AttentionWeights, DenseWeights, LayerWeights, MoeWeights
+from speedstack.runtime.weights import AttentionWeights, DenseWeights, LayerWeights, Linear, MoeWeights
 
 UNBOUNDED = 1 << 30  # as many positions as there are
 
@@ -94,7 +94,7 @@ class Assembler:
     def add_qkv(
         self,
         norm_D: torch.Tensor,
-        projection_OD: torch.Tensor,
+        projection_OD: Linear,
         weights: AttentionWeights,
         spec: AttentionSpec,
         eps: float,

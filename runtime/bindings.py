@@ -5,27 +5,35 @@ and sizes, for every backend that executes plans in Triton. Weights stay as they
 keys and values, whose rows are sorted by key/value head and padded to whole tiles, and for the sampling state, which
 the plan knows as part of the rows.
 
+Scales of weights in FP8 come last among a phase's pointers: one a tile of FP8_ROWS rows and 128 columns, which is 128
+rows but where the order of qkv rows puts rows of different tiles side by side. Then tiles have as many rows as head
+sizes and the group's columns have in common: 64 for heads of 192 and 128, that is one scale for 8,192 weights; at worst
+one a row, 3 % more bytes.
+
 Legend: R rows, D hidden, N heads, G key/value heads, M heads of a group, H query/key head size, V value head size,
 O qkv rows of the checkpoint, T positions.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from speedstack.quant.fp8 import TILE_SIZE, FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.memory import Memory
 from speedstack.runtime.plan import Phase, Plan
 from speedstack.runtime.reference import rotary_tables
 from speedstack.runtime.spec import AttentionSpec, MoeSpec
-from speedstack.runtime.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights, Weight
+from speedstack.runtime.weights import AttentionWeights, DenseWeights, Linear, ModelWeights, MoeWeights, Weight
 
 # Fixed, so that the order of every sum is: elements of a contraction axis at a time, (row, head) pairs of a query tile,
 # keys at a time, splits combined at a time, blocks of four tokens that draw noise at a time; and tokens of a text that
 # are compared at a time, which has no bearing on anything.
 CHUNK = 128
+assert TILE_SIZE % CHUNK == 0, "a chunk lies under one scale"
 QUERIES = 32
 KEY_CHUNK = 64
 SPLITS_AT_A_TIME = 16
@@ -74,6 +82,14 @@ def bind(plan: Plan, weights: ModelWeights, memory: Memory) -> list[Binding]:
     return [builder.bind(phase) for phase in plan.phases]
 
 
+def grouped_fp8_qkv(weight: FP8Tensor, spec: AttentionSpec, columns: int) -> FP8Tensor:
+    """`grouped_qkv` of a projection in FP8. Tiles have as many rows as keep each inside one tile of `weight`."""
+    tile_rows = math.gcd(weight.tile_rows, spec.qk_head_dim, spec.v_head_dim, columns)
+    codes = grouped_qkv(weight.codes_OI.view(torch.uint8), spec, columns).view(weight.codes_OI.dtype)
+    scales = grouped_qkv(weight.with_tile_rows(1).scales_PQ, spec, columns)[::tile_rows]
+    return FP8Tensor(codes, scales.contiguous(), tile_rows)
+
+
 def grouped_qkv(weight_OD: torch.Tensor, spec: AttentionSpec, columns: int) -> torch.Tensor:
     """Rows of a qkv projection (or its bias) by key/value head: its queries, key and value, zeros up to `columns`."""
     sizes = [
@@ -110,6 +126,12 @@ class _Builder:
         """Something to point to where there is nothing."""
         return self.memory.hidden_DR if tensor is None else tensor
 
+    def linear(self, weight: Linear) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], dict[str, Any]]:
+        """A matrix or its codes, its scales if it is in FP8, and the constant that says so."""
+        if isinstance(weight, FP8Tensor):
+            return weight.codes_OI, (weight.scales_PQ,), {"FP8_ROWS": weight.tile_rows}
+        return weight, (), {"FP8_ROWS": 0}
+
     def attention_of(self, phase: Phase) -> tuple[AttentionSpec, AttentionWeights]:
         assert phase.layer is not None
         return self.spec.layers[phase.layer].attention, self.weights.layers[phase.layer].attention
@@ -143,9 +165,14 @@ class _Builder:
         spec, weights = self.attention_of(phase)
         columns = phase.axes[1].size * phase.tile
         hidden, qkv = self.buffer("hidden", "qkv")
-        weight, bias_O = grouped_qkv(weights.qkv_OD, spec, columns), weights.qkv_bias_O
+        qkv_OD, bias_O = weights.qkv_OD, weights.qkv_bias_O
+        if isinstance(qkv_OD, FP8Tensor):
+            weight, scales, constants = self.linear(grouped_fp8_qkv(qkv_OD, spec, columns))
+        else:
+            weight, scales, constants = self.linear(grouped_qkv(qkv_OD, spec, columns))
         bias = self.optional(None if bias_O is None else grouped_qkv(bias_O, spec, columns))
-        return (hidden, weights.norm_D, weight, bias, qkv), {"COLUMNS": columns, "HAS_BIAS": bias_O is not None}
+        constants |= {"COLUMNS": columns, "HAS_BIAS": bias_O is not None}
+        return (hidden, weights.norm_D, weight, bias, qkv, *scales), constants
 
     def attention(self, phase: Phase) -> Bound:
         spec, weights = self.attention_of(phase)
@@ -218,12 +245,14 @@ class _Builder:
         x_step: int,
         x_row_step: int,
         width: int,
-        weight: torch.Tensor,
+        weight: Linear,
         bias: torch.Tensor | None,
     ) -> Bound:
         """A projection to the hidden size; element k of row r lies at x[k * x_step + r * x_row_step]."""
         tap = self.tap(phase)
-        return (x, weight, self.optional(bias), self.buffers["hidden"], self.optional(tap)), {
+        matrix, scales, constants = self.linear(weight)
+        pointers = (x, matrix, self.optional(bias), self.buffers["hidden"], self.optional(tap), *scales)
+        return pointers, constants | {
             "x_step": x_step,
             "x_row_step": x_row_step,
             "K": width,
@@ -234,7 +263,8 @@ class _Builder:
     def dense_gate_up(self, phase: Phase) -> Bound:
         weights = self.dense_of(phase)
         hidden, act = self.buffer("hidden", "act")
-        return (hidden, weights.norm_D, weights.gate_up_FD, act), {"WIDTH": weights.down_DF.shape[1]}
+        matrix, scales, constants = self.linear(weights.gate_up_FD)
+        return (hidden, weights.norm_D, matrix, act, *scales), constants | {"WIDTH": weights.down_DF.shape[1]}
 
     def router(self, phase: Phase) -> Bound:
         spec, weights = self.moe_of(phase)
@@ -288,7 +318,9 @@ class _Builder:
 
     def lm_head(self, phase: Phase) -> Bound:
         hidden, logits, best = self.buffer("hidden", "logits", "best")
-        return (hidden, self.weights.norm_D, self.weights.lm_head_VD, logits, best), {"VOCAB": self.spec.vocab_size}
+        matrix, scales, constants = self.linear(self.weights.lm_head_VD)
+        pointers = (hidden, self.weights.norm_D, matrix, logits, best, *scales)
+        return pointers, constants | {"VOCAB": self.spec.vocab_size}
 
     def sample(self, phase: Phase) -> Bound:
         tiles = self.plan.buffer_named["best"].num_cells

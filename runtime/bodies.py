@@ -29,7 +29,7 @@ from speedstack.runtime.reference import _experts, rms_norm, rotary_tables, rota
 from speedstack.runtime.ring import ring_length
 from speedstack.runtime.round_bodies import FIRST_ROW, NUM_ROWS, POSITION, SLOT, TOKEN, RoundBodies, Steps
 from speedstack.runtime.spec import AttentionSpec, MoeSpec
-from speedstack.runtime.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights
+from speedstack.runtime.weights import AttentionWeights, DenseWeights, Linear, ModelWeights, MoeWeights, plain_matrix
 
 
 class PlanMemory(RoundBodies):
@@ -132,7 +132,7 @@ class PlanMemory(RoundBodies):
         chosen = rows[self._columns(phase, index, len(rows))]
         x_RD = self._norm(w.norm_D)
         yield
-        out = x_RD @ w.qkv_OD[chosen].T
+        out = x_RD @ plain_matrix(w.qkv_OD, x_RD.dtype)[chosen].T
         if w.qkv_bias_O is not None:
             out = out + w.qkv_bias_O[chosen]
         first = index[1] * phase.tile
@@ -211,12 +211,12 @@ class PlanMemory(RoundBodies):
         return self._add(phase, index, x_RO, w.output_DO, bias)
 
     def _add(
-        self, phase: Phase, index: tuple[int, ...], x_RK: torch.Tensor, weight_DK: torch.Tensor, bias_D: Any = None
+        self, phase: Phase, index: tuple[int, ...], x_RK: torch.Tensor, weight_DK: Linear, bias_D: Any = None
     ) -> Steps:
         columns = self._columns(phase, index, self.spec.hidden_size)
         before = self.hidden_RD[:, columns].clone()
         yield
-        out = x_RK @ weight_DK[columns].T
+        out = x_RK @ plain_matrix(weight_DK, x_RK.dtype)[columns].T
         self.hidden_RD[:, columns] = before + (out if bias_D is None else out + bias_D[columns])
 
     def _dense_gate_up(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
@@ -224,7 +224,7 @@ class PlanMemory(RoundBodies):
         columns = self._columns(phase, index, w.down_DF.shape[1])
         x_RD = self._norm(w.norm_D)
         yield
-        gate_FD, up_FD = w.gate_up_FD.chunk(2)
+        gate_FD, up_FD = plain_matrix(w.gate_up_FD, x_RD.dtype).chunk(2)
         act = F.silu(x_RD @ gate_FD[columns].T) * (x_RD @ up_FD[columns].T)
         self.shared[phase.writes[0].buffer][:, columns] = act
 
@@ -302,7 +302,7 @@ class PlanMemory(RoundBodies):
         columns = self._columns(phase, index, self.spec.vocab_size)
         x_RD = self._norm(self.weights.norm_D)
         yield
-        logits = (x_RD @ self.weights.lm_head_VD[columns].T).float()
+        logits = (x_RD @ plain_matrix(self.weights.lm_head_VD, x_RD.dtype)[columns].T).float()
         self.logits_RV[:, columns] = logits
         best = logits.max(-1)
         self.best_RT2[:, index[0]] = torch.stack([best.values, (best.indices + columns.start).float()], dim=-1)

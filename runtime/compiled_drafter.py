@@ -83,6 +83,7 @@ class CompiledDrafter:
         D, C = weights.fc_DC.shape
         self.context.add(LINEAR, [C, D, 0], (), [features_RC, panels(weights.fc_DC), b.context])
         for (attention, _), spec, cache in zip(weights.layers, weights.attentions, caches, strict=True):
+            assert isinstance(attention.qkv_OD, torch.Tensor), "drafters are stored in bfloat16"
             kv_OD = attention.qkv_OD[spec.num_heads * spec.qk_head_dim :]
             assembler.add_qkv(weights.hidden_norm_D, kv_OD, attention, spec, eps, cache, has_queries=False)
 

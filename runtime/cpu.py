@@ -5,8 +5,9 @@ with one thread team (see kernels/decode_cpu.cpp, which also says why a row's bi
 reference backend is its oracle. PyTorch calls cost microseconds each, hundreds of them a step: for a model whose
 weights a CPU reads in a tenth of a millisecond that would be most of the time.
 
-Left out: dtypes other than float32 (experts stay MXFP4), and sizes that are not multiples of 16 (32 for packed
-experts' contraction axes); such models are refused by name.
+Left out: activations other than float32, and sizes that are not multiples of 16 (32 for packed experts' contraction
+axes); such models are refused by name. Packed experts stay MXFP4. Matrices in FP8 are held in bfloat16, which has all
+their values: twice the bytes, and a warning says so.
 """
 
 import logging
@@ -18,6 +19,7 @@ import torch
 
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
+from speedstack.quant.fp8 import FP8Tensor
 from speedstack.runtime.assemble import Assembler, Buffers
 from speedstack.runtime.backend import DraftRequest, Rounds, Rows
 from speedstack.runtime.budget import PYTORCH_BESIDE_COMPILED, RoundCost, compiled_cost
@@ -87,6 +89,9 @@ class CpuBackend:
             assembler.add_layer(layer, layer_spec, spec.rms_norm_eps)
             self._layer_ends.append(len(self._target.ops) - 1)
         self._target.part = "embedding and LM head"
+        num_fp8 = sum(isinstance(matrix, FP8Tensor) for matrix in weights.linears())
+        if num_fp8:
+            logger.warning("backend cpu: %d matrices in FP8 are held in bfloat16, its kernels read no FP8", num_fp8)
         assembler.add_head(weights.norm_D, self._lm_head, spec.rms_norm_eps)
         assembler.add_best(spec.vocab_size)
         self._caches = assembler.caches

@@ -18,7 +18,7 @@ import torch
 
 from speedstack.dflash.checkpoint import MASK_EMBEDDING_NAME, check_target, load_drafter
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.quant.checkpoint import load_checkpoint, weights_sha256
+from speedstack.quant.checkpoint import weights_sha256
 from speedstack.runtime.backend import Backend, Rows
 from speedstack.runtime.budget import DraftBudget
 from speedstack.runtime.decoder import Decoder
@@ -26,11 +26,12 @@ from speedstack.runtime.proposer import DrafterProposer, NgramProposer, NoPropos
 from speedstack.runtime.results import Generation, Score
 from speedstack.runtime.ring import MAX_ROWS
 from speedstack.runtime.sampling import SamplingParams
-from speedstack.runtime.select import choose_device, choose_dtype, make_backend, refuse_trees
+from speedstack.runtime.select import make_backend, refuse_trees
 from speedstack.runtime.sequence import RunningSequence
-from speedstack.runtime.spec import ModelSpec, spec_from_config
+from speedstack.runtime.spec import ModelSpec
 from speedstack.runtime.strategy import NGRAM, DraftStrategy
-from speedstack.runtime.weights import ModelWeights, read_weights
+from speedstack.runtime.target import LoadedTarget, load_target
+from speedstack.runtime.weights import ModelWeights
 
 Prompt = str | list[int]
 DEFAULT_MAX_LENGTH = 4096
@@ -100,7 +101,8 @@ class Engine:
                 fixed number of looked-up drafts; `auto` takes `cpu` where it can and says why where it cannot, and else
                 `reference`.
             device: `cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is one.
-            dtype: of everything but packed experts; None is float32 on a CPU and bfloat16 on a GPU.
+            dtype: of everything but packed experts and matrices in FP8, which stay so; None is float32 on a CPU and
+                bfloat16 on a GPU.
             max_length: positions that each sequence's buffers hold; None takes the model's, at most 4096.
             max_batch_size: sequences decoded together.
             num_drafts: proposals verified a round; None verifies all that the drafter makes, `adaptive` drafts and
@@ -112,17 +114,25 @@ class Engine:
         Raises:
             ValueError: with one line that says what is wrong and what would be right.
         """
-        torch_device = choose_device(device)
-        torch_dtype = choose_dtype(dtype, torch_device)
-        checkpoint = load_checkpoint(target)
-        spec = spec_from_config(checkpoint.config)
-        sha256 = weights_sha256(target)
-        tied = bool(checkpoint.config.tie_word_embeddings)
-        weights = read_weights(spec, checkpoint.tensors, torch_dtype, torch_device, tied)
         strategy = DraftStrategy(num_drafts, draft_noise, tree_budget)
-        model, drafter_sha256 = _load_drafter(drafter, spec, sha256, torch_dtype, torch_device)
-        engine = cls(weights, model, _load_tokenizer(target), backend, max_length, max_batch_size, strategy)
-        engine.target_sha256, engine.drafter_sha256 = sha256, drafter_sha256
+        loaded = load_target(target, device, dtype)
+        return cls.from_target(loaded, drafter, backend, max_length, max_batch_size, strategy)
+
+    @classmethod
+    def from_target(
+        cls,
+        target: LoadedTarget,
+        drafter: str | Path | DFlashDraftModel | None = None,
+        backend: Literal["auto", "reference", "cpu", "graph", "resident"] = "auto",
+        max_length: int | None = None,
+        max_batch_size: int = 8,
+        strategy: DraftStrategy | None = None,
+    ) -> "Engine":
+        """As `from_pretrained`, of a target in memory: engines of one target share its weights."""
+        w = target.weights
+        model, sha256 = _load_drafter(drafter, w.spec, target.sha256, w.embedding_VD.dtype, w.embedding_VD.device)
+        engine = cls(w, model, target.tokenizer, backend, max_length, max_batch_size, strategy)
+        engine.target_sha256, engine.drafter_sha256 = target.sha256, sha256
         return engine
 
     def set_drafter(self, drafter: str | Path | DFlashDraftModel | None) -> None:
@@ -136,7 +146,9 @@ class Engine:
         strategy = self.strategy if drafter is not None else DraftStrategy()
         strategy.num_per_round(model)
         with self._alone():
-            self.backend.set_drafter(model if isinstance(model, DFlashDraftModel) else None)
+            # To a backend a look-up is no drafter: between those two it has nothing to rebuild.
+            if isinstance(model, DFlashDraftModel) or isinstance(self._drafter, DFlashDraftModel):
+                self.backend.set_drafter(model if isinstance(model, DFlashDraftModel) else None)
             self._plan(model, strategy)
         self.drafter_sha256 = sha256
 
@@ -388,12 +400,3 @@ def _load_drafter(
     check_target(model.config, target_sha256, spec.hidden_size, spec.num_layers, spec.vocab_size)
     sha256 = None if isinstance(drafter, DFlashDraftModel) else weights_sha256(drafter, [MASK_EMBEDDING_NAME])
     return model.to(device, dtype).eval().requires_grad_(False), sha256
-
-
-def _load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer beside a model, or None where there are no tokenizer files."""
-    if not any((Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path)

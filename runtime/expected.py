@@ -15,7 +15,7 @@ from speedstack.runtime.plan import Phase
 from speedstack.runtime.plan_backend import PlanBackend
 from speedstack.runtime.reference import ReferenceBackend, _experts, rms_norm, route, swiglu
 from speedstack.runtime.spec import MoeSpec
-from speedstack.runtime.weights import AttentionWeights, DenseWeights, MoeWeights
+from speedstack.runtime.weights import AttentionWeights, DenseWeights, MoeWeights, plain_matrix
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def expected_buffers(backend: ReferenceBackend, rows: Rows) -> dict[str, torch.T
         a, at = layer.attention, f"L{index:02d}."
         x_RD = rms_norm(hidden_RD, a.norm_D, eps)
         bias_O = 0.0 if a.qkv_bias_O is None else a.qkv_bias_O
-        seen[at + "qkv"] = x_RD @ a.qkv_OD.T + bias_O
+        seen[at + "qkv"] = x_RD @ plain_matrix(a.qkv_OD, x_RD.dtype).T + bias_O
 
         def attend(x_RD: torch.Tensor, a: AttentionWeights, index: int = index) -> torch.Tensor:
             return backend._attention(index, x_RD, a, slots_R, positions_R, None)
@@ -42,14 +42,15 @@ def expected_buffers(backend: ReferenceBackend, rows: Rows) -> dict[str, torch.T
         hidden_RD = seen[at + "o_proj"] = hidden_RD + attend(x_RD, a)
         x_RD = rms_norm(hidden_RD, layer.mlp.norm_D, eps)
         if isinstance(layer.mlp, DenseWeights):
-            gate_RF, up_RF = (x_RD @ layer.mlp.gate_up_FD.T).chunk(2, dim=-1)
+            gate_RF, up_RF = (x_RD @ plain_matrix(layer.mlp.gate_up_FD, x_RD.dtype).T).chunk(2, dim=-1)
             seen[at + "gate_up"] = F.silu(gate_RF) * up_RF
-            hidden_RD = seen[at + "down"] = hidden_RD + seen[at + "gate_up"] @ layer.mlp.down_DF.T
+            down_FD = plain_matrix(layer.mlp.down_DF, x_RD.dtype).T
+            hidden_RD = seen[at + "down"] = hidden_RD + seen[at + "gate_up"] @ down_FD
         else:
             assert isinstance(spec.mlp, MoeSpec)
             hidden_RD = seen[at + "down"] = hidden_RD + _mixture(x_RD, layer.mlp, spec.mlp, seen, at)
     final_RD = rms_norm(hidden_RD, weights.norm_D, eps)
-    seen["lm_head"] = final_RD @ weights.lm_head_VD.T
+    seen["lm_head"] = final_RD @ plain_matrix(weights.lm_head_VD, final_RD.dtype).T
     return seen
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from speedstack.quant.formats import FORMATS
+from speedstack.quant.fp8 import HEAD_FIELD
 
 WeightFormat = Literal[
     "float32", "bf16", "fp8", "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "nvfp4", "int4_g32", "int2_g32"
@@ -64,13 +65,21 @@ def formats_from_fields(fields: dict[str, Any]) -> WeightFormats:
     if method == "mxfp4" or (method == "compressed-tensors" and quantization.get("format") == "mxfp4-pack-quantized"):
         return WeightFormats(router=router, experts="mxfp4")
     if method == "fp8":
-        is_mxfp4 = "mxfp4" in (quantization.get("store_dtype"), fields.get("expert_dtype"))
+        expert_dtype = quantization.get("expert_dtype", fields.get("expert_dtype"))
+        is_mxfp4 = quantization.get("store_dtype") == "mxfp4" or expert_dtype in ("fp4", "mxfp4")
         ignored = quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or []
+
+        def of(*leaves: str) -> WeightFormat:
+            """A part of which some matrices are not in FP8 is counted as if none were."""
+            is_ignored = any(name.endswith(leaves) and ".experts." not in name for name in ignored)
+            return "bf16" if is_ignored else "fp8"
+
         return WeightFormats(
-            attention="fp8",
-            attention_output="bf16" if any("o_proj" in name for name in ignored) else "fp8",
-            dense="fp8",
+            attention=of("q_proj", "k_proj", "v_proj", "qkv_proj"),
+            attention_output=of("o_proj"),
+            dense=of("gate_proj", "up_proj", "down_proj"),
             router=router,
             experts="mxfp4" if is_mxfp4 else "fp8",
+            lm_head="fp8" if quantization.get(HEAD_FIELD) else "bf16",
         )
     raise ValueError(f"quantization method {method!r} is not known to the plan; known: mxfp4, compressed-tensors, fp8")

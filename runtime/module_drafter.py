@@ -15,6 +15,7 @@ from speedstack.dflash.propose import BlockScores
 from speedstack.dflash.tree import Draft, best_chain, best_first_tree
 from speedstack.runtime.backend import DraftRequest
 from speedstack.runtime.sampling import filter_logits
+from speedstack.runtime.weights import Linear, plain_matrix
 
 
 def draft_scores(logits_U: torch.Tensor, request: DraftRequest, depth: int, target_ids_U: torch.Tensor) -> torch.Tensor:
@@ -26,26 +27,29 @@ def draft_scores(logits_U: torch.Tensor, request: DraftRequest, depth: int, targ
 
 
 class ModuleDrafter:
-    """A `DFlashDraftModel` and its contexts; in the dtype and on the device of the target's embedding and head."""
+    """A `DFlashDraftModel` and its contexts; in the dtype and on the device of the target's embedding.
+
+    Of a head in FP8 it holds the rows that it reads in that dtype.
+    """
 
     @torch.no_grad()
     def __init__(
         self,
         model: DFlashDraftModel,
         embedding_VD: torch.Tensor,
-        lm_head_VD: torch.Tensor,
+        lm_head_VD: Linear,
         num_slots: int,
         max_length: int,
     ) -> None:
         self.model, self._embedding_VD = model, embedding_VD
-        self._head_UD = model.draft_head(lm_head_VD)
+        self._head_UD = model.draft_head(plain_matrix(lm_head_VD, embedding_VD.dtype))
         self._has_own_head = self._head_UD is not lm_head_VD
         ids_U = torch.arange(model.config.num_draft_tokens, device=embedding_VD.device)
         self._target_ids_U = model.target_ids(ids_U)
         self.contexts = [DraftContext(model, max_length) for _ in range(num_slots)]
 
     def weight_bytes(self) -> int:
-        """Bytes of the module, and of the rows of the head that a pruned vocabulary copies."""
+        """Bytes of the module, and of the rows of the head that a pruned vocabulary or a head in FP8 copies."""
         return sum(p.nbytes for p in self.model.parameters()) + self._has_own_head * self._head_UD.nbytes
 
     def cache_bytes(self) -> int:

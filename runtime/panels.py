@@ -2,7 +2,7 @@
 
 [N, K] becomes [N/16, K, 16]. Formats narrower than 32 bits move in words: two bfloat16 values, eight MXFP4 codes or
 four scale bytes of one output are one 32-bit word, so that one load brings a word for each of the 16 outputs. Bits are
-moved, never changed.
+moved, never changed, but for FP8, which the kernels do not read: it becomes bfloat16, which holds all its values.
 
 Legend: N outputs, K inputs (the contraction axis), F the SwiGLU width.
 """
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from speedstack.quant.fp8 import FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor
-from speedstack.runtime.weights import Weight
+from speedstack.runtime.weights import Linear, Weight, plain_matrix
 
 LANES = 16
 FLOAT32, BFLOAT16, MXFP4 = range(3)
@@ -31,21 +32,24 @@ class Panels:
         return self.data.nbytes + (self.scales.nbytes if self.scales is not None else 0)
 
 
-def panels(weight: Weight, is_gate_up: bool = False) -> Panels:
+def panels(weight: Weight | Linear, is_gate_up: bool = False) -> Panels:
     """[..., N, K] in panels. `is_gate_up`: the gate rows, then as many up rows; their panels come out alternating."""
     arrange = _interleaved if is_gate_up else _transposed
     if isinstance(weight, MXFP4Tensor):
         scales = torch.nn.functional.pad(weight.scales, (0, -weight.scales.shape[-1] % 4))
         return Panels(MXFP4, arrange(_words(weight.codes)), arrange(_words(scales)))
+    if isinstance(weight, FP8Tensor):
+        weight = plain_matrix(weight, torch.bfloat16)
     if weight.dtype == torch.bfloat16:
         return Panels(BFLOAT16, arrange(_words(weight)))
     return Panels(FLOAT32, arrange(weight))
 
 
 def unpacked(matrix: Panels, num_outputs: int) -> torch.Tensor:
-    """The [N, K] matrix that `panels` arranged; float32 only."""
-    assert matrix.format == FLOAT32
-    return matrix.data.transpose(-1, -2).flatten(0, 1)[:num_outputs].contiguous()
+    """The [N, K] matrix that `panels` arranged, in float32; of MXFP4 none."""
+    assert matrix.format in (FLOAT32, BFLOAT16)
+    w_NK = matrix.data.transpose(-1, -2).flatten(0, 1)[:num_outputs].contiguous()
+    return w_NK if matrix.format == FLOAT32 else w_NK.view(torch.bfloat16).float()
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch
 
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
+from speedstack.quant.fp8 import FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backend import DraftRequest, Rounds, Rows
 from speedstack.runtime.budget import compiled_cost
@@ -28,7 +29,10 @@ from speedstack.runtime.memory import Memory, step_inbox
 from speedstack.runtime.module_drafter import ModuleDrafter
 from speedstack.runtime.phases import build_plan
 from speedstack.runtime.plan import Plan
-from speedstack.runtime.weights import ModelWeights, MoeWeights
+from speedstack.runtime.weights import DenseWeights, Linear, ModelWeights, MoeWeights
+
+# Triton makes E4M3 to float16 one instruction, which older GPUs do not have.
+FP8_CAPABILITY = (8, 9)
 
 
 def check_supported(name: str, weights: ModelWeights) -> bool:
@@ -49,7 +53,18 @@ def check_supported(name: str, weights: ModelWeights) -> bool:
         raise ValueError(f"backend {name!r} takes float32 only under Triton's interpreter: it computes others wrongly")
     if not is_interpreted and dtype != torch.bfloat16:
         raise ValueError(f"backend {name!r} takes bfloat16 only on a GPU; use backend='reference' for float32")
+    if not is_interpreted:
+        check_fp8(name, weights, torch.cuda.get_device_capability(device))
     return is_interpreted
+
+
+def check_fp8(name: str, weights: ModelWeights, capability: tuple[int, int]) -> None:
+    """Raises ValueError for weights in FP8 on a GPU whose compute capability has no instruction that decodes it."""
+    if capability < FP8_CAPABILITY and any(isinstance(matrix, FP8Tensor) for matrix in weights.linears()):
+        raise ValueError(
+            f"backend {name!r} reads FP8 on GPUs of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}; this "
+            f"one has {capability[0]}.{capability[1]}: use backend='reference'"
+        )
 
 
 class PlanBackend:
@@ -170,8 +185,21 @@ class PlanBackend:
 
 
 def formats_of(weights: ModelWeights) -> WeightFormats:
-    """What the plan's cost is counted by."""
+    """What the plan's cost is counted by. A part is in FP8 if all of its matrices are, in every layer."""
     plain: WeightFormat = "float32" if weights.embedding_VD.dtype == torch.float32 else "bf16"
     layers = [layer.mlp for layer in weights.layers if isinstance(layer.mlp, MoeWeights)]
     is_packed = any(isinstance(mlp.gate_up_EID, MXFP4Tensor) for mlp in layers)
-    return WeightFormats(plain, plain, plain, "float32", "mxfp4" if is_packed else plain, plain, plain)
+    dense = [layer.mlp for layer in weights.layers if isinstance(layer.mlp, DenseWeights)]
+
+    def of(matrices: Sequence[Linear]) -> WeightFormat:
+        return "fp8" if matrices and all(isinstance(matrix, FP8Tensor) for matrix in matrices) else plain
+
+    return WeightFormats(
+        attention=of([layer.attention.qkv_OD for layer in weights.layers]),
+        attention_output=of([layer.attention.output_DO for layer in weights.layers]),
+        dense=of([matrix for mlp in dense for matrix in (mlp.gate_up_FD, mlp.down_DF)]),
+        router="float32",
+        experts="mxfp4" if is_packed else plain,
+        embedding=plain,
+        lm_head=of([weights.lm_head_VD]),
+    )

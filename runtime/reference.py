@@ -11,7 +11,7 @@ stands. They are kept beside them, one place a row of the step; attention gather
 either the committed buffer or the ancestor at that position, and from there on the arithmetic is that of a chain: a
 tree row's bits are those of a plain row after the same tokens. `commit` copies the path that stands.
 
-Left out: speed. Packed experts are unpacked for every group.
+Left out: speed. Packed experts and FP8 matrices are unpacked for every group.
 
 Legend: R rows (always GROUP), D hidden, N heads, G key/value heads, H head dim, C key chunk, E experts, K choices a
 row, I expert intermediate, V vocabulary, L buffer length.
@@ -32,7 +32,7 @@ from speedstack.runtime.budget import IN_PYTORCH
 from speedstack.runtime.module_drafter import ModuleDrafter
 from speedstack.runtime.ring import ring_length
 from speedstack.runtime.spec import AttentionSpec, MoeSpec, YarnSpec
-from speedstack.runtime.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights, Weight
+from speedstack.runtime.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights, Weight, plain_matrix
 
 GROUP = 8
 KEY_CHUNK = 128
@@ -222,7 +222,7 @@ class ReferenceBackend:
             here = [row for row in range(start, stop) if row in wanted]
             if here:
                 final_RD = rms_norm(h_RD, self.weights.norm_D, self.weights.spec.rms_norm_eps)
-                logits_RV = (final_RD @ self.weights.lm_head_VD.T).float()
+                logits_RV = (final_RD @ plain_matrix(self.weights.lm_head_VD, self.dtype).T).float()
                 for row in here:
                     logits_WV[wanted[row]] = logits_RV[row - start]
         # numpy's argmax takes the first of equals, torch's makes no promise; NaN rows are named, not chosen from.
@@ -246,8 +246,8 @@ class ReferenceBackend:
             h_RD = h_RD + self._attention(index, x_RD, layer.attention, slots_R, positions_R, tree_rows_R)
             x_RD = rms_norm(h_RD, layer.mlp.norm_D, eps)
             if isinstance(layer.mlp, DenseWeights):
-                gate_RF, up_RF = (x_RD @ layer.mlp.gate_up_FD.T).chunk(2, dim=-1)
-                h_RD = h_RD + (F.silu(gate_RF) * up_RF) @ layer.mlp.down_DF.T
+                gate_RF, up_RF = (x_RD @ plain_matrix(layer.mlp.gate_up_FD, self.dtype).T).chunk(2, dim=-1)
+                h_RD = h_RD + (F.silu(gate_RF) * up_RF) @ plain_matrix(layer.mlp.down_DF, self.dtype).T
             else:
                 assert isinstance(spec.mlp, MoeSpec)
                 h_RD = h_RD + mixture(x_RD, layer.mlp, spec.mlp)
@@ -305,7 +305,7 @@ class ReferenceBackend:
         spec = self.weights.spec.layers[layer].attention
         heads, kv_heads, eps = spec.num_heads, spec.num_kv_heads, self.weights.spec.rms_norm_eps
         sizes = [heads * spec.qk_head_dim, kv_heads * spec.qk_head_dim, kv_heads * spec.v_head_dim]
-        qkv_RO = x_RD @ weights.qkv_OD.T
+        qkv_RO = x_RD @ plain_matrix(weights.qkv_OD, self.dtype).T
         if weights.qkv_bias_O is not None:
             qkv_RO = qkv_RO + weights.qkv_bias_O
         q, k, v = qkv_RO.split(sizes, dim=-1)
@@ -325,7 +325,7 @@ class ReferenceBackend:
             self._tree.values_LRGH[layer][tree_rows_R] = v_RGH
             keys_values = _TreeKeys(cache, slots_R, self._tree, layer, tree_rows_R)
         out_RNH = _attend(q_RNH, keys_values, spec, weights.sinks_N, positions_R)
-        out_RD = out_RNH.flatten(1) @ weights.output_DO.T
+        out_RD = out_RNH.flatten(1) @ plain_matrix(weights.output_DO, self.dtype).T
         return out_RD if weights.output_bias_D is None else out_RD + weights.output_bias_D
 
     def draft(self, requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:

@@ -11,14 +11,28 @@ from typing import Any
 
 import torch
 
+from speedstack.quant.fp8 import ELEMENT_DTYPE, TILE_SIZE, FP8Tensor, joined
 from speedstack.quant.mxfp4 import BLOCK_SIZE, MXFP4Tensor
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, ModelSpec, MoeSpec
-from speedstack.runtime.weights import AttentionWeights, DenseWeights, LayerWeights, ModelWeights, MoeWeights, Weight
+from speedstack.runtime.weights import (
+    AttentionWeights,
+    DenseWeights,
+    LayerWeights,
+    Linear,
+    ModelWeights,
+    MoeWeights,
+    Weight,
+)
 
 
-def empty_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device, is_packed: bool) -> ModelWeights:
-    """Uninitialized weights. is_packed: experts in MXFP4; else in `dtype`, as all the rest but the routers is."""
-    shapes = _Shapes(spec.hidden_size, dtype, device, is_packed)
+def empty_weights(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, is_packed: bool, has_fp8: bool = False
+) -> ModelWeights:
+    """Uninitialized weights. is_packed: experts in MXFP4; has_fp8: attention, dense MLPs and LM head in FP8.
+
+    All the rest is in `dtype`, but for routers, which are in float32.
+    """
+    shapes = _Shapes(spec.hidden_size, dtype, device, is_packed, has_fp8)
     D, V = spec.hidden_size, spec.vocab_size
     layers = [
         LayerWeights(
@@ -27,11 +41,11 @@ def empty_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device, is_
         )
         for layer in spec.layers
     ]
-    return ModelWeights(spec, shapes.plain(V, D), layers, shapes.plain(D), shapes.plain(V, D))
+    return ModelWeights(spec, shapes.plain(V, D), layers, shapes.plain(D), shapes.linear(V, columns=D))
 
 
 def random_weights(
-    spec: ModelSpec, dtype: torch.dtype, device: torch.device, is_packed: bool, seed: int = 0
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, is_packed: bool, seed: int = 0, has_fp8: bool = False
 ) -> ModelWeights:
     """Weights of `empty_weights`, drawn so that a step's values stay near one and tokens stay apart.
 
@@ -41,7 +55,7 @@ def random_weights(
     uniform draws: as many different experts as a step of those rows can be expected to read, an upper bound for text.
     Packed experts have uniform codes under one of two scales, which give the same variance.
     """
-    weights = empty_weights(spec, dtype, device, is_packed)
+    weights = empty_weights(spec, dtype, device, is_packed, has_fp8)
     filler = _Filler(torch.Generator(device).manual_seed(seed), (2 * spec.num_layers) ** -0.5)
     for owner in (weights, *(part for layer in weights.layers for part in (layer.attention, layer.mlp))):
         for name, value in vars(owner).items():
@@ -50,6 +64,7 @@ def random_weights(
 
 
 _E2M1_RMS = (68.5 / 8) ** 0.5  # of the eight magnitudes
+_E4M3_DEVIATION = 64.0  # of normal elements: a seventh of the largest
 _ADDS_TO_HIDDEN = ("output_DO", "down_DF", "down_EDI")
 
 
@@ -65,13 +80,19 @@ class _Filler:
             # The variance of equal shares of 2**e and 2**(e - 1) is 0.625 times that of the larger.
             largest = 127 + round(exponent - math.log2(0.625) / 2)
             value.scales.random_(largest - 1, largest + 1, generator=self.generator)
+        elif isinstance(value, FP8Tensor):
+            for codes_RI in value.codes_OI.split(1024):
+                normal_RI = torch.empty(codes_RI.shape, device=codes_RI.device).normal_(generator=self.generator)
+                codes_RI.copy_((normal_RI * _E4M3_DEVIATION).clamp_(-448, 448))
+            scale = self.deviation(name, value) / _E4M3_DEVIATION
+            value.scales_PQ.uniform_(0.8 * scale, 1.2 * scale, generator=self.generator)
         elif isinstance(value, torch.Tensor):
             if "norm" in name:
                 value.uniform_(0.8, 1.2, generator=self.generator)
             else:
                 value.normal_(0.0, self.deviation(name, value), generator=self.generator)
 
-    def deviation(self, name: str, value: Weight) -> float:
+    def deviation(self, name: str, value: Weight | FP8Tensor) -> float:
         """Standard deviation of a weight's values."""
         if name == "embedding_VD":
             return 1.0
@@ -81,11 +102,24 @@ class _Filler:
 
 
 class _Shapes:
-    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device, is_packed: bool) -> None:
-        self.D, self.dtype, self.device, self.is_packed = hidden_size, dtype, device, is_packed
+    def __init__(
+        self, hidden_size: int, dtype: torch.dtype, device: torch.device, is_packed: bool, has_fp8: bool
+    ) -> None:
+        self.D, self.dtype, self.device, self.is_packed, self.has_fp8 = hidden_size, dtype, device, is_packed, has_fp8
 
     def plain(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def linear(self, *rows: int, columns: int) -> Linear:
+        """Matrices of so many rows each, joined as a checkpoint's are."""
+        if not self.has_fp8:
+            return self.plain(sum(rows), columns)
+        tiles = -(-columns // TILE_SIZE)
+        parts = []
+        for num_rows in rows:
+            codes = self.plain(num_rows, columns, dtype=ELEMENT_DTYPE)
+            parts.append(FP8Tensor(codes, self.plain(-(-num_rows // TILE_SIZE), tiles, dtype=torch.float32)))
+        return joined(parts)
 
     def expert(self, *shape: int) -> Weight:
         if not self.is_packed:
@@ -94,21 +128,23 @@ class _Shapes:
         return MXFP4Tensor(codes, self.plain(*shape[:-1], shape[-1] // BLOCK_SIZE, dtype=torch.uint8))
 
     def attention(self, a: AttentionSpec) -> AttentionWeights:
-        rows = a.num_heads * a.qk_head_dim + a.num_kv_heads * (a.qk_head_dim + a.v_head_dim)
+        sizes = a.num_heads * a.qk_head_dim, a.num_kv_heads * a.qk_head_dim, a.num_kv_heads * a.v_head_dim
         return AttentionWeights(
             norm_D=self.plain(self.D),
-            qkv_OD=self.plain(rows, self.D),
-            output_DO=self.plain(self.D, a.num_heads * a.v_head_dim),
+            qkv_OD=self.linear(*sizes, columns=self.D),
+            output_DO=self.linear(self.D, columns=a.num_heads * a.v_head_dim),
             q_norm_H=self.plain(a.qk_head_dim) if a.has_qk_norm else None,
             k_norm_H=self.plain(a.qk_head_dim) if a.has_qk_norm else None,
             sinks_N=self.plain(a.num_heads) if a.has_sinks else None,
-            qkv_bias_O=self.plain(rows) if a.has_bias else None,
+            qkv_bias_O=self.plain(sum(sizes)) if a.has_bias else None,
             output_bias_D=self.plain(self.D) if a.has_bias else None,
         )
 
     def dense(self, mlp: DenseSpec) -> DenseWeights:
         F = mlp.intermediate_size
-        return DenseWeights(self.plain(self.D), self.plain(2 * F, self.D), self.plain(self.D, F))
+        return DenseWeights(
+            self.plain(self.D), self.linear(F, F, columns=self.D), self.linear(self.D, columns=F)
+        )  # fmt: skip
 
     def moe(self, moe: MoeSpec) -> MoeWeights:
         E, I, wide = moe.num_experts, moe.intermediate_size, torch.float32  # noqa: E741

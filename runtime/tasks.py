@@ -20,7 +20,13 @@ MAX_VARIANTS = 48
 KNOWN_EARLY = ("qkv", "o_proj", "dense_gate_up", "dense_down", "router", "expert_down", "lm_head")
 HAS_WEIGHTS = (*KNOWN_EARLY, "expert_gate_up")
 
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.int32: tl.int32, torch.uint8: tl.uint8}
+_TYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.int32: tl.int32,
+    torch.uint8: tl.uint8,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
 _MAX_WAITS = resident.SIGNAL_COUNTERS.value - resident.WAIT_COUNTERS.value
 _MAX_SIGNALS = resident.POINTERS.value - resident.SIGNAL_COUNTERS.value
 _MAX_POINTERS = resident.RECORD.value - resident.POINTERS.value

@@ -9,7 +9,7 @@ Source of the format: Google, "Trace Event Format" (complete events, ph "X"; tim
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,19 @@ def predicted_tracks(cost: StepCost, num_steps: int = 1) -> dict[str, list[Span]
             predicted.append(Span("draft", "draft", now, cost.draft_seconds, {"step": step}))
             now += cost.draft_seconds
     return {"predicted": predicted, "roofline": roofline}
+
+
+def measured_track(seconds: Mapping[str, float], cost: StepCost, num_steps: int = 1) -> list[Span]:
+    """Steps of measured phases, name -> seconds, one after another; the predicted times are in the details."""
+    predicted = {phase.name: phase for phase in cost.phases}
+    spans, now = list[Span](), 0.0
+    for step in range(num_steps):
+        for name, measured in seconds.items():
+            phase = predicted[name]
+            details = {"step": step, "predicted us": round(1e6 * phase.predicted_seconds, 3)}
+            spans.append(Span(name, phase.op, now, measured, details))
+            now += measured
+    return spans
 
 
 def _details(phase: PhaseCost) -> dict[str, Any]:

@@ -1,30 +1,45 @@
-"""A model's weights as the backends take them: projections joined per layer, experts packed in MXFP4 or plain.
+"""A model's weights as the backends take them: projections joined per layer, experts in MXFP4, others in FP8, or plain.
 
-Joining query, key and value (and gate and up) projections happens once, at load. Packed experts stay packed: their
-codes and scales are the bytes of the checkpoint. Everything else is converted to the engine's dtype. A drafter is the
-same structure with a smaller layer count, so that one set of kernels serves both.
+Joining query, key and value (and gate and up) projections happens once, at load. Packed experts stay packed, and linear
+layers in FP8 stay in FP8: their codes and scales are those of the checkpoint. Everything else is converted to the
+engine's dtype. A drafter is the same structure with a smaller layer count, so that one set of kernels serves both.
 
 Legend: D hidden, N heads, H head dim, F dense intermediate, E experts, I expert intermediate, V vocabulary.
 """
 
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel
+from speedstack.quant.fp8 import FP8Tensor, joined
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec
 
+logger = logging.getLogger("speedstack.runtime")
+
 Weight = torch.Tensor | MXFP4Tensor
+Linear = torch.Tensor | FP8Tensor
 WeightT = TypeVar("WeightT", torch.Tensor, MXFP4Tensor, Weight)
+
+
+def plain_matrix(weight: Linear, dtype: torch.dtype) -> torch.Tensor:
+    """What a matrix is multiplied by, in the engine's dtype.
+
+    The one definition for FP8: element times scale in float32, rounded to bfloat16, the dtype of these checkpoints'
+    other weights, whatever the engine's. So a text is the same whether a backend keeps FP8 or not.
+    """
+    return weight.dequantize(torch.bfloat16).to(dtype) if isinstance(weight, FP8Tensor) else weight
 
 
 @dataclass
 class AttentionWeights:
     norm_D: torch.Tensor
-    qkv_OD: torch.Tensor  # query heads, then key heads, then value heads
-    output_DO: torch.Tensor
+    qkv_OD: Linear  # query heads, then key heads, then value heads
+    output_DO: Linear
     q_norm_H: torch.Tensor | None = None
     k_norm_H: torch.Tensor | None = None
     sinks_N: torch.Tensor | None = None
@@ -35,8 +50,8 @@ class AttentionWeights:
 @dataclass
 class DenseWeights:
     norm_D: torch.Tensor
-    gate_up_FD: torch.Tensor  # gate rows, then up rows
-    down_DF: torch.Tensor
+    gate_up_FD: Linear  # gate rows, then up rows
+    down_DF: Linear
 
 
 @dataclass
@@ -63,17 +78,30 @@ class ModelWeights:
     embedding_VD: torch.Tensor
     layers: list[LayerWeights]
     norm_D: torch.Tensor
-    lm_head_VD: torch.Tensor
+    lm_head_VD: Linear
+
+    def linears(self) -> Iterator[Linear]:
+        """Every matrix that may be in FP8."""
+        for layer in self.layers:
+            yield from (layer.attention.qkv_OD, layer.attention.output_DO)
+            if isinstance(layer.mlp, DenseWeights):
+                yield from (layer.mlp.gate_up_FD, layer.mlp.down_DF)
+        yield self.lm_head_VD
 
     def nbytes_by_part(self) -> dict[str, int]:
-        """Bytes of every part, by the names that reports show."""
+        """Bytes of every part, by the names that reports show; what is packed or FP8 has names of its own."""
         sizes: dict[str, int] = {}
 
-        def add(part: str, *weights: Weight | None) -> None:
-            sizes[part] = sizes.get(part, 0) + sum(w.nbytes for w in weights if w is not None)
+        def add(part: str, *weights: Weight | FP8Tensor | None) -> None:
+            for weight in weights:
+                name = f"{part} (FP8)" if isinstance(weight, FP8Tensor) else part
+                if weight is not None:
+                    sizes[name] = sizes.get(name, 0) + weight.nbytes
 
         add("embedding and LM head", self.embedding_VD)
-        if self.lm_head_VD is not self.embedding_VD:
+        if isinstance(self.lm_head_VD, FP8Tensor):
+            add("LM head", self.lm_head_VD)
+        elif self.lm_head_VD is not self.embedding_VD:
             add("embedding and LM head", self.lm_head_VD)
         add("norms and router", self.norm_D)
         for layer in self.layers:
@@ -92,23 +120,31 @@ class ModelWeights:
 
 @dataclass
 class _Reader:
-    """Hands out checkpoint tensors by name, converted, and remembers which were not asked for."""
+    """Hands out checkpoint tensors by name, converted, and remembers which were not asked for.
 
-    tensors: dict[str, Weight]
+    partly_fp8: projections in FP8 that are joined with others that are not.
+    """
+
+    tensors: Mapping[str, Weight | FP8Tensor]
     dtype: torch.dtype
     device: torch.device
     used: set[str] = field(default_factory=set)
+    partly_fp8: list[str] = field(default_factory=list)
 
-    def packed_or_plain(self, name: str, shape: tuple[int, ...]) -> Weight:
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> Weight | FP8Tensor:
         if name not in self.tensors:
             raise ValueError(f"the checkpoint has no tensor {name!r}; it does not fit its config.json")
         self.used.add(name)
         tensor = self.tensors[name]
         if tuple(tensor.shape) != shape:
             raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, the config asks for {shape}")
+        return tensor
+
+    def packed_or_plain(self, name: str, shape: tuple[int, ...]) -> Weight:
+        tensor = self._tensor(name, shape)
         if isinstance(tensor, MXFP4Tensor):
             return tensor.to(self.device)
-        return tensor.to(self.device, self.dtype)
+        return plain_matrix(tensor, self.dtype).to(self.device, self.dtype)
 
     def plain(self, name: str, *shape: int) -> torch.Tensor:
         tensor = self.packed_or_plain(name, shape)
@@ -116,11 +152,31 @@ class _Reader:
             raise ValueError(f"tensor {name!r} is packed in MXFP4; the runtime takes packed weights for experts only")
         return tensor
 
+    def linear(self, *names_and_rows: tuple[str, int], columns: int) -> Linear:
+        """Matrices joined by rows, each [rows, columns]; in FP8 where all of them are."""
+        shapes = [(name, (rows, columns)) for name, rows in names_and_rows]
+        found = [self._tensor(name, shape) for name, shape in shapes]
+        fp8 = [_float32_scales(tensor.to(self.device)) for tensor in found if isinstance(tensor, FP8Tensor)]
+        if len(fp8) == len(found):
+            return fp8[0] if len(fp8) == 1 else joined(fp8)
+        self.partly_fp8 += [name for name, _ in shapes if isinstance(self.tensors[name], FP8Tensor)]
+        parts = [self.plain(name, *shape) for name, shape in shapes]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _float32_scales(tensor: FP8Tensor) -> FP8Tensor:
+    """As every backend takes it; a float32 holds each E8M0 scale."""
+    exact = tensor.with_scales(torch.float32)
+    assert exact is not None
+    return exact
+
 
 def read_weights(
-    spec: ModelSpec, tensors: dict[str, Weight], dtype: torch.dtype, device: torch.device, tied: bool
+    spec: ModelSpec, tensors: Mapping[str, Weight | FP8Tensor], dtype: torch.dtype, device: torch.device, tied: bool
 ) -> ModelWeights:
     """Arranges a checkpoint's tensors (transformers' own names, experts fused) for decoding.
+
+    Linear layers in FP8 are held so, but for projections that are joined with unquantized ones, which is logged.
 
     Args:
         tied: the LM head is the embedding, whether or not the checkpoint stores it twice.
@@ -138,8 +194,13 @@ def read_weights(
         embedding_VD=embedding_VD,
         layers=layers,
         norm_D=reader.plain("model.norm.weight", D),
-        lm_head_VD=embedding_VD if tied else reader.plain("lm_head.weight", V, D),
+        lm_head_VD=embedding_VD if tied else reader.linear(("lm_head.weight", V), columns=D),
     )
+    if reader.partly_fp8:
+        logger.warning(
+            "%d projections in FP8 are joined with unquantized ones and held in %s, %s first",
+            *(len(reader.partly_fp8), dtype, reader.partly_fp8[0]),
+        )
     unused = set(tensors) - reader.used - ({"lm_head.weight"} if tied else set())
     if unused:
         raise ValueError(f"the runtime would ignore {len(unused)} tensors of the checkpoint, {min(unused)!r} first")
@@ -151,14 +212,10 @@ def _read_layer(reader: _Reader, exact: _Reader, prefix: str, spec: LayerSpec, D
     q, k, v = a.num_heads * a.qk_head_dim, a.num_kv_heads * a.qk_head_dim, a.num_kv_heads * a.v_head_dim
     attention = AttentionWeights(
         norm_D=reader.plain(prefix + "input_layernorm.weight", D),
-        qkv_OD=torch.cat(
-            [
-                reader.plain(at + "q_proj.weight", q, D),
-                reader.plain(at + "k_proj.weight", k, D),
-                reader.plain(at + "v_proj.weight", v, D),
-            ]
+        qkv_OD=reader.linear(
+            (at + "q_proj.weight", q), (at + "k_proj.weight", k), (at + "v_proj.weight", v), columns=D
         ),
-        output_DO=reader.plain(at + "o_proj.weight", D, a.num_heads * a.v_head_dim),
+        output_DO=reader.linear((at + "o_proj.weight", D), columns=a.num_heads * a.v_head_dim),
         q_norm_H=reader.plain(at + "q_norm.weight", a.qk_head_dim) if a.has_qk_norm else None,
         k_norm_H=reader.plain(at + "k_norm.weight", a.qk_head_dim) if a.has_qk_norm else None,
         sinks_N=reader.plain(at + "sinks", a.num_heads) if a.has_sinks else None,
@@ -178,8 +235,8 @@ def _read_layer(reader: _Reader, exact: _Reader, prefix: str, spec: LayerSpec, D
     mlp: DenseWeights | MoeWeights
     if isinstance(spec.mlp, DenseSpec):
         F = spec.mlp.intermediate_size
-        gate_FD, up_FD = reader.plain(at + "gate_proj.weight", F, D), reader.plain(at + "up_proj.weight", F, D)
-        mlp = DenseWeights(norm_D, torch.cat([gate_FD, up_FD]), reader.plain(at + "down_proj.weight", D, F))
+        gate_up_FD = reader.linear((at + "gate_proj.weight", F), (at + "up_proj.weight", F), columns=D)
+        mlp = DenseWeights(norm_D, gate_up_FD, reader.linear((at + "down_proj.weight", D), columns=F))
     else:
         mlp = _read_moe(reader, exact, at, spec.mlp, norm_D)
     return LayerWeights(attention, mlp)
@@ -254,25 +311,25 @@ def read_drafter(model: DFlashDraftModel) -> DrafterWeights:
     config = model.config
     tensors = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
 
-    def joined(*names: str) -> torch.Tensor:
-        joined = torch.cat([tensors[f"{name}.weight"] for name in names])
-        return joined.to(torch.bfloat16) if joined.dim() == 2 else joined
+    def rows(*names: str) -> torch.Tensor:
+        together = torch.cat([tensors[f"{name}.weight"] for name in names])
+        return together.to(torch.bfloat16) if together.dim() == 2 else together
 
     layers = []
     for i in range(config.num_hidden_layers):
         at, mlp = f"layers.{i}.self_attn.", f"layers.{i}.mlp."
         attention = AttentionWeights(
             norm_D=tensors[f"layers.{i}.input_layernorm.weight"],
-            qkv_OD=joined(at + "q_proj", at + "k_proj", at + "v_proj"),
-            output_DO=joined(at + "o_proj"),
-            q_norm_H=joined(at + "q_norm"),
-            k_norm_H=joined(at + "k_norm"),
+            qkv_OD=rows(at + "q_proj", at + "k_proj", at + "v_proj"),
+            output_DO=rows(at + "o_proj"),
+            q_norm_H=rows(at + "q_norm"),
+            k_norm_H=rows(at + "k_norm"),
             sinks_N=tensors.get(at + "attention_sink_bias"),
         )
         dense = DenseWeights(
             norm_D=tensors[f"layers.{i}.post_attention_layernorm.weight"],
-            gate_up_FD=joined(mlp + "gate_proj", mlp + "up_proj"),
-            down_DF=joined(mlp + "down_proj"),
+            gate_up_FD=rows(mlp + "gate_proj", mlp + "up_proj"),
+            down_DF=rows(mlp + "down_proj"),
         )
         layers.append((attention, dense))
     attentions = [
@@ -294,12 +351,12 @@ def read_drafter(model: DFlashDraftModel) -> DrafterWeights:
     return DrafterWeights(
         attentions=attentions,
         rms_norm_eps=config.rms_norm_eps,
-        fc_DC=joined("fc"),
+        fc_DC=rows("fc"),
         hidden_norm_D=tensors["hidden_norm.weight"],
         layers=layers,
         norm_D=tensors["norm.weight"],
         mask_embedding_D=tensors.get("mask_embedding"),
         # Gathered a row at a time, like the embedding: bytes do not matter.
         markov_w1_VR=tensors["markov_head.markov_w1.weight"] if has_markov else None,
-        markov_w2_UR=joined("markov_head.markov_w2") if has_markov else None,
+        markov_w2_UR=rows("markov_head.markov_w2") if has_markov else None,
     )

@@ -6,13 +6,15 @@
     OUT/logs/worker-<n>.log                     what the workers printed
 
 The same command does what is missing, whatever ended the last one; a config that has changed shares what it still has
-in common. A row that fails keeps its reason in the table, and the others go on.
+in common. What another version of torch, transformers, lm-eval or speedstack made is not used: it is named, and made
+anew. A row that fails keeps its reason in the table, and the others go on.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from speedstack.ablate_config import AblateConfig, Grids
@@ -64,6 +66,7 @@ class Ablation:
         with exclusive(self.config.out):
             num_done = sum(map(self.store.is_done, steps.values()))
             print(f"{len(self.rows)} rows, {len(steps)} steps, {num_done} of them done before")
+            self._warn_of_other_software(list(steps.values()))
             with tqdm(total=len(steps), initial=num_done, unit="step", desc="ablate", dynamic_ncols=True) as bar:
 
                 def on_step(step: Step, failure: str | None) -> None:
@@ -85,6 +88,16 @@ class Ablation:
         for path in ("results.json", "results.csv", "results.md", "plots"):
             print(f"written: {self.config.out / path}")
         return grid
+
+    def _warn_of_other_software(self, steps: Sequence[Step]) -> None:
+        found = self.store.other_software(steps)
+        packages = dict.fromkeys(difference for differences in found.values() for difference in differences)
+        if packages:
+            print(
+                f"{len(found)} steps are there of other software ({'; '.join(packages)}): made anew, so that all rows "
+                "are of one; with those versions installed they are found again",
+                file=sys.stderr,
+            )
 
     def _save_finished(self) -> None:
         """Rewrite the results where a row has become complete."""

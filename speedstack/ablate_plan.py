@@ -9,7 +9,8 @@
 
 Everything that decides a result is in a step's settings: digests of the checkpoint and the corpus, what the config says
 of that step, the device. `VERSIONS` has a number a kind, to be raised by whoever changes what the code of the kind
-computes; finished steps of the old code are then left alone, and not used.
+computes; `SOFTWARE` the packages whose versions decide its numbers. Finished steps of old code or other versions are
+left alone, and not used: rows are compared with each other, so one table is of one software.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ VERSIONS = {
     "suite": 1,
     "acceptance": 1,
     "timing": 1,
+}
+# lm-eval decides the scores of a suite alone. What else is installed moves files and changes no number.
+SOFTWARE = {kind: ("speedstack", "torch", "transformers") for kind in VERSIONS} | {
+    kind: ("speedstack", "torch", "transformers", "lm_eval") for kind in ("tasks", "suite")
 }
 # Where a step leaves its model or drafter, below its directory.
 EXPORTS = {"quantize": "export", "qat": "run/export", "drafter": "run/export"}
@@ -190,6 +195,7 @@ class Planner:
             "num_repeats": self.config.speed.num_repeats,
             "num_threads": torch.get_num_threads(),
             "machine": [self.machine.cpu_model, self.machine.num_cores, *self.machine.gpus],
+            "thread_settings": self.machine.thread_settings,
         }
         needs = _target(model) | ({} if drafter is None else {"drafter": drafter})
         # A GPU is its worker's own; the cores of a CPU are everybody's.
@@ -214,7 +220,8 @@ class Planner:
         is_exclusive: bool = False,
     ) -> Step:
         all_places = self.places | dict(places or {})
-        return Step(kind, VERSIONS[kind], settings, needs or {}, all_places, is_exclusive)
+        software = {name: self.machine.packages.get(name, "unknown") for name in SOFTWARE[kind]}
+        return Step(kind, VERSIONS[kind], settings, needs or {}, all_places, is_exclusive, software)
 
 
 def _target(model: Step | None) -> dict[str, Step]:

@@ -25,9 +25,9 @@ def bench(config: BenchConfig) -> None:
     """
     import torch
 
+    from speedstack.eval.document import write_whole
     from speedstack.eval.peers import TimingSettings, measure_timing
     from speedstack.runtime.select import choose_device
-    from speedstack.train.checkpoint import write_atomically
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -38,6 +38,7 @@ def bench(config: BenchConfig) -> None:
 
     def keep(timing: TimingResult, acceptance: AcceptanceResult | None) -> None:
         written.add(timing.save(config.out / TIMING_FILE))
+        written.add(write_whole(config.out / TABLE_FILE, timing.table()))
         if acceptance is not None:
             written.add(acceptance.save(config.out / ACCEPTANCE_FILE))
 
@@ -61,10 +62,7 @@ def bench(config: BenchConfig) -> None:
             ),
             on_result=keep,
         )
-        table = timing.table()
-        write_atomically(config.out / TABLE_FILE, table)
-        written.add(config.out / TABLE_FILE)
-        print(f"\n{table}")
+        print(f"\n{timing.table()}")
     finally:
         for path in sorted(written):
             print(f"written: {path}")

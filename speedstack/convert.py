@@ -16,7 +16,7 @@ from speedstack.eval.config import DEMO_RUN, VerbConfig
 from speedstack.train.config import load_config_of
 
 # Settings that are for one kind of source alone.
-_MODEL_SETTINGS = ("scale_rule", "linears", "max_shard_bytes")
+_MODEL_SETTINGS = ("scale_rule", "linears", "lm_head", "max_shard_bytes")
 _DRAFTER_SETTINGS = ("target",)
 
 
@@ -38,6 +38,11 @@ class ConvertConfig(VerbConfig):
         "keep",
         description="Linear layers other than experts: keep them as they are, or (mimo, deepseek-v4) round them to FP8 "
         "in tiles of 128 x 128. Layers that are no whole tiles stay.",
+    )
+    lm_head: Literal["keep", "fp8"] = Field(
+        "keep",
+        description="The language-model head: keep it as it is, or (mimo, deepseek-v4) round it to FP8 as well, which "
+        "speedstack reads and most loaders of these formats do not.",
     )
     target: Path | None = Field(
         None,
@@ -77,6 +82,7 @@ def convert(config: ConvertConfig) -> None:
             config.out,
             scale_rule=None if config.scale_rule == "auto" else config.scale_rule,
             linears=config.linears,
+            lm_head=config.lm_head,
             max_shard_bytes=config.max_shard_bytes,
             on_progress=show,
         )

@@ -93,6 +93,8 @@ def generate(config: GenerateConfig) -> None:
         if config.drafter is not None:
             line += f", {stats.acceptance_length:.2f} tokens a round"
     print(line, file=sys.stderr)
+    parts = engine.memory_bytes().items()
+    print("memory: " + ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in parts), file=sys.stderr)
 
 
 def _stream(pieces: Generator[str, None, Generation]) -> Generation:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -133,7 +133,7 @@ class ProofRow(Record):
 
 
 class PlanResult(Document):
-    """Everything the verb prints."""
+    """Everything the verb prints. weight_formats: part -> format, as in `speedstack.runtime.formats.WeightFormats`."""
 
     kind: Literal["plan"] = "plan"
     config: dict[str, Any]
@@ -142,6 +142,7 @@ class PlanResult(Document):
     gpu: str
     num_programs: int
     ops: tuple[OpRow, ...]
+    weight_formats: dict[str, str] = Field(default={})
     weights_bytes: float
     cache_bytes: int
     buffer_bytes: int
@@ -164,6 +165,7 @@ class Planned:
     plan: Plan
     cost: StepCost
     gpu: Gpu
+    formats: WeightFormats
     weights_bytes: float
 
 
@@ -218,7 +220,7 @@ def make_plan(config: StepConfig, formats: WeightFormats | None = None) -> Plann
     )
     cost = step_cost(plan, gpu, config.rows, config.num_sequences, config.context, assumptions)
     embedding = formats.num_bytes("embedding", spec.vocab_size * spec.hidden_size)
-    return Planned(spec, plan, cost, gpu, weights_bytes(plan, embedding))
+    return Planned(spec, plan, cost, gpu, formats, weights_bytes(plan, embedding))
 
 
 def plan(config: PlanConfig) -> None:
@@ -238,6 +240,7 @@ def plan(config: PlanConfig) -> None:
         gpu=planned.gpu.name,
         num_programs=planned.plan.num_programs,
         ops=_rows(planned),
+        weight_formats=asdict(planned.formats),
         weights_bytes=planned.weights_bytes,
         cache_bytes=cache,
         buffer_bytes=sum(memory.values()) - cache,
@@ -335,6 +338,8 @@ def _print(result: PlanResult, config: PlanConfig, gpu: Gpu) -> None:
     # As wide as it needs to be where nobody looks: a file or a pipe must not cut numbers.
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(table)
+    formats = (f"{part.replace('_', ' ')} {name}" for part, name in result.weight_formats.items())
+    print(f"weights: {', '.join(formats)}")
     resident = result.weights_bytes + result.cache_bytes + result.buffer_bytes
     fits = "" if resident <= gpu.memory_bytes else f", MORE THAN THE {gpu.memory_bytes / GIGA:.0f} GB THERE ARE"
     print(

@@ -3,10 +3,13 @@
     <root>/<kind>-<key>/            a finished step: what it made, and step.json
     <root>/.<kind>-<key>.partial/   one that is being made; after a kill it is continued there, not thrown away
 
-The key is a SHA-256 of the step's kind, the version of its code, its settings (digests of files it reads among them)
-and the keys of the steps that it needs, so it is known before anything has run, and a changed input gives new keys to
-all that depends on it. Where files lie does not count. A finished directory appears by a rename, after step.json, which
-lists its files; one that has lost a file since is made anew.
+The key is a SHA-256 of the step's kind, the version of its code, its settings (digests of files it reads among them),
+the versions of the packages that compute it and the keys of the steps that it needs, so it is known before anything has
+run, and a changed input gives new keys to all that depends on it. Where files lie does not count. A finished directory
+appears by a rename, after step.json, which lists its files; one that has lost a file since is made anew.
+
+Another version of a package makes another step: a table whose rows are compared is of one software. What was made with
+the old one stays, is named by `other_software`, and is found again when that is installed again.
 
 A step is made under a lock that the system takes back when its process ends, however that ends: two processes that
 want the same step make it once. Left out: removing steps that no row refers to; delete the directory.
@@ -20,7 +23,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,8 +41,9 @@ class Step:
     """A piece of work.
 
     `version` is raised when the code of a kind changes its results. `settings` is JSON and decides the result; `places`
-    are paths and the like that do not. `needs` are earlier steps, by what they are to this one. `is_exclusive`: to be
-    run while no other step runs, as timings want.
+    are paths and the like that do not. `software` has the versions of the packages that the numbers come from, by name.
+    `needs` are earlier steps, by what they are to this one. `is_exclusive`: to be run while no other step runs, as
+    timings want.
     """
 
     kind: str
@@ -48,13 +52,21 @@ class Step:
     needs: Mapping[str, Step] = field(default_factory=dict)
     places: Mapping[str, str] = field(default_factory=dict)
     is_exclusive: bool = False
+    software: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def key(self) -> str:
         """SHA-256 of what decides the result."""
         needs = {role: step.key for role, step in self.needs.items()}
-        content = {"kind": self.kind, "version": self.version, "settings": self.settings, "needs": needs}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return _sha256(self._content(needs) | {"software": self.software})
+
+    @cached_property
+    def inputs_key(self) -> str:
+        """SHA-256 of the same without the software, its own and that of what it needs."""
+        return _sha256(self._content({role: step.inputs_key for role, step in self.needs.items()}))
+
+    def _content(self, needs: Mapping[str, str]) -> dict[str, Any]:
+        return {"kind": self.kind, "version": self.version, "settings": self.settings, "needs": needs}
 
     @property
     def name(self) -> str:
@@ -64,6 +76,10 @@ class Step:
     def closure(self) -> list[Step]:
         """This step after all that it needs, directly or not; a step may be in the list twice."""
         return [*(step for need in self.needs.values() for step in need.closure()), self]
+
+
+def _sha256(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class StepStore:
@@ -92,6 +108,29 @@ class StepStore:
         result: dict[str, Any] = record["result"]
         return result
 
+    def other_software(self, steps: Iterable[Step]) -> dict[str, list[str]]:
+        """Of unfinished `steps` those that are there of other software: name -> "torch 2.12.0, is 2.13.0" and so on.
+
+        Where only a step that one of them needs was made otherwise, the list is empty.
+        """
+        wanted = {step.inputs_key: step for step in steps if not self.is_done(step)}
+        found: dict[str, list[str]] = {}
+        for file in sorted(self.root.glob(f"[!.]*/{RECORD}")) if wanted else ():
+            try:
+                record = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            step = wanted.get(str(record.get("inputs_key"))) if isinstance(record, dict) else None
+            if step is not None:
+                then = record["software"]
+                packages = sorted({*then, *step.software})
+                found[step.name] = [
+                    f"{name} {then.get(name)}, is {step.software.get(name)}"
+                    for name in packages
+                    if then.get(name) != step.software.get(name)
+                ]
+        return found
+
     def make(self, step: Step, run: Callable[[Mapping[str, Path], Path], dict[str, Any]]) -> bool:
         """Have `run(directories of needed steps, directory to fill)` make the step, unless it is there: False then.
 
@@ -110,6 +149,8 @@ class StepStore:
                 "kind": step.kind,
                 "version": step.version,
                 "key": step.key,
+                "inputs_key": step.inputs_key,
+                "software": step.software,
                 "settings": step.settings,
                 "needs": {role: need.name for role, need in step.needs.items()},
                 "result": result,

@@ -20,19 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
-from speedstack.ablate import Ablation, worker_places
+from speedstack.ablate import Ablation
 from speedstack.ablate_config import AblateConfig, Grids, drafter_config, load_ablate_config, qat_config
 from speedstack.ablate_steps import run_step
 from speedstack.cli import main
-from speedstack.eval.ablation import AblationGrid, AblationRow
+from speedstack.eval.ablation import AblationGrid
+from speedstack.eval.environment import describe_environment
 from speedstack.eval.heldout import corpus_windows
 from speedstack.eval.quality import model_quality
 from speedstack.eval.storage import directory_bytes
 from speedstack.quant.checkpoint import load_model
-from speedstack.quant.formats import number_format
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.step_pool import OnStep, describe
 from speedstack.step_store import Step, StepStore
@@ -195,7 +194,7 @@ def test_every_kind_of_row(
     text = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert text.startswith(grid.table()) and f"{1e3 * (rtn.kl_nats or 0):.4g} ± " in text
     plots = {path.name for path in (tmp_path / "out" / "plots").iterdir()}
-    names = ("kl_by_bits", "kl_by_bytes", "score_by_bits", "tau_by_bits")
+    names = ("kl_by_bits", "kl_by_bytes", "kl_by_speed", "score_by_bits", "tau_by_bits")
     assert plots == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
 
     # All there: nothing is made, whatever the path of the checkpoint; an additional row makes its own steps alone.
@@ -214,8 +213,8 @@ def test_every_kind_of_row(
     ]
 
 
-def test_another_checkpoint_or_setting_makes_other_steps(
-    write_config: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path
+def test_another_checkpoint_setting_or_software_makes_other_steps(
+    write_config: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def names(**fields: Any) -> dict[str, set[str]]:
         config = load_ablate_config(write_config(grid={"method": ["gptq", "qad"]}, include=INCLUDE, **fields), [])
@@ -237,12 +236,47 @@ def test_another_checkpoint_or_setting_makes_other_steps(
     assert changed(heldout={"num_tokens": 97, "window": 33}) == {"quality"}
     assert changed(suite={"limit": 4, "max_length": 256}) == {"suite"}
     assert changed(speed={"num_prompts": 2}) == {"acceptance", "timing"}
+    with monkeypatch.context() as patch:
+        patch.setenv("OMP_WAIT_POLICY", "PASSIVE" if os.environ.get("OMP_WAIT_POLICY") != "PASSIVE" else "ACTIVE")
+        assert changed() == {"timing"}
     other = tmp_path / "model"
     shutil.copytree(tiny_model_dir, other)
     weights = bytearray((other / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
     assert changed(model=str(other)) == set(before)
+    machine = describe_environment()
+    for package, kinds in (("lm_eval", {"tasks", "suite"}), ("torch", set(before)), ("numpy", set())):
+        packages = machine.packages | {package: "0.0.1"}
+        monkeypatch.setattr(
+            "speedstack.ablate_plan.describe_environment",
+            partial(machine.model_copy, update={"packages": packages}),
+        )
+        assert changed() == kinds
+
+
+def test_what_other_software_made_is_named_and_made_anew(
+    write_config: Callable[..., Path],
+    in_process: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = write_config(grid={"method": ["rtn"]})
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    content["suite"]["name"], content["speed"]["num_repeats"] = None, 0
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert main(["ablate", str(file)]) == 0
+    num_made = len(in_process)
+    assert num_made and "other software" not in capsys.readouterr().err
+    machine = describe_environment()
+    then = machine.packages["torch"]
+    newer = machine.model_copy(update={"packages": machine.packages | {"torch": "99.0"}})
+    with monkeypatch.context() as patch:
+        patch.setattr("speedstack.ablate_plan.describe_environment", lambda: newer)
+        assert main(["ablate", str(file)]) == 0
+    assert f"{num_made} steps are there of other software (torch {then}, is 99.0)" in capsys.readouterr().err
+    assert len(in_process) == 2 * num_made
+    assert main(["ablate", str(file)]) == 0 and len(in_process) == 2 * num_made
 
 
 def test_a_row_that_fails_keeps_its_line_and_others_go_on(
@@ -348,34 +382,6 @@ def test_runs_have_their_own_text_and_know_inputs_however_they_are_spelled(
     assert Ablation(relative).store.root == Ablation(absolute).store.root
 
 
-def test_rows_of_a_grid() -> None:
-    config = AblateConfig.model_validate(
-        {
-            "grid": {"format": ["mxfp4", "nvfp4"], "method": ["rtn", "none"], "temperature": [0, 1]},
-            "include": [{"method": "none", "drafter": ["full", "quantized"], "temperature": 1}],
-            "exclude": [{"format": "nvfp4", "method": "rtn"}],
-        }
-    )
-    assert [row.name for row in config.rows()] == [
-        "full precision",
-        "full precision, drafter of the full model, T=1",
-        "mxfp4 experts rtn",
-    ]
-
-
-def test_workers_share_threads_and_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    cpu = worker_places(AblateConfig(jobs=3), "cpu")
-    assert [place.num_threads for place in cpu] == [2, 2, 2]
-    gpus = worker_places(AblateConfig(), "cuda")
-    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in gpus] == ["0", "1", "2", "3"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in worker_places(AblateConfig(), "cuda")] == ["2", "5"]
-    with pytest.raises(ValueError, match="3 jobs need a GPU each, and there are 2"):
-        worker_places(AblateConfig(jobs=3), "cuda")
-
-
 @pytest.mark.slow
 def test_killed_and_continued(write_config: Callable[..., Path], in_process: list[str], tmp_path: Path) -> None:
     """The command as a user gives it, with its worker processes, killed; then the rest."""
@@ -398,12 +404,3 @@ def test_killed_and_continued(write_config: Callable[..., Path], in_process: lis
     assert len(grid.rows) == 3 and grid.num_failed == 0
     assert all((path / "step.json").stat().st_mtime_ns == before[path] for path in before)
     assert not list(steps.glob(".*.partial")) and len(in_process) == 5 - len(before)
-
-
-def test_a_result_of_another_version_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "results.json"
-    file.write_text(json.dumps({"kind": "ablation", "schema_version": 7}), encoding="utf-8")
-    with pytest.raises(ValueError, match="has schema version 7, this release reads version 1"):
-        AblationGrid.load(file)
-    assert number_format("nvfp4").num_bytes((3, 2, 32)) == 3 * (2 * 32 * 4 + 4 * 8 + 32) // 8
-    assert AblationRow(name="", format="", modules="", method="none", drafter="none", temperature=0).model_name

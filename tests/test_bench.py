@@ -103,6 +103,7 @@ def test_what_was_finished_is_kept(
     kept = TimingResult.load(config.out / "timing.json")
     assert [entry.contestants[0].tokens_per_second.num_repeats for entry in kept.sets] == [2, 1]
     assert kept.contestants[0].tokens_per_second.num_repeats == 1
+    assert (config.out / "timing.md").read_text(encoding="utf-8") == kept.table()
 
 
 def test_mistakes_are_one_line(make_config: Callable[..., BenchConfig], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,14 @@
 """The table of ways to quantize: its rows against models quantized by hand, and one line for what it refuses."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from speedstack import bench_ptq
 from speedstack.bench_ptq import PtqResult, main
 from speedstack.cli import main as speedstack
 from speedstack.eval.divergence import token_kl
@@ -16,6 +19,7 @@ from speedstack.train.corpus import prepare_corpus
 from speedstack.train.qat import load_tokenizer
 
 CALIBRATION = ["--num-sequences", "4", "--sequence-length", "32"]
+GPTQ = "GPTQ, mse, 4 sequences of 32"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def test_the_table(tiny_model_dir: Path, corpus: Path, tmp_path: Path, capsys: p
     result = PtqResult.load(out)
     rows = {method.quality.method: method for method in result.methods}
     rules = ("RTN, even", "RTN, floor", "RTN, rceil", "RTN, mse")
-    assert tuple(rows) == ("full precision", *rules, "GPTQ, mse", "floor", "verb")
+    assert tuple(rows) == ("full precision", *rules, GPTQ, "floor", "verb")
     assert result.table() in capsys.readouterr().out and result.model_sha256 == weights_sha256(tiny_model_dir)
 
     round_to_nearest(model, "rceil")
@@ -52,12 +56,65 @@ def test_the_table(tiny_model_dir: Path, corpus: Path, tmp_path: Path, capsys: p
     assert result.num_tokens == len(torch.cat(kl)) == 100
     assert rows["RTN, rceil"].quality.kl_to_teacher_nats == pytest.approx(float(torch.cat(kl).mean()), rel=1e-6)
     # A packed model is the model in memory, bit for bit; GPTQ is what the verb makes.
-    for export, method in (("floor", "RTN, floor"), ("verb", "GPTQ, mse")):
+    for export, method in (("floor", "RTN, floor"), ("verb", GPTQ)):
         assert rows[export].quality.model_copy(update={"method": method}) == rows[method].quality
         assert rows[export].kl_over_rtn == rows[method].kl_over_rtn
     assert rows["verb"].model_sha256 == weights_sha256(tmp_path / "gptq")
     assert rows["full precision"].kl_over_rtn is None and rows["RTN, even"].kl_over_rtn == 1.0
-    assert rows["GPTQ, mse"].gptq["num_calibration_tokens"] == 128
+    assert rows[GPTQ].gptq["num_calibration_tokens"] == 128
+
+
+def test_a_way_that_fails_costs_no_other_row_and_is_made_up_for(
+    tiny_model_dir: Path,
+    tiny_packed_dir: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "ptq.json"
+    common = [str(tiny_model_dir), "--corpus", str(corpus), *CALIBRATION, "--device", "cpu", "--out", str(out)]
+    arguments = [*common, "--num-tokens", "100", "--window", "33", "--export", f"packed={tiny_packed_dir}"]
+
+    def failing(error: BaseException) -> Callable[..., Any]:
+        def fail(*_: object) -> None:
+            raise error
+
+        return fail
+
+    def names() -> list[str]:
+        return [method.quality.method for method in PtqResult.load(out).methods]
+
+    rounded = ["full precision", "RTN, even", "RTN, floor", "RTN, rceil", "RTN, mse"]
+    gptq_experts = bench_ptq.gptq_experts
+    monkeypatch.setattr(bench_ptq, "gptq_experts", failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments)
+    assert names() == rounded
+    # What is there is not made again.
+    monkeypatch.setattr(bench_ptq, "round_to_nearest", failing(AssertionError("again")))
+    monkeypatch.setattr(bench_ptq, "gptq_experts", failing(RuntimeError("out of memory")))
+    assert main(arguments) == 1
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1] == f"bench_ptq: error: 1 failed: {GPTQ}: RuntimeError: out of memory"
+    assert f"{GPTQ}: failed: RuntimeError: out of memory" in shown.out and names() == [*rounded, "packed"]
+    monkeypatch.setattr(bench_ptq, "gptq_experts", gptq_experts)
+    assert main(arguments) == 0
+    result = PtqResult.load(out)
+    assert names() == [*rounded, "packed", GPTQ] and not result.unavailable
+    assert all(method.kl_over_rtn is not None for method in result.methods[1:])
+    # Another calibration is one row more, an export made anew one instead.
+    save_packed(load_model(tiny_model_dir), tmp_path / "floor", scale_rule="floor")
+    more = [*arguments[:-1], f"packed={tmp_path / 'floor'}", "--damping", "0.01", "0.1", "--seed", "0"]
+    assert main(more) == 0
+    assert names() == [*rounded, GPTQ, f"{GPTQ}, damping 0.1", "packed"]
+    text = out.read_text(encoding="utf-8")
+    for changed, message in ((["--window", "17"], "rows of another text"), (["--num-tokens", "90"], "another text")):
+        assert main([*arguments, *changed]) == 2
+        assert message in capsys.readouterr().err and out.read_text(encoding="utf-8") == text
+    out.write_text(text.replace('"torch": "', '"torch": "0.'), encoding="utf-8")
+    assert main(arguments) == 2
+    assert "rows of other versions of packages: give another --out" in capsys.readouterr().err
 
 
 def test_refusals(
@@ -79,6 +136,9 @@ def test_refusals(
     refused("num_sequences must be at least 1, got 0", "--num-sequences", 0)
     refused("sequence_length must be at least 2, got 0", "--sequence-length", 0)
     refused("seed must be at least 0, got -1", "--seed", -1)
+    refused("damping must be a positive number, got 0.0", "--damping", 0)
+    (tmp_path / "other.json").write_text('{"kind": "timing", "schema_version": 1}', encoding="utf-8")
+    refused("holds no ptq result", "--out", tmp_path / "other.json", *CALIBRATION)
     refused("sequences of 257 tokens exceed the 256 positions", "--sequence-length", 257, "--num-sequences", 1)
     refused("is not a prepared corpus", "--corpus", tmp_path)
     other = tmp_path / "other"

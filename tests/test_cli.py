@@ -141,6 +141,7 @@ def test_generate_with_text_ids_and_drafter(
     drafted = capsys.readouterr()
     assert alone.out == drafted.out and alone.out.strip()
     assert "12 tokens (length)" in alone.err and "tokens a round" in drafted.err
+    assert "memory: embedding and LM head 0." in alone.err and "experts (MXFP4) 0." in alone.err
 
 
 def test_generate_prints_ids_where_there_is_no_tokenizer(
@@ -389,7 +390,12 @@ def test_convert_recognizes_a_drafter(
     assert (back / "model.safetensors").read_bytes() == (tiny_drafter_dir / "model.safetensors").read_bytes()
     nowhere = ("--out", tmp_path / "x")
     assert "choose one of speedstack" in fails("convert", tiny_drafter_dir, "--to", "gguf", *nowhere)
-    for flag, value in (("--linears", "fp8"), ("--scale-rule", "mse"), ("--max-shard-bytes", "10")):
+    for flag, value in (
+        ("--linears", "fp8"),
+        ("--lm-head", "fp8"),
+        ("--scale-rule", "mse"),
+        ("--max-shard-bytes", "10"),
+    ):
         line = fails("convert", tiny_drafter_dir, "--to", "zlab", *nowhere, flag, value)
         name = flag.removeprefix("--").replace("-", "_")
         assert f"is a drafter, for which the setting {name} does nothing" in line

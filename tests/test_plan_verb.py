@@ -32,6 +32,7 @@ def test_a_table_of_a_released_model(capsys: pytest.CaptureFixture[str], tmp_pat
         assert op in text
     result = PlanResult.load(out)
     assert "proof: safe" in text and result.proof.is_safe
+    assert "weights: attention bf16, attention output bf16, dense bf16, router bf16, experts mxfp4, " in text
     assert f"{result.roofline_tokens_per_second:.0f} tokens/s" in text
     # 3.42 GB of weights and 0.10 GB of cache at 4.8 TB/s
     assert result.step_memory_bytes == pytest.approx(3.523e9, rel=1e-3)
@@ -48,6 +49,7 @@ def test_json_and_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert half["roofline_seconds"] == pytest.approx(2 * one["roofline_seconds"], rel=1e-2)
     fp8 = as_json(capsys, QWEN, "--experts", "mxfp4", "--attention", "fp8", "--lm-head", "fp8")
     assert fp8["step_memory_bytes"] < 0.7 * one["step_memory_bytes"]
+    assert (fp8["weight_formats"]["lm_head"], one["weight_formats"]["lm_head"]) == ("fp8", "bf16")
     drafted = as_json(capsys, QWEN, "--rows", "8", "--acceptance-length", "4", "--draft-us", "100")
     seconds = drafted["roofline_seconds"] + 100e-6
     assert drafted["roofline_tokens_per_second"] == pytest.approx(4 / seconds)

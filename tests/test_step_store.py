@@ -66,11 +66,12 @@ def test_a_key_is_all_that_decides_and_nothing_else(tmp_path: Path) -> None:
         replace(base, kind="c"),
         replace(base, version=2),
         replace(base, settings={"rate": 2}),
+        replace(base, software={"torch": "2.13.0"}),
         replace(base, needs={"of": needing}),
         replace(needing, needs={"by": base}),
         replace(needing, needs={"of": replace(base, version=2)}),
     ]
-    assert len({one.key for one in (base, needing, *others)}) == 8
+    assert len({one.key for one in (base, needing, *others)}) == 9
     assert base.closure() == [base] and needing.closure() == [base, needing]
 
 
@@ -102,6 +103,25 @@ def test_a_step_is_made_once_and_continued_where_it_was(tmp_path: Path) -> None:
     (store.path(one) / "made").write_text("xy", encoding="utf-8")
     assert not store.is_done(one) and store.make(one, run) and store.is_done(one)
     assert calls[2] == []
+
+
+def test_steps_of_other_software_are_named_and_not_used(tmp_path: Path) -> None:
+    store = StepStore(tmp_path / "steps")
+    old = replace(step("a", tmp_path), software={"torch": "2.12.0", "lm_eval": "0.4"})
+    old_after = step("b", tmp_path, {"of": old})
+    for one in (old, old_after):
+        assert store.make(one, lambda needs, directory: {"value": 1})
+    record = json.loads((store.path(old) / RECORD).read_text(encoding="utf-8"))
+    assert record["software"] == {"torch": "2.12.0", "lm_eval": "0.4"}
+    assert store.other_software([old, old_after]) == {}
+    new = replace(old, software={"torch": "2.13.0", "lm_eval": "0.4"})
+    new_after = replace(old_after, needs={"of": new})
+    assert not store.is_done(new) and not store.is_done(new_after)
+    found = store.other_software([new, new_after, step("c", tmp_path)])
+    assert found == {new.name: ["torch 2.12.0, is 2.13.0"], new_after.name: []}
+    assert store.make(new, lambda needs, directory: {"value": 2})
+    assert store.result(old) == {"value": 1} and store.result(new) == {"value": 2}
+    assert store.other_software([new, new_after]) == {new_after.name: []}
 
 
 def test_what_does_not_depend_on_a_failure_goes_on(tmp_path: Path, runner: str) -> None:

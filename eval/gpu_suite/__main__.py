@@ -12,7 +12,7 @@ from speedstack.eval.gpu_suite.sections import run_correctness, run_environment,
 from speedstack.eval.gpu_suite.speed import run_speed
 from speedstack.eval.gpu_suite.suite import Section, Suite, free_path, run_sections
 from speedstack.eval.gpu_suite.table import judge, text
-from speedstack.eval.gpu_suite.worker import ProcessWorker, StartWorker
+from speedstack.eval.gpu_suite.worker import InterpretedWorker, ProcessWorker, StartWorker
 from speedstack.eval.released import MODELS
 
 ENVIRONMENT = Section("environment", 0.06, run_environment)
@@ -24,8 +24,11 @@ SECTIONS = (
 )
 
 
-def main(arguments: Sequence[str] | None = None, start: StartWorker = ProcessWorker) -> int:
-    """Exit status: 0 when every section is complete, 1 when one is not, 2 for settings that cannot be."""
+def main(arguments: Sequence[str] | None = None, start: StartWorker | None = None) -> int:
+    """Exit status: 0 when every section is complete, 1 when one is not, 2 for settings that cannot be.
+
+    `start` makes workers; None: in processes, on a CPU with interpreted kernels.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m speedstack.eval.gpu_suite",
         description="Correctness, row invariance and speed of the GPU backends, measured in one go.",
@@ -35,7 +38,9 @@ def main(arguments: Sequence[str] | None = None, start: StartWorker = ProcessWor
     parser.add_argument("--only", default=known, help="sections (default: %(default)s)")
     parser.add_argument("--models", default=",".join(MODELS), help="families and shapes (default: %(default)s)")
     parser.add_argument("--contestants", default=",".join(CONTESTANTS), help="default: %(default)s")
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the suite on tiny models")
+    parser.add_argument(
+        "--device", default="cuda", help="cuda, or cpu to try the suite: tiny models, kernels interpreted"
+    )
     parser.add_argument("--out", type=Path, help="result file (default: results/DATE-gpu-suite.json)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and orders (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -47,7 +52,7 @@ def main(arguments: Sequence[str] | None = None, start: StartWorker = ProcessWor
             contestants=_chosen("contestant", options.contestants, CONTESTANTS),
             minutes=options.minutes,
             out=options.out or free_path(Path("results"), f"{datetime.now(UTC):%Y-%m-%d}-gpu-suite"),
-            start=start,
+            start=start or (InterpretedWorker if options.device == "cpu" else ProcessWorker),
             seed=options.seed,
         )
         if options.minutes <= 0:

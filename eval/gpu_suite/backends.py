@@ -1,7 +1,7 @@
 """Our backends as contestants: random weights at a model's shapes, steps timed on the device, phases timed apart."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +157,7 @@ class BackendContestant:
         flush = torch.empty(self.scale.flush_bytes, dtype=torch.uint8, device=self.device)
         rows = []
         for name, launches in phase_kinds(self.backend.launches, self.spec):
-            run = self._replayer(launches)
+            run = replayer(launches, self.device)
             samples = []
             for _ in range(PHASE_REPEATS if not self.scale.is_tiny else 1):
                 flush.zero_()
@@ -175,21 +175,6 @@ class BackendContestant:
             )
         return rows
 
-    def _replayer(self, launches: list["Launch"]) -> Any:
-        def run() -> None:
-            for index, launch in enumerate(launches):
-                launch.run(is_dependent=self.device.type == "cuda" and index > 0)
-
-        if self.device.type != "cuda":
-            return run
-        run()
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            run()
-        graph.replay()
-        return graph.replay
-
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -205,3 +190,22 @@ def phase_kinds(launches: list["Launch"], spec: ModelSpec) -> Iterator[tuple[str
             name += " (global)" if window is None else f" (window {window})"
         kinds.setdefault(name, []).append(launch)
     yield from kinds.items()
+
+
+def replayer(launches: Sequence["Launch"], device: torch.device) -> Callable[[], None]:
+    """What runs these kernels one after another: on a GPU a CUDA graph, so that no time is the host's."""
+
+    def run() -> None:
+        for index, launch in enumerate(launches):
+            launch.run(is_dependent=device.type == "cuda" and index > 0)
+
+    if device.type != "cuda":
+        return run
+    run()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    replay: Callable[[], None] = graph.replay
+    return replay

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from speedstack.eval.failures import one_line
 
+INTERPRET = "TRITON_INTERPRET"
 KILLED = "killed: no answer in"
 NEVER_BEGAN = "the time was up before it began"
 
@@ -93,6 +94,22 @@ class ProcessWorker:
         self._process.kill()
         self._process.join()
         self._connection.close()
+
+
+class InterpretedWorker(ProcessWorker):
+    """A process in which Triton's kernels are interpreted, whatever they are in this one."""
+
+    def __init__(self, factory: Callable[..., Any], *arguments: Any) -> None:
+        before = os.environ.get(INTERPRET)
+        # Kernels are made for one or the other when they are imported: it has to be known before the process starts.
+        os.environ[INTERPRET] = "1"
+        try:
+            super().__init__(factory, *arguments)
+        finally:
+            if before is None:
+                del os.environ[INTERPRET]
+            else:
+                os.environ[INTERPRET] = before
 
 
 def _serve(connection: multiprocessing.connection.Connection, factory: Callable[..., Any], arguments: Any) -> None:

@@ -25,6 +25,7 @@ MODULES = {
     "comparison": "comparison",
     "ablation": "ablation",
     "ptq": "ptq",
+    "qat_runs": "qat_runs",
     "sensitivity": "sensitivity",
     "acceptance": "acceptance",
     "drafter_ablation": "drafter_ablation",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from speedstack.eval import plots
 from speedstack.eval.page import (
+    MISSING,
     Block,
     Cell,
     Column,
@@ -36,9 +37,10 @@ def sections(found: Sequence[Found[PtqResult]]) -> list[Section]:
 
 def _section(result: PtqResult, title: str) -> Section:
     measured = [entry for entry in result.methods if entry.quality.kl_to_teacher_nats is not None]
-    blocks: list[Block] = [
-        Table(COLUMNS, tuple(_row(entry) for entry in result.methods), "\u00b1 is one standard error over windows.")
-    ]
+    rows = [_row(entry) for entry in result.methods]
+    for absent in result.unavailable:
+        rows.append((Cell(absent.name, note=f"failed: {absent.reason}"), *[MISSING] * (len(COLUMNS) - 1)))
+    blocks: list[Block] = [Table(COLUMNS, tuple(rows), "\u00b1 is one standard error over windows.")]
     headlines: tuple[Headline, ...] = ()
     if measured:
         svg = plots.bars(
@@ -58,7 +60,7 @@ def _section(result: PtqResult, title: str) -> Section:
         f"One model, its experts quantized in several ways, on {result.num_tokens:,} held-out tokens in windows of "
         f"{result.window}. Times are of the quantization alone."
     )
-    return Section(title, (text,), tuple(blocks), headlines)
+    return Section(title, (text, *result.notes), tuple(blocks), headlines)
 
 
 def _row(entry: PtqMethod) -> tuple[Cell, ...]:

@@ -57,7 +57,7 @@ from speedstack.quant.checkpoint.reader import (
     tied_names,
     unquantized_fields,
 )
-from speedstack.quant.fp8 import TILE_SIZE, FP8Tensor
+from speedstack.quant.fp8 import HEAD_FIELD, TILE_SIZE, FP8Tensor
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, MXFP4Tensor, ScaleRule, quantize
 
 Linears = Literal["keep", "fp8"]
@@ -84,6 +84,7 @@ def convert(
     *,
     scale_rule: ScaleRule | None = None,
     linears: Linears = "keep",
+    lm_head: Linears = "keep",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
@@ -91,14 +92,16 @@ def convert(
 
     `scale_rule` is for an unquantized source, whose experts are rounded; None is the default rule. `linears="fp8"`
     stores the other linear layers in FP8 as the makers of mimo and deepseek-v4 do, which rounds them; "keep" leaves
-    them as they are. The source's tokenizer and other side files are copied; a model directory already at `out` is
-    replaced. `on_progress` is called with the number of tensors written and in all.
+    them as they are. `lm_head="fp8"` does so with the language-model head, which those makers leave alone. The source's
+    tokenizer and other side files are copied; a model directory already at `out` is replaced. `on_progress` is called
+    with the number of tensors written and in all.
 
     Warns when FP8 layers become bfloat16, when linear layers cannot become FP8, when experts outside the model's layers
     stay as they are, when few loaders know the result, and about sub-directories, which are not copied. Raises
     ValueError, of one line, for an unknown format, a source that is already in it or is quantized otherwise, a format
-    that cannot express the family, settings that would do nothing, NaN in experts, an `out` whose replacement would
-    delete something else, and anything missing, corrupt or inconsistent. Raises OSError when `out` cannot be written.
+    that cannot express the family, settings that would do nothing, a head that FP8 cannot take, NaN in experts, an
+    `out` whose replacement would delete something else, and anything missing, corrupt or inconsistent. Raises OSError
+    when `out` cannot be written.
     """
     codec_type = format_named(target_format)
     source, out = checkpoint_directory(source), Path(out)
@@ -106,8 +109,9 @@ def convert(
     source_type = detect(source, fields)
     if source_type is codec_type:
         raise ValueError(f"{source} is in the format {codec_type.name} already")
-    if linears == "fp8" and codec_type.linear_scale is None:
-        raise ValueError(f"format {codec_type.name} has no FP8 linear layers: leave linears at keep")
+    for setting, value in (("linears", linears), ("lm_head", lm_head)):
+        if value == "fp8" and codec_type.linear_scale is None:
+            raise ValueError(f"format {codec_type.name} has no FP8 linear layers: leave {setting} at keep")
     if scale_rule is not None and source_type.is_packed:
         raise ValueError(
             f"{source} is packed, its codes and scales are moved as they are: scale_rule {scale_rule} is for rounding "
@@ -131,11 +135,18 @@ def convert(
         others = sorted(other_names(files, source_type, expert_names), key=_natural_key)
         _check_against_config(skeleton, files, names, weights, set(others))
         kept = _linears_kept(files, codec_type, others) if linears == "fp8" else []
+        head = names.of("lm_head.weight")
+        if lm_head == "fp8":
+            _check_head(files, head, "lm_head.weight" in tied_names(skeleton))
         codec = Plain(names, _plain_dtype(fields)) if codec_type is Plain else codec_type(names)
         with new_directory(out) as partial:
-            job = _Job(files, source_codec, codec, scale_rule or DEFAULT_SCALE_RULE, linears)
+            to_round = {name for name in others if linears == "fp8" and is_fp8_linear(codec_type, name)}
+            to_round |= {head} if lm_head == "fp8" else set()
+            job = _Job(files, source_codec, codec, scale_rule or DEFAULT_SCALE_RULE, to_round)
             job.write(weights, others, partial, max_shard_bytes, on_progress or (lambda done, total: None))
             config = unquantized_fields(fields) | codec.config(plain_matrices(job.shapes, job.fp8_names))
+            if head in job.fp8_names:
+                config["quantization_config"][HEAD_FIELD] = True
             (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             _copy_side_files(source, partial)
     if heads:
@@ -148,6 +159,11 @@ def convert(
         warnings.warn(
             f"{len(kept)} linear layers of {source} are not of whole tiles of {TILE_SIZE} x {TILE_SIZE}, such as "
             f"{kept[0]}: they stay as they are",
+            stacklevel=2,
+        )
+    if head in job.fp8_names:
+        warnings.warn(
+            f"the LM head is in FP8, which speedstack reads: most loaders of {codec.title} take it unquantized only",
             stacklevel=2,
         )
     caution = codec.caution(names)
@@ -166,13 +182,13 @@ class _Job:
     """One conversion while it writes."""
 
     def __init__(
-        self, files: WeightFiles, source: Codec, target: Codec, scale_rule: ScaleRule, linears: Linears
+        self, files: WeightFiles, source: Codec, target: Codec, scale_rule: ScaleRule, to_round: set[str]
     ) -> None:
         self._files = files
         self._source = source
         self._target = target
         self._scale_rule: ScaleRule = scale_rule
-        self._linears = linears
+        self._to_round = to_round
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.fp8_names: set[str] = set()
         self.num_dequantized = 0
@@ -214,7 +230,7 @@ class _Job:
 
     def _write_other(self, name: str, shards: ShardWriter) -> None:
         tensor = read_linear(self._files, type(self._source), name, self._files.shape(name))
-        if self._linears == "fp8":
+        if name in self._to_round:
             tensor = to_fp8(tensor, type(self._target), name)
         stored = write_linear(tensor, type(self._target), name)
         self.num_dequantized += isinstance(tensor, FP8Tensor) and len(stored) == 1
@@ -235,6 +251,19 @@ def _linears_kept(files: WeightFiles, codec_type: type[Codec], names: list[str])
             "linears at keep"
         )
     return kept
+
+
+def _check_head(files: WeightFiles, head: str, is_tied: bool) -> None:
+    """Raises ValueError when the language-model head cannot be stored in FP8."""
+    if is_tied:
+        raise ValueError(
+            f"the LM head of {files.path} is its embedding, which is not stored in FP8: leave lm_head at keep"
+        )
+    if not is_whole_tiles(files.shape(head)):
+        raise ValueError(
+            f"{files.path}: {head} of shape {files.shape(head)} is not of whole tiles of {TILE_SIZE} x {TILE_SIZE}, "
+            "which FP8 takes: leave lm_head at keep"
+        )
 
 
 def _outside(weights: list[ExpertWeight], of_model: dict[str, ExpertWeight]) -> list[ExpertWeight]:

@@ -2,6 +2,9 @@
 
 A format without FP8 gets FP8 layers as bfloat16. That is the one lossy step between formats (an E4M3 element times a
 float32 scale has more digits than bfloat16), and it is announced.
+
+The makers of these formats keep the language-model head unquantized. In FP8 it is stored as other linear layers are,
+and config.json says so (`fp8.HEAD_FIELD`), since the silence of these makers' files means the opposite.
 """
 
 import torch
@@ -17,6 +20,7 @@ _FP8_LEAVES = (
 )
 # DeepSeek-V4's sparse attention keeps the first two in full precision; experts that come here are a head's.
 _NEVER_FP8 = (".compressor.", ".indexer.", ".experts.")
+_HEADS = ("lm_head", "head")  # by family
 _QUANTIZED_DTYPES = ("U8", "I8", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 
 
@@ -45,7 +49,7 @@ def other_names(files: WeightFiles, codec: type[Codec], expert_names: set[str]) 
 
 
 def read_linear(files: WeightFiles, codec: type[Codec], name: str, shape: tuple[int, ...]) -> torch.Tensor | FP8Tensor:
-    """One of `other_names`. Raises ValueError when it is missing or has another shape."""
+    """One of `other_names`. Raises ValueError when it is missing or has another shape, and for FP8 that is NaN."""
     tensor = files.get(name, shape)
     scales = scale_name(codec, name)
     if tensor.dtype != torch.float8_e4m3fn:
@@ -54,10 +58,10 @@ def read_linear(files: WeightFiles, codec: type[Codec], name: str, shape: tuple[
         raise ValueError(f"{files.path}: {name} is FP8, which the format that config.json names does not have")
     tiles = tuple(-(-size // TILE_SIZE) for size in shape)
     try:
-        scales_PQ = files.get(scales, tiles)
-        if not torch.isfinite(scales_PQ.float()).all():
-            raise ValueError("scales hold NaN or infinity")
-        return FP8Tensor(tensor, scales_PQ)
+        fp8 = FP8Tensor(tensor, files.get(scales, tiles))
+        if fp8.has_nan():
+            raise ValueError("elements or scales are NaN or infinity: the checkpoint is damaged, download it again")
+        return fp8
     except ValueError as error:
         raise ValueError(f"{files.path}: {name}: {error}") from error
 
@@ -86,17 +90,17 @@ def is_whole_tiles(shape: tuple[int, ...]) -> bool:
 
 
 def to_fp8(tensor: torch.Tensor | FP8Tensor, codec: type[Codec], name: str) -> torch.Tensor | FP8Tensor:
-    """`tensor` in the format's FP8 if it is a linear layer that its makers store so, else itself.
+    """`tensor` in the format's FP8 if it is of whole tiles, else itself.
 
     One that is FP8 under scales which the format cannot hold is rounded again. Raises ValueError for NaN and infinity.
     """
     assert codec.linear_scale is not None
     if isinstance(tensor, FP8Tensor):
-        if not is_fp8_linear(codec, name) or tensor.with_scales(codec.linear_scale[1]) is not None:
+        if tensor.with_scales(codec.linear_scale[1]) is not None:
             return tensor
         tensor = tensor.dequantize()
     is_float = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if not is_fp8_linear(codec, name) or not is_float or not is_whole_tiles(tuple(tensor.shape)):
+    if not is_float or not is_whole_tiles(tuple(tensor.shape)):
         return tensor
     try:
         return quantize_fp8(tensor.float(), codec.linear_scale[1])
@@ -109,9 +113,10 @@ def plain_matrices(shapes: dict[str, tuple[int, ...]], fp8_names: set[str]) -> l
 
     Embeddings are no linear layers; a language-model head that is one of them is not stored, and listed all the same.
     """
+    has_head = any(f"{head}.weight" in {*shapes, *fp8_names} for head in _HEADS)
     modules = [
         name.removesuffix(".weight")
         for name, shape in shapes.items()
         if name.endswith(".weight") and len(shape) == 2 and "embed" not in name and name not in fp8_names
     ]
-    return modules if {"lm_head", "head"} & set(modules) else [*modules, "lm_head"]
+    return modules if has_head else [*modules, "lm_head"]

@@ -9,7 +9,7 @@ format that has them. Both are refused.
 
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,19 @@ class Checkpoint:
         does, packed ones are MXFP4Tensor with the contraction axis last: `...mlp.experts.gate_up_proj` [E, 2I, H] (gate
         rows first; gpt-oss' take turns) and `...down_proj` [E, H, I]. FP8 linears come in bfloat16, the rest has the
         files' dtypes.
+    fp8: the FP8 linears instead, by the same names, where they were asked to be kept.
     """
 
     config: PreTrainedConfig
     tensors: dict[str, torch.Tensor | MXFP4Tensor]
     is_packed: bool
+    fp8: dict[str, FP8Tensor] = field(default_factory=dict)
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
+def load_checkpoint(path: str | Path, keep_fp8: bool = False) -> Checkpoint:
     """Read a model directory of any format, one file or shards. Tensors are on the CPU.
+
+    keep_fp8: linear layers stored in FP8 are not dequantized.
 
     Warns about tensors that the model does not have. Raises ValueError, of one line, for anything missing, corrupt or
     inconsistent, another quantization format, and a family that `names` does not list.
@@ -59,6 +63,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     skeleton = build_skeleton(config)
     tied = tied_names(skeleton)
     tensors: dict[str, torch.Tensor | MXFP4Tensor] = {}
+    fp8: dict[str, FP8Tensor] = {}
     with WeightFiles(path) as files:
         names = stored_names(files, names)
         codec = codec_type(names)
@@ -68,12 +73,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         for name, expected in skeleton.state_dict().items():
             if name not in tensors and name not in tied:
                 tensor = read_linear(files, codec_type, names.of(name), tuple(expected.shape))
-                tensors[name] = tensor.dequantize(torch.bfloat16) if isinstance(tensor, FP8Tensor) else tensor
+                if keep_fp8 and isinstance(tensor, FP8Tensor):
+                    fp8[name] = tensor
+                else:
+                    tensors[name] = _plain(tensor)
         for name, source in tied.items():
             files.used.add(names.of(name))
-            tensors[name] = tensors[source]
+            tensors[name] = _plain(fp8[source]) if source in fp8 else tensors[source]
         _check_unused(files, skeleton)
-    return Checkpoint(config, tensors, codec_type.is_packed)
+    return Checkpoint(config, tensors, codec_type.is_packed, fp8)
 
 
 def load_tensor(path: str | Path, name: str) -> torch.Tensor:
@@ -87,7 +95,10 @@ def load_tensor(path: str | Path, name: str) -> torch.Tensor:
     name = tied_names(skeleton).get(name, name)
     with WeightFiles(path) as files:
         names = stored_names(files, hub_names(config.model_type))
-        tensor = read_linear(files, codec_type, names.of(name), tuple(skeleton.state_dict()[name].shape))
+        return _plain(read_linear(files, codec_type, names.of(name), tuple(skeleton.state_dict()[name].shape)))
+
+
+def _plain(tensor: torch.Tensor | FP8Tensor) -> torch.Tensor:
     return tensor.dequantize(torch.bfloat16) if isinstance(tensor, FP8Tensor) else tensor
 
 

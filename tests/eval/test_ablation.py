@@ -36,7 +36,10 @@ def grid() -> AblationGrid:
         num_jobs=1,
         rows=(
             row("full precision", **full, model_bytes=50_000_000, perplexity=94.0, score=1.0),
-            row("a", **measured, kl_nats=0.0007, kl_stderr_nats=0.00002, score=0.7, tokens_per_second=RATE),
+            row("a", **measured, kl_nats=0.0007, kl_stderr_nats=0.00002, score=0.7, tokens_per_second=RATE,
+                predicted_tokens_per_second=900.0),
+            row("a, drafted greedily", **measured, **tau, drafter="full", kl_nats=0.0007, tau=3.0,
+                predicted_tokens_per_second=2000.0),
             row("a, drafted", **measured, **tau, drafter="full", temperature=1.0, tau=1.5, busy_cores_of_others=0.9,
                 tokens_per_second=RATE),
             row("b", **measured | {"bits_per_weight": 8.25}, format="mxfp8_e4m3", modules="all", kl_nats=0.0001,
@@ -52,25 +55,26 @@ def test_the_table(grid: AblationGrid, tmp_path: Path) -> None:
     lines = grid.table().splitlines()
     assert lines[0] == (
         "| model | drafter, temperature | served | bits a weight | model, MB | KL, millinats a token | perplexity | "
-        "same_text exact_match | tau, greedy | tau | tokens/s | error |"
+        "same_text exact_match | tau, greedy | tau | tokens/s | tokens/s on H200, predicted | error |"
     )
-    assert lines[2] == "| full precision |  | unquantized | 32 | 50.00 |  | 94.000 | 1.000 |  |  |  |  |"
+    assert lines[2] == "| full precision |  | unquantized | 32 | 50.00 |  | 94.000 | 1.000 |  |  |  |  |  |"
     assert lines[3].startswith("| mxfp4 experts rtn |  | packed | 4.25 | 20.00 | 0.7 ± 0.02 |  | 0.700 ± 0.030 |")
-    assert lines[4].endswith("| 3.00 ± 0.10 | 1.50 ± 0.20 | 100* |  |")
-    assert lines[6].endswith("| qat: it \\| broke |") and grid.num_failed == 1
+    assert lines[4].endswith("| 3.00 ± 0.10 |  |  | 2000 |  |")
+    assert lines[5].endswith("| 3.00 ± 0.10 | 1.50 ± 0.20 | 100* |  |  |")
+    assert lines[7].endswith("| qat: it \\| broke |") and grid.num_failed == 1
     assert [one.name for one in grid.models()] == ["full precision", "a", "b", "c"]
     text = grid.save_markdown(tmp_path / "x" / "results.md").read_text(encoding="utf-8")
     assert text == grid.table() + "\nA note.\n"
     with grid.save_csv(tmp_path / "results.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert [one["tokens_per_second_median"] for one in rows] == ["", "100.4", "100.4", "", ""]
-    assert rows[4]["error"] == "qat: it | broke" and rows[3]["kl_nats"] == "0.0001"
+    assert [one["tokens_per_second_median"] for one in rows] == ["", "100.4", "", "100.4", "", ""]
+    assert rows[5]["error"] == "qat: it | broke" and rows[4]["kl_nats"] == "0.0001"
     assert AblationGrid.load(grid.save(tmp_path / "results.json")) == grid
 
 
 def test_figures_say_what_they_show(grid: AblationGrid, tmp_path: Path) -> None:
     figures = ablation_figures(grid)
-    assert list(figures) == ["kl_by_bits", "kl_by_bytes", "score_by_bits", "tau_by_bits"]
+    assert list(figures) == ["kl_by_bits", "kl_by_bytes", "kl_by_speed", "score_by_bits", "tau_by_bits"]
     for name, figure in figures.items():
         (axes,) = figure.axes
         assert "\nwhiskers: 95 % interval" in axes.get_xlabel() and axes.get_ylabel(), name
@@ -84,7 +88,10 @@ def test_figures_say_what_they_show(grid: AblationGrid, tmp_path: Path) -> None:
     first = next(one for one in figures["kl_by_bits"].axes[0].containers if isinstance(one, ErrorbarContainer))
     (segment,) = first[2][0].get_segments()
     assert [y for _, y in segment] == pytest.approx([0.7 - 1.96 * 0.02, 0.7 + 1.96 * 0.02])
-    assert ablation_figures(grid.model_copy(update={"rows": grid.rows[4:]})) == {}
+    alone, drafted = (container[0] for container in figures["kl_by_speed"].axes[0].containers)
+    assert (*alone.get_xydata(), *drafted.get_xydata()) == (pytest.approx([900, 0.7]), pytest.approx([2000, 0.7]))
+    assert (alone.get_markerfacecolor(), drafted.get_markerfacecolor()) == ("none", drafted.get_color())
+    assert ablation_figures(grid.model_copy(update={"rows": grid.rows[5:]})) == {}
 
 
 def test_more_temperatures_than_colours_are_drawn(grid: AblationGrid) -> None:

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from speedstack.eval.bench_drafter import Batch, DrafterCost, Shape, main, measure_steps, our_step, peer_step
+from speedstack.eval.bench_drafter import DrafterCost, main, measure_steps
+from speedstack.eval.drafter_race import Batch, Shape, our_step, peer_step
 
 SHAPE = Shape(
     name="test",

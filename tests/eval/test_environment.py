@@ -22,6 +22,13 @@ def test_describes_the_running_process() -> None:
     assert platform.node() not in found.model_dump_json()
 
 
+def test_what_changes_how_threads_wait_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("AN_OMP_SECRET", "x")
+    assert describe_environment().thread_settings["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert "AN_OMP_SECRET" not in describe_environment().thread_settings
+
+
 def test_no_revision_outside_a_checkout_that_tracks_the_source(tmp_path: Path) -> None:
     source = tmp_path / "file.py"
     source.write_text("")

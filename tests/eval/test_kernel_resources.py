@@ -59,6 +59,33 @@ def test_the_kernel_of_a_whole_step_spills_no_more_than_is_known(model: str) -> 
     check(kernel)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("model", "allowed"), [("mimo-v2-flash", {}), ("qwen3-30b-a3b", {"qkv": 8})])
+def test_fp8_is_decoded_in_registers(model: str, allowed: dict[str, int]) -> None:
+    """Two weights an instruction on Hopper, rounded two at a time; what takes no FP8 is the same kernel as before.
+
+    The assembler gives a kernel of qwen3's 80 registers, where one does not fit: 4 bytes, once before its loop.
+    """
+    from speedstack.eval.kernel_resources import _shapes
+    from speedstack.runtime.kernels.triton.phase import phase_kernel
+    from speedstack.runtime.kernels.triton.resources import compile_kernel, resources_of
+    from speedstack.runtime.launches import build_launches
+
+    constants = {launch.binding.constants for launch in build_launches(*_shapes(model, True, False))}
+    ops = set()
+    for launch in build_launches(*_shapes(model, True, True)):
+        if launch.binding.constants in constants or launch.phase.op in ops:
+            continue
+        ops.add(launch.phase.op)
+        assert launch.binding.constants.FP8_ROWS > 1, "no scale a row at these shapes"
+        built = compile_kernel(phase_kernel, launch.arguments(True), launch.options(True))
+        assert built.asm["ptx"].count("cvt.rn.f16x2.e4m3x2") >= 32 <= built.asm["ptx"].count("cvt.rn.bf16x2.f32")
+        found = resources_of(built)
+        assert found.local_bytes <= allowed.get(launch.phase.op, 0) and found.shared_bytes <= MAX_SHARED_BYTES
+    assert ops == {"qkv", "o_proj", "lm_head"} | ({"dense_gate_up", "dense_down"} if "mimo" in model else set())
+
+
 def test_a_spill_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same kernel with a third of its registers; and the result reads back."""
     from speedstack.runtime.kernels.triton import resources

@@ -1,5 +1,6 @@
 """The real contestants on the tiny model: all run, and make the same greedy tokens in float32."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -9,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CompileConfig
 
 from speedstack.eval.peer_transformers import (
     EXPERTS_IMPLEMENTATIONS,
     ArrivalClock,
+    CompiledGenerate,
+    choose_experts,
     rounds_of,
+    transformers_runner,
     try_experts_implementations,
 )
 from speedstack.eval.peers import (
@@ -24,13 +29,18 @@ from speedstack.eval.peers import (
     TRANSFORMERS,
     TRANSFORMERS_COMPILED,
     TRANSFORMERS_DRAFTER,
+    Peer,
     TimingSettings,
+    engine_contestants,
     measure_timing,
+    peer_contestants,
 )
 from speedstack.eval.prompts import PromptSet
 from speedstack.eval.results import AcceptanceResult, TimingResult
 from speedstack.eval.timing import Sample
-from speedstack.quant.checkpoint import load_model, weights_sha256
+from speedstack.quant.checkpoint import load_checkpoint, load_model, weights_sha256
+from speedstack.runtime import Engine
+from speedstack.runtime.reference import ReferenceBackend
 
 PROMPTS = [[5, 17, 200, 31, 8, 90], [300, 301, 302]]
 SETS = [PromptSet("a", "made up", PROMPTS[:1]), PromptSet("b", "made up", PROMPTS[1:], notes=("b: short",))]
@@ -102,6 +112,98 @@ def test_compiled_transformers_says_the_same(make_tiny_model: Callable[..., Any]
     assert compiled.tokens_per_second.minimum > 8 / compiled.warmup_seconds
 
 
+def test_a_compiled_peers_cache_is_as_long_as_the_texts_of_a_set(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[list[int], int, int]] = []
+
+    def runner_of(model: Any, options: dict[str, Any]) -> Callable[[list[int], int], Sample]:
+        def run(prompt: list[int], num_new_tokens: int) -> Sample:
+            length = max(layer.max_cache_len for layer in options["past_key_values"].layers)
+            ran.append((prompt, length, num_new_tokens))
+            return Sample([1] * num_new_tokens, [(0.1, 1), (0.2, num_new_tokens - 1)], 0.3)
+
+        return run
+
+    monkeypatch.setattr("speedstack.eval.peer_transformers.transformers_runner", runner_of)
+    monkeypatch.setattr("speedstack.eval.peer_transformers.COMPILED_EXPERTS", ("eager",))
+    long = [7] * 90
+    sets = [*SETS, PromptSet("long", "made up", [long]), PromptSet("as long as b", "made up", [[1, 2, 3]])]
+    settings = TimingSettings(num_new_tokens=8, num_repeats=2, backend="reference", peers=("compiled",))
+    measure_timing(tiny_model_dir, None, sets, settings, progress=False)
+    lengths = {(tuple(prompt), length) for prompt, length, num_new_tokens in ran if num_new_tokens == 8}
+    assert lengths == {(tuple(PROMPTS[0]), 14), (tuple(PROMPTS[1]), 11), (tuple(long), 98), ((1, 2, 3), 11)}
+    prompts = {entry.name: entry.prompts for entry in sets}
+    caches = CompiledGenerate(load_model(tiny_model_dir), prompts, 8).caches
+    assert caches["b"] is caches["as long as b"] is not caches["a"]
+
+
+def test_each_set_is_compiled_for_its_length_and_never_again(
+    make_tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[set[tuple[Any, ...]]] = []
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        graphs.append({tuple(tensor.shape) for tensor in inputs if isinstance(tensor, torch.Tensor)})
+        return graph
+
+    monkeypatch.setattr("transformers.CompileConfig", functools.partial(CompileConfig, backend=backend))
+    # One of the layers has a window of 16, which is full before the longer texts end.
+    layer_types = ["sliding_attention", "full_attention"]
+    model = make_tiny_model(num_hidden_layers=2, layer_types=layer_types, mlp_layer_types=["dense", "sparse"])
+    model.set_experts_implementation("batched_mm")
+    prompts = {"short": [[5, 17, 200], [7] * 9], "long": [[8] * 50, [9, 10]]}
+    compiled = CompiledGenerate(model, prompts, 24)
+    for name, length in (("short", 33), ("long", 74)):
+        graphs.clear()
+        compiled.enter_set(name)
+        # Keys of a global layer, of that length, not of any.
+        assert graphs and all((1, 1, length, 48) in shapes for shapes in graphs)
+        assert not any(isinstance(size, torch.SymInt) for shapes in graphs for shape in shapes for size in shape)
+    graphs.clear()
+    plain = transformers_runner(model)
+    for name, group in prompts.items():
+        compiled.enter_set(name)
+        for prompt in [*group, [11] * (max(map(len, group)) - 3)]:
+            assert compiled(prompt, 24).tokens == plain(prompt, 24).tokens
+    assert not graphs
+
+
+def test_one_copy_of_the_target_for_all_of_ours_and_one_for_transformers(
+    tiny_packed_dir: Path, tiny_packed_drafter_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[str] = []
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            loads.append(name)
+            return function(*arguments, **options)
+
+        return call
+
+    engines: list[Engine] = []
+    from_target = Engine.from_target
+
+    def make(*arguments: Any, **options: Any) -> Engine:
+        engines.append(from_target(*arguments, **options))
+        return engines[-1]
+
+    monkeypatch.setattr("speedstack.runtime.target.load_checkpoint", counted("ours", load_checkpoint))
+    monkeypatch.setattr("speedstack.eval.peer_transformers.load_model", counted("transformers", load_model))
+    monkeypatch.setattr(Engine, "from_target", make)
+    peers: tuple[Peer, ...] = ("transformers", "assisted", "compiled")
+    settings = TimingSettings(num_new_tokens=4, backend="reference", look_up=True, peers=peers)
+    prompts = {"a": PROMPTS}
+    ours, _ = engine_contestants(tiny_packed_dir, tiny_packed_drafter_dir, torch.float32, settings, 16)
+    tried: tuple[dict[str, float], list[Any]] = ({"eager": 1.0}, [])
+    monkeypatch.setattr("speedstack.eval.peer_transformers.try_experts_implementations", lambda *_: tried)
+    theirs, _ = peer_contestants(tiny_packed_dir, tiny_packed_drafter_dir, torch.float32, settings, prompts)
+    assert len(ours) == 4 and len(theirs) == 3 and loads == ["ours", "transformers"]
+    plain, drafting = (engine.backend for engine in engines)
+    assert isinstance(plain, ReferenceBackend) and isinstance(drafting, ReferenceBackend)
+    assert plain.weights is drafting.weights
+
+
 def test_a_models_own_generation_settings_change_no_race(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model_dir, model)
@@ -124,7 +226,8 @@ def test_without_drafter_and_with_a_peer_that_cannot_run(tiny_model_dir: Path, m
     assert [entry.name for entry in result.contestants] == [ENGINE]
     assert result.contestants[0].acceptance_length is None
     assert [(entry.name, entry.reason) for entry in result.unavailable] == [
-        (TRANSFORMERS, "ValueError: this class is not known")
+        (TRANSFORMERS_DRAFTER, "no drafter: give --drafter DIR"),
+        (TRANSFORMERS, "ValueError: this class is not known"),
     ]
 
 
@@ -146,7 +249,7 @@ def test_the_try_experts_implementations_is_one_that_runs(
         f"transformers ({name} experts)" for name in EXPERTS_IMPLEMENTATIONS if name != "eager"
     ]
     monkeypatch.setattr("speedstack.eval.peer_transformers.EXPERTS_IMPLEMENTATIONS", ("grouped_mm",))
-    settings = TimingSettings(num_new_tokens=4, num_repeats=1, backend="reference")
+    settings = TimingSettings(num_new_tokens=4, num_repeats=1, backend="reference", peers=("transformers",))
     result = measure_timing(tiny_model_dir, None, ONE, settings, progress=False)
     assert [entry.name for entry in result.contestants] == [ENGINE]
     assert [(entry.name, entry.reason) for entry in result.unavailable] == [
@@ -166,24 +269,36 @@ def test_experts_implementations_are_compared_by_decoding_alone(
     assert set(seconds.values()) == {0.5}
 
 
+def test_on_a_gpu_noise_does_not_choose_experts_that_gather_a_prompts_weights() -> None:
+    times = {"grouped_mm": 1.1, "batched_mm": 1.0, "eager": 9.0}
+    assert choose_experts(times, "compiled", "cpu") == "batched_mm"
+    assert choose_experts(times, "compiled", "cuda") == choose_experts(times, "transformers", "cuda") == "grouped_mm"
+    # Assisted generation does not switch; and where grouped_mm does not run there is nothing to switch from.
+    assert choose_experts(times, "assisted", "cuda") == "batched_mm"
+    assert choose_experts({"batched_mm": 1.0, "eager": 0.5}, "transformers", "cuda") == "eager"
+    assert choose_experts({"batched_mm": 1.0}, "compiled", "cuda") == "batched_mm"
+
+
 def test_every_contestant_runs_under_its_own_experts(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[str, str]] = []
 
-    def runner_of(kind: str, model: Any, *rest: object) -> tuple[Callable[[list[int], int], Sample], str]:
+    def runner_of(model: Any, options: dict[str, Any] | None = None) -> Callable[[list[int], int], Sample]:
         def run(prompt: list[int], num_new_tokens: int) -> Sample:
-            ran.append((kind, model.config._experts_implementation))
+            if num_new_tokens == 4:
+                ran.append(("plain" if options is None else "compiled", model.config._experts_implementation))
             return Sample([1] * num_new_tokens, [(0.1, 1), (0.2, num_new_tokens - 1)], 0.3)
 
-        return run, kind
+        return run
 
-    def fastest(model: Any, prompt: list[int], run: object = None, *rest: object) -> tuple[dict[str, float], list[Any]]:
+    def tried(model: Any, prompt: list[int], run: object = None, *rest: object) -> tuple[dict[str, float], list[Any]]:
         return ({"eager": 1.0, "grouped_mm": 2.0} if run is None else {"batched_mm": 1.0}), []
 
-    monkeypatch.setattr("speedstack.eval.peer_transformers._runner_of", runner_of)
-    monkeypatch.setattr("speedstack.eval.peer_transformers.try_experts_implementations", fastest)
+    monkeypatch.setattr("speedstack.eval.peer_transformers.transformers_runner", runner_of)
+    monkeypatch.setattr("speedstack.eval.peer_transformers.try_experts_implementations", tried)
     settings = TimingSettings(num_new_tokens=4, num_repeats=2, backend="reference", peers=("transformers", "compiled"))
     measure_timing(tiny_model_dir, None, ONE, settings, progress=False)
-    assert len(ran) == 6 and set(ran) == {("transformers", "eager"), ("compiled", "batched_mm")}
+    # A warm-up and two repeats each; before them the compiled one runs the shortest prompt and the longest.
+    assert sorted(ran) == 5 * [("compiled", "batched_mm")] + 3 * [("plain", "eager")]
 
 
 def test_broken_logits_are_an_error_that_names_them(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -195,7 +310,7 @@ def test_broken_logits_are_an_error_that_names_them(tiny_model_dir: Path, tmp_pa
     tensors = load_file(tiny_model_dir / "model.safetensors")
     tensors["lm_head.weight"] = torch.full_like(tensors["lm_head.weight"], float("nan"))
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    settings = TimingSettings(num_new_tokens=4, num_repeats=1, backend="reference")
+    settings = TimingSettings(num_new_tokens=4, num_repeats=1, backend="reference", peers=("transformers",))
     seen: list[Any] = []
     with pytest.raises(ValueError, match=r"engine cannot decode this model: .*are not numbers"):
         measure_timing(broken, None, ONE, settings, on_result=lambda *found: seen.append(found), progress=False)
@@ -228,5 +343,6 @@ def test_bad_input_is_named(tiny_model_dir: Path) -> None:
         measure_timing(tiny_model_dir, None, ONE, TimingSettings(dtype="float16"))
     with pytest.raises(ValueError, match="two sets of prompts have one name: a, a"):
         measure_timing(tiny_model_dir, None, ONE * 2)
-    with pytest.raises(ValueError, match="a timing needs prompts"):
-        measure_timing(tiny_model_dir, None, [])
+    for sets in ([], [*ONE, PromptSet("empty", "made up", [])]):
+        with pytest.raises(ValueError, match="a timing needs prompts, in every set"):
+            measure_timing(tiny_model_dir, None, sets)

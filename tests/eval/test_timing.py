@@ -225,6 +225,21 @@ def test_who_fails_on_one_set_keeps_the_others_and_its_finished_repeats() -> Non
     ]
 
 
+def test_who_wants_to_know_is_told_the_set_before_every_call() -> None:
+    log: list[str] = []
+
+    def enter_set(name: str) -> None:
+        log.append(name)
+        if name == "long":
+            raise RuntimeError("no room for its cache")
+
+    contestants = [Contestant("a", "", runner(log, "a", 1.0), enter_set=enter_set)]
+    standings = run_race(contestants, {"short": [[1], [2]], "long": [[3, 3]]}, num_repeats=1)
+    assert log == ["long", "short", "a1", "short", "a1", "short", "a2"]
+    assert [one.reason for one in standings.unavailable] == ["long: RuntimeError: no room for its cache"]
+    assert [len(entries) for entries in standings.sets.values()] == [1, 0]
+
+
 def test_standings_are_handed_out_after_every_set_of_every_repeat() -> None:
     seen: list[Standings] = []
     contestants = [Contestant("a", "", runner([], "a", 1.0))]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
-from speedstack.quant.fp8 import FP8Tensor, quantize_fp8
+from speedstack.quant.fp8 import FP8Tensor, joined, quantize_fp8
 
 SCALE_DTYPES = [torch.float32, torch.float8_e8m0fnu]
 
@@ -68,12 +68,40 @@ def test_scales_change_dtype_only_where_that_is_exact() -> None:
     assert quantize_fp8(matrix(128, 128)).with_scales(torch.float8_e8m0fnu) is None
 
 
+@pytest.mark.parametrize(("rows", "tile_rows"), [((256, 128, 7), 128), ((200, 24), 8), ((1, 2000), 1), ((130,), 128)])
+def test_joined_rows_keep_their_values(rows: tuple[int, ...], tile_rows: int) -> None:
+    """Tiles have as many rows as divide where parts begin; the last part may end anywhere."""
+    parts = [quantize_fp8(matrix(size, 300)) for size in rows]
+    together = joined(parts)
+    assert together.tile_rows == tile_rows and together.shape == (sum(rows), 300)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(together.dequantize(dtype), torch.cat([part.dequantize(dtype) for part in parts]))
+    finer = together.with_tile_rows(1)
+    assert torch.equal(finer.dequantize(), together.dequantize())
+    assert finer.nbytes - finer.codes_OI.nbytes == sum(rows) * 3 * 4 and finer.to("cpu").nbytes == finer.nbytes
+
+
+def test_what_is_no_number_is_found() -> None:
+    tensor = quantize_fp8(matrix(130, 128))
+    assert not tensor.has_nan()
+    for bits in (0x7F, 0xFF):
+        codes_OI = tensor.codes_OI.view(torch.uint8).clone()
+        codes_OI[129, 5] = bits
+        assert FP8Tensor(codes_OI.view(torch.float8_e4m3fn), tensor.scales_PQ).has_nan()
+    for value in (torch.nan, torch.inf):
+        assert FP8Tensor(tensor.codes_OI, torch.tensor([[1.0], [value]])).has_nan()
+    powers = torch.tensor([[127], [255]], dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    assert FP8Tensor(tensor.codes_OI, powers).has_nan()
+
+
 def test_bad_input() -> None:
     codes_OI = torch.zeros(130, 128, dtype=torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"need scales of shape \(2, 1\), got \(1, 1\)"):
         FP8Tensor(codes_OI, torch.ones(1, 1))
     with pytest.raises(ValueError, match="FP8 tiles are"):
         FP8Tensor(codes_OI, torch.ones(2, 1, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="have 128 rows or a part of that, not 48"):
+        FP8Tensor(codes_OI, torch.ones(3, 1), 48)
     for bad in (torch.zeros(2, 2, dtype=torch.float16), torch.zeros(2)):
         with pytest.raises(ValueError, match="hold float32 or bfloat16 matrices"):
             quantize_fp8(bad)

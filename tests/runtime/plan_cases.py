@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from speedstack.quant.fp8 import FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor, quantize
 from speedstack.runtime import Engine
 from speedstack.runtime.backend import Rows
@@ -17,7 +18,7 @@ from speedstack.runtime.plan_backend import PlanBackend
 from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.shapes import empty_weights
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec, YarnSpec
-from speedstack.runtime.weights import ModelWeights
+from speedstack.runtime.weights import ModelWeights, plain_matrix
 
 CPU = torch.device("cpu")
 MAX_LENGTH, NUM_SLOTS, NUM_ROWS = 64, 3, 4
@@ -49,10 +50,20 @@ GPT_OSS = (
 )  # fmt: skip
 
 
-def build(layers: Sequence[LayerSpec], hidden_size: int, is_packed: bool, vocab_size: int = LOST + 1) -> ModelWeights:
+# Rows of projections that begin anywhere in tiles of 128, so that what shares a scale is 16 rows, grouped 4; a dense
+# layer's up rows behind a cut tile: 2 rows; three chunks of the hidden size, the last one cut.
+FP8 = (
+    LayerSpec(AttentionSpec(6, 2, 24, 20, 9, 5e5), DenseSpec(150)),
+    LayerSpec(replace(MIMO[1].attention, value_scale=1.0), replace(MIMO[1].mlp, intermediate_size=32)),
+)
+
+
+def build(
+    layers: Sequence[LayerSpec], hidden_size: int, is_packed: bool, vocab_size: int = LOST + 1, has_fp8: bool = False
+) -> ModelWeights:
     """Random float32 weights, large enough that nothing is near zero and the SwiGLU's clamp is reached."""
     spec = ModelSpec("test", vocab_size, hidden_size, 1e-5, MAX_LENGTH, (), tuple(layers))
-    weights = empty_weights(spec, torch.float32, CPU, is_packed)
+    weights = empty_weights(spec, torch.float32, CPU, is_packed, has_fp8)
     generator = torch.Generator().manual_seed(0)
 
     def fill(owner: Any) -> None:
@@ -60,6 +71,9 @@ def build(layers: Sequence[LayerSpec], hidden_size: int, is_packed: bool, vocab_
             if isinstance(value, MXFP4Tensor):
                 plain = torch.randn(value.shape, generator=generator) * 0.2
                 setattr(owner, name, quantize(plain))
+            elif isinstance(value, FP8Tensor):
+                value.codes_OI.copy_(torch.randn(value.shape, generator=generator) * 100)
+                value.scales_PQ.uniform_(0.0005, 0.0015, generator=generator)
             elif isinstance(value, torch.Tensor):
                 is_norm = "norm" in name
                 value.uniform_(0.8, 1.2, generator=generator) if is_norm else value.normal_(0, 0.2, generator=generator)
@@ -71,10 +85,23 @@ def build(layers: Sequence[LayerSpec], hidden_size: int, is_packed: bool, vocab_
     return weights
 
 
+def dequantized(weights: ModelWeights) -> ModelWeights:
+    """The same weights without FP8."""
+
+    def plain(owner: Any) -> Any:
+        dtype = weights.embedding_VD.dtype
+        fp8 = {name: value for name, value in vars(owner).items() if isinstance(value, FP8Tensor)}
+        return replace(owner, **{name: plain_matrix(value, dtype) for name, value in fp8.items()})
+
+    layers = [replace(layer, attention=plain(layer.attention), mlp=plain(layer.mlp)) for layer in weights.layers]
+    return replace(plain(weights), layers=layers)
+
+
 CASES: dict[str, Callable[[], ModelWeights]] = {
     "mimo": lambda: build(MIMO, 72, False),
     "qwen3-mxfp4": lambda: build(QWEN3, 96, True),
     "gpt-oss-mxfp4": lambda: build(GPT_OSS, 64, True),
+    "mimo-fp8-mxfp4": lambda: build(FP8, 288, True, vocab_size=150, has_fp8=True),
 }
 
 
@@ -87,6 +114,9 @@ SMALL_CASES: dict[str, Callable[[], ModelWeights]] = {
         (replace(QWEN3[0], attention=replace(QWEN3[0].attention, num_heads=2)),), 32, True, 24
     ),
     "gpt-oss-mxfp4": lambda: build(GPT_OSS, 32, True, 24),
+    "fp8": lambda: build(
+        (LayerSpec(AttentionSpec(2, 1, 16, 16, 8, 1e4), DenseSpec(40)),), 136, False, 24, has_fp8=True
+    ),
 }
 
 

@@ -19,7 +19,7 @@ from speedstack.runtime.cpu import CpuBackend
 from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.ring import MAX_ROWS, ring_length
 from speedstack.runtime.spec import spec_from_config
-from speedstack.runtime.weights import ModelWeights, read_weights
+from speedstack.runtime.weights import ModelWeights, plain_matrix, read_weights
 
 NUM_TOKENS = 150  # two prompt chunks and more than nine windows of 16
 Make = Callable[..., Backend]
@@ -226,7 +226,7 @@ def test_drafts_equal_the_drafter_model(
 ) -> None:
     weights, drafter = weights_of(tiny_packed_dir), load_drafter(tiny_packed_drafter_dir).bfloat16().float().eval()
     # The compiled backend drafts with matrices in bfloat16; here they hold nothing that rounding would change.
-    weights.lm_head_VD = weights.lm_head_VD.bfloat16().float()
+    weights.lm_head_VD = plain_matrix(weights.lm_head_VD, torch.float32).bfloat16().float()
     oracle = ReferenceBackend(weights, drafter, 2, 192)
     backend = make(weights, drafter, num_slots=2)
     poison(backend)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from speedstack.quant.fp8 import FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor, dequantize_reference
 from speedstack.runtime.reference import route
 from speedstack.runtime.sampling import SamplingParams, gumbel_noise, philox4x32, sample
@@ -26,7 +27,7 @@ from speedstack.runtime.backend import Rows
 from speedstack.runtime.bindings import Constants
 from speedstack.runtime.kernels.triton.head import uniform_words
 from speedstack.runtime.kernels.triton.phase import phase_kernel
-from speedstack.runtime.kernels.triton.products import e2m1, power_of_two
+from speedstack.runtime.kernels.triton.products import e2m1, power_of_two, rounded_to_bfloat16
 from speedstack.runtime.kernels.triton.router import choose
 from speedstack.runtime.memory import RECORD, row_records, sampling_records
 
@@ -53,6 +54,30 @@ def test_mxfp4_is_decoded_exactly() -> None:
     is_number = ~expected.isnan()
     assert torch.equal(found.isnan(), expected.isnan()) and not is_number.all()
     assert torch.equal(found[is_number].view(torch.int32), expected[is_number].view(torch.int32))
+
+
+@triton.jit
+def decode_fp8_kernel(codes_ptr, scales_ptr, out_ptr, N: tl.constexpr, S: tl.constexpr):
+    n_N, s_S = tl.arange(0, N), tl.arange(0, S)
+    code_N1 = tl.load(codes_ptr + n_N).to(tl.float32)[:, None]
+    value_NS = rounded_to_bfloat16(code_N1 * tl.load(scales_ptr + s_S)[None, :], out_ptr.dtype.element_ty)
+    tl.store(out_ptr + n_N[:, None] * S + s_S[None, :], value_NS)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_fp8_is_decoded_exactly() -> None:
+    """Every number of E4M3 under scales from the least subnormal to those that overflow, ties included."""
+    codes_N = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    generator = torch.Generator().manual_seed(0)
+    # 1 + 2**-7 + 2**-8 and 1 + 2**-8 lie half way between two bfloat16 values: one is rounded up, one down.
+    ties = torch.tensor([1.01171875, 1.00390625, 1.0, 448.0])
+    scales_S = torch.cat([torch.logspace(-45, 38, 84), torch.rand(40, generator=generator) * 1e-3, ties])
+    found_NS = torch.empty(256, 128)
+    decode_fp8_kernel[(1,)](codes_N, scales_S, found_NS, N=256, S=128)
+    expected_NS = (codes_N.float()[:, None] * scales_S).bfloat16().float()
+    is_number_N = ~codes_N.float().isnan()
+    assert int(is_number_N.sum()) == 254 and expected_NS.isinf().any()
+    assert torch.equal(found_NS[is_number_N].view(torch.int32), expected_NS[is_number_N].view(torch.int32))
 
 
 @triton.jit
@@ -172,7 +197,7 @@ def test_lm_head_names_its_largest_logit() -> None:
     head_VD[17:19] *= 10
     hidden_DR[:, 2] = float("nan")
     logits_VR, best = torch.full((V, R), 7.0), torch.empty(2, 2, R, dtype=torch.int32)
-    phase = Constants(op="lm_head", axes=(2,), eps=1e-5, VOCAB=V, D=D, R=R, T=16, CHUNK=32)
+    phase = Constants(op="lm_head", axes=(2,), eps=1e-5, VOCAB=V, D=D, R=R, T=16, CHUNK=32, FP8_ROWS=0)
     phase_kernel[(2,)]((hidden_DR, torch.ones(D), head_VD, logits_VR, best), PHASE=phase, IS_DEPENDENT=False)
     normed_RD = hidden_DR.T * torch.rsqrt(hidden_DR.T.pow(2).mean(-1, keepdim=True) + 1e-5)
     expected_RV = normed_RD @ head_VD.T
@@ -199,13 +224,36 @@ def test_a_projection_adds_to_what_is_there() -> None:
         tap_DR = torch.zeros(D, R)
         phase = Constants(
             op="o_proj", axes=(2,), x_step=x_step, x_row_step=x_row_step, K=K, D=D, R=R, T=16, CHUNK=32, HAS_BIAS=True,
-            HAS_TAP=True,
+            HAS_TAP=True, FP8_ROWS=0,
         )  # fmt: skip
         phase_kernel[(2,)]((x, w_DK, bias_D, found_DR, tap_DR), PHASE=phase, IS_DEPENDENT=False)
         expected_DR = hidden_DR[:D] + w_DK @ x_RK.T + bias_D[:, None]
         # sums of 40 in another order
         torch.testing.assert_close(found_DR[:D], expected_DR, rtol=1e-5, atol=1e-5)
         assert torch.equal(found_DR[D:], hidden_DR[D:]) and torch.equal(tap_DR, found_DR[:D])
+
+
+@pytest.mark.parametrize("tile_rows", [1, 16, 128])
+def test_products_of_fp8_are_those_of_its_values(tile_rows: int) -> None:
+    """Bit for bit, at sizes that fill no tile, no chunk and no scale's columns."""
+    generator = torch.Generator().manual_seed(0)
+    D, K, T = 150, 300, 64
+    codes_DK = (torch.randn(D, K, generator=generator) * 100).to(torch.float8_e4m3fn)
+    scales_PQ = torch.rand(-(-D // tile_rows), 3, generator=generator)
+    weight = FP8Tensor(codes_DK, scales_PQ, tile_rows)
+    plain_DK, x_RK = weight.dequantize(torch.bfloat16).float(), torch.randn(R, K, generator=generator)
+    found = []
+    for matrix, fp8_rows, scales in ((codes_DK, tile_rows, (scales_PQ,)), (plain_DK, 0, ())):
+        hidden_DR = torch.zeros(D, R)
+        phase = Constants(
+            op="dense_down", axes=(3,), x_step=1, x_row_step=K, K=K, D=D, R=R, T=T, CHUNK=64, HAS_BIAS=False,
+            HAS_TAP=False, FP8_ROWS=fp8_rows,
+        )  # fmt: skip
+        phase_kernel[(3,)]((x_RK, matrix, x_RK, hidden_DR, x_RK, *scales), PHASE=phase, IS_DEPENDENT=False)
+        found.append(hidden_DR)
+    assert torch.equal(found[0], found[1])
+    # sums of 300 in another order
+    torch.testing.assert_close(found[0], plain_DK @ x_RK.T, rtol=1e-5, atol=1e-2)
 
 
 def test_records_have_the_fields_that_kernels_read() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from speedstack.quant.checkpoint import load_checkpoint
+from speedstack.quant.fp8 import FP8Tensor, quantize_fp8
 from speedstack.runtime.backend import RoundsRequest, Rows
 from speedstack.runtime.bodies import PlanMemory
 from speedstack.runtime.formats import WeightFormats
@@ -100,6 +101,17 @@ def check_against_reference(weights: ModelWeights, num_programs: int, seed: int)
 def test_mimo_plan_computes_the_reference(num_programs: int, tiny_packed_dir: Path) -> None:
     checkpoint = load_checkpoint(tiny_packed_dir)
     check_against_reference(weights_of(checkpoint, dict(checkpoint.tensors)), num_programs, seed=num_programs)
+
+
+def test_plan_of_fp8_weights_computes_the_reference(tiny_packed_dir: Path) -> None:
+    checkpoint = load_checkpoint(tiny_packed_dir)
+    tensors: dict[str, Any] = dict(checkpoint.tensors)
+    for name, tensor in checkpoint.tensors.items():
+        if isinstance(tensor, torch.Tensor) and name.endswith(("_proj.weight", "lm_head.weight")):
+            tensors[name] = quantize_fp8(tensor.float())
+    weights = weights_of(checkpoint, tensors)
+    assert all(isinstance(matrix, FP8Tensor) for matrix in weights.linears())
+    check_against_reference(weights, 3, seed=3)
 
 
 @pytest.mark.parametrize("build", [qwen3_moe, gpt_oss])

@@ -89,8 +89,11 @@ class Watch:
 
 
 @interpreted
-@pytest.mark.parametrize("num_programs", [1, 3, 8])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "num_programs"),
+    # FP8 changes nothing about who waits for whom: once is enough.
+    [(case, number) for case in CASES for number in (1, 3, 8) if number == 3 or "fp8" not in case],
+)
 def test_every_buffer_of_every_step_equals_the_reference(case: str, num_programs: int) -> None:
     """Two sequences, one in two splits, over consecutive steps that meet what earlier ones left in all buffers."""
     reference, ids = prefilled(CASES[case](), [39, 15])
@@ -339,9 +342,12 @@ def test_what_is_prefetched_is_what_a_step_reads(case: str, prefetch: Any, monke
             tensors = binding.pointers[3:5]
             some |= {a for t in tensors for a in range(t.data_ptr() // 16 * 16, t.data_ptr() + t.nbytes, 16)}
         elif phase.work.weight_bytes and phase.op != "embed":
-            weight = binding.pointers[1 if phase.op in ("o_proj", "dense_down") else 2]
-            last = weight.data_ptr() + weight.nbytes - 15
-            every |= set(range(weight.data_ptr() // 16 * 16, last, 16))
+            tensors = (binding.pointers[1 if phase.op in ("o_proj", "dense_down") else 2],)
+            if phase.op != "router" and binding.constants.FP8_ROWS:
+                tensors += (binding.pointers[-1],)
+            for tensor in tensors:
+                last = tensor.data_ptr() + tensor.nbytes - 15
+                every |= set(range(tensor.data_ptr() // 16 * 16, last, 16))
     assert every <= found <= every | some
     assert found & some if some else found == every
     if case == "mimo" and prefetch == "own":  # movers may guess by what is being written
@@ -427,4 +433,4 @@ def test_under_the_interpreter() -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) >= 41, result.stdout[-1000:]
+    assert passed and int(passed[1]) >= 45, result.stdout[-1000:]

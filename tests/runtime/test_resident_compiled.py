@@ -39,9 +39,14 @@ LAYERS = (
 META = torch.device("meta")
 
 
-def compiled(prefetch: Prefetching = "own", has_look_up: bool = True) -> tuple[Tasks, Any]:
+def compiled(
+    prefetch: Prefetching = "own",
+    has_fp8: bool = False,
+    layers: tuple[LayerSpec, ...] = LAYERS,
+    has_look_up: bool = True,
+) -> tuple[Tasks, Any]:
     """The tables and the compiled kernel of a tiny model."""
-    weights = empty_weights(ModelSpec("test", 256, 64, 1e-5, 512, (), LAYERS), torch.bfloat16, META, True)
+    weights = empty_weights(ModelSpec("test", 256, 64, 1e-5, 512, (), layers), torch.bfloat16, META, True, has_fp8)
     plan = build_plan(weights.spec, formats_of(weights), 132, 16, 512, has_look_up=has_look_up)
     tasks = build_tasks(plan, bind(plan, weights, Memory(plan, weights, 2, 512)), torch.device("cpu"))
     word = torch.zeros(1, dtype=torch.int32)
@@ -166,3 +171,10 @@ def test_weights_are_fetched_into_the_cache(own: tuple[Tasks, Any]) -> None:
     assert built.metadata.launch_cooperative_grid
     _, with_movers = compiled("movers", has_look_up=False)
     assert with_movers.asm["ptx"].count("cp.async.bulk.prefetch.L2.global") >= num_all
+
+
+@pytest.mark.slow
+def test_fp8_weights_are_decoded_there_too(own: tuple[Tasks, Any]) -> None:
+    _, built = compiled(has_fp8=True, layers=LAYERS[:1])
+    assert "e4m3x2" in built.asm["ptx"] and "e4m3x2" not in own[1].asm["ptx"]
+    assert not list(unguarded_acquires(ptx_of(built))) and "ld.global.nc" not in built.asm["ptx"]

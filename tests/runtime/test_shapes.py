@@ -72,10 +72,11 @@ def test_packed_values_have_the_variance_of_plain_ones() -> None:
             assert len(packed.codes.unique()) == 256
             # A scale is a power of two, so that the deviation is right to a factor of sqrt(2) either way.
             assert 2**-0.5 <= packed.dequantize().std() / wanted.std() <= 2**0.5, name
-    assert torch.equal(weights.lm_head_VD, random_weights(middling(), torch.float32, CPU, is_packed=True).lm_head_VD), (
+    drawn = weights.embedding_VD
+    assert torch.equal(drawn, random_weights(middling(), torch.float32, CPU, is_packed=True).embedding_VD), (
         "the same seed draws the same"
     )
-    assert not torch.equal(weights.lm_head_VD, random_weights(middling(), torch.float32, CPU, True, seed=1).lm_head_VD)
+    assert not torch.equal(drawn, random_weights(middling(), torch.float32, CPU, True, seed=1).embedding_VD)
 
 
 def test_rows_choose_their_experts_independently() -> None:

@@ -27,7 +27,7 @@ from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.sampling import NoiseTable, SamplingParams, sample
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, spec_from_config
 from speedstack.runtime.strategy import DraftStrategy
-from speedstack.runtime.weights import ModelWeights, read_weights
+from speedstack.runtime.weights import ModelWeights, plain_matrix, read_weights
 
 NUM_NEW = 16
 PROMPTS = [[10, 20, 30, 40], list(range(100, 170)), [400, 3, 99, 12, 12, 12, 5]]
@@ -101,7 +101,7 @@ def weights(tiny_packed_dir: Path) -> ModelWeights:
     spec = spec_from_config(checkpoint.config)
     found = read_weights(spec, dict(checkpoint.tensors), torch.float32, torch.device("cpu"), tied=False)
     # The compiled backend drafts with matrices in bfloat16; here they hold nothing that rounding would change.
-    found.lm_head_VD = found.lm_head_VD.bfloat16().float()
+    found.lm_head_VD = plain_matrix(found.lm_head_VD, torch.float32).bfloat16().float()
     return found
 
 

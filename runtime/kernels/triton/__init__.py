@@ -1,7 +1,7 @@
 """Device functions of a decode step in Triton: one item of one phase each, for both GPU backends.
 
     rows         the records of a step's rows and of its sequences
-    products     norm, and matrix products of weights (plain, or MXFP4 decoded in registers) with all rows
+    products     norm, and matrix products of weights (plain, or FP8 and MXFP4 decoded in registers) with all rows
     embed        a row's embedding
     projections  qkv, the projections that are added to the hidden state, dense gate and up
     attention    QK-norm, rotary, append, attention of one split; combining splits

@@ -26,23 +26,28 @@ def lm_head_item(
     w_ptr,
     logits_ptr,
     best_ptr,
+    scales_ptr,
     eps,
     VOCAB: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
     T: tl.constexpr,
     CHUNK: tl.constexpr,
+    FP8_ROWS: tl.constexpr,
 ):
     """T logits of every row; of each row the largest and its index, ties to the lower, -1 if one is not a number.
 
-    best is int32 [tiles, 2, R]: bits of the float32 value, and the index.
+    best is int32 [tiles, 2, R]: bits of the float32 value, and the index. scales_ptr, FP8_ROWS: see
+    `products.multiply`.
     """
     r_R = tl.arange(0, R)
     all_R = r_R >= 0
     rms_R = inverse_rms(hidden_ptr, eps, D, R, CHUNK)
     v_T = (tile * T + tl.arange(0, T)).to(tl.int64)
     valid_T = v_T < VOCAB
-    logits_TR = multiply(hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, w_ptr, v_T, valid_T, D, CHUNK, True, False)
+    logits_TR = multiply(
+        hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, scales_ptr, v_T, valid_T, D, CHUNK, True, False, FP8_ROWS
+    )  # fmt: skip
     tl.store(logits_ptr + v_T[:, None] * R + r_R[None, :], logits_TR, mask=valid_T[:, None])
     index_TR = tl.where(valid_T, v_T.to(tl.int32), _NONE)[:, None]
     is_broken_TR = valid_T[:, None] & (logits_TR != logits_TR)

@@ -2,7 +2,8 @@
 phase computes, for all GPU backends.
 
 A phase's constants (`speedstack.runtime.bindings.Constants`) hold its op, its axes and all sizes; whatever depends on
-them is decided at compile time. Pointers are a tuple in the order that is written here.
+them is decided at compile time. Pointers are a tuple in the order that is written here; the scales of a weight in FP8
+come last, and are not there where FP8_ROWS is 0.
 """
 
 import triton
@@ -65,12 +66,13 @@ def coordinates(item, PHASE: tl.constexpr):
 @triton.jit
 def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
     """The item at coordinates (i, j, k) of the phase's axes, as many as it has. local_step: of this launch."""
+    scales = p[len(p) - 1]
     if PHASE.op == "embed":  # rows, embedding, hidden
         embed_item(i, p[0], p[1], p[2], PHASE.D, PHASE.R, PHASE.CHUNK)
     elif PHASE.op == "qkv":  # hidden, norm, weight, bias, qkv
         qkv_item(
-            i, j, p[0], p[1], p[2], p[3], p[4], PHASE.eps, PHASE.COLUMNS, PHASE.D, PHASE.R, PHASE.T, PHASE.CHUNK,
-            PHASE.HAS_BIAS,
+            i, j, p[0], p[1], p[2], p[3], p[4], scales, PHASE.eps, PHASE.COLUMNS, PHASE.D, PHASE.R, PHASE.T,
+            PHASE.CHUNK, PHASE.HAS_BIAS, PHASE.FP8_ROWS,
         )  # fmt: skip
     elif PHASE.op == "attention":  # rows, qkv, query norm, key norm, cosines, sines, cache, partial
         attention_item(
@@ -86,12 +88,13 @@ def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
         )  # fmt: skip
     elif PHASE.op == "o_proj" or PHASE.op == "dense_down":  # x, weight, bias, hidden, tap
         project_item(
-            i, p[0], p[1], p[2], p[3], p[4], PHASE.x_step, PHASE.x_row_step, PHASE.K, PHASE.D, PHASE.R, PHASE.T,
-            PHASE.CHUNK, PHASE.HAS_BIAS, PHASE.HAS_TAP,
+            i, p[0], p[1], p[2], p[3], p[4], scales, PHASE.x_step, PHASE.x_row_step, PHASE.K, PHASE.D, PHASE.R,
+            PHASE.T, PHASE.CHUNK, PHASE.HAS_BIAS, PHASE.HAS_TAP, PHASE.FP8_ROWS,
         )  # fmt: skip
     elif PHASE.op == "dense_gate_up":  # hidden, norm, weight, act
         dense_gate_up_item(
-            i, p[0], p[1], p[2], p[3], PHASE.eps, PHASE.WIDTH, PHASE.D, PHASE.R, PHASE.T, PHASE.CHUNK
+            i, p[0], p[1], p[2], p[3], scales, PHASE.eps, PHASE.WIDTH, PHASE.D, PHASE.R, PHASE.T, PHASE.CHUNK,
+            PHASE.FP8_ROWS,
         )  # fmt: skip
     elif PHASE.op == "router":  # hidden, norm, weight, bias, logits
         router_item(
@@ -111,7 +114,8 @@ def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
         )  # fmt: skip
     elif PHASE.op == "lm_head":  # hidden, norm, weight, logits, best
         lm_head_item(
-            i, p[0], p[1], p[2], p[3], p[4], PHASE.eps, PHASE.VOCAB, PHASE.D, PHASE.R, PHASE.T, PHASE.CHUNK
+            i, p[0], p[1], p[2], p[3], p[4], scales, PHASE.eps, PHASE.VOCAB, PHASE.D, PHASE.R, PHASE.T, PHASE.CHUNK,
+            PHASE.FP8_ROWS,
         )  # fmt: skip
     elif PHASE.op == "sample":  # rows, sampling, logits, best, reports
         sample_item(

@@ -39,17 +39,17 @@ def prefetch_items(first, stride, num_programs, p, PHASE: tl.constexpr, scratch_
     while item < num_items:
         i, j, _ = coordinates(item, PHASE)
         if PHASE.op == "qkv":
-            prefetch_rows(p[2], i * PHASE.COLUMNS + j * PHASE.T, PHASE.T, PHASE.T, PHASE.D)
+            prefetch_linear_rows(p, 2, i * PHASE.COLUMNS + j * PHASE.T, PHASE.T, PHASE.D, PHASE)
         elif PHASE.op == "o_proj" or PHASE.op == "dense_down":
-            prefetch_rows(p[1], i * PHASE.T, PHASE.D - i * PHASE.T, PHASE.T, PHASE.K)
+            prefetch_linear_rows(p, 1, i * PHASE.T, PHASE.D - i * PHASE.T, PHASE.K, PHASE)
         elif PHASE.op == "dense_gate_up":
             left = PHASE.WIDTH - i * PHASE.T
-            prefetch_rows(p[2], i * PHASE.T, left, PHASE.T, PHASE.D)
-            prefetch_rows(p[2], PHASE.WIDTH + i * PHASE.T, left, PHASE.T, PHASE.D)
+            prefetch_linear_rows(p, 2, i * PHASE.T, left, PHASE.D, PHASE)
+            prefetch_linear_rows(p, 2, PHASE.WIDTH + i * PHASE.T, left, PHASE.D, PHASE)
         elif PHASE.op == "router":
             prefetch_rows(p[2], i * PHASE.T, PHASE.E - i * PHASE.T, PHASE.T, PHASE.D)
         elif PHASE.op == "lm_head":
-            prefetch_rows(p[2], i * PHASE.T, PHASE.VOCAB - i * PHASE.T, PHASE.T, PHASE.D)
+            prefetch_linear_rows(p, 2, i * PHASE.T, PHASE.VOCAB - i * PHASE.T, PHASE.D, PHASE)
         elif PHASE.op == "expert_gate_up":
             gate = expert_row(i, is_chosen_E, 2 * PHASE.WIDTH, PHASE) + j * PHASE.T
             left = PHASE.WIDTH - j * PHASE.T
@@ -81,6 +81,16 @@ def prefetch_expert_rows(p, row, num_rows, K: tl.constexpr, PHASE: tl.constexpr)
         prefetch_rows(p[4], row, num_rows, PHASE.T, K // 32)
     else:
         prefetch_rows(p[3], row, num_rows, PHASE.T, K)
+
+
+@triton.jit
+def prefetch_linear_rows(p, WEIGHT: tl.constexpr, row, num_rows, K: tl.constexpr, PHASE: tl.constexpr):
+    """T rows of K elements of the weight p[WEIGHT], and their scales where it is in FP8."""
+    prefetch_rows(p[WEIGHT], row, num_rows, PHASE.T, K)
+    if PHASE.FP8_ROWS > 0:
+        first = row // PHASE.FP8_ROWS
+        num_scale_rows = (row + tl.minimum(num_rows, PHASE.T) - 1) // PHASE.FP8_ROWS + 1 - first
+        prefetch_rows(p[len(p) - 1], first, num_scale_rows, PHASE.T // PHASE.FP8_ROWS + 2, (K + 127) // 128)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton.language as tl
 _ONE_BITS = tl.constexpr(0x3F800000)
 _HALF_BITS = tl.constexpr(0x3F000000)
 _NAN_BITS = tl.constexpr(0x7FC00000)
+_FP8_COLUMNS = tl.constexpr(128)  # that share a scale
 
 
 @triton.jit
@@ -57,11 +58,14 @@ def multiply(
     CHUNK: tl.constexpr,
     IS_NORMED: tl.constexpr,
     IS_PACKED: tl.constexpr,
+    FP8_ROWS: tl.constexpr = 0,
 ):
     """Float32 [T, R]: rows w_T of a weight [.., K] times every row's K elements.
 
     x_ptr, x_step, x_R, valid_R, norm_ptr, rms_R: see `load_x`. Packed weights are MXFP4 codes [.., K / 2] with
     scales [.., K / 32]; the even and the odd elements of a chunk are two products, so that nibbles never change lanes.
+    With FP8_ROWS, weights are E4M3 [.., K], without NaN, and float32 scales [.. / FP8_ROWS, ceil(K / 128)]: what is
+    multiplied is their product in float32, rounded to bfloat16.
     """
     T: tl.constexpr = w_T.shape[0]
     R: tl.constexpr = x_R.shape[0]
@@ -75,6 +79,18 @@ def multiply(
             odd_BR = load_x(x_ptr, x_step, x_R, valid_R, k_B + 1, norm_ptr, rms_R, K, IS_NORMED)
             sum_TR = dot(even_TB.to(even_BR.dtype), even_BR, sum_TR)
             sum_TR = dot(odd_TB.to(odd_BR.dtype), odd_BR, sum_TR)
+    elif FP8_ROWS > 0:
+        tl.static_assert(_FP8_COLUMNS % CHUNK == 0)
+        NUM_SCALES: tl.constexpr = (K + _FP8_COLUMNS - 1) // _FP8_COLUMNS
+        scales_T1 = scales_ptr + (w_T // FP8_ROWS).to(tl.int32)[:, None] * NUM_SCALES
+        for start in range(0, K, CHUNK):
+            k_B = start + tl.arange(0, CHUNK)
+            mask_TB = valid_T[:, None] & (k_B < K)[None, :]
+            scale_T1 = tl.load(scales_T1 + start // _FP8_COLUMNS, mask=valid_T[:, None], other=0.0)
+            code_TB = tl.load(w_ptr + w_T[:, None] * K + k_B[None, :], mask=mask_TB, other=0.0)
+            x_BR = load_x(x_ptr, x_step, x_R, valid_R, k_B, norm_ptr, rms_R, K, IS_NORMED)
+            w_TB = rounded_to_bfloat16(code_TB.to(tl.float32) * scale_T1, x_BR.dtype)
+            sum_TR = dot(w_TB, x_BR, sum_TR)
     else:
         for start in range(0, K, CHUNK):
             k_B = start + tl.arange(0, CHUNK)
@@ -89,6 +105,18 @@ def multiply(
 def dot(a, b, acc):
     """acc + a @ b in float32; float32 operands are not rounded to TF32."""
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def rounded_to_bfloat16(x, dtype: tl.constexpr):
+    """Finite float32 values rounded to the nearest of bfloat16, ties to even, in `dtype`, bfloat16 or float32."""
+    if dtype == tl.bfloat16:
+        return x.to(tl.bfloat16)
+    else:
+        # What the interpreter computes with; its own conversion rounds towards zero.
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

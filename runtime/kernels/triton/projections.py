@@ -15,6 +15,7 @@ def qkv_item(
     w_ptr,
     bias_ptr,
     qkv_ptr,
+    scales_ptr,
     eps,
     COLUMNS: tl.constexpr,
     D: tl.constexpr,
@@ -22,15 +23,19 @@ def qkv_item(
     T: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    FP8_ROWS: tl.constexpr,
 ):
-    """Norm, then T columns of a group's queries, key and value. COLUMNS of a group, padded to whole tiles."""
+    """Norm, then T columns of a group's queries, key and value. COLUMNS of a group, padded to whole tiles.
+
+    scales_ptr, FP8_ROWS: see `products.multiply`, here and below.
+    """
     r_R = tl.arange(0, R)
     all_R = r_R >= 0
     rms_R = inverse_rms(hidden_ptr, eps, D, R, CHUNK)
     column_T = (kv_head * COLUMNS + tile * T + tl.arange(0, T)).to(tl.int64)
     all_T = column_T >= 0
     out_TR = multiply(
-        hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, w_ptr, column_T, all_T, D, CHUNK, True, False
+        hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, scales_ptr, column_T, all_T, D, CHUNK, True, False, FP8_ROWS
     )  # fmt: skip
     if HAS_BIAS:
         out_TR += tl.load(bias_ptr + column_T).to(tl.float32)[:, None]
@@ -45,6 +50,7 @@ def project_item(
     bias_ptr,
     hidden_ptr,
     tap_ptr,
+    scales_ptr,
     x_step,
     x_row_step,
     K: tl.constexpr,
@@ -54,6 +60,7 @@ def project_item(
     CHUNK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TAP: tl.constexpr,
+    FP8_ROWS: tl.constexpr,
 ):
     """T columns of a projection to the hidden size, added in place; tap_ptr [D, R] takes a copy.
 
@@ -64,7 +71,8 @@ def project_item(
     column_T = (tile * T + tl.arange(0, T)).to(tl.int64)
     valid_T = column_T < D
     out_TR = multiply(
-        x_ptr, x_step, r_R * x_row_step, all_R, x_ptr, r_R, w_ptr, w_ptr, column_T, valid_T, K, CHUNK, False, False
+        x_ptr, x_step, r_R * x_row_step, all_R, x_ptr, r_R, w_ptr, scales_ptr, column_T, valid_T, K, CHUNK, False,
+        False, FP8_ROWS,
     )  # fmt: skip
     if HAS_BIAS:
         out_TR += tl.load(bias_ptr + column_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
@@ -91,12 +99,14 @@ def dense_gate_up_item(
     norm_ptr,
     w_ptr,
     act_ptr,
+    scales_ptr,
     eps,
     WIDTH: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
     T: tl.constexpr,
     CHUNK: tl.constexpr,
+    FP8_ROWS: tl.constexpr,
 ):
     """Norm, then silu(gate) * up of T columns; gate rows of the weight come before up rows."""
     r_R = tl.arange(0, R)
@@ -105,10 +115,12 @@ def dense_gate_up_item(
     column_T = (tile * T + tl.arange(0, T)).to(tl.int64)
     valid_T = column_T < WIDTH
     gate_TR = multiply(
-        hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, w_ptr, column_T, valid_T, D, CHUNK, True, False
+        hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, scales_ptr, column_T, valid_T, D, CHUNK, True, False,
+        FP8_ROWS,
     )  # fmt: skip
     up_TR = multiply(
-        hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, w_ptr, WIDTH + column_T, valid_T, D, CHUNK, True, False
+        hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, scales_ptr, WIDTH + column_T, valid_T, D, CHUNK, True, False,
+        FP8_ROWS,
     )  # fmt: skip
     out_TR = gate_TR * tl.sigmoid(gate_TR) * up_TR
     at_TR = act_ptr + column_T[:, None] * R + r_R[None, :]

@@ -12,6 +12,7 @@ import torch
 from speedstack.eval.gpu_suite import correctness
 from speedstack.eval.gpu_suite.correctness import Checker, choice_gap, row_error
 from speedstack.eval.gpu_suite.scale import scale_for
+from speedstack.eval.gpu_suite.sections import CHECKS, CHECKS_OF
 from speedstack.eval.released import MODELS
 from speedstack.runtime.backend import Rows
 from speedstack.runtime.reference import ReferenceBackend
@@ -51,6 +52,8 @@ def test_the_reference_passes(model: str) -> None:
     assert found["num_tokens_compared"] == 3 and found["errors"].keys() == {"logits"}
     assert checker.check_row_invariance()["context"] == SCALE.check_context
     assert checker.check_text() == {"num_texts": 2, "num_tokens": 4}
+    assert ("check_fp8" in CHECKS_OF.get(model, CHECKS)) == (model == "mimo-v2-flash")
+    assert checker.check_fp8()["num_tokens_compared"] > 0
 
 
 def test_wrong_logits_are_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,16 @@
 """Workers answer, fail in one line, and are killed when they are late or stuck. Targets are standard modules."""
 
 import importlib
+import os
 import time
 
 import pytest
 
 from speedstack.eval.gpu_suite.worker import (
+    INTERPRET,
     KILLED,
     NEVER_BEGAN,
+    InterpretedWorker,
     LocalWorker,
     ProcessWorker,
     StartWorker,
@@ -42,6 +45,18 @@ def test_who_cannot_be_made_says_why() -> None:
             call(worker, soon(), "anything")
     finally:
         worker.close()
+
+
+def test_kernels_of_a_worker_are_interpreted_and_those_here_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in (None, "0"):
+        monkeypatch.delenv(INTERPRET, raising=False)
+        if before is not None:
+            monkeypatch.setenv(INTERPRET, before)
+        worker = InterpretedWorker(importlib.import_module, "os")
+        try:
+            assert call(worker, soon(), "getenv", INTERPRET) == "1" and os.environ.get(INTERPRET) == before
+        finally:
+            worker.close()
 
 
 def test_a_stuck_call_is_killed_and_others_go_on() -> None:

@@ -110,4 +110,4 @@ def test_nan_scales_of_linears(
         tmp_path / "mimo",
         lambda tensors: next(t for name, t in tensors.items() if name.endswith("weight_scale_inv")).fill_(torch.nan),
     )
-    refuses(tmp_path / "mimo", "deepseek-v4", "scales hold NaN or infinity")
+    refuses(tmp_path / "mimo", "deepseek-v4", "elements or scales are NaN or infinity")

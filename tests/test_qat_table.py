@@ -1,0 +1,83 @@
+"""The table of QAT runs: what is read from run directories, and which runs are not compared."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from speedstack.eval import sections
+from speedstack.eval.qat_rows import QatRuns
+from speedstack.eval.sections import Found
+from speedstack.qat_table import main
+from speedstack.train.config import QatConfig, dump_config
+
+CONFIG: dict[str, dict[str, Any]] = {"data": {"corpus": "corpus"}, "loop": {"num_steps": 20}, "qat": {"model": "model"}}
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """`make_run(name, kl, model="m", **sections)`: the files of a finished run."""
+
+    def make(name: str, kl: float, model: str = "m", **changed: dict[str, Any]) -> Path:
+        fields = {key: CONFIG.get(key, {}) | changed.get(key, {}) for key in {*CONFIG, *changed}}
+        config = QatConfig.model_validate(
+            fields | {"run": {"name": name, "out": str(tmp_path)} | changed.get("run", {})}
+        )
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        (run / "inputs.json").write_text(json.dumps({"model": model}), encoding="utf-8")
+        (run / "env.json").write_text(json.dumps({"python": "3", "packages": {"torch": "2"}}), encoding="utf-8")
+        common = {"kind": "eval", "heldout_loss": 4.0, "heldout_top1_agreement": 0.9, "elapsed_seconds": 1.0}
+        lines = [
+            common | {"step": 0, "heldout_kl": 0.002, "oscillating": 0.0},
+            {"kind": "train", "step": 10, "loss": 1.0},
+            common | {"step": config.loop.num_steps, "heldout_kl": kl, "oscillating": 0.25},
+        ]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return run
+
+    return make
+
+
+def test_runs_are_a_result(make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [
+        make_run("base", 0.001),
+        make_run("damped", 0.0005, qat={"dampening": 1e-5, "model": "moved"}, run={"seed": 3, "device": "cpu"}),
+        make_run("short", 0.003, loop={"num_steps": 10}),
+    ]
+    out = tmp_path / "qat.json"
+    assert main([*map(str, runs), "--out", str(out)]) == 0
+    result = QatRuns.load(out)
+    assert result.model_sha256 == "m" and result.rtn is not None and result.rtn.heldout_kl == 0.002
+    assert [(run.run, run.seed, run.changes, run.kl_over_rtn) for run in result.runs] == [
+        ("base", 0, {}, 0.5),
+        ("damped", 3, {"qat.dampening": 1e-5}, 0.25),
+        ("short", 0, {"loop.num_steps": 10}, 1.5),
+    ]
+    last = result.runs[0].evaluations[-1]
+    assert (last.step, last.oscillating, last.flips_since_start) == (20, 0.25, None)
+    assert result.runs[0].environment["packages"] == {"torch": "2"}
+    shown = capsys.readouterr().out
+    assert result.table() in shown and "0.5000     0.250" in shown and "qat.dampening 1e-05" in shown
+    (section,) = sections.sections("qat_runs", [Found("qat.json", result)])
+    assert "2.000 millinats" in section.paragraphs[0] and len(section.blocks) == 2
+
+
+def test_refusals(make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_run("base", 0.001)
+    unfinished = make_run("unfinished", 0.001)
+    metrics = (unfinished / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (unfinished / "metrics.jsonl").write_text("".join(metrics[:2]), encoding="utf-8")
+    for other, message in (
+        (tmp_path / "nowhere", "is no run directory"),
+        (unfinished, "has not finished its 20 steps"),
+        (make_run("model", 0.001, model="n"), "started from another model"),
+        (make_run("text", 0.001, data={"sequence_length": 64}), "on other text than"),
+    ):
+        assert main([str(base), str(other), "--out", str(tmp_path / "out.json")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("qat_table: error: ") and message in line
+    assert not (tmp_path / "out.json").exists()
