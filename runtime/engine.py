@@ -25,6 +25,7 @@ from speedstack.runtime.decoder import Decoder
 from speedstack.runtime.proposer import DrafterProposer, NgramProposer, NoProposer, Proposer
 from speedstack.runtime.results import Generation, Score
 from speedstack.runtime.ring import MAX_ROWS
+from speedstack.runtime.rounds import rounds_for
 from speedstack.runtime.sampling import SamplingParams
 from speedstack.runtime.select import make_backend, refuse_trees
 from speedstack.runtime.sequence import RunningSequence
@@ -169,12 +170,7 @@ class Engine:
         proposer: Proposer = DrafterProposer(self.backend, strategy)
         if drafter is None or drafter == NGRAM:
             proposer = NoProposer() if drafter is None else NgramProposer()
-        rounds = self.backend.rounds
-        if rounds is not None:
-            is_look_up = drafter == NGRAM
-            can_draft = drafter is None or (is_look_up and not strategy.is_adaptive and num_drafts < rounds.num_rows)
-            rounds.set_look_up(is_look_up and can_draft)
-            rounds = rounds if can_draft else None
+        rounds = rounds_for(self.backend, drafter, strategy)
         self._decoder = Decoder(self.backend, proposer, has_trees, self.spec.vocab_size, self.device, rounds)
 
     @property
@@ -249,7 +245,10 @@ class Engine:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
     ) -> Generator[str, None, Generation]:
-        """Yields the text of `generate` piece by piece, as rounds commit it; returns its result. Needs a tokenizer."""
+        """Yields the text of `generate` piece by piece, as rounds (or a launch of several) commit it; returns its result.
+
+        Needs a tokenizer.
+        """
         if self.tokenizer is None:
             raise ValueError("stream yields text, and the target has no tokenizer files; use generate with token ids")
         params = SamplingParams(temperature, top_p, top_k)

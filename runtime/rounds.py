@@ -13,12 +13,14 @@ strings, which it finds after the launch, dropping what came behind them.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from speedstack.runtime.backend import Round, Rounds, RoundsRequest
+from speedstack.dflash.model import DFlashDraftModel
+from speedstack.runtime.backend import Backend, Round, Rounds, RoundsRequest
 from speedstack.runtime.memory import RECORD, sampling_records
+from speedstack.runtime.strategy import NGRAM, DraftStrategy
 
 if TYPE_CHECKING:
     from speedstack.runtime.resident import ResidentBackend
@@ -83,6 +85,18 @@ class ResidentRounds(Rounds):
             results.append(rounds)
             self._num_known[request.slot] = len(request.tokens) + sum(len(one.tokens) for one in rounds)
         return results
+
+
+def rounds_for(
+    backend: Backend, drafter: DFlashDraftModel | Literal["ngram"] | None, strategy: DraftStrategy
+) -> Rounds | None:
+    """The backend's rounds, ready for this way of drafting; None where every round needs the host (see the module)."""
+    rounds = backend.rounds
+    if rounds is None:
+        return None
+    fits = not strategy.is_adaptive and strategy.num_per_round(drafter) < rounds.num_rows
+    rounds.set_look_up(drafter == NGRAM and fits)
+    return rounds if drafter is None or (drafter == NGRAM and fits) else None
 
 
 def rounds_inbox(requests: Sequence[RoundsRequest], capacity: int) -> torch.Tensor:

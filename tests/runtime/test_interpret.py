@@ -198,6 +198,36 @@ def test_items_touch_only_what_their_phases_declare(build: Callable[[], Any]) ->
     assert guarded.num_checked > 1000
 
 
+@pytest.mark.parametrize("has_look_up", [False, True])
+def test_rounds_touch_only_what_their_phases_declare(has_look_up: bool) -> None:
+    """Two sequences that go on by themselves, one of which ends: they do what they do with nothing poisoned."""
+    weights = weights_of(qwen3_moe())
+    plan = build_plan(weights.spec, WeightFormats(), 1, 6, max_context=32, split_size=SPLIT, has_look_up=has_look_up)
+    requests = [
+        RoundsRequest([5, 6, 5], 1, 12, True, 2 * has_look_up, 2),
+        RoundsRequest([7, 7], 0, 4, True, has_look_up, 2),
+    ]
+    memories = [PlanMemory(plan, weights) for _ in range(2)]
+    for memory in memories:
+        memory.set_inbox(rounds_inbox(requests, plan.rows))
+        for request in requests:
+            memory.history_RL[request.slot, : len(request.tokens)] = torch.tensor(request.tokens)
+        for keys, values in memory.caches:
+            keys.fill_(0.5)
+            values.fill_(0.5)
+    poisoned, free = memories
+    guarded, bodies, counters = Guarded(plan, poisoned), poisoned.bodies(), np.zeros(plan.num_counters, np.int64)
+    for step in range(4):
+        for phase in plan.phases:
+            for item in range(phase.num_items):
+                guarded.run(phase, phase.index(item), bodies[phase.op], step)
+        interpret(plan, free.bodies(), 1, first_step=step, counters=counters)
+        for name in ("rows_RF", "sequences_RF", "outcome_R2", "history_RL"):
+            assert torch.equal(getattr(poisoned, name), getattr(free, name)), (step, name)
+    assert free.outcome_R2[0, 0] > 0 == free.outcome_R2[1, 0], "one is over"
+    assert guarded.num_checked > 1000
+
+
 def run_alone(weights: ModelWeights, plan: Plan, num_steps: int, seed: int) -> list[list[int]]:
     """Tokens of three sequences that go on by themselves for some steps without the host."""
     memory = PlanMemory(plan, weights)

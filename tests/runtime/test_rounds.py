@@ -165,12 +165,17 @@ def test_one_launch_tells_nothing_but_when_the_host_needs_to(
 
     rounds_adaptive = launches()
     assert rounds_adaptive > 3 and not backend.has_look_up
+    # one step a launch is drawn by the same sampler: the backend's, from keys that the host gives
+    drawn: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.7, "seed": 9}
+    sampled = engine.generate(PROMPTS[0], **drawn).tokens
+    assert sampled == reference.generate(PROMPTS[0], **drawn).tokens
     engine.set_strategy(DraftStrategy(num_drafts=3))
     assert launches() <= 2 and backend.has_look_up
     engine.set_strategy(DraftStrategy(num_drafts=4))
     assert launches() > 3 and not backend.has_look_up
     engine.set_drafter(None)
     assert launches() == 2
+    assert engine.generate(PROMPTS[0], **drawn).tokens == sampled
 
 
 class Letters:
