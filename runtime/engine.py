@@ -245,10 +245,7 @@ class Engine:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
     ) -> Generator[str, None, Generation]:
-        """Yields the text of `generate` piece by piece, as rounds (or a launch of several) commit it; returns its result.
-
-        Needs a tokenizer.
-        """
+        """Yields the text of `generate` as it is committed, piece by piece; returns its result. Needs a tokenizer."""
         if self.tokenizer is None:
             raise ValueError("stream yields text, and the target has no tokenizer files; use generate with token ids")
         params = SamplingParams(temperature, top_p, top_k)
