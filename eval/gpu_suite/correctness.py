@@ -165,12 +165,11 @@ class Checker:
             self.weights, "ngram", backend=self.backend_name, max_length=self.max_length, max_batch_size=self.num_rows
         )
         prompts = [self.ids[slot][: 3 + slot] * 2 for slot in range(2)]
-        options = [{"temperature": temperature, "seed": 3} for temperature in (0.0, 1.0)]
         num_new = self.scale.num_generated
 
         def texts() -> list[Any]:
-            made = [engine.generate(prompts, max_new_tokens=num_new, ignore_eos=True, **each) for each in options]
-            return [out for batch in made for out in batch]
+            greedy = engine.generate(prompts, max_new_tokens=num_new, ignore_eos=True)
+            return greedy + engine.generate(prompts, max_new_tokens=num_new, temperature=1.0, seed=3, ignore_eos=True)
 
         with_look_up = texts()
         engine.set_drafter(None)
