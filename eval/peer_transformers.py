@@ -4,14 +4,15 @@
 and keeps no scores. The compiled one is what transformers' documentation calls it: a static cache, and the decoding
 forward under `torch.compile`. A step attends to the whole of a static cache, so every set of prompts has one of its
 own, as long as its longest text, and code compiled for that length: a set of long prompts slows no other. It tries
-experts implementations out as well, compiled, since another one may be fastest then; fastest at decoding, for which a
-slow prompt may be the price on a CPU: the time of the first token shows it.
+experts implementations out as well, compiled, since another one may be fastest then. What decodes fastest need not be
+good for a prompt: that goes through transformers' own choice, and `generate` switches between the two.
 
 All three run one model in memory.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -37,6 +38,9 @@ NAMES = {
 EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 # The third is a loop over experts that the router chose, at which every layer's graph breaks.
 COMPILED_EXPERTS = ("grouped_mm", "batched_mm")
+# batched_mm gathers the weights of every token's experts: of a long prompt's that is more than there is memory.
+PROMPT_EXPERTS = "grouped_mm"
+_SWITCH = "_optimize_model_for_decode"
 TRIAL_TOKENS = 16
 TRIAL_REPEATS = 3
 
@@ -110,15 +114,19 @@ def transformers_contestants(
             reason = "none of its experts implementations runs this model"
             unavailable.append(Unavailable(name=NAMES[kind], reason=reason))
             continue
-        fastest = choose_experts(trials, kind, model.device.type)
+        fastest = min(trials, key=lambda name: trials[name])
+        prompt = prompt_experts(model, trials, kind)
+        choice = f"{fastest} experts" + (f", {prompt} for the prompt" if prompt not in (None, fastest) else "")
         tried = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in trials.items())
         contestants.append(
             Contestant(
                 name=NAMES[kind],
-                description=f"transformers {what}, {fastest} experts (tried, ms a decoded token: {tried})",
-                run=_with_experts(model, fastest, run),
+                description=f"transformers {what}, {choice} (tried, ms a decoded token: {tried})",
+                run=_with_experts(model, fastest, prompt, run),
                 prepare_seconds=load_seconds + time.perf_counter() - started,
-                enter_set=_with_experts(model, fastest, run.enter_set) if isinstance(run, CompiledGenerate) else None,
+                enter_set=_with_experts(model, fastest, prompt, run.enter_set)
+                if isinstance(run, CompiledGenerate)
+                else None,
                 identical_to=reference,
                 # In float32 the two differ by rounding alone, which decides no argmax but a near tie; in bfloat16 it
                 # does, and so it may where rows are verified together.
@@ -126,17 +134,6 @@ def transformers_contestants(
             )
         )
     return contestants, unavailable
-
-
-def choose_experts(seconds_per_token: Mapping[str, float], kind: str, device: str) -> str:
-    """The experts implementation of a contestant, from the decode times of those that run.
-
-    On a GPU `generate` decodes a model of grouped_mm with batched_mm by itself, so that noise alone would choose
-    between the two; and with batched_mm it would gather the weights of every token of a prompt as well.
-    """
-    switches = device != "cpu" and kind != "assisted" and "grouped_mm" in seconds_per_token
-    names = [name for name in seconds_per_token if not (switches and name == "batched_mm")]
-    return min(names, key=lambda name: seconds_per_token[name])
 
 
 def _runner_of(
@@ -245,9 +242,9 @@ def try_experts_implementations(
     run = run or transformers_runner(model)
     for name in EXPERTS_IMPLEMENTATIONS if implementations is None else implementations:
         try:
-            model.set_experts_implementation(name)
-            run(prompt, 2)
-            samples = [run(prompt, num_tokens) for _ in range(TRIAL_REPEATS)]
+            with experts(model, name):
+                run(prompt, 2)
+                samples = [run(prompt, num_tokens) for _ in range(TRIAL_REPEATS)]
         except PEER_ERRORS as error:
             unavailable.append(Unavailable(name=f"{label} ({name} experts)", reason=one_line(error)))
         else:
@@ -258,12 +255,46 @@ def try_experts_implementations(
     return seconds_per_token, unavailable
 
 
-def _with_experts(model: Any, implementation: str, run: Callable[P, T]) -> Callable[P, T]:
-    """`run` with an experts implementation of its own: contestants share the model."""
+@contextmanager
+def experts(model: Any, decoding: str, prompt: str | None = None) -> Iterator[None]:
+    """Calls of `generate` inside decode with the experts implementation `decoding` and prefill with `prompt`.
+
+    None: with the same. This is what `generate` does on GPUs, where it decodes models of grouped_mm with batched_mm:
+    its own switch is replaced, so that what is measured is what is named. Raises ValueError for an implementation that
+    the model does not have.
+    """
+    model.set_experts_implementation(prompt or decoding)
+
+    @contextmanager
+    def switched() -> Iterator[None]:
+        model.set_experts_implementation(decoding)
+        try:
+            yield
+        finally:
+            model.set_experts_implementation(prompt or decoding)
+
+    setattr(model, _SWITCH, switched)
+    try:
+        yield
+    finally:
+        delattr(model, _SWITCH)
+
+
+def prompt_experts(model: Any, trials: Mapping[str, float], kind: str) -> str | None:
+    """The implementation for prompts beside the fastest decoder of `trials`: transformers' own choice, where it runs.
+
+    None where `generate` has no switch: in assisted generation, and in versions of transformers without one.
+    """
+    has_switch = kind != "assisted" and hasattr(type(model), _SWITCH)
+    return PROMPT_EXPERTS if has_switch and PROMPT_EXPERTS in trials else None
+
+
+def _with_experts(model: Any, decoding: str, prompt: str | None, run: Callable[P, T]) -> Callable[P, T]:
+    """`run` with experts implementations of its own: contestants share the model."""
 
     def run_with(*arguments: P.args, **options: P.kwargs) -> T:
-        model.set_experts_implementation(implementation)
-        return run(*arguments, **options)
+        with experts(model, decoding, prompt):
+            return run(*arguments, **options)
 
     return run_with
 

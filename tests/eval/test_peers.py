@@ -16,7 +16,8 @@ from speedstack.eval.peer_transformers import (
     EXPERTS_IMPLEMENTATIONS,
     ArrivalClock,
     CompiledGenerate,
-    choose_experts,
+    experts,
+    prompt_experts,
     rounds_of,
     transformers_runner,
     try_experts_implementations,
@@ -147,25 +148,28 @@ def test_each_set_is_compiled_for_its_length_and_never_again(
         graphs.append({tuple(tensor.shape) for tensor in inputs if isinstance(tensor, torch.Tensor)})
         return graph
 
-    monkeypatch.setattr("transformers.CompileConfig", functools.partial(CompileConfig, backend=backend))
     # One of the layers has a window of 16, which is full before the longer texts end.
     layer_types = ["sliding_attention", "full_attention"]
     model = make_tiny_model(num_hidden_layers=2, layer_types=layer_types, mlp_layer_types=["dense", "sparse"])
-    model.set_experts_implementation("batched_mm")
     prompts = {"short": [[5, 17, 200], [7] * 9], "long": [[8] * 50, [9, 10]]}
+    # Not before the model, whose import would put the original back.
+    monkeypatch.setattr("transformers.CompileConfig", functools.partial(CompileConfig, backend=backend))
     compiled = CompiledGenerate(model, prompts, 24)
     for name, length in (("short", 33), ("long", 74)):
         graphs.clear()
-        compiled.enter_set(name)
+        with experts(model, "batched_mm", "grouped_mm"):
+            compiled.enter_set(name)
         # Keys of a global layer, of that length, not of any.
         assert graphs and all((1, 1, length, 48) in shapes for shapes in graphs)
         assert not any(isinstance(size, torch.SymInt) for shapes in graphs for shape in shapes for size in shape)
     graphs.clear()
     plain = transformers_runner(model)
     for name, group in prompts.items():
-        compiled.enter_set(name)
         for prompt in [*group, [11] * (max(map(len, group)) - 3)]:
-            assert compiled(prompt, 24).tokens == plain(prompt, 24).tokens
+            with experts(model, "batched_mm", "grouped_mm"):
+                compiled.enter_set(name)
+                tokens = compiled(prompt, 24).tokens
+            assert tokens == plain(prompt, 24).tokens
     assert not graphs
 
 
@@ -269,14 +273,29 @@ def test_experts_implementations_are_compared_by_decoding_alone(
     assert set(seconds.values()) == {0.5}
 
 
-def test_on_a_gpu_noise_does_not_choose_experts_that_gather_a_prompts_weights() -> None:
-    times = {"grouped_mm": 1.1, "batched_mm": 1.0, "eager": 9.0}
-    assert choose_experts(times, "compiled", "cpu") == "batched_mm"
-    assert choose_experts(times, "compiled", "cuda") == choose_experts(times, "transformers", "cuda") == "grouped_mm"
-    # Assisted generation does not switch; and where grouped_mm does not run there is nothing to switch from.
-    assert choose_experts(times, "assisted", "cuda") == "batched_mm"
-    assert choose_experts({"batched_mm": 1.0, "eager": 0.5}, "transformers", "cuda") == "eager"
-    assert choose_experts({"batched_mm": 1.0}, "compiled", "cuda") == "batched_mm"
+def test_generate_switches_from_the_prompts_experts_to_the_decoders(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = load_model(tiny_model_dir, dtype=torch.float32).eval()
+    seen: list[tuple[int, str]] = []
+    forward = type(model).forward
+
+    def spy(self: Any, input_ids: torch.Tensor, **options: Any) -> Any:
+        seen.append((input_ids.shape[1], self.config._experts_implementation))
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(type(model), "forward", spy)
+    run = transformers_runner(model)
+    with experts(model, "batched_mm", "grouped_mm"):
+        run(PROMPTS[0], 3)
+    assert seen == [(6, "grouped_mm"), (1, "batched_mm"), (1, "batched_mm")]
+    # Its own switch is back, and a contestant that failed leaves none behind.
+    with pytest.raises(RuntimeError, match="broken"), experts(model, "eager", "grouped_mm"):
+        raise RuntimeError("broken")
+    assert "_optimize_model_for_decode" not in vars(model)
+    assert prompt_experts(model, {"grouped_mm": 1.0}, "compiled") == "grouped_mm"
+    assert prompt_experts(model, {"grouped_mm": 1.0}, "assisted") is None
+    assert prompt_experts(model, {"eager": 1.0}, "transformers") is None
 
 
 def test_every_contestant_runs_under_its_own_experts(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +317,8 @@ def test_every_contestant_runs_under_its_own_experts(tiny_model_dir: Path, monke
     settings = TimingSettings(num_new_tokens=4, num_repeats=2, backend="reference", peers=("transformers", "compiled"))
     measure_timing(tiny_model_dir, None, ONE, settings, progress=False)
     # A warm-up and two repeats each; before them the compiled one runs the shortest prompt and the longest.
-    assert sorted(ran) == 5 * [("compiled", "batched_mm")] + 3 * [("plain", "eager")]
+    # What they see first is the implementation for prompts.
+    assert sorted(ran) == 5 * [("compiled", "batched_mm")] + 3 * [("plain", "grouped_mm")]
 
 
 def test_broken_logits_are_an_error_that_names_them(tiny_model_dir: Path, tmp_path: Path) -> None:
