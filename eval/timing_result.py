@@ -1,7 +1,8 @@
 """Result of a race between ways of generating: rates, times of single tokens, acceptance, energy, cost; and its table.
 
 What is measured, precisely. A contestant's call begins when it gets the token ids of a prompt. Tokens *arrive* when the
-host has them: one at a time, or several at once where a round of speculation commits them together.
+host has them: one at a time, or several at once where a round of speculation commits them together, or a backend makes
+several rounds before the host hears of them.
 
 - First token: from the call to the first arrival.
 - Decode rate: the tokens after the first, over the time from the first arrival to the end of the call.

@@ -18,8 +18,19 @@ from speedstack.runtime.sampling import GREEDY, SamplingParams
 
 
 @dataclass(frozen=True)
+class Draw:
+    """How the token after a row is drawn: `sampling.sample` without top-k and top-p, with the noise of its position."""
+
+    seed: int
+    sequence: int
+    temperature: float
+
+
+@dataclass(frozen=True)
 class Rows:
     """Tokens to compute in one step. Rows of a sequence are in ascending, gapless order of position.
+
+    `draws`: of each row, None for the most probable token; only for backends that have `rounds`.
 
     With `parents` they are trees instead: a row follows the row of that index, or, with -1, what is committed. Siblings
     share a position, so that nothing is written there until `commit` says which of them stands.
@@ -29,6 +40,7 @@ class Rows:
     slots: Sequence[int]
     positions: Sequence[int]
     parents: Sequence[int] | None = None
+    draws: Sequence[Draw | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,54 @@ class DraftRequest:
     noise: Sequence[torch.Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class RoundsRequest:
+    """A sequence that is to be decoded for some rounds without the host.
+
+    `tokens`: all there are, the newest of which, the anchor, has not been computed yet. `end`: how many there may be.
+    `watches_eos`: the model's end-of-sequence tokens end it. `num_drafts`: proposals a round at most, by prompt look-up
+    for runs of up to `ngram_size` tokens. `draw`: None is greedy.
+    """
+
+    tokens: Sequence[int]
+    slot: int
+    end: int
+    watches_eos: bool
+    num_drafts: int = 0
+    ngram_size: int = 0
+    draw: Draw | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round of one sequence was: proposals verified, how many stand, and the tokens that this commits.
+
+    A token of -1 stands for logits that are not numbers.
+    """
+
+    num_drafts: int
+    num_accepted: int
+    tokens: Sequence[int]
+
+
+class Rounds(Protocol):
+    """Rounds that a backend makes one after another without the host, which hears of them when all are done."""
+
+    max_rounds: int
+    num_rows: int  # of a step: what the anchor and the drafts of one sequence have to fit into
+
+    def run(self, requests: Sequence[RoundsRequest], num_rounds: int) -> list[list[Round]]:
+        """Up to `num_rounds` rounds of each sequence, fewer of one that is over before. Raises RuntimeError as `step`.
+
+        Keys and values of all tokens but the anchor have to be there.
+        """
+        ...
+
+    def set_look_up(self, is_wanted: bool) -> None:
+        """Whether requests may ask for drafts from now on."""
+        ...
+
+
 class Backend(Protocol):
     """One way of computing a step. All return values may be overwritten by the next call."""
 
@@ -53,6 +113,8 @@ class Backend(Protocol):
     prepare_seconds: float
     # Why rows with `parents` are refused; None where they are computed.
     no_trees_because: str | None
+    # What makes several rounds without the host, and samples by itself; None where every round needs the host.
+    rounds: Rounds | None
 
     @property
     def round_cost(self) -> RoundCost:
@@ -63,7 +125,8 @@ class Backend(Protocol):
         """Computes all rows, and the logits of those named in `logit_rows`, which ascend.
 
         Returns float32 logits [len(logit_rows), vocabulary] and the index of the largest logit in each, ties to the
-        lower index; -1 where a logit is not a number. With a drafter its context is written for all rows too.
+        lower index; -1 where a logit is not a number. With `rows.draws` that is the token drawn. With a drafter its
+        context is written for all rows too.
         """
         ...
 

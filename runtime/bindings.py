@@ -30,13 +30,15 @@ from speedstack.runtime.spec import AttentionSpec, MoeSpec
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, Linear, ModelWeights, MoeWeights, Weight
 
 # Fixed, so that the order of every sum is: elements of a contraction axis at a time, (row, head) pairs of a query tile,
-# keys at a time, splits combined at a time, blocks of four tokens that draw noise at a time.
+# keys at a time, splits combined at a time, blocks of four tokens that draw noise at a time; and tokens of a text that
+# are compared at a time, which has no bearing on anything.
 CHUNK = 128
 assert TILE_SIZE % CHUNK == 0, "a chunk lies under one scale"
 QUERIES = 32
 KEY_CHUNK = 64
 SPLITS_AT_A_TIME = 16
 NOISE_BLOCKS = 256
+TEXT_BLOCK = 1024
 
 
 class Constants:
@@ -323,12 +325,36 @@ class _Builder:
     def sample(self, phase: Phase) -> Bound:
         tiles = self.plan.buffer_named["best"].num_cells
         rows, logits, best = self.buffer("rows", "logits", "best")
-        return (rows, self.memory.sampling, logits, best, self.memory.tokens), {
+        return (rows, self.memory.sampling, logits, best, self.memory.reports), {
             "VOCAB": self.spec.vocab_size,
             "TILES": tiles,
             "TP": power_of_two(tiles),
             "BLOCKS": NOISE_BLOCKS,
+            "REPORT": self.memory.reports.shape[1],
         }
+
+    def accept(self, phase: Phase) -> Bound:
+        history, stride = self.history()
+        eos = self.spec.eos_token_ids
+        # -2 is no token, nor what stands for one.
+        padded = [*eos, *[-2] * (power_of_two(max(1, len(eos))) - len(eos))]
+        eos_L = torch.tensor(padded, dtype=torch.int32, device=self.memory.rows.device)
+        return (self.memory.rows, self.memory.sequences, self.memory.reports, eos_L, history), {
+            "LP": len(padded),
+            "STRIDE": stride,
+            "HAS_HISTORY": stride > 0,
+            "REPORT": self.memory.reports.shape[1],
+        }
+
+    def draft(self, phase: Phase) -> Bound:
+        history, stride = self.history()
+        constants = {"STRIDE": stride, "BLOCK": TEXT_BLOCK}
+        return (self.memory.rows, self.memory.sequences, history), constants
+
+    def history(self) -> tuple[torch.Tensor, int]:
+        """Texts of all slots and the tokens from one to the next; 0 of them, and no texts, where nobody reads them."""
+        history = self.buffers.get("history")
+        return (self.memory.rows, 0) if history is None else (history, history.shape[1])
 
 
 _BOUND: dict[str, Callable[[_Builder, Phase], Bound]] = {
@@ -344,6 +370,8 @@ _BOUND: dict[str, Callable[[_Builder, Phase], Bound]] = {
     "expert_down": _Builder.expert_down,
     "lm_head": _Builder.lm_head,
     "sample": _Builder.sample,
+    "accept": _Builder.accept,
+    "draft": _Builder.draft,
 }
 
 

@@ -6,7 +6,7 @@ compared with this buffer by buffer; this is compared with the reference backend
 
 Buffers, with R rows (the plan's capacity), `n` tiles of `t` columns:
 
-    rows      int64 [R, 4]        token, sequence slot, position, 1 where the row is in use; a sequence's rows ascend
+    rows, sequences, chosen, outcome, history, logits, best: see `round_bodies`, which has the phases that decide
     hidden    [R, D]
     qkv.*     [R, G, n * t]       a key/value head's group: its query heads, its key head, its value head, padding
     partial.* float32 [R, N, S, v + 2]   a split's unnormalized sum of values, largest score, sum of exponentials
@@ -14,39 +14,33 @@ Buffers, with R rows (the plan's capacity), `n` tiles of `t` columns:
     LNN.cache (k [slots, positions, G, qk], v [slots, positions, G, v])   rings over absolute positions
     router.*  float32 [R, E]      logits
     act.*     [R, F], or [R * K, I] with a row's choices in ascending order of expert
-    logits    float32 [R, V];  best  [R, n, 2] the largest logit of each tile and its index
-
-Sampling is greedy here, and each row in use goes on as the next position of its sequence: temperature, drafts and
-acceptance are the engine's. With several rows of one sequence the host sets `rows` before every step.
 """
 
-from collections.abc import Generator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from speedstack.runtime.backend import Rows
 from speedstack.runtime.interpret import Body
+from speedstack.runtime.memory import step_inbox
 from speedstack.runtime.plan import Phase, Plan
 from speedstack.runtime.reference import _experts, rms_norm, rotary_tables, rotate, route, swiglu
 from speedstack.runtime.ring import ring_length
+from speedstack.runtime.round_bodies import FIRST_ROW, NUM_ROWS, POSITION, SLOT, TOKEN, RoundBodies, Steps
 from speedstack.runtime.spec import AttentionSpec, MoeSpec
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, Linear, ModelWeights, MoeWeights, plain_matrix
 
-Steps = Generator[None, None, None]
 
-
-class PlanMemory:
+class PlanMemory(RoundBodies):
     """The buffers of a plan for a model's weights, and the bodies that compute on them."""
 
     def __init__(self, plan: Plan, weights: ModelWeights) -> None:
+        super().__init__(plan, weights.spec.vocab_size, weights.spec.eos_token_ids)
         # An item takes its columns of a matrix: unpacking the whole for each would be most of the work.
-        self.plan, self.weights, self.spec = plan, weights.plain(), weights.spec
+        self.weights, self.spec = weights.plain(), weights.spec
         like, R = weights.embedding_VD, plan.rows
-        self.rows_R4 = torch.zeros(R, 4, dtype=torch.int64)
         self.hidden_RD = like.new_full((R, self.spec.hidden_size), float("nan"))
-        self.logits_RV = torch.full((R, self.spec.vocab_size), float("nan"))
-        self.best_RT2 = torch.full((R, plan.buffer_named["best"].num_cells, 2), float("nan"))
         self.shared: dict[str, torch.Tensor] = {}
         self.caches: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.tables = {
@@ -90,7 +84,7 @@ class PlanMemory:
 
     def bodies(self) -> dict[str, Body]:
         """By op, for `interpret`."""
-        return {
+        return self.round_bodies() | {
             "embed": self._embed,
             "qkv": self._qkv,
             "attention": self._attention,
@@ -102,24 +96,20 @@ class PlanMemory:
             "expert_gate_up": self._expert_gate_up,
             "expert_down": self._expert_down,
             "lm_head": self._lm_head,
-            "sample": self._sample,
         }
 
     def set_rows(self, tokens: list[int], slots: list[int], positions: list[int]) -> None:
         """The host's part: what the next step computes."""
-        self.rows_R4.zero_()
-        for row, values in enumerate(zip(tokens, slots, positions, strict=True)):
-            self.rows_R4[row] = torch.tensor([*values, 1])
+        self.set_inbox(step_inbox(Rows(tokens, slots, positions), self.plan.rows))
 
     def _sequence(self, number: int) -> list[int]:
-        """Rows of the step's sequence of that number, in the order in which sequences first appear."""
-        used = [row for row in range(self.plan.rows) if self.rows_R4[row, 3]]
-        slots = list(dict.fromkeys(int(self.rows_R4[row, 1]) for row in used))
-        return [row for row in used if number < len(slots) and int(self.rows_R4[row, 1]) == slots[number]]
+        """Rows of the step's sequence of that number."""
+        first, num_rows = self.rows_RF[number, [FIRST_ROW, NUM_ROWS]].tolist()
+        return list(range(first, first + num_rows))
 
     def _splits(self, a: AttentionSpec, rows: list[int]) -> range:
         """Absolute numbers of the splits that rows of one sequence see between them."""
-        first, last = int(self.rows_R4[rows[0], 2]), int(self.rows_R4[rows[-1], 2])
+        first, last = int(self.rows_RF[rows[0], POSITION]), int(self.rows_RF[rows[-1], POSITION])
         start = 0 if a.window is None else max(0, first - a.window + 1)
         return range(start // self.plan.split_size, last // self.plan.split_size + 1)
 
@@ -131,7 +121,7 @@ class PlanMemory:
 
     def _embed(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         (row,) = index
-        token, is_used = int(self.rows_R4[row, 0]), bool(self.rows_R4[row, 3])
+        token, is_used = int(self.rows_RF[row, TOKEN]), self.is_used(row)
         yield
         if is_used:
             self.hidden_RD[row] = self.weights.embedding_VD[token]
@@ -159,9 +149,9 @@ class PlanMemory:
             return
         low = splits[split] * self.plan.split_size
         high = low + self.plan.split_size
-        slot = int(self.rows_R4[rows[0], 1])
+        slot = int(self.rows_RF[rows[0], SLOT])
         q_XMH, k_XH, v_XV = self._heads(phase, a, w, rows, group)
-        positions = [int(self.rows_R4[row, 2]) for row in rows]
+        positions = [int(self.rows_RF[row, POSITION]) for row in rows]
         yield
         k_SLGH, v_SLGV = self.caches[phase.layer]
         ring, heads = k_SLGH.shape[1], a.num_heads // a.num_kv_heads
@@ -190,14 +180,14 @@ class PlanMemory:
         q_XMH, k_X1H = q.unflatten(-1, (heads, -1)), k[:, None]
         if w.q_norm_H is not None and w.k_norm_H is not None:
             q_XMH, k_X1H = rms_norm(q_XMH, w.q_norm_H, eps), rms_norm(k_X1H, w.k_norm_H, eps)
-        cos, sin = (table[self.rows_R4[rows, 2]] for table in self.tables[a])
+        cos, sin = (table[self.rows_RF[rows, POSITION]] for table in self.tables[a])
         return rotate(q_XMH, cos, sin), rotate(k_X1H, cos, sin)[:, 0], v * a.value_scale
 
     def _combine(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         assert phase.layer is not None
         row, head = index
         a, w = self.spec.layers[phase.layer].attention, self.weights.layers[phase.layer].attention
-        if not self.rows_R4[row, 3]:
+        if not self.is_used(row):
             return
         number = next(n for n in range(self.plan.rows) if row in self._sequence(n))
         splits = self._splits(a, self._sequence(number))
@@ -270,7 +260,7 @@ class PlanMemory:
         w, moe = self._moe(phase)
         experts_RK, weights_RK = route(self.shared[logits], w.correction_bias_E, moe)
         experts_RK, order_RK = experts_RK.sort(dim=-1)
-        used = self.rows_R4[:, 3].bool()
+        used = self.rows_RF[:, TOKEN] >= 0
         return experts_RK, weights_RK.gather(1, order_RK), sorted(set(experts_RK[used].flatten().tolist()))
 
     def _expert_gate_up(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
@@ -289,7 +279,7 @@ class PlanMemory:
             out = out + w.gate_up_bias_EI[expert][rows]
         act_RI = swiglu(out, moe)
         for row, choice in (experts_RK == expert).nonzero().tolist():
-            if self.rows_R4[row, 3]:
+            if self.is_used(row):
                 self.shared[phase.writes[0].buffer][row * moe.top_k + choice, columns] = act_RI[row]
 
     def _expert_down(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
@@ -317,14 +307,6 @@ class PlanMemory:
         self.logits_RV[:, columns] = logits
         best = logits.max(-1)
         self.best_RT2[:, index[0]] = torch.stack([best.values, (best.indices + columns.start).float()], dim=-1)
-
-    def _sample(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
-        (row,) = index
-        used, best_T2 = bool(self.rows_R4[row, 3]), self.best_RT2[row].clone()
-        yield
-        if used:
-            self.rows_R4[row, 0] = int(best_T2[int(best_T2[:, 0].argmax()), 1])
-            self.rows_R4[row, 2] += 1
 
 
 def _group_rows(a: AttentionSpec, group: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
 from speedstack.runtime.assemble import Assembler, Buffers
-from speedstack.runtime.backend import DraftRequest, Rows
+from speedstack.runtime.backend import DraftRequest, Rounds, Rows
 from speedstack.runtime.budget import PYTORCH_BESIDE_COMPILED, RoundCost, compiled_cost
 from speedstack.runtime.compiled_drafter import CompiledDrafter, why_not_compiled
 from speedstack.runtime.module_drafter import ModuleDrafter
@@ -63,6 +63,7 @@ class CpuBackend:
 
     name = "cpu"
     no_trees_because: str | None = "its kernels write keys and values at a row's position, which siblings would share"
+    rounds: Rounds | None = None
 
     def __init__(
         self, weights: ModelWeights, drafter: DFlashDraftModel | None, num_slots: int, max_length: int

@@ -2,7 +2,7 @@
 
 In a round every sequence contributes its newest token (the anchor, whose keys and values the target has not computed
 yet) and the proposals after it; the target computes all rows in one step, the token after each row is chosen from its
-logits, and proposals are kept as long as they are the tokens chosen.
+logits, and proposals are kept as long as they are the tokens chosen. A backend that can makes several rounds by itself.
 """
 
 import time
@@ -11,21 +11,31 @@ from collections.abc import Sequence
 import torch
 
 from speedstack.dflash.accept import accept
-from speedstack.runtime.backend import Backend, Rows
+from speedstack.runtime.backend import Backend, Draw, Rounds, Rows
 from speedstack.runtime.proposer import Proposer
 from speedstack.runtime.ring import MAX_ROWS
 from speedstack.runtime.sampling import NoiseTable, sample
-from speedstack.runtime.sequence import RunningSequence
+from speedstack.runtime.sequence import RunningSequence, not_numbers
 
 
 class Decoder:
-    """Runs sequences on a backend, with a proposer; `has_trees` says whether its drafts branch."""
+    """Runs sequences on a backend, with a proposer; `has_trees` says whether its drafts branch.
+
+    `rounds`: the backend's, if it makes the proposer's drafts too; every round then runs there unless the sequence's
+    sampling needs the host.
+    """
 
     def __init__(
-        self, backend: Backend, proposer: Proposer, has_trees: bool, vocab_size: int, device: torch.device
+        self,
+        backend: Backend,
+        proposer: Proposer,
+        has_trees: bool,
+        vocab_size: int,
+        device: torch.device,
+        rounds: Rounds | None = None,
     ) -> None:
         self._backend, self._proposer, self._has_trees = backend, proposer, has_trees
-        self._vocab_size, self._device = vocab_size, device
+        self._vocab_size, self._device, self._rounds = vocab_size, device, rounds
 
     def prefill(self, sequence: RunningSequence) -> None:
         """Computes a prompt, chunk by chunk, and commits the first new token. Raises ValueError as `round`."""
@@ -33,17 +43,34 @@ class Decoder:
         ids = sequence.tokens
         for start in range(0, len(ids), MAX_ROWS):
             chunk = ids[start : start + MAX_ROWS]
-            rows = Rows(chunk, [sequence.slot] * len(chunk), list(range(start, start + len(chunk))))
+            positions = list(range(start, start + len(chunk)))
+            draws = [sequence.draw()] * len(chunk) if self._is_drawn_there(sequence) else None
+            rows = Rows(chunk, [sequence.slot] * len(chunk), positions, draws=draws)
             is_last = start + len(chunk) == len(ids)
             logits_WV, best = self._backend.step(rows, [len(chunk) - 1] if is_last else [])
         noise = NoiseTable(self._vocab_size, self._device)
-        token = _choose(sequence, logits_WV[0], best[0], len(ids), noise)
+        token = self._choose(sequence, logits_WV[0], best[0], len(ids), noise)
         sequence.stats.prefill_seconds = time.perf_counter() - started
         sequence.commit([token])
 
     def round(self, sequences: Sequence[RunningSequence]) -> None:
-        """One round of all `sequences`. Raises ValueError when the target's logits are not numbers."""
+        """One round of all `sequences`, or several. Raises ValueError when the target's logits are not numbers."""
         started = time.perf_counter()
+        if self._rounds is None or any(sequence.params.needs_order for sequence in sequences):
+            self._one_round(sequences)
+        else:
+            self._several_rounds(self._rounds, sequences)
+        seconds = time.perf_counter() - started
+        for sequence in sequences:
+            sequence.stats.decode_seconds += seconds
+
+    def _several_rounds(self, rounds: Rounds, sequences: Sequence[RunningSequence]) -> None:
+        num_rounds = min(rounds.max_rounds, max(sequence.num_left for sequence in sequences))
+        made = rounds.run([sequence.rounds_request() for sequence in sequences], num_rounds)
+        for sequence, its_rounds in zip(sequences, made, strict=True):
+            sequence.take_rounds(its_rounds)
+
+    def _one_round(self, sequences: Sequence[RunningSequence]) -> None:
         noise = NoiseTable(self._vocab_size, self._device)
         drafts = self._proposer.propose(sequences, noise)
         tokens: list[int] = []
@@ -51,6 +78,7 @@ class Decoder:
         positions: list[int] = []
         parents: list[int] = []
         anchors: list[int] = []
+        draws: list[Draw | None] = []
         noise_keys: list[tuple[int, int, int]] = []
         for sequence, draft in zip(sequences, drafts, strict=True):
             anchor, start, depths = len(tokens), len(sequence.tokens) - 1, draft.depths()
@@ -59,9 +87,11 @@ class Decoder:
             slots += [sequence.slot] * (1 + len(draft.tokens))
             positions += [start, *(start + depth for depth in depths)]
             parents += [-1, *(anchor + 1 + parent for parent in draft.parents)]
-            if sequence.params.temperature > 0.0:
+            is_drawn_there = self._is_drawn_there(sequence)
+            draws += [sequence.draw() if is_drawn_there else None] * (1 + len(draft.tokens))
+            if sequence.params.temperature > 0.0 and not is_drawn_there:
                 noise_keys += [sequence.noise_key(start + 1 + i) for i in range(max(depths, default=0) + 1)]
-        rows = Rows(tokens, slots, positions, parents if self._has_trees else None)
+        rows = Rows(tokens, slots, positions, parents if self._has_trees else None, draws if any(draws) else None)
         logits_WV, best = self._backend.step(rows, range(len(tokens)))
         noise.rows(noise_keys)  # drawn together, whatever of it the rounds below come to use
         kept: list[int] = []
@@ -69,25 +99,25 @@ class Decoder:
 
             def target_token(node: int, sequence: RunningSequence = sequence, anchor: int = anchor) -> int:
                 row = anchor + 1 + node
-                return _choose(sequence, logits_WV[row], best[row], positions[row] + 1, noise)
+                return self._choose(sequence, logits_WV[row], best[row], positions[row] + 1, noise)
 
             accepted, chosen = accept(draft, target_token)
             kept += [anchor, *(anchor + 1 + node for node in accepted)]
-            sequence.record_round(draft, len(accepted), sequence.commit(chosen))
+            depth = max(draft.depths(), default=0)
+            sequence.record_round(len(draft.tokens), depth, len(accepted), sequence.commit(chosen))
         if self._has_trees:
             self._backend.commit(kept)
-        seconds = time.perf_counter() - started
-        for sequence in sequences:
-            sequence.stats.decode_seconds += seconds
 
+    def _is_drawn_there(self, sequence: RunningSequence) -> bool:
+        """Whether the backend draws the sequence's tokens: always the same one, so that a text has one sampler."""
+        return self._backend.rounds is not None and sequence.draw() is not None and not sequence.params.needs_order
 
-def _choose(sequence: RunningSequence, logits_V: torch.Tensor, best: int, position: int, noise: NoiseTable) -> int:
-    """The token at `position`, given the logits that predict it and the index of the largest."""
-    if best < 0:
-        raise ValueError(
-            f"the target's logits at position {position} are not numbers; "
-            "the checkpoint is broken or its dtype overflows"
-        )
-    if sequence.params.temperature == 0.0:
-        return best
-    return sample(logits_V, noise.rows([sequence.noise_key(position)])[0], sequence.params)
+    def _choose(
+        self, sequence: RunningSequence, logits_V: torch.Tensor, best: int, position: int, noise: NoiseTable
+    ) -> int:
+        """The token at `position`, given the logits that predict it and what the backend says of them."""
+        if best < 0:
+            raise not_numbers(position)
+        if sequence.params.temperature == 0.0 or self._is_drawn_there(sequence):
+            return best
+        return sample(logits_V, noise.rows([sequence.noise_key(position)])[0], sequence.params)

@@ -25,6 +25,7 @@ from speedstack.runtime.decoder import Decoder
 from speedstack.runtime.proposer import DrafterProposer, NgramProposer, NoProposer, Proposer
 from speedstack.runtime.results import Generation, Score
 from speedstack.runtime.ring import MAX_ROWS
+from speedstack.runtime.rounds import rounds_for
 from speedstack.runtime.sampling import SamplingParams
 from speedstack.runtime.select import make_backend, refuse_trees
 from speedstack.runtime.sequence import RunningSequence
@@ -97,8 +98,9 @@ class Engine:
             drafter: DFlash directory, or a model in memory (see `set_drafter`); refused when it names another target.
                 `"ngram"` is prompt look-up, which needs no drafter; a directory of that name needs its whole path.
             backend: `reference` is PyTorch on any device, `cpu` compiled kernels for float32 on a CPU, `graph` a Triton
-                kernel a phase on a GPU, `resident` one for a whole step; `auto` takes `cpu` where it can and says why
-                where it cannot, and else `reference`.
+                kernel a phase on a GPU, `resident` one for whole rounds, several a launch without a drafter or with a
+                fixed number of looked-up drafts; `auto` takes `cpu` where it can and says why where it cannot, and else
+                `reference`.
             device: `cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is one.
             dtype: of everything but packed experts and matrices in FP8, which stay so; None is float32 on a CPU and
                 bfloat16 on a GPU.
@@ -168,7 +170,8 @@ class Engine:
         proposer: Proposer = DrafterProposer(self.backend, strategy)
         if drafter is None or drafter == NGRAM:
             proposer = NoProposer() if drafter is None else NgramProposer()
-        self._decoder = Decoder(self.backend, proposer, has_trees, self.spec.vocab_size, self.device)
+        rounds = rounds_for(self.backend, drafter, strategy)
+        self._decoder = Decoder(self.backend, proposer, has_trees, self.spec.vocab_size, self.device, rounds)
 
     @property
     def backend_name(self) -> str:
@@ -242,7 +245,7 @@ class Engine:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
     ) -> Generator[str, None, Generation]:
-        """Yields the text of `generate` piece by piece, as rounds commit it; returns its result. Needs a tokenizer."""
+        """Yields the text of `generate` as it is committed, piece by piece; returns its result. Needs a tokenizer."""
         if self.tokenizer is None:
             raise ValueError("stream yields text, and the target has no tokenizer files; use generate with token ids")
         params = SamplingParams(temperature, top_p, top_k)
@@ -322,7 +325,7 @@ class Engine:
         )
 
     def _run(self, waiting: list[RunningSequence]) -> Iterator[None]:
-        """Decodes all sequences, `max_batch_size` at a time; yields after every round."""
+        """Decodes all sequences, `max_batch_size` at a time; yields after prompts and after every round or several."""
         free = list(range(self.max_batch_size))[::-1]
         running: list[RunningSequence] = []
         waiting = waiting[::-1]
@@ -333,6 +336,7 @@ class Engine:
                     sequence.slot = free.pop()
                     self._decoder.prefill(sequence)
                     running.append(sequence)
+                    yield
                 decoding = [sequence for sequence in running if not sequence.is_finished]
                 if decoding:
                     self._decoder.round(decoding)

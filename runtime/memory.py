@@ -1,5 +1,8 @@
 """What a step works on: the plan's buffers, the key/value buffers of all sequences, and the records of its rows.
 
+What the host writes for a launch is one tensor, the inbox, and what it reads after it is another, the outbox: a copy
+each.
+
 Legend: R rows, D hidden, V vocabulary, C features; in caches G key/value heads, H query/key and V value head size.
 """
 
@@ -13,10 +16,11 @@ from speedstack.runtime.plan import Plan
 from speedstack.runtime.ring import ring_length
 from speedstack.runtime.weights import ModelWeights
 
-RECORD = 8  # int32 fields of a row, and of its sampling state
+RECORD = 8  # int32 fields of a row, of its sampling state, and of a sequence
+HEADER = 4  # words of the outbox before the reports, which keep their alignment
 
 WIDE = {"partial": torch.float32, "router": torch.float32, "logits": torch.float32}
-INTEGER = {"rows": torch.int32, "best": torch.int32}
+INTEGER = {"best": torch.int32}
 
 
 class Memory:
@@ -35,24 +39,34 @@ class Memory:
         like = weights.embedding_VD
         self.num_slots = num_slots
         self.buffers: dict[str, torch.Tensor] = {}
+        R, device = plan.rows, like.device
+        self.inbox = torch.zeros(3, R, RECORD, dtype=torch.int32, device=device)
+        self.rows, self.sampling, self.sequences = self.inbox
+        self.rows[:, 0] = -1
+        # A report a step: tokens chosen [R], and of each sequence its rows, and how many drafts stand [R, 2].
+        self.outbox = torch.zeros(HEADER + max_steps * 3 * R, dtype=torch.int32, device=device)
+        self.failed, self.reports = self.outbox[:1], self.outbox[HEADER:].view(max_steps, 3 * R)
+        self.tokens = self.reports[:, :R]
+        self.buffers |= {"rows": self.rows, "sequences": self.sequences}
+        self.buffers |= {"chosen": self.reports, "outcome": self.reports}
         for name, num_bytes in plan.memory_bytes().items():
-            if name.endswith(".cache"):
+            if name.endswith(".cache") or name in self.buffers:
+                continue
+            if name == "history":  # of more sequences than a step holds, as the caches are
+                self.buffers[name] = torch.zeros(num_slots, max_length, dtype=torch.int32, device=device)
                 continue
             dtype = INTEGER.get(name, WIDE.get(name, like.dtype))
             size = num_bytes // (ELEMENT_BYTES if dtype == like.dtype and name not in WIDE else 4)
             self.buffers[name] = torch.zeros(size, dtype=dtype, device=like.device)
         # What a drafter taps, [C, R]; no rows where there is none.
         self.features_CR = self.buffers.setdefault("features", like.new_zeros(0)).view(-1, plan.rows)
-        self.rows = self.buffers["rows"].view(plan.rows, RECORD)
-        self.rows[:, 0] = -1
-        self.sampling = torch.zeros(plan.rows, RECORD, dtype=torch.int32, device=like.device)
-        # What the host reads after every launch, in one copy: tokens [max_steps, R], and whether the launch failed.
-        self.outbox = torch.zeros(max_steps * plan.rows + 1, dtype=torch.int32, device=like.device)
-        self.tokens = self.outbox[:-1].view(max_steps, plan.rows)
-        self.failed = self.outbox[-1:]
         self.hidden_DR = self.buffers["hidden"].view(weights.spec.hidden_size, plan.rows)
         self.logits_VR = self.buffers["logits"].view(weights.spec.vocab_size, plan.rows)
         self.caches = self.new_caches(weights, max_length) if caches is None else caches
+
+    def report_words(self, num_steps: int) -> torch.Tensor:
+        """The header and the reports of the newest launch's steps."""
+        return self.outbox[: HEADER + num_steps * self.reports.shape[1]]
 
     def new_caches(self, weights: ModelWeights, max_length: int) -> list[torch.Tensor]:
         """A layer's keys and values, [G, slots, positions, H + V]."""
@@ -75,6 +89,15 @@ def row_records(rows: Rows, capacity: int) -> torch.Tensor:
             records[row][:4] = [rows.tokens[row], rows.slots[row], rows.positions[row], rows.positions[first]]
         records[sequence][4:6] = [first, end - first]
     return torch.tensor(records, dtype=torch.int32)
+
+
+def step_inbox(rows: Rows, capacity: int) -> torch.Tensor:
+    """`Memory.inbox` for a step of which the host says what it computes; int32 [3, capacity, RECORD] on the CPU."""
+    draws = rows.draws or [None] * len(rows.tokens)
+    fields = [(0, 0, 0.0) if draw is None else (draw.seed, draw.sequence, draw.temperature) for draw in draws]
+    seeds, sequences, temperatures = ([field[n] for field in fields] for n in range(3))
+    sampling = sampling_records(seeds, sequences, temperatures, capacity)  # type: ignore[arg-type]
+    return torch.stack([row_records(rows, capacity), sampling, torch.zeros_like(sampling)])
 
 
 def sampling_records(

@@ -10,7 +10,8 @@ A layer is seven phases, or six with a dense MLP:
     gate_up      top-k, then gate, up and activation of one active expert's columns
     down         all active experts' columns, in ascending order of expert, added to the hidden state in place
 
-between `embed` and `lm_head`, `sample`. Decisions, and why:
+between `embed` and `lm_head`. The phases around these, which choose tokens and what to try, are in `round_phases`.
+Decisions, and why:
 
 - Normalization is repeated by every item that needs it, and top-k by every program: both read a few KB from the L2
   cache and save a hand-off between programs, which costs more.
@@ -25,7 +26,7 @@ between `embed` and `lm_head`, `sample`. Decisions, and why:
 Items compute all rows of a step's capacity where that costs nothing. What belongs to rows that a step does not have is
 garbage, from which nothing flows into other rows.
 
-Left out: a drafter's phases, and the exchange between GPUs (the cost model counts it): a plan is of one GPU.
+Left out: the exchange between GPUs (the cost model counts it): a plan is of one GPU.
 """
 
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from typing import Literal
 from speedstack.runtime.formats import WeightFormats
 from speedstack.runtime.plan import Axis, Buffer, Counter, Phase, Plan, Prefetch, Read, Region, Signal, Wait, Work
 from speedstack.runtime.ring import ring_length
+from speedstack.runtime.round_phases import WIDE_BYTES, RoundPhases
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, ModelSpec, MoeSpec
 
 MAX_ROWS = 16  # rows of a step: the narrow side of one tensor-core product
@@ -42,7 +44,6 @@ SPLIT_SIZE = 256  # positions of a context that one item attends to
 MMA_TILES = (16, 32, 64, 128)  # 16 is the least that a tensor core takes
 VECTOR_TILES = (1, 2, 4, 8, 16)
 ELEMENT_BYTES = 2  # activations and cache: bf16
-WIDE_BYTES = 4  # logits and partial sums: float32
 
 PAIRS = "each (row, choice) belongs to one active expert, each column to one tile"
 SEQUENCES = (
@@ -60,28 +61,6 @@ def choose_tile(width: int, num_programs: int, candidates: tuple[int, ...], num_
     return min(candidates, key=lambda tile: (busiest(tile), -tile))
 
 
-def shard(spec: ModelSpec, num_gpus: int) -> ModelSpec:
-    """What one of `num_gpus` GPUs computes under tensor parallelism: heads, columns and vocabulary are divided.
-
-    Key/value heads are repeated where there are fewer than GPUs. Experts keep whole MXFP4 blocks, so the first GPUs
-    may hold one block more; this is the largest share.
-
-    Raises ValueError when the heads cannot be divided.
-    """
-    layers = []
-    for layer in spec.layers:
-        a, mlp = layer.attention, layer.mlp
-        if a.num_heads % num_gpus or max(a.num_kv_heads, num_gpus) % min(a.num_kv_heads, num_gpus):
-            raise ValueError(
-                f"{a.num_heads} heads with {a.num_kv_heads} key/value heads cannot be divided among {num_gpus} GPUs"
-            )
-        a = replace(a, num_heads=a.num_heads // num_gpus, num_kv_heads=max(1, a.num_kv_heads // num_gpus))
-        blocks = _ceil(_ceil(mlp.intermediate_size, 32), num_gpus)
-        size = min(mlp.intermediate_size, 32 * blocks)
-        layers.append(replace(layer, attention=a, mlp=replace(mlp, intermediate_size=size)))
-    return replace(spec, vocab_size=_ceil(spec.vocab_size, num_gpus), layers=tuple(layers))
-
-
 def build_plan(
     spec: ModelSpec,
     formats: WeightFormats,
@@ -91,11 +70,13 @@ def build_plan(
     split_size: int = SPLIT_SIZE,
     is_sharded: bool = False,
     taps: Sequence[int] = (),
+    has_look_up: bool = False,
 ) -> Plan:
     """The plan for steps of up to `rows` rows over contexts of up to `max_context` positions.
 
     is_sharded: `spec` is one GPU's part; partial sums are exchanged after o_proj and down, logits after lm_head.
     taps: layers whose output is also written to the buffers `features.0`, `features.1`, ..., for a drafter.
+    has_look_up: sequences that are decoded without the host draft by prompt look-up.
 
     Raises ValueError for sizes out of range.
     """
@@ -105,7 +86,8 @@ def build_plan(
         raise ValueError(f"context {max_context} is outside the model's 1 to {spec.max_position_embeddings} positions")
     if num_programs < 1 or split_size < 1:
         raise ValueError("a plan needs at least one program and splits of at least one position")
-    builder = _Builder(spec, formats, num_programs, rows, max_context, split_size, is_sharded, tuple(taps))
+    deciding = RoundPhases(num_programs, rows, max_context, has_look_up)
+    builder = _Builder(spec, formats, num_programs, rows, max_context, split_size, is_sharded, tuple(taps), deciding)
     return builder.build()
 
 
@@ -119,6 +101,7 @@ class _Builder:
     split_size: int
     is_sharded: bool
     taps: tuple[int, ...]
+    deciding: RoundPhases
     buffers: dict[str, Buffer] = field(default_factory=dict)
     counters: list[Counter] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
@@ -128,18 +111,19 @@ class _Builder:
 
     def build(self) -> Plan:
         D = self.spec.hidden_size
-        rows_axis = (Axis("row", self.rows, is_dynamic=True),)
-        self.buffer("rows", self.rows, 32)  # a row's token, sequence and position
+        self.buffers = {buffer.name: buffer for buffer in self.deciding.buffers()}
         hidden = self.buffers[self.buffer("hidden", D, self.rows * ELEMENT_BYTES)]
         for tap in range(len(self.taps)):
             name = f"features.{tap}"
             self.buffers[name] = replace(hidden, name=name, memory="features", offset=tap * hidden.num_bytes)
-        # Every program's arrival at `sample` in the step before: the rows of this step are known.
+        if self.deciding.has_look_up:
+            self.append(self.deciding.draft())
         self.add(
-            "embed", "embed", rows_axis, reads=[Read(Region("rows", 1, 0, (1,)), "sample", 1)],
+            "embed", "embed", (Axis("row", self.rows, is_dynamic=True),),
+            reads=[self.deciding.read_rows(Region("rows", 1, 0, (1,)))],
             # One row of all columns; other rows' items write the same columns of other rows.
             writes=[self.whole("hidden", "a row belongs to one item")],
-            waits=[Wait("sample", self.num_programs, 0)],
+            waits=[self.deciding.begins_with()],
             work=Work(weight_bytes=self.formats.num_bytes("embedding", self.rows * D), activation_bytes=2 * D),
         )  # fmt: skip
         before = "embed"
@@ -150,7 +134,10 @@ class _Builder:
                 before = self.dense(index, layer.mlp, before)
             else:
                 before = self.moe(index, layer.mlp, before)
-        self.head(before, rows_axis)
+        self.head(before)
+        num_tiles = self.buffers["best"].num_cells
+        self.append(self.deciding.sample(self.spec.vocab_size, num_tiles))
+        self.append(self.deciding.accept())
         return Plan(
             model_type=self.spec.model_type,
             num_programs=self.num_programs,
@@ -201,7 +188,7 @@ class _Builder:
             f"{at}attention", "attention",
             (Axis("sequence", R, True), Axis("kv_head", G), Axis("split", splits, True)), index,
             reads=[
-                Read(self.whole("rows"), "sample", 1),
+                self.deciding.read_rows(),
                 Read(Region(qkv, tiles * tile, 0, (0, tiles * tile, 0)), f"{at}qkv"),
                 Read(own, None),
             ],
@@ -217,7 +204,7 @@ class _Builder:
         one = (a.num_heads, 1)
         self.add(
             f"{at}combine", "combine", (Axis("row", R, True), Axis("head", a.num_heads)), index,
-            reads=[Read(self.whole("rows"), "sample", 1), self.read(partial, f"{at}attention", 1, one)],
+            reads=[self.deciding.read_rows(), self.read(partial, f"{at}attention", 1, one)],
             writes=[Region(attended, 1, 0, one)],
             waits=[self.all_programs(f"{at}attention")],
             work=Work(
@@ -269,7 +256,7 @@ class _Builder:
         router_tile = choose_tile(E, self.num_programs, VECTOR_TILES)
         logits = self.buffer(f"router.{E}", E, R * WIDE_BYTES, "router")
         act = self.buffer(f"act.moe.{width}x{K}", R * K, width * ELEMENT_BYTES, "act")
-        bias, rows = moe.has_bias, Read(self.whole("rows"), "sample", 1)
+        bias, rows = moe.has_bias, self.deciding.read_rows()
         self.add(
             f"{at}router", "router", (Axis("tile", _ceil(E, router_tile)),), index, router_tile,
             reads=[self.read_whole("hidden", before)],
@@ -312,7 +299,7 @@ class _Builder:
         self.prefetches.append(Prefetch(f"{at}down", self.all_programs(f"{at}router")))
         return f"{at}down"
 
-    def head(self, before: str, rows_axis: tuple[Axis, ...]) -> None:
+    def head(self, before: str) -> None:
         D, V, R = self.spec.hidden_size, self.spec.vocab_size, self.rows
         tile = choose_tile(V, self.num_programs, MMA_TILES)
         self.buffer("logits", V, R * WIDE_BYTES)
@@ -328,17 +315,6 @@ class _Builder:
                 row_flops=2 * V * D,
                 all_reduce_bytes=8 * self.is_sharded,
             ),
-        )  # fmt: skip
-        self.add(
-            "sample", "sample", rows_axis,
-            reads=[
-                Read(Region("rows", 1, 0, (1,)), "sample", 1),
-                self.read_whole("logits", "lm_head"),
-                self.read_whole("best", "lm_head"),
-            ],
-            writes=[Region("rows", 1, 0, (1,))],
-            waits=[self.all_programs("lm_head")],
-            work=Work(activation_bytes=V * WIDE_BYTES),
         )  # fmt: skip
 
     def project(
@@ -378,18 +354,22 @@ class _Builder:
         Movers fetch its weights while the programs work on the phase before it that has any: attention, which reads
         none, then leaves them more time. Weights of experts are not known before the router's counter is reached.
         """
-        self.counters.append(Counter(name, num_counters))
         each: Literal["program"] = "program"
         phase = Phase(
             name, op, axes, layer, tile, tuple(reads), tuple(writes), tuple(waits),
-            tuple(signals) if signals is not None else (Signal(name, each),), work, self.rotation,
+            tuple(signals) if signals is not None else (Signal(name, each),), work,
         )  # fmt: skip
         if work.weight_bytes and op != "embed":
             self.prefetches.append(Prefetch(name, self.ahead))
         if (work.weight_bytes or work.expert_bytes) and op != "embed":
             self.ahead = phase.waits[0]
+        self.append(phase, num_counters)
+
+    def append(self, phase: Phase, num_counters: int = 1) -> None:
+        """Adds a phase where the items of the one before it end, and its counter."""
+        self.counters.append(Counter(phase.name, num_counters))
+        self.phases.append(replace(phase, rotation=self.rotation))
         self.rotation = (self.rotation + phase.num_items) % self.num_programs
-        self.phases.append(phase)
 
     def buffer(self, name: str, num_cells: int, cell_bytes: int, memory: str = "") -> str:
         buffer = Buffer(name, num_cells, cell_bytes, memory)

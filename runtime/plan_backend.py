@@ -22,10 +22,10 @@ from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
 from speedstack.quant.fp8 import FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor
-from speedstack.runtime.backend import DraftRequest, Rows
+from speedstack.runtime.backend import DraftRequest, Rounds, Rows
 from speedstack.runtime.budget import compiled_cost
 from speedstack.runtime.formats import WeightFormat, WeightFormats
-from speedstack.runtime.memory import Memory, row_records
+from speedstack.runtime.memory import Memory, step_inbox
 from speedstack.runtime.module_drafter import ModuleDrafter
 from speedstack.runtime.phases import build_plan
 from speedstack.runtime.plan import Plan
@@ -76,6 +76,7 @@ class PlanBackend:
 
     name: str
     no_trees_because: str | None = "its kernels write keys and values at a row's position, which siblings would share"
+    rounds: Rounds | None = None
     round_cost = compiled_cost()  # not measured on a GPU
     plan: Plan
     memory: Memory
@@ -96,7 +97,7 @@ class PlanBackend:
         self.weights, self.num_slots, self.max_length = weights, num_slots, max_length
         self.device = weights.embedding_VD.device
         self._num_rows, self._split_size, self._num_programs = num_rows, split_size, num_programs
-        self._max_steps = max_steps
+        self._max_steps, self._has_look_up = max_steps, False
         self.drafter: ModuleDrafter | None = None
         self.set_drafter(drafter)
         self.prepare_seconds = time.perf_counter() - started
@@ -114,16 +115,20 @@ class PlanBackend:
 
     def set_drafter(self, drafter: DFlashDraftModel | None) -> None:
         w = self.weights
-        taps = () if drafter is None else tuple(drafter.config.target_layer_ids)
-        self.plan = build_plan(
-            w.spec, formats_of(w), self._num_programs, self._num_rows, self.max_length, self._split_size, taps=taps
-        )
-        caches = self.memory.caches if hasattr(self, "memory") else None
-        self.memory = Memory(self.plan, w, self.num_slots, self.max_length, self._max_steps, caches)
-        self._prepare()
+        self._make_plan(() if drafter is None else tuple(drafter.config.target_layer_ids), has_look_up=False)
         self.drafter = None
         if drafter is not None:
             self.drafter = ModuleDrafter(drafter, w.embedding_VD, w.lm_head_VD, self.num_slots, self.max_length)
+
+    def _make_plan(self, taps: tuple[int, ...], has_look_up: bool) -> None:
+        w, self._has_look_up = self.weights, has_look_up
+        self.plan = build_plan(
+            w.spec, formats_of(w), self._num_programs, self._num_rows, self.max_length, self._split_size, taps=taps,
+            has_look_up=has_look_up,
+        )  # fmt: skip
+        caches = self.memory.caches if hasattr(self, "memory") else None
+        self.memory = Memory(self.plan, w, self.num_slots, self.max_length, self._max_steps, caches)
+        self._prepare()
 
     def weight_bytes(self) -> dict[str, int]:
         drafter = {"drafter": self.drafter.weight_bytes()} if self.drafter is not None else {}
@@ -154,7 +159,8 @@ class PlanBackend:
         parts, best = [], list[int]()
         for start in range(0, len(rows.tokens), self.plan.rows):
             cut = slice(start, start + self.plan.rows)
-            self._step_chunk(Rows(rows.tokens[cut], rows.slots[cut], rows.positions[cut]))
+            draws = None if rows.draws is None else rows.draws[cut]
+            self._step_chunk(Rows(rows.tokens[cut], rows.slots[cut], rows.positions[cut], draws=draws))
             here = [row - start for row in logit_rows if start <= row < start + self.plan.rows]
             if here:
                 parts.append(self.memory.logits_VR[:, here].T.contiguous())
@@ -162,7 +168,7 @@ class PlanBackend:
         return torch.cat(parts) if parts else self.memory.logits_VR.new_empty(0, self.weights.spec.vocab_size), best
 
     def _step_chunk(self, rows: Rows) -> None:
-        self.memory.rows.copy_(row_records(rows, self.plan.rows))
+        self.memory.inbox.copy_(step_inbox(rows, self.plan.rows))
         self._start()
         self._finish()
         if self.drafter is not None:

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
 from speedstack.quant.mxfp4 import MXFP4Tensor
-from speedstack.runtime.backend import DraftRequest, Rows
+from speedstack.runtime.backend import DraftRequest, Rounds, Rows
 from speedstack.runtime.budget import IN_PYTORCH
 from speedstack.runtime.module_drafter import ModuleDrafter
 from speedstack.runtime.ring import ring_length
@@ -183,6 +183,7 @@ class ReferenceBackend:
     name = "reference"
     prepare_seconds = 0.0
     no_trees_because: str | None = None
+    rounds: Rounds | None = None
     round_cost = IN_PYTORCH
 
     def __init__(

@@ -11,10 +11,8 @@ A wait gives up after so many polls that only a fault can be the reason. The ker
 `prefetch` says who brings weights into the L2 cache before they are needed: `own`, every program those of its own items
 before it waits; `movers`, programs that do nothing else; `none`. The default is a guess that has not been measured.
 
-Left out, still: drafting, verification and acceptance without the host. `run_alone` makes several steps in one launch,
-for sequences that each have one row; the engine makes one step a launch.
-
-Legend: R rows.
+A launch makes one step of rows that the host names, or several rounds without it, drafts and acceptance included (see
+`rounds`).
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,11 +21,12 @@ import torch
 
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.runtime.backend import Rows
-from speedstack.runtime.memory import row_records
+from speedstack.runtime.memory import HEADER
 from speedstack.runtime.phases import MAX_ROWS, SPLIT_SIZE
 from speedstack.runtime.plan import Plan
 from speedstack.runtime.plan_backend import PlanBackend, check_supported
 from speedstack.runtime.proof import prove
+from speedstack.runtime.rounds import ResidentRounds
 from speedstack.runtime.weights import ModelWeights
 
 if TYPE_CHECKING:
@@ -82,6 +81,7 @@ class ResidentBackend(PlanBackend):
             num_programs = INTERPRETED_PROGRAMS
             if not self._is_interpreted:
                 num_programs = _multiprocessors(weights.embedding_VD.device) - self.num_movers
+        self.rounds = self._rounds = ResidentRounds(self, num_rows)
         super().__init__(weights, drafter, num_slots, max_length, num_rows, split_size, num_programs, MAX_STEPS)
 
     def _prepare(self) -> None:
@@ -103,34 +103,31 @@ class ResidentBackend(PlanBackend):
         self._launch(1)
 
     def _finish(self) -> None:
-        self._outcome(1)
+        self._reports(1)
 
-    def run_alone(self, rows: Rows, num_steps: int) -> list[list[int]]:
-        """Tokens of each of several steps, made without the host: each row goes on with what was sampled for it.
+    def _step_chunk(self, rows: Rows) -> None:
+        self._rounds.forget(rows.slots)
+        super()._step_chunk(rows)
 
-        One row a sequence; sampled by `memory.sampling`, greedily unless something was written there.
+    def set_look_up(self, is_wanted: bool) -> None:
+        """See `Rounds.set_look_up`: that is another plan, and other tables."""
+        if is_wanted != self._has_look_up:
+            assert self.drafter is None or not is_wanted
+            taps = () if self.drafter is None else tuple(self.drafter.model.config.target_layer_ids)
+            self._make_plan(taps, is_wanted)
 
-        Raises RuntimeError as `step` does.
-        """
-        assert len(set(rows.slots)) == len(rows.slots) <= self.plan.rows and 2 <= num_steps <= MAX_STEPS
-        assert max(rows.positions) + num_steps <= self.max_length
-        self.memory.rows.copy_(row_records(rows, self.plan.rows))
-        self._launch(num_steps)
-        return [tokens[: len(rows.tokens)] for tokens in self._outcome(num_steps)]
+    def launch(self, num_steps: int) -> list[list[int]]:
+        """The reports (see `Memory`) of steps of what `memory.inbox` says. Raises RuntimeError as `step` does."""
+        assert 1 <= num_steps <= MAX_STEPS
+        with self._on_device():
+            self._launch(num_steps)
+            return self._reports(num_steps)
 
     def repeat(self, num_steps: int) -> None:
-        """See `PlanBackend`. Where each sequence has one row, a launch makes many steps, from the same rows on.
-
-        Raises RuntimeError as `step` does.
-        """
-        rows = self.memory.rows.clone()
-        slots = rows[rows[:, 0] >= 0, 1].tolist()
-        longest = MAX_STEPS if len(set(slots)) == len(slots) else 1
+        """See `PlanBackend`: many steps a launch. Raises RuntimeError as `step` does."""
         with self._on_device():
-            for start in range(0, num_steps, longest):
-                self.memory.rows.copy_(rows)
-                self._launch(min(longest, num_steps - start))
-            self.memory.rows.copy_(rows)
+            for start in range(0, num_steps, MAX_STEPS):
+                self._launch(min(MAX_STEPS, num_steps - start))
         if self.memory.failed.item():
             self._give_up()
 
@@ -160,13 +157,13 @@ class ResidentBackend(PlanBackend):
                 resident_kernel[(num_programs,)](**arguments, **compile_options())
         self.next_step += num_steps
 
-    def _outcome(self, num_steps: int) -> list[list[int]]:
+    def _reports(self, num_steps: int) -> list[list[int]]:
         # The one copy from the GPU, which waits for the kernel.
-        *tokens, has_failed = self.memory.outbox.tolist()
-        if has_failed:
+        words = self.memory.report_words(num_steps).tolist()
+        if words[0]:
             self._give_up()
-        R = self.plan.rows
-        return [tokens[step * R : (step + 1) * R] for step in range(num_steps)]
+        length = self.memory.reports.shape[1]
+        return [words[HEADER + step * length :][:length] for step in range(num_steps)]
 
     def _give_up(self) -> None:
         """Raises what the dump says, with everything as before the first step."""
@@ -176,6 +173,7 @@ class ResidentBackend(PlanBackend):
         for tensor in (self.dump, self.memory.failed, self.counters):
             tensor.zero_()
         self.next_step = 0
+        self._rounds.forget(range(self.num_slots))
         raise RuntimeError(f"the resident kernel waited in vain:\n{message}")
 
 

@@ -16,7 +16,7 @@ class GenerationStats:
 
     `num_rows` are the rows that the target computed in rounds, anchors included; `num_drafted` the proposals made,
     verified or not. `arrivals` are the times of `time.perf_counter()` at which tokens were committed, and how many
-    each time: the prompt's pass first, then every round.
+    each time: the prompt's pass first, then every round, or every launch of several rounds that the host did not see.
     """
 
     num_prompt_tokens: int = 0

@@ -37,6 +37,11 @@ class SamplingParams:
         if self.top_k < 0:
             raise ValueError(f"top_k must be >= 0 (0 keeps every token), got {self.top_k}")
 
+    @property
+    def needs_order(self) -> bool:
+        """Whether it takes the order of the whole vocabulary to choose a token: top-k and top-p do."""
+        return self.temperature > 0.0 and (self.top_k > 0 or self.top_p < 1.0)
+
 
 GREEDY = SamplingParams()
 

@@ -6,10 +6,18 @@ from typing import Any, Literal
 
 from speedstack.dflash.ngram import NgramIndex
 from speedstack.dflash.tree import Draft
+from speedstack.runtime.backend import Draw, Round, RoundsRequest
 from speedstack.runtime.budget import DraftBudget
 from speedstack.runtime.results import Generation, GenerationStats
 from speedstack.runtime.sampling import SamplingParams, sequence_key
 from speedstack.runtime.text import TextStream
+
+
+def not_numbers(position: int) -> ValueError:
+    """What is wrong when no token can be chosen for a position."""
+    return ValueError(
+        f"the target's logits at position {position} are not numbers; the checkpoint is broken or its dtype overflows"
+    )
 
 
 class RunningSequence:
@@ -43,6 +51,7 @@ class RunningSequence:
         # Decoding a token costs as much as a small model's step: it waits until somebody looks.
         self._has_stop, self._undecoded = bool(stop), list[int]()
         self._num_drafts = num_drafts
+        self._ngram_size = ngram_size or 0
         self._ngrams = NgramIndex(ngram_size) if ngram_size is not None else None
         self._budget = budget
         self.stats = GenerationStats(
@@ -74,6 +83,17 @@ class RunningSequence:
         """What names the sampling noise of a position: see `NoiseTable`."""
         return self.seed, self.key, position
 
+    def draw(self) -> Draw | None:
+        """How a backend that samples by itself chooses tokens; None is greedily."""
+        greedy = self.params.temperature == 0.0
+        return None if greedy else Draw(self.seed, self.key, self.params.temperature)
+
+    def rounds_request(self) -> RoundsRequest:
+        """For rounds without the host: this sequence to its end."""
+        end, size = len(self.tokens) + self.num_left, self._ngram_size
+        drafts = self._num_drafts if size else 0
+        return RoundsRequest(self.tokens, self.slot, end, bool(self._eos), drafts, size, self.draw())
+
     def worth_verifying(self, draft: Draft) -> Draft:
         """The leading proposals that are worth a row of the target."""
         self.stats.num_drafted += len(draft.tokens)
@@ -83,21 +103,44 @@ class RunningSequence:
             draft = draft.leading(self._budget.num_to_verify(draft.probabilities or [1.0] * len(draft.tokens)))
         return draft
 
-    def record_round(self, draft: Draft, num_accepted: int, num_committed: int) -> None:
-        """Counts a round: what was verified, how many nodes of it stand, how many tokens `commit` added."""
+    def record_round(self, num_verified: int, depth: int, num_accepted: int, num_committed: int) -> None:
+        """Counts a round: nodes verified, so deep, how many of them stand, how many tokens `commit` added."""
         if self._budget:
-            self._budget.record(len(draft.tokens), num_accepted)
+            self._budget.record(num_verified, num_accepted)
         self.stats.num_rounds += 1
         self.stats.num_round_tokens += num_committed
-        self.stats.num_rows += 1 + len(draft.tokens)
-        for i in range(max(draft.depths(), default=0)):
+        self.stats.num_rows += 1 + num_verified
+        for i in range(depth):
             self.stats.drafted_by_position[i] += 1
             self.stats.accepted_by_position[i] += i < num_accepted
 
+    def take_rounds(self, rounds: Sequence[Round]) -> None:
+        """Commits what was decoded without the host, up to the token that ends the sequence; it arrived all at once.
+
+        Raises ValueError where the target's logits were not numbers.
+        """
+        num_before = len(self.tokens)
+        for one in rounds:
+            if not self.is_finished:
+                self.stats.num_drafted += one.num_drafts
+                self.record_round(one.num_drafts, one.num_drafts, one.num_accepted, self._add(one.tokens))
+        self._arrive(len(self.tokens) - num_before)
+
     def commit(self, tokens: Sequence[int]) -> int:
         """Adds tokens up to the one that ends the sequence; how many were added."""
+        num_added = self._add(tokens)
+        self._arrive(num_added)
+        return num_added
+
+    def _arrive(self, num_tokens: int) -> None:
+        self.stats.num_new_tokens = len(self.tokens) - self._num_prompt_tokens
+        self.stats.arrivals.append((time.perf_counter(), num_tokens))
+
+    def _add(self, tokens: Sequence[int]) -> int:
         num_before = len(self.tokens)
         for token in tokens:
+            if token < 0:
+                raise not_numbers(len(self.tokens))
             self.tokens.append(token)
             if token in self._eos:
                 self.finish_reason = "eos"
@@ -109,8 +152,6 @@ class RunningSequence:
                     self.finish_reason = "length"
             if self.is_finished:
                 break
-        self.stats.num_new_tokens = len(self.tokens) - self._num_prompt_tokens
-        self.stats.arrivals.append((time.perf_counter(), len(self.tokens) - num_before))
         return len(self.tokens) - num_before
 
     def take_text(self) -> str:

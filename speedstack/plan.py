@@ -188,7 +188,8 @@ def make_plan(config: StepConfig, formats: WeightFormats | None = None) -> Plann
     from speedstack.runtime.config_file import read_model_config
     from speedstack.runtime.cost import Assumptions, step_cost, weights_bytes
     from speedstack.runtime.gpus import gpu_named
-    from speedstack.runtime.phases import build_plan, shard
+    from speedstack.runtime.phases import build_plan
+    from speedstack.runtime.shard import shard
 
     gpu = gpu_named(config.gpu)
     spec, stored_formats = read_model_config(config.model)

@@ -8,7 +8,8 @@ is closer than roundings can move it are counted and left out, and so are tokens
 Of MiMo, whose makers release it so, it is asked once more with attention, dense MLP and LM head in FP8.
 
 Row invariance has no tolerance: a row's logits are the same bits alone, among others, at other places and in a draft,
-and a text is the same token by token as scoring finds it.
+and a text is the same token by token as scoring finds it. Of Qwen3 it is asked whether a text is the same with prompt
+look-up, which the `resident` backend does in its kernel.
 
 Legend: R rows, V vocabulary, D any width, E experts.
 """
@@ -157,6 +158,28 @@ class Checker:
                 place = next(i for i, (a, b) in enumerate(zip(best, text, strict=True)) if a != b)
                 raise RuntimeError(f"token {place + 1} of a text is not the one that scoring the text finds best")
         return {"num_texts": len(texts), "num_tokens": sum(map(len, texts))}
+
+    def check_look_up(self) -> dict[str, Any]:
+        """Texts with look-up and without, greedy and sampled. Raises RuntimeError where they differ."""
+        engine = Engine(
+            self.weights, "ngram", backend=self.backend_name, max_length=self.max_length, max_batch_size=self.num_rows
+        )
+        prompts = [self.ids[slot][: 3 + slot] * 2 for slot in range(2)]
+        num_new = self.scale.num_generated
+
+        def texts() -> list[Any]:
+            greedy = engine.generate(prompts, max_new_tokens=num_new, ignore_eos=True)
+            return greedy + engine.generate(prompts, max_new_tokens=num_new, temperature=1.0, seed=3, ignore_eos=True)
+
+        with_look_up = texts()
+        engine.set_drafter(None)
+        if [out.tokens for out in with_look_up] != [out.tokens for out in texts()]:
+            raise RuntimeError("a text changes when its drafts are looked up")
+        return {
+            "num_tokens": sum(len(out.tokens) for out in with_look_up),
+            "num_drafted": sum(out.stats.num_drafted for out in with_look_up),
+            "num_accepted": sum(sum(out.stats.accepted_by_position) for out in with_look_up),
+        }
 
     def _backend(self) -> Backend:
         return make_backend(self.backend_name, self.weights, None, self.num_rows, self.max_length)

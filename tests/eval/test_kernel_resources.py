@@ -20,7 +20,8 @@ from speedstack.eval.kernel_resources import (
 from speedstack.eval.released import MODELS
 from speedstack.runtime.kernels.triton.resources import MAX_SHARED_BYTES
 
-OPS = {"embed", "qkv", "attention", "combine", "o_proj", "router", "expert_gate_up", "expert_down", "lm_head", "sample"}
+OPS = {"embed", "qkv", "attention", "combine", "o_proj", "router", "expert_gate_up", "expert_down", "lm_head"}
+OPS |= {"sample", "accept"}
 
 
 def check(kernel: KernelResources) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from speedstack.quant.checkpoint import load_checkpoint
 from speedstack.quant.fp8 import FP8Tensor, quantize_fp8
-from speedstack.runtime.backend import Rows
+from speedstack.runtime.backend import RoundsRequest, Rows
 from speedstack.runtime.bodies import PlanMemory
 from speedstack.runtime.formats import WeightFormats
 from speedstack.runtime.interpret import Deadlock, Scheduler, interpret
@@ -20,10 +20,13 @@ from speedstack.runtime.phases import build_plan
 from speedstack.runtime.plan import Phase, Plan, Region, at
 from speedstack.runtime.proof import prove
 from speedstack.runtime.reference import ReferenceBackend
+from speedstack.runtime.rounds import rounds_inbox
 from speedstack.runtime.spec import spec_from_config
 from speedstack.runtime.weights import ModelWeights, read_weights
 
 CPU = torch.device("cpu")
+INTEGERS = ("rows", "sequences", "chosen", "outcome", "history")
+POISON = -7  # no token, nor anything that is written
 SPLIT = 16  # many splits in a context of a few dozen
 
 
@@ -84,8 +87,7 @@ def check_against_reference(weights: ModelWeights, num_programs: int, seed: int)
         expected_RV, best = reference.step(Rows(tokens, slots, positions), range(len(slots)))
         # float32 sums in another order, through a few layers; logits up to about 20
         torch.testing.assert_close(memory.logits_RV[: len(slots)], expected_RV, rtol=1e-4, atol=1e-4)
-        assert memory.rows_R4[: len(slots), 0].tolist() == best
-        assert memory.rows_R4[: len(slots), 2].tolist() == [position + 1 for position in positions]
+        assert memory.chosen_R[: len(slots)].tolist() == best
     for (keys, values), cache in zip(memory.caches, reference.caches, strict=True):
         ring = keys.shape[1]
         for slot, length in enumerate(lengths):
@@ -131,7 +133,11 @@ class Guarded:
         if buffer.endswith(".cache"):
             return [part.movedim(2, 0) for part in memory.caches[int(buffer[1:3])]]
         whole = {
-            "rows": memory.rows_R4,
+            "rows": memory.rows_RF,
+            "sequences": memory.sequences_RF,
+            "chosen": memory.chosen_R[:, None],
+            "outcome": memory.outcome_R2,
+            "history": memory.history_RL,
             "hidden": memory.hidden_RD,
             "logits": memory.logits_RV,
             "best": memory.best_RT2,
@@ -141,7 +147,8 @@ class Guarded:
             return [tensor.flatten(1).movedim(1, 0)]
         if kind in ("partial", "attended"):
             return [tensor.flatten(0, 1)]
-        return [tensor if kind == "rows" or buffer.startswith("act.moe") else tensor.movedim(1, 0)]
+        is_cellwise = kind in INTEGERS or buffer.startswith("act.moe")
+        return [tensor if is_cellwise else tensor.movedim(1, 0)]
 
     def cells(self, region: Region, index: tuple[int, ...]) -> set[int]:
         first = at(region.start, region.strides, index)
@@ -158,7 +165,7 @@ class Guarded:
         for name, allowed in readable.items():
             hidden = [cell for cell in range(self.plan.buffer_named[name].num_cells) if cell not in allowed]
             for view in self.views(name):
-                view[hidden] = 0 if name == "rows" else float("nan")
+                view[hidden] = POISON if name in INTEGERS else float("nan")
         poisoned = {name: [view.clone() for view in self.views(name)] for name in readable}
         for _ in body(phase, index, step) or ():
             pass
@@ -191,17 +198,48 @@ def test_items_touch_only_what_their_phases_declare(build: Callable[[], Any]) ->
     assert guarded.num_checked > 1000
 
 
+@pytest.mark.parametrize("has_look_up", [False, True])
+def test_rounds_touch_only_what_their_phases_declare(has_look_up: bool) -> None:
+    """Two sequences that go on by themselves, one of which ends: they do what they do with nothing poisoned."""
+    weights = weights_of(qwen3_moe())
+    plan = build_plan(weights.spec, WeightFormats(), 1, 6, max_context=32, split_size=SPLIT, has_look_up=has_look_up)
+    requests = [
+        RoundsRequest([5, 6, 5], 1, 12, True, 2 * has_look_up, 2),
+        RoundsRequest([7, 7], 0, 4, True, has_look_up, 2),
+    ]
+    memories = [PlanMemory(plan, weights) for _ in range(2)]
+    for memory in memories:
+        memory.set_inbox(rounds_inbox(requests, plan.rows))
+        for request in requests:
+            memory.history_RL[request.slot, : len(request.tokens)] = torch.tensor(request.tokens)
+        for keys, values in memory.caches:
+            keys.fill_(0.5)
+            values.fill_(0.5)
+    poisoned, free = memories
+    guarded, bodies, counters = Guarded(plan, poisoned), poisoned.bodies(), np.zeros(plan.num_counters, np.int64)
+    for step in range(4):
+        for phase in plan.phases:
+            for item in range(phase.num_items):
+                guarded.run(phase, phase.index(item), bodies[phase.op], step)
+        interpret(plan, free.bodies(), 1, first_step=step, counters=counters)
+        for name in ("rows_RF", "sequences_RF", "outcome_R2", "history_RL"):
+            assert torch.equal(getattr(poisoned, name), getattr(free, name)), (step, name)
+    assert free.outcome_R2[0, 0] > 0 == free.outcome_R2[1, 0], "one is over"
+    assert guarded.num_checked > 1000
+
+
 def run_alone(weights: ModelWeights, plan: Plan, num_steps: int, seed: int) -> list[list[int]]:
     """Tokens of three sequences that go on by themselves for some steps without the host."""
     memory = PlanMemory(plan, weights)
-    memory.set_rows([5, 6, 7], [0, 1, 2], [0, 0, 0])
+    requests = [RoundsRequest([5 + slot], slot, plan.max_context, False) for slot in range(3)]
+    memory.set_inbox(rounds_inbox(requests, plan.rows))
     seen: list[list[int]] = []
     bodies = dict(memory.bodies())
     sample = bodies["sample"]
 
     def recording(phase: Any, index: tuple[int, ...], step: int) -> Any:
         yield from sample(phase, index, step) or ()
-        seen.append([step, index[0], int(memory.rows_R4[index[0], 0])])
+        seen.append([step, index[0], int(memory.chosen_R[index[0]])])
 
     bodies["sample"] = recording
     interpret(plan, bodies, num_steps, seed=seed)

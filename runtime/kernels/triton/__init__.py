@@ -1,6 +1,6 @@
 """Device functions of a decode step in Triton: one item of one phase each, for both GPU backends.
 
-    rows         the records of a step's rows
+    rows         the records of a step's rows and of its sequences
     products     norm, and matrix products of weights (plain, or FP8 and MXFP4 decoded in registers) with all rows
     embed        a row's embedding
     projections  qkv, the projections that are added to the hidden state, dense gate and up
@@ -8,6 +8,8 @@
     router       router logits, and which experts rows chose
     experts      gate, up and activation of an expert's columns; down and the weighted sum
     head         final norm, LM head, the largest logits; sampling
+    accept       which drafts stand, what is committed, and a sequence's next row
+    draft        prompt look-up in a sequence's text, and its next rows
     items        any item of any phase, by the phase's constants
     phase        a phase as one kernel, an item a program, for the `graph` backend
     resident     a whole step as one kernel, for the `resident` backend

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from speedstack.runtime.kernels.triton.products import inverse_rms, multiply
-from speedstack.runtime.kernels.triton.rows import FIRST_POSITION, POSITION, RECORD, TOKEN, field
+from speedstack.runtime.kernels.triton.rows import POSITION, TOKEN, field
 
 # A row's record of the sampling buffer, int32: seed and sequence key of 64 bits, and a float32 temperature's bits.
 SAMPLING_RECORD = tl.constexpr(8)
@@ -68,7 +68,6 @@ def sample_item(
     logits_ptr,
     best_ptr,
     token_ptr,
-    goes_on,
     VOCAB: tl.constexpr,
     TILES: tl.constexpr,
     TP: tl.constexpr,
@@ -77,8 +76,7 @@ def sample_item(
 ):
     """token[row]: the largest logit, or with a temperature the largest of logits / temperature + Gumbel noise.
 
-    -1 where a logit is not a number. goes_on: the row's record becomes that of its next step, for rows that are alone
-    in their sequence. BLOCKS blocks of four tokens are drawn at a time. TP: TILES as a power of two.
+    -1 where a logit is not a number. BLOCKS blocks of four tokens are drawn at a time. TP: TILES as a power of two.
     """
     if field(rows_ptr, row, TOKEN) >= 0:
         t_T = tl.arange(0, TP)
@@ -93,14 +91,6 @@ def sample_item(
         if (token >= 0) & (temperature > 0.0):
             token = _gumbel_max(row, rows_ptr, sampling_ptr, logits_ptr, temperature, VOCAB, R, BLOCKS)
         tl.store(token_ptr + row, token)
-        if goes_on:
-            # Every warp has read this record, and knows how many items there are, before one warp changes it.
-            tl.debug_barrier()
-            position = field(rows_ptr, row, POSITION) + 1
-            record_ptr = rows_ptr + row * RECORD
-            tl.store(record_ptr + TOKEN, token)
-            tl.store(record_ptr + POSITION, position)
-            tl.store(record_ptr + FIRST_POSITION, position)
 
 
 @triton.jit
@@ -110,7 +100,7 @@ def _gumbel_max(
     record_ptr = sampling_ptr + row * SAMPLING_RECORD
     seed_low, seed_high = _word(record_ptr + SEED), _word(record_ptr + SEED + 1)
     sequence_low, sequence_high = _word(record_ptr + SEQUENCE), _word(record_ptr + SEQUENCE + 1)
-    position = field(rows_ptr, row, POSITION).to(tl.uint32)
+    position = (field(rows_ptr, row, POSITION) + 1).to(tl.uint32)  # the token's that is chosen
     largest_B = tl.full((BLOCKS,), float("-inf"), tl.float32)
     token_B = tl.full((BLOCKS,), _NONE, tl.int32)
     for start in range(0, (VOCAB + 3) // 4, BLOCKS):

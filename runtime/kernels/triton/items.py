@@ -9,7 +9,9 @@ come last, and are not there where FP8_ROWS is 0.
 import triton
 import triton.language as tl
 
+from speedstack.runtime.kernels.triton.accept import accept_item
 from speedstack.runtime.kernels.triton.attention import attention_item, combine_item
+from speedstack.runtime.kernels.triton.draft import draft_item
 from speedstack.runtime.kernels.triton.embed import embed_item
 from speedstack.runtime.kernels.triton.experts import expert_down_item, expert_gate_up_item
 from speedstack.runtime.kernels.triton.head import lm_head_item, sample_item
@@ -32,7 +34,8 @@ def begin_phase(p, choice, PHASE: tl.constexpr):
         num_first = tl.max(tl.where(field(p[0], r_R, TOKEN) >= 0, r_R + 1, 0), axis=0)
     elif PHASE.op == "attention":
         r_R = tl.arange(0, PHASE.R)
-        num_first = tl.sum((field(p[0], r_R, NUM_ROWS) > 0).to(tl.int32), axis=0)
+        # A sequence that is over leaves a gap.
+        num_first = tl.max(tl.where(field(p[0], r_R, NUM_ROWS) > 0, r_R + 1, 0), axis=0)
     elif PHASE.op == "expert_gate_up" or PHASE.op == "expert_down":
         shared = choice
         if len(choice) == 0:
@@ -64,11 +67,8 @@ def coordinates(item, PHASE: tl.constexpr):
 
 
 @triton.jit
-def run_item(i, j, k, local_step, shared, p, goes_on, PHASE: tl.constexpr):
-    """The item at coordinates (i, j, k) of the phase's axes, as many as it has.
-
-    local_step: of this launch. goes_on: see `head.sample_item`.
-    """
+def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
+    """The item at coordinates (i, j, k) of the phase's axes, as many as it has. local_step: of this launch."""
     scales = p[len(p) - 1]
     if PHASE.op == "embed":  # rows, embedding, hidden
         embed_item(i, p[0], p[1], p[2], PHASE.D, PHASE.R, PHASE.CHUNK)
@@ -120,10 +120,18 @@ def run_item(i, j, k, local_step, shared, p, goes_on, PHASE: tl.constexpr):
             i, p[0], p[1], p[2], p[3], p[4], scales, PHASE.eps, PHASE.VOCAB, PHASE.D, PHASE.R, PHASE.T, PHASE.CHUNK,
             PHASE.FP8_ROWS,
         )  # fmt: skip
-    elif PHASE.op == "sample":  # rows, sampling, logits, best, tokens [steps, R]
+    elif PHASE.op == "sample":  # rows, sampling, logits, best, reports
         sample_item(
-            i, p[0], p[1], p[2], p[3], p[4] + local_step * PHASE.R, goes_on, PHASE.VOCAB, PHASE.TILES, PHASE.TP,
-            PHASE.R, PHASE.BLOCKS,
+            i, p[0], p[1], p[2], p[3], p[4] + local_step * PHASE.REPORT, PHASE.VOCAB, PHASE.TILES, PHASE.TP, PHASE.R,
+            PHASE.BLOCKS,
         )  # fmt: skip
+    elif PHASE.op == "accept":  # rows, sequences, reports, end-of-sequence tokens, history
+        chosen_ptr = p[2] + local_step * PHASE.REPORT
+        accept_item(
+            i, p[0], p[1], chosen_ptr, chosen_ptr + PHASE.R, p[3], p[4], PHASE.R, PHASE.LP, PHASE.STRIDE,
+            PHASE.HAS_HISTORY,
+        )  # fmt: skip
+    elif PHASE.op == "draft":  # rows, sequences, history
+        draft_item(i, p[0], p[1], p[2], PHASE.R, PHASE.STRIDE, PHASE.BLOCK)
     else:
         tl.static_assert(False, "no device function for this op")

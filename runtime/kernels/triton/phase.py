@@ -20,4 +20,4 @@ def phase_kernel(pointers, PHASE: tl.constexpr, IS_DEPENDENT: tl.constexpr):
         gdc_launch_dependents()
     num_first, shared = begin_phase(pointers, (), PHASE)
     if tl.program_id(0) < num_first:
-        run_item(tl.program_id(0), tl.program_id(1), tl.program_id(2), 0, shared, pointers, False, PHASE)
+        run_item(tl.program_id(0), tl.program_id(1), tl.program_id(2), 0, shared, pointers, PHASE)

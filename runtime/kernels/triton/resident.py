@@ -79,7 +79,6 @@ def run_phase(
     phase,
     step,
     local_step,
-    goes_on,
     num_programs,
     counters_ptr,
     max_polls,
@@ -117,7 +116,7 @@ def run_phase(
             )  # fmt: skip
             if is_alive:
                 if i < num_first:
-                    run_item(i, j, k, local_step, shared, p, goes_on, PHASE)
+                    run_item(i, j, k, local_step, shared, p, PHASE)
                 for n in tl.static_range(len(PHASE.item_signals)):
                     counter = tl.load(record_ptr + SIGNAL_COUNTERS + PHASE.item_signals[n][0]).to(tl.int32)
                     counter += i * PHASE.item_signals[n][1] + j * PHASE.item_signals[n][2]
@@ -147,8 +146,8 @@ def compute(
             for number in tl.static_range(len(PHASES)):
                 if variant == number:
                     is_alive, following = run_phase(
-                        phases_ptr + phase * RECORD, phase, first_step + local_step, local_step, num_steps > 1,
-                        num_programs, counters_ptr, max_polls, dump_ptr, failed_ptr, PHASES, number, PREFETCHES,
+                        phases_ptr + phase * RECORD, phase, first_step + local_step, local_step, num_programs,
+                        counters_ptr, max_polls, dump_ptr, failed_ptr, PHASES, number, PREFETCHES,
                     )  # fmt: skip
             variant = following
             phase = tl.where(is_alive, phase + 1, num_phases)
@@ -211,7 +210,7 @@ def resident_kernel(
     PREFETCHES: tl.constexpr,
     HAS_MOVERS: tl.constexpr,
 ):
-    """Steps first_step to first_step + num_steps of a plan; with more than one, rows go on by themselves.
+    """Steps first_step to first_step + num_steps of a plan.
 
     phases_ptr, moves_ptr: tables of RECORDs. counters_ptr: as the steps before left them. dump_ptr, failed_ptr: see
     `counters.wait_for`, which polls max_polls times. PHASES: the variants. PREFETCHES: programs fetch what they need.

@@ -54,6 +54,8 @@ def test_the_reference_passes(model: str) -> None:
     assert checker.check_text() == {"num_texts": 2, "num_tokens": 4}
     assert ("check_fp8" in CHECKS_OF.get(model, CHECKS)) == (model == "mimo-v2-flash")
     assert checker.check_fp8()["num_tokens_compared"] > 0
+    assert ("check_look_up" in CHECKS_OF.get(model, CHECKS)) == (model == "qwen3-30b-a3b")
+    assert checker.check_look_up()["num_tokens"] == 8
 
 
 def test_wrong_logits_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +102,19 @@ def test_text_that_scoring_does_not_find_is_refused(monkeypatch: pytest.MonkeyPa
     breaking(monkeypatch, lambda logits, rows: -logits if len(rows.tokens) == 2 else logits)
     with pytest.raises(RuntimeError, match="token 2 of a text is not the one that scoring the text finds best"):
         checker.check_text()
+
+
+def test_text_that_changes_with_drafts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that depend on how often the backend has computed any."""
+    checker, calls = Checker(SCALE, "qwen3-30b-a3b", "reference"), list[int]()
+
+    def turn(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+        calls.append(len(rows.tokens))
+        return logits.roll(len(calls), dims=-1)
+
+    breaking(monkeypatch, turn)
+    with pytest.raises(RuntimeError, match="a text changes when its drafts are looked up"):
+        checker.check_look_up()
 
 
 def test_near_ties_of_experts() -> None:

@@ -1,0 +1,101 @@
+"""A backend that executes plans with their bodies in PyTorch, under seeded schedules: engines without Triton.
+
+Legend: R rows, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from speedstack.runtime.backend import Rounds, Rows
+from speedstack.runtime.bodies import PlanMemory
+from speedstack.runtime.budget import IN_PYTORCH
+from speedstack.runtime.formats import WeightFormats
+from speedstack.runtime.interpret import interpret
+from speedstack.runtime.memory import step_inbox
+from speedstack.runtime.phases import build_plan
+from speedstack.runtime.plan import Plan
+from speedstack.runtime.proof import prove
+from speedstack.runtime.rounds import ResidentRounds
+from speedstack.runtime.weights import ModelWeights
+
+
+class InterpretedBackend:
+    """`seed` is that of the first launch; later ones count on. At most as many slots as rows."""
+
+    name = "interpreted"
+    prepare_seconds = 0.0
+    no_trees_because: str | None = "not here"
+    round_cost = IN_PYTORCH
+    drafter = None
+    rounds: Rounds | None
+
+    def __init__(
+        self, weights: ModelWeights, max_length: int, num_rows: int = 8, num_programs: int = 3, seed: int = 0
+    ) -> None:
+        self.weights, self.max_length, self.num_rows, self.num_programs = weights, max_length, num_rows, num_programs
+        self.seed, self.num_launches = seed, 0
+        self.has_look_up = False
+        self._rounds = ResidentRounds(self, num_rows)  # type: ignore[arg-type]
+        self.rounds = self._rounds
+        self.make_plan()
+
+    def make_plan(self) -> None:
+        self.plan = build_plan(
+            self.weights.spec, WeightFormats(), self.num_programs, self.num_rows, self.max_length, 16,
+            has_look_up=self.has_look_up,
+        )  # fmt: skip
+        assert prove(self.plan).is_safe
+        self.use(self.plan)
+
+    def use(self, plan: Plan) -> None:
+        """Executes this plan from now on, safe or not, with nothing in its buffers."""
+        self.plan, self.state = plan, PlanMemory(plan, self.weights)
+        buffers = {"history": self.state.history_RL} if self.has_look_up else {}
+        self.memory = SimpleNamespace(inbox=SimpleNamespace(copy_=self.state.set_inbox), buffers=buffers)
+        self.counters, self.next_step = np.zeros(plan.num_counters, np.int64), 0
+
+    def set_look_up(self, is_wanted: bool) -> None:
+        if is_wanted != self.has_look_up:
+            self.has_look_up = is_wanted
+            self.make_plan()
+
+    def set_drafter(self, drafter: None) -> None:
+        assert drafter is None
+
+    def launch(self, num_steps: int) -> list[list[int]]:
+        state, bodies, R = self.state, self.state.bodies(), self.plan.rows
+        reports = [[-1] * (3 * R) for _ in range(num_steps)]
+        accept = bodies["accept"]
+
+        def reporting(phase: Any, index: tuple[int, ...], step: int) -> Any:
+            report, (sequence,) = reports[step - self.next_step], index
+            capacity, own_row, *_ = state.sequences_RF[sequence].tolist()
+            rows = slice(own_row, own_row + capacity)
+            report[rows] = state.chosen_R[rows].tolist()
+            yield from accept(phase, index, step) or ()
+            report[R + 2 * sequence : R + 2 * sequence + 2] = state.outcome_R2[sequence].tolist()
+
+        bodies["accept"] = reporting
+        interpret(self.plan, bodies, num_steps, self.seed, self.next_step, self.counters)
+        self.next_step += num_steps
+        self.num_launches += 1
+        self.seed += 1
+        return reports
+
+    def step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        self._rounds.forget(rows.slots)
+        R, logits, best = self.plan.rows, list[torch.Tensor](), list[int]()
+        for start in range(0, len(rows.tokens), R):
+            cut = slice(start, start + R)
+            draws = None if rows.draws is None else rows.draws[cut]
+            part = Rows(rows.tokens[cut], rows.slots[cut], rows.positions[cut], draws=draws)
+            self.state.set_inbox(step_inbox(part, R))
+            self.launch(1)
+            here = [row - start for row in logit_rows if start <= row < start + R]
+            logits += [self.state.logits_RV[row].clone() for row in here]
+            best += self.state.chosen_R[here].tolist()
+        return torch.stack(logits) if logits else torch.empty(0, self.weights.spec.vocab_size), best

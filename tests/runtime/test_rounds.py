@@ -1,0 +1,308 @@
+"""Rounds without the host: the engine writes what it writes with the host between them, and counts the same rounds.
+
+A backend that interprets plans stands for the resident kernel here, so that no Triton is needed; test_resident_rounds
+holds the kernel against the same. Legend: R rows, L positions.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from speedstack.dflash.ngram import NgramIndex
+from speedstack.runtime import Engine
+from speedstack.runtime.backend import Draw, RoundsRequest
+from speedstack.runtime.plan import Plan
+from speedstack.runtime.proof import prove
+from speedstack.runtime.results import Generation, GenerationStats
+from speedstack.runtime.round_bodies import CAPACITY, END, LENGTH, NUM_ROWS, TOKEN
+from speedstack.runtime.rounds import ROUNDS_A_LAUNCH, rounds_inbox
+from speedstack.runtime.strategy import DraftStrategy
+from speedstack.runtime.weights import ModelWeights
+from tests.runtime.interpreted_backend import InterpretedBackend
+from tests.runtime.plan_cases import SMALL_CASES
+
+MAX_LENGTH = 48
+PROMPTS = [[5, 6, 7, 5, 6, 7, 5, 6], [3], [9, 2, 9, 2, 4, 9]]
+
+
+@pytest.fixture(scope="module")
+def weights() -> ModelWeights:
+    return SMALL_CASES["dense"]()
+
+
+def engine_of(
+    weights: ModelWeights,
+    monkeypatch: pytest.MonkeyPatch,
+    drafter: Any = None,
+    strategy: DraftStrategy | None = None,
+    tokenizer: Any = None,
+    **options: Any,
+) -> tuple[Engine, InterpretedBackend]:
+    """An engine on an interpreted plan."""
+    backend = InterpretedBackend(weights, MAX_LENGTH, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("speedstack.runtime.engine.make_backend", lambda *args: backend)
+        return Engine(weights, drafter, tokenizer, "reference", MAX_LENGTH, 3, strategy), backend
+
+
+def reference_of(
+    weights: ModelWeights, drafter: Any = None, strategy: DraftStrategy | None = None, tokenizer: Any = None
+) -> Engine:
+    return Engine(weights, drafter, tokenizer, "reference", MAX_LENGTH, 3, strategy)
+
+
+def counts(stats: GenerationStats) -> dict[str, Any]:
+    """All that does not depend on the clock, nor on how many rounds the host hears of at once."""
+    timed = ("prefill_seconds", "decode_seconds", "arrivals")
+    return {name: value for name, value in vars(stats).items() if name not in timed}
+
+
+def check_same(found: Sequence[Generation], expected: Sequence[Generation]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert (one.tokens, one.finish_reason, one.text) == (other.tokens, other.finish_reason, other.text)
+        assert counts(one.stats) == counts(other.stats)
+        assert sum(count for _, count in one.stats.arrivals) == len(one.tokens)
+        moments = [moment for moment, _ in one.stats.arrivals]
+        assert moments == sorted(moments) and one.stats.decode_seconds >= 0.0
+
+
+@pytest.mark.parametrize("num_programs", [1, 3, 8])
+def test_plain_text_is_that_of_one_step_at_a_time(
+    weights: ModelWeights, num_programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three sequences of different lengths and budgets; fewer launches than steps."""
+    engine, backend = engine_of(weights, monkeypatch, num_programs=num_programs, seed=num_programs)
+    reference = reference_of(weights)
+    check_same(engine.generate(PROMPTS, max_new_tokens=19), reference.generate(PROMPTS, max_new_tokens=19))
+    num_prompt_steps = 3  # no prompt is longer than a step
+    assert backend.num_launches == num_prompt_steps + -(-18 // ROUNDS_A_LAUNCH)
+    alone = engine.generate(PROMPTS[2], max_new_tokens=40)
+    assert len(alone.tokens) == 40 and alone.stats.num_rounds == 39
+    check_same([alone], [reference.generate(PROMPTS[2], max_new_tokens=40)])
+    assert [count for _, count in alone.stats.arrivals] == [1, 8, 8, 8, 8, 7]
+
+
+@pytest.mark.parametrize(("num_drafts", "ngram_size", "num_rows"), [(3, 3, 16), (1, 2, 4), (7, 1, 8), (2, 5, 8)])
+def test_look_up_drafts_and_accepts_as_the_host_does(
+    weights: ModelWeights, num_drafts: int, ngram_size: int, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text, drafts by position, acceptance, rows: all that is counted. Steps hold all sequences or one at a time."""
+    strategy = DraftStrategy(num_drafts=num_drafts, ngram_size=ngram_size)
+    engine, backend = engine_of(weights, monkeypatch, "ngram", strategy, num_rows=num_rows, seed=num_drafts)
+    found = engine.generate(PROMPTS, max_new_tokens=30)
+    check_same(found, reference_of(weights, "ngram", strategy).generate(PROMPTS, max_new_tokens=30))
+    plain = reference_of(weights).generate(PROMPTS, max_new_tokens=30)
+    assert [one.tokens for one in found] == [one.tokens for one in plain]
+    assert sum(sum(one.stats.accepted_by_position) for one in found) > 5, "nothing was accepted"
+    drafted = sum(one.stats.num_drafted for one in found)
+    assert drafted > sum(sum(one.stats.accepted_by_position) for one in found), "everything was accepted"
+    assert backend.has_look_up
+
+
+def test_end_of_sequence_ends_one_and_disturbs_no_other(weights: ModelWeights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An end-of-sequence token within a launch, at its first and at its last round, among accepted drafts."""
+    free = reference_of(weights).generate(PROMPTS, max_new_tokens=30)
+    seen = set[str | None]()
+    for eos in sorted({token for one in free for token in one.tokens})[::3]:
+        ending = replace(weights, spec=replace(weights.spec, eos_token_ids=(eos, 0)))
+        for drafter in (None, "ngram"):
+            strategy = DraftStrategy(num_drafts=3) if drafter else None
+            engine, _ = engine_of(ending, monkeypatch, drafter, strategy)
+            expected = reference_of(ending, drafter, strategy).generate(PROMPTS, max_new_tokens=30)
+            check_same(engine.generate(PROMPTS, max_new_tokens=30), expected)
+            seen |= {one.finish_reason for one in expected}
+            ignoring = engine.generate(PROMPTS, max_new_tokens=12, ignore_eos=True)
+            assert [one.tokens for one in ignoring] == [one.tokens[:12] for one in free]
+    assert seen == {"eos", "length"}
+
+
+def test_the_buffers_end_is_the_last_position(weights: ModelWeights, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, strategy = PROMPTS[0], DraftStrategy(num_drafts=5)
+    num_new = MAX_LENGTH - len(prompt)
+    engine, _ = engine_of(weights, monkeypatch, "ngram", strategy)
+    expected = reference_of(weights, "ngram", strategy).generate(prompt, max_new_tokens=num_new)
+    check_same([engine.generate(prompt, max_new_tokens=num_new)], [expected])
+    assert len(expected.tokens) == num_new
+    for few in (1, 2):
+        expected = reference_of(weights, "ngram", strategy).generate(prompt, max_new_tokens=few)
+        check_same([engine.generate(prompt, max_new_tokens=few)], [expected])
+
+
+@pytest.mark.parametrize("drafter", [None, "ngram"])
+def test_sampled_text_is_that_of_the_host(weights: ModelWeights, drafter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of seed, sequence and position in every row: the same tokens, drafts or not, and others for another seed."""
+    strategy = DraftStrategy(num_drafts=3, ngram_size=1) if drafter else None
+    engine, _ = engine_of(weights, monkeypatch, drafter, strategy)
+    reference = reference_of(weights, drafter, strategy)
+    options: dict[str, Any] = {"max_new_tokens": 20, "temperature": 0.7, "seed": [2**63 + 5, 1, 1]}
+    found = engine.generate(PROMPTS, **options)
+    check_same(found, reference.generate(PROMPTS, **options))
+    assert found[0].tokens != engine.generate(PROMPTS[0], **options | {"seed": 5}).tokens
+    greedy = reference.generate(PROMPTS, max_new_tokens=20)
+    assert all(one.tokens != other.tokens for one, other in zip(found, greedy, strict=True))
+    # sequences that need the host: one step a launch, drawn there
+    ordered = options | {"top_k": 3, "top_p": 0.9}
+    check_same(engine.generate(PROMPTS, **ordered), reference.generate(PROMPTS, **ordered))
+
+
+def test_one_launch_tells_nothing_but_when_the_host_needs_to(
+    weights: ModelWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adaptive drafts, top-k, and drafts that do not fit a step go round by round; set_strategy changes it any time."""
+    engine, backend = engine_of(weights, monkeypatch, "ngram", DraftStrategy(num_drafts="adaptive"), num_rows=4)
+    reference = reference_of(weights, "ngram", DraftStrategy(num_drafts=3))
+    expected = reference.generate(PROMPTS[0], max_new_tokens=12)
+
+    def launches() -> int:
+        before = backend.num_launches
+        found = engine.generate(PROMPTS[0], max_new_tokens=12)
+        assert found.tokens == expected.tokens
+        return backend.num_launches - before - 2  # the prompt takes two
+
+    rounds_adaptive = launches()
+    assert rounds_adaptive > 3 and not backend.has_look_up
+    # one step a launch is drawn by the same sampler: the backend's, from keys that the host gives
+    drawn: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.7, "seed": 9}
+    sampled = engine.generate(PROMPTS[0], **drawn).tokens
+    assert sampled == reference.generate(PROMPTS[0], **drawn).tokens
+    engine.set_strategy(DraftStrategy(num_drafts=3))
+    assert launches() <= 2 and backend.has_look_up
+    engine.set_strategy(DraftStrategy(num_drafts=4))
+    assert launches() > 3 and not backend.has_look_up
+    engine.set_drafter(None)
+    assert launches() == 2
+    assert engine.generate(PROMPTS[0], **drawn).tokens == sampled
+
+
+class Letters:
+    """A tokenizer of one letter a token."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(ord("a") + token) for token in ids)
+
+
+def test_stop_strings_and_streams(weights: ModelWeights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop string found after the launch cuts what came behind it; a stream's first piece is the prompt's token."""
+    letters, strategy = Letters(), DraftStrategy(num_drafts=3)
+    free = reference_of(weights, tokenizer=letters).generate(PROMPTS[0], max_new_tokens=30)
+    for drafter, at in ((None, 3), (None, 12), ("ngram", 9)):
+        stop, options = free.text[at : at + 2], strategy if drafter else None
+        engine, backend = engine_of(weights, monkeypatch, drafter, options, letters)
+        expected = reference_of(weights, drafter, options, letters).generate(PROMPTS[0], max_new_tokens=30, stop=stop)
+        assert expected.finish_reason == "stop" and len(expected.tokens) < 30
+        check_same([engine.generate(PROMPTS[0], max_new_tokens=30, stop=stop)], [expected])
+    engine, backend = engine_of(weights, monkeypatch, tokenizer=letters)
+    stream = engine.stream(PROMPTS[0], max_new_tokens=30)
+    assert next(stream) == free.text[0] and backend.num_launches == 1
+    pieces = list(stream)
+    assert "".join(pieces) == free.text[1:]
+    assert [len(piece) for piece in pieces] == [8, 8, 8, 5]
+
+
+@pytest.mark.parametrize("drafter", [None, "ngram"])
+def test_logits_that_are_no_numbers_are_the_same_error(
+    weights: ModelWeights, drafter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the token on whose embedding is lost; text that ends before it is not touched by it."""
+    strategy = DraftStrategy(num_drafts=3) if drafter else None
+    tokens = reference_of(weights).generate(PROMPTS[1], max_new_tokens=20).tokens
+    lost = tokens[4]
+    broken = replace(weights, embedding_VD=weights.embedding_VD.clone())
+    broken.embedding_VD[lost] = float("nan")
+    engine, _ = engine_of(broken, monkeypatch, drafter, strategy)
+    before = tokens.index(lost)
+    assert engine.generate(PROMPTS[1], max_new_tokens=before + 1).tokens == tokens[: before + 1]
+    messages = []
+    for one in (engine, reference_of(broken, drafter, strategy)):
+        with pytest.raises(ValueError, match="logits at position") as failed:
+            one.generate(PROMPTS[1], max_new_tokens=20)
+        messages.append(str(failed.value))
+    assert messages[0] == messages[1]
+    assert engine.generate(PROMPTS[1], max_new_tokens=before + 1).tokens == tokens[: before + 1]
+
+
+def test_proposals_are_those_of_the_index(weights: ModelWeights) -> None:
+    """Token for token, for texts of a few words repeated, of any length, with room for all or for few of them."""
+    rng = random.Random(0)
+    backend = InterpretedBackend(weights, MAX_LENGTH, num_rows=16, num_programs=1)
+    backend.set_look_up(True)
+    num_found = 0
+    draft = backend.plan.phases[0]
+    for _ in range(60):
+        size, num_drafts = rng.randint(1, 5), rng.randint(1, 7)
+        texts = [[rng.randrange(rng.randint(1, 6)) for _ in range(rng.randint(1, 40))] for _ in range(2)]
+        requests = [
+            RoundsRequest(text, slot, len(text) + rng.randint(1, 8), True, num_drafts, size)
+            for slot, text in enumerate(texts)
+        ]
+        backend.state.set_inbox(rounds_inbox(requests, 16))
+        for request in requests:
+            backend.state.history_RL[request.slot, : len(request.tokens)] = torch.tensor(request.tokens)
+        for sequence, request in enumerate(requests):
+            for _ in backend.state.bodies()["draft"](draft, (sequence,), 0) or ():
+                pass
+            num_left = request.end - len(request.tokens)
+            wanted = NgramIndex(size).propose(request.tokens, min(num_drafts, num_left - 1))
+            first = sequence * (1 + num_drafts)
+            found = backend.state.rows_RF[first : first + 1 + num_drafts, TOKEN].tolist()
+            assert found == [request.tokens[-1], *wanted] + [-1] * (num_drafts - len(wanted))
+            assert backend.state.rows_RF[sequence, NUM_ROWS] == 1 + len(wanted)
+            num_found += len(wanted) > 0
+    assert num_found > 60
+
+
+def test_the_inbox_names_rows_keys_and_ends() -> None:
+    requests = [
+        RoundsRequest([4, 9], 2, 7, True, 2, 3, Draw(2**64 - 1, 2**40, 0.5)),
+        RoundsRequest([8], 0, 5, False, 1, 3),
+    ]
+    rows, sampling, sequences = rounds_inbox(requests, 6)
+    assert rows[:, TOKEN].tolist() == [9, -1, -1, 8, -1, -1]
+    assert rows[0].tolist()[:6] == [9, 2, 1, 1, 0, 1] and rows[1].tolist()[4:6] == [3, 1]
+    assert sampling[:3].tolist() == [[-1, -1, 0, 256, 0x3F000000, 0, 0, 0]] * 3 and not sampling[3:].any()
+    assert sequences[0].tolist()[:7] == [3, 0, 2, 2, 7, 3, 1] and sequences[1].tolist()[:7] == [2, 3, 0, 1, 5, 3, 0]
+    assert sequences[:, CAPACITY].tolist() == [3, 2, 0, 0, 0, 0]
+    assert (sequences[:2, LENGTH] < sequences[:2, END]).all()
+
+
+def faulty(plan: Plan, name: str) -> Plan:
+    """The plan with one phase that does not wait."""
+    phases = list(plan.phases)
+    phases[plan.phase_named[name]] = replace(phases[plan.phase_named[name]], waits=())
+    return replace(plan, phases=tuple(phases))
+
+
+@pytest.mark.parametrize("name", ["draft", "embed", "sample", "accept"])
+def test_a_missing_wait_is_rejected_and_seen_by_some_schedule(weights: ModelWeights, name: str) -> None:
+    requests = [RoundsRequest(PROMPTS[0], 0, 30, True, 3, 3), RoundsRequest(PROMPTS[2], 1, 30, True, 3, 3)]
+    backend = InterpretedBackend(weights, MAX_LENGTH)
+    backend.set_look_up(True)
+    assert backend.rounds is not None
+    sound = backend.plan
+
+    def run(plan: Plan, seed: int) -> Any:
+        backend.use(plan)
+        backend.seed = seed
+        for cache in backend.state.caches:
+            for part in cache:
+                part.fill_(0.5)
+        backend.rounds.forget([0, 1])  # type: ignore[union-attr]
+        return backend.rounds.run(requests, 5)  # type: ignore[union-attr]
+
+    expected = run(sound, 0)
+    assert sum(one.num_accepted for rounds in expected for one in rounds) > 0
+    assert all(run(sound, seed) == expected for seed in range(1, 6))
+    broken = faulty(sound, name)
+    failure = prove(broken).failure
+    assert failure is not None and name in failure.edge
+    for seed in range(40):
+        try:
+            if run(broken, seed) != expected:
+                return
+        except (AssertionError, IndexError, RuntimeError, StopIteration):
+            return  # what was read too early made no sense
+    pytest.fail("no schedule shows it")
