@@ -185,3 +185,21 @@ def tiny_drafter_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: P
 def tiny_packed_drafter_dir(tmp_path_factory: pytest.TempPathFactory, tiny_packed_dir: Path) -> Path:
     """A random drafter for `tiny_packed_dir`."""
     return save_tiny_drafter(tmp_path_factory.mktemp("models") / "tiny-mxfp4-drafter", tiny_packed_dir)
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`fails(*arguments, code=2)`: the one line that the command leaves on stderr, after checking its exit code."""
+
+    from speedstack.cli import main
+
+    def run(*arguments: object, code: int = 2) -> str:
+        capsys.readouterr()
+        exit_code = main([str(argument) for argument in arguments])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("speedstack: error: ")]
+        assert exit_code == code, lines
+        assert len(lines) == 1
+        assert len(lines[0]) > len("speedstack: error: ")
+        return lines[0]
+
+    return run
