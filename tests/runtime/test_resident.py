@@ -273,6 +273,16 @@ def test_a_read_before_its_time_is_seen_by_some_schedule(name: str, fault: str) 
 
 
 @interpreted
+def test_experts_are_chosen_early_only_behind_a_wait() -> None:
+    from speedstack.runtime.tasks import check_early_choices
+
+    plan = small("qwen3-mxfp4", 3)[0].plan
+    check_early_choices(plan)
+    with pytest.raises(AssertionError, match=r"L00\.down chooses before anything has waited for L00\.router"):
+        check_early_choices(altered(plan, "L00.gate_up", waits=()))
+
+
+@interpreted
 @pytest.mark.parametrize("first_step", [715_827_881, 2**31 - 2, 2**32 - 1])
 def test_counters_and_steps_wrap_around(first_step: int) -> None:
     """Thresholds pass 2^31 at the first of these (three programs), steps do at the others."""
