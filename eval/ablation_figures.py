@@ -54,14 +54,27 @@ def kl_by_bytes(grid: AblationGrid) -> Figure | None:
 def kl_by_speed(grid: AblationGrid) -> Figure | None:
     """KL over the predicted tokens/s of greedy decoding, filled points with a drafter: what divergence buys.
 
+    The full-precision model, whose KL is 0, is a line: the tokens/s that it is predicted to decode without a drafter.
+
     Predicted, because only there every format has kernels: measured tokens/s of rows that are served dequantized are
     not their format's, and stay in the table.
     """
     rows = [row for row in grid.rows if row.kl_nats is not None and row.kl_nats > 0 and row.temperature == 0]
     label = f"tokens/s on {grid.gpu}, predicted (filled: with a drafter)"
     whiskers = "95 % interval of the mean over windows"
+    full = next((row for row in grid.rows if row.method == "none" and row.drafter == "none"), None)
+    line = None if full is None else full.predicted_tokens_per_second
     return _linear_x(
-        _points(rows, lambda row: row.predicted_tokens_per_second, _kl, label, NATS, whiskers, fills_drafted=True)
+        _points(
+            rows,
+            lambda row: row.predicted_tokens_per_second,
+            _kl,
+            label,
+            NATS,
+            whiskers,
+            fills_drafted=True,
+            full_precision_x=line,
+        )
     )
 
 
@@ -131,6 +144,7 @@ def _points(
     whiskers: str,
     log_y: bool = True,
     fills_drafted: bool = False,
+    full_precision_x: float | None = None,
 ) -> Figure | None:
     rows = [row for row in rows if x_of(row) is not None]
     if not rows:
@@ -145,7 +159,11 @@ def _points(
             _point(axes, row, x_of(row) or 0.0, y, stderr, colour, fills_drafted and row.drafter != "none")
         modules = [name for name in _MODULES if any(row.modules == name for row in rows)]
         named = [(name or "full precision", COLOURS[_MODULES.index(name)]) for name in modules]
-        _finish(axes, rows, named, x_label, y_label, whiskers)
+        lines = []
+        if full_precision_x is not None:
+            label = "full precision, undrafted"
+            lines = [axes.axvline(full_precision_x, color="black", linestyle=":", linewidth=1.0, label=label)]
+        _finish(axes, rows, named, x_label, y_label, whiskers, lines)
     return figure
 
 
@@ -172,8 +190,9 @@ def _finish(
     x_label: str,
     y_label: str,
     whiskers: str,
+    lines: Sequence[Line2D] = (),
 ) -> None:
-    """Labels, and a legend of what colours and markers stand for."""
+    """Labels, and a legend of what colours, markers and `lines` stand for."""
     axes.set_xscale("log", base=2)
     low, high = axes.get_xlim()
     axes.set_xticks([bits for bits in _TICKS if low <= bits <= high])
@@ -195,4 +214,5 @@ def _finish(
         )
         for name in methods
     ]
+    handles += lines
     legend_above(axes, handles)

@@ -5,7 +5,8 @@ and keeps no scores. The compiled one is what transformers' documentation calls 
 forward under `torch.compile`. A step attends to the whole of a static cache, so every set of prompts has one of its
 own, as long as its longest text, and code compiled for that length: a set of long prompts slows no other. It tries
 experts implementations out as well, compiled, since another one may be fastest then. What decodes fastest need not be
-good for a prompt: that goes through transformers' own choice, and `generate` switches between the two.
+good for a prompt: on a GPU that goes through transformers' own choice, and `generate` switches between the two. On a
+CPU transformers does not switch, and so neither does this: what decodes fastest reads the prompt too.
 
 All three run one model in memory.
 """
@@ -283,9 +284,9 @@ def experts(model: Any, decoding: str, prompt: str | None = None) -> Iterator[No
 def prompt_experts(model: Any, trials: Mapping[str, float], kind: str) -> str | None:
     """The implementation for prompts beside the fastest decoder of `trials`: transformers' own choice, where it runs.
 
-    None where `generate` has no switch: in assisted generation, and in versions of transformers without one.
+    None where `generate` does not switch: on a CPU, in assisted generation, and in versions of transformers without it.
     """
-    has_switch = kind != "assisted" and hasattr(type(model), _SWITCH)
+    has_switch = kind != "assisted" and hasattr(type(model), _SWITCH) and model.device.type != "cpu"
     return PROMPT_EXPERTS if has_switch and PROMPT_EXPERTS in trials else None
 
 

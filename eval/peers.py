@@ -8,6 +8,7 @@ but a near tie: there transformers' `generate` is promised to say the same, and 
 Repeats are interleaved, so everybody is in memory at once. What is held of the target's weights at most: one copy for
 all of ours, which share a `LoadedTarget` (with a drafter two, where the `cpu` backend arranges them for its kernels);
 one transformers model for its three ways, experts unpacked; one for each of vLLM's two instances; one of llama.cpp.
+While ours are built, the copy that the `cpu` backend arranges is there too.
 """
 
 import time
@@ -30,6 +31,7 @@ from speedstack.eval.timing import Contestant, Sample, Standings, race
 from speedstack.runtime import DraftStrategy, Engine
 from speedstack.runtime.strategy import NGRAM
 from speedstack.runtime.target import load_target
+from speedstack.runtime.weights import packed_parts
 
 ENGINE = "engine"
 ENGINE_DRAFTER = "engine + drafter"
@@ -159,38 +161,45 @@ def engine_contestants(
     One engine has no drafter: it decodes plainly and with look-up. Another has the drafter, whose context it writes in
     every step. They change how they speculate before a call.
     """
+    started = time.perf_counter()
     loaded = load_target(target, settings.device, dtype)
+    load_seconds = time.perf_counter() - started
 
-    def make(with_drafter: str | Path | None) -> Engine:
-        return Engine.from_target(loaded, with_drafter, settings.backend, max_length, max_batch_size=1)
+    def make(with_drafter: str | Path | None) -> tuple[Engine, float]:
+        """An engine, and what it took until it can be called, the common load included."""
+        started = time.perf_counter()
+        engine = Engine.from_target(loaded, with_drafter, settings.backend, max_length, max_batch_size=1)
+        return engine, load_seconds + time.perf_counter() - started
 
-    plain = make(None)
+    plain, plain_seconds = make(None)
     identity = {"target": str(target), "target_sha256": plain.target_sha256}
-    packed = "".join(f", {part}" for part in plain.memory_bytes() if part.endswith(")"))
+    packed = "".join(f", {part}" for part in packed_parts(plain.memory_bytes()))
     backend = f"speedstack Engine, {plain.backend_name} backend{packed}"
     contestants = [
         Contestant(
             name=ENGINE,
             description=f"{backend}, one token a step",
             run=engine_runner(plain, lambda: plain.set_drafter(None), speculates=False),
-            prepare_seconds=plain.prepare_seconds,
+            prepare_seconds=plain_seconds,
         )
     ]
-    ways: list[tuple[str, Engine, Callable[[], None], str]] = []
+    ways: list[tuple[str, Engine, float, Callable[[], None], str]] = []
     adaptive = DraftStrategy("adaptive")
     if drafter is not None:
-        drafting = make(drafter)
+        drafting, drafting_seconds = make(drafter)
         identity |= {"drafter": str(drafter), "drafter_sha256": drafting.drafter_sha256}
         ways += [
             (
                 ENGINE_DRAFTER,
                 drafting,
+                drafting_seconds,
                 lambda: drafting.set_strategy(adaptive),
                 "DFlash drafter, as many drafts as pay",
             ),
             (
                 ENGINE_WHOLE_BLOCKS,
                 drafting,
+                drafting_seconds,
                 lambda: drafting.set_strategy(DraftStrategy()),
                 "DFlash drafter, every block verified whole",
             ),
@@ -201,17 +210,17 @@ def engine_contestants(
             plain.set_drafter(NGRAM)
             plain.set_strategy(adaptive)
 
-        ways.append((ENGINE_LOOK_UP, plain, look_up, "prompt look-up, as many as pay"))
+        ways.append((ENGINE_LOOK_UP, plain, plain_seconds, look_up, "prompt look-up, as many as pay"))
     contestants += [
         Contestant(
             name=name,
             description=f"{backend}, {what}",
             run=engine_runner(engine, prepare, speculates=True),
-            prepare_seconds=engine.prepare_seconds,
+            prepare_seconds=seconds,
             identical_to=ENGINE,
             identity_promised=True,
         )
-        for name, engine, prepare, what in ways
+        for name, engine, seconds, prepare, what in ways
     ]
     return contestants, identity
 

@@ -13,7 +13,7 @@ from speedstack.eval.results import Document, Environment, MethodQuality, Record
 class PtqMethod(Record):
     """One way to quantize. `settings` are what made it; `kl_over_rtn` is its KL over that of rounding to nearest under
     the default scale rule; `gptq` sums up the report of a calibration, of the token ids that `calibration_sha256` is
-    of; an export has the digest of its weights.
+    of; an export has the digest of its weights. `environment` is None where it is that of the whole result.
     """
 
     quality: MethodQuality
@@ -23,13 +23,14 @@ class PtqMethod(Record):
     gptq: dict[str, float] = Field(default={})
     calibration_sha256: str | None = None
     model_sha256: str | None = None
+    environment: Environment | None = None
 
 
 class PtqResult(Document):
     """Ways to quantize one model, the first entry being the model itself, on `num_tokens` held-out tokens.
 
     `text_sha256` is of the windows' token ids. Digests are None where a file does not say. `unavailable` are ways that
-    failed.
+    failed. `environment` is that of the command that began the file; rows of others name theirs.
     """
 
     kind: Literal["ptq"] = "ptq"

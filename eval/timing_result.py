@@ -54,6 +54,8 @@ class ContestantTiming(Record):
     which the proposals up to it were all accepted. Both are for contestants that speculate.
     `joules_per_token` is of whole calls; `usd_per_million_tokens` follows from `tokens_per_second`, which is of one
     sequence at a time: a server that batches is cheaper.
+    `prepare_seconds` is until the first call may come: weights read, arranged for the kernels, code compiled ahead.
+    Contestants that share what was read count it each.
     None, or empty, where a contestant or a machine has no such figure, and in files older than the figure.
     """
 

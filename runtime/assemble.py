@@ -26,7 +26,7 @@ from speedstack.runtime.program import (
 from speedstack.runtime.reference import rotary_tables
 from speedstack.runtime.ring import MAX_ROWS, POSITIONS_PER_BLOCK, ring_length
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, MoeSpec
-from speedstack.runtime.weights import AttentionWeights, DenseWeights, LayerWeights, Linear, MoeWeights
+from speedstack.runtime.weights import MXFP4_PART, AttentionWeights, DenseWeights, LayerWeights, Linear, MoeWeights
 
 UNBOUNDED = 1 << 30  # as many positions as there are
 
@@ -186,7 +186,7 @@ class Assembler:
             ],
         )
         gate_up, down = panels(mlp.gate_up_EID, is_gate_up=True), panels(mlp.down_EDI)
-        self.program.part = "experts (MXFP4)" if gate_up.format == MXFP4 else "experts"
+        self.program.part = f"experts{MXFP4_PART}" if gate_up.format == MXFP4 else "experts"
         self.program.add(EXPERT_GATE_UP, [D, size, E, K], (), [b.normed, b.expert, gate_up, b.choice])
         tensors: list[torch.Tensor | Panels | None] = [b.expert, b.hidden, down, b.choice, b.choice_weight]
         self.program.add(EXPERT_DOWN, [size, D, E, K], (), tensors)

@@ -147,7 +147,7 @@ class Backend(Protocol):
         ...
 
     def weight_bytes(self) -> dict[str, int]:
-        """Bytes of weights as this backend holds them, by part of the model."""
+        """Bytes of weights as this backend holds them, by part of the model; see `weights.packed_parts`."""
         ...
 
     def cache_bytes(self) -> int:

@@ -7,6 +7,7 @@ scales, at 64 rows one byte in two thousand, are not counted. The other number f
 be planned too: what a step would cost, not what serves them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -21,6 +22,8 @@ _NAMES = {"fp8_block128": "fp8"}
 BITS: dict[str, float] = {"float32": 32, "bf16": 16}
 BITS |= {_NAMES.get(each.name, each.name): each.bits_per_weight for each in FORMATS.values()}
 assert set(BITS) == set(get_args(WeightFormat))
+# Modules that a list of what is not quantized names whole.
+_ATTENTION, _MLP = ("self_attn", "attn"), ("mlp", "ffn")
 
 
 @dataclass(frozen=True)
@@ -70,18 +73,33 @@ def formats_from_fields(fields: dict[str, Any]) -> WeightFormats:
         expert_dtype = quantization.get("expert_dtype", fields.get("expert_dtype"))
         is_mxfp4 = quantization.get("store_dtype") == "mxfp4" or expert_dtype in ("fp4", "mxfp4")
         ignored = quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or []
+        paths = [path for name in ignored if _is_of_model(path := name.split("."), fields.get("num_hidden_layers"))]
+        own = [path for path in paths if not any("expert" in segment for segment in path)]
 
-        def of(*leaves: str) -> WeightFormat:
-            """A part of which some matrices are not in FP8 is counted as if none were."""
-            is_ignored = any(name.endswith(leaves) and ".experts." not in name for name in ignored)
+        def of(modules: tuple[str, ...], *leaves: str) -> WeightFormat:
+            """A part of which some matrices are not in FP8 is counted as if none were.
+
+            A name in the list stands for all that is below it: for a matrix, its module, or its layer.
+            """
+            is_ignored = any(
+                path[-1].endswith(leaves) or path[-1] in modules or path[-2:-1] == ["layers"] for path in own
+            )
             return "bf16" if is_ignored else "fp8"
 
+        has_plain_experts = any("experts" in path for path in paths)
         return WeightFormats(
-            attention=of("q_proj", "k_proj", "v_proj", "qkv_proj"),
-            attention_output=of("o_proj"),
-            dense=of("gate_proj", "up_proj", "down_proj"),
+            attention=of(_ATTENTION, "q_proj", "k_proj", "v_proj", "qkv_proj"),
+            attention_output=of(_ATTENTION, "o_proj"),
+            dense=of(_MLP, "gate_proj", "up_proj", "down_proj"),
             router=router,
-            experts="mxfp4" if is_mxfp4 else "fp8",
+            experts="mxfp4" if is_mxfp4 else "bf16" if has_plain_experts else "fp8",
             lm_head="fp8" if quantization.get(HEAD_FIELD) else "bf16",
         )
     raise ValueError(f"quantization method {method!r} is not known to the plan; known: mxfp4, compressed-tensors, fp8")
+
+
+def _is_of_model(path: Sequence[str], num_layers: int | None) -> bool:
+    """Whether a module is one of the model's layers or beside them, and not of a head for multi-token prediction."""
+    numbers = [int(path[i + 1]) for i in range(len(path) - 1) if path[i] == "layers" and path[i + 1].isdigit()]
+    is_beyond = num_layers is not None and any(number >= num_layers for number in numbers)
+    return "mtp" not in path and not is_beyond

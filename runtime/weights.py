@@ -8,7 +8,7 @@ Legend: D hidden, N heads, H head dim, F dense intermediate, E experts, I expert
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -23,7 +23,14 @@ logger = logging.getLogger("speedstack.runtime")
 
 Weight = torch.Tensor | MXFP4Tensor
 Linear = torch.Tensor | FP8Tensor
+# What follows a part's name in `nbytes_by_part` and in backends' `weight_bytes` where it is stored in this format.
+MXFP4_PART, FP8_PART = " (MXFP4)", " (FP8)"
 WeightT = TypeVar("WeightT", torch.Tensor, MXFP4Tensor, Weight)
+
+
+def packed_parts(parts: Iterable[str]) -> list[str]:
+    """Those of the parts of `nbytes_by_part` or `weight_bytes` that are in MXFP4 or FP8."""
+    return [part for part in parts if part.endswith((MXFP4_PART, FP8_PART))]
 
 
 def plain_matrix(weight: Linear, dtype: torch.dtype) -> torch.Tensor:
@@ -89,7 +96,12 @@ class ModelWeights:
         yield self.lm_head_VD
 
     def plain(self) -> "ModelWeights":
-        """The same with every matrix in FP8 as `plain_matrix` has it; all others are shared with these."""
+        """The same with every matrix in FP8 as `plain_matrix` has it; all others are shared with these.
+
+        Itself where nothing is in FP8.
+        """
+        if not self.num_fp8():
+            return self
         dtype = self.embedding_VD.dtype
         layers = []
         for layer in self.layers:
@@ -111,7 +123,7 @@ class ModelWeights:
 
         def add(part: str, *weights: Weight | FP8Tensor | None) -> None:
             for weight in weights:
-                name = f"{part} (FP8)" if isinstance(weight, FP8Tensor) else part
+                name = f"{part}{FP8_PART}" if isinstance(weight, FP8Tensor) else part
                 if weight is not None:
                     sizes[name] = sizes.get(name, 0) + weight.nbytes
 
@@ -129,7 +141,7 @@ class ModelWeights:
                 add("dense MLP", m.gate_up_FD, m.down_DF)
             else:
                 is_packed = isinstance(m.gate_up_EID, MXFP4Tensor)
-                part = "experts (MXFP4)" if is_packed else "experts"
+                part = f"experts{MXFP4_PART}" if is_packed else "experts"
                 add(part, m.gate_up_EID, m.down_EDI, m.gate_up_bias_EI, m.down_bias_ED)
                 add("norms and router", m.router_ED, m.correction_bias_E, m.router_bias_E)
         return sizes

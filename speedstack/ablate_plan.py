@@ -16,7 +16,7 @@ left alone, and not used: rows are compared with each other, so one table is of 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE
 from speedstack.runtime.select import choose_device
 from speedstack.step_store import Step
 from speedstack.train.config import DrafterConfig, JobConfig, identity
+from speedstack.train.digest import corpus_digest, files_digest
 
 VERSIONS = {
     "quantize": 1,
@@ -253,27 +254,8 @@ def model_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def corpus_digest(path: Path) -> str:
-    """SHA-256 of a prepared corpus: its settings, its tokenizer, its tokens. Raises ValueError where there is none."""
-    if not (path / "corpus.json").is_file():
-        raise ValueError(f"{path} is not a prepared corpus")
-    # Not what `datasets` notes beside the tokens, which differs between two preparations of one text.
-    tokens = sorted(file for part in ("train", "heldout") for file in (path / part).glob("data-*.arrow"))
-    return _digest(path, [path / "corpus.json", path / "tokenizer" / "tokenizer.json", *tokens])
-
-
 def tree_digest(path: Path) -> str:
     """SHA-256 of a file, or of the names and contents of all files below a directory. Raises ValueError for neither."""
     if not path.exists():
         raise ValueError(f"there is nothing at {path}")
-    return _digest(path, [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file()))
-
-
-def _digest(root: Path, files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(root).as_posix()}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return files_digest(path, [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file()))

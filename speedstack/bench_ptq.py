@@ -9,7 +9,9 @@ Two models are in memory at a time, the full-precision one and the one that is m
 
 The file is written after every row. The same command again goes on with what is missing, another one for the same file
 adds its rows, and a row that is there is not measured again: a file is of one model, one text and one software, and is
-refused for another. A way that fails is named in the file, and the others go on.
+refused for another, and while another command writes it. A way that fails is named in the file, until it is tried again
+and does not, and the others go on. A row that another command measured than the one that began the file names its
+environment: thread count and command may differ.
 
 Seconds are of the quantization alone, and are no timing where other work runs beside it.
 """
@@ -23,6 +25,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,12 +48,14 @@ from speedstack.quant.gptq import DEFAULT_DAMPING
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.runtime.select import choose_device
+from speedstack.stages import exclusive
 from speedstack.train.calibration import calibration_windows
 from speedstack.train.qat import load_tokenizer
 
 FULL_PRECISION = "full precision"
 RULES: tuple[ScaleRule, ...] = get_args(ScaleRule)
 CALIBRATION_BATCH_SIZE = 8
+_RTN, _GPTQ = "RTN, ", "GPTQ, "
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Gptq:
     @property
     def name(self) -> str:
         """What a table calls it: the rule, and whatever is not the default."""
-        words = [f"GPTQ, {self.scale_rule}"]
+        words = [f"{_GPTQ}{self.scale_rule}"]
         if self.num_sequences != Gptq.num_sequences or self.sequence_length != Gptq.sequence_length:
             of_length = f" of {self.sequence_length}" if self.sequence_length != Gptq.sequence_length else ""
             words.append(f"{self.num_sequences} sequences{of_length}")
@@ -117,16 +122,18 @@ def compare(
     device: str = "auto",
     out: Path | None = None,
     on_method: Callable[[PtqMethod], object] | None = None,
+    on_failure: Callable[[Unavailable], object] | None = None,
 ) -> PtqResult:
     """Measure every method on the held-out part of the prepared corpus in the directory `corpus`.
 
     `exports` are further model directories by name, packed or not. `out` is the file that holds the rows as they come,
-    and those of earlier calls. `on_method` is told each new row when it is there. A method that fails is among the
-    result's `unavailable`.
+    and those of earlier calls. `on_method` is told each new row when it is there, `on_failure` each method that fails
+    now: the result's `unavailable` has those of earlier calls too.
 
     Raises ValueError, of one line, for directories that are missing or broken, a model that is quantized already, an
-    export of another vocabulary, calibration text longer than the model's positions, a file that is of something else,
-    and as `corpus_windows` and `calibration_windows` do: what the arguments alone show, before the work.
+    export of another vocabulary or of a name that other rows have, calibration text longer than the model's positions,
+    a file that is of something else or that another process writes, and as `corpus_windows` and `calibration_windows`
+    do: what the arguments alone show, before the work.
     """
     directory, exports = checkpoint_directory(model), exports or {}
     config, codec_type = read_config(directory)
@@ -134,6 +141,10 @@ def compare(
         raise ValueError(f"{directory} is quantized already: give the model it was made from")
     vocab_size = config.get_text_config().vocab_size
     for name, path in exports.items():
+        if name == FULL_PRECISION or name.startswith((_RTN, _GPTQ)):
+            raise ValueError(
+                f"an export cannot be called {name!r}, as a row that is measured here is: choose another name"
+            )
         if read_config(checkpoint_directory(path))[0].get_text_config().vocab_size != vocab_size:
             raise ValueError(f"the export {name} at {path} has another vocabulary than {directory}")
         with WeightFiles(path):
@@ -147,17 +158,21 @@ def compare(
                 f"calibration sequences of {one.sequence_length} tokens exceed the {max_length} positions of "
                 f"{directory}"
             )
-    table = _Table(directory, windows, window, place, out)
-    ways = [Way(FULL_PRECISION, {"settings": {}}, lambda: (table.teacher, {}))]
-    # The default rule first: it is what the others are compared with.
-    ways += [_rounding(directory, place, rule) for rule in sorted(RULES, key=lambda rule: rule != DEFAULT_SCALE_RULE)]
-    for one in gptq:
-        sizes = (one.num_sequences, one.sequence_length, one.seed)
-        ways.append(_gptq(directory, place, one, calibration_windows(str(corpus), load_tokenizer(directory), *sizes)))
-    ways += [_export(name, path, place) for name, path in exports.items()]
-    for way in ways:
-        table.measure(way, on_method)
-    return table.result()
+    with exclusive(out.absolute().parent, out.name) if out is not None else nullcontext():
+        table = _Table(directory, windows, window, place, out)
+        ways = [Way(FULL_PRECISION, {"settings": {}}, lambda: (table.teacher, {}))]
+        # The default rule first: it is what the others are compared with.
+        rules = sorted(RULES, key=lambda rule: rule != DEFAULT_SCALE_RULE)
+        ways += [_rounding(directory, place, rule) for rule in rules]
+        for one in gptq:
+            sizes = (one.num_sequences, one.sequence_length, one.seed)
+            ids_NT = calibration_windows(str(corpus), load_tokenizer(directory), *sizes)
+            ways.append(_gptq(directory, place, one, ids_NT))
+        ways += [_export(name, path, place) for name, path in exports.items()]
+        for way in ways:
+            table.measure(way, on_method, on_failure)
+        table.save()
+        return table.result()
 
 
 @dataclass
@@ -171,42 +186,60 @@ class _Table:
     out: Path | None
     rows: list[PtqMethod] = field(default_factory=list)
     failed: list[Unavailable] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.model_sha256 = weights_sha256(self.directory)
         self.text_sha256 = hashlib.sha256(json.dumps(self.windows).encode()).hexdigest()
-        self.environment = describe_environment()
+        self.began = self.environment = describe_environment()
         if self.out is not None and self.out.exists():
             found = PtqResult.load(self.out)
             if different := self._differences(found):
                 raise ValueError(
                     f"{self.out} has rows of {' and '.join(different)}: give another --out, or delete the file"
                 )
-            self.rows = list(found.methods)
+            self.rows, self.failed, self.notes = list(found.methods), list(found.unavailable), found.notes
+            self.began = found.environment
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
         """The full-precision model, loaded when a row is missing."""
         return _load(self.directory, self.place)
 
-    def measure(self, way: Way, on_method: Callable[[PtqMethod], object] | None) -> None:
+    def measure(
+        self,
+        way: Way,
+        on_method: Callable[[PtqMethod], object] | None,
+        on_failure: Callable[[Unavailable], object] | None,
+    ) -> None:
         """Add the row of `way` unless it is there, or its name and the reason to those that failed."""
         if any(way.is_row(row) for row in self.rows):
+            self._forget_failure(way)
             return
         try:
             student, more = way.make()
             is_teacher = student is self.teacher
             quality = model_quality(way.name, self.teacher, None if is_teacher else student, self.windows)
         except PEER_ERRORS as error:
-            self.failed.append(Unavailable(name=way.name, reason=one_line(error)))
+            failure = Unavailable(name=way.name, reason=one_line(error))
+            self._forget_failure(way)
+            self.failed.append(failure)
+            if on_failure is not None:
+                on_failure(failure)
         else:
+            self._forget_failure(way)
             kl, rtn = quality.kl_to_teacher_nats, self._rtn_kl(quality.kl_to_teacher_nats, way)
             row = {"kl_over_rtn": kl / rtn if kl is not None and rtn else None} | way.row | more
-            method = PtqMethod(quality=quality, **row)
+            environment = None if self.environment == self.began else self.environment
+            method = PtqMethod(quality=quality, environment=environment, **row)
             # An export may have been made anew since.
             self.rows = [each for each in self.rows if each.quality.method != way.name] + [method]
             if on_method is not None:
                 on_method(method)
+        self.save()
+
+    def save(self) -> None:
+        """Write the file, if there is to be one."""
         if self.out is not None:
             self.result().save(self.out)
 
@@ -220,8 +253,12 @@ class _Table:
             window=self.window,
             methods=tuple(self.rows),
             unavailable=tuple(self.failed),
-            environment=self.environment,
+            notes=self.notes,
+            environment=self.began,
         )
+
+    def _forget_failure(self, way: Way) -> None:
+        self.failed = [entry for entry in self.failed if entry.name != way.name]
 
     def _rtn_kl(self, kl: float | None, way: Way) -> float | None:
         """The KL of rounding under the default rule; None where it failed."""
@@ -250,7 +287,7 @@ def _rounding(directory: Path, place: torch.device, rule: ScaleRule) -> Way:
         round_to_nearest(student, rule)
         return student, {"seconds": time.perf_counter() - start}
 
-    return Way(f"RTN, {rule}", {"settings": _rtn_settings(rule)}, make)
+    return Way(f"{_RTN}{rule}", {"settings": _rtn_settings(rule)}, make)
 
 
 def _gptq(directory: Path, place: torch.device, options: Gptq, ids_NT: torch.Tensor) -> Way:
@@ -309,6 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, help="result file; rows that it has already stay and are not measured again"
     )
     options = parser.parse_args(arguments)
+    failed: list[Unavailable] = []
     grid = (options.gptq_rules, options.num_sequences, options.seed, options.damping)
     try:
         result = compare(
@@ -324,6 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=options.device,
             out=options.out,
             on_method=lambda method: print(f"measured: {method.quality.method}", file=sys.stderr),
+            on_failure=failed.append,
         )
     except (ValueError, OSError) as error:
         print(f"bench_ptq: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -331,9 +370,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(result.table())
     if options.out is not None:
         print(f"written: {options.out}")
-    if result.unavailable:
-        names = "; ".join(f"{entry.name}: {entry.reason}" for entry in result.unavailable)
-        print(f"bench_ptq: error: {len(result.unavailable)} failed: {names}", file=sys.stderr)
+    if failed:
+        names = "; ".join(f"{entry.name}: {entry.reason}" for entry in failed)
+        print(f"bench_ptq: error: {len(failed)} failed: {names}", file=sys.stderr)
         return 1
     return 0
 

@@ -3,15 +3,19 @@
     python -m speedstack.qat_table runs/qat-tiny runs/qat-tiny-long --out results/DATE-qat-NAME.json
 
 Reads run directories and trains nothing. Runs are compared with the first one named; their numbers are those of their
-own evaluations on held-out text, so runs of another model or of other text are refused.
+own evaluations on held-out text, so runs of another model or of other text are refused. Text is compared by the digest
+of the corpus that a run read. Of a run that is older than this record only the corpus' path and settings are known, and
+the loss before the first step: where these agree it is taken, with a note in the result.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,35 @@ from speedstack.eval.qat_rows import QatEvaluation, QatRun, QatRuns
 from speedstack.train.config import QatConfig, identity, read_config
 from speedstack.train.metrics import read_metrics
 
-# A run's name and device say nothing about what it does, and the seed is a column of its own.
-_NO_CHANGES = ("run.name", "run.out", "run.device", "run.seed")
+# A run's name and device say nothing about what it does, the seed is a column of its own, and the model is one.
+_NO_CHANGES = ("run.name", "run.out", "run.device", "run.seed", "qat.model")
+# What of a corpus is read at an evaluation.
+_READ = ("data.sequence_length", "data.eval_sequences")
+# Rounded weights are the same everywhere, and devices add up in other orders: the losses of one text differ by some
+# 1e-6 of themselves. Those of two texts of 16,000 tokens, drawn alike, differ by some 4e-3: a token's own loss, of
+# 4 nats, varies by about 2.
+_SAME_LOSS = 1e-4
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one run directory says. `corpus` is the digest of what it read, None in older runs."""
+
+    directory: Path
+    config: QatConfig
+    model: str
+    corpus: str | None
+    evaluations: tuple[QatEvaluation, ...]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return identity(self.config)
+
+    @property
+    def rtn(self) -> QatEvaluation | None:
+        """The model rounded to nearest, where the run began with it and looked."""
+        first = self.evaluations[0]
+        return first if self.config.qat.start_from is None and first.step == 0 else None
 
 
 def qat_table(directories: Sequence[Path]) -> QatRuns:
@@ -29,38 +60,53 @@ def qat_table(directories: Sequence[Path]) -> QatRuns:
     Raises ValueError, of one line, for a directory without a finished QAT run, and for runs whose model or held-out
     text is not the first one's.
     """
-    runs, digests, configs = [], [], []
-    rtn: QatEvaluation | None = None
-    for directory in directories:
-        if not (directory / "config.yaml").is_file():
-            raise ValueError(f"{directory} is no run directory: it has no config.yaml")
-        config = read_config(QatConfig, directory / "config.yaml")
-        lines = [line for line in read_metrics(directory) if line["kind"] == "eval"]
-        if not lines or lines[-1]["step"] != config.loop.num_steps:
-            raise ValueError(f"{directory} holds a run that has not finished its {config.loop.num_steps} steps")
-        evaluations = tuple(_evaluation(line) for line in lines)
-        if rtn is None and config.qat.start_from is None and evaluations[0].step == 0:
-            rtn = evaluations[0]
-        configs.append(identity(config))
-        digests.append(json.loads((directory / "inputs.json").read_text(encoding="utf-8"))["model"])
-        _check_comparable(directories[0], directory, configs, digests)
-        changes = {
-            name: value
-            for name, value in configs[-1].items()
-            if value != configs[0].get(name) and name not in (*_NO_CHANGES, "qat.model")
-        }
-        environment = json.loads((directory / "env.json").read_text(encoding="utf-8"))
-        runs.append(
-            QatRun(
-                run=config.run.name,
-                changes=changes,
-                seed=config.run.seed,
-                evaluations=evaluations,
-                kl_over_rtn=None,
-                environment=environment,
-            )
+    found = [_read(directory) for directory in directories]
+    first = found[0]
+    for run in found[1:]:
+        _check_comparable(first, run)
+    rtn = next((run.rtn for run in found if run.rtn is not None), None)
+    runs = [
+        QatRun(
+            run=run.config.run.name,
+            changes={
+                name: value
+                for name, value in run.fields.items()
+                # One text, wherever it lies.
+                if value != first.fields.get(name) and name not in _NO_CHANGES and not name.startswith("data.")
+            },
+            seed=run.config.run.seed,
+            evaluations=run.evaluations,
+            kl_over_rtn=None,
+            environment=json.loads((run.directory / "env.json").read_text(encoding="utf-8")),
         )
-    return QatRuns(model_sha256=digests[0], rtn=rtn, runs=tuple(_over(run, rtn) for run in runs))
+        for run in found
+    ]
+    notes: tuple[str, ...] = ()
+    if len(found) > 1 and (older := [run.config.run.name for run in found if run.corpus is None]):
+        notes = (
+            f"No digest of the text was recorded by {', '.join(older)}: that it is the other runs' is known by the "
+            "corpus' path and settings, and by the loss before the first step where there is one, not by its content.",
+        )
+    return QatRuns(model_sha256=first.model, rtn=rtn, runs=tuple(_over(run, rtn) for run in runs), notes=notes)
+
+
+def _read(directory: Path) -> _Found:
+    if not (directory / "config.yaml").is_file():
+        raise ValueError(f"{directory} is no run directory: it has no config.yaml")
+    config = read_config(QatConfig, directory / "config.yaml")
+    lines = [line for line in read_metrics(directory) if line["kind"] == "eval"]
+    if not lines or lines[-1]["step"] != config.loop.num_steps:
+        raise ValueError(f"{directory} holds a run that has not finished its {config.loop.num_steps} steps")
+    path = directory / "inputs.json"
+    try:
+        inputs = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{directory} has no inputs.json, which says what model the run started from") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(inputs, dict) or not isinstance(inputs.get("model"), str):
+        raise ValueError(f"{path} does not say what model the run started from: was it written by a QAT run?")
+    return _Found(directory, config, inputs["model"], inputs.get("corpus"), tuple(map(_evaluation, lines)))
 
 
 def _evaluation(line: dict[str, Any]) -> QatEvaluation:
@@ -74,12 +120,24 @@ def _over(run: QatRun, rtn: QatEvaluation | None) -> QatRun:
     return run.model_copy(update={"kl_over_rtn": kl / rtn.heldout_kl})
 
 
-def _check_comparable(first: Path, directory: Path, configs: Sequence[dict[str, Any]], digests: Sequence[str]) -> None:
-    if digests[-1] != digests[0]:
-        raise ValueError(f"{directory} started from another model than {first}")
-    other = [name for name in configs[0] if name.startswith("data.") and configs[-1][name] != configs[0][name]]
+def _check_comparable(first: _Found, run: _Found) -> None:
+    if run.model != first.model:
+        raise ValueError(f"{run.directory} started from another model than {first.directory}")
+    is_recorded = run.corpus is not None and first.corpus is not None
+    other = [
+        name
+        for name, value in first.fields.items()
+        if name.startswith("data.") and (name in _READ or not is_recorded) and run.fields[name] != value
+    ]
+    message = f"{run.directory} was evaluated on other text than {first.directory}"
     if other:
-        raise ValueError(f"{directory} was evaluated on other text than {first}: {', '.join(other)} differ")
+        raise ValueError(f"{message}: {', '.join(other)} differ")
+    if is_recorded and run.corpus != first.corpus:
+        raise ValueError(f"{message}: the content of its corpus {run.config.data.corpus} is another")
+    begins = (first.rtn, run.rtn) if run.config.qat.scale_rule == first.config.qat.scale_rule else (None, None)
+    losses = [begin.heldout_loss for begin in begins if begin is not None]
+    if not is_recorded and len(losses) == 2 and not math.isclose(*losses, rel_tol=_SAME_LOSS):
+        raise ValueError(f"{message}: its loss before the first step is {losses[1]:.6f}, not {losses[0]:.6f}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = qat_table(options.runs)
         print(result.table())
+        for note in result.notes:
+            print(note)
         if options.out is not None:
             print(f"written: {result.save(options.out)}")
     except (ValueError, OSError) as error:

@@ -106,17 +106,19 @@ def read_records(directory: Path) -> list[StageRecord]:
 
 
 @contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Hold `directory` for this process; the system lets go when the process ends, however it ends.
+def exclusive(directory: Path, file: str = "") -> Iterator[None]:
+    """Hold `directory`, or only the file of this name in it; the system lets go when the process ends, however it ends.
 
-    Raises ValueError when another process holds it.
+    What is locked is a hidden file beside, which stays: the one that is held may be replaced meanwhile. Raises
+    ValueError when another process holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w", encoding="utf-8") as lock:
+    with open(directory / (f".{file}.lock" if file else ".lock"), "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is working in {directory}; wait for it or pass another --out") from None
+            held = f"writing {directory / file}" if file else f"working in {directory}"
+            raise ValueError(f"another process is {held}; wait for it or pass another --out") from None
         yield
 
 

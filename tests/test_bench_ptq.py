@@ -15,6 +15,7 @@ from speedstack.eval.divergence import token_kl
 from speedstack.eval.heldout import corpus_windows
 from speedstack.quant.checkpoint import load_model, save_packed, weights_sha256
 from speedstack.quant.ptq import round_to_nearest
+from speedstack.stages import exclusive
 from speedstack.train.corpus import prepare_corpus
 from speedstack.train.qat import load_tokenizer
 
@@ -99,9 +100,24 @@ def test_a_way_that_fails_costs_no_other_row_and_is_made_up_for(
     assert shown.err.splitlines()[-1] == f"bench_ptq: error: 1 failed: {GPTQ}: RuntimeError: out of memory"
     assert f"{GPTQ}: failed: RuntimeError: out of memory" in shown.out and names() == [*rounded, "packed"]
     monkeypatch.setattr(bench_ptq, "gptq_experts", gptq_experts)
-    assert main(arguments) == 0
+    # Another command neither loses the failure nor fails by it; nor does it lose notes.
+    noted = PtqResult.load(out).model_copy(update={"notes": ("by hand",)})
+    noted.save(out)
+    assert main([*arguments, "--gptq-rules"]) == 0
+    assert PtqResult.load(out) == noted and [entry.name for entry in noted.unavailable] == [GPTQ]
+    # It says what it ran in, where that is not what the first rows ran in.
+    first = noted.environment
+    with monkeypatch.context() as patch:
+        patch.setenv("OMP_WAIT_POLICY", "something")
+        assert main(arguments) == 0
     result = PtqResult.load(out)
-    assert names() == [*rounded, "packed", GPTQ] and not result.unavailable
+    assert names() == [*rounded, "packed", GPTQ] and not result.unavailable and result.notes == ("by hand",)
+    assert result.environment == first and [row.environment for row in result.methods[:-1]] == [None] * 6
+    own = result.methods[-1].environment
+    assert own is not None and own.thread_settings["OMP_WAIT_POLICY"] == "something"
+    # A row that is there has not failed, whatever the file says.
+    result.model_copy(update={"unavailable": noted.unavailable}).save(out)
+    assert main(arguments) == 0 and PtqResult.load(out) == result
     assert all(method.kl_over_rtn is not None for method in result.methods[1:])
     # Another calibration is one row more, an export made anew one instead.
     save_packed(load_model(tiny_model_dir), tmp_path / "floor", scale_rule="floor")
@@ -109,6 +125,9 @@ def test_a_way_that_fails_costs_no_other_row_and_is_made_up_for(
     assert main(more) == 0
     assert names() == [*rounded, GPTQ, f"{GPTQ}, damping 0.1", "packed"]
     text = out.read_text(encoding="utf-8")
+    with exclusive(tmp_path, out.name):
+        assert main([*arguments, "--seed", "7"]) == 2
+    assert f"another process is writing {out}" in capsys.readouterr().err and out.read_text(encoding="utf-8") == text
     for changed, message in ((["--window", "17"], "rows of another text"), (["--num-tokens", "90"], "another text")):
         assert main([*arguments, *changed]) == 2
         assert message in capsys.readouterr().err and out.read_text(encoding="utf-8") == text
@@ -132,6 +151,8 @@ def test_refusals(
     refused("no model directory", model=tmp_path / "nowhere")
     refused("no model directory", "--export", f"QAD={tmp_path / 'nowhere'}")
     refused("takes NAME=DIR", "--export", tiny_packed_dir)
+    for name in ("full precision", "RTN, even", "GPTQ, mse, seed 1"):
+        refused(f"cannot be called '{name}'", "--export", f"{name}={tiny_packed_dir}")
     refused("fewer than the 9999", "--num-sequences", 9999)
     refused("num_sequences must be at least 1, got 0", "--num-sequences", 0)
     refused("sequence_length must be at least 2, got 0", "--sequence-length", 0)

@@ -18,9 +18,18 @@ CONFIG: dict[str, dict[str, Any]] = {"data": {"corpus": "corpus"}, "loop": {"num
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """`make_run(name, kl, model="m", **sections)`: the files of a finished run."""
+    """`make_run(name, kl, model="m", corpus="c", loss=4.0, **sections)`: the files of a finished run; `corpus` is None
+    in one that did not record what it read.
+    """
 
-    def make(name: str, kl: float, model: str = "m", **changed: dict[str, Any]) -> Path:
+    def make(
+        name: str,
+        kl: float,
+        model: str = "m",
+        corpus: str | None = "c",
+        loss: float = 4.0,
+        **changed: dict[str, Any],
+    ) -> Path:
         fields = {key: CONFIG.get(key, {}) | changed.get(key, {}) for key in {*CONFIG, *changed}}
         config = QatConfig.model_validate(
             fields | {"run": {"name": name, "out": str(tmp_path)} | changed.get("run", {})}
@@ -28,9 +37,10 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         run = tmp_path / name
         run.mkdir()
         (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        (run / "inputs.json").write_text(json.dumps({"model": model}), encoding="utf-8")
+        inputs = {"model": model} | ({} if corpus is None else {"corpus": corpus})
+        (run / "inputs.json").write_text(json.dumps(inputs), encoding="utf-8")
         (run / "env.json").write_text(json.dumps({"python": "3", "packages": {"torch": "2"}}), encoding="utf-8")
-        common = {"kind": "eval", "heldout_loss": 4.0, "heldout_top1_agreement": 0.9, "elapsed_seconds": 1.0}
+        common = {"kind": "eval", "heldout_loss": loss, "heldout_top1_agreement": 0.9, "elapsed_seconds": 1.0}
         lines = [
             common | {"step": 0, "heldout_kl": 0.002, "oscillating": 0.0},
             {"kind": "train", "step": 10, "loss": 1.0},
@@ -45,13 +55,19 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 def test_runs_are_a_result(make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [
         make_run("base", 0.001),
-        make_run("damped", 0.0005, qat={"dampening": 1e-5, "model": "moved"}, run={"seed": 3, "device": "cpu"}),
+        make_run(
+            "damped",
+            0.0005,
+            qat={"dampening": 1e-5, "model": "moved"},
+            run={"seed": 3, "device": "cpu"},
+            data={"corpus": "moved"},
+        ),
         make_run("short", 0.003, loop={"num_steps": 10}),
     ]
     out = tmp_path / "qat.json"
     assert main([*map(str, runs), "--out", str(out)]) == 0
     result = QatRuns.load(out)
-    assert result.model_sha256 == "m" and result.rtn is not None and result.rtn.heldout_kl == 0.002
+    assert result.model_sha256 == "m" and not result.notes and result.rtn is not None and result.rtn.heldout_kl == 0.002
     assert [(run.run, run.seed, run.changes, run.kl_over_rtn) for run in result.runs] == [
         ("base", 0, {}, 0.5),
         ("damped", 3, {"qat.dampening": 1e-5}, 0.25),
@@ -67,6 +83,13 @@ def test_runs_are_a_result(make_run: Callable[..., Path], tmp_path: Path, capsys
 
 
 def test_refusals(make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def changed(name: str, inputs: str | None) -> Path:
+        run = make_run(name, 0.001)
+        (run / "inputs.json").unlink()
+        if inputs is not None:
+            (run / "inputs.json").write_text(inputs, encoding="utf-8")
+        return run
+
     base = make_run("base", 0.001)
     unfinished = make_run("unfinished", 0.001)
     metrics = (unfinished / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -75,9 +98,32 @@ def test_refusals(make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.
         (tmp_path / "nowhere", "is no run directory"),
         (unfinished, "has not finished its 20 steps"),
         (make_run("model", 0.001, model="n"), "started from another model"),
-        (make_run("text", 0.001, data={"sequence_length": 64}), "on other text than"),
+        (make_run("text", 0.001, data={"sequence_length": 64}), "base: data.sequence_length differ"),
+        (make_run("content", 0.001, corpus="d"), "the content of its corpus corpus is another"),
+        (make_run("older elsewhere", 0.001, corpus=None, data={"corpus": "moved"}), "base: data.corpus differ"),
+        (make_run("older", 0.001, corpus=None, loss=4.01), "before the first step is 4.010000, not 4.000000"),
+        (changed("no model", '{"target": "m"}'), "inputs.json does not say what model the run started from"),
+        (changed("a list", "[]"), "inputs.json does not say what model the run started from"),
+        (changed("broken", "{"), "inputs.json is not a JSON file"),
+        (changed("lost", None), "has no inputs.json"),
     ):
         assert main([str(base), str(other), "--out", str(tmp_path / "out.json")]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("qat_table: error: ") and message in line
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_run_that_did_not_record_its_text(
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [
+        make_run("new", 0.001),
+        make_run("old", 0.001, corpus=None, loss=4.0 + 1e-5),
+        # Another rule rounds to other weights: its loss says nothing.
+        make_run("old mse", 0.001, corpus=None, loss=4.1, qat={"scale_rule": "mse"}),
+    ]
+    out = tmp_path / "qat.json"
+    assert main([*map(str, runs), "--out", str(out)]) == 0
+    (note,) = QatRuns.load(out).notes
+    assert note.startswith("No digest of the text was recorded by old, old mse: ") and note in capsys.readouterr().out
+    assert main([str(runs[1]), "--out", str(out)]) == 0 and not QatRuns.load(out).notes

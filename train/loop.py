@@ -33,7 +33,7 @@ from speedstack.train.distributed import World, join_world
 from speedstack.train.metrics import MetricsLog, read_metrics
 from speedstack.train.optim import learning_rate_factor
 from speedstack.train.precision import resolve_config, resolve_precision
-from speedstack.train.rundir import open_run_directory
+from speedstack.train.rundir import add_inputs, open_run_directory
 from speedstack.train.trainer import Trainer, load_recipe_tensors, make_trainer
 
 OnStep = Callable[[int, int, dict[str, float]], None]
@@ -47,6 +47,10 @@ class Recipe(Protocol):
 
         Called on the main process only. Raises ValueError where they are missing.
         """
+
+    def read_inputs(self) -> dict[str, str]:
+        """The same of what `build` has read besides; called after it, on the main process only."""
+        return {}
 
     def build(self, world: World) -> nn.Module:
         """The float32 module to train, on `world.device`; `requires_grad` marks what is trained.
@@ -133,7 +137,9 @@ def _run(recipe: Recipe, config: JobConfig, world: World, on_step: OnStep | None
         return RunResult(directory, export_path, _last_evaluation(directory))
 
     torch.manual_seed(config.run.seed)
-    trainer = make_trainer(recipe.build(world).train(), config, world)
+    module = recipe.build(world)
+    world.on_main(lambda: add_inputs(directory, recipe.read_inputs()))
+    trainer = make_trainer(module.train(), config, world)
     store = CheckpointStore(
         directory / "checkpoints",
         num_kept=config.loop.keep_checkpoints,

@@ -33,6 +33,7 @@ from speedstack.train.attention import enable_blockwise_attention
 from speedstack.train.config import QatConfig
 from speedstack.train.corpus import corpus_for
 from speedstack.train.data import PackedWindows
+from speedstack.train.digest import corpus_digest
 from speedstack.train.distributed import World
 from speedstack.train.flips import FlipWatch
 from speedstack.train.loop import OnStep, Recipe, RunResult, run
@@ -55,6 +56,9 @@ class QatRecipe(Recipe):
         section = self.config.qat
         digests = {"model": weights_sha256(section.model)}
         return digests if section.start_from is None else digests | {"start_from": weights_sha256(section.start_from)}
+
+    def read_inputs(self) -> dict[str, str]:
+        return {"corpus": corpus_digest(self.config.data.corpus)}
 
     def build(self, world: World) -> nn.Module:
         section, data, stage = self.config.qat, self.config.data, self.config.distributed.zero_stage

@@ -2,8 +2,8 @@
 
     <run.out>/<run.name>/  config.yaml  inputs.json  env.json  metrics.jsonl  checkpoints/  export/
 
-A run directory belongs to one configuration and to the weights it started from. Starting the same again resumes it, or
-returns its result if it has finished; a configuration or weights that would give other numbers are refused.
+A run directory belongs to one configuration and to the weights and the text it started from. Starting the same again
+resumes it, or returns its result if it has finished; what would give other numbers is refused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def open_run_directory(config: JobConfig, device: torch.device, inputs: dict[str
         # A job that failed before it wrote a line, for want of a model say, does not bind the next one.
         if stored_path.is_file() and any((directory / name).exists() for name in _PROGRESS):
             _check_same(config, stored_path)
-            _check_inputs(inputs, directory / "inputs.json")
+            inputs = _check_inputs(inputs, directory / "inputs.json") | inputs
         write_atomically(stored_path, dump_config(config))
         write_atomically(directory / "inputs.json", json.dumps(inputs, indent=2) + "\n")
         write_atomically(directory / "env.json", json.dumps(environment(device), indent=2) + "\n")
@@ -50,6 +50,22 @@ def open_run_directory(config: JobConfig, device: torch.device, inputs: dict[str
             f"cannot write run directory {directory}: {error.strerror or error}; choose another run.out"
         ) from error
     return directory
+
+
+def add_inputs(directory: Path, inputs: dict[str, str]) -> None:
+    """Add to the inputs of the run in `directory`, before its first step, or check that they are those of then.
+
+    A run that began without noting them goes on without: what it has read is not known any more.
+
+    Raises ValueError and OSError as `open_run_directory`.
+    """
+    path = directory / "inputs.json"
+    has_begun = any((directory / name).exists() for name in _PROGRESS)
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if has_begun:
+        _check_inputs({name: digest for name, digest in inputs.items() if name in stored}, path)
+    elif inputs:
+        write_atomically(path, json.dumps(stored | inputs, indent=2) + "\n")
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -78,7 +94,8 @@ def _check_same(config: JobConfig, stored_path: Path) -> None:
         )
 
 
-def _check_inputs(inputs: dict[str, str], stored_path: Path) -> None:
+def _check_inputs(inputs: dict[str, str], stored_path: Path) -> dict[str, str]:
+    """The stored inputs, of which these are some."""
     way_out = f"choose another run.name or delete {stored_path.parent}"
     if not stored_path.is_file():
         if inputs:
@@ -86,11 +103,14 @@ def _check_inputs(inputs: dict[str, str], stored_path: Path) -> None:
                 f"{stored_path} is missing: cannot tell whether the {next(iter(inputs))} of this run has changed since",
                 stacklevel=2,
             )
-        return
+        return {}
     try:
         stored = json.loads(stored_path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{stored_path} is corrupt ({error}): {way_out}") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"{stored_path} is corrupt (no JSON object): {way_out}")
     changed = [name for name, digest in inputs.items() if stored.get(name) != digest]
     if changed:
         raise ValueError(f"the {changed[0]} of this run has changed since it was started: {way_out}")
+    return stored

@@ -137,7 +137,7 @@ def convert(
         kept = _linears_kept(files, codec_type, others) if linears == "fp8" else []
         head = names.of("lm_head.weight")
         if lm_head == "fp8":
-            _check_head(files, head, "lm_head.weight" in tied_names(skeleton))
+            _check_head(files, source_type, codec_type, head, "lm_head.weight" in tied_names(skeleton))
         codec = Plain(names, _plain_dtype(fields)) if codec_type is Plain else codec_type(names)
         with new_directory(out) as partial:
             to_round = {name for name in others if linears == "fp8" and is_fp8_linear(codec_type, name)}
@@ -253,17 +253,27 @@ def _linears_kept(files: WeightFiles, codec_type: type[Codec], names: list[str])
     return kept
 
 
-def _check_head(files: WeightFiles, head: str, is_tied: bool) -> None:
+def _check_head(
+    files: WeightFiles, source_type: type[Codec], codec_type: type[Codec], head: str, is_tied: bool
+) -> None:
     """Raises ValueError when the language-model head cannot be stored in FP8."""
     if is_tied:
         raise ValueError(
             f"the LM head of {files.path} is its embedding, which is not stored in FP8: leave lm_head at keep"
         )
-    if not is_whole_tiles(files.shape(head)):
+    is_moved = files.dtype(head) == "F8_E4M3" and _can_hold(files, source_type, codec_type, head)
+    if not is_moved and not is_whole_tiles(files.shape(head)):
         raise ValueError(
             f"{files.path}: {head} of shape {files.shape(head)} is not of whole tiles of {TILE_SIZE} x {TILE_SIZE}, "
             "which FP8 takes: leave lm_head at keep"
         )
+
+
+def _can_hold(files: WeightFiles, source_type: type[Codec], codec_type: type[Codec], name: str) -> bool:
+    """Whether a tensor is FP8 that the target format stores as it is: tiles that are cut are no matter then."""
+    tensor = read_linear(files, source_type, name, files.shape(name))
+    assert codec_type.linear_scale is not None
+    return isinstance(tensor, FP8Tensor) and tensor.with_scales(codec_type.linear_scale[1]) is not None
 
 
 def _outside(weights: list[ExpertWeight], of_model: dict[str, ExpertWeight]) -> list[ExpertWeight]:

@@ -91,7 +91,22 @@ def test_figures_say_what_they_show(grid: AblationGrid, tmp_path: Path) -> None:
     alone, drafted = (container[0] for container in figures["kl_by_speed"].axes[0].containers)
     assert (*alone.get_xydata(), *drafted.get_xydata()) == (pytest.approx([900, 0.7]), pytest.approx([2000, 0.7]))
     assert (alone.get_markerfacecolor(), drafted.get_markerfacecolor()) == ("none", drafted.get_color())
+    assert not speed_lines(grid)
+    full = grid.rows[0].model_copy(update={"predicted_tokens_per_second": 450.0})
+    drafted_full = full.model_copy(update={"drafter": "full", "predicted_tokens_per_second": 1500.0})
+    (line,) = speed_lines(grid.model_copy(update={"rows": (drafted_full, full, *grid.rows[1:])}))
+    assert line.get_xdata() == [450.0, 450.0] and line.get_linestyle() == ":"
     assert ablation_figures(grid.model_copy(update={"rows": grid.rows[5:]})) == {}
+
+
+def speed_lines(grid: AblationGrid) -> list[Line2D]:
+    """Full precision's lines in the figure over tokens/s, after checking that the legend names as many."""
+    (axes,) = ablation_figures(grid)["kl_by_speed"].axes
+    found = [line for line in axes.lines if line.get_label() == "full precision, undrafted"]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()].count("full precision, undrafted") == len(found)
+    return found
 
 
 def test_more_temperatures_than_colours_are_drawn(grid: AblationGrid) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speedstack.quant.formats import FORMATS
 from speedstack.runtime.config_file import read_model_config, spec_from_fields
 from speedstack.runtime.cost import Assumptions, active_experts, step_cost, weights_bytes
-from speedstack.runtime.formats import WeightFormats, formats_from_fields, weight_format
+from speedstack.runtime.formats import WeightFormats, formats_from_fields
 from speedstack.runtime.gpus import Gpu, gpu_named
 from speedstack.runtime.interleave import Lists, search
 from speedstack.runtime.phases import MMA_TILES, build_plan, choose_tile
@@ -371,28 +369,6 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(ValueError, match="JSON list instead of an object"):
         read_model_config(tmp_path)
-
-
-def test_formats_of_checkpoints() -> None:
-    def formats(**fields: Any) -> WeightFormats:
-        return formats_from_fields({"model_type": "qwen3_moe", **fields})
-
-    assert formats() == WeightFormats()
-    assert formats(torch_dtype="float32").experts == "float32"
-    packed = {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}
-    assert formats(quantization_config=packed) == WeightFormats(experts="mxfp4")
-    assert formats(quantization_config={"quant_method": "fp8"}).attention_output == "fp8"
-    with pytest.raises(ValueError, match="'awq' is not known"):
-        formats(quantization_config={"quant_method": "awq"})
-    with pytest.raises(ValueError, match="dtype 'int8'"):
-        formats(dtype="int8")
-    # 4 bits and a byte for 32; a float32 for 128 x 128
-    assert WeightFormats(experts="mxfp4").num_bytes("experts", 1024) == 1024 * 4.25 / 8
-    assert math.isclose(WeightFormats(lm_head="fp8").num_bytes("lm_head", 128**2), 128**2 + 4)
-    for name, chosen in FORMATS.items():
-        assert WeightFormats(experts=weight_format(name)).num_bytes("experts", 8) == chosen.bits_per_weight
-    with pytest.raises(ValueError, match="knows no number format 'fp3'"):
-        weight_format("fp3")
 
 
 def test_gpus_by_name() -> None:

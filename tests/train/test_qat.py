@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from speedstack.eval.divergence import token_kl
 from speedstack.quant import grouped
 from speedstack.quant.calibration import gptq_experts
-from speedstack.quant.checkpoint import load_checkpoint, load_model, save_packed
+from speedstack.quant.checkpoint import load_checkpoint, load_model, save_packed, weights_sha256
 from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters, router_parameters
 from speedstack.quant.mxfp4 import MXFP4Tensor, ScaleRule, fake_quantize
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.train.config import OptimSection, QatConfig
 from speedstack.train.corpus import load_corpus
 from speedstack.train.data import PackedWindows
+from speedstack.train.digest import corpus_digest
 from speedstack.train.loop import RunResult
 from speedstack.train.metrics import read_metrics
 from speedstack.train.objective import forward_kl
@@ -380,6 +381,33 @@ def test_a_model_replaced_in_place_is_refused(
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="the model of this run has changed since it was started"):
         qat(config)
+
+
+def test_a_corpus_replaced_in_place_is_refused(
+    pretrained: RunResult, corpus_path: Path, make_qat_config: MakeConfig, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(corpus_path, corpus)
+    config = make_qat_config(tmp_path, pretrained.export_path, data__corpus=str(corpus), loop__num_steps=1)
+    result = qat(config)
+    inputs = result.path / "inputs.json"
+    recorded = {
+        "model": weights_sha256(pretrained.export_path),
+        "corpus": corpus_digest(corpus_path),
+    }
+    assert json.loads(inputs.read_text(encoding="utf-8")) == recorded
+    # A finished run is returned, and keeps what it has noted.
+    assert qat(config) == result and json.loads(inputs.read_text(encoding="utf-8")) == recorded
+    shutil.rmtree(result.export_path)
+    tokenizer = corpus / "tokenizer" / "tokenizer.json"
+    text = tokenizer.read_text(encoding="utf-8")
+    tokenizer.write_text(f"{text}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="the corpus of this run has changed since it was started"):
+        qat(config)
+    # What a run did not note when it began is not known later.
+    inputs.write_text(json.dumps({"model": recorded["model"]}), encoding="utf-8")
+    assert qat(config) == result
+    assert json.loads(inputs.read_text(encoding="utf-8")) == {"model": recorded["model"]}
 
 
 def test_prediction_heads_go_along(pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from speedstack.quant.fp8 import FP8Tensor, quantize_fp8
 
 MakeFamily = Callable[[str], PreTrainedModel]
 WEIGHTS = "model.safetensors"
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,36 @@ def test_fp8_linears_of_another_format_are_rounded_again(fp8_model: MiMoV2FlashF
     expected = quantize_fp8(values, torch.float8_e8m0fnu)
     assert torch.equal(target[f"{name}.weight"].view(torch.uint8), expected.codes_OI.view(torch.uint8))
     assert torch.equal(target[f"{name}.scale"].view(torch.uint8), expected.scales_PQ.view(torch.uint8))
+
+
+def test_an_fp8_head_of_cut_tiles_is_moved(
+    fp8_model: MiMoV2FlashForCausalLM, tmp_path: Path, edit_weights: Callable[..., Any], refuses: Callable[..., None]
+) -> None:
+    """Such a head cannot be made here, but one that comes so stays so where the new format has its scales."""
+    save_packed(fp8_model, tmp_path / "packed")
+    cut = quantize_fp8(torch.randn(192, 128), torch.float8_e8m0fnu)
+    edit_weights(
+        tmp_path / "packed",
+        lambda tensors: tensors.update({name: tensors[name][:192].clone() for name in VOCABULARY}),
+    )
+    set_field(tmp_path / "packed", "vocab_size", 192)
+    refuses(tmp_path / "packed", "mimo", r"lm_head.weight of shape \(192, 128\) is not of whole tiles", lm_head="fp8")
+    convert(tmp_path / "packed", "deepseek-v4", tmp_path / "deepseek")
+    head = {"lm_head.weight": cut.codes_OI, "lm_head.scale": cut.scales_PQ}
+    edit_weights(tmp_path / "deepseek", lambda tensors: tensors.update(head))
+    with pytest.warns(UserWarning, match="the LM head is in FP8"):
+        convert(tmp_path / "deepseek", "mimo", tmp_path / "mimo", lm_head="fp8")
+    moved = load_file(tmp_path / "mimo" / WEIGHTS)
+    assert torch.equal(moved["lm_head.weight"].view(torch.uint8), cut.codes_OI.view(torch.uint8))
+    assert torch.equal(moved["lm_head.weight_scale_inv"], cut.scales_PQ.float())
+    # E8M0 does not hold every float32.
+    edit_weights(tmp_path / "mimo", lambda tensors: tensors["lm_head.weight_scale_inv"].mul_(1.5))
+    refuses(tmp_path / "mimo", "deepseek-v4", "is not of whole tiles", lm_head="fp8")
+
+
+def set_field(directory: Path, name: str, value: Any) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
 
 
 def test_float16_linears_become_fp8(
