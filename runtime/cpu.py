@@ -11,6 +11,7 @@ their values: twice the bytes, and a warning says so.
 """
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -69,6 +70,11 @@ class CpuBackend:
         self, weights: ModelWeights, drafter: DFlashDraftModel | None, num_slots: int, max_length: int
     ) -> None:
         check_supported(weights)
+        if os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE" and torch.get_num_threads() > 1:
+            logger.warning(
+                "backend cpu: with OMP_WAIT_POLICY=PASSIVE threads sleep between operations, which made decoding of a "
+                "small model five times slower: unset it, or use one thread"
+            )
         started = time.perf_counter()
         self.spec, self.num_slots, self.max_length = weights.spec, num_slots, max_length
         self._runner = Runner()

@@ -87,10 +87,11 @@ class ResidentBackend(PlanBackend):
     def _prepare(self) -> None:
         from speedstack.runtime.bindings import bind
         from speedstack.runtime.kernels.triton.counters import DUMP_RECORD
-        from speedstack.runtime.tasks import build_tasks
+        from speedstack.runtime.tasks import build_tasks, check_early_choices
 
         failure = prove(self.plan).failure
         assert failure is None, failure
+        check_early_choices(self.plan)
         self.bindings = bind(self.plan, self.weights, self.memory)
         self.tasks = build_tasks(self.plan, self.bindings, self.device)
         self.counters = torch.zeros(self.plan.num_counters, dtype=torch.int32, device=self.device)

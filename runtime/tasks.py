@@ -110,6 +110,22 @@ def variant_of(binding: Binding) -> Constants:
     )
 
 
+def check_early_choices(plan: Plan) -> None:
+    """Asserts what the proof does not know: `expert_down` chooses experts before its own wait.
+
+    The router's logits have to lie behind a wait of an earlier phase of the same step, which every program has passed.
+    """
+    for index, phase in enumerate(plan.phases):
+        if phase.op == "expert_down":
+            routers = {read.producer for read in phase.reads if read.region.buffer.startswith("router.")}
+            assert len(routers) == 1, f"{phase.name} reads the logits of one router"
+            router = routers.pop()
+            assert router is not None
+            between = plan.phases[plan.phase_named[router] + 1 : index]
+            is_behind = any(wait.counter == router and not wait.strides for one in between for wait in one.waits)
+            assert is_behind, f"{phase.name} chooses before anything has waited for {router}"
+
+
 def explain(plan: Plan, dump: torch.Tensor) -> str:
     """A line for each program that gave up: what it waits for, and what it saw. dump: int32 [programs, DUMP_RECORD]."""
     names = [

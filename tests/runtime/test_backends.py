@@ -259,3 +259,14 @@ def test_sizes_the_kernels_cannot_take_are_refused_by_name(make_tiny_model: Call
     weights = read_weights(spec_from_config(model.config), tensors, torch.float32, torch.device("cpu"), tied=False)
     with pytest.raises(ValueError, match=r"query/key head size that is a multiple of 16, not 40"):
         CpuBackend(weights, None, 1, 64)
+
+
+def test_threads_that_sleep_are_warned_of(
+    tiny_packed_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = weights_of(tiny_packed_dir)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    for num_threads, is_warned in ((1, False), (2, True)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda num_threads=num_threads: num_threads)
+        CpuBackend(weights, None, 1, 32)
+        assert ("OMP_WAIT_POLICY=PASSIVE" in caplog.text) == is_warned

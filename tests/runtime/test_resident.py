@@ -1,9 +1,9 @@
-"""The resident kernel under seeded schedules: whole steps equal to the reference, and its faults found.
+"""The resident kernel under seeded schedules: whole steps equal to the reference.
 
 The kernel is the one that a GPU runs. Its programs are threads that take turns at every counter operation and every
 store, in an order that a seed decides. Triton decides when it is imported whether it interprets, so one test runs this
-file again in a process that has TRITON_INTERPRET set, and test_resident_rounds with it. SPEEDSTACK_SCHEDULES=200 runs
-more schedules than continuous integration has time for.
+file again in a process that has TRITON_INTERPRET set, and test_resident_faults and test_resident_rounds with it.
+SPEEDSTACK_SCHEDULES=200 runs more schedules than continuous integration has time for.
 
 Legend: R rows, V vocabulary.
 """
@@ -21,40 +21,25 @@ from typing import Any
 import pytest
 import torch
 
-from speedstack.runtime.backend import Draw, RoundsRequest, Rows
+from speedstack.runtime.backend import Draw, Rows
 from speedstack.runtime.expected import expected_buffers, found_buffer
-from speedstack.runtime.plan import Plan
-from speedstack.runtime.proof import prove
 from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.resident import ResidentBackend
 from speedstack.runtime.select import make_backend
 from tests.runtime.plan_cases import (
     CASES,
     NUM_ROWS,
-    NUM_SLOTS,
     SMALL_CASES,
     SMALL_LENGTH,
     check_caches,
     check_text,
-    fill,
     naming,
     prefilled,
     rows_of,
 )
+from tests.runtime.resident_cases import HAS_TRITON, INTERPRETED, SPLIT, interpreted, outcome, resident_of, same, small
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-interpreted = pytest.mark.skipif(not (INTERPRETED and HAS_TRITON), reason="runs in the process that interprets")
 NUM_SCHEDULES = int(os.environ.get("SPEEDSTACK_SCHEDULES", "40"))
-SPLIT = 16
-
-
-def resident_of(reference: ReferenceBackend, num_programs: int, **options: Any) -> ResidentBackend:
-    backend = ResidentBackend(
-        reference.weights, None, NUM_SLOTS, reference.max_length, split_size=SPLIT, num_programs=num_programs, **options
-    )
-    fill(backend, reference)
-    return backend
 
 
 class Watch:
@@ -115,38 +100,6 @@ def test_every_buffer_of_every_step_equals_the_reference(case: str, num_programs
     assert backend.next_step == 3 and not any(watch.left.values())
 
 
-def outcome(backend: ResidentBackend, start: tuple[list[torch.Tensor], Rows], num_steps: int) -> tuple[Any, ...]:
-    """Tokens, logits and caches after some steps without the host, from the same contexts every time."""
-    caches, rows = start
-    for cache, was in zip(backend.memory.caches, caches, strict=True):
-        cache.copy_(was)
-    backend.memory.outbox.zero_()  # nothing is right because an earlier run left it there
-    requests = [
-        RoundsRequest([0] * position + [token], slot, SMALL_LENGTH, False, draw=draw)
-        for token, slot, position, draw in zip(
-            rows.tokens, rows.slots, rows.positions, rows.draws or [None] * len(rows.tokens), strict=True
-        )
-    ]
-    assert backend.rounds is not None
-    rounds = backend.rounds.run(requests, num_steps)
-    tokens = [[one.tokens[0] for one in step] for step in zip(*rounds, strict=True)]
-    logits_RV = backend.memory.logits_VR[:, : len(rows.tokens)].T.clone()
-    return tokens, logits_RV, [cache.clone() for cache in backend.memory.caches]
-
-
-def same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Bit for bit, what is not a number too."""
-    pairs = [(a[1], b[1]), *zip(a[2], b[2], strict=True)]
-    return a[0] == b[0] and all(torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in pairs)
-
-
-def small(case: str, num_programs: int, **options: Any) -> tuple[ResidentBackend, tuple[list[torch.Tensor], Rows]]:
-    """A backend for a smaller model of the family, and where its runs start."""
-    reference, ids = prefilled(SMALL_CASES[case](), [17, 6], SMALL_LENGTH)
-    backend = resident_of(reference, num_programs, num_rows=2, **options)
-    return backend, ([cache.clone() for cache in backend.memory.caches], rows_of(ids, (0, 17), (1, 6)))
-
-
 @interpreted
 @pytest.mark.parametrize("is_draft", [False, True])
 def test_repeating_a_step_leaves_it_as_it_was(is_draft: bool) -> None:
@@ -188,88 +141,6 @@ def test_steps_without_the_host_are_the_references_under_every_schedule(case: st
         backend = backends[seed % 3]
         backend.seed = seed
         assert same(outcome(backend, start, 2), expected), f"seed {seed}, {backend.plan.num_programs} programs"
-
-
-def altered(plan: Plan, name: str, **changes: Any) -> Plan:
-    """The plan with one phase changed."""
-    phases = list(plan.phases)
-    index = plan.phase_named[name]
-    phases[index] = replace(phases[index], **changes)
-    return replace(plan, phases=tuple(phases))
-
-
-def plant(backend: ResidentBackend, plan: Plan) -> None:
-    """Has the kernel execute another plan, as the backend would never let it."""
-    from speedstack.runtime.bindings import bind
-    from speedstack.runtime.tasks import build_tasks
-
-    backend.plan = plan
-    backend.tasks = build_tasks(plan, bind(plan, backend.weights, backend.memory), backend.device)
-    backend.counters.zero_()
-    backend.next_step = 0
-
-
-@interpreted
-def test_a_missing_signal_is_a_dump_and_not_a_hang() -> None:
-    """From the scheduler, and from the kernel's own budget; after that the backend works again."""
-    from speedstack.runtime.interpret import Deadlock
-
-    backend, start = small("qwen3-mxfp4", 3, prefetch="movers", num_movers=1)
-    expected, sound = outcome(backend, start, 2), backend.plan
-    plant(backend, altered(sound, "L00.combine", signals=()))
-    assert prove(backend.plan).failure is not None
-    with pytest.raises(Deadlock, match="program 2: polls address") as caught:
-        outcome(backend, start, 2)
-    assert set(caught.value.waiting) == {0, 1, 2, 3}
-    backend.max_polls, backend.interpreter_options = 300, {"patience": None}
-    backend.counters.zero_()
-    backend.next_step = 0
-    with pytest.raises(RuntimeError, match="the resident kernel waited in vain") as failed:
-        outcome(backend, start, 2)
-    for program in range(3):
-        line = f"  program {program}: step 0, L00.o_proj: L00.combine[0] is 0 and has to reach 3"
-        assert line in str(failed.value).splitlines()
-    assert "  mover 0: step 0, " in str(failed.value)
-    plant(backend, sound)
-    assert same(outcome(backend, start, 2), expected)
-
-
-@interpreted
-def test_an_item_that_waits_in_vain_is_named() -> None:
-    backend, start = small("mimo", 3, max_polls=300)
-    backend.interpreter_options = {"patience": None}
-    phase = backend.plan.phases[backend.plan.phase_named["L00.attention"]]
-    (wait,) = phase.waits
-    plant(backend, altered(backend.plan, phase.name, waits=(replace(wait, offset=wait.offset + 1),)))
-    with pytest.raises(RuntimeError) as failed:
-        outcome(backend, start, 2)
-    reached, missing = wait.offset, wait.offset + 1
-    assert re.search(
-        rf"program \d: step 0, L00\.attention\[\d, \d, \d\]: L00\.qkv\[\d\] is {reached} and has to reach {missing}",
-        str(failed.value),
-    )
-
-
-@interpreted
-@pytest.mark.parametrize(("name", "fault"), [
-    ("L00.combine", "lowered"), ("lm_head", "lowered"), ("accept", "lowered"),
-    ("L00.o_proj", "early"), ("L00.down", "early"), ("L00.attention", "early"),
-])  # fmt: skip
-def test_a_read_before_its_time_is_seen_by_some_schedule(name: str, fault: str) -> None:
-    """A threshold lower by one, or no wait at all: the proof rejects it, and a handful of schedules shows it."""
-    backend, start = small("qwen3-mxfp4", 3, prefetch="none")
-    expected, sound = outcome(backend, start, 3), backend.plan
-    (wait,) = sound.phases[sound.phase_named[name]].waits
-    waits = () if fault == "early" else (replace(wait, offset=wait.offset - 1),)
-    plant(backend, altered(sound, name, waits=waits))
-    assert prove(backend.plan).failure is not None
-    for seed in range(40):
-        backend.seed = seed
-        backend.counters.zero_()
-        backend.next_step = 0
-        if not same(outcome(backend, start, 3), expected):
-            return
-    pytest.fail("no schedule shows it")
 
 
 @interpreted
@@ -427,7 +298,7 @@ def test_older_gpus_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_under_the_interpreter() -> None:
-    files = [__file__, str(Path(__file__).with_name("test_resident_rounds.py"))]
+    files = [__file__, *(str(Path(__file__).with_name(f"test_resident_{what}.py")) for what in ("faults", "rounds"))]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=1500", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
