@@ -166,11 +166,11 @@ class Engine:
         has_trees = strategy.tree_budget is not None
         if has_trees and self.backend.no_trees_because is not None:
             raise ValueError(refuse_trees(self.backend))
+        rounds = rounds_for(self.backend, drafter, strategy)  # which may fail, and then nothing has changed
         self._drafter, self.strategy, self.num_drafts = drafter, strategy, num_drafts
         proposer: Proposer = DrafterProposer(self.backend, strategy)
         if drafter is None or drafter == NGRAM:
             proposer = NoProposer() if drafter is None else NgramProposer()
-        rounds = rounds_for(self.backend, drafter, strategy)
         self._decoder = Decoder(self.backend, proposer, has_trees, self.spec.vocab_size, self.device, rounds)
 
     @property

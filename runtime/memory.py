@@ -105,8 +105,8 @@ def sampling_records(
 ) -> torch.Tensor:
     """Int32 [capacity, RECORD] on the CPU: what `kernels.triton.head` samples by."""
     records = torch.zeros(capacity, RECORD, dtype=torch.int32)
-    for row, (seed, sequence) in enumerate(zip(seeds, sequences, strict=True)):
-        records[row, :4] = torch.tensor([seed % 2**64, sequence % 2**64], dtype=torch.uint64).view(torch.int32)
-    temperature = torch.tensor(list(temperatures), dtype=torch.float32)
-    records[: len(temperature), 4] = temperature.view(torch.int32)
+    if any(temperatures):
+        keys = [(seed % 2**64, sequence % 2**64) for seed, sequence in zip(seeds, sequences, strict=True)]
+        records[: len(keys), :4] = torch.tensor(keys, dtype=torch.uint64).view(torch.int32)
+        records[: len(keys), 4] = torch.tensor(list(temperatures), dtype=torch.float32).view(torch.int32)
     return records

@@ -13,7 +13,7 @@ Legend: R rows, C features, W wanted rows, V vocabulary.
 import contextlib
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -115,10 +115,22 @@ class PlanBackend:
 
     def set_drafter(self, drafter: DFlashDraftModel | None) -> None:
         w = self.weights
-        self._make_plan(() if drafter is None else tuple(drafter.config.target_layer_ids), has_look_up=False)
-        self.drafter = None
-        if drafter is not None:
-            self.drafter = ModuleDrafter(drafter, w.embedding_VD, w.lm_head_VD, self.num_slots, self.max_length)
+        with self._all_or_nothing():
+            self._make_plan(() if drafter is None else tuple(drafter.config.target_layer_ids), has_look_up=False)
+            self.drafter = None
+            if drafter is not None:
+                self.drafter = ModuleDrafter(drafter, w.embedding_VD, w.lm_head_VD, self.num_slots, self.max_length)
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """What fails inside leaves this backend as it was: a plan never runs on the tables of another one."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
 
     def _make_plan(self, taps: tuple[int, ...], has_look_up: bool) -> None:
         w, self._has_look_up = self.weights, has_look_up

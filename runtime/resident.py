@@ -115,7 +115,8 @@ class ResidentBackend(PlanBackend):
         if is_wanted != self._has_look_up:
             assert self.drafter is None or not is_wanted
             taps = () if self.drafter is None else tuple(self.drafter.model.config.target_layer_ids)
-            self._make_plan(taps, is_wanted)
+            with self._all_or_nothing():
+                self._make_plan(taps, is_wanted)
 
     def launch(self, num_steps: int) -> list[list[int]]:
         """The reports (see `Memory`) of steps of what `memory.inbox` says. Raises RuntimeError as `step` does."""
@@ -159,7 +160,7 @@ class ResidentBackend(PlanBackend):
         self.next_step += num_steps
 
     def _reports(self, num_steps: int) -> list[list[int]]:
-        # The one copy from the GPU, which waits for the kernel.
+        # The first copy from the GPU, which waits for the kernel.
         words = self.memory.report_words(num_steps).tolist()
         if words[0]:
             self._give_up()

@@ -10,7 +10,7 @@ what a step computes; `sequences`, how far each sequence is and when it ends; `h
 decodes, one step a launch, has an empty record in `sequences`, and both phases leave its rows alone.
 
 A sequence owns the same rows for the whole launch, used or not: where they lie does not depend on how many drafts other
-sequences have, and an idle row costs nothing that an absent one would not.
+sequences have. So fewer sequences share a launch than would if rows were dealt out every round.
 
 Left out: a DFlash drafter's forward. Its proposals come from the host, and take a launch a step.
 """

@@ -2,8 +2,9 @@
 
 The host writes a record of each sequence, and its text where look-up drafts from it, launches, and reads a report of
 every step when all are done. A text stays on the GPU: it is sent again only when the host has computed rows of its slot
-since. Sequences share a step as long as their rows fit, drafts included; more of them take several launches. Texts do
-not depend on that, nor on how many rounds a launch makes.
+since. Sequences share a step as long as their rows fit, drafts included; more of them take several launches, which for
+many sequences that find little to look up are more steps than the host's rounds would be. Texts do not depend on that,
+nor on how many rounds a launch makes.
 
 A sequence that is over leaves its rows idle until the launch ends; when all are, the steps that are left compute
 nothing that is kept.
@@ -25,7 +26,7 @@ from speedstack.runtime.strategy import NGRAM, DraftStrategy
 if TYPE_CHECKING:
     from speedstack.runtime.resident import ResidentBackend
 
-ROUNDS_A_LAUNCH = 8  # a guess: launching and reading cost little beside so many, and a stream shows them together
+ROUNDS_A_LAUNCH = 8  # a guess, not measured: fewer cost launches, more keep a stream waiting
 
 
 class ResidentRounds(Rounds):

@@ -122,7 +122,8 @@ def check_early_choices(plan: Plan) -> None:
             router = routers.pop()
             assert router is not None
             between = plan.phases[plan.phase_named[router] + 1 : index]
-            is_behind = any(wait.counter == router and not wait.strides for one in between for wait in one.waits)
+            whole = Wait(router, plan.num_programs, plan.num_programs)  # of all programs in this step
+            is_behind = any(whole in one.waits for one in between)
             assert is_behind, f"{phase.name} chooses before anything has waited for {router}"
 
 

@@ -186,6 +186,8 @@ def test_tokens_are_those_of_the_engine() -> None:
     assert len(drawn) > 1
     logits_RV[1, 33] = float("nan")
     assert run_sample(logits_RV, [0.0, 1.0, 0.0], [1, 2, 3])[1] == -1
+    logits_RV[1] = float("-inf")
+    assert run_sample(logits_RV, [0.0, 1.0, 0.0], [1, 2, 3])[1] == 0, "a token of the vocabulary, whatever happens"
 
 
 def test_lm_head_names_its_largest_logit() -> None:

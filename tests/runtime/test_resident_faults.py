@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from speedstack.runtime import Engine
 from speedstack.runtime.plan import Plan
 from speedstack.runtime.proof import prove
 from speedstack.runtime.resident import ResidentBackend
+from tests.runtime.plan_cases import SMALL_CASES
 from tests.runtime.resident_cases import interpreted, outcome, same, small
 
 
@@ -103,5 +105,23 @@ def test_experts_are_chosen_early_only_behind_a_wait() -> None:
 
     plan = small("qwen3-mxfp4", 3)[0].plan
     check_early_choices(plan)
-    with pytest.raises(AssertionError, match=r"L00\.down chooses before anything has waited for L00\.router"):
-        check_early_choices(altered(plan, "L00.gate_up", waits=()))
+    (wait,) = plan.phases[plan.phase_named["L00.gate_up"]].waits
+    for waits in ((), (replace(wait, offset=wait.offset - 1),)):
+        with pytest.raises(AssertionError, match=r"L00\.down chooses before anything has waited for L00\.router"):
+            check_early_choices(altered(plan, "L00.gate_up", waits=waits))
+
+
+@interpreted
+def test_a_plan_that_is_refused_leaves_the_last_one_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    from speedstack.runtime import tasks
+
+    engine = Engine(SMALL_CASES["dense"](), None, None, "resident", 32, 2)
+    prompt = [5, 6, 7, 5, 6]
+    before = engine.generate(prompt, max_new_tokens=6).tokens
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "MAX_VARIANTS", len(engine.backend.tasks.variants))  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match="use backend='graph'"):
+            engine.set_drafter("ngram")
+    assert engine.generate(prompt, max_new_tokens=6).tokens == before
+    engine.set_drafter("ngram")
+    assert engine.generate(prompt, max_new_tokens=6).tokens == before

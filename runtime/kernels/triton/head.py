@@ -115,7 +115,9 @@ def _gumbel_max(
             largest_B = tl.where(is_larger_B, score_B, largest_B)
             token_B = tl.where(is_larger_B, v_B, token_B)
     largest = tl.max(largest_B, axis=0)
-    return tl.min(tl.where(largest_B == largest, token_B, _NONE), axis=0)
+    token = tl.min(tl.where(largest_B == largest, token_B, _NONE), axis=0)
+    # Where every score is -inf none is larger than what there was before: the first of them, as for the host.
+    return tl.where(token == _NONE, 0, token)
 
 
 @triton.jit
