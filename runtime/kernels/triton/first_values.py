@@ -11,12 +11,14 @@ not count the hook in the name of what it caches on disk: kernels cached with it
 """
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from triton import knobs
 
+_LOCK = threading.RLock()
 _KEY = "speedstack: first values"
 _LOAD = re.compile(r"@!?%p\d+ ld\.shared\.b(16|32|64) (%\w+), (\[[^\]]*\];)")
 
@@ -34,22 +36,26 @@ def with_first_values(ptx: str) -> str:
 
 @contextmanager
 def first_values() -> Iterator[None]:
-    """What is compiled inside has first values. A hook that somebody else has set goes on working."""
-    other = knobs.runtime.add_stages_inspection_hook
+    """What is compiled inside has first values. A hook that somebody else has set goes on working.
 
-    def hook(*arguments: Any) -> Any:
-        if not arguments:  # asked what tells kernels of this hook from others, as text and as hash
-            texts = other() if other is not None else ("", "")
-            return tuple(_KEY + text for text in texts)
-        if other is not None:
-            other(*arguments)
-        stages = arguments[1]
-        make_ptx = stages["ptx"]
-        stages["ptx"] = lambda source, metadata: with_first_values(make_ptx(source, metadata))
-        return None
+    One thread at a time: the hook is the process's.
+    """
+    with _LOCK:
+        other = knobs.runtime.add_stages_inspection_hook
 
-    knobs.runtime.add_stages_inspection_hook = hook
-    try:
-        yield
-    finally:
-        knobs.runtime.add_stages_inspection_hook = other
+        def hook(*arguments: Any) -> Any:
+            if not arguments:  # asked what tells kernels of this hook from others, as text and as hash
+                texts = other() if other is not None else ("", "")
+                return tuple(_KEY + text for text in texts)
+            if other is not None:
+                other(*arguments)
+            stages = arguments[1]
+            make_ptx = stages["ptx"]
+            stages["ptx"] = lambda source, metadata: with_first_values(make_ptx(source, metadata))
+            return None
+
+        knobs.runtime.add_stages_inspection_hook = hook
+        try:
+            yield
+        finally:
+            knobs.runtime.add_stages_inspection_hook = other
