@@ -225,8 +225,11 @@ def test_logits_that_are_no_numbers_are_the_same_error(
     assert engine.generate(PROMPTS[1], max_new_tokens=before + 1).tokens == tokens[: before + 1]
 
 
-def test_proposals_are_those_of_the_index(weights: ModelWeights) -> None:
-    """Token for token, for texts of a few words repeated, of any length, with room for all or for few of them."""
+def test_drafts_lie_in_the_rows_that_their_sequence_owns(weights: ModelWeights) -> None:
+    """The layout of the plan's records, idle rows too, for texts of any length with room for all drafts or for few.
+
+    What is proposed is the index's own answer here; test_round_functions holds the kernel against it.
+    """
     rng = random.Random(0)
     backend = InterpretedBackend(weights, MAX_LENGTH, num_rows=16, num_programs=1)
     backend.set_look_up(True)
