@@ -44,9 +44,11 @@ class Decoder:
         for start in range(0, len(ids), MAX_ROWS):
             chunk = ids[start : start + MAX_ROWS]
             positions = list(range(start, start + len(chunk)))
-            draws = [sequence.draw()] * len(chunk) if self._is_drawn_there(sequence) else None
-            rows = Rows(chunk, [sequence.slot] * len(chunk), positions, draws=draws)
             is_last = start + len(chunk) == len(ids)
+            draws = None
+            if is_last and self._is_drawn_there(sequence):  # a token is wanted after the last row alone
+                draws = [*[None] * (len(chunk) - 1), sequence.draw()]
+            rows = Rows(chunk, [sequence.slot] * len(chunk), positions, draws=draws)
             logits_WV, best = self._backend.step(rows, [len(chunk) - 1] if is_last else [])
         noise = NoiseTable(self._vocab_size, self._device)
         token = self._choose(sequence, logits_WV[0], best[0], len(ids), noise)
