@@ -8,8 +8,9 @@ is closer than roundings can move it are counted and left out, and so are tokens
 Of MiMo, whose makers release it so, it is asked once more with attention, dense MLP and LM head in FP8.
 
 Row invariance has no tolerance: a row's logits are the same bits alone, among others, at other places and in a draft,
-and a text is the same token by token as scoring finds it. Of Qwen3 it is asked whether a text is the same with prompt
-look-up, which the `resident` backend does in its kernel.
+and a text is the same token by token as scoring finds it. Tokens that a backend draws by itself are those that the
+sampler draws from its logits. Of Qwen3 it is asked whether a text is the same with prompt look-up, which the `resident`
+backend does in its kernel.
 
 Legend: R rows, V vocabulary, D any width, E experts.
 """
@@ -22,11 +23,12 @@ import torch
 
 from speedstack.eval.gpu_suite.scale import Scale
 from speedstack.eval.released import tiny_config
-from speedstack.runtime.backend import Backend, Rows
+from speedstack.runtime.backend import Backend, Draw, Rows
 from speedstack.runtime.engine import Engine
 from speedstack.runtime.expected import expected_buffers, found_buffer
 from speedstack.runtime.graph import GraphBackend
 from speedstack.runtime.reference import ReferenceBackend
+from speedstack.runtime.sampling import SamplingParams, filter_logits, gumbel_noise, sample
 from speedstack.runtime.select import DTYPES, make_backend
 from speedstack.runtime.shapes import random_weights
 from speedstack.runtime.spec import MoeSpec, spec_from_config
@@ -36,6 +38,11 @@ from speedstack.runtime.weights import ModelWeights, MoeWeights
 # after another, about sqrt(20) * 2**-9 = 0.9 % where they are independent. float32: sums of up to 96 terms in another
 # order.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
+
+TEMPERATURES = (0.7, 1.0, 5.0)
+# Two scores (logit / temperature + noise) may trade places where they are as close, in float32 units of the largest
+# number that they are made of: each takes two logarithms, of one unit each, and a sum, of half a unit.
+SCORE_ULPS = 8
 
 
 class Checker:
@@ -159,13 +166,51 @@ class Checker:
                 raise RuntimeError(f"token {place + 1} of a text is not the one that scoring the text finds best")
         return {"num_texts": len(texts), "num_tokens": sum(map(len, texts))}
 
+    def check_sampling(self) -> dict[str, Any]:
+        """Tokens that the backend draws: `sample` of its own logits, but for near ties.
+
+        Raises RuntimeError where they differ, and where noise decides nothing. Of a backend whose tokens the host draws
+        there is nothing to compare.
+        """
+        backend = self._backend()
+        if backend.rounds is None:
+            return {"is_drawn_by_host": True}
+        self._fill(backend)
+        rows, num_compared, num_ties, num_changed = self._next_rows(range(self.num_rows)), 0, 0, 0
+        for number, temperature in enumerate(TEMPERATURES):
+            # Seeds and sequences of which all 64 bits matter.
+            draws = [
+                Draw(2**64 - 1 - self.num_rows * number - row, 2**63 + 2**32 * row + number, temperature)
+                for row in range(self.num_rows)
+            ]
+            logits_RV, tokens = backend.step(replace(rows, draws=draws), range(self.num_rows))
+            seeds, sequences = [draw.seed for draw in draws], [draw.sequence for draw in draws]
+            positions = [position + 1 for position in rows.positions]
+            noise_RV = gumbel_noise(seeds, sequences, positions, self.spec.vocab_size, self.device)
+            params = SamplingParams(temperature)
+            for row, (logits_V, noise_V) in enumerate(zip(logits_RV, noise_RV, strict=True)):
+                if is_near_tie(logits_V, noise_V, params):
+                    num_ties += 1
+                    continue
+                wanted = sample(logits_V, noise_V, params)
+                if tokens[row] != wanted:
+                    raise RuntimeError(f"at temperature {temperature} token {tokens[row]} is drawn, not {wanted}")
+                num_compared += 1
+                num_changed += wanted != int(logits_V.argmax())
+        if not num_changed:
+            raise RuntimeError("no token that is drawn differs from the most probable one")
+        return {"num_tokens_compared": num_compared, "num_near_ties": num_ties, "num_not_most_probable": num_changed}
+
     def check_look_up(self) -> dict[str, Any]:
-        """Texts with look-up and without, greedy and sampled. Raises RuntimeError where they differ."""
+        """Texts with look-up and without, greedy and sampled.
+
+        Raises RuntimeError where they differ, and where no draft was accepted, so that nothing was checked.
+        """
         engine = Engine(
             self.weights, "ngram", backend=self.backend_name, max_length=self.max_length, max_batch_size=self.num_rows
         )
         prompts = [self.ids[slot][: 3 + slot] * 2 for slot in range(2)]
-        num_new = self.scale.num_generated
+        num_new = self.scale.num_look_up
 
         def texts() -> list[Any]:
             greedy = engine.generate(prompts, max_new_tokens=num_new, ignore_eos=True)
@@ -175,11 +220,12 @@ class Checker:
         engine.set_drafter(None)
         if [out.tokens for out in with_look_up] != [out.tokens for out in texts()]:
             raise RuntimeError("a text changes when its drafts are looked up")
-        return {
-            "num_tokens": sum(len(out.tokens) for out in with_look_up),
-            "num_drafted": sum(out.stats.num_drafted for out in with_look_up),
-            "num_accepted": sum(sum(out.stats.accepted_by_position) for out in with_look_up),
-        }
+        num_drafted = sum(out.stats.num_drafted for out in with_look_up)
+        num_accepted = sum(sum(out.stats.accepted_by_position) for out in with_look_up)
+        if not num_accepted:
+            raise RuntimeError(f"none of {num_drafted} drafts was accepted: give the check longer texts")
+        num_tokens = sum(len(out.tokens) for out in with_look_up)
+        return {"num_tokens": num_tokens, "num_drafted": num_drafted, "num_accepted": num_accepted}
 
     def _backend(self) -> Backend:
         return make_backend(self.backend_name, self.weights, None, self.num_rows, self.max_length)
@@ -222,6 +268,14 @@ def choice_gap(logits_RE: torch.Tensor, correction_E: torch.Tensor | None, spec:
     best = (scores_RE if correction_E is None else scores_RE + correction_E).topk(spec.top_k + 1, dim=-1).values
     # A sigmoid rises by at most a quarter of what its argument does.
     return 4 * (best[:, -2] - best[:, -1])
+
+
+def is_near_tie(logits_V: torch.Tensor, noise_V: torch.Tensor, params: SamplingParams) -> bool:
+    """Whether roundings may decide which of the two best scores is the largest; see SCORE_ULPS. NaN is no tie."""
+    scaled_V = filter_logits(logits_V, params)
+    best_2, index_2 = (scaled_V + noise_V).topk(2)
+    size = torch.cat([best_2, scaled_V[index_2], noise_V[index_2], torch.ones_like(best_2)]).abs().max()
+    return bool(best_2[0] - best_2[1] <= SCORE_ULPS * torch.finfo(torch.float32).eps * size)
 
 
 def row_error(found_RD: torch.Tensor, wanted_RD: torch.Tensor, chosen_R: torch.Tensor) -> float:

@@ -4,18 +4,20 @@ The backend under test is the reference, which needs no kernels; interpreted one
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from speedstack.eval.gpu_suite import correctness
-from speedstack.eval.gpu_suite.correctness import Checker, choice_gap, row_error
+from speedstack.eval.gpu_suite.correctness import Checker, choice_gap, is_near_tie, row_error
 from speedstack.eval.gpu_suite.scale import scale_for
 from speedstack.eval.gpu_suite.sections import CHECKS, CHECKS_OF
 from speedstack.eval.released import MODELS
 from speedstack.runtime.backend import Rows
 from speedstack.runtime.reference import ReferenceBackend
+from speedstack.runtime.sampling import SamplingParams, gumbel_noise, sample
 from speedstack.runtime.spec import MoeSpec
 
 SCALE = scale_for("cpu")
@@ -55,7 +57,9 @@ def test_the_reference_passes(model: str) -> None:
     assert ("check_fp8" in CHECKS_OF.get(model, CHECKS)) == (model == "mimo-v2-flash")
     assert checker.check_fp8()["num_tokens_compared"] > 0
     assert ("check_look_up" in CHECKS_OF.get(model, CHECKS)) == (model == "qwen3-30b-a3b")
-    assert checker.check_look_up()["num_tokens"] == 8
+    looked_up = checker.check_look_up()
+    assert looked_up["num_tokens"] == 48 and looked_up["num_drafted"] > looked_up["num_accepted"] > 0
+    assert checker.check_sampling() == {"is_drawn_by_host": True}
 
 
 def test_wrong_logits_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +119,58 @@ def test_text_that_changes_with_drafts_is_refused(monkeypatch: pytest.MonkeyPatc
     breaking(monkeypatch, turn)
     with pytest.raises(RuntimeError, match="a text changes when its drafts are looked up"):
         checker.check_look_up()
+
+
+def test_look_up_that_finds_nothing_is_refused() -> None:
+    checker = Checker(replace(SCALE, num_look_up=2), "qwen3-30b-a3b", "reference")
+    with pytest.raises(RuntimeError, match=r"none of \d+ drafts was accepted: give the check longer texts"):
+        checker.check_look_up()
+
+
+def drawing(monkeypatch: pytest.MonkeyPatch, offset: int = 1, temperature: float | None = None) -> Checker:
+    """Of a backend that draws, with the noise of `offset` positions after the row's, always at that temperature."""
+    step = ReferenceBackend.step
+
+    class Drawing(ReferenceBackend):
+        rounds: Any = object()
+
+        def step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+            logits_WV, best = step(self, replace(rows, draws=None), logit_rows)
+            for number, row in enumerate(logit_rows if rows.draws else []):
+                draw, position = (rows.draws or [])[row], rows.positions[row] + offset
+                assert draw is not None
+                noise_RV = gumbel_noise([draw.seed], [draw.sequence], [position], logits_WV.shape[1], logits_WV.device)
+                params = SamplingParams(draw.temperature if temperature is None else temperature)
+                best[number] = sample(logits_WV[number], noise_RV[0], params)
+            return logits_WV, best
+
+    monkeypatch.setattr(correctness, "make_backend", lambda name, *arguments: Drawing(*arguments))
+    return Checker(SCALE, "qwen3-30b-a3b", "reference")
+
+
+def test_drawn_tokens_are_the_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another position's noise, another temperature and noise that decides nothing are found."""
+    found = drawing(monkeypatch).check_sampling()
+    assert found["num_tokens_compared"] == 9 and found["num_near_ties"] == 0 < found["num_not_most_probable"]
+    with pytest.raises(RuntimeError, match=r"at temperature 0\.7 token \d+ is drawn, not \d+"):
+        drawing(monkeypatch, offset=0).check_sampling()
+    with pytest.raises(RuntimeError, match=r"at temperature .* is drawn, not"):
+        drawing(monkeypatch, temperature=1e-4).check_sampling()
+    monkeypatch.setattr(correctness, "TEMPERATURES", (1e-4,))
+    with pytest.raises(RuntimeError, match="no token that is drawn differs from the most probable one"):
+        drawing(monkeypatch).check_sampling()
+    monkeypatch.setattr(correctness, "is_near_tie", lambda *arguments: True)
+    with pytest.raises(RuntimeError, match="no token that is drawn"):
+        drawing(monkeypatch).check_sampling()
+
+
+def test_near_ties_of_scores() -> None:
+    """Units of the largest number that is added: 16 has one of 2**-19, of 2**-23 times itself."""
+    params, noise_V = SamplingParams(1.0), torch.tensor([16.0, 0.0, 1.0])
+    for units, is_tie in ((1, True), (8, True), (9, False)):
+        logits_V = torch.tensor([0.0, 16.0 - units * 2.0**-19, 1.0])
+        assert is_near_tie(logits_V, noise_V, params) == is_tie
+    assert not is_near_tie(torch.full((3,), float("nan")), noise_V, params)
 
 
 def test_near_ties_of_experts() -> None:

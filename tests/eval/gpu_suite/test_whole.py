@@ -72,13 +72,15 @@ def check_correctness(result: dict[str, Any]) -> None:
         (checks,) = models.values()
         assert list(models) == ["gpt-oss-20b"]
         assert {name: check["passed"] for name, check in checks.items()} == {
-            "check_buffers": True, "check_row_invariance": True, "check_text": True,
+            "check_buffers": True, "check_row_invariance": True, "check_text": True, "check_sampling": True,
         }, backend  # fmt: skip
         buffers = checks["check_buffers"]
         # One launch is a whole step of the resident backend: only what it leaves is compared.
         assert buffers["num_tokens_compared"] > 0
         assert len(buffers["errors"]) > 10 if backend == "graph" else list(buffers["errors"]) == ["logits"]
         assert buffers["largest_error"] <= buffers["tolerance"]
+        sampling = checks["check_sampling"]
+        assert sampling["num_tokens_compared"] >= 8 if backend == "resident" else sampling["is_drawn_by_host"]
         assert checks["check_text"]["num_tokens"] > 0 and len(checks["check_row_invariance"]["companies"]) == 6
 
 
