@@ -28,6 +28,7 @@ COLOURS = ("#2f8fd0", "#d9822b", "#1f9e77", "#c0699f", "#8c7fd6", "#b39b25", "#7
 HATCHES = ("", "///", "\\\\\\", "xxx", "---", "|||", "+++")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 WIDTH_INCHES = 5.0
+LEGEND_WIDTH = 44  # characters
 MANY_BARS = 8
 # Characters of an axis label that fit below an axis which labels have narrowed.
 AXIS_LABEL_WIDTH = 46
@@ -75,7 +76,7 @@ def training_curves(curves: Sequence[Curve]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
         axes.set_xlabel("training step")
         axes.set_ylabel(textwrap.fill(curves[0].quantity, 28))
-        _legend_above(axes, len(curves))
+        _legend_above(axes)
 
     return _figure(draw, f"{curves[0].stage}: {curves[0].quantity} over training steps", height_inches=3.0)
 
@@ -123,7 +124,7 @@ def task_scores_by_method(quality: QualityResult, metrics: Mapping[str, str]) ->
         axes.set_xlim(0, 100)
         axes.set_xlabel("score (%; whiskers: standard error)")
         axes.grid(axis="y", visible=False)
-        _legend_above(axes, len(methods))
+        _legend_above(axes)
 
     return _figure(draw, "Task scores by method", 1.3 + 0.32 * len(metrics) * max(1, len(methods)))
 
@@ -154,7 +155,7 @@ def survival_curves(title: str, curves: Mapping[str, Sequence[float]]) -> str:
         axes.set_ylim(0, 100)
         axes.set_xlabel("draft position in the block")
         axes.set_ylabel("rounds accepted this far (%)")
-        _legend_above(axes, len(curves))
+        _legend_above(axes)
 
     return _figure(draw, title, 2.7 + 0.2 * -(-len(curves) // 2))
 
@@ -204,7 +205,7 @@ def memory_by_part(memory_bytes: Mapping[str, Mapping[str, int]]) -> str:
         axes.margins(x=0.14)
         axes.set_xlabel("memory (MiB)")
         axes.grid(axis="y", visible=False)
-        _legend_above(axes, len(parts))
+        _legend_above(axes)
 
     num_parts = len({part for engine in memory_bytes.values() for part in engine})
     return _figure(draw, "Memory by part", _bars_height(len(memory_bytes)) + 0.2 * (1 + (num_parts - 1) // 2))
@@ -270,9 +271,9 @@ def dots(
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel(textwrap.fill(x_label, AXIS_LABEL_WIDTH))
         if len(series) > 1:
-            _legend_above(axes, len(series))
+            _legend_above(axes)
 
-    num_legend_rows = -(-len(series) // 2) if len(series) > 1 else 0
+    num_legend_rows = -(-len(series) // _legend_columns(list(series))) if len(series) > 1 else 0
     row_height = 0.26 + 0.12 * min(3, len(series))
     return _figure(draw, title, 0.85 + row_height * len(names) + 0.2 * num_legend_rows)
 
@@ -316,11 +317,16 @@ def _wrap(name: str, width: int = 16) -> str:
     return name if middle is None else f"{name[:middle]}\n{name[middle + 1 :]}"
 
 
-def _legend_above(axes: Axes, num_entries: int) -> None:
+def _legend_columns(labels: Sequence[str]) -> int:
+    """Two where the two longest labels fit beside each other over an axis, else one."""
+    return 2 if len(labels) > 1 and sum(sorted(map(len, labels))[-2:]) <= LEGEND_WIDTH else 1
+
+
+def _legend_above(axes: Axes) -> None:
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(-0.02, 1.0),
-        ncols=min(2, num_entries),
+        ncols=_legend_columns(axes.get_legend_handles_labels()[1]),
         borderaxespad=0.2,
         columnspacing=1.2,
         handlelength=1.6,

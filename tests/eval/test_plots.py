@@ -73,3 +73,16 @@ def test_curves_of_different_quantities_share_no_axis(made_up_report: Report) ->
     for curves in ([], [loss, loss.model_copy(update={"quantity": "KL (nats)"})]):
         with pytest.raises(ValueError, match="one figure shows one stage's curves of one quantity"):
             plots.training_curves(curves)
+
+
+@pytest.mark.parametrize(
+    ("names", "is_one_column"), [(["MXFP4, rounded", "INT2"], False), (["made for the full model, at T=1"] * 2, True)]
+)
+def test_labels_of_a_legend_stay_inside_the_figure(names: list[str], is_one_column: bool) -> None:
+    names = [f"{name} {index}" for index, name in enumerate(names)]
+    svg = plots.dots("a title", ["x"], {name: [(1.0, 0.5, 1.5)] for name in names}, "tokens")
+    places = {
+        text.text: (text.get("x"), text.get("y")) for text in ET.fromstring(svg).iter() if text.tag.endswith("text")
+    }
+    (left, top), (right, bottom) = (places[name] for name in names)
+    assert (left == right, top == bottom) == (is_one_column, not is_one_column)
