@@ -25,9 +25,10 @@ from speedstack.runtime.backend import Rows
 from speedstack.runtime.interpret import Body
 from speedstack.runtime.memory import step_inbox
 from speedstack.runtime.plan import Phase, Plan
+from speedstack.runtime.records import FIRST_ROW, NUM_ROWS, POSITION, SLOT, TOKEN
 from speedstack.runtime.reference import _experts, rms_norm, rotary_tables, rotate, route, swiglu
 from speedstack.runtime.ring import ring_length
-from speedstack.runtime.round_bodies import FIRST_ROW, NUM_ROWS, POSITION, SLOT, TOKEN, RoundBodies, Steps
+from speedstack.runtime.round_bodies import RoundBodies, Steps
 from speedstack.runtime.spec import AttentionSpec, MoeSpec
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, Linear, ModelWeights, MoeWeights, plain_matrix
 

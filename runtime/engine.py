@@ -102,8 +102,8 @@ class Engine:
                 fixed number of looked-up drafts; `auto` takes `cpu` where it can and says why where it cannot, and else
                 `reference`.
             device: `cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is one.
-            dtype: of everything but packed experts and matrices in FP8, which stay so; None is float32 on a CPU and
-                bfloat16 on a GPU.
+            dtype: of everything but packed experts, and matrices in FP8 where the backend reads them; None is float32
+                on a CPU and bfloat16 on a GPU.
             max_length: positions that each sequence's buffers hold; None takes the model's, at most 4096.
             max_batch_size: sequences decoded together.
             num_drafts: proposals verified a round; None verifies all that the drafter makes, `adaptive` drafts and

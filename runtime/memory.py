@@ -13,10 +13,10 @@ import torch
 from speedstack.runtime.backend import Rows
 from speedstack.runtime.phases import ELEMENT_BYTES
 from speedstack.runtime.plan import Plan
+from speedstack.runtime.records import FIRST_POSITION, FIRST_ROW, NUM_ROWS, RECORD, SEED, TEMPERATURE, TOKEN
 from speedstack.runtime.ring import ring_length
 from speedstack.runtime.weights import ModelWeights
 
-RECORD = 8  # int32 fields of a row, of its sampling state, and of a sequence
 HEADER = 4  # words of the outbox before the reports, which keep their alignment
 
 WIDE = {"partial": torch.float32, "router": torch.float32, "logits": torch.float32}
@@ -80,14 +80,19 @@ class Memory:
 
 
 def row_records(rows: Rows, capacity: int) -> torch.Tensor:
-    """Int32 [capacity, RECORD] on the CPU; fields as in `kernels.triton.rows`. Rows of a sequence are neighbours."""
+    """Int32 [capacity, RECORD] on the CPU; fields as in `records`. Rows of a sequence are neighbours."""
     starts = [row for row, slot in enumerate(rows.slots) if row == 0 or slot != rows.slots[row - 1]]
     assert len({rows.slots[row] for row in starts}) == len(starts), "the rows of a sequence have to be neighbours"
     records = [[-1] + [0] * (RECORD - 1) for _ in range(capacity)]
     for sequence, (first, end) in enumerate(zip(starts, [*starts[1:], len(rows.slots)], strict=True)):
         for row in range(first, end):
-            records[row][:4] = [rows.tokens[row], rows.slots[row], rows.positions[row], rows.positions[first]]
-        records[sequence][4:6] = [first, end - first]
+            records[row][TOKEN : FIRST_POSITION + 1] = [
+                rows.tokens[row],
+                rows.slots[row],
+                rows.positions[row],
+                rows.positions[first],
+            ]
+        records[sequence][FIRST_ROW : NUM_ROWS + 1] = [first, end - first]
     return torch.tensor(records, dtype=torch.int32)
 
 
@@ -103,10 +108,10 @@ def step_inbox(rows: Rows, capacity: int) -> torch.Tensor:
 def sampling_records(
     seeds: Sequence[int], sequences: Sequence[int], temperatures: Sequence[float], capacity: int
 ) -> torch.Tensor:
-    """Int32 [capacity, RECORD] on the CPU: what `kernels.triton.head` samples by."""
+    """Int32 [capacity, RECORD] on the CPU: what rows are sampled by."""
     records = torch.zeros(capacity, RECORD, dtype=torch.int32)
     if any(temperatures):
         keys = [(seed % 2**64, sequence % 2**64) for seed, sequence in zip(seeds, sequences, strict=True)]
-        records[: len(keys), :4] = torch.tensor(keys, dtype=torch.uint64).view(torch.int32)
-        records[: len(keys), 4] = torch.tensor(list(temperatures), dtype=torch.float32).view(torch.int32)
+        records[: len(keys), SEED:TEMPERATURE] = torch.tensor(keys, dtype=torch.uint64).view(torch.int32)
+        records[: len(keys), TEMPERATURE] = torch.tensor(list(temperatures), dtype=torch.float32).view(torch.int32)
     return records

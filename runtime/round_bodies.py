@@ -1,7 +1,7 @@
 """What `draft`, `sample` and `accept` compute, in PyTorch, on the plan's buffers: by the functions of the host's loop.
 
-The records of rows, sampling and sequences are those of the kernels, field by field (`kernels.triton.rows`,
-`kernels.triton.head`). Buffers, with R rows (the plan's capacity), V vocabulary, T tiles, L positions:
+The records of rows, sampling and sequences are those of the kernels, field by field (`records`). Buffers, with R rows
+(the plan's capacity), V vocabulary, T tiles, L positions:
 
     rows, sequences  int64 [R, 8]       and `sampling`, which the plan counts as part of the rows
     chosen           int64 [R]          the token after each row, -1 where a logit is not a number
@@ -18,16 +18,24 @@ from speedstack.dflash.accept import accept
 from speedstack.dflash.ngram import NgramIndex
 from speedstack.dflash.tree import Draft
 from speedstack.runtime.interpret import Body
-from speedstack.runtime.memory import RECORD
 from speedstack.runtime.plan import Phase, Plan
+from speedstack.runtime.records import (
+    CAPACITY,
+    END,
+    FIRST_ROW,
+    LENGTH,
+    NUM_ROWS,
+    OWN_ROW,
+    OWN_SLOT,
+    POSITION,
+    RECORD,
+    SEED,
+    TEMPERATURE,
+    TOKEN,
+)
 from speedstack.runtime.sampling import SamplingParams, gumbel_noise, sample
 
 Steps = Generator[None, None, None]
-
-# Fields as in `kernels.triton.rows`, which needs Triton to be imported.
-TOKEN, SLOT, POSITION, FIRST_POSITION, FIRST_ROW, NUM_ROWS = range(6)
-CAPACITY, OWN_ROW, OWN_SLOT, LENGTH, END, NGRAM, WATCHES_EOS = range(7)
-_TEMPERATURE = 4
 
 
 class RoundBodies:
@@ -59,8 +67,8 @@ class RoundBodies:
     def _sample(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         (row,) = index
         best_T2, logits_V, is_used = self.best_RT2[row].clone(), self.logits_RV[row].clone(), self.is_used(row)
-        seed, key = self.sampling_RF[row, :_TEMPERATURE].to(torch.int32).view(torch.int64).tolist()
-        temperature = float(self.sampling_RF[row, _TEMPERATURE].to(torch.int32).view(torch.float32))
+        seed, key = self.sampling_RF[row, SEED:TEMPERATURE].to(torch.int32).view(torch.int64).tolist()
+        temperature = float(self.sampling_RF[row, TEMPERATURE].to(torch.int32).view(torch.float32))
         position = int(self.rows_RF[row, POSITION]) + 1
         yield
         if not is_used:

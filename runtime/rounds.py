@@ -20,7 +20,8 @@ import torch
 
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.runtime.backend import Backend, Round, Rounds, RoundsRequest
-from speedstack.runtime.memory import RECORD, sampling_records
+from speedstack.runtime.memory import sampling_records
+from speedstack.runtime.records import CAPACITY, FIRST_POSITION, FIRST_ROW, NUM_ROWS, RECORD, TOKEN, WATCHES_EOS
 from speedstack.runtime.strategy import NGRAM, DraftStrategy
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def rounds_for(
 def rounds_inbox(requests: Sequence[RoundsRequest], capacity: int) -> torch.Tensor:
     """What `Memory.inbox` holds when sequences begin to go on by themselves; int32 [3, capacity, RECORD] on the CPU.
 
-    Fields as in `kernels.triton.rows` and `kernels.triton.head`.
+    Fields as in `records`.
     """
     rows = [[-1] + [0] * (RECORD - 1) for _ in range(capacity)]
     sequences = [[0] * RECORD for _ in range(capacity)]
@@ -112,9 +113,9 @@ def rounds_inbox(requests: Sequence[RoundsRequest], capacity: int) -> torch.Tens
     for index, request in enumerate(requests):
         num_own, length = 1 + request.num_drafts, len(request.tokens)
         assert first + num_own <= capacity, "the rows of a group fit a step"
-        rows[first][:4] = [request.tokens[-1], request.slot, length - 1, length - 1]
-        rows[index][4:6] = [first, 1]
-        sequences[index][:7] = [
+        rows[first][TOKEN : FIRST_POSITION + 1] = [request.tokens[-1], request.slot, length - 1, length - 1]
+        rows[index][FIRST_ROW : NUM_ROWS + 1] = [first, 1]
+        sequences[index][CAPACITY : WATCHES_EOS + 1] = [
             num_own, first, request.slot, length, request.end, request.ngram_size, int(request.watches_eos)
         ]  # fmt: skip
         if request.draw is not None:

@@ -29,7 +29,8 @@ from speedstack.runtime.kernels.triton.head import uniform_words
 from speedstack.runtime.kernels.triton.phase import phase_kernel
 from speedstack.runtime.kernels.triton.products import e2m1, power_of_two, rounded_to_bfloat16
 from speedstack.runtime.kernels.triton.router import choose
-from speedstack.runtime.memory import RECORD, row_records, sampling_records
+from speedstack.runtime.memory import row_records, sampling_records
+from speedstack.runtime.records import RECORD
 
 R = 4
 

@@ -17,7 +17,7 @@ from speedstack.dflash.accept import accept
 from speedstack.dflash.ngram import NgramIndex
 from speedstack.dflash.tree import Draft
 from speedstack.runtime.backend import RoundsRequest
-from speedstack.runtime.round_bodies import END, LENGTH, NUM_ROWS, TOKEN
+from speedstack.runtime.records import END, LENGTH, NUM_ROWS, TOKEN
 from speedstack.runtime.rounds import rounds_inbox
 
 if os.environ.get("TRITON_INTERPRET") != "1":

@@ -17,8 +17,8 @@ from speedstack.runtime import Engine
 from speedstack.runtime.backend import Draw, RoundsRequest
 from speedstack.runtime.plan import Plan
 from speedstack.runtime.proof import prove
+from speedstack.runtime.records import CAPACITY, END, LENGTH, NUM_ROWS, TOKEN
 from speedstack.runtime.results import Generation, GenerationStats
-from speedstack.runtime.round_bodies import CAPACITY, END, LENGTH, NUM_ROWS, TOKEN
 from speedstack.runtime.rounds import ROUNDS_A_LAUNCH, rounds_inbox
 from speedstack.runtime.strategy import DraftStrategy
 from speedstack.runtime.weights import ModelWeights

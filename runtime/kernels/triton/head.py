@@ -8,13 +8,8 @@ import triton
 import triton.language as tl
 
 from speedstack.runtime.kernels.triton.products import inverse_rms, multiply
-from speedstack.runtime.kernels.triton.rows import POSITION, TOKEN, field
+from speedstack.runtime.kernels.triton.rows import POSITION, RECORD, SEED, SEQUENCE, TEMPERATURE, TOKEN, field
 
-# A row's record of the sampling buffer, int32: seed and sequence key of 64 bits, and a float32 temperature's bits.
-SAMPLING_RECORD = tl.constexpr(8)
-SEED = tl.constexpr(0)
-SEQUENCE = tl.constexpr(2)
-TEMPERATURE = tl.constexpr(4)
 _NONE = tl.constexpr(2**31 - 1)
 
 
@@ -87,7 +82,7 @@ def sample_item(
         # A tile with what is no number has the index -1, which is the least.
         is_best_T = (value_T == tl.max(value_T, axis=0)) | (index_T < 0)
         token = tl.min(tl.where(is_best_T, index_T, _NONE), axis=0)
-        temperature = tl.load(sampling_ptr + row * SAMPLING_RECORD + TEMPERATURE).to(tl.float32, bitcast=True)
+        temperature = tl.load(sampling_ptr + row * RECORD + TEMPERATURE).to(tl.float32, bitcast=True)
         if (token >= 0) & (temperature > 0.0):
             token = _gumbel_max(row, rows_ptr, sampling_ptr, logits_ptr, temperature, VOCAB, R, BLOCKS)
         tl.store(token_ptr + row, token)
@@ -97,7 +92,7 @@ def sample_item(
 def _gumbel_max(
     row, rows_ptr, sampling_ptr, logits_ptr, temperature, VOCAB: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr
 ):
-    record_ptr = sampling_ptr + row * SAMPLING_RECORD
+    record_ptr = sampling_ptr + row * RECORD
     seed_low, seed_high = _word(record_ptr + SEED), _word(record_ptr + SEED + 1)
     sequence_low, sequence_high = _word(record_ptr + SEQUENCE), _word(record_ptr + SEQUENCE + 1)
     position = (field(rows_ptr, row, POSITION) + 1).to(tl.uint32)  # the token's that is chosen

@@ -1,39 +1,29 @@
-"""The rows of a step as kernels see them: a record of eight int32 a row, and one a sequence.
-
-TOKEN           -1 for an idle row
-SLOT, POSITION
-FIRST_POSITION  where the row's sequence begins in this step
-FIRST_ROW       of the sequence with this index: sequences of a step are numbered in order
-NUM_ROWS        of the sequence with this index, 0 where there is none
-
-A sequence that is decoded without the host owns rows OWN_ROW to OWN_ROW + CAPACITY, in use or not, and has a record
-with the same index in the buffer `sequences`; the records of all others are zeros.
-
-CAPACITY        rows that it owns: the anchor's, and one for each draft of a round at most
-OWN_ROW, OWN_SLOT
-LENGTH, END     tokens that are committed, and how many may be; it is over when they are equal
-NGRAM           the longest run of tokens that a look-up looks for
-WATCHES_EOS     whether an end-of-sequence token ends it
-"""
+"""The rows of a step as kernels see them: `speedstack.runtime.records` as compile-time constants."""
 
 import triton
 import triton.language as tl
 
-RECORD = tl.constexpr(8)
-TOKEN = tl.constexpr(0)
-SLOT = tl.constexpr(1)
-POSITION = tl.constexpr(2)
-FIRST_POSITION = tl.constexpr(3)
-FIRST_ROW = tl.constexpr(4)
-NUM_ROWS = tl.constexpr(5)
+from speedstack.runtime import records
+
+RECORD = tl.constexpr(records.RECORD)
+TOKEN = tl.constexpr(records.TOKEN)
+SLOT = tl.constexpr(records.SLOT)
+POSITION = tl.constexpr(records.POSITION)
+FIRST_POSITION = tl.constexpr(records.FIRST_POSITION)
+FIRST_ROW = tl.constexpr(records.FIRST_ROW)
+NUM_ROWS = tl.constexpr(records.NUM_ROWS)
+# Of a row's sampling state.
+SEED = tl.constexpr(records.SEED)
+SEQUENCE = tl.constexpr(records.SEQUENCE)
+TEMPERATURE = tl.constexpr(records.TEMPERATURE)
 # Of a sequence's record.
-CAPACITY = tl.constexpr(0)
-OWN_ROW = tl.constexpr(1)
-OWN_SLOT = tl.constexpr(2)
-LENGTH = tl.constexpr(3)
-END = tl.constexpr(4)
-NGRAM = tl.constexpr(5)
-WATCHES_EOS = tl.constexpr(6)
+CAPACITY = tl.constexpr(records.CAPACITY)
+OWN_ROW = tl.constexpr(records.OWN_ROW)
+OWN_SLOT = tl.constexpr(records.OWN_SLOT)
+LENGTH = tl.constexpr(records.LENGTH)
+END = tl.constexpr(records.END)
+NGRAM = tl.constexpr(records.NGRAM)
+WATCHES_EOS = tl.constexpr(records.WATCHES_EOS)
 
 
 @triton.jit
