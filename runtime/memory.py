@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from speedstack.runtime.backend import Rows
+from speedstack.runtime.backend import Draw, Rows
 from speedstack.runtime.phases import ELEMENT_BYTES
 from speedstack.runtime.plan import Plan
 from speedstack.runtime.records import FIRST_POSITION, FIRST_ROW, NUM_ROWS, RECORD, SEED, TEMPERATURE, TOKEN
@@ -99,19 +99,18 @@ def row_records(rows: Rows, capacity: int) -> torch.Tensor:
 def step_inbox(rows: Rows, capacity: int) -> torch.Tensor:
     """`Memory.inbox` for a step of which the host says what it computes; int32 [3, capacity, RECORD] on the CPU."""
     draws = rows.draws or [None] * len(rows.tokens)
-    fields = [(0, 0, 0.0) if draw is None else (draw.seed, draw.sequence, draw.temperature) for draw in draws]
-    seeds, sequences, temperatures = ([field[n] for field in fields] for n in range(3))
-    sampling = sampling_records(seeds, sequences, temperatures, capacity)  # type: ignore[arg-type]
+    sampling = sampling_records(draws, capacity)
     return torch.stack([row_records(rows, capacity), sampling, torch.zeros_like(sampling)])
 
 
-def sampling_records(
-    seeds: Sequence[int], sequences: Sequence[int], temperatures: Sequence[float], capacity: int
-) -> torch.Tensor:
-    """Int32 [capacity, RECORD] on the CPU: what rows are sampled by."""
+def sampling_records(draws: Sequence[Draw | None], capacity: int) -> torch.Tensor:
+    """Int32 [capacity, RECORD] on the CPU: how the token after each row is chosen, zeros for the most probable one."""
     records = torch.zeros(capacity, RECORD, dtype=torch.int32)
-    if any(temperatures):
-        keys = [(seed % 2**64, sequence % 2**64) for seed, sequence in zip(seeds, sequences, strict=True)]
-        records[: len(keys), SEED:TEMPERATURE] = torch.tensor(keys, dtype=torch.uint64).view(torch.int32)
-        records[: len(keys), TEMPERATURE] = torch.tensor(list(temperatures), dtype=torch.float32).view(torch.int32)
+    drawn = [(row, draw) for row, draw in enumerate(draws) if draw is not None]
+    if drawn:
+        rows = [row for row, _ in drawn]
+        keys = torch.tensor([(draw.seed % 2**64, draw.sequence % 2**64) for _, draw in drawn], dtype=torch.uint64)
+        records[rows, SEED:TEMPERATURE] = keys.view(torch.int32)
+        temperatures = torch.tensor([draw.temperature for _, draw in drawn], dtype=torch.float32)
+        records[rows, TEMPERATURE] = temperatures.view(torch.int32)
     return records

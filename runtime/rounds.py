@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.runtime.backend import Backend, Round, Rounds, RoundsRequest
+from speedstack.runtime.backend import Backend, Draw, Round, Rounds, RoundsRequest
 from speedstack.runtime.memory import sampling_records
 from speedstack.runtime.records import CAPACITY, FIRST_POSITION, FIRST_ROW, NUM_ROWS, RECORD, TOKEN, WATCHES_EOS
 from speedstack.runtime.strategy import NGRAM, DraftStrategy
@@ -108,7 +108,7 @@ def rounds_inbox(requests: Sequence[RoundsRequest], capacity: int) -> torch.Tens
     """
     rows = [[-1] + [0] * (RECORD - 1) for _ in range(capacity)]
     sequences = [[0] * RECORD for _ in range(capacity)]
-    seeds, keys, temperatures = [0] * capacity, [0] * capacity, [0.0] * capacity
+    draws = list[Draw | None]()
     first = 0
     for index, request in enumerate(requests):
         num_own, length = 1 + request.num_drafts, len(request.tokens)
@@ -118,10 +118,7 @@ def rounds_inbox(requests: Sequence[RoundsRequest], capacity: int) -> torch.Tens
         sequences[index][CAPACITY : WATCHES_EOS + 1] = [
             num_own, first, request.slot, length, request.end, request.ngram_size, int(request.watches_eos)
         ]  # fmt: skip
-        if request.draw is not None:
-            for row in range(first, first + num_own):
-                seeds[row], keys[row] = request.draw.seed, request.draw.sequence
-                temperatures[row] = request.draw.temperature
+        draws += [request.draw] * num_own
         first += num_own
-    sampling = sampling_records(seeds, keys, temperatures, capacity)
+    sampling = sampling_records(draws, capacity)
     return torch.stack([torch.tensor(rows, dtype=torch.int32), sampling, torch.tensor(sequences, dtype=torch.int32)])

@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-from speedstack.runtime.backend import Rows
+from speedstack.runtime.backend import Draw, Rows
 from speedstack.runtime.bindings import Constants
 from speedstack.runtime.kernels.triton.head import uniform_words
 from speedstack.runtime.kernels.triton.phase import phase_kernel
@@ -144,7 +144,7 @@ def words_kernel(sampling_ptr, out_ptr, position, N: tl.constexpr):
 @pytest.mark.parametrize(("seed", "sequence", "position"), [(0, 0, 0), (2**64 - 1, 2**63 + 5, 70_001), (7, 2**40, 3)])
 def test_noise_is_drawn_from_the_same_integers(seed: int, sequence: int, position: int) -> None:
     found = torch.empty(64, dtype=torch.int32)
-    words_kernel[(1,)](sampling_records([seed], [sequence], [1.0], 1), found, position + 0, N=16)
+    words_kernel[(1,)](sampling_records([Draw(seed, sequence, 1.0)], 1), found, position + 0, N=16)
     mask = 2**32 - 1
     counter = (torch.arange(16), *(torch.tensor(x) for x in (position, sequence & mask, sequence >> 32)))
     words = philox4x32(counter, (seed & mask, seed >> 32))
@@ -164,7 +164,7 @@ def run_sample(logits_RV: torch.Tensor, temperatures: list[float], seeds: list[i
         best[tile, 0] = known.view(torch.int32)
         best[tile, 1] = torch.where(part.isnan().any(-1), -1, index.int())
     tokens = torch.full((R,), -7, dtype=torch.int32)
-    sampling = sampling_records(seeds, [11, 2**50, 13], temperatures, R)
+    sampling = sampling_records([*map(Draw, seeds, [11, 2**50, 13], temperatures)], R)
     phase = Constants(op="sample", axes=(R,), VOCAB=V, TILES=tiles, TP=8, R=R, BLOCKS=8, REPORT=3 * R)
     phase_kernel[(R,)]((rows, sampling, logits_RV.T.contiguous(), best, tokens), PHASE=phase, IS_DEPENDENT=False)
     assert tokens[3] == -7, "an idle row"
