@@ -27,6 +27,7 @@ from speedstack.runtime.memory import Memory
 from speedstack.runtime.plan import Phase, Plan
 from speedstack.runtime.reference import rotary_tables
 from speedstack.runtime.spec import AttentionSpec, MoeSpec
+from speedstack.runtime.tiles import BLOCK_COLUMNS, num_blocks
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, Linear, ModelWeights, MoeWeights, Weight
 
 # Fixed, so that the order of every sum is: elements of a contraction axis at a time, (row, head) pairs of a query tile,
@@ -35,6 +36,7 @@ from speedstack.runtime.weights import AttentionWeights, DenseWeights, Linear, M
 CHUNK = 128
 assert TILE_SIZE % CHUNK == 0, "a chunk lies under one scale"
 QUERIES = 32
+LONG_CHUNK = 512  # where the sum is no tensor core's
 KEY_CHUNK = 64
 SPLITS_AT_A_TIME = 16
 NOISE_BLOCKS = 256
@@ -110,7 +112,9 @@ class _Builder:
     def __init__(self, plan: Plan, weights: ModelWeights, memory: Memory) -> None:
         self.plan, self.weights, self.memory = plan, weights, memory
         self.spec, self.buffers = weights.spec, memory.buffers
-        self.sizes = {"D": weights.spec.hidden_size, "R": plan.rows, "CHUNK": CHUNK, "eps": weights.spec.rms_norm_eps}
+        D = weights.spec.hidden_size
+        self.sizes = {"D": D, "R": plan.rows, "CHUNK": CHUNK, "eps": weights.spec.rms_norm_eps}
+        self.sizes["NP"] = power_of_two(num_blocks(D))
         self._tables: dict[AttentionSpec, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def bind(self, phase: Phase) -> Binding:
@@ -158,13 +162,20 @@ class _Builder:
         return None
 
     def embed(self, phase: Phase) -> Bound:
-        (rows, hidden) = self.buffer("rows", "hidden")
-        return (rows, self.weights.embedding_VD, hidden), {}
+        rows, hidden = self.buffer("rows", "hidden")
+        return (rows, self.weights.embedding_VD, hidden, *self.for_norm(phase)), {}
+
+    def for_norm(self, phase: Phase) -> tuple[torch.Tensor, ...]:
+        """The weight of the norm behind a phase that writes the hidden state, and where what that norm needs goes."""
+        return (self.weights.norm_behind(phase.op == "o_proj", phase.layer), *self.buffer("scaled", "squares"))
+
+    def to_norm(self) -> tuple[torch.Tensor, ...]:
+        """What a phase begins with that normalizes the hidden state."""
+        return self.buffer("rows", "scaled", "squares")
 
     def qkv(self, phase: Phase) -> Bound:
         spec, weights = self.attention_of(phase)
         columns = phase.axes[1].size * phase.tile
-        hidden, qkv = self.buffer("hidden", "qkv")
         qkv_OD, bias_O = weights.qkv_OD, weights.qkv_bias_O
         if isinstance(qkv_OD, FP8Tensor):
             weight, scales, constants = self.linear(grouped_fp8_qkv(qkv_OD, spec, columns))
@@ -172,7 +183,7 @@ class _Builder:
             weight, scales, constants = self.linear(grouped_qkv(qkv_OD, spec, columns))
         bias = self.optional(None if bias_O is None else grouped_qkv(bias_O, spec, columns))
         constants |= {"COLUMNS": columns, "HAS_BIAS": bias_O is not None}
-        return (hidden, weights.norm_D, weight, bias, qkv, *scales), constants
+        return (*self.to_norm(), weight, bias, self.buffers["qkv"], *scales), constants
 
     def attention(self, phase: Phase) -> Bound:
         spec, weights = self.attention_of(phase)
@@ -231,12 +242,13 @@ class _Builder:
         spec, weights = self.attention_of(phase)
         width = spec.num_heads * spec.v_head_dim
         x = self.buffers["attended"]
-        return self.project(phase, x, 1, width, width, weights.output_DO, weights.output_bias_D)
+        return self.project(phase, x, BLOCK_COLUMNS, width, width, weights.output_DO, weights.output_bias_D)
 
     def dense_down(self, phase: Phase) -> Bound:
         weights = self.dense_of(phase)
         x, width = self.buffers["act"], weights.down_DF.shape[1]
-        return self.project(phase, x, self.plan.rows, 1, width, weights.down_DF, None)
+        step = self.plan.rows * BLOCK_COLUMNS
+        return self.project(phase, x, step, BLOCK_COLUMNS, width, weights.down_DF, None)
 
     def project(
         self,
@@ -248,11 +260,12 @@ class _Builder:
         weight: Linear,
         bias: torch.Tensor | None,
     ) -> Bound:
-        """A projection to the hidden size; element k of row r lies at x[k * x_step + r * x_row_step]."""
+        """A projection to the hidden size. x_step, x_row_step: of sixteen elements, and of a row, in x."""
         tap = self.tap(phase)
         matrix, scales, constants = self.linear(weight)
-        pointers = (x, matrix, self.optional(bias), self.buffers["hidden"], self.optional(tap), *scales)
-        return pointers, constants | {
+        rows, hidden = self.buffer("rows", "hidden")
+        result = (hidden, *self.for_norm(phase), self.optional(tap))
+        return (rows, x, matrix, self.optional(bias), *result, *scales), constants | {
             "x_step": x_step,
             "x_row_step": x_row_step,
             "K": width,
@@ -262,16 +275,16 @@ class _Builder:
 
     def dense_gate_up(self, phase: Phase) -> Bound:
         weights = self.dense_of(phase)
-        hidden, act = self.buffer("hidden", "act")
         matrix, scales, constants = self.linear(weights.gate_up_FD)
-        return (hidden, weights.norm_D, matrix, act, *scales), constants | {"WIDTH": weights.down_DF.shape[1]}
+        pointers = (*self.to_norm(), matrix, self.buffers["act"], *scales)
+        return pointers, constants | {"WIDTH": weights.down_DF.shape[1]}
 
     def router(self, phase: Phase) -> Bound:
         spec, weights = self.moe_of(phase)
-        hidden, logits = self.buffer("hidden", "router")
         bias = self.optional(weights.router_bias_E)
-        return (hidden, weights.norm_D, weights.router_ED, bias, logits), {
+        return (*self.to_norm(), weights.router_ED, bias, self.buffers["router"]), {
             "E": spec.num_experts,
+            "LONG": min(LONG_CHUNK, power_of_two(self.spec.hidden_size)),
             "HAS_BIAS": weights.router_bias_E is not None,
         }
 
@@ -300,8 +313,7 @@ class _Builder:
         spec, weights = self.moe_of(phase)
         choice, choice_constants = self.choice(phase)
         matrix, matrix_constants = self.expert_weights(weights.gate_up_EID, weights.gate_up_bias_EI)
-        hidden, act = self.buffer("hidden", "act")
-        return (*choice, *matrix, hidden, weights.norm_D, act), choice_constants | matrix_constants | {
+        return (*choice, *matrix, *self.buffer("scaled", "squares", "act")), choice_constants | matrix_constants | {
             "limit": 0.0 if spec.swiglu_limit is None else spec.swiglu_limit,
             "alpha": spec.swiglu_alpha,
             "IS_CLAMPED": spec.swiglu_limit is not None,
@@ -314,12 +326,12 @@ class _Builder:
         act, hidden = self.buffer("act", "hidden")
         tap = self.tap(phase)
         constants = choice_constants | matrix_constants | {"HAS_TAP": tap is not None}
-        return (*choice, *matrix, act, hidden, self.optional(tap)), constants
+        return (*choice, *matrix, act, hidden, *self.for_norm(phase), self.optional(tap)), constants
 
     def lm_head(self, phase: Phase) -> Bound:
-        hidden, logits, best = self.buffer("hidden", "logits", "best")
+        logits, best = self.buffer("logits", "best")
         matrix, scales, constants = self.linear(self.weights.lm_head_VD)
-        pointers = (hidden, self.weights.norm_D, matrix, logits, best, *scales)
+        pointers = (*self.to_norm(), matrix, logits, best, *scales)
         return pointers, constants | {"VOCAB": self.spec.vocab_size}
 
     def sample(self, phase: Phase) -> Bound:

@@ -7,7 +7,8 @@ compared with this buffer by buffer; this is compared with the reference backend
 Buffers, with R rows (the plan's capacity), `n` tiles of `t` columns:
 
     rows, sequences, chosen, outcome, history, logits, best: see `round_bodies`, which has the phases that decide
-    hidden    [R, D]
+    hidden    [R, D];  scaled  [R, D]  times the weight of the next norm;  squares  float32 [R, D / 16]
+              (D in whole blocks of 16, as F in act)
     qkv.*     [R, G, n * t]       a key/value head's group: its query heads, its key head, its value head, padding
     partial.* float32 [R, N, S, v + 2]   a split's unnormalized sum of values, largest score, sum of exponentials
     attended.* [R, N, v]
@@ -30,6 +31,7 @@ from speedstack.runtime.reference import _experts, rms_norm, rotary_tables, rota
 from speedstack.runtime.ring import ring_length
 from speedstack.runtime.round_bodies import RoundBodies, Steps
 from speedstack.runtime.spec import AttentionSpec, MoeSpec
+from speedstack.runtime.tiles import BLOCK_COLUMNS
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, Linear, ModelWeights, MoeWeights, plain_matrix
 
 
@@ -42,6 +44,8 @@ class PlanMemory(RoundBodies):
         self.weights, self.spec = weights.plain(), weights.spec
         like, R = weights.embedding_VD, plan.rows
         self.hidden_RD = like.new_full((R, self.spec.hidden_size), float("nan"))
+        self.scaled_RD = like.new_full((R, plan.buffer_named["scaled"].num_cells), float("nan"))
+        self.squares_RB = torch.full((R, plan.buffer_named["squares"].num_cells), float("nan"))
         self.shared: dict[str, torch.Tensor] = {}
         self.caches: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.tables = {
@@ -78,7 +82,7 @@ class PlanMemory(RoundBodies):
         elif phase.op == "router":
             self.shared[name] = torch.full((R, self.plan.buffer_named[name].num_cells), nan)
         elif phase.op == "dense_gate_up":
-            self.shared[name] = like.new_full((R, mlp.intermediate_size), nan)
+            self.shared[name] = like.new_full((R, self.plan.buffer_named[name].num_cells), nan)
         elif phase.op == "expert_gate_up":
             assert isinstance(mlp, MoeSpec)
             self.shared[name] = like.new_full((R * mlp.top_k, mlp.intermediate_size), nan)
@@ -117,24 +121,37 @@ class PlanMemory(RoundBodies):
     def _columns(self, phase: Phase, index: tuple[int, ...], width: int) -> slice:
         return slice(index[-1] * phase.tile, min((index[-1] + 1) * phase.tile, width))
 
-    def _norm(self, weight_D: torch.Tensor) -> torch.Tensor:
-        return rms_norm(self.hidden_RD, weight_D, self.spec.rms_norm_eps)
+    def _norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a product takes of the hidden state, and what its result is multiplied by, float32 [R, 1]."""
+        mean_R1 = self.squares_RB.sum(-1, keepdim=True) / self.spec.hidden_size
+        return self.scaled_RD[:, : self.spec.hidden_size].clone(), torch.rsqrt(mean_R1 + self.spec.rms_norm_eps)
+
+    def _write_hidden(self, phase: Phase, rows: int | slice, columns: slice, hidden: torch.Tensor) -> None:
+        """Rows or columns of the hidden state, and what the norm behind them needs; columns are whole blocks."""
+        norm_D = self.weights.norm_behind(phase.op == "o_proj", phase.layer)
+        hidden = hidden.to(self.hidden_RD.dtype)
+        self.hidden_RD[rows, columns] = hidden
+        self.scaled_RD[:, : self.spec.hidden_size][rows, columns] = hidden * norm_D[columns]
+        padded = F.pad(hidden.float(), (0, -hidden.shape[-1] % BLOCK_COLUMNS))
+        blocks = slice((columns.start or 0) // BLOCK_COLUMNS, None)
+        squares = padded.unflatten(-1, (-1, BLOCK_COLUMNS)).square().sum(-1)
+        self.squares_RB[rows, blocks][..., : squares.shape[-1]] = squares
 
     def _embed(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         (row,) = index
         token, is_used = int(self.rows_RF[row, TOKEN]), self.is_used(row)
         yield
         if is_used:
-            self.hidden_RD[row] = self.weights.embedding_VD[token]
+            self._write_hidden(phase, row, slice(None), self.weights.embedding_VD[token])
 
     def _qkv(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         assert phase.layer is not None
         a, w = self.spec.layers[phase.layer].attention, self.weights.layers[phase.layer].attention
         group, rows = index[0], _group_rows(a, index[0])
         chosen = rows[self._columns(phase, index, len(rows))]
-        x_RD = self._norm(w.norm_D)
+        x_RD, rms_R1 = self._norm()
         yield
-        out = x_RD @ plain_matrix(w.qkv_OD, x_RD.dtype)[chosen].T
+        out = x_RD @ plain_matrix(w.qkv_OD, x_RD.dtype)[chosen].T * rms_R1
         if w.qkv_bias_O is not None:
             out = out + w.qkv_bias_O[chosen]
         first = index[1] * phase.tile
@@ -219,20 +236,21 @@ class PlanMemory(RoundBodies):
         before = self.hidden_RD[:, columns].clone()
         yield
         out = x_RK @ plain_matrix(weight_DK, x_RK.dtype)[columns].T
-        self.hidden_RD[:, columns] = before + (out if bias_D is None else out + bias_D[columns])
+        self._write_hidden(phase, slice(None), columns, before + (out if bias_D is None else out + bias_D[columns]))
 
     def _dense_gate_up(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         w = self._dense(phase)
         columns = self._columns(phase, index, w.down_DF.shape[1])
-        x_RD = self._norm(w.norm_D)
+        x_RD, rms_R1 = self._norm()
         yield
         gate_FD, up_FD = plain_matrix(w.gate_up_FD, x_RD.dtype).chunk(2)
-        act = F.silu(x_RD @ gate_FD[columns].T) * (x_RD @ up_FD[columns].T)
+        act = F.silu(x_RD @ gate_FD[columns].T * rms_R1) * (x_RD @ up_FD[columns].T * rms_R1)
         self.shared[phase.writes[0].buffer][:, columns] = act
 
     def _dense_down(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
-        x_RF = self.shared[phase.reads[0].region.buffer].clone()
-        return self._add(phase, index, x_RF, self._dense(phase).down_DF)
+        down_DF = self._dense(phase).down_DF
+        x_RF = self.shared[phase.reads[0].region.buffer][:, : down_DF.shape[1]].clone()
+        return self._add(phase, index, x_RF, down_DF)
 
     def _dense(self, phase: Phase) -> DenseWeights:
         assert phase.layer is not None
@@ -249,9 +267,9 @@ class PlanMemory(RoundBodies):
     def _router(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         w, moe = self._moe(phase)
         columns = self._columns(phase, index, moe.num_experts)
-        x_RD = self._norm(w.norm_D).float()
+        x_RD, rms_R1 = self._norm()
         yield
-        logits = x_RD @ w.router_ED[columns].T
+        logits = x_RD.float() @ w.router_ED[columns].T * rms_R1
         if w.router_bias_E is not None:
             logits = logits + w.router_bias_E[columns]
         self.shared[phase.writes[0].buffer][:, columns] = logits
@@ -266,16 +284,16 @@ class PlanMemory(RoundBodies):
 
     def _expert_gate_up(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         w, moe = self._moe(phase)
-        experts_RK, _, active = self._routes(phase, phase.reads[1].region.buffer)
+        experts_RK, _, active = self._routes(phase, phase.reads[-1].region.buffer)
         if index[0] >= len(active):
             return
         columns = self._columns(phase, index, moe.intermediate_size)
-        x_RD, expert = self._norm(w.norm_D), active[index[0]]
+        (x_RD, rms_R1), expert = self._norm(), active[index[0]]
         yield
         dtype, one = x_RD.dtype, torch.tensor([expert])
         rows = torch.arange(columns.start, columns.stop)
         rows = torch.cat([rows, rows + moe.intermediate_size])
-        out = x_RD @ _experts(w.gate_up_EID, one, dtype)[0][rows].T
+        out = x_RD @ _experts(w.gate_up_EID, one, dtype)[0][rows].T * rms_R1
         if w.gate_up_bias_EI is not None:
             out = out + w.gate_up_bias_EI[expert][rows]
         act_RI = swiglu(out, moe)
@@ -298,13 +316,13 @@ class PlanMemory(RoundBodies):
             if w.down_bias_ED is not None:
                 out = out + w.down_bias_ED[experts_R][:, columns]
             total = total + out * weights_RK[:, choice, None].to(out.dtype)
-        self.hidden_RD[:, columns] = before + total
+        self._write_hidden(phase, slice(None), columns, before + total)
 
     def _lm_head(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         columns = self._columns(phase, index, self.spec.vocab_size)
-        x_RD = self._norm(self.weights.norm_D)
+        x_RD, rms_R1 = self._norm()
         yield
-        logits = (x_RD @ plain_matrix(self.weights.lm_head_VD, x_RD.dtype)[columns].T).float()
+        logits = (x_RD @ plain_matrix(self.weights.lm_head_VD, x_RD.dtype)[columns].T).float() * rms_R1
         self.logits_RV[:, columns] = logits
         best = logits.max(-1)
         self.best_RT2[:, index[0]] = torch.stack([best.values, (best.indices + columns.start).float()], dim=-1)

@@ -15,6 +15,7 @@ from speedstack.runtime.plan import Phase
 from speedstack.runtime.plan_backend import PlanBackend
 from speedstack.runtime.reference import ReferenceBackend, _experts, rms_norm, route, swiglu
 from speedstack.runtime.spec import MoeSpec
+from speedstack.runtime.tiles import BLOCK_COLUMNS, num_blocks
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, MoeWeights, plain_matrix
 
 
@@ -102,5 +103,7 @@ def found_buffer(backend: PlanBackend, phase: Phase, num_rows: int) -> torch.Ten
         assert isinstance(mlp, MoeSpec)
         return buffers["act"][: R * mlp.top_k * mlp.intermediate_size].view(R, -1)[:num_rows]
     if phase.op == "dense_gate_up":
-        return buffers["act"][: mlp.intermediate_size * R].view(-1, R).T[:num_rows]
+        width = num_blocks(mlp.intermediate_size) * BLOCK_COLUMNS
+        blocks = buffers["act"][: width * R].view(-1, R, BLOCK_COLUMNS)
+        return blocks.transpose(0, 1).flatten(1)[:num_rows, : mlp.intermediate_size]
     return None

@@ -19,7 +19,7 @@ from speedstack.runtime.weights import ModelWeights
 
 HEADER = 4  # words of the outbox before the reports, which keep their alignment
 
-WIDE = {"partial": torch.float32, "router": torch.float32, "logits": torch.float32}
+WIDE = {"squares": torch.float32, "partial": torch.float32, "router": torch.float32, "logits": torch.float32}
 INTEGER = {"best": torch.int32}
 
 

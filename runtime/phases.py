@@ -13,8 +13,10 @@ A layer is seven phases, or six with a dense MLP:
 between `embed` and `lm_head`. The phases around these, which choose tokens and what to try, are in `round_phases`.
 Decisions, and why:
 
-- Normalization is repeated by every item that needs it, and top-k by every program: both read a few KB from the L2
-  cache and save a hand-off between programs, which costs more.
+- A norm has no phase of its own. Whoever writes columns of the hidden state also writes them times the weight of the
+  norm that comes next (`scaled`), and their sums of squares in blocks of 16 (`squares`): whoever needs the state
+  normalized multiplies what is scaled, and divides the product by the root mean square. Top-k is repeated by every
+  program. Both read a few KB from the L2 cache and save a hand-off between programs, which costs more.
 - QK-norm, rotary and the append lie in `attention`: `qkv` can then be cut finer than a head, which is what keeps all
   programs busy where there are few heads. Only the item whose split holds a row's position appends it.
 - `gate_up` has an item for each (active expert, tile), a number that only the run knows; `down` has an item for each
@@ -23,7 +25,7 @@ Decisions, and why:
 - Splits of the context have a fixed size and absolute bounds, so a row's bits depend on its position alone. Tiles only
   cut columns: an element's sum runs over the whole contraction axis inside one item, whatever the tile.
 
-Items compute all rows of a step's capacity where that costs nothing. What belongs to rows that a step does not have is
+Items compute all rows of a step's capacity, those that a step does not have as zeros. What lies in buffers for these is
 garbage, from which nothing flows into other rows.
 
 Left out: the exchange between GPUs (the cost model counts it): a plan is of one GPU.
@@ -38,11 +40,10 @@ from speedstack.runtime.plan import Axis, Buffer, Counter, Phase, Plan, Prefetch
 from speedstack.runtime.ring import ring_length
 from speedstack.runtime.round_phases import WIDE_BYTES, RoundPhases
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, ModelSpec, MoeSpec
+from speedstack.runtime.tiles import BLOCK_COLUMNS, MMA_TILES, VECTOR_TILES, ceil_div, choose_tile, num_blocks
 
 MAX_ROWS = 16  # rows of a step: the narrow side of one tensor-core product
 SPLIT_SIZE = 256  # positions of a context that one item attends to
-MMA_TILES = (16, 32, 64, 128)  # 16 is the least that a tensor core takes
-VECTOR_TILES = (1, 2, 4, 8, 16)
 ELEMENT_BYTES = 2  # activations and cache: bf16
 
 PAIRS = "each (row, choice) belongs to one active expert, each column to one tile"
@@ -50,15 +51,6 @@ SEQUENCES = (
     "each (sequence, split) belongs to one item, and a row to one sequence; a ring is longer than a window and a step, "
     "so that what a step appends lies on nothing that it reads"
 )
-
-
-def choose_tile(width: int, num_programs: int, candidates: tuple[int, ...], num_groups: int = 1) -> int:
-    """Columns of an item, such that the busiest program computes the fewest; of equals the most columns an item."""
-
-    def busiest(tile: int) -> int:
-        return _ceil(num_groups * _ceil(width, tile), num_programs) * tile
-
-    return min(candidates, key=lambda tile: (busiest(tile), -tile))
 
 
 def build_plan(
@@ -113,6 +105,8 @@ class _Builder:
         D = self.spec.hidden_size
         self.buffers = {buffer.name: buffer for buffer in self.deciding.buffers()}
         hidden = self.buffers[self.buffer("hidden", D, self.rows * ELEMENT_BYTES)]
+        self.buffer("scaled", num_blocks(D) * BLOCK_COLUMNS, self.rows * ELEMENT_BYTES)
+        self.buffer("squares", num_blocks(D), self.rows * WIDE_BYTES)
         for tap in range(len(self.taps)):
             name = f"features.{tap}"
             self.buffers[name] = replace(hidden, name=name, memory="features", offset=tap * hidden.num_bytes)
@@ -122,9 +116,12 @@ class _Builder:
             "embed", "embed", (Axis("row", self.rows, is_dynamic=True),),
             reads=[self.deciding.read_rows(Region("rows", 1, 0, (1,)))],
             # One row of all columns; other rows' items write the same columns of other rows.
-            writes=[self.whole("hidden", "a row belongs to one item")],
+            writes=[self.whole(name, "a row belongs to one item") for name in ("hidden", "scaled", "squares")],
             waits=[self.deciding.begins_with()],
-            work=Work(weight_bytes=self.formats.num_bytes("embedding", self.rows * D), activation_bytes=2 * D),
+            work=Work(
+                weight_bytes=self.formats.num_bytes("embedding", self.rows * D),
+                activation_bytes=D * ELEMENT_BYTES + norm_bytes(D),
+            ),
         )  # fmt: skip
         before = "embed"
         for index, layer in enumerate(self.spec.layers):
@@ -155,7 +152,7 @@ class _Builder:
         heads = a.num_heads // G
         width = heads * a.qk_head_dim + a.qk_head_dim + a.v_head_dim
         tile = choose_tile(width, self.num_programs, MMA_TILES, G)
-        tiles = _ceil(width, tile)
+        tiles = ceil_div(width, tile)
         # Layers of different shapes share the memory of their results: no two layers are under way at once.
         shape = f"{G}x{width}x{tile}"
         qkv = self.buffer(f"qkv.{shape}", G * tiles * tile, R * ELEMENT_BYTES, "qkv")
@@ -172,14 +169,14 @@ class _Builder:
         num_qkv, num_out = G * width * D, a.num_heads * a.v_head_dim * D
         self.add(
             f"{at}qkv", "qkv", (Axis("kv_head", G), Axis("tile", tiles)), index, tile,
-            reads=[self.read_whole("hidden", before)],
+            reads=self.normalized(before),
             writes=[Region(qkv, tile, 0, (tiles * tile, tile))],
             waits=[self.all_programs(before)],
             signals=[Signal(f"{at}qkv", "item", 0, (1, 0))],
             num_counters=G,
             work=Work(
                 weight_bytes=self.formats.num_bytes("attention", num_qkv) + (D + G * width * a.has_bias) * 2,
-                activation_bytes=(D + G * width) * ELEMENT_BYTES,
+                activation_bytes=norm_bytes(D) + G * width * ELEMENT_BYTES,
                 row_flops=2 * num_qkv,
             ),
         )  # fmt: skip
@@ -215,7 +212,7 @@ class _Builder:
             f"{at}o_proj", "o_proj", index, [self.read_whole(attended, f"{at}combine")], f"{at}combine", before,
             Work(
                 weight_bytes=self.formats.num_bytes("attention_output", num_out) + D * 2 * a.has_bias,
-                activation_bytes=(a.num_heads * a.v_head_dim + 2 * D) * ELEMENT_BYTES,
+                activation_bytes=(a.num_heads * a.v_head_dim + 2 * D) * ELEMENT_BYTES + norm_bytes(D),
                 row_flops=2 * num_out,
                 all_reduce_bytes=D * ELEMENT_BYTES * self.is_sharded,
             ),
@@ -225,15 +222,15 @@ class _Builder:
     def dense(self, index: int, mlp: DenseSpec, before: str) -> str:
         at, D, width = f"L{index:02d}.", self.spec.hidden_size, mlp.intermediate_size
         tile = choose_tile(width, self.num_programs, MMA_TILES)
-        act = self.buffer(f"act.dense.{width}", width, self.rows * ELEMENT_BYTES, "act")
+        act = self.buffer(f"act.dense.{width}", num_blocks(width) * BLOCK_COLUMNS, self.rows * ELEMENT_BYTES, "act")
         self.add(
-            f"{at}gate_up", "dense_gate_up", (Axis("tile", _ceil(width, tile)),), index, tile,
-            reads=[self.read_whole("hidden", before)],
+            f"{at}gate_up", "dense_gate_up", (Axis("tile", ceil_div(width, tile)),), index, tile,
+            reads=self.normalized(before),
             writes=[Region(act, tile, 0, (tile,))],
             waits=[self.all_programs(before)],
             work=Work(
                 weight_bytes=self.formats.num_bytes("dense", 2 * width * D) + D * 2,
-                activation_bytes=(D + width) * ELEMENT_BYTES,
+                activation_bytes=norm_bytes(D) + width * ELEMENT_BYTES,
                 row_flops=4 * width * D,
             ),
         )  # fmt: skip
@@ -241,7 +238,7 @@ class _Builder:
             f"{at}down", "dense_down", index, [self.read_whole(act, f"{at}gate_up")], f"{at}gate_up", before,
             Work(
                 weight_bytes=self.formats.num_bytes("dense", width * D),
-                activation_bytes=(width + 2 * D) * ELEMENT_BYTES,
+                activation_bytes=(width + 2 * D) * ELEMENT_BYTES + norm_bytes(D),
                 row_flops=2 * width * D,
                 all_reduce_bytes=D * ELEMENT_BYTES * self.is_sharded,
             ),
@@ -256,41 +253,41 @@ class _Builder:
         router_tile = choose_tile(E, self.num_programs, VECTOR_TILES)
         logits = self.buffer(f"router.{E}", E, R * WIDE_BYTES, "router")
         act = self.buffer(f"act.moe.{width}x{K}", R * K, width * ELEMENT_BYTES, "act")
-        bias, rows = moe.has_bias, self.deciding.read_rows()
+        bias = moe.has_bias
         self.add(
-            f"{at}router", "router", (Axis("tile", _ceil(E, router_tile)),), index, router_tile,
-            reads=[self.read_whole("hidden", before)],
+            f"{at}router", "router", (Axis("tile", ceil_div(E, router_tile)),), index, router_tile,
+            reads=self.normalized(before),
             writes=[Region(logits, router_tile, 0, (router_tile,))],
             waits=[self.all_programs(before)],
             work=Work(
                 weight_bytes=self.formats.num_bytes("router", E * D)
                 + D * 2
                 + E * 4 * (bias or moe.has_correction_bias),
-                activation_bytes=D * ELEMENT_BYTES + E * WIDE_BYTES,
+                activation_bytes=norm_bytes(D) + E * WIDE_BYTES,
                 row_flops=2 * E * D,
             ),
         )  # fmt: skip
         sizes = {"num_experts": E, "top_k": K}
         self.add(
-            f"{at}gate_up", "expert_gate_up", (Axis("expert", min(E, R * K), True), Axis("tile", _ceil(width, tile))),
-            index, tile,
-            reads=[self.read_whole("hidden", before), self.read_whole(logits, f"{at}router"), rows],
+            f"{at}gate_up", "expert_gate_up",
+            (Axis("expert", min(E, R * K), True), Axis("tile", ceil_div(width, tile))), index, tile,
+            reads=[*self.normalized(before), self.read_whole(logits, f"{at}router")],
             writes=[self.whole(act, PAIRS)],
             waits=[self.all_programs(f"{at}router")],
             work=Work(
                 expert_bytes=self.formats.num_bytes("experts", 2 * width * D) + 2 * width * 2 * bias,
-                activation_bytes=D * ELEMENT_BYTES + E * WIDE_BYTES + K * width * ELEMENT_BYTES,
+                activation_bytes=norm_bytes(D) + E * WIDE_BYTES + K * width * ELEMENT_BYTES,
                 row_flops=4 * K * width * D,
                 **sizes,
             ),
         )  # fmt: skip
         self.prefetches.append(Prefetch(f"{at}gate_up", self.all_programs(f"{at}router")))
-        reads = [self.read_whole(logits, f"{at}router"), self.read_whole(act, f"{at}gate_up"), rows]
+        reads = [self.read_whole(logits, f"{at}router"), self.read_whole(act, f"{at}gate_up")]
         self.project(
             f"{at}down", "expert_down", index, reads, f"{at}gate_up", before,
             Work(
                 expert_bytes=self.formats.num_bytes("experts", width * D) + D * 2 * bias,
-                activation_bytes=E * WIDE_BYTES + (K * width + 2 * D) * ELEMENT_BYTES,
+                activation_bytes=E * WIDE_BYTES + (K * width + 2 * D) * ELEMENT_BYTES + norm_bytes(D),
                 row_flops=2 * K * width * D,
                 all_reduce_bytes=D * ELEMENT_BYTES * self.is_sharded,
                 **sizes,
@@ -303,15 +300,15 @@ class _Builder:
         D, V, R = self.spec.hidden_size, self.spec.vocab_size, self.rows
         tile = choose_tile(V, self.num_programs, MMA_TILES)
         self.buffer("logits", V, R * WIDE_BYTES)
-        self.buffer("best", _ceil(V, tile), R * 8)  # each tile's largest logit and its index
+        self.buffer("best", ceil_div(V, tile), R * 8)  # each tile's largest logit and its index
         self.add(
-            "lm_head", "lm_head", (Axis("tile", _ceil(V, tile)),), None, tile,
-            reads=[self.read_whole("hidden", before)],
+            "lm_head", "lm_head", (Axis("tile", ceil_div(V, tile)),), None, tile,
+            reads=self.normalized(before),
             writes=[Region("logits", tile, 0, (tile,)), Region("best", 1, 0, (1,))],
             waits=[self.all_programs(before)],
             work=Work(
                 weight_bytes=self.formats.num_bytes("lm_head", V * D) + D * 2,
-                activation_bytes=D * ELEMENT_BYTES + V * WIDE_BYTES,
+                activation_bytes=norm_bytes(D) + V * WIDE_BYTES,
                 row_flops=2 * V * D,
                 all_reduce_bytes=8 * self.is_sharded,
             ),
@@ -323,12 +320,14 @@ class _Builder:
         """A projection to the hidden size, added to the hidden state in place."""
         D = self.spec.hidden_size
         tile = choose_tile(D, self.num_programs, MMA_TILES)
-        writes = [Region("hidden", tile, 0, (tile,))]
+        blocks = tile // BLOCK_COLUMNS
+        writes = [Region("hidden", tile, 0, (tile,)), Region("scaled", tile, 0, (tile,))]
+        writes.append(Region("squares", blocks, 0, (blocks,)))
         if op != "o_proj" and index in self.taps:  # the layer's last phase
             writes.append(replace(writes[0], buffer=f"features.{self.taps.index(index)}"))
         self.add(
-            name, op, (Axis("tile", _ceil(D, tile)),), index, tile,
-            reads=[*reads, self.read("hidden", hidden_of, tile, (tile,))],
+            name, op, (Axis("tile", ceil_div(D, tile)),), index, tile,
+            reads=[*reads, self.deciding.read_rows(), self.read("hidden", hidden_of, tile, (tile,))],
             writes=writes,
             waits=[self.all_programs(waits_for)],
             work=work,
@@ -385,18 +384,23 @@ class _Builder:
     def read(self, buffer: str, producer: str, length: int, strides: tuple[int, ...]) -> Read:
         return Read(Region(buffer, length, 0, strides), producer)
 
+    def normalized(self, producer: str) -> list[Read]:
+        """What a phase reads that needs the hidden state normalized."""
+        return [self.deciding.read_rows(), self.read_whole("scaled", producer), self.read_whole("squares", producer)]
+
     def all_programs(self, phase: str) -> Wait:
         """Every program has finished its items of an earlier phase of this step."""
         return Wait(phase, self.num_programs, self.num_programs)
 
     def num_splits(self, window: int | None) -> int:
         """Splits that the rows of one sequence can see between them, wherever they stand."""
-        total = _ceil(self.max_context, self.split_size)
+        total = ceil_div(self.max_context, self.split_size)
         if window is None:
             return total
         span = window + self.rows - 1
         return min(total, (span + self.split_size - 2) // self.split_size + 1)
 
 
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
+def norm_bytes(columns: int) -> int:
+    """Of a row, what a norm takes: the state that is scaled, and the sums of squares."""
+    return columns * ELEMENT_BYTES + num_blocks(columns) * WIDE_BYTES

@@ -95,6 +95,13 @@ class ModelWeights:
                 yield from (layer.mlp.gate_up_FD, layer.mlp.down_DF)
         yield self.lm_head_VD
 
+    def norm_behind(self, is_attention: bool, layer: int | None) -> torch.Tensor:
+        """The weight [D] of the norm that comes after a layer's attention, or its MLP, or the embedding (None)."""
+        if layer is not None and is_attention:
+            return self.layers[layer].mlp.norm_D
+        following = 0 if layer is None else layer + 1
+        return self.layers[following].attention.norm_D if following < len(self.layers) else self.norm_D
+
     def plain(self) -> "ModelWeights":
         """The same with every matrix in FP8 as `plain_matrix` has it; all others are shared with these.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from speedstack.quant.fp8 import FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor, dequantize_reference
@@ -33,6 +34,7 @@ from speedstack.runtime.memory import row_records, sampling_records
 from speedstack.runtime.records import RECORD
 
 R = 4
+ROWS = row_records(Rows([1] * R, list(range(R)), [0] * R), R)  # all of them in use
 
 
 @triton.jit
@@ -200,8 +202,9 @@ def test_lm_head_names_its_largest_logit() -> None:
     head_VD[17:19] *= 10
     hidden_DR[:, 2] = float("nan")
     logits_VR, best = torch.full((V, R), 7.0), torch.empty(2, 2, R, dtype=torch.int32)
-    phase = Constants(op="lm_head", axes=(2,), eps=1e-5, VOCAB=V, D=D, R=R, T=16, CHUNK=32, FP8_ROWS=0)
-    phase_kernel[(2,)]((hidden_DR, torch.ones(D), head_VD, logits_VR, best), PHASE=phase, IS_DEPENDENT=False)
+    phase = Constants(op="lm_head", axes=(2,), eps=1e-5, VOCAB=V, D=D, R=R, NP=2, T=16, CHUNK=32, FP8_ROWS=0)
+    scaled, squares = blocks(hidden_DR), squares_of(hidden_DR)
+    phase_kernel[(2,)]((ROWS, scaled, squares, head_VD, logits_VR, best), PHASE=phase, IS_DEPENDENT=False)
     normed_RD = hidden_DR.T * torch.rsqrt(hidden_DR.T.pow(2).mean(-1, keepdim=True) + 1e-5)
     expected_RV = normed_RD @ head_VD.T
     # sums of 24 in another order
@@ -216,24 +219,74 @@ def test_lm_head_names_its_largest_logit() -> None:
     assert 17 in best[1, 1]
 
 
+def blocks(x_KR: torch.Tensor) -> torch.Tensor:
+    """[K / 16, R, 16]; what fills the last block is no number."""
+    padded_KR = F.pad(x_KR, (0, 0, 0, -len(x_KR) % 16), value=float("nan"))
+    return padded_KR.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
+
+
+def squares_of(x_KR: torch.Tensor) -> torch.Tensor:
+    """Sums of squares of blocks, [K / 16, R]."""
+    return F.pad(x_KR, (0, 0, 0, -len(x_KR) % 16)).unflatten(0, (-1, 16)).square().sum(1)
+
+
+def test_an_embedding_is_written_for_its_norm() -> None:
+    """At a size that fills no block; rows that the step does not have stay as they are."""
+    D, generator = 21, torch.Generator().manual_seed(0)
+    embedding_VD, norm_D = torch.randn(5, D, generator=generator), torch.randn(D, generator=generator)
+    rows = row_records(Rows([3, 1], [0, 1], [4, 9]), R)
+    hidden_DR, scaled, squares = torch.full((D, R), 7.0), torch.full((2, R, 16), 7.0), torch.full((2, R), 7.0)
+    phase = Constants(op="embed", axes=(R,), D=D, R=R, NP=2)
+    pointers = (rows, embedding_VD, hidden_DR, norm_D, scaled, squares)
+    phase_kernel[(R,)](pointers, PHASE=phase, IS_DEPENDENT=False)
+    expected_DR = embedding_VD[[3, 1]].T
+    assert torch.equal(hidden_DR[:, :2], expected_DR)
+    is_number = ~blocks(expected_DR).isnan()
+    assert torch.equal(scaled[:, :2][is_number], blocks(expected_DR * norm_D[:, None])[is_number])
+    # sums of 16 in another order
+    torch.testing.assert_close(squares[:, :2], squares_of(expected_DR), rtol=1e-6, atol=0)
+    assert (hidden_DR[:, 2:] == 7).all() and (scaled[:, 2:] == 7).all() and (squares[:, 2:] == 7).all()
+
+
 def test_a_projection_adds_to_what_is_there() -> None:
-    """Rows along either axis, a last tile that is cut, and columns past it left alone."""
+    """Rows in either layout, a last tile that is cut, columns past it left alone, and what the next norm needs."""
     generator = torch.Generator().manual_seed(0)
     D, K = 21, 40
     x_RK, w_DK = torch.randn(R, K, generator=generator), torch.randn(D, K, generator=generator)
     bias_D, hidden_DR = torch.randn(D, generator=generator), torch.randn(D + 11, R, generator=generator)
-    for x, x_step, x_row_step in ((x_RK, 1, K), (x_RK.T.contiguous(), R, 1)):
+    norm_D = torch.randn(D, generator=generator)
+    for x, x_step, x_row_step in ((x_RK, 16, K), (blocks(x_RK.T), R * 16, 16)):
         found_DR = hidden_DR.clone()
-        tap_DR = torch.zeros(D, R)
+        tap_DR, scaled, squares = torch.zeros(D, R), torch.zeros(2, R, 16), torch.zeros(2, R)
         phase = Constants(
             op="o_proj", axes=(2,), x_step=x_step, x_row_step=x_row_step, K=K, D=D, R=R, T=16, CHUNK=32, HAS_BIAS=True,
             HAS_TAP=True, FP8_ROWS=0,
         )  # fmt: skip
-        phase_kernel[(2,)]((x, w_DK, bias_D, found_DR, tap_DR), PHASE=phase, IS_DEPENDENT=False)
+        pointers = (ROWS, x, w_DK, bias_D, found_DR, norm_D, scaled, squares, tap_DR)
+        phase_kernel[(2,)](pointers, PHASE=phase, IS_DEPENDENT=False)
         expected_DR = hidden_DR[:D] + w_DK @ x_RK.T + bias_D[:, None]
         # sums of 40 in another order
         torch.testing.assert_close(found_DR[:D], expected_DR, rtol=1e-5, atol=1e-5)
         assert torch.equal(found_DR[D:], hidden_DR[D:]) and torch.equal(tap_DR, found_DR[:D])
+        scaled_DR = scaled.transpose(1, 2).flatten(0, 1)
+        assert torch.equal(scaled_DR[:D], tap_DR * norm_D[:, None]) and (scaled_DR[D:] == 0).all()
+        # sums of 16 in another order
+        torch.testing.assert_close(squares, squares_of(tap_DR), rtol=1e-6, atol=0)
+
+
+def test_rows_that_a_step_does_not_have_are_not_read() -> None:
+    """They are zeros in a product, whatever lies in their place."""
+    D = K = 16
+    rows, x_RK = row_records(Rows([1], [0], [0]), R), torch.full((R, K), float("nan"))
+    x_RK[0] = 1.0
+    hidden_DR, squares = torch.zeros(D, R), torch.full((1, R), -1.0)
+    phase = Constants(
+        op="o_proj", axes=(1,), x_step=16, x_row_step=K, K=K, D=D, R=R, T=16, CHUNK=32, HAS_BIAS=False, HAS_TAP=False,
+        FP8_ROWS=0,
+    )  # fmt: skip
+    pointers = (rows, x_RK, torch.eye(D), x_RK, hidden_DR, torch.ones(D), torch.zeros(1, R, 16), squares, x_RK)
+    phase_kernel[(1,)](pointers, PHASE=phase, IS_DEPENDENT=False)
+    assert squares.tolist() == [[16.0, 0.0, 0.0, 0.0]] and (hidden_DR[:, 0] == 1).all()
 
 
 @pytest.mark.parametrize("tile_rows", [1, 16, 128])
@@ -249,10 +302,12 @@ def test_products_of_fp8_are_those_of_its_values(tile_rows: int) -> None:
     for matrix, fp8_rows, scales in ((codes_DK, tile_rows, (scales_PQ,)), (plain_DK, 0, ())):
         hidden_DR = torch.zeros(D, R)
         phase = Constants(
-            op="dense_down", axes=(3,), x_step=1, x_row_step=K, K=K, D=D, R=R, T=T, CHUNK=64, HAS_BIAS=False,
+            op="dense_down", axes=(3,), x_step=16, x_row_step=K, K=K, D=D, R=R, T=T, CHUNK=64, HAS_BIAS=False,
             HAS_TAP=False, FP8_ROWS=fp8_rows,
         )  # fmt: skip
-        phase_kernel[(3,)]((x_RK, matrix, x_RK, hidden_DR, x_RK, *scales), PHASE=phase, IS_DEPENDENT=False)
+        for_norm = (torch.ones(D), torch.zeros(-(-D // 16), R, 16), torch.zeros(-(-D // 16), R))
+        pointers = (ROWS, x_RK, matrix, x_RK, hidden_DR, *for_norm, x_RK, *scales)
+        phase_kernel[(3,)](pointers, PHASE=phase, IS_DEPENDENT=False)
         found.append(hidden_DR)
     assert torch.equal(found[0], found[1])
     # sums of 300 in another order

@@ -139,6 +139,8 @@ class Guarded:
             "outcome": memory.outcome_R2,
             "history": memory.history_RL,
             "hidden": memory.hidden_RD,
+            "scaled": memory.scaled_RD,
+            "squares": memory.squares_RB,
             "logits": memory.logits_RV,
             "best": memory.best_RT2,
         }

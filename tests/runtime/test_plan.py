@@ -16,11 +16,12 @@ from speedstack.runtime.cost import Assumptions, active_experts, step_cost, weig
 from speedstack.runtime.formats import WeightFormats, formats_from_fields
 from speedstack.runtime.gpus import Gpu, gpu_named
 from speedstack.runtime.interleave import Lists, search
-from speedstack.runtime.phases import MMA_TILES, build_plan, choose_tile
+from speedstack.runtime.phases import build_plan
 from speedstack.runtime.plan import Plan
 from speedstack.runtime.proof import prove
 from speedstack.runtime.shard import shard
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec
+from speedstack.runtime.tiles import MMA_TILES, choose_tile
 
 SHAPES = Path(__file__).parent / "shapes"
 ALL_SHAPES = sorted(path.stem for path in SHAPES.glob("*.json"))

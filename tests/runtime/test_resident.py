@@ -213,7 +213,7 @@ def test_what_is_prefetched_is_what_a_step_reads(case: str, prefetch: Any, monke
             tensors = binding.pointers[3:5]
             some |= {a for t in tensors for a in range(t.data_ptr() // 16 * 16, t.data_ptr() + t.nbytes, 16)}
         elif phase.work.weight_bytes and phase.op != "embed":
-            tensors = (binding.pointers[1 if phase.op in ("o_proj", "dense_down") else 2],)
+            tensors = (binding.pointers[2 if phase.op in ("o_proj", "dense_down") else 3],)
             if phase.op != "router" and binding.constants.FP8_ROWS:
                 tensors += (binding.pointers[-1],)
             for tensor in tensors:

@@ -1,7 +1,7 @@
 """Device functions of a decode step in Triton: one item of one phase each, for both GPU backends.
 
     rows         the records of a step's rows and of its sequences
-    products     norm, and matrix products of weights (plain, or FP8 and MXFP4 decoded in registers) with all rows
+    products     norms, and matrix products of weights (plain, or FP8 and MXFP4 decoded in registers) with all rows
     embed        a row's embedding
     projections  qkv, the projections that are added to the hidden state, dense gate and up
     attention    QK-norm, rotary, append, attention of one split; combining splits
@@ -17,10 +17,10 @@
     first_values what Triton 3.6 leaves unset in compiled kernels
     prefetch     how they ask for weights ahead of time
 
-Rules that make a row's bits its own. Every product takes all R rows of a step, idle ones too, so that tile shapes never
-depend on their number; an idle or broken row stays in its column. Contraction axes are walked in chunks of CHUNK, keys
-in absolute chunks and splits in absolute groups, always ascending; what a row does not see adds exact zeros. Nothing is
-added atomically.
+Rules that make a row's bits its own. Every product takes all R rows of a step, idle ones as zeros that are not read, so
+that tile shapes never depend on their number; a broken row stays in its column. Contraction axes are walked in chunks
+of CHUNK, keys in absolute chunks and splits in absolute groups, always ascending; what a row does not see adds exact
+zeros. Nothing is added atomically.
 
 Arithmetic is float32; activations, weights and caches are bfloat16 on a GPU. Triton's interpreter, which tests these
 functions without a GPU, multiplies bfloat16 matrices wrongly (3.6.0), so that it is given float32 throughout.
@@ -31,6 +31,7 @@ vocabulary, C key chunk, S splits combined at a time, E experts, K choices of a 
 there are no experts). In tiles, sizes are rounded up to powers of two.
 Buffers are laid out as `speedstack.runtime.phases` cuts them into cells, one cell after another:
 
-    hidden [D, R]   qkv [G, columns, R]   partial [R, N, splits, V + 2]   attended [R, N, V]   router [E, R]
-    act, dense [columns, R]   act, experts [R, K, columns]   logits [V, R]   cache [G, slots, positions, H + V]
+    hidden [D, R]   scaled [D / 16, R, 16]   squares [D / 16, R]   qkv [G, columns, R]   router [E, R]
+    partial [R, N, splits, V + 2]   attended [R, N, V]
+    act, dense [columns / 16, R, 16]   act, experts [R, K, columns]   logits [V, R]   cache [G, slots, positions, H + V]
 """

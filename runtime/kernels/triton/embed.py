@@ -3,15 +3,33 @@
 import triton
 import triton.language as tl
 
+from speedstack.runtime.kernels.triton.products import BLOCK
 from speedstack.runtime.kernels.triton.rows import TOKEN, field
 
 
 @triton.jit
-def embed_item(row, rows_ptr, embedding_ptr, hidden_ptr, D: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr):
-    """hidden[:, row] = embedding[token of row]."""
+def embed_item(
+    row,
+    rows_ptr,
+    embedding_ptr,
+    hidden_ptr,
+    norm_ptr,
+    scaled_ptr,
+    squares_ptr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    NP: tl.constexpr,
+):
+    """hidden[:, row] = embedding[token of row], and what its norm needs (see `products`). NP blocks, a power of two."""
     token = field(rows_ptr, row, TOKEN)
     if token >= 0:
-        for start in range(0, D, CHUNK):
-            d_B = start + tl.arange(0, CHUNK)
-            x_B = tl.load(embedding_ptr + token.to(tl.int64) * D + d_B, mask=d_B < D)
-            tl.store(hidden_ptr + d_B * R + row, x_B, mask=d_B < D)
+        n_N, b_B = tl.arange(0, NP), tl.arange(0, BLOCK)
+        d_NB = n_N[:, None] * BLOCK + b_B[None, :]
+        mask_NB = d_NB < D
+        x_NB = tl.load(embedding_ptr + token.to(tl.int64) * D + d_NB, mask=mask_NB, other=0.0)
+        tl.store(hidden_ptr + d_NB * R + row, x_NB, mask=mask_NB)
+        x_NB = x_NB.to(tl.float32)
+        scaled_NB = x_NB * tl.load(norm_ptr + d_NB, mask=mask_NB, other=0.0).to(tl.float32)
+        at_NB = scaled_ptr + (n_N * (BLOCK * R) + row * BLOCK)[:, None] + b_B[None, :]
+        tl.store(at_NB, scaled_NB.to(scaled_ptr.dtype.element_ty), mask=mask_NB)
+        tl.store(squares_ptr + n_N * R + row, tl.sum(x_NB * x_NB, axis=1), mask=n_N * BLOCK < D)

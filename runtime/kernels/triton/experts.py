@@ -7,8 +7,9 @@ in the L2 cache, and a phase of its own would cost a wait.
 import triton
 import triton.language as tl
 
-from speedstack.runtime.kernels.triton.products import inverse_rms, multiply
+from speedstack.runtime.kernels.triton.products import BLOCK, inverse_rms, multiply
 from speedstack.runtime.kernels.triton.projections import add_to_hidden
+from speedstack.runtime.kernels.triton.rows import is_used
 
 
 @triton.jit
@@ -17,8 +18,9 @@ def expert_gate_up_item(
     tile,
     experts_KR,
     rank_E,
-    hidden_ptr,
-    norm_ptr,
+    rows_ptr,
+    scaled_ptr,
+    squares_ptr,
     w_ptr,
     scales_ptr,
     bias_ptr,
@@ -30,6 +32,7 @@ def expert_gate_up_item(
     D: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
+    NP: tl.constexpr,
     T: tl.constexpr,
     CHUNK: tl.constexpr,
     IS_PACKED: tl.constexpr,
@@ -44,18 +47,19 @@ def expert_gate_up_item(
     KP: tl.constexpr = experts_KR.shape[0]
     expert = nth_expert(nth, rank_E)
     r_R = tl.arange(0, R)
-    all_R = r_R >= 0
-    rms_R = inverse_rms(hidden_ptr, eps, D, R, CHUNK)
+    valid_R = is_used(rows_ptr, R)
     column_T = tile * T + tl.arange(0, T)
     valid_T = column_T < WIDTH
     gate_T = expert.to(tl.int64) * (2 * WIDTH) + column_T
     up_T = gate_T + WIDTH
     gate_TR = multiply(
-        hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, scales_ptr, gate_T, valid_T, D, CHUNK, True, IS_PACKED
+        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, gate_T, valid_T, D, CHUNK, IS_PACKED
     )  # fmt: skip
     up_TR = multiply(
-        hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, scales_ptr, up_T, valid_T, D, CHUNK, True, IS_PACKED
+        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, up_T, valid_T, D, CHUNK, IS_PACKED
     )  # fmt: skip
+    rms_1R = inverse_rms(squares_ptr, valid_R, eps, D, R, NP)[None, :]
+    gate_TR, up_TR = gate_TR * rms_1R, up_TR * rms_1R
     if HAS_BIAS:
         gate_TR += tl.load(bias_ptr + gate_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
         up_TR += tl.load(bias_ptr + up_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
@@ -82,6 +86,9 @@ def expert_down_item(
     scales_ptr,
     bias_ptr,
     hidden_ptr,
+    norm_ptr,
+    scaled_ptr,
+    squares_ptr,
     tap_ptr,
     WIDTH: tl.constexpr,
     D: tl.constexpr,
@@ -94,9 +101,10 @@ def expert_down_item(
     HAS_BIAS: tl.constexpr,
     HAS_TAP: tl.constexpr,
 ):
-    """T columns of the hidden size: the weighted sum over all chosen experts, in ascending order, added in place.
+    """T columns of the hidden size: the weighted sum over all chosen experts, in ascending order, added in place
+    (see `projections.add_to_hidden`).
 
-    experts_KR, weights_KR: as `router.choose` has them; E is no expert. tap_ptr [D, R] takes a copy.
+    experts_KR, weights_KR: as `router.choose` has them; E is no expert.
     """
     KP: tl.constexpr = experts_KR.shape[0]
     r_R = tl.arange(0, R)
@@ -110,7 +118,7 @@ def expert_down_item(
         w_T = expert.to(tl.int64) * D + column_T
         x_R = (r_R * K + tl.maximum(choice_R, 0)) * WIDTH
         out_TR = multiply(
-            act_ptr, 1, x_R, is_ours_R, act_ptr, r_R, w_ptr, scales_ptr, w_T, valid_T, WIDTH, CHUNK, False, IS_PACKED
+            act_ptr, BLOCK, x_R, is_ours_R, w_ptr, scales_ptr, w_T, valid_T, WIDTH, CHUNK, IS_PACKED
         )  # fmt: skip
         if HAS_BIAS:
             out_TR += tl.load(bias_ptr + w_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
@@ -119,7 +127,7 @@ def expert_down_item(
         sum_TR = tl.where(is_ours_R[None, :], sum_TR + out_TR * weight_R[None, :], sum_TR)
         later_KR = tl.where(experts_KR > expert, experts_KR, E)
         expert = tl.min(tl.min(later_KR, axis=0), axis=0)
-    add_to_hidden(sum_TR, column_T, hidden_ptr, tap_ptr, D, HAS_TAP)
+    add_to_hidden(sum_TR, tile * T, hidden_ptr, norm_ptr, scaled_ptr, squares_ptr, tap_ptr, D, HAS_TAP)
 
 
 @triton.jit

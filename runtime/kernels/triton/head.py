@@ -7,8 +7,8 @@ Philox integers, the same uniform numbers, Gumbel-max. Logarithms may differ in 
 import triton
 import triton.language as tl
 
-from speedstack.runtime.kernels.triton.products import inverse_rms, multiply
-from speedstack.runtime.kernels.triton.rows import POSITION, RECORD, SEED, SEQUENCE, TEMPERATURE, TOKEN, field
+from speedstack.runtime.kernels.triton.products import BLOCK, inverse_rms, multiply
+from speedstack.runtime.kernels.triton.rows import POSITION, RECORD, SEED, SEQUENCE, TEMPERATURE, TOKEN, field, is_used
 
 _NONE = tl.constexpr(2**31 - 1)
 
@@ -16,8 +16,9 @@ _NONE = tl.constexpr(2**31 - 1)
 @triton.jit
 def lm_head_item(
     tile,
-    hidden_ptr,
-    norm_ptr,
+    rows_ptr,
+    scaled_ptr,
+    squares_ptr,
     w_ptr,
     logits_ptr,
     best_ptr,
@@ -26,23 +27,24 @@ def lm_head_item(
     VOCAB: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
+    NP: tl.constexpr,
     T: tl.constexpr,
     CHUNK: tl.constexpr,
     FP8_ROWS: tl.constexpr,
 ):
     """T logits of every row; of each row the largest and its index, ties to the lower, -1 if one is not a number.
 
-    best is int32 [tiles, 2, R]: bits of the float32 value, and the index. scales_ptr, FP8_ROWS: see
-    `products.multiply`.
+    best is int32 [tiles, 2, R]: bits of the float32 value, and the index. scaled_ptr, squares_ptr, NP: see
+    `products`; scales_ptr, FP8_ROWS: see `products.multiply`.
     """
     r_R = tl.arange(0, R)
-    all_R = r_R >= 0
-    rms_R = inverse_rms(hidden_ptr, eps, D, R, CHUNK)
+    valid_R = is_used(rows_ptr, R)
     v_T = (tile * T + tl.arange(0, T)).to(tl.int64)
     valid_T = v_T < VOCAB
     logits_TR = multiply(
-        hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, scales_ptr, v_T, valid_T, D, CHUNK, True, False, FP8_ROWS
+        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, v_T, valid_T, D, CHUNK, False, FP8_ROWS
     )  # fmt: skip
+    logits_TR *= inverse_rms(squares_ptr, valid_R, eps, D, R, NP)[None, :]
     tl.store(logits_ptr + v_T[:, None] * R + r_R[None, :], logits_TR, mask=valid_T[:, None])
     index_TR = tl.where(valid_T, v_T.to(tl.int32), _NONE)[:, None]
     is_broken_TR = valid_T[:, None] & (logits_TR != logits_TR)

@@ -70,12 +70,12 @@ def coordinates(item, PHASE: tl.constexpr):
 def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
     """The item at coordinates (i, j, k) of the phase's axes, as many as it has. local_step: of this launch."""
     scales = p[len(p) - 1]
-    if PHASE.op == "embed":  # rows, embedding, hidden
-        embed_item(i, p[0], p[1], p[2], PHASE.D, PHASE.R, PHASE.CHUNK)
-    elif PHASE.op == "qkv":  # hidden, norm, weight, bias, qkv
+    if PHASE.op == "embed":  # rows, embedding, hidden, norm, scaled, squares
+        embed_item(i, p[0], p[1], p[2], p[3], p[4], p[5], PHASE.D, PHASE.R, PHASE.NP)
+    elif PHASE.op == "qkv":  # rows, scaled, squares, weight, bias, qkv
         qkv_item(
-            i, j, p[0], p[1], p[2], p[3], p[4], scales, PHASE.eps, PHASE.COLUMNS, PHASE.D, PHASE.R, PHASE.T,
-            PHASE.CHUNK, PHASE.HAS_BIAS, PHASE.FP8_ROWS,
+            i, j, p[0], p[1], p[2], p[3], p[4], p[5], scales, PHASE.eps, PHASE.COLUMNS, PHASE.D, PHASE.R, PHASE.NP,
+            PHASE.T, PHASE.CHUNK, PHASE.HAS_BIAS, PHASE.FP8_ROWS,
         )  # fmt: skip
     elif PHASE.op == "attention":  # rows, qkv, query norm, key norm, cosines, sines, cache, partial
         attention_item(
@@ -89,36 +89,38 @@ def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
             i, j, p[0], p[1], p[2], p[3], PHASE.N, PHASE.V, PHASE.VP, PHASE.WINDOW, PHASE.SPLIT, PHASE.SPLITS, PHASE.S,
             PHASE.HAS_SINKS,
         )  # fmt: skip
-    elif PHASE.op == "o_proj" or PHASE.op == "dense_down":  # x, weight, bias, hidden, tap
+    elif PHASE.op == "o_proj" or PHASE.op == "dense_down":
+        # rows, x, weight, bias, hidden, norm, scaled, squares, tap
         project_item(
-            i, p[0], p[1], p[2], p[3], p[4], scales, PHASE.x_step, PHASE.x_row_step, PHASE.K, PHASE.D, PHASE.R,
-            PHASE.T, PHASE.CHUNK, PHASE.HAS_BIAS, PHASE.HAS_TAP, PHASE.FP8_ROWS,
+            i, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], scales, PHASE.x_step, PHASE.x_row_step, PHASE.K,
+            PHASE.D, PHASE.R, PHASE.T, PHASE.CHUNK, PHASE.HAS_BIAS, PHASE.HAS_TAP, PHASE.FP8_ROWS,
         )  # fmt: skip
-    elif PHASE.op == "dense_gate_up":  # hidden, norm, weight, act
+    elif PHASE.op == "dense_gate_up":  # rows, scaled, squares, weight, act
         dense_gate_up_item(
-            i, p[0], p[1], p[2], p[3], scales, PHASE.eps, PHASE.WIDTH, PHASE.D, PHASE.R, PHASE.T, PHASE.CHUNK,
-            PHASE.FP8_ROWS,
+            i, p[0], p[1], p[2], p[3], p[4], scales, PHASE.eps, PHASE.WIDTH, PHASE.D, PHASE.R, PHASE.NP, PHASE.T,
+            PHASE.CHUNK, PHASE.FP8_ROWS,
         )  # fmt: skip
-    elif PHASE.op == "router":  # hidden, norm, weight, bias, logits
+    elif PHASE.op == "router":  # rows, scaled, squares, weight, bias, logits
         router_item(
-            i, p[0], p[1], p[2], p[3], p[4], PHASE.eps, PHASE.E, PHASE.D, PHASE.R, PHASE.T, PHASE.CHUNK,
+            i, p[0], p[1], p[2], p[3], p[4], p[5], PHASE.eps, PHASE.E, PHASE.D, PHASE.R, PHASE.NP, PHASE.T, PHASE.LONG,
             PHASE.HAS_BIAS,
         )  # fmt: skip
-    elif PHASE.op == "expert_gate_up":  # rows, logits, correction, codes, scales, bias, hidden, norm, act
+    elif PHASE.op == "expert_gate_up":  # rows, logits, correction, codes, scales, bias, scaled, squares, act
         expert_gate_up_item(
-            i, j, shared[0], shared[2], p[6], p[7], p[3], p[4], p[5], p[8], PHASE.eps, PHASE.limit, PHASE.alpha,
-            PHASE.WIDTH, PHASE.D, PHASE.K, PHASE.R, PHASE.T, PHASE.CHUNK, PHASE.IS_PACKED, PHASE.HAS_BIAS,
+            i, j, shared[0], shared[2], p[0], p[6], p[7], p[3], p[4], p[5], p[8], PHASE.eps, PHASE.limit, PHASE.alpha,
+            PHASE.WIDTH, PHASE.D, PHASE.K, PHASE.R, PHASE.NP, PHASE.T, PHASE.CHUNK, PHASE.IS_PACKED, PHASE.HAS_BIAS,
             PHASE.IS_CLAMPED,
         )  # fmt: skip
-    elif PHASE.op == "expert_down":  # rows, logits, correction, codes, scales, bias, act, hidden, tap
+    elif PHASE.op == "expert_down":
+        # rows, logits, correction, codes, scales, bias, act, hidden, norm, scaled, squares, tap
         expert_down_item(
-            i, shared[0], shared[1], p[6], p[3], p[4], p[5], p[7], p[8], PHASE.WIDTH, PHASE.D, PHASE.E, PHASE.K,
-            PHASE.R, PHASE.T, PHASE.CHUNK, PHASE.IS_PACKED, PHASE.HAS_BIAS, PHASE.HAS_TAP,
+            i, shared[0], shared[1], p[6], p[3], p[4], p[5], p[7], p[8], p[9], p[10], p[11], PHASE.WIDTH, PHASE.D,
+            PHASE.E, PHASE.K, PHASE.R, PHASE.T, PHASE.CHUNK, PHASE.IS_PACKED, PHASE.HAS_BIAS, PHASE.HAS_TAP,
         )  # fmt: skip
-    elif PHASE.op == "lm_head":  # hidden, norm, weight, logits, best
+    elif PHASE.op == "lm_head":  # rows, scaled, squares, weight, logits, best
         lm_head_item(
-            i, p[0], p[1], p[2], p[3], p[4], scales, PHASE.eps, PHASE.VOCAB, PHASE.D, PHASE.R, PHASE.T, PHASE.CHUNK,
-            PHASE.FP8_ROWS,
+            i, p[0], p[1], p[2], p[3], p[4], p[5], scales, PHASE.eps, PHASE.VOCAB, PHASE.D, PHASE.R, PHASE.NP, PHASE.T,
+            PHASE.CHUNK, PHASE.FP8_ROWS,
         )  # fmt: skip
     elif PHASE.op == "sample":  # rows, sampling, logits, best, reports
         sample_item(

@@ -42,17 +42,17 @@ def prefetch_items(first, stride, num_programs, p, choice, PHASE: tl.constexpr, 
     while item < num_items:
         i, j, _ = coordinates(item, PHASE)
         if PHASE.op == "qkv":
-            prefetch_linear_rows(p, 2, i * PHASE.COLUMNS + j * PHASE.T, PHASE.T, PHASE.D, PHASE)
+            prefetch_linear_rows(p, 3, i * PHASE.COLUMNS + j * PHASE.T, PHASE.T, PHASE.D, PHASE)
         elif PHASE.op == "o_proj" or PHASE.op == "dense_down":
-            prefetch_linear_rows(p, 1, i * PHASE.T, PHASE.D - i * PHASE.T, PHASE.K, PHASE)
+            prefetch_linear_rows(p, 2, i * PHASE.T, PHASE.D - i * PHASE.T, PHASE.K, PHASE)
         elif PHASE.op == "dense_gate_up":
             left = PHASE.WIDTH - i * PHASE.T
-            prefetch_linear_rows(p, 2, i * PHASE.T, left, PHASE.D, PHASE)
-            prefetch_linear_rows(p, 2, PHASE.WIDTH + i * PHASE.T, left, PHASE.D, PHASE)
+            prefetch_linear_rows(p, 3, i * PHASE.T, left, PHASE.D, PHASE)
+            prefetch_linear_rows(p, 3, PHASE.WIDTH + i * PHASE.T, left, PHASE.D, PHASE)
         elif PHASE.op == "router":
-            prefetch_rows(p[2], i * PHASE.T, PHASE.E - i * PHASE.T, PHASE.T, PHASE.D)
+            prefetch_rows(p[3], i * PHASE.T, PHASE.E - i * PHASE.T, PHASE.T, PHASE.D)
         elif PHASE.op == "lm_head":
-            prefetch_linear_rows(p, 2, i * PHASE.T, PHASE.VOCAB - i * PHASE.T, PHASE.D, PHASE)
+            prefetch_linear_rows(p, 3, i * PHASE.T, PHASE.VOCAB - i * PHASE.T, PHASE.D, PHASE)
         elif PHASE.op == "expert_gate_up":
             gate = expert_row(i, rank_E, 2 * PHASE.WIDTH, PHASE) + j * PHASE.T
             left = PHASE.WIDTH - j * PHASE.T

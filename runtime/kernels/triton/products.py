@@ -2,11 +2,20 @@
 
 Weights are the tall operand (T of their rows a product) and the step's rows the narrow one, which is what suits tensor
 cores when there are few rows. A row's column of the result depends on no other column.
+
+RMSNorm is divided between those who write the hidden state and those who need it normalized. Whoever writes columns of
+it also writes them times the weight of the norm that comes next (`scaled`), and their sums of squares; a product of
+what is scaled is then divided by the root of the mean square, row by row, when it is done. So nothing is normalized
+inside a product's loop, where every item would do it again, and a mean needs the sums alone. It rounds to the
+activations' dtype once, where PyTorch does twice.
 """
 
 import triton
 import triton.language as tl
 
+from speedstack.runtime.tiles import BLOCK_COLUMNS
+
+BLOCK = tl.constexpr(BLOCK_COLUMNS)
 _ONE_BITS = tl.constexpr(0x3F800000)
 _HALF_BITS = tl.constexpr(0x3F000000)
 _NAN_BITS = tl.constexpr(0x7FC00000)
@@ -14,15 +23,28 @@ _FP8_COLUMNS = tl.constexpr(128)  # that share a scale
 
 
 @triton.jit
-def inverse_rms(x_ptr, eps, D: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr):
-    """1 / sqrt(mean of squares + eps) of every row of [D, R]."""
-    r_R = tl.arange(0, R)
-    sum_BR = tl.zeros((CHUNK, R), tl.float32)
-    for start in range(0, D, CHUNK):
-        d_B = start + tl.arange(0, CHUNK)
-        x_BR = tl.load(x_ptr + d_B[:, None] * R + r_R[None, :], mask=(d_B < D)[:, None], other=0.0).to(tl.float32)
-        sum_BR += x_BR * x_BR
-    return tl.rsqrt(tl.sum(sum_BR, axis=0) / D + eps)
+def write_for_norm(x_TR, first, norm_ptr, scaled_ptr, squares_ptr, D: tl.constexpr):
+    """What the norm of float32 columns first, first + 1, ... needs: see the module. T and `first` are whole blocks."""
+    T: tl.constexpr = x_TR.shape[0]
+    R: tl.constexpr = x_TR.shape[1]
+    column_T, r_R = first + tl.arange(0, T), tl.arange(0, R)
+    valid_T1 = (column_T < D)[:, None]
+    x_TR = tl.where(valid_T1, x_TR, 0.0)
+    weight_T = tl.load(norm_ptr + column_T, mask=column_T < D, other=0.0).to(tl.float32)
+    at_TR = scaled_ptr + (column_T // BLOCK * (BLOCK * R) + column_T % BLOCK)[:, None] + (r_R * BLOCK)[None, :]
+    tl.store(at_TR, (x_TR * weight_T[:, None]).to(scaled_ptr.dtype.element_ty), mask=valid_T1)
+    squares_NR = tl.sum(tl.reshape(x_TR * x_TR, (T // BLOCK, BLOCK, R)), axis=1)
+    n_N = first // BLOCK + tl.arange(0, T // BLOCK)
+    tl.store(squares_ptr + n_N[:, None] * R + r_R[None, :], squares_NR, mask=(n_N * BLOCK < D)[:, None])
+
+
+@triton.jit
+def inverse_rms(squares_ptr, valid_R, eps, D: tl.constexpr, R: tl.constexpr, NP: tl.constexpr):
+    """1 / sqrt(mean of squares + eps) of valid rows, out of the sums of NP blocks, a power of two."""
+    n_N, r_R = tl.arange(0, NP), tl.arange(0, R)
+    mask_NR = (n_N * BLOCK < D)[:, None] & valid_R[None, :]
+    squares_NR = tl.load(squares_ptr + n_N[:, None] * R + r_R[None, :], mask=mask_NR, other=0.0)
+    return tl.rsqrt(tl.sum(squares_NR, axis=0) / D + eps)
 
 
 @triton.jit
@@ -32,14 +54,13 @@ def normed(x, rms, weight, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_x(x_ptr, x_step, x_R, valid_R, k_B, norm_ptr, rms_R, K: tl.constexpr, IS_NORMED: tl.constexpr):
-    """Elements k_B of every row, [B, R]: those of row r lie at x_ptr + x_R[r] + k * x_step; zeros where not valid."""
-    valid_B = k_B < K
-    x_BR = tl.load(x_ptr + k_B[:, None] * x_step + x_R[None, :], mask=valid_B[:, None] & valid_R[None, :], other=0.0)
-    if IS_NORMED:
-        weight_B = tl.load(norm_ptr + k_B, mask=valid_B, other=0.0)
-        x_BR = normed(x_BR.to(tl.float32), rms_R[None, :], weight_B[:, None], x_ptr.dtype.element_ty)
-    return x_BR
+def load_x(x_ptr, x_step, x_R, valid_R, k_B, K: tl.constexpr):
+    """Elements k_B of every row, [B, R]; zeros where a row is not valid, of which nothing is read.
+
+    Sixteen neighbours lie together: element k of row r at x_ptr + x_R[r] + k // 16 * x_step + k % 16.
+    """
+    at_B = k_B // BLOCK * x_step + k_B % BLOCK
+    return tl.load(x_ptr + at_B[:, None] + x_R[None, :], mask=(k_B < K)[:, None] & valid_R[None, :], other=0.0)
 
 
 @triton.jit
@@ -48,21 +69,18 @@ def multiply(
     x_step,
     x_R,
     valid_R,
-    norm_ptr,
-    rms_R,
     w_ptr,
     scales_ptr,
     w_T,
     valid_T,
     K: tl.constexpr,
     CHUNK: tl.constexpr,
-    IS_NORMED: tl.constexpr,
     IS_PACKED: tl.constexpr,
     FP8_ROWS: tl.constexpr = 0,
 ):
     """Float32 [T, R]: rows w_T of a weight [.., K] times every row's K elements.
 
-    x_ptr, x_step, x_R, valid_R, norm_ptr, rms_R: see `load_x`. Packed weights are MXFP4 codes [.., K / 2] with
+    x_ptr, x_step, x_R, valid_R: see `load_x`. Packed weights are MXFP4 codes [.., K / 2] with
     scales [.., K / 32]; the even and the odd elements of a chunk are two products, so that nibbles never change lanes.
     With FP8_ROWS, weights are E4M3 [.., K], without NaN, and float32 scales [.. / FP8_ROWS, ceil(K / 128)]: what is
     multiplied is their product in float32, rounded to bfloat16.
@@ -75,8 +93,8 @@ def multiply(
         for start in range(0, K, CHUNK):
             even_TB, odd_TB = _unpack(w_ptr, scales_ptr, w_T, valid_T, start // 32, K, GROUPS)
             k_B = start + 2 * tl.arange(0, CHUNK // 2)
-            even_BR = load_x(x_ptr, x_step, x_R, valid_R, k_B, norm_ptr, rms_R, K, IS_NORMED)
-            odd_BR = load_x(x_ptr, x_step, x_R, valid_R, k_B + 1, norm_ptr, rms_R, K, IS_NORMED)
+            even_BR = load_x(x_ptr, x_step, x_R, valid_R, k_B, K)
+            odd_BR = load_x(x_ptr, x_step, x_R, valid_R, k_B + 1, K)
             sum_TR = dot(even_TB.to(even_BR.dtype), even_BR, sum_TR)
             sum_TR = dot(odd_TB.to(odd_BR.dtype), odd_BR, sum_TR)
     elif FP8_ROWS > 0:
@@ -88,7 +106,7 @@ def multiply(
             mask_TB = valid_T[:, None] & (k_B < K)[None, :]
             scale_T1 = tl.load(scales_T1 + start // _FP8_COLUMNS, mask=valid_T[:, None], other=0.0)
             code_TB = tl.load(w_ptr + w_T[:, None] * K + k_B[None, :], mask=mask_TB, other=0.0)
-            x_BR = load_x(x_ptr, x_step, x_R, valid_R, k_B, norm_ptr, rms_R, K, IS_NORMED)
+            x_BR = load_x(x_ptr, x_step, x_R, valid_R, k_B, K)
             w_TB = rounded_to_bfloat16(code_TB.to(tl.float32) * scale_T1, x_BR.dtype)
             sum_TR = dot(w_TB, x_BR, sum_TR)
     else:
@@ -96,7 +114,7 @@ def multiply(
             k_B = start + tl.arange(0, CHUNK)
             mask_TB = valid_T[:, None] & (k_B < K)[None, :]
             w_TB = tl.load(w_ptr + w_T[:, None] * K + k_B[None, :], mask=mask_TB, other=0.0)
-            x_BR = load_x(x_ptr, x_step, x_R, valid_R, k_B, norm_ptr, rms_R, K, IS_NORMED)
+            x_BR = load_x(x_ptr, x_step, x_R, valid_R, k_B, K)
             sum_TR = dot(w_TB, x_BR, sum_TR)
     return sum_TR
 

@@ -3,15 +3,17 @@
 import triton
 import triton.language as tl
 
-from speedstack.runtime.kernels.triton.products import inverse_rms, multiply
+from speedstack.runtime.kernels.triton.products import BLOCK, inverse_rms, multiply, write_for_norm
+from speedstack.runtime.kernels.triton.rows import is_used
 
 
 @triton.jit
 def qkv_item(
     kv_head,
     tile,
-    hidden_ptr,
-    norm_ptr,
+    rows_ptr,
+    scaled_ptr,
+    squares_ptr,
     w_ptr,
     bias_ptr,
     qkv_ptr,
@@ -20,6 +22,7 @@ def qkv_item(
     COLUMNS: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
+    NP: tl.constexpr,
     T: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -27,16 +30,16 @@ def qkv_item(
 ):
     """Norm, then T columns of a group's queries, key and value. COLUMNS of a group, padded to whole tiles.
 
-    scales_ptr, FP8_ROWS: see `products.multiply`, here and below.
+    scaled_ptr, squares_ptr, NP: see `products`; scales_ptr, FP8_ROWS: see `products.multiply`; here and below.
     """
     r_R = tl.arange(0, R)
-    all_R = r_R >= 0
-    rms_R = inverse_rms(hidden_ptr, eps, D, R, CHUNK)
+    valid_R = is_used(rows_ptr, R)
     column_T = (kv_head * COLUMNS + tile * T + tl.arange(0, T)).to(tl.int64)
     all_T = column_T >= 0
     out_TR = multiply(
-        hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, scales_ptr, column_T, all_T, D, CHUNK, True, False, FP8_ROWS
+        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, column_T, all_T, D, CHUNK, False, FP8_ROWS
     )  # fmt: skip
+    out_TR *= inverse_rms(squares_ptr, valid_R, eps, D, R, NP)[None, :]
     if HAS_BIAS:
         out_TR += tl.load(bias_ptr + column_T).to(tl.float32)[:, None]
     tl.store(qkv_ptr + column_T[:, None] * R + r_R[None, :], out_TR.to(qkv_ptr.dtype.element_ty))
@@ -45,10 +48,14 @@ def qkv_item(
 @triton.jit
 def project_item(
     tile,
+    rows_ptr,
     x_ptr,
     w_ptr,
     bias_ptr,
     hidden_ptr,
+    norm_ptr,
+    scaled_ptr,
+    squares_ptr,
     tap_ptr,
     scales_ptr,
     x_step,
@@ -62,27 +69,33 @@ def project_item(
     HAS_TAP: tl.constexpr,
     FP8_ROWS: tl.constexpr,
 ):
-    """T columns of a projection to the hidden size, added in place; tap_ptr [D, R] takes a copy.
+    """T columns of a projection to the hidden size, added in place (see `add_to_hidden`).
 
-    Element k of row r lies at x[k * x_step + r * x_row_step].
+    x_step, x_row_step: from sixteen elements to the next, and from a row to the next (see `products.load_x`).
     """
     r_R = tl.arange(0, R)
-    all_R = r_R >= 0
     column_T = (tile * T + tl.arange(0, T)).to(tl.int64)
     valid_T = column_T < D
     out_TR = multiply(
-        x_ptr, x_step, r_R * x_row_step, all_R, x_ptr, r_R, w_ptr, scales_ptr, column_T, valid_T, K, CHUNK, False,
-        False, FP8_ROWS,
+        x_ptr, x_step, r_R * x_row_step, is_used(rows_ptr, R), w_ptr, scales_ptr, column_T, valid_T, K, CHUNK, False,
+        FP8_ROWS,
     )  # fmt: skip
     if HAS_BIAS:
         out_TR += tl.load(bias_ptr + column_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
-    add_to_hidden(out_TR, column_T, hidden_ptr, tap_ptr, D, HAS_TAP)
+    add_to_hidden(out_TR, tile * T, hidden_ptr, norm_ptr, scaled_ptr, squares_ptr, tap_ptr, D, HAS_TAP)
 
 
 @triton.jit
-def add_to_hidden(out_TR, column_T, hidden_ptr, tap_ptr, D: tl.constexpr, HAS_TAP: tl.constexpr):
-    """Adds float32 [T, R] to columns of the hidden state, and copies the sum to tap_ptr [D, R] where that is wanted."""
+def add_to_hidden(
+    out_TR, first, hidden_ptr, norm_ptr, scaled_ptr, squares_ptr, tap_ptr, D: tl.constexpr, HAS_TAP: tl.constexpr
+):
+    """Adds float32 [T, R] to columns first, first + 1, ... of the hidden state, and writes what the next norm needs.
+
+    norm_ptr is that norm's weight. tap_ptr [D, R] takes a copy of the sum where that is wanted.
+    """
+    T: tl.constexpr = out_TR.shape[0]
     R: tl.constexpr = out_TR.shape[1]
+    column_T = first + tl.arange(0, T)
     at_TR = column_T[:, None] * R + tl.arange(0, R)[None, :]
     valid_T1 = (column_T < D)[:, None]
     before_TR = tl.load(hidden_ptr + at_TR, mask=valid_T1, other=0.0).to(tl.float32)
@@ -90,13 +103,15 @@ def add_to_hidden(out_TR, column_T, hidden_ptr, tap_ptr, D: tl.constexpr, HAS_TA
     tl.store(hidden_ptr + at_TR, sum_TR, mask=valid_T1)
     if HAS_TAP:
         tl.store(tap_ptr + at_TR, sum_TR, mask=valid_T1)
+    write_for_norm(sum_TR.to(tl.float32), first, norm_ptr, scaled_ptr, squares_ptr, D)
 
 
 @triton.jit
 def dense_gate_up_item(
     tile,
-    hidden_ptr,
-    norm_ptr,
+    rows_ptr,
+    scaled_ptr,
+    squares_ptr,
     w_ptr,
     act_ptr,
     scales_ptr,
@@ -104,24 +119,25 @@ def dense_gate_up_item(
     WIDTH: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
+    NP: tl.constexpr,
     T: tl.constexpr,
     CHUNK: tl.constexpr,
     FP8_ROWS: tl.constexpr,
 ):
     """Norm, then silu(gate) * up of T columns; gate rows of the weight come before up rows."""
     r_R = tl.arange(0, R)
-    all_R = r_R >= 0
-    rms_R = inverse_rms(hidden_ptr, eps, D, R, CHUNK)
+    valid_R = is_used(rows_ptr, R)
     column_T = (tile * T + tl.arange(0, T)).to(tl.int64)
     valid_T = column_T < WIDTH
     gate_TR = multiply(
-        hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, scales_ptr, column_T, valid_T, D, CHUNK, True, False,
-        FP8_ROWS,
+        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, column_T, valid_T, D, CHUNK, False, FP8_ROWS
     )  # fmt: skip
     up_TR = multiply(
-        hidden_ptr, R, r_R, all_R, norm_ptr, rms_R, w_ptr, scales_ptr, WIDTH + column_T, valid_T, D, CHUNK, True, False,
+        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, WIDTH + column_T, valid_T, D, CHUNK, False,
         FP8_ROWS,
     )  # fmt: skip
+    rms_1R = inverse_rms(squares_ptr, valid_R, eps, D, R, NP)[None, :]
+    gate_TR, up_TR = gate_TR * rms_1R, up_TR * rms_1R
     out_TR = gate_TR * tl.sigmoid(gate_TR) * up_TR
-    at_TR = act_ptr + column_T[:, None] * R + r_R[None, :]
+    at_TR = act_ptr + (column_T // BLOCK * (BLOCK * R) + column_T % BLOCK)[:, None] + (r_R * BLOCK)[None, :]
     tl.store(at_TR, out_TR.to(act_ptr.dtype.element_ty), mask=valid_T[:, None])

@@ -3,15 +3,16 @@
 import triton
 import triton.language as tl
 
-from speedstack.runtime.kernels.triton.products import inverse_rms, load_x
-from speedstack.runtime.kernels.triton.rows import TOKEN, field
+from speedstack.runtime.kernels.triton.products import BLOCK, inverse_rms, load_x
+from speedstack.runtime.kernels.triton.rows import TOKEN, field, is_used
 
 
 @triton.jit
 def router_item(
     tile,
-    hidden_ptr,
-    norm_ptr,
+    rows_ptr,
+    scaled_ptr,
+    squares_ptr,
     w_ptr,
     bias_ptr,
     logits_ptr,
@@ -19,22 +20,23 @@ def router_item(
     E: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
+    NP: tl.constexpr,
     T: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     """Norm, then the logits of T experts, one after another: an expert's sum has one shape, whatever the tile."""
     r_R = tl.arange(0, R)
-    all_R = r_R >= 0
-    rms_R = inverse_rms(hidden_ptr, eps, D, R, CHUNK)
+    valid_R = is_used(rows_ptr, R)
+    rms_R = inverse_rms(squares_ptr, valid_R, eps, D, R, NP)
     for expert in range(tile * T, tl.minimum(tile * T + T, E)):
         sum_BR = tl.zeros((CHUNK, R), tl.float32)
         for start in range(0, D, CHUNK):
             k_B = start + tl.arange(0, CHUNK)
             w_B = tl.load(w_ptr + expert * D + k_B, mask=k_B < D, other=0.0)
-            x_BR = load_x(hidden_ptr, R, r_R, all_R, k_B, norm_ptr, rms_R, D, True)
+            x_BR = load_x(scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, k_B, D)
             sum_BR += w_B[:, None] * x_BR.to(tl.float32)
-        logit_R = tl.sum(sum_BR, axis=0)
+        logit_R = tl.sum(sum_BR, axis=0) * rms_R
         if HAS_BIAS:
             logit_R += tl.load(bias_ptr + expert)
         tl.store(logits_ptr + expert * R + r_R, logit_R)

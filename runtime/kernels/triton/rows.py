@@ -33,6 +33,12 @@ def field(rows_ptr, row, FIELD: tl.constexpr):
 
 
 @triton.jit
+def is_used(rows_ptr, R: tl.constexpr):
+    """Which rows the step has, [R]."""
+    return field(rows_ptr, tl.arange(0, R), TOKEN) >= 0
+
+
+@triton.jit
 def write_rows(sequence, rows_ptr, own_row, capacity, slot, position, token_R, num_rows, R: tl.constexpr):
     """A sequence's rows of the next step: token_R[i] at position + i in its row i < num_rows, its other rows idle.
 
