@@ -10,8 +10,6 @@ pytest.importorskip("triton", reason="triton is not installed: its kernels are n
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-import triton
-
 from speedstack.eval.kernel_resources import (
     KernelResources,
     KernelResourcesResult,
@@ -25,9 +23,9 @@ from speedstack.runtime.kernels.triton.resources import MAX_SHARED_BYTES
 OPS = {"embed", "qkv", "attention", "combine", "o_proj", "router", "expert_gate_up", "expert_down", "lm_head"}
 OPS |= {"sample", "accept"}
 
-# Bytes of a thread with Triton 3.9.0, none with 3.6.0: words that an item of `expert_down`, which chooses among 256
-# experts, loads once, and the number of the variant that comes next.
-KNOWN_SPILLS = {("mimo-v2-flash", "resident"): 8} if not triton.__version__.startswith("3.6.") else {}
+# Bytes of a thread: words that an item of `expert_down`, which chooses among 256 experts, loads once, and the number of
+# the variant that comes next.
+KNOWN_SPILLS = {("mimo-v2-flash", "resident"): 8}
 
 
 def check(kernel: KernelResources) -> None:
