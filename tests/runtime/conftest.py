@@ -1,0 +1,46 @@
+"""Fixtures of several files about drafting."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from speedstack.dflash.checkpoint import load_drafter
+from speedstack.dflash.model import DFlashDraftModel
+from speedstack.quant.checkpoint import load_checkpoint
+from speedstack.runtime.spec import spec_from_config
+from speedstack.runtime.weights import ModelWeights, plain_matrix, read_weights
+from tests.runtime.strategy_cases import MakeDrafter
+
+
+@pytest.fixture(scope="module")
+def make_drafter(tiny_packed_drafter_dir: Path) -> MakeDrafter:
+    """`make_drafter(seed, **options)`: a random drafter for `tiny_packed_dir` with these fields of its config."""
+
+    def make(seed: int = 1, **options: Any) -> DFlashDraftModel:
+        model = DFlashDraftModel(replace(load_drafter(tiny_packed_drafter_dir).config, **options))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("norm.weight"):
+                    parameter.uniform_(0.8, 1.2, generator=generator)
+                else:
+                    parameter.normal_(0.0, 0.2, generator=generator)
+        if model.config.draft_vocab_size is not None:
+            ids = torch.randperm(model.config.vocab_size, generator=generator)[: model.config.draft_vocab_size]
+            model.set_draft_vocab(ids.sort().values)
+        return model.bfloat16().float().eval()
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_packed_dir: Path) -> ModelWeights:
+    checkpoint = load_checkpoint(tiny_packed_dir)
+    spec = spec_from_config(checkpoint.config)
+    found = read_weights(spec, dict(checkpoint.tensors), torch.float32, torch.device("cpu"), tied=False)
+    # The compiled backend drafts with matrices in bfloat16; here they hold nothing that rounding would change.
+    found.lm_head_VD = plain_matrix(found.lm_head_VD, torch.float32).bfloat16().float()
+    return found
