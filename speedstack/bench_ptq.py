@@ -82,7 +82,7 @@ class Gptq:
         if self.num_sequences != Gptq.num_sequences or self.sequence_length != Gptq.sequence_length:
             of_length = f" of {self.sequence_length}" if self.sequence_length != Gptq.sequence_length else ""
             words.append(f"{self.num_sequences} sequences{of_length}")
-        words += [f"damping {self.damping:g}"] if self.damping != Gptq.damping else []
+        words += [f"damping {self.damping}"] if self.damping != Gptq.damping else []
         words += [f"seed {self.seed}"] if self.seed != Gptq.seed else []
         return ", ".join(words)
 

@@ -38,6 +38,7 @@ from speedstack.runtime import Engine
 from speedstack.train.checkpoint import write_atomically
 from speedstack.train.config import DrafterConfig, config_hash
 from speedstack.train.data import PackedWindows
+from speedstack.train.digest import corpus_digest
 from speedstack.train.distributed import World
 from speedstack.train.drafter_eval import GreedyText, Simulated, simulate
 from speedstack.train.drafter_shape import draft_config
@@ -77,6 +78,9 @@ class DrafterRecipe(Recipe):
     def inputs(self) -> dict[str, str]:
         return {"target": weights_sha256(self.config.drafter.target)}
 
+    def read_inputs(self) -> dict[str, str]:
+        return {"corpus": corpus_digest(self.config.data.corpus)} if self.has_corpus else {}
+
     def build(self, world: World) -> nn.Module:
         section = self.config.drafter
         self.device, self.world = world.device, world
@@ -86,6 +90,7 @@ class DrafterRecipe(Recipe):
         with world.main_first():
             corpus = needed_corpus(self.config, tokenizer)
             splits = splits_of(self.config, tokenizer, corpus)
+        self.has_corpus = corpus is not None
         target_config = read_config(section.target)[0].get_text_config()
         self.draft_config = draft_config(self.config, target_config, tokenizer.mask_token_id, self.target_sha256)
         length = self.config.data.sequence_length

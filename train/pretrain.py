@@ -20,6 +20,7 @@ from speedstack.train.attention import enable_blockwise_attention
 from speedstack.train.config import ModelSection, PretrainConfig
 from speedstack.train.corpus import corpus_for
 from speedstack.train.data import PackedWindows
+from speedstack.train.digest import corpus_digest
 from speedstack.train.distributed import World
 from speedstack.train.loop import OnStep, Recipe, RunResult, run
 from speedstack.train.objective import heldout_batches, next_token_cross_entropy
@@ -36,6 +37,9 @@ class PretrainRecipe(Recipe):
 
     def inputs(self) -> dict[str, str]:
         return {}
+
+    def read_inputs(self) -> dict[str, str]:
+        return {"corpus": corpus_digest(self.config.data.corpus)}
 
     def build(self, world: World) -> nn.Module:
         data = self.config.data

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from speedstack.quant.checkpoint import load_model
 from speedstack.train.config import ModelSection, PretrainConfig
 from speedstack.train.corpus import load_corpus
 from speedstack.train.data import PackedWindows
+from speedstack.train.digest import corpus_digest
 from speedstack.train.loop import RunResult
 from speedstack.train.pretrain import model_config, pretrain
 
@@ -32,6 +34,20 @@ def test_the_export_has_the_tokenizer_and_the_declared_geometry(pretrained: RunR
     assert config["architectures"] == ["MiMoV2FlashForCausalLM"]
     assert (config["eos_token_id"], config["vocab_size"]) == (0, 300)
     assert (pretrained.export_path / "tokenizer.json").is_file()
+
+
+def test_a_corpus_replaced_in_place_is_refused(
+    make_pretrain_config: Callable[..., PretrainConfig], corpus_path: Path, tmp_path: Path
+) -> None:
+    corpus = Path(shutil.copytree(corpus_path, tmp_path / "corpus"))
+    config = make_pretrain_config(tmp_path, data__corpus=str(corpus), loop__num_steps=1)
+    result = pretrain(config)
+    assert json.loads((result.path / "inputs.json").read_text()) == {"corpus": corpus_digest(corpus_path)}
+    shutil.rmtree(result.export_path)
+    tokenizer = corpus / "tokenizer" / "tokenizer.json"
+    tokenizer.write_text(f"{tokenizer.read_text()}\n")
+    with pytest.raises(ValueError, match="the corpus of this run has changed since it was started"):
+        pretrain(config)
 
 
 def test_the_default_geometry_is_the_model_of_record(corpus_path: Path) -> None:
