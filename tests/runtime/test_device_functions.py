@@ -126,7 +126,8 @@ def test_experts_are_the_references_choice(scoring: Any) -> None:
     # exponentials of numpy and of torch, and sums of five in another order
     torch.testing.assert_close(found_weights_RK, weights_RK, rtol=1e-6, atol=0)
     logits_RE[0] = float("nan")
-    lost_RK, _, _ = run_choose(logits_RE, bias_E, spec, 3)
+    lost_RK, lost_weights_RK, _ = run_choose(logits_RE, bias_E, spec, 3)
+    assert lost_weights_RK[0].isnan().all() and torch.equal(lost_weights_RK[1:], found_weights_RK[1:])
     assert sorted(lost_RK[0].tolist()) == [0, 1, 2] and torch.equal(lost_RK[1:], found_RK[1:])
 
 

@@ -4,7 +4,9 @@ import triton
 import triton.language as tl
 
 from speedstack.runtime.kernels.triton.products import BLOCK, inverse_rms, load_x
-from speedstack.runtime.kernels.triton.rows import TOKEN, field, is_used
+from speedstack.runtime.kernels.triton.rows import is_used
+
+_LEAST = tl.constexpr(-3.4028234663852886e38)  # of float32
 
 
 @triton.jit
@@ -84,24 +86,29 @@ def choose(
     values_ER = scores(logits_ER, peak_R, total_R, IS_SIGMOID)
     if HAS_CORRECTION:
         values_ER += tl.load(correction_ptr + e_E, mask=is_expert_E, other=0.0)[:, None]
-    values_ER = tl.where(values_ER == values_ER, values_ER, float("-inf"))
-    is_free_ER = is_expert_E[:, None] & (r_R >= 0)[None, :]
-    is_row_R = field(rows_ptr, r_R, TOKEN) >= 0
-    experts_KR = tl.full((KP, R), E, tl.int32)
+    # Above what has been chosen, so that nobody is chosen twice.
+    values_ER = tl.where(values_ER > _LEAST, values_ER, _LEAST)
+    left_ER = tl.where(is_expert_E[:, None], values_ER, float("-inf"))
+    is_row_R = is_used(rows_ptr, R)
+    experts_KR, weights_KR = tl.full((KP, R), E, tl.int32), tl.zeros((KP, R), tl.float32)
     # Not unrolled: code of its own for every choice, and with Triton 3.6.0 registers too, which then stay taken.
     for k in range(K):
-        largest_R = tl.max(tl.where(is_free_ER, values_ER, float("-inf")), axis=0)
-        is_best_ER = is_free_ER & (values_ER == largest_R[None, :])
-        best_R = tl.min(tl.where(is_best_ER, e_E[:, None], E - 1), axis=0)
-        is_free_ER = is_free_ER & (e_E[:, None] != best_R[None, :])
-        experts_KR = tl.where((k_K == k)[:, None] & is_row_R[None, :], best_R[None, :], experts_KR)
-    is_choice_KR = experts_KR < E
-    # Their logits once more, because lanes cannot reach each other's values.
-    logits_KR = tl.load(logits_ptr + experts_KR * R + r_R[None, :], mask=is_choice_KR, other=0.0)
-    weights_KR = tl.where(is_choice_KR, scores(logits_KR, peak_R, total_R, IS_SIGMOID), 0.0)
+        # Value and place in one reduction, which ends at a barrier.
+        largest_R, best_R = tl.max(left_ER, axis=0, return_indices=True, return_indices_tie_break_left=True)
+        left_ER = tl.where(e_E[:, None] == best_R[None, :], float("-inf"), left_ER)
+        is_here_KR = (k_K == k)[:, None] & is_row_R[None, :]
+        experts_KR = tl.where(is_here_KR, best_R[None, :], experts_KR)
+        if not HAS_CORRECTION:
+            weight_R = tl.where(largest_R > _LEAST, largest_R, float("nan"))
+            weights_KR = tl.where(is_here_KR, weight_R[None, :], weights_KR)
+    if HAS_CORRECTION:
+        # Their logits once more, because lanes cannot reach each other's values.
+        is_choice_KR = experts_KR < E
+        logits_KR = tl.load(logits_ptr + experts_KR * R + r_R[None, :], mask=is_choice_KR, other=0.0)
+        weights_KR = tl.where(is_choice_KR, scores(logits_KR, peak_R, total_R, IS_SIGMOID), 0.0)
     if RENORMALIZE:
         weights_KR = weights_KR / (tl.sum(weights_KR, axis=0)[None, :] + 1e-20)
-    is_taken_ER = is_expert_E[:, None] & is_row_R[None, :] & (is_free_ER == 0)
+    is_taken_ER = is_expert_E[:, None] & is_row_R[None, :] & (left_ER == float("-inf"))
     is_chosen_E = tl.max(is_taken_ER.to(tl.int32), axis=1)
     rank_E = tl.where(is_chosen_E > 0, tl.cumsum(is_chosen_E, axis=0), 0)
     return experts_KR, weights_KR * routed_scale, rank_E
