@@ -101,6 +101,7 @@ def compiled_resident(
     tasks = build_tasks(plan, bind(plan, weights, memory), torch.device("cpu"))
     word = torch.zeros(1, dtype=torch.int32)
     changing: dict[str, Any] = {"counters_ptr": word, "dump_ptr": word, "failed_ptr": word}
+    changing |= {"num_made_ptr": word, "sequences_ptr": word}
     changing |= {"first_step": 0, "num_steps": 1, "max_polls": 1}
     options = compile_options()
     compiled = compile_kernel(resident_kernel, arguments_of(plan, tasks, prefetch) | changing, options)
@@ -123,7 +124,7 @@ def compiled_resident(
 
 def _shapes(model: str, is_packed: bool, has_fp8: bool) -> tuple[Plan, ModelWeights, Memory]:
     weights = empty_weights(model_spec(model), torch.bfloat16, torch.device("meta"), is_packed, has_fp8)
-    plan = build_plan(weights.spec, formats_of(weights), NUM_PROGRAMS, max_context=MAX_CONTEXT)
+    plan = build_plan(weights.spec, formats_of(weights), NUM_PROGRAMS, max_context=MAX_CONTEXT, has_look_up=True)
     return plan, weights, Memory(plan, weights, 8, MAX_CONTEXT)
 
 

@@ -19,11 +19,11 @@ from speedstack.runtime.sampling import GREEDY, SamplingParams
 
 @dataclass(frozen=True)
 class Draw:
-    """How the token after a row is drawn: `sampling.sample` without top-k and top-p, with the noise of its position."""
+    """How the token after a row is drawn: `sampling.sample` with the noise of its position. Temperature is above 0."""
 
     seed: int
     sequence: int
-    temperature: float
+    params: SamplingParams
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,12 @@ class RoundsRequest:
 
 @dataclass(frozen=True)
 class Round:
-    """What one round of one sequence was: proposals verified, how many stand, and the tokens that this commits.
+    """What one round of one sequence was: proposals made and verified, how many stand, and tokens that this commits.
 
     A token of -1 stands for logits that are not numbers.
     """
 
+    num_proposed: int
     num_drafts: int
     num_accepted: int
     tokens: Sequence[int]
@@ -113,6 +114,8 @@ class Backend(Protocol):
     prepare_seconds: float
     # Why rows with `parents` are refused; None where they are computed.
     no_trees_because: str | None
+    # Rows that cost about one step together, for which drafts compete; None where each row costs its own.
+    rows_a_step: int | None
     # What makes several rounds without the host, and samples by itself; None where every round needs the host.
     rounds: Rounds | None
 

@@ -31,16 +31,16 @@ from speedstack.runtime.tiles import BLOCK_COLUMNS, num_blocks
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, Linear, ModelWeights, MoeWeights, Weight
 
 # Fixed, so that the order of every sum is: elements of a contraction axis at a time, (row, head) pairs of a query tile,
-# keys at a time, splits combined at a time, blocks of four tokens that draw noise at a time; and tokens of a text that
-# are compared at a time, which has no bearing on anything.
+# keys at a time, splits combined at a time. Without any bearing on results: tokens that top-k and top-p look at at a
+# time, and tokens of a text that are compared at a time.
 CHUNK = 128
 assert TILE_SIZE % CHUNK == 0, "a chunk lies under one scale"
 QUERIES = 32
 LONG_CHUNK = 512  # where the sum is no tensor core's
 KEY_CHUNK = 64
 SPLITS_AT_A_TIME = 16
-NOISE_BLOCKS = 256
-TEXT_BLOCK = 1024
+CANDIDATES = 1024
+TEXT_BLOCK = 4096
 
 
 class Constants:
@@ -162,8 +162,10 @@ class _Builder:
         return None
 
     def embed(self, phase: Phase) -> Bound:
-        rows, hidden = self.buffer("rows", "hidden")
-        return (rows, self.weights.embedding_VD, hidden, *self.for_norm(phase)), {}
+        m, proposals = self.memory, self.buffers.get("proposals")
+        dealing = (m.sequences, m.draws, m.rows if proposals is None else proposals, m.rows, m.sampling)
+        pointers = (*dealing, self.weights.embedding_VD, self.buffers["hidden"], *self.for_norm(phase))
+        return pointers, {"HAS_PROPOSALS": proposals is not None}
 
     def for_norm(self, phase: Phase) -> tuple[torch.Tensor, ...]:
         """The weight of the norm behind a phase that writes the hidden state, and where what that norm needs goes."""
@@ -331,37 +333,40 @@ class _Builder:
     def lm_head(self, phase: Phase) -> Bound:
         logits, best = self.buffer("logits", "best")
         matrix, scales, constants = self.linear(self.weights.lm_head_VD)
-        pointers = (*self.to_norm(), matrix, logits, best, *scales)
+        pointers = (*self.to_norm(), matrix, logits, best, self.memory.sampling, *scales)
         return pointers, constants | {"VOCAB": self.spec.vocab_size}
 
     def sample(self, phase: Phase) -> Bound:
         tiles = self.plan.buffer_named["best"].num_cells
-        rows, logits, best = self.buffer("rows", "logits", "best")
-        return (rows, self.memory.sampling, logits, best, self.memory.reports), {
+        rows, logits, best, candidates = self.buffer("rows", "logits", "best", "candidates")
+        return (rows, self.memory.sampling, logits, best, candidates, self.memory.reports), {
             "VOCAB": self.spec.vocab_size,
             "TILES": tiles,
-            "TP": power_of_two(tiles),
-            "BLOCKS": NOISE_BLOCKS,
+            "TILE": self.plan.phases[self.plan.phase_named["lm_head"]].tile,
+            "C": CANDIDATES,
             "REPORT": self.memory.reports.shape[1],
         }
 
     def accept(self, phase: Phase) -> Bound:
         history, stride = self.history()
+        proposals = self.buffers.get("proposals")
         eos = self.spec.eos_token_ids
         # -2 is no token, nor what stands for one.
         padded = [*eos, *[-2] * (power_of_two(max(1, len(eos))) - len(eos))]
         eos_L = torch.tensor(padded, dtype=torch.int32, device=self.memory.rows.device)
-        return (self.memory.rows, self.memory.sequences, self.memory.reports, eos_L, history), {
+        pointers = (self.memory.rows, self.memory.sequences, self.memory.reports, eos_L, history)
+        return (*pointers, self.memory.rows if proposals is None else proposals), {
             "LP": len(padded),
             "STRIDE": stride,
             "HAS_HISTORY": stride > 0,
+            "HAS_PROPOSALS": proposals is not None,
             "REPORT": self.memory.reports.shape[1],
         }
 
     def draft(self, phase: Phase) -> Bound:
         history, stride = self.history()
         constants = {"STRIDE": stride, "BLOCK": TEXT_BLOCK}
-        return (self.memory.rows, self.memory.sequences, history), constants
+        return (self.memory.sequences, history, self.buffers["proposals"]), constants
 
     def history(self) -> tuple[torch.Tensor, int]:
         """Texts of all slots and the tokens from one to the next; 0 of them, and no texts, where nobody reads them."""

@@ -6,7 +6,7 @@ compared with this buffer by buffer; this is compared with the reference backend
 
 Buffers, with R rows (the plan's capacity), `n` tiles of `t` columns:
 
-    rows, sequences, chosen, outcome, history, logits, best: see `round_bodies`, which has the phases that decide
+    rows, sequences, proposals, chosen, outcome, history, logits, best: see `round_bodies`, which has what decides
     hidden    [R, D];  scaled  [R, D]  times the weight of the next norm;  squares  float32 [R, D / 16]
               (D in whole blocks of 16, as F in act)
     qkv.*     [R, G, n * t]       a key/value head's group: its query heads, its key head, its value head, padding
@@ -38,8 +38,9 @@ from speedstack.runtime.weights import AttentionWeights, DenseWeights, Linear, M
 class PlanMemory(RoundBodies):
     """The buffers of a plan for a model's weights, and the bodies that compute on them."""
 
-    def __init__(self, plan: Plan, weights: ModelWeights) -> None:
-        super().__init__(plan, weights.spec.vocab_size, weights.spec.eos_token_ids)
+    def __init__(self, plan: Plan, weights: ModelWeights, num_slots: int | None = None) -> None:
+        """num_slots: sequences whose contexts there are; None is as many as rows."""
+        super().__init__(plan, weights.spec.vocab_size, weights.spec.eos_token_ids, num_slots)
         # An item takes its columns of a matrix: unpacking the whole for each would be most of the work.
         self.weights, self.spec = weights.plain(), weights.spec
         like, R = weights.embedding_VD, plan.rows
@@ -53,7 +54,7 @@ class PlanMemory(RoundBodies):
         }
         for layer in self.spec.layers:
             a = layer.attention
-            shape = (R, ring_length(a.window, plan.max_context), a.num_kv_heads)
+            shape = (num_slots or R, ring_length(a.window, plan.max_context), a.num_kv_heads)
             self.caches.append(
                 (
                     like.new_full((*shape, a.qk_head_dim), float("nan")),
@@ -139,6 +140,7 @@ class PlanMemory(RoundBodies):
 
     def _embed(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         (row,) = index
+        yield from self.deal_row(row)
         token, is_used = int(self.rows_RF[row, TOKEN]), self.is_used(row)
         yield
         if is_used:
@@ -321,10 +323,18 @@ class PlanMemory(RoundBodies):
     def _lm_head(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         columns = self._columns(phase, index, self.spec.vocab_size)
         x_RD, rms_R1 = self._norm()
+        draws = [
+            (row, params.temperature, self.noise(row)[columns])
+            for row in range(self.plan.rows)
+            if self.is_used(row) and (params := self.params(row)).temperature > 0.0 and not self.is_cut(params)
+        ]
         yield
         logits = (x_RD @ plain_matrix(self.weights.lm_head_VD, x_RD.dtype)[columns].T).float() * rms_R1
         self.logits_RV[:, columns] = logits
-        best = logits.max(-1)
+        scores = logits.clone()
+        for row, temperature, noise in draws:
+            scores[row] = logits[row] / temperature + noise
+        best = scores.max(-1)
         self.best_RT2[:, index[0]] = torch.stack([best.values, (best.indices + columns.start).float()], dim=-1)
 
 

@@ -16,7 +16,8 @@ but not charged. A second figure, `predicted`, adds what a roofline leaves out, 
     handoff   = from the last signal of a phase to the first wait that sees it
     all_reduce= one exchange among GPUs, where partial sums are
 
-and nothing for sampling's pass over the logits. Tokens per second = sequences * acceptance_length / (step + draft).
+and nothing for sampling: noise, and the passes of top-k and top-p over a row's logits. Tokens per second =
+sequences * acceptance_length / (step + draft).
 """
 
 import math

@@ -63,6 +63,7 @@ class CpuBackend:
     """The compiled program for one model and drafter; see the module."""
 
     name = "cpu"
+    rows_a_step: int | None = None
     no_trees_because: str | None = "its kernels write keys and values at a row's position, which siblings would share"
     rounds: Rounds | None = None
 

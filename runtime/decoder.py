@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from speedstack.dflash.accept import accept
+from speedstack.dflash.tree import Draft
 from speedstack.runtime.backend import Backend, Draw, Rounds, Rows
+from speedstack.runtime.deal import deal, neighbours
 from speedstack.runtime.proposer import Proposer
 from speedstack.runtime.ring import MAX_ROWS
 from speedstack.runtime.sampling import NoiseTable, sample
@@ -21,8 +23,7 @@ from speedstack.runtime.sequence import RunningSequence, not_numbers
 class Decoder:
     """Runs sequences on a backend, with a proposer; `has_trees` says whether its drafts branch.
 
-    `rounds`: the backend's, if it makes the proposer's drafts too; every round then runs there unless the sequence's
-    sampling needs the host.
+    `rounds`: the backend's, if it makes the proposer's drafts too; every round then runs there.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Decoder:
     def round(self, sequences: Sequence[RunningSequence]) -> None:
         """One round of all `sequences`, or several. Raises ValueError when the target's logits are not numbers."""
         started = time.perf_counter()
-        if self._rounds is None or any(sequence.params.needs_order for sequence in sequences):
+        if self._rounds is None:
             self._one_round(sequences)
         else:
             self._several_rounds(self._rounds, sequences)
@@ -74,7 +75,7 @@ class Decoder:
 
     def _one_round(self, sequences: Sequence[RunningSequence]) -> None:
         noise = NoiseTable(self._vocab_size, self._device)
-        drafts = self._proposer.propose(sequences, noise)
+        drafts = self._dealt(self._proposer.propose(sequences, noise))
         tokens: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
@@ -110,9 +111,19 @@ class Decoder:
         if self._has_trees:
             self._backend.commit(kept)
 
+    def _dealt(self, drafts: list[Draft]) -> list[Draft]:
+        """What of each draft is verified where steps have a fixed number of rows: see `deal`."""
+        num_rows = self._backend.rows_a_step
+        if num_rows is None:
+            return drafts
+        wanted = [1 + len(draft.tokens) for draft in drafts]
+        groups = neighbours(len(drafts), num_rows)
+        dealt = [rows for group in groups for rows in deal([wanted[index] for index in group], num_rows)]
+        return [draft.leading(rows - 1) for draft, rows in zip(drafts, dealt, strict=True)]
+
     def _is_drawn_there(self, sequence: RunningSequence) -> bool:
         """Whether the backend draws the sequence's tokens: always the same one, so that a text has one sampler."""
-        return self._backend.rounds is not None and sequence.draw() is not None and not sequence.params.needs_order
+        return self._backend.rounds is not None and sequence.draw() is not None
 
     def _choose(
         self, sequence: RunningSequence, logits_V: torch.Tensor, best: int, position: int, noise: NoiseTable

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from speedstack.runtime.items import Access, Tables, check_well_formed
-from speedstack.runtime.plan import Phase, Plan, Signal, Wait
+from speedstack.runtime.plan import Phase, Plan, Read, Signal, Wait
 
 Place = tuple[str, int]  # a buffer, and a byte of it
 _INITIAL = -1
@@ -193,6 +193,10 @@ class _Expansion:
         item_signals = [signal for signal in phase.signals if signal.each == "item"]
         entry = tuple((base[wait.counter] + wait.start, wait.threshold(step)) for wait in entry_waits)
         result: list[_Event] = []
+        if phase.leave is not None:
+            (access,) = self.tables.entry(phase.leave).accesses
+            expects = self.expected(step, phase, phase.leave, access, 0, state)
+            result.append(_Event(f"step {step} entry of {phase.name} on {program}", entry, tuple(expects)))
         for item in phase.items_of(program, self.plan.num_programs):
             name, signals = f"step {step} {phase.name}[{item}] on {program}", tuple(counters(item_signals, item))
             if item not in existing:
@@ -215,16 +219,24 @@ class _Expansion:
         """Pieces that an item reads and what it should find there; left out where no existing item wrote."""
         expects = []
         for read, access in zip(phase.reads, self.tables.table(phase).accesses, strict=False):
-            for place, piece in self.touched(step, phase, access, item):
-                if read.producer is None:
-                    expects.append((piece, state.get(place, _INITIAL)))
-                elif step < read.steps_ago:
-                    expects.append((piece, _INITIAL))
-                else:
-                    values = self.writes_of(step - read.steps_ago, self.plan.phase_named[read.producer])
-                    if place in values:
-                        expects.append((piece, values[place]))
+            expects += self.expected(step, phase, read, access, item, state)
         return tuple(expects)
+
+    def expected(
+        self, step: int, phase: Phase, read: Read, access: Access, item: int, state: dict[Place, int]
+    ) -> list[tuple[int, int]]:
+        """The same of one read."""
+        expects = []
+        for place, piece in self.touched(step, phase, access, item):
+            if read.producer is None:
+                expects.append((piece, state.get(place, _INITIAL)))
+            elif step < read.steps_ago:
+                expects.append((piece, _INITIAL))
+            else:
+                values = self.writes_of(step - read.steps_ago, self.plan.phase_named[read.producer])
+                if place in values:
+                    expects.append((piece, values[place]))
+        return expects
 
 
 def _value(step: int, number: int, item: int) -> int:

@@ -163,6 +163,7 @@ def interpret(
     first_step: int = 0,
     counters: np.ndarray | None = None,
     trace: Sequence[int] | None = None,
+    is_over: Callable[[int], bool] = lambda step: False,
 ) -> Scheduler:
     """Executes the task lists of a plan; `bodies` compute the items, by op.
 
@@ -172,6 +173,7 @@ def interpret(
         counters: int64 [plan.num_counters], as an earlier call left them; None are zeros.
         first_step: number of the first step, for counters that have counted earlier ones.
         trace: choices of an earlier run to repeat, instead of the seed's.
+        is_over: whether the launch is over before this step, by what `Phase.leave` reads; every program asks.
 
     Returns:
         The scheduler, for its trace.
@@ -209,6 +211,8 @@ def interpret(
                 for what in phase.waits:
                     if not what.strides:
                         wait(program, phase, what, (), step)
+                if phase.leave is not None and is_over(step):
+                    return
                 for item in phase.items_of(program, plan.num_programs):
                     index = phase.index(item)
                     for what in phase.waits:

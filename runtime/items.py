@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from speedstack.runtime.plan import Phase, Plan, Region, Signal, Wait
+from speedstack.runtime.plan import Phase, Plan, Read, Region, Signal, Wait
 
 Ints = np.ndarray  # int64
 
@@ -73,6 +73,16 @@ class Tables:
             self._tables[key] = self._build(phase)
         return self._tables[key]
 
+    def entry(self, read: Read) -> ItemTable:
+        """What every program reads on entering a phase, as if each had an item for it, ahead of its others."""
+        P, buffer = self.plan.num_programs, self.plan.buffer_named[read.region.buffer]
+        last = min(read.region.start + read.region.length, buffer.num_cells)
+        assert 0 <= read.region.start < last, f"a launch ends by what lies outside of {read.region.buffer}"
+        low, high = (np.full(P, buffer.offset + cell * buffer.cell_bytes) for cell in (read.region.start, last))
+        access = Access(buffer.allocation, low, high, read.region.exclusive, read.region, False)
+        ahead = np.full(P, -1, np.int64)
+        return ItemTable(np.arange(P), ahead, ahead, (access,), False)
+
     def elements(self, phase: Phase, what: Wait | Signal) -> Ints:
         """Index within its counter that each item waits on or signals."""
         key = (phase.axes, what.start, what.strides)
@@ -129,12 +139,13 @@ def check_well_formed(plan: Plan) -> None:
         raise ValueError("phases and counters must have distinct names")
     tables = Tables(plan)
     for phase in plan.phases:
-        regions = [read.region for read in phase.reads] + list(phase.writes)
+        reads = [*phase.reads, *([phase.leave] if phase.leave is not None else [])]
+        regions = [read.region for read in reads] + list(phase.writes)
         unknown = [region.buffer for region in regions if region.buffer not in plan.buffer_named]
-        unknown += [r.producer for r in phase.reads if r.producer is not None and r.producer not in plan.phase_named]
+        unknown += [r.producer for r in reads if r.producer is not None and r.producer not in plan.phase_named]
         whats: list[Wait | Signal] = [*phase.waits, *phase.signals]
         unknown += [what.counter for what in whats if what.counter not in sizes]
-        if any(read.steps_ago not in (0, 1) for read in phase.reads):
+        if any(read.steps_ago not in (0, 1) for read in reads):
             raise ValueError(f"phase {phase.name} reads what is older than one step: keep it as state")
         if unknown:
             raise ValueError(f"phase {phase.name} names {unknown[0]!r}, which the plan does not have")
@@ -142,6 +153,8 @@ def check_well_formed(plan: Plan) -> None:
             elements = tables.elements(phase, what)
             if elements.min() < 0 or elements.max() >= sizes[what.counter]:
                 raise ValueError(f"phase {phase.name}: index outside counter {what.counter!r}")
+        if phase.leave is not None and phase.leave.region.strides:
+            raise ValueError(f"phase {phase.name} ends a launch: what says so is the same for all items")
     for task in plan.prefetches:
         if task.phase not in plan.phase_named or (task.wait is not None and task.wait.counter not in sizes):
             raise ValueError(f"a mover's task names {task.phase!r}, or a counter, that the plan does not have")

@@ -13,14 +13,26 @@ import torch
 from speedstack.runtime.backend import Draw, Rows
 from speedstack.runtime.phases import ELEMENT_BYTES
 from speedstack.runtime.plan import Plan
-from speedstack.runtime.records import FIRST_POSITION, FIRST_ROW, NUM_ROWS, RECORD, SEED, TEMPERATURE, TOKEN
+from speedstack.runtime.records import (
+    FIRST_POSITION,
+    FIRST_ROW,
+    NUM_ROWS,
+    OUTCOME,
+    RECORD,
+    SEED,
+    TEMPERATURE,
+    TOKEN,
+    TOP_K,
+    TOP_P,
+)
 from speedstack.runtime.ring import ring_length
 from speedstack.runtime.weights import ModelWeights
 
-HEADER = 4  # words of the outbox before the reports, which keep their alignment
+# Words of the outbox before the reports, which keep their alignment: whether a wait was in vain, steps that were made.
+HEADER = 4
 
 WIDE = {"squares": torch.float32, "partial": torch.float32, "router": torch.float32, "logits": torch.float32}
-INTEGER = {"best": torch.int32}
+INTEGER = {"best": torch.int32, "candidates": torch.int32, "proposals": torch.int32}
 
 
 class Memory:
@@ -40,13 +52,15 @@ class Memory:
         self.num_slots = num_slots
         self.buffers: dict[str, torch.Tensor] = {}
         R, device = plan.rows, like.device
-        self.inbox = torch.zeros(3, R, RECORD, dtype=torch.int32, device=device)
-        self.rows, self.sampling, self.sequences = self.inbox
-        self.rows[:, 0] = -1
-        # A report a step: tokens chosen [R], and of each sequence its rows, and how many drafts stand [R, 2].
-        self.outbox = torch.zeros(HEADER + max_steps * 3 * R, dtype=torch.int32, device=device)
-        self.failed, self.reports = self.outbox[:1], self.outbox[HEADER:].view(max_steps, 3 * R)
-        self.tokens = self.reports[:, :R]
+        self.inbox = torch.zeros(4, R, RECORD, dtype=torch.int32, device=device)
+        self.rows, self.sampling, self.sequences, self.draws = self.inbox
+        self.rows[:, TOKEN] = -1
+        # A report a step: tokens chosen [R], and the outcome of each sequence [R, OUTCOME].
+        length = (1 + OUTCOME) * R
+        self.outbox = torch.zeros(HEADER + max_steps * length, dtype=torch.int32, device=device)
+        self.failed, self.num_made = self.outbox[:1], self.outbox[1:2]
+        self.reports = self.outbox[HEADER:].view(max_steps, length)
+        self.chosen = self.reports[:, :R]
         self.buffers |= {"rows": self.rows, "sequences": self.sequences}
         self.buffers |= {"chosen": self.reports, "outcome": self.reports}
         for name, num_bytes in plan.memory_bytes().items():
@@ -97,20 +111,23 @@ def row_records(rows: Rows, capacity: int) -> torch.Tensor:
 
 
 def step_inbox(rows: Rows, capacity: int) -> torch.Tensor:
-    """`Memory.inbox` for a step of which the host says what it computes; int32 [3, capacity, RECORD] on the CPU."""
+    """`Memory.inbox` for a step of which the host says what it computes; int32 [4, capacity, RECORD] on the CPU."""
     draws = rows.draws or [None] * len(rows.tokens)
     sampling = sampling_records(draws, capacity)
-    return torch.stack([row_records(rows, capacity), sampling, torch.zeros_like(sampling)])
+    nobody = torch.zeros_like(sampling)
+    return torch.stack([row_records(rows, capacity), sampling, nobody, nobody])
 
 
 def sampling_records(draws: Sequence[Draw | None], capacity: int) -> torch.Tensor:
-    """Int32 [capacity, RECORD] on the CPU: how the token after each row is chosen, zeros for the most probable one."""
+    """Int32 [capacity, RECORD] on the CPU: how tokens of rows, or sequences, are drawn; zeros for the most probable."""
     records = torch.zeros(capacity, RECORD, dtype=torch.int32)
     drawn = [(row, draw) for row, draw in enumerate(draws) if draw is not None]
     if drawn:
         rows = [row for row, _ in drawn]
         keys = torch.tensor([(draw.seed % 2**64, draw.sequence % 2**64) for _, draw in drawn], dtype=torch.uint64)
         records[rows, SEED:TEMPERATURE] = keys.view(torch.int32)
-        temperatures = torch.tensor([draw.temperature for _, draw in drawn], dtype=torch.float32)
+        temperatures = torch.tensor([draw.params.temperature for _, draw in drawn], dtype=torch.float32)
         records[rows, TEMPERATURE] = temperatures.view(torch.int32)
+        cuts = [(min(draw.params.top_k, 2**31 - 1), draw.params.top_p_share) for _, draw in drawn]
+        records[rows, TOP_K : TOP_P + 1] = torch.tensor(cuts, dtype=torch.int32)
     return records

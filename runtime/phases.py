@@ -10,7 +10,8 @@ A layer is seven phases, or six with a dense MLP:
     gate_up      top-k, then gate, up and activation of one active expert's columns
     down         all active experts' columns, in ascending order of expert, added to the hidden state in place
 
-between `embed` and `lm_head`. The phases around these, which choose tokens and what to try, are in `round_phases`.
+between `embed`, which deals the rows of the step too, and `lm_head`. The phases around these, which choose tokens and
+what to try, are in `round_phases`.
 Decisions, and why:
 
 - A norm has no phase of its own. Whoever writes columns of the hidden state also writes them times the weight of the
@@ -46,6 +47,7 @@ MAX_ROWS = 16  # rows of a step: the narrow side of one tensor-core product
 SPLIT_SIZE = 256  # positions of a context that one item attends to
 ELEMENT_BYTES = 2  # activations and cache: bf16
 
+OWN_COLUMN = "a row belongs to one item"
 PAIRS = "each (row, choice) belongs to one active expert, each column to one tile"
 SEQUENCES = (
     "each (sequence, split) belongs to one item, and a row to one sequence; a ring is longer than a window and a step, "
@@ -110,14 +112,16 @@ class _Builder:
         for tap in range(len(self.taps)):
             name = f"features.{tap}"
             self.buffers[name] = replace(hidden, name=name, memory="features", offset=tap * hidden.num_bytes)
-        if self.deciding.has_look_up:
-            self.append(self.deciding.draft())
+        for phase in self.deciding.first_phases():
+            self.append(phase)
+        reads, own_record, wait, leave = self.deciding.dealing()
         self.add(
-            "embed", "embed", (Axis("row", self.rows, is_dynamic=True),),
-            reads=[self.deciding.read_rows(Region("rows", 1, 0, (1,)))],
+            "embed", "embed", (Axis("row", self.rows),),  # all of them: one that is idle says so to the others
+            reads=list(reads),
             # One row of all columns; other rows' items write the same columns of other rows.
-            writes=[self.whole(name, "a row belongs to one item") for name in ("hidden", "scaled", "squares")],
-            waits=[self.deciding.begins_with()],
+            writes=[own_record, *(self.whole(name, OWN_COLUMN) for name in ("hidden", "scaled", "squares"))],
+            waits=[wait],
+            leave=leave,
             work=Work(
                 weight_bytes=self.formats.num_bytes("embedding", self.rows * D),
                 activation_bytes=D * ELEMENT_BYTES + norm_bytes(D),
@@ -132,9 +136,9 @@ class _Builder:
             else:
                 before = self.moe(index, layer.mlp, before)
         self.head(before)
-        num_tiles = self.buffers["best"].num_cells
-        self.append(self.deciding.sample(self.spec.vocab_size, num_tiles))
+        self.append(self.deciding.sample(self.spec.vocab_size, self.buffers["best"].num_cells))
         self.append(self.deciding.accept())
+        self.let_movers_leave()
         return Plan(
             model_type=self.spec.model_type,
             num_programs=self.num_programs,
@@ -146,6 +150,13 @@ class _Builder:
             phases=tuple(self.phases),
             prefetches=tuple(self.prefetches),
         )
+
+    def let_movers_leave(self) -> None:
+        """Where the first of their tasks waits for what a step that is not made would not bring."""
+        first = self.phases[0]
+        assert first.leave is not None
+        at = next((number for number, task in enumerate(self.prefetches) if task.wait is not None), 0)
+        self.prefetches.insert(at, Prefetch(first.name, first.waits[0]))
 
     def attention(self, index: int, a: AttentionSpec, before: str) -> str:
         at, D, R, G = f"L{index:02d}.", self.spec.hidden_size, self.rows, a.num_kv_heads
@@ -300,7 +311,8 @@ class _Builder:
         D, V, R = self.spec.hidden_size, self.spec.vocab_size, self.rows
         tile = choose_tile(V, self.num_programs, MMA_TILES)
         self.buffer("logits", V, R * WIDE_BYTES)
-        self.buffer("best", ceil_div(V, tile), R * 8)  # each tile's largest logit and its index
+        self.buffer("best", ceil_div(V, tile), R * 8)  # each tile's largest logit, or score, and its index
+        self.buffer("candidates", R, (3 * V + ceil_div(V, tile)) * WIDE_BYTES)  # for top-k and top-p
         self.add(
             "lm_head", "lm_head", (Axis("tile", ceil_div(V, tile)),), None, tile,
             reads=self.normalized(before),
@@ -347,6 +359,7 @@ class _Builder:
         work: Work,
         signals: list[Signal] | None = None,
         num_counters: int = 1,
+        leave: Read | None = None,
     ) -> None:
         """Adds a phase and its counter; unless told otherwise every program signals that once.
 
@@ -356,7 +369,7 @@ class _Builder:
         each: Literal["program"] = "program"
         phase = Phase(
             name, op, axes, layer, tile, tuple(reads), tuple(writes), tuple(waits),
-            tuple(signals) if signals is not None else (Signal(name, each),), work,
+            tuple(signals) if signals is not None else (Signal(name, each),), work, leave=leave,
         )  # fmt: skip
         if work.weight_bytes and op != "embed":
             self.prefetches.append(Prefetch(name, self.ahead))

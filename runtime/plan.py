@@ -124,9 +124,9 @@ class Work:
     """What a phase moves and computes, as coefficients: the same plan serves any number of rows and any context.
 
     weight_bytes: read once a step. expert_bytes: for each expert that some row chose, of `num_experts`, `top_k` a row.
-    kv_bytes: for each position that a sequence sees, at most `window`. activation_bytes: read and written for each row.
-    row_flops: for each row. position_flops: for each row and position it sees. all_reduce_bytes: exchanged between GPUs
-    after the phase, for each row.
+    kv_bytes: for each position that a sequence sees, at most `window`, of keys and values, or of its text.
+    activation_bytes: read and written for each row. row_flops: for each row. position_flops: for each row and position
+    it sees. all_reduce_bytes: exchanged between GPUs after the phase, for each row.
     """
 
     weight_bytes: float = 0.0
@@ -147,6 +147,9 @@ class Phase:
 
     op: names the device function; phases of one op differ in layer, sizes and counters only.
     tile: columns (or experts, vocabulary entries) that one item computes, 0 where items are not cut by columns.
+    leave: what every program reads behind the waits on entering, with items or not, to learn whether the launch is over
+    and this step is not made any more. Only of a step's first phase: who leaves there leaves counters as they are after
+    whole steps, from which the next launch goes on.
     """
 
     name: str
@@ -160,6 +163,7 @@ class Phase:
     signals: tuple[Signal, ...] = ()
     work: Work = field(default_factory=Work)
     rotation: int = 0
+    leave: Read | None = None
 
     @property
     def num_items(self) -> int:
@@ -182,6 +186,8 @@ class Phase:
 @dataclass(frozen=True)
 class Prefetch:
     """A mover's task: once `wait` is met, ask for the weights of phase `phase` to be brought into the L2 cache.
+
+    A task of the phase at which programs leave (`Phase.leave`) is to leave with them; it has no weights.
 
     Weights never change, so a mover writes nothing, signals nothing, and can harm nobody; its waits must be met too.
     """

@@ -4,8 +4,7 @@ A step holds up to `phases.MAX_ROWS` rows; the engine's larger ones are cut. Wit
 Triton's interpreter, in float32, which is slow and meant for tests: TRITON_INTERPRET=1 has to be set before the process
 starts.
 
-Left out: draft trees, whose siblings would share a place in the key/value buffers; top-k and top-p, which the engine
-does from the logits.
+Left out: draft trees, whose siblings would share a place in the key/value buffers.
 
 Legend: R rows, C features, W wanted rows, V vocabulary.
 """
@@ -97,6 +96,7 @@ class PlanBackend:
         self.weights, self.num_slots, self.max_length = weights, num_slots, max_length
         self.device = weights.embedding_VD.device
         self._num_rows, self._split_size, self._num_programs = num_rows, split_size, num_programs
+        self.rows_a_step: int | None = num_rows
         self._max_steps, self._has_look_up = max_steps, False
         self.drafter: ModuleDrafter | None = None
         self.set_drafter(drafter)
@@ -176,7 +176,7 @@ class PlanBackend:
             here = [row - start for row in logit_rows if start <= row < start + self.plan.rows]
             if here:
                 parts.append(self.memory.logits_VR[:, here].T.contiguous())
-                best += self.memory.tokens[0, here].tolist()
+                best += self.memory.chosen[0, here].tolist()
         return torch.cat(parts) if parts else self.memory.logits_VR.new_empty(0, self.weights.spec.vocab_size), best
 
     def _step_chunk(self, rows: Rows) -> None:

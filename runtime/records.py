@@ -5,16 +5,21 @@ One definition for all three: kernels take these numbers as compile-time constan
 Of a row: TOKEN, -1 for an idle one; SLOT, POSITION; FIRST_POSITION, where its sequence begins in this step. In the
 record whose index is a sequence's, as they are numbered in order: FIRST_ROW and NUM_ROWS, 0 where there is none.
 
-Of a row's sampling state: SEED and SEQUENCE, two words each; TEMPERATURE, the bits of a float32.
+Of a row's sampling state, and of the draws of a sequence: SEED and SEQUENCE, two words each; TEMPERATURE, the bits of
+a float32; TOP_K and TOP_P, 0 where they keep every token, TOP_P in units of 2**-24.
 
-Of a sequence that is decoded without the host, zeros for all others: CAPACITY, the rows that it owns from OWN_ROW on,
-in use or not, the anchor's and one for each draft of a round at most; OWN_SLOT; LENGTH and END, tokens that are
-committed and how many may be, it is over when they are equal; NGRAM, the longest run that a look-up looks for;
-WATCHES_EOS, whether an end-of-sequence token ends it.
+Of a sequence that is decoded without the host, zeros for all others: CAPACITY, the rows that it may have in a round,
+the anchor's and one for each draft; ANCHOR, its newest token; OWN_SLOT; LENGTH and END, tokens that are committed and
+how many may be, it is over when they are equal; NGRAM, the longest run that a look-up looks for; WATCHES_EOS, whether
+an end-of-sequence token ends it.
+
+Of a sequence's proposals, as many words as a step has rows: NUM_PROPOSED, and from FIRST_PROPOSED on the tokens.
 """
 
-RECORD = 8  # fields of each of the three
+RECORD = 8  # fields of each but the last
 
 TOKEN, SLOT, POSITION, FIRST_POSITION, FIRST_ROW, NUM_ROWS = range(6)
-SEED, SEQUENCE, TEMPERATURE = 0, 2, 4
-CAPACITY, OWN_ROW, OWN_SLOT, LENGTH, END, NGRAM, WATCHES_EOS = range(7)
+SEED, SEQUENCE, TEMPERATURE, TOP_K, TOP_P = 0, 2, 4, 5, 6
+CAPACITY, ANCHOR, OWN_SLOT, LENGTH, END, NGRAM, WATCHES_EOS = range(7)
+NUM_PROPOSED, FIRST_PROPOSED = range(2)
+OUTCOME = 3  # words a sequence in a report: rows in the step, drafts that stand, proposals made

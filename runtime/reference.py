@@ -184,6 +184,7 @@ class ReferenceBackend:
     prepare_seconds = 0.0
     no_trees_because: str | None = None
     rounds: Rounds | None = None
+    rows_a_step: int | None = None
     round_cost = IN_PYTORCH
 
     def __init__(

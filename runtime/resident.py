@@ -12,7 +12,7 @@ A wait gives up after so many polls that only a fault can be the reason. The ker
 before it waits; `movers`, programs that do nothing else; `none`. The default is a guess that has not been measured.
 
 A launch makes one step of rows that the host names, or several rounds without it, drafts and acceptance included (see
-`rounds`).
+`rounds`); it ends when no sequence is left.
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,7 +119,10 @@ class ResidentBackend(PlanBackend):
                 self._make_plan(taps, is_wanted)
 
     def launch(self, num_steps: int) -> list[list[int]]:
-        """The reports (see `Memory`) of steps of what `memory.inbox` says. Raises RuntimeError as `step` does."""
+        """The reports (see `Memory`) of up to so many steps of what `memory.inbox` says: of those that were made.
+
+        Raises RuntimeError as `step` does.
+        """
         assert 1 <= num_steps <= MAX_STEPS
         with self._on_device():
             self._launch(num_steps)
@@ -127,9 +130,12 @@ class ResidentBackend(PlanBackend):
 
     def repeat(self, num_steps: int) -> None:
         """See `PlanBackend`: many steps a launch. Raises RuntimeError as `step` does."""
+        assert not self.memory.sequences.any(), "the newest step's rows are the host's"
         with self._on_device():
             for start in range(0, num_steps, MAX_STEPS):
-                self._launch(min(MAX_STEPS, num_steps - start))
+                num_now = min(MAX_STEPS, num_steps - start)
+                self._launch(num_now)
+                self.next_step += num_now
         if self.memory.failed.item():
             self._give_up()
 
@@ -139,6 +145,8 @@ class ResidentBackend(PlanBackend):
             "counters_ptr": self.counters,
             "dump_ptr": self.dump,
             "failed_ptr": self.memory.failed,
+            "num_made_ptr": self.memory.num_made,
+            "sequences_ptr": self.memory.sequences,
             "first_step": (self.next_step + 2**31) % 2**32 - 2**31,  # wraps around as the counters do
             "num_steps": num_steps,
             "max_polls": self.max_polls,
@@ -157,15 +165,16 @@ class ResidentBackend(PlanBackend):
         else:
             with first_values():
                 resident_kernel[(num_programs,)](**arguments, **compile_options())
-        self.next_step += num_steps
 
     def _reports(self, num_steps: int) -> list[list[int]]:
         # The first copy from the GPU, which waits for the kernel.
         words = self.memory.report_words(num_steps).tolist()
-        if words[0]:
+        has_failed, num_made, *_ = words
+        if has_failed:
             self._give_up()
+        self.next_step += num_made
         length = self.memory.reports.shape[1]
-        return [words[HEADER + step * length :][:length] for step in range(num_steps)]
+        return [words[HEADER + step * length :][:length] for step in range(num_made)]
 
     def _give_up(self) -> None:
         """Raises what the dump says, with everything as before the first step."""

@@ -1,13 +1,16 @@
-"""What `draft`, `sample` and `accept` compute, in PyTorch, on the plan's buffers: by the functions of the host's loop.
+"""What `draft`, `sample` and `accept` compute on the plan's buffers, in PyTorch, and how `embed` deals rows: by the
+functions of the host's loop.
 
 The records of rows, sampling and sequences are those of the kernels, field by field (`records`). Buffers, with R rows
 (the plan's capacity), V vocabulary, T tiles, L positions:
 
-    rows, sequences  int64 [R, 8]       and `sampling`, which the plan counts as part of the rows
+    rows, sequences  int64 [R, 8]       and `sampling` of rows, `draws` of sequences, which to the plan are part of them
+    proposals        int64 [R, R]       of each sequence: how many, and the tokens
     chosen           int64 [R]          the token after each row, -1 where a logit is not a number
-    outcome          int64 [R, 2]       of each sequence: its rows in the step, and how many of its drafts stand
+    outcome          int64 [R, 3]       of each sequence: rows in the step, drafts that stand, proposals made
     history          int64 [R, L]       the text in each slot
-    logits           float32 [R, V];  best  [R, T, 2] the largest logit of each tile and its index
+    logits           float32 [R, V];  best  [R, T, 2] of each tile the largest logit and its index; with a temperature,
+                     and without top-k and top-p, the largest of logits / temperature + noise
 """
 
 from collections.abc import Generator, Sequence
@@ -17,23 +20,29 @@ import torch
 from speedstack.dflash.accept import accept
 from speedstack.dflash.ngram import NgramIndex
 from speedstack.dflash.tree import Draft
+from speedstack.runtime.deal import deal
 from speedstack.runtime.interpret import Body
 from speedstack.runtime.plan import Phase, Plan
 from speedstack.runtime.records import (
+    ANCHOR,
     CAPACITY,
     END,
+    FIRST_PROPOSED,
     FIRST_ROW,
     LENGTH,
+    NUM_PROPOSED,
     NUM_ROWS,
-    OWN_ROW,
+    OUTCOME,
     OWN_SLOT,
     POSITION,
     RECORD,
     SEED,
     TEMPERATURE,
     TOKEN,
+    TOP_K,
+    TOP_P,
 )
-from speedstack.runtime.sampling import SamplingParams, gumbel_noise, sample
+from speedstack.runtime.sampling import SHARE_BITS, SamplingParams, gumbel_noise, sample
 
 Steps = Generator[None, None, None]
 
@@ -41,21 +50,29 @@ Steps = Generator[None, None, None]
 class RoundBodies:
     """The buffers that are named above, and the bodies of their phases."""
 
-    def __init__(self, plan: Plan, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, plan: Plan, vocab_size: int, eos_token_ids: Sequence[int], num_slots: int | None = None) -> None:
         R = plan.rows
         self.plan, self._eos = plan, frozenset(eos_token_ids)
-        self.rows_RF, self.sampling_RF, self.sequences_RF = torch.zeros(3, R, RECORD, dtype=torch.int64)
+        self._has_proposals = "proposals" in plan.buffer_named
+        self.rows_RF, self.sampling_RF, self.sequences_RF, self.draws_RF = torch.zeros(4, R, RECORD, dtype=torch.int64)
         self.rows_RF[:, TOKEN] = -1
+        self.proposals_RR = torch.full((R, R), -1)
         self.chosen_R = torch.full((R,), -1)
-        self.outcome_R2 = torch.full((R, 2), -1)
-        self.history_RL = torch.full((R, plan.max_context), -1)
+        self.outcome_RO = torch.full((R, OUTCOME), -1)
+        self.history_RL = torch.full((num_slots or R, plan.max_context), -1)
         self.logits_RV = torch.full((R, vocab_size), float("nan"))
         self.best_RT2 = torch.full((R, plan.buffer_named["best"].num_cells, 2), float("nan"))
 
     def set_inbox(self, inbox: torch.Tensor) -> None:
         """The host's part, as `Memory.inbox` takes it: what the next step computes."""
-        for buffer, records in zip((self.rows_RF, self.sampling_RF, self.sequences_RF), inbox, strict=True):
+        buffers = (self.rows_RF, self.sampling_RF, self.sequences_RF, self.draws_RF)
+        for buffer, records in zip(buffers, inbox, strict=True):
             buffer.copy_(records)
+
+    def is_over(self) -> bool:
+        """Whether there were sequences to decode without the host, and none is left."""
+        records_SF = self.sequences_RF[self.sequences_RF[:, CAPACITY] > 0]
+        return len(records_SF) > 0 and bool((records_SF[:, LENGTH] == records_SF[:, END]).all())
 
     def round_bodies(self) -> dict[str, Body]:
         """By op, for `interpret`."""
@@ -67,30 +84,45 @@ class RoundBodies:
     def _sample(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         (row,) = index
         best_T2, logits_V, is_used = self.best_RT2[row].clone(), self.logits_RV[row].clone(), self.is_used(row)
-        seed, key = self.sampling_RF[row, SEED:TEMPERATURE].to(torch.int32).view(torch.int64).tolist()
-        temperature = float(self.sampling_RF[row, TEMPERATURE].to(torch.int32).view(torch.float32))
-        position = int(self.rows_RF[row, POSITION]) + 1
+        params = self.params(row)
+        noise_V = self.noise(row) if self.is_cut(params) else None
         yield
         if not is_used:
             return
         if best_T2[:, 0].isnan().any():
             self.chosen_R[row] = -1
-        elif temperature > 0.0:
-            noise_RV = gumbel_noise([seed], [key], [position], len(logits_V), logits_V.device)
-            self.chosen_R[row] = sample(logits_V, noise_RV[0], SamplingParams(temperature))
+        elif noise_V is not None:
+            self.chosen_R[row] = sample(logits_V, noise_V, params)
         else:
             self.chosen_R[row] = int(best_T2[int(best_T2[:, 0].argmax()), 1])
 
+    def params(self, row: int) -> SamplingParams:
+        """How the token after a row is chosen."""
+        temperature = float(self.sampling_RF[row, TEMPERATURE].to(torch.int32).view(torch.float32))
+        top_k, share = self.sampling_RF[row, TOP_K : TOP_P + 1].tolist()
+        return SamplingParams(temperature, share / 2**SHARE_BITS if share else 1.0, top_k)
+
+    def is_cut(self, params: SamplingParams) -> bool:
+        """Whether top-k or top-p may drop tokens."""
+        return params.temperature > 0.0 and (0 < params.top_k < self.logits_RV.shape[1] or params.top_p_share > 0)
+
+    def noise(self, row: int) -> torch.Tensor:
+        """Float32 [V], for the token after a row."""
+        seed, key = self.sampling_RF[row, SEED:TEMPERATURE].to(torch.int32).view(torch.int64).tolist()
+        position = int(self.rows_RF[row, POSITION]) + 1
+        return gumbel_noise([seed], [key], [position], self.logits_RV.shape[1], self.logits_RV.device)[0]
+
     def _accept(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         (sequence,) = index
-        capacity, own_row, slot, length, end, _, watches_eos, _ = self.sequences_RF[sequence].tolist()
-        num_rows = int(self.rows_RF[sequence, NUM_ROWS]) if capacity else 0
-        if not num_rows:
+        capacity, _, slot, length, end, _, watches_eos, _ = self.sequences_RF[sequence].tolist()
+        first, num_rows = self.rows_RF[sequence, [FIRST_ROW, NUM_ROWS]].tolist()
+        if not capacity or not num_rows:
             yield
-            self.outcome_R2[sequence] = 0
+            self.outcome_RO[sequence] = 0
             return
-        own = slice(own_row, own_row + num_rows)
+        own = slice(first, first + num_rows)
         drafts, chosen = self.rows_RF[own, TOKEN].tolist()[1:], self.chosen_R[own].tolist()
+        num_proposed = int(self.proposals_RR[sequence, NUM_PROPOSED]) if self._has_proposals else 0
         accepted, tokens = accept(Draft.chain(drafts), lambda node: chosen[node + 1])
         for number, token in enumerate(tokens):
             if token < 0 or (watches_eos and token in self._eos):
@@ -98,28 +130,39 @@ class RoundBodies:
                 break
         new_length = length + len(tokens)
         yield
-        self.outcome_R2[sequence] = torch.tensor([num_rows, len(accepted)])
-        self.sequences_RF[sequence, LENGTH], self.sequences_RF[sequence, END] = new_length, end
+        self.outcome_RO[sequence] = torch.tensor([num_rows, len(accepted), num_proposed])
+        self.sequences_RF[sequence, [ANCHOR, LENGTH, END]] = torch.tensor([tokens[-1], new_length, end])
         if "history" in self.plan.buffer_named:
             self.history_RL[slot, length:new_length] = torch.tensor(tokens)
-        else:
-            self._write_rows(sequence, tokens[-1:] if new_length < end else [], new_length - 1)
 
     def _draft(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         (sequence,) = index
         capacity, _, slot, length, end, ngram, _, _ = self.sequences_RF[sequence].tolist()
-        if not capacity:
+        if not capacity or length == end:
             return
-        text, num_left = self.history_RL[slot, :length].tolist(), end - length
-        drafts = NgramIndex(ngram).propose(text, min(capacity, num_left) - 1)
+        text = self.history_RL[slot, :length].tolist()
+        drafts = NgramIndex(ngram).propose(text, min(capacity, end - length) - 1)
         yield
-        self._write_rows(sequence, [text[-1], *drafts] if num_left else [], length - 1)
+        self.proposals_RR[sequence, NUM_PROPOSED] = len(drafts)
+        self.proposals_RR[sequence, FIRST_PROPOSED : FIRST_PROPOSED + len(drafts)] = torch.tensor(drafts)
 
-    def _write_rows(self, sequence: int, tokens: list[int], position: int) -> None:
-        """A sequence's rows of the next step; the others that it owns are idle."""
-        capacity, own_row, slot = self.sequences_RF[sequence, [CAPACITY, OWN_ROW, OWN_SLOT]].tolist()
-        for number in range(capacity):
-            token = tokens[number] if number < len(tokens) else -1
-            record = [token, slot, position + number, position]
-            self.rows_RF[own_row + number, : len(record)] = torch.tensor(record)
-        self.rows_RF[sequence, FIRST_ROW], self.rows_RF[sequence, NUM_ROWS] = own_row, len(tokens)
+    def deal_row(self, row: int) -> Steps:
+        """Writes the record of this row, and the fields of the sequence of that index; the host's stay as they are."""
+        sequences, proposals = self.sequences_RF.tolist(), self.proposals_RR.tolist()
+        if not any(record[CAPACITY] for record in sequences):
+            return
+        wanted = [
+            (1 + (own[NUM_PROPOSED] if self._has_proposals else 0)) if record[LENGTH] < record[END] else 0
+            for record, own in zip(sequences, proposals, strict=True)
+        ]
+        dealt = deal(wanted, self.plan.rows)
+        first = [sum(dealt[:sequence]) for sequence in range(self.plan.rows)]
+        record, draws = [-1, 0, 0, 0, first[row], dealt[row], 0, 0], torch.zeros(RECORD, dtype=torch.int64)
+        owners = [sequence for sequence in range(self.plan.rows) if 0 <= row - first[sequence] < dealt[sequence]]
+        if owners:
+            (sequence,) = owners
+            own, number, draws = sequences[sequence], row - first[sequence], self.draws_RF[sequence].clone()
+            token = proposals[sequence][FIRST_PROPOSED + number - 1] if number else own[ANCHOR]
+            record[:FIRST_ROW] = [token, own[OWN_SLOT], own[LENGTH] - 1 + number, own[LENGTH] - 1]
+        yield
+        self.rows_RF[row], self.sampling_RF[row] = torch.tensor(record), draws

@@ -1,16 +1,27 @@
 """The phases of a step that decide: which token follows a row, what of a round stands, and what the next round tries.
 
-    draft    (only with look-up, before `embed`) proposals from a sequence's own text, and the rows of this step
-    sample   the token after each row
-    accept   which drafts are the tokens chosen, what that commits, and, without `draft`, the rows of the next step
+    draft    (only with look-up, before `embed`) proposals from a sequence's own text
+    embed    (in `phases`) deals the rows of the step to the sequences, see below
+    sample   the token after each row; `lm_head` has added the noise, unless top-k or top-p comes before it
+    accept   which drafts are the tokens chosen, and what that commits
 
-`draft` and `accept` have one item a sequence and take three things across steps, all of them in GPU memory: `rows`,
-what a step computes; `sequences`, how far each sequence is and when it ends; `history`, its text. `accept` writes what
-`draft`, or `embed`, of the next step reads, so that their waits reach over the step's end. A sequence that the host
-decodes, one step a launch, has an empty record in `sequences`, and both phases leave its rows alone.
+`draft` and `accept` have one item a sequence and take two things across steps, both in GPU memory: `sequences`, how far
+each sequence is and when it ends; `history`, its text. `accept` writes what `draft`, or `embed`, of the next step
+reads, so that their waits reach over the step's end. A sequence that the host decodes, one step a launch, has an empty
+record in `sequences`; both phases leave it alone, and `embed` takes the rows that the host has named.
 
-A sequence owns the same rows for the whole launch, used or not: where they lie does not depend on how many drafts other
-sequences have. So fewer sequences share a launch than would if rows were dealt out every round.
+Which rows a sequence has depends on what was proposed for all of them (`deal`), so that somebody has to see all
+proposals before anybody knows a row. That is `embed`: it has to wait for every proposal anyway, and an item of it works
+out, from one number a sequence, whose row it is, writes that row's record and embeds its token. A phase that only deals
+would be one more hand-off between programs in every step, and readers that each dealt for themselves would do so in
+every layer. No item writes another's record, so that nothing here rests on how rows are shared out.
+
+`proposals` says for each sequence how many tokens to try and which (`records`): whatever writes it before `embed`,
+which has to wait for that, is a drafter.
+
+A launch is over when no sequence is left. Every program finds that out where the step's first phase has waited for the
+last round's `accept` (`Phase.leave`): all of them see the same records there, which are not written before all of them
+have gone on, and leave before the step has begun.
 
 Left out: a DFlash drafter's forward. Its proposals come from the host, and take a launch a step.
 """
@@ -18,10 +29,10 @@ Left out: a DFlash drafter's forward. Its proposals come from the host, and take
 from dataclasses import dataclass
 
 from speedstack.runtime.plan import Axis, Buffer, Phase, Read, Region, Signal, Wait, Work
+from speedstack.runtime.records import OUTCOME
 
 RECORD_BYTES = 32  # of a row, and of a sequence
 WIDE_BYTES = 4  # tokens, logits
-OWN_ROWS = "every row belongs to one sequence, and its fields of sequences to the one of that index"
 OWN_TEXT = "every sequence has a slot of its own"
 
 
@@ -41,29 +52,28 @@ class RoundPhases:
             Buffer("rows", R, RECORD_BYTES),
             Buffer("sequences", R, RECORD_BYTES),
             Buffer("chosen", R, WIDE_BYTES),
-            Buffer("outcome", R, 2 * WIDE_BYTES),  # for the host: rows of a sequence, and how many drafts stand
+            Buffer("outcome", R, OUTCOME * WIDE_BYTES),
         ]
         if self.has_look_up:
+            buffers.append(Buffer("proposals", R, R * WIDE_BYTES))
             buffers.append(Buffer("history", R, self.max_context * WIDE_BYTES))
         return buffers
 
+    def first_phases(self) -> list[Phase]:
+        """What comes before `embed`."""
+        return [self._draft()] if self.has_look_up else []
+
+    def dealing(self) -> tuple[tuple[Read, ...], Region, Wait, Read | None]:
+        """What `embed` reads to deal rows, where it writes them, what it waits for; and what says that all are over."""
+        own = _own("rows")
+        reads = (Read(self._whole("sequences"), "accept", 1), Read(own, None))  # the host's, where it named them
+        if self.has_look_up:
+            return (*reads, Read(self._whole("proposals"), "draft")), own, self._all_programs("draft"), None
+        return reads, own, self._after_last_step(), self._leave()
+
     def read_rows(self, region: Region | None = None) -> Read:
-        """What a phase between `draft` and `accept` knows about the rows of its step."""
-        last = ("draft", 0) if self.has_look_up else ("accept", 1)
-        return Read(self._whole("rows") if region is None else region, *last)
-
-    def begins_with(self) -> Wait:
-        """What `embed` waits for: the rows of its step are known."""
-        return self._all_programs("draft") if self.has_look_up else self._after_last_step()
-
-    def draft(self) -> Phase:
-        return self._of_sequences(
-            "draft",
-            reads=(Read(_own("sequences"), "accept", 1), Read(self._whole("history", OWN_TEXT), None)),
-            writes=(self._whole("rows", OWN_ROWS),),
-            wait=self._after_last_step(),
-            work=Work(activation_bytes=2 * RECORD_BYTES),
-        )
+        """What a phase behind `embed` knows about the rows of its step."""
+        return Read(self._whole("rows") if region is None else region, "embed")
 
     def sample(self, vocab_size: int, num_tiles: int) -> Phase:
         return Phase(
@@ -75,33 +85,45 @@ class RoundPhases:
                 Read(Region("logits", vocab_size), "lm_head"),
                 Read(Region("best", num_tiles), "lm_head"),
             ),
-            writes=(_own("chosen"),),
+            writes=(_own("chosen"), _own("candidates")),
             waits=(self._all_programs("lm_head"),),
             signals=(Signal("sample", "program"),),
-            work=Work(activation_bytes=vocab_size * WIDE_BYTES),
+            work=Work(activation_bytes=num_tiles * 2 * WIDE_BYTES),  # of a row without top-k and top-p
         )
 
     def accept(self) -> Phase:
-        rows = self._whole("rows") if self.has_look_up else self._whole("rows", OWN_ROWS)
+        reads = [self.read_rows(), Read(_own("sequences"), "accept", 1), Read(self._whole("chosen"), "sample")]
         writes = [_own("sequences"), _own("outcome")]
-        writes.append(self._whole("history", OWN_TEXT) if self.has_look_up else rows)
-        return self._of_sequences(
+        if self.has_look_up:
+            reads.append(Read(_own("proposals"), "draft"))
+            writes.append(self._whole("history", OWN_TEXT))
+        return Phase(
             "accept",
-            reads=(
-                self.read_rows(rows),
-                Read(_own("sequences"), "accept", 1),
-                Read(self._whole("chosen"), "sample"),
-            ),
+            "accept",
+            (Axis("sequence", self.rows),),  # all of them: one that is over says so to the host
+            reads=tuple(reads),
             writes=tuple(writes),
-            wait=self._all_programs("sample"),
+            waits=(self._all_programs("sample"),),
+            signals=(Signal("accept", "program"),),
             work=Work(activation_bytes=2 * RECORD_BYTES + 4 * WIDE_BYTES),
         )
 
-    def _of_sequences(
-        self, name: str, reads: tuple[Read, ...], writes: tuple[Region, ...], wait: Wait, work: Work
-    ) -> Phase:
-        axes = (Axis("sequence", self.rows),)  # all of them: one that is over says so to the host
-        return Phase(name, name, axes, None, 0, reads, writes, (wait,), (Signal(name, "program"),), work)
+    def _draft(self) -> Phase:
+        return Phase(
+            "draft",
+            "draft",
+            (Axis("sequence", self.rows, is_dynamic=True),),
+            reads=(Read(_own("sequences"), "accept", 1), Read(self._whole("history", OWN_TEXT), None)),
+            writes=(_own("proposals"),),
+            waits=(self._after_last_step(),),
+            signals=(Signal("draft", "program"),),
+            # The text once: what runs of other sizes read lies in the L1 cache by then.
+            work=Work(kv_bytes=WIDE_BYTES, activation_bytes=RECORD_BYTES + self.rows * WIDE_BYTES),
+            leave=self._leave(),
+        )
+
+    def _leave(self) -> Read:
+        return Read(self._whole("sequences"), "accept", 1)
 
     def _whole(self, buffer: str, exclusive: str = "") -> Region:
         return Region(buffer, self.rows, exclusive=exclusive)

@@ -2,26 +2,31 @@
 
 The host writes a record of each sequence, and its text where look-up drafts from it, launches, and reads a report of
 every step when all are done. A text stays on the GPU: it is sent again only when the host has computed rows of its slot
-since. Sequences share a step as long as their rows fit, drafts included; more of them take several launches, which for
-many sequences that find little to look up are more steps than the host's rounds would be. Texts do not depend on that,
-nor on how many rounds a launch makes.
+since. All sequences share the steps of a launch as long as there is a row for the anchor of each; drafts get the rest
+(`deal`), anew every round. More sequences than rows take several launches. Texts do not depend on that, nor on how many
+rounds a launch makes.
 
-A sequence that is over leaves its rows idle until the launch ends; when all are, the steps that are left compute
-nothing that is kept.
+A sequence that is over leaves its rows to the others; when all are, the launch ends. What is given for a round by one
+is given to it by the host's loop too, which deals by the same rule: both make the same rounds, until the host admits a
+sequence in the place of one that is over, which here waits for the end of the launch.
 
-Left out: DFlash drafters, top-k and top-p, and adaptive numbers of drafts, with which the host makes every round; stop
-strings, which it finds after the launch, dropping what came behind them.
+`ROUNDS_A_LAUNCH` is what a stream waits for: with steps of a millisecond its pieces are 8 ms apart, which nobody sees;
+the host's share of a launch, two copies and the commits, is spread over as many rounds.
+
+Left out: DFlash drafters and adaptive numbers of drafts, with which the host makes every round; stop strings, which it
+finds after the launch, dropping what came behind them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.runtime.backend import Backend, Draw, Round, Rounds, RoundsRequest
+from speedstack.runtime.backend import Backend, Round, Rounds, RoundsRequest
+from speedstack.runtime.deal import neighbours
 from speedstack.runtime.memory import sampling_records
-from speedstack.runtime.records import CAPACITY, FIRST_POSITION, FIRST_ROW, NUM_ROWS, RECORD, TOKEN, WATCHES_EOS
+from speedstack.runtime.records import CAPACITY, OUTCOME, RECORD, TOKEN, WATCHES_EOS
 from speedstack.runtime.strategy import NGRAM, DraftStrategy
 
 if TYPE_CHECKING:
@@ -51,18 +56,8 @@ class ResidentRounds(Rounds):
 
     def run(self, requests: Sequence[RoundsRequest], num_rounds: int) -> list[list[Round]]:
         assert self._backend.drafter is None, "a drafter's context would miss these rows"
-        return [rounds for group in self._groups(requests) for rounds in self._run(group, num_rounds)]
-
-    def _groups(self, requests: Sequence[RoundsRequest]) -> Iterator[list[RoundsRequest]]:
-        """Neighbours whose rows fit one step."""
-        group, num_rows = list[RoundsRequest](), 0
-        for request in requests:
-            if num_rows + 1 + request.num_drafts > self.num_rows:
-                yield group
-                group, num_rows = [], 0
-            group.append(request)
-            num_rows += 1 + request.num_drafts
-        yield group
+        groups = [[requests[index] for index in group] for group in neighbours(len(requests), self.num_rows)]
+        return [rounds for group in groups for rounds in self._run(group, num_rounds)]
 
     def _run(self, requests: Sequence[RoundsRequest], num_rounds: int) -> list[list[Round]]:
         memory, R = self._backend.memory, self.num_rows
@@ -75,16 +70,17 @@ class ResidentRounds(Rounds):
             if history is not None and self._num_known.get(request.slot) != length:
                 history[request.slot, :length] = torch.tensor(request.tokens, dtype=torch.int32)
         self.forget([request.slot for request in requests])
-        reports = self._backend.launch(num_rounds)
-        results, row = [], 0
-        for sequence, request in enumerate(requests):
-            rounds = list[Round]()
-            for report in reports:
-                num_rows, num_accepted = report[R + 2 * sequence : R + 2 * sequence + 2]
+        longest = max(request.end - len(request.tokens) for request in requests)
+        results = [list[Round]() for _ in requests]
+        for report in self._backend.launch(min(num_rounds, longest)):
+            row = 0
+            for rounds, at in zip(results, range(R, len(report), OUTCOME), strict=False):
+                num_rows, num_accepted, num_proposed = report[at : at + OUTCOME]
                 if num_rows:
-                    rounds.append(Round(num_rows - 1, num_accepted, report[row : row + num_accepted + 1]))
-            row += 1 + request.num_drafts
-            results.append(rounds)
+                    tokens = report[row : row + num_accepted + 1]
+                    rounds.append(Round(num_proposed, num_rows - 1, num_accepted, tokens))
+                row += num_rows
+        for request, rounds in zip(requests, results, strict=True):
             self._num_known[request.slot] = len(request.tokens) + sum(len(one.tokens) for one in rounds)
         return results
 
@@ -102,23 +98,18 @@ def rounds_for(
 
 
 def rounds_inbox(requests: Sequence[RoundsRequest], capacity: int) -> torch.Tensor:
-    """What `Memory.inbox` holds when sequences begin to go on by themselves; int32 [3, capacity, RECORD] on the CPU.
+    """What `Memory.inbox` holds when sequences begin to go on by themselves; int32 [4, capacity, RECORD] on the CPU.
 
-    Fields as in `records`.
+    Fields as in `records`. No row is anybody's yet.
     """
-    rows = [[-1] + [0] * (RECORD - 1) for _ in range(capacity)]
-    sequences = [[0] * RECORD for _ in range(capacity)]
-    draws = list[Draw | None]()
-    first = 0
+    assert len(requests) <= capacity, "every anchor of a group has a row"
+    assert len({request.slot for request in requests}) == len(requests), "every sequence has a slot of its own"
+    rows, sequences = torch.zeros(2, capacity, RECORD, dtype=torch.int32)
+    rows[:, TOKEN] = -1
     for index, request in enumerate(requests):
-        num_own, length = 1 + request.num_drafts, len(request.tokens)
-        assert first + num_own <= capacity, "the rows of a group fit a step"
-        rows[first][TOKEN : FIRST_POSITION + 1] = [request.tokens[-1], request.slot, length - 1, length - 1]
-        rows[index][FIRST_ROW : NUM_ROWS + 1] = [first, 1]
-        sequences[index][CAPACITY : WATCHES_EOS + 1] = [
-            num_own, first, request.slot, length, request.end, request.ngram_size, int(request.watches_eos)
-        ]  # fmt: skip
-        draws += [request.draw] * num_own
-        first += num_own
-    sampling = sampling_records(draws, capacity)
-    return torch.stack([torch.tensor(rows, dtype=torch.int32), sampling, torch.tensor(sequences, dtype=torch.int32)])
+        sequences[index, CAPACITY : WATCHES_EOS + 1] = torch.tensor([
+            1 + request.num_drafts, request.tokens[-1], request.slot, len(request.tokens), request.end,
+            request.ngram_size, int(request.watches_eos),
+        ])  # fmt: skip
+    draws = sampling_records([request.draw for request in requests], capacity)
+    return torch.stack([rows, torch.zeros_like(draws), sequences, draws])

@@ -5,7 +5,13 @@ is no generator state, so it does not matter how many rows are sampled together,
 was a draft: speculation cannot change the output. Philox4x32-10 is what GPU libraries and Triton use, so a kernel can
 draw the same integers.
 
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC'11); test vectors of Random123.
+What top-k and top-p keep is the same everywhere too, bit for bit. Both keep every token from some logit on, equals
+included. Top-p adds up probabilities, and a sum of floating-point numbers depends on its order; so a token's share is
+an integer here, its mass: 2**30 times its probability over the largest one, computed from float32 logits by integers
+alone. Masses add up exactly in any order, and a kernel may add them as it likes.
+
+Sources: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC'11), test vectors of Random123; Holtzman et
+al., "The curious case of neural text degeneration" (ICLR 2020), for top-p.
 
 Legend: V vocabulary, R rows.
 """
@@ -19,6 +25,18 @@ import torch
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
+
+# Of a token's mass. How far its logit lies below the peak is counted in steps, OCTAVE of which halve the probability.
+# FARTHEST, in nats, is beyond all that has any mass, and short of 64 halvings. 2**30 * 2**-x for x from 0 to 1 is
+# 2**30 - x * (c[0] - x * (c[1] - ...)) with the coefficients below, to 9e-8 of itself.
+OCTAVE_BITS = 20
+OCTAVE = 1 << OCTAVE_BITS
+FARTHEST = 43.0
+STEPS_A_NAT = 1.4426950408889634 * OCTAVE
+WHOLE_MASS = 1 << 30
+MASS_COEFFICIENTS = (744257403, 257891464, 59375084, 9884648, 1014582)
+# Top-p counts in these: what is asked for is a whole number of them.
+SHARE_BITS = 24
 
 
 @dataclass(frozen=True)
@@ -38,9 +56,9 @@ class SamplingParams:
             raise ValueError(f"top_k must be >= 0 (0 keeps every token), got {self.top_k}")
 
     @property
-    def needs_order(self) -> bool:
-        """Whether it takes the order of the whole vocabulary to choose a token: top-k and top-p do."""
-        return self.temperature > 0.0 and (self.top_k > 0 or self.top_p < 1.0)
+    def top_p_share(self) -> int:
+        """Top-p in units of 2**-24, at least one; 0, and not 2**24, keeps every token."""
+        return max(1, round(self.top_p * 2**SHARE_BITS)) % 2**SHARE_BITS
 
 
 GREEDY = SamplingParams()
@@ -90,22 +108,41 @@ def gumbel_noise(
     return torch.stack([-torch.log(-torch.log(uniform_V.clone())) for uniform_V in uniform_RV])
 
 
+def masses(scaled_V: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
+    """Int64 [V]: 2**30 * exp(scaled - peak), rounded down; `peak` is the largest of all, and equals of it have 2**30.
+
+    Exact in that every device gives these integers: what is rounded before them is single operations of IEEE 754.
+    """
+    below_V = (peak - scaled_V).clamp(max=FARTHEST)
+    steps_V = (torch.where(scaled_V == peak, 0.0, below_V) * STEPS_A_NAT).to(torch.int64)
+    x_V = steps_V & (OCTAVE - 1)
+    mass_V = torch.full_like(x_V, MASS_COEFFICIENTS[-1])
+    for coefficient in (*reversed(MASS_COEFFICIENTS[:-1]), WHOLE_MASS):
+        mass_V = coefficient - ((mass_V * x_V) >> OCTAVE_BITS)
+    return mass_V >> (steps_V >> OCTAVE_BITS)
+
+
 def filter_logits(logits_V: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Float32 logits divided by the temperature, with every token that top-k or top-p drops set to -inf.
 
-    Top-p keeps the smallest set of most probable tokens whose probability reaches `top_p` (Holtzman et al. 2019); ties
-    at top-k's edge are kept, as transformers does. Order: temperature, top-k, top-p.
+    Top-k keeps the k largest. Top-p keeps the fewest of the most probable tokens whose masses (see the module) reach
+    `top_p` of what there is after top-k. Both keep all that are equal to the last one kept; order: temperature, top-k,
+    top-p. Where a logit is not a number nothing is dropped.
     """
-    scaled_V = logits_V.float() / params.temperature
+    # Of a number, PyTorch would multiply by the reciprocal on a GPU, which is not the quotient.
+    scaled_V = logits_V.float() / torch.tensor(params.temperature, dtype=torch.float32, device=logits_V.device)
     if 0 < params.top_k < scaled_V.numel():
         edge = torch.topk(scaled_V, params.top_k).values[-1]
         scaled_V = scaled_V.masked_fill(scaled_V < edge, float("-inf"))
-    if params.top_p < 1.0:
-        sorted_V, order_V = torch.sort(scaled_V, descending=True, stable=True)
-        probability_V = torch.softmax(sorted_V, dim=-1)
-        dropped_V = torch.cumsum(probability_V, dim=-1) - probability_V >= params.top_p
-        dropped_V[0] = False
-        scaled_V = scaled_V.masked_fill(torch.zeros_like(dropped_V).scatter(0, order_V, dropped_V), float("-inf"))
+    if params.top_p_share and not scaled_V.isnan().any():
+        sorted_V = torch.sort(scaled_V[scaled_V > float("-inf")], descending=True).values
+        if not len(sorted_V):
+            return scaled_V
+        mass_V = masses(sorted_V, sorted_V[0])
+        up_to_V = torch.cumsum(mass_V, dim=0)
+        needed = -((-int(up_to_V[-1]) * params.top_p_share) >> SHARE_BITS)  # rounded up
+        edge = sorted_V[up_to_V - mass_V < needed][-1]
+        scaled_V = scaled_V.masked_fill(scaled_V < edge, float("-inf"))
     return scaled_V
 
 

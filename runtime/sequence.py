@@ -86,7 +86,7 @@ class RunningSequence:
     def draw(self) -> Draw | None:
         """How a backend that samples by itself chooses tokens; None is greedily."""
         greedy = self.params.temperature == 0.0
-        return None if greedy else Draw(self.seed, self.key, self.params.temperature)
+        return None if greedy else Draw(self.seed, self.key, self.params)
 
     def rounds_request(self) -> RoundsRequest:
         """For rounds without the host: this sequence to its end."""
@@ -122,7 +122,7 @@ class RunningSequence:
         num_before = len(self.tokens)
         for one in rounds:
             if not self.is_finished:
-                self.stats.num_drafted += one.num_drafts
+                self.stats.num_drafted += one.num_proposed
                 self.record_round(one.num_drafts, one.num_drafts, one.num_accepted, self._add(one.tokens))
         self._arrive(len(self.tokens) - num_before)
 

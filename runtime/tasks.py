@@ -104,6 +104,7 @@ def variant_of(binding: Binding) -> Constants:
         item_signals=item_signals,
         # Signals are given for items that do not exist in a step too.
         is_cut=not item_signals,
+        may_leave=phase.leave is not None,
         is_known_early=phase.op in KNOWN_EARLY,
         has_weights=phase.op in HAS_WEIGHTS,
         pointer_types=tuple(tl.pointer_type(_TYPES[tensor.dtype]) for tensor in binding.pointers),

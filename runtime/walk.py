@@ -100,6 +100,11 @@ class Walk:
                 self.reject("race", 0, phase, write.region.buffer,
                             f"items {i} and {j} of {phase.name} meet in {write.region.buffer}: one writes what the "
                             f"other {'writes' if other.is_write else 'reads'}")  # fmt: skip
+        for phase in self.plan.phases[1:]:
+            if phase.leave is not None:
+                self.reject("torn step", 0, phase, phase.leave.region.buffer,
+                            f"programs may leave at {phase.name}, when their step has begun: counters would have "
+                            "counted a part of it")  # fmt: skip
         self.check_rates()
         before: tuple | None = None
         for step in range(MAX_STEPS):
@@ -149,6 +154,8 @@ class Walk:
         for wait in phase.waits:
             if not wait.strides:
                 np.maximum(self.clock, self.wait(phase, wait, wait.start, step), out=self.clock)
+        if phase.leave is not None:
+            self.enter(phase, phase.leave, step)
         cases = self.cases(phase, table, step)
         has_items = table.last_round >= 0
         last = np.where(has_items, base + 1 + table.last_round, _NEVER)
@@ -173,6 +180,15 @@ class Walk:
                 self.add_group(phase, signal, signal.start, step, P, everyone, self.clock, np.full(P, end, np.int64))
         np.fill_diagonal(self.clock, end)
         self.forget()
+
+    def enter(self, phase: Phase, read: Read, step: int) -> None:
+        """Every program reads, behind the waits that all have passed and before its first item."""
+        entry, everyone = self.tables.entry(read), np.arange(self.plan.num_programs)
+        (access,) = entry.accesses
+        self.check_order(phase, step, entry, access, _Cases(everyone, self.clock, everyone))
+        self.check_value(phase, step, access, read)
+        last = np.full(self.plan.num_programs, self.instance * self.stride, np.int64)
+        self.touched[access.memory].append(_Touched(self.instance, phase, entry, access, last))
 
     def cases(self, phase: Phase, table: ItemTable, step: int) -> _Cases:
         """Items of one program with the same waits know the same: that, for each such group of items."""

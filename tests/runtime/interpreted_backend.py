@@ -19,25 +19,34 @@ from speedstack.runtime.memory import step_inbox
 from speedstack.runtime.phases import build_plan
 from speedstack.runtime.plan import Plan
 from speedstack.runtime.proof import prove
+from speedstack.runtime.records import FIRST_ROW, NUM_ROWS, OUTCOME
 from speedstack.runtime.rounds import ResidentRounds
 from speedstack.runtime.weights import ModelWeights
 
 
 class InterpretedBackend:
-    """`seed` is that of the first launch; later ones count on. At most as many slots as rows."""
+    """`seed` is that of the first launch; later ones count on. num_slots: None is as many as rows."""
 
     name = "interpreted"
     prepare_seconds = 0.0
     no_trees_because: str | None = "not here"
     round_cost = IN_PYTORCH
     drafter = None
+    rows_a_step: int | None
     rounds: Rounds | None
 
     def __init__(
-        self, weights: ModelWeights, max_length: int, num_rows: int = 8, num_programs: int = 3, seed: int = 0
+        self,
+        weights: ModelWeights,
+        max_length: int,
+        num_rows: int = 8,
+        num_programs: int = 3,
+        seed: int = 0,
+        num_slots: int | None = None,
     ) -> None:
         self.weights, self.max_length, self.num_rows, self.num_programs = weights, max_length, num_rows, num_programs
-        self.seed, self.num_launches = seed, 0
+        self.seed, self.num_launches, self.rows_a_step = seed, 0, num_rows
+        self.num_steps, self.num_slots = 0, num_slots  # steps that were made
         self.has_look_up = False
         self._rounds = ResidentRounds(self, num_rows)  # type: ignore[arg-type]
         self.rounds = self._rounds
@@ -53,7 +62,7 @@ class InterpretedBackend:
 
     def use(self, plan: Plan) -> None:
         """Executes this plan from now on, safe or not, with nothing in its buffers."""
-        self.plan, self.state = plan, PlanMemory(plan, self.weights)
+        self.plan, self.state = plan, PlanMemory(plan, self.weights, self.num_slots)
         buffers = {"history": self.state.history_RL} if self.has_look_up else {}
         self.memory = SimpleNamespace(inbox=SimpleNamespace(copy_=self.state.set_inbox), buffers=buffers)
         self.counters, self.next_step = np.zeros(plan.num_counters, np.int64), 0
@@ -68,23 +77,31 @@ class InterpretedBackend:
 
     def launch(self, num_steps: int) -> list[list[int]]:
         state, bodies, R = self.state, self.state.bodies(), self.plan.rows
-        reports = [[-1] * (3 * R) for _ in range(num_steps)]
-        accept = bodies["accept"]
+        reports = [[-1] * ((1 + OUTCOME) * R) for _ in range(num_steps)]
+        accept, ends = bodies["accept"], set[int]()
 
         def reporting(phase: Any, index: tuple[int, ...], step: int) -> Any:
             report, (sequence,) = reports[step - self.next_step], index
-            capacity, own_row, *_ = state.sequences_RF[sequence].tolist()
-            rows = slice(own_row, own_row + capacity)
+            first, num_rows = state.rows_RF[sequence, [FIRST_ROW, NUM_ROWS]].tolist()
+            rows = slice(first, first + num_rows)
             report[rows] = state.chosen_R[rows].tolist()
             yield from accept(phase, index, step) or ()
-            report[R + 2 * sequence : R + 2 * sequence + 2] = state.outcome_R2[sequence].tolist()
+            report[R + OUTCOME * sequence : R + OUTCOME * (sequence + 1)] = state.outcome_RO[sequence].tolist()
+
+        def is_over(step: int) -> bool:
+            if state.is_over():
+                ends.add(step)
+            return state.is_over()
 
         bodies["accept"] = reporting
-        interpret(self.plan, bodies, num_steps, self.seed, self.next_step, self.counters)
-        self.next_step += num_steps
+        interpret(self.plan, bodies, num_steps, self.seed, self.next_step, self.counters, is_over=is_over)
+        assert len(ends) <= 1, "programs leave at one step"
+        num_made = min(ends, default=self.next_step + num_steps) - self.next_step
+        self.next_step += num_made
+        self.num_steps += num_made
         self.num_launches += 1
         self.seed += 1
-        return reports
+        return reports[:num_made]
 
     def step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
         self._rounds.forget(rows.slots)

@@ -25,7 +25,7 @@ from speedstack.runtime.spec import spec_from_config
 from speedstack.runtime.weights import ModelWeights, read_weights
 
 CPU = torch.device("cpu")
-INTEGERS = ("rows", "sequences", "chosen", "outcome", "history")
+INTEGERS = ("rows", "sequences", "proposals", "chosen", "outcome", "history")
 POISON = -7  # no token, nor anything that is written
 SPLIT = 16  # many splits in a context of a few dozen
 
@@ -132,11 +132,14 @@ class Guarded:
         memory, kind = self.memory, buffer.partition(".")[0]
         if buffer.endswith(".cache"):
             return [part.movedim(2, 0) for part in memory.caches[int(buffer[1:3])]]
+        if buffer == "candidates":  # what kernels note; the bodies sort
+            return []
         whole = {
             "rows": memory.rows_RF,
             "sequences": memory.sequences_RF,
             "chosen": memory.chosen_R[:, None],
-            "outcome": memory.outcome_R2,
+            "proposals": memory.proposals_RR,
+            "outcome": memory.outcome_RO,
             "history": memory.history_RL,
             "hidden": memory.hidden_RD,
             "scaled": memory.scaled_RD,
@@ -224,9 +227,9 @@ def test_rounds_touch_only_what_their_phases_declare(has_look_up: bool) -> None:
             for item in range(phase.num_items):
                 guarded.run(phase, phase.index(item), bodies[phase.op], step)
         interpret(plan, free.bodies(), 1, first_step=step, counters=counters)
-        for name in ("rows_RF", "sequences_RF", "outcome_R2", "history_RL"):
+        for name in ("rows_RF", "sequences_RF", "outcome_RO", "history_RL"):
             assert torch.equal(getattr(poisoned, name), getattr(free, name)), (step, name)
-    assert free.outcome_R2[0, 0] > 0 == free.outcome_R2[1, 0], "one is over"
+    assert free.outcome_RO[0, 0] > 0 == free.outcome_RO[1, 0], "one is over"
     assert guarded.num_checked > 1000
 
 

@@ -279,6 +279,17 @@ def test_cost_by_hand() -> None:
     assert shared["L00.qkv"].predicted_seconds == pytest.approx(of["L00.qkv"].predicted_seconds)
 
 
+def test_look_up_is_costed_by_its_texts() -> None:
+    """One program a sequence reads 4 bytes a token, once, with its share of the bandwidth."""
+    gpu = Gpu("test", 4, bandwidth=1e9, bf16_flops=1e9, memory_bytes=1e9)
+    plan = build_plan(tiny_spec(), WeightFormats(), 4, 3, 100, 32, has_look_up=True)
+    for rows, sequences in ((2, 1), (3, 3)):
+        (draft,) = [one for one in step_cost(plan, gpu, rows, sequences, 60).phases if one.op == "draft"]
+        assert (draft.kv_bytes, draft.weight_bytes, draft.num_items) == (sequences * 60 * 4, 0, sequences)
+        assert draft.roofline_seconds == pytest.approx(sequences * 240e-9)
+        assert draft.predicted_seconds == pytest.approx(4 * 240e-9 + 1e-6)
+
+
 def test_bytes_a_step_agree_with_the_models_parameters() -> None:
     """Bytes a token, without the cache, that others computed for these models."""
     for name, formats, expected in (

@@ -192,6 +192,36 @@ def test_a_program_without_items_must_not_run_ahead() -> None:
     assert harm_of(by_item) == "wrong value"
 
 
+def test_what_ends_a_launch_is_read_by_programs_without_items_too() -> None:
+    """Leaving needs its own order: behind who wrote what says so, and before who overwrites it, on every program."""
+    last, all_of_p0 = Wait("c1", 3, 0), Wait("c0", 3, 3)
+    plan = two_phases(last, all_of_p0, 3)
+    leaving = with_phase(plan, 0, leave=Read(Region("b1", 1), "p1", 1))
+    assert prove(leaving).is_safe and harm_of(leaving) is None
+    # p0 signals for its item alone: programs 1 and 2, which have none, may read what p1 already overwrites
+    for safe, harm, change in ((True, None, {}), (False, "wrong value", {"leave": Read(Region("b1", 1), "p1", 1)})):
+        by_item = with_phase(plan, 0, signals=(Signal("c0", "item"),), **change)
+        by_item = with_phase(by_item, 1, waits=(Wait("c0", 1, 1),))
+        failure = prove(by_item).failure
+        assert (failure is None) == safe and harm_of(by_item) == harm, failure
+        assert failure is None or (failure.kind, failure.edge) == ("race", ("p1", "p0"))
+    early = prove(with_phase(leaving, 0, waits=(), reads=())).failure
+    assert early is not None and early.kind == "race" and "p0, on program" in early.message
+    stale = prove(with_phase(leaving, 0, leave=Read(Region("b1", 1), "p0", 1))).failure
+    assert stale is not None and stale.kind == "wrong value"
+
+
+def test_a_launch_ends_between_two_steps() -> None:
+    """Counters of a step that programs leave in its middle would be those of no number of steps."""
+    plan = two_phases(Wait("c1", 2, 0), Wait("c0", 2, 2))
+    failure = prove(with_phase(plan, 1, leave=Read(Region("b0", 1), "p0"))).failure
+    assert failure is not None and (failure.kind, failure.edge) == ("torn step", ("p1", "b0"))
+    with pytest.raises(ValueError, match="what says so is the same for all items"):
+        prove(with_phase(plan, 0, leave=Read(Region("b1", 1, 0, (1,)), "p1", 1)))
+    with pytest.raises(ValueError, match="p0 names 'b9'"):
+        prove(with_phase(plan, 0, leave=Read(Region("b9", 1), "p1", 1)))
+
+
 def test_messages_name_the_edge() -> None:
     plan = two_phases(Wait("c1", 2, 0), Wait("c0", 2, 2))
 

@@ -25,6 +25,7 @@ from speedstack.runtime.backend import Draw, Rows
 from speedstack.runtime.expected import expected_buffers, found_buffer
 from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.resident import ResidentBackend
+from speedstack.runtime.sampling import SamplingParams
 from speedstack.runtime.select import make_backend
 from tests.runtime.plan_cases import (
     CASES,
@@ -161,7 +162,7 @@ def test_counters_and_steps_wrap_around(first_step: int) -> None:
 def test_sampling_goes_on_without_the_host() -> None:
     """With a temperature too: several steps in one launch are as many launches."""
     backend, (caches, rows) = small("qwen3-mxfp4", 3)
-    draws = [Draw(5, 1, 1.5), None]
+    draws = [Draw(5, 1, SamplingParams(1.5)), None]
     rows = replace(rows, draws=draws)
     start = (caches, rows)
     tokens, logits_RV, _ = outcome(backend, start, 4)

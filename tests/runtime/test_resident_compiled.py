@@ -52,6 +52,7 @@ def compiled(
     tasks = build_tasks(plan, bind(plan, weights, Memory(plan, weights, 2, 512)), torch.device("cpu"))
     word = torch.zeros(1, dtype=torch.int32)
     changing: dict[str, Any] = {"counters_ptr": word, "dump_ptr": word, "failed_ptr": word}
+    changing |= {"num_made_ptr": word, "sequences_ptr": word}
     changing |= {"first_step": 0, "num_steps": 1, "max_polls": 1}
     arguments = arguments_of(plan, tasks, prefetch) | changing
     return tasks, compile_kernel(resident.resident_kernel, arguments, compile_options())

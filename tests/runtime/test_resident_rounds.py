@@ -14,14 +14,16 @@ import pytest
 import torch
 
 from speedstack.runtime import Engine, round_bodies
-from speedstack.runtime.backend import Draw, Round, RoundsRequest
+from speedstack.runtime.backend import Draw, Round, RoundsRequest, Rows
 from speedstack.runtime.bodies import PlanMemory
 from speedstack.runtime.interpret import interpret
 from speedstack.runtime.plan import Plan
 from speedstack.runtime.proof import prove
+from speedstack.runtime.records import OUTCOME
 from speedstack.runtime.resident import ResidentBackend
 from speedstack.runtime.results import Generation
 from speedstack.runtime.rounds import rounds_inbox
+from speedstack.runtime.sampling import SamplingParams
 from speedstack.runtime.strategy import DraftStrategy
 from speedstack.runtime.weights import ModelWeights
 from tests.runtime.plan_cases import SMALL_CASES
@@ -31,23 +33,25 @@ if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton
 
 MAX_LENGTH, NUM_ROWS = 32, 8
 PROMPTS = [[5, 6, 7, 5, 6, 7, 5, 6], [9, 2, 9, 2, 4, 9]]
+CUT_PROMPT = [8, 1, 8]
 EOS = 3
 
 
 def backend_of(weights: ModelWeights, num_programs: int, has_look_up: bool, **options: Any) -> ResidentBackend:
     backend = ResidentBackend(
-        weights, None, 2, MAX_LENGTH, num_rows=NUM_ROWS, split_size=16, num_programs=num_programs, **options
+        weights, None, 3, MAX_LENGTH, num_rows=NUM_ROWS, split_size=16, num_programs=num_programs, **options
     )
     backend.set_look_up(has_look_up)
     return backend
 
 
 def requests_of(has_look_up: bool) -> list[RoundsRequest]:
-    """Two sequences: one greedy; one drawn, that may commit five tokens. In the second slot and in the first."""
+    """Three, in no order of slots: one greedy; one drawn, that may commit five tokens; one drawn after a cut."""
     drafts = (3, 2) if has_look_up else (0, 0)
     return [
         RoundsRequest(PROMPTS[0], 1, MAX_LENGTH, False, drafts[0], 3),
-        RoundsRequest(PROMPTS[1], 0, len(PROMPTS[1]) + 5, True, drafts[1], 2, Draw(2**63 + 1, 77, 0.8)),
+        RoundsRequest(PROMPTS[1], 0, len(PROMPTS[1]) + 5, True, drafts[1], 2, Draw(2**63 + 1, 77, SamplingParams(0.8))),
+        RoundsRequest(CUT_PROMPT, 2, MAX_LENGTH, False, 0, 2, Draw(3, 78, SamplingParams(1.5, top_p=0.9, top_k=20))),
     ]
 
 
@@ -75,29 +79,30 @@ def test_every_round_leaves_the_buffers_of_the_bodies(has_look_up: bool) -> None
     fill(backend)
     backend.memory.inbox.copy_(rounds_inbox(requests, R))
     if has_look_up:
-        backend.memory.buffers["history"].copy_(bodies.history_RL[:2])
+        backend.memory.buffers["history"].copy_(bodies.history_RL[:3])
     counters = np.zeros(backend.plan.num_counters, np.int64)
     for step in range(7):
         (report,) = backend.launch(1)
         interpret(backend.plan, bodies.bodies(), 1, seed=step, first_step=step, counters=counters)
-        for found, wanted in ((backend.memory.rows, bodies.rows_RF), (backend.memory.sequences, bodies.sequences_RF)):
+        wanted_inbox = (bodies.rows_RF, bodies.sampling_RF, bodies.sequences_RF, bodies.draws_RF)
+        for found, wanted in zip(backend.memory.inbox, wanted_inbox, strict=True):
             assert found.tolist() == wanted.tolist(), step
         if has_look_up:
             for request, length in zip(requests, bodies.sequences_RF[:, round_bodies.LENGTH].tolist(), strict=False):
                 text = backend.memory.buffers["history"][request.slot, :length]
                 assert text.tolist() == bodies.history_RL[request.slot, :length].tolist()
-        assert report[R:] == bodies.outcome_R2.flatten().tolist()
+        assert report[R:] == bodies.outcome_RO.flatten().tolist()
         used = [row for row in range(R) if bodies.chosen_R[row] >= 0]
         assert [report[row] for row in used] == bodies.chosen_R[used].tolist()
-        accepted += int(bodies.outcome_R2[:, 1].sum())
+        accepted += int(bodies.outcome_RO[:, 1].sum())
     assert accepted > 2 or not has_look_up
-    assert report[R + 2] == 0 < report[R], "the second is over and the first is not"
+    assert report[R + OUTCOME] == 0 < report[R], "the second is over and the first is not"
 
 
 def run(backend: ResidentBackend, num_rounds: int = 4) -> tuple[list[list[Round]], list[torch.Tensor]]:
     fill(backend)
     assert backend.rounds is not None
-    backend._rounds.forget([0, 1])
+    backend._rounds.forget([0, 1, 2])
     has_look_up = "history" in backend.plan.buffer_named
     rounds = backend.rounds.run(requests_of(has_look_up), num_rounds)
     return rounds, [cache.clone() for cache in backend.memory.caches]
@@ -117,6 +122,33 @@ def test_rounds_are_the_same_under_every_schedule() -> None:
         backend = others[seed % 2]
         backend.seed = seed
         assert same(run(backend), expected), f"seed {seed}, {backend.plan.num_programs} programs"
+
+
+@pytest.mark.parametrize("has_look_up", [False, True], ids=["plain", "look-up"])
+def test_a_launch_ends_with_its_last_sequence(has_look_up: bool) -> None:
+    """Movers leave too, and what comes next is as after as many steps: counters, rounds, and steps of the host's."""
+    weights = SMALL_CASES["dense"]()
+    requests = [replace(one, end=len(one.tokens) + 2 + 2 * n) for n, one in enumerate(requests_of(has_look_up))]
+    longest = max(one.end - len(one.tokens) for one in requests)
+    ways: list[dict[str, Any]] = [{}, {"prefetch": "movers", "num_movers": 2}]
+    for number, options in enumerate(ways):
+        backend = backend_of(weights, 3, has_look_up, seed=number, **options)
+        backend.step(Rows([1], [0], [0]), [0])
+        rates, expected, num_made = backend.counters.clone(), None, 1
+        for _ in range(2):
+            fill(backend)
+            backend._rounds.forget([0, 1])
+            found = backend.rounds.run(requests, 8)  # type: ignore[union-attr]
+            expected = expected or found
+            assert found == expected and sum(len(one.tokens) for one in found[1]) == 4
+            num_rounds = max(len(rounds) for rounds in found)
+            num_made += num_rounds
+            assert backend.next_step == num_made and backend.memory.num_made == num_rounds <= longest < 8
+            assert torch.equal(backend.counters, rates * num_made)
+        _, best = backend.step(Rows([5, 9], [0, 1], [6, 7]), [0, 1])
+        backend.repeat(2)
+        assert torch.equal(backend.counters, rates * (num_made + 3)) and backend.next_step == num_made + 3
+        assert backend.memory.chosen[0, :2].tolist() == best
 
 
 @pytest.mark.parametrize("name", ["draft", "accept"])
@@ -184,5 +216,9 @@ def test_an_engine_writes_the_references_text_and_counts_its_rounds(monkeypatch:
     assert texts(found) == texts(host) and counts(found) == counts(host)
     assert sum(launches) == 2 + max(one.stats.num_rounds for one in host) and len(launches) == 4
     assert sum(sum(one.stats.accepted_by_position) for one in found) > 0
-    drawn = {"temperature": 0.7, "seed": 4}
-    assert texts(write("resident", "ngram", **drawn)) == texts(write("reference", None, **drawn)) != texts(expected)
+    drawn: dict[str, Any] = {"temperature": 0.7, "seed": 4}
+    for cut in ({}, {"top_k": 4, "top_p": 0.95}):
+        launches.clear()
+        found = texts(write("resident", "ngram", **drawn, **cut))
+        assert found == texts(write("reference", None, **drawn, **cut)) != texts(expected)
+        assert max(launches) > 1, "several rounds a launch"

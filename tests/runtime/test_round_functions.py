@@ -1,4 +1,4 @@
-"""The kernels `draft` and `accept` alone, on random texts, against the functions of the host's loop.
+"""The kernels of `draft`, `embed` and `accept` alone, on random texts, against the functions of the host's loop.
 
 Texts are longer than the block that a look-up compares at a time, lie in front of what an earlier text left in the
 slot, and end by either of two tokens, by a logit that is no number, or by their length. Started by test_graph.py in a
@@ -17,7 +17,19 @@ from speedstack.dflash.accept import accept
 from speedstack.dflash.ngram import NgramIndex
 from speedstack.dflash.tree import Draft
 from speedstack.runtime.backend import RoundsRequest
-from speedstack.runtime.records import END, LENGTH, NUM_ROWS, TOKEN
+from speedstack.runtime.deal import deal
+from speedstack.runtime.records import (
+    ANCHOR,
+    CAPACITY,
+    END,
+    FIRST_ROW,
+    LENGTH,
+    NUM_PROPOSED,
+    NUM_ROWS,
+    OUTCOME,
+    RECORD,
+    TOKEN,
+)
 from speedstack.runtime.rounds import rounds_inbox
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -61,31 +73,75 @@ def accept_chain(drafts: list[int], chosen: list[int]) -> tuple[list[int], list[
     return accept(Draft.chain(drafts), lambda node: chosen[node + 1])
 
 
-def run(op: str, *pointers: torch.Tensor, **constants: int | bool) -> None:
-    phase = Constants(op=op, axes=(R,), R=R, **constants)
-    interpret_grid(phase_kernel, (R,), {"pointers": pointers, "PHASE": phase, "IS_DEPENDENT": False})
+def run(op: str, *pointers: torch.Tensor, num: int = R, **constants: int | bool) -> None:
+    """Every item of a phase of `num` rows or sequences."""
+    phase = Constants(op=op, axes=(num,), R=num, **constants)
+    interpret_grid(phase_kernel, (num,), {"pointers": pointers, "PHASE": phase, "IS_DEPENDENT": False})
 
 
 def test_drafts_are_those_of_the_index() -> None:
-    """Token for token, whatever the block; and the rows that are not used are idle."""
+    """Token for token, whatever the block; for a sequence that is over, or decoded by the host, nothing is written."""
     rng, num_proposals, num_of_many_blocks = random.Random(0), 0, 0
     for case in range(NUM_CASES):
         block, max_length = rng.choice([4, 8, 16, 64]), rng.choice([24, 80])
         requests = random_requests(rng, max_length)
-        rows, _, sequences = (records.clone() for records in rounds_inbox(requests, R))
-        run("draft", rows, sequences, history_of(rng, requests, max_length), STRIDE=max_length, BLOCK=block)
-        first = 0
+        _, _, sequences, _ = (records.clone() for records in rounds_inbox(requests, R))
+        if case % 8 == 0:
+            sequences[0, END] = sequences[0, LENGTH]
+        proposals = torch.full((R, R), -9, dtype=torch.int32)
+        history = history_of(rng, requests, max_length)
+        run("draft", sequences, history, proposals, STRIDE=max_length, BLOCK=block)
         for sequence, request in enumerate(requests):
-            wanted = proposals_of(request)
-            found = rows[first : first + 1 + request.num_drafts, TOKEN].tolist()
-            idle = [-1] * (request.num_drafts - len(wanted))
-            assert found == [request.tokens[-1], *wanted, *idle], (case, request, block)
-            assert rows[sequence, NUM_ROWS] == 1 + len(wanted)
-            num_proposals += len(wanted)
-            num_of_many_blocks += len(wanted) > 0 and len(request.tokens) > block
-            first += 1 + request.num_drafts
-        assert (rows[first:, TOKEN] == -1).all()
+            if sequences[sequence, END] > sequences[sequence, LENGTH]:
+                wanted = proposals_of(request)
+                assert proposals[sequence, : 1 + len(wanted)].tolist() == [len(wanted), *wanted], (case, request, block)
+                proposals[sequence, : 1 + len(wanted)] = -9
+                num_proposals += len(wanted)
+                num_of_many_blocks += len(wanted) > 0 and len(request.tokens) > block
+        assert (proposals == -9).all()
     assert num_proposals > NUM_CASES and num_of_many_blocks > NUM_CASES // 2
+
+
+@pytest.mark.parametrize("has_proposals", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 4, 16])
+def test_rows_are_dealt_as_the_host_deals_them(has_proposals: bool, num_rows: int) -> None:
+    """Records, sampling states and embeddings of all rows; those that the host has named stay as they are."""
+    rng, num_short = random.Random(num_rows), 0
+    embedding_VD = torch.arange(24.0)[:, None].expand(24, 8).contiguous()
+    for _ in range(NUM_CASES):
+        rows, sampling, sequences, draws = torch.randint(1, 20, (4, num_rows, RECORD), dtype=torch.int32)
+        rows[:, TOKEN] -= rng.choice([0, 10])
+        rows[:, -2:] = 0
+        sequences[:, CAPACITY] *= rng.random() < 0.8
+        sequences[:, END] = sequences[:, LENGTH] + torch.tensor([rng.choice([0, 1, 5]) for _ in range(num_rows)])
+        proposals = torch.randint(0, 20, (num_rows, num_rows), dtype=torch.int32)
+        proposals[:, NUM_PROPOSED] = torch.tensor([rng.randint(0, num_rows - 1) for _ in range(num_rows)])
+        wanted_rows, wanted_sampling = rows.clone(), sampling.clone()
+        if sequences[:, CAPACITY].any():
+            wanted_rows[:], wanted_sampling[:] = torch.tensor([-1] + [0] * (RECORD - 1)), 0
+            live = sequences[:, END] > sequences[:, LENGTH]
+            wanted = [
+                (1 + own[NUM_PROPOSED] * has_proposals) if on else 0
+                for own, on in zip(proposals.tolist(), live, strict=True)
+            ]
+            first = 0
+            for sequence, number in enumerate(deal(wanted, num_rows)):
+                _, anchor, slot, length, *_ = sequences[sequence].tolist()
+                for row, token in enumerate([anchor, *proposals[sequence, 1:].tolist()][:number]):
+                    wanted_rows[first + row, :FIRST_ROW] = torch.tensor([token, slot, length - 1 + row, length - 1])
+                    wanted_sampling[first + row] = draws[sequence]
+                wanted_rows[sequence, [FIRST_ROW, NUM_ROWS]] = torch.tensor([first, number], dtype=torch.int32)
+                first += number
+                num_short += number < wanted[sequence]
+        hidden_DR = torch.full((8, num_rows), -1.0)
+        dealing, constants = (sequences, draws, proposals, rows, sampling), {"HAS_PROPOSALS": has_proposals}
+        for_norm = (torch.ones(8), torch.empty(16, num_rows), torch.empty(1, num_rows))
+        run("embed", *dealing, embedding_VD, hidden_DR, *for_norm, num=num_rows, D=8, NP=1, **constants)
+        assert torch.equal(rows, wanted_rows) and torch.equal(sampling, wanted_sampling)
+        used = rows[:, TOKEN] >= 0
+        wanted_R = torch.where(used, rows[:, TOKEN].float(), -1.0)
+        assert torch.equal(hidden_DR, wanted_R.expand(8, num_rows))
+    assert num_short > 10 or not has_proposals or num_rows == 1
 
 
 def test_acceptance_is_that_of_the_host() -> None:
@@ -94,15 +150,17 @@ def test_acceptance_is_that_of_the_host() -> None:
     max_length = 24
     for case in range(NUM_CASES):
         requests, eos = random_requests(rng, max_length), EOS[: rng.randint(1, 2)]
-        rows, _, sequences = (records.clone() for records in rounds_inbox(requests, R))
-        report = torch.full((3 * R,), -9, dtype=torch.int32)  # the token after each row, then every outcome
+        rows, _, sequences, _ = (records.clone() for records in rounds_inbox(requests, R))
+        proposals = torch.full((R, R), -9, dtype=torch.int32)
+        report = torch.full(((1 + OUTCOME) * R,), -9, dtype=torch.int32)  # the token after each row, then every outcome
         history = history_of(rng, requests, max_length)
         wanted_history = history.clone()
         wanted, first = [], 0
         for sequence, request in enumerate(requests):
             drafts = proposals_of(request)
             rows[first : first + 1 + len(drafts), TOKEN] = torch.tensor([request.tokens[-1], *drafts]).int()
-            rows[sequence, NUM_ROWS] = 1 + len(drafts)
+            rows[sequence, [FIRST_ROW, NUM_ROWS]] = torch.tensor([first, 1 + len(drafts)], dtype=torch.int32)
+            proposals[sequence, NUM_PROPOSED] = len(drafts) + case  # of which there were rows for so many
             chosen = [token if rng.random() < 0.75 else rng.choice([-1, 0, 1, 2, 7, 9]) for token in drafts]
             chosen.append(rng.choice([-1, 0, 2, 7, 9]))
             report[first : first + len(chosen)] = torch.tensor(chosen).int()
@@ -116,14 +174,16 @@ def test_acceptance_is_that_of_the_host() -> None:
             else:
                 ways.add("eos ignored" if set(tokens) & set(eos) else "goes on")
             wanted_history[request.slot, length : length + len(tokens)] = torch.tensor(tokens).int()
-            wanted.append([1 + len(drafts), len(accepted), length + len(tokens), end])
-            first += 1 + request.num_drafts
+            outcome = [1 + len(drafts), len(accepted), len(drafts) + case]
+            wanted.append((outcome, [tokens[-1], length + len(tokens), end]))
+            first += 1 + len(drafts)
         rows_before = rows.clone()
-        constants = {"LP": len(eos), "STRIDE": max_length, "HAS_HISTORY": True, "REPORT": 3 * R}
-        run("accept", rows, sequences, report, torch.tensor(eos).int(), history, **constants)
-        for sequence, (num_rows, num_accepted, length, end) in enumerate(wanted):
-            assert report[R + 2 * sequence :][:2].tolist() == [num_rows, num_accepted], (case, requests[sequence])
-            assert sequences[sequence, [LENGTH, END]].tolist() == [length, end], (case, requests[sequence])
+        constants = {"LP": len(eos), "STRIDE": max_length, "HAS_HISTORY": True, "HAS_PROPOSALS": True}
+        constants["REPORT"] = len(report)
+        run("accept", rows, sequences, report, torch.tensor(eos).int(), history, proposals, **constants)
+        for sequence, (outcome, state) in enumerate(wanted):
+            assert report[R + OUTCOME * sequence :][:OUTCOME].tolist() == outcome, (case, requests[sequence])
+            assert sequences[sequence, [ANCHOR, LENGTH, END]].tolist() == state, (case, requests[sequence])
         assert torch.equal(history, wanted_history)
         assert torch.equal(rows, rows_before)
     assert {"goes on", "eos ignored", *(f"{token}, at the end: False" for token in (-1, *EOS))} <= ways

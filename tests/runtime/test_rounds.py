@@ -7,19 +7,24 @@ holds the kernel against the same. Legend: R rows, L positions.
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from speedstack.dflash.ngram import NgramIndex
 from speedstack.runtime import Engine
 from speedstack.runtime.backend import Draw, RoundsRequest
+from speedstack.runtime.deal import deal, neighbours
 from speedstack.runtime.plan import Plan
 from speedstack.runtime.proof import prove
-from speedstack.runtime.records import CAPACITY, END, LENGTH, NUM_ROWS, TOKEN
+from speedstack.runtime.records import CAPACITY, END, FIRST_ROW, LENGTH, NUM_ROWS, SEED, TOKEN
 from speedstack.runtime.results import Generation, GenerationStats
 from speedstack.runtime.rounds import ROUNDS_A_LAUNCH, rounds_inbox
+from speedstack.runtime.sampling import SamplingParams
 from speedstack.runtime.strategy import DraftStrategy
 from speedstack.runtime.weights import ModelWeights
 from tests.runtime.interpreted_backend import InterpretedBackend
@@ -50,9 +55,16 @@ def engine_of(
 
 
 def reference_of(
-    weights: ModelWeights, drafter: Any = None, strategy: DraftStrategy | None = None, tokenizer: Any = None
+    weights: ModelWeights,
+    drafter: Any = None,
+    strategy: DraftStrategy | None = None,
+    tokenizer: Any = None,
+    num_rows: int = 8,
 ) -> Engine:
-    return Engine(weights, drafter, tokenizer, "reference", MAX_LENGTH, 3, strategy)
+    """An engine whose rounds the host makes, dealing as many rows."""
+    engine = Engine(weights, drafter, tokenizer, "reference", MAX_LENGTH, 3, strategy)
+    engine.backend.rows_a_step = num_rows
+    return engine
 
 
 def counts(stats: GenerationStats) -> dict[str, Any]:
@@ -90,11 +102,14 @@ def test_plain_text_is_that_of_one_step_at_a_time(
 def test_look_up_drafts_and_accepts_as_the_host_does(
     weights: ModelWeights, num_drafts: int, ngram_size: int, num_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Text, drafts by position, acceptance, rows: all that is counted. Steps hold all sequences or one at a time."""
+    """Text, drafts by position, acceptance, rows: all that is counted. Steps hold all drafts or some of each text's."""
     strategy = DraftStrategy(num_drafts=num_drafts, ngram_size=ngram_size)
     engine, backend = engine_of(weights, monkeypatch, "ngram", strategy, num_rows=num_rows, seed=num_drafts)
     found = engine.generate(PROMPTS, max_new_tokens=30)
-    check_same(found, reference_of(weights, "ngram", strategy).generate(PROMPTS, max_new_tokens=30))
+    host = reference_of(weights, "ngram", strategy, num_rows=num_rows)
+    check_same(found, host.generate(PROMPTS, max_new_tokens=30))
+    num_prompt_steps = sum(-(-len(prompt) // num_rows) for prompt in PROMPTS)
+    assert backend.num_steps - num_prompt_steps == max(one.stats.num_rounds for one in found)
     plain = reference_of(weights).generate(PROMPTS, max_new_tokens=30)
     assert [one.tokens for one in found] == [one.tokens for one in plain]
     assert sum(sum(one.stats.accepted_by_position) for one in found) > 5, "nothing was accepted"
@@ -136,7 +151,7 @@ def test_the_buffers_end_is_the_last_position(weights: ModelWeights, monkeypatch
 def test_sampled_text_is_that_of_the_host(weights: ModelWeights, drafter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys of seed, sequence and position in every row: the same tokens, drafts or not, and others for another seed."""
     strategy = DraftStrategy(num_drafts=3, ngram_size=1) if drafter else None
-    engine, _ = engine_of(weights, monkeypatch, drafter, strategy)
+    engine, backend = engine_of(weights, monkeypatch, drafter, strategy)
     reference = reference_of(weights, drafter, strategy)
     options: dict[str, Any] = {"max_new_tokens": 20, "temperature": 0.7, "seed": [2**63 + 5, 1, 1]}
     found = engine.generate(PROMPTS, **options)
@@ -144,15 +159,17 @@ def test_sampled_text_is_that_of_the_host(weights: ModelWeights, drafter: Any, m
     assert found[0].tokens != engine.generate(PROMPTS[0], **options | {"seed": 5}).tokens
     greedy = reference.generate(PROMPTS, max_new_tokens=20)
     assert all(one.tokens != other.tokens for one, other in zip(found, greedy, strict=True))
-    # sequences that need the host: one step a launch, drawn there
-    ordered = options | {"top_k": 3, "top_p": 0.9}
-    check_same(engine.generate(PROMPTS, **ordered), reference.generate(PROMPTS, **ordered))
+    for cut in ({"top_k": 3}, {"top_p": 0.4}, {"top_k": 30, "top_p": 0.9}):
+        before = backend.num_launches
+        found = engine.generate(PROMPTS, **options | cut)
+        assert backend.num_launches - before < 20, "several rounds a launch"
+        check_same(found, reference.generate(PROMPTS, **options | cut))
 
 
 def test_one_launch_tells_nothing_but_when_the_host_needs_to(
     weights: ModelWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Adaptive drafts, top-k, and drafts that do not fit a step go round by round; set_strategy changes it any time."""
+    """Adaptive drafts, and drafts that do not fit a step go round by round; set_strategy changes it any time."""
     engine, backend = engine_of(weights, monkeypatch, "ngram", DraftStrategy(num_drafts="adaptive"), num_rows=4)
     reference = reference_of(weights, "ngram", DraftStrategy(num_drafts=3))
     expected = reference.generate(PROMPTS[0], max_new_tokens=12)
@@ -166,7 +183,7 @@ def test_one_launch_tells_nothing_but_when_the_host_needs_to(
     rounds_adaptive = launches()
     assert rounds_adaptive > 3 and not backend.has_look_up
     # one step a launch is drawn by the same sampler: the backend's, from keys that the host gives
-    drawn: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.7, "seed": 9}
+    drawn: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.4, "seed": 9, "top_k": 40, "top_p": 0.9}
     sampled = engine.generate(PROMPTS[0], **drawn).tokens
     assert sampled == reference.generate(PROMPTS[0], **drawn).tokens
     engine.set_strategy(DraftStrategy(num_drafts=3))
@@ -225,51 +242,120 @@ def test_logits_that_are_no_numbers_are_the_same_error(
     assert engine.generate(PROMPTS[1], max_new_tokens=before + 1).tokens == tokens[: before + 1]
 
 
-def test_drafts_lie_in_the_rows_that_their_sequence_owns(weights: ModelWeights) -> None:
-    """The layout of the plan's records, idle rows too, for texts of any length with room for all drafts or for few.
+def test_rows_are_dealt_by_what_the_index_proposes(weights: ModelWeights) -> None:
+    """Proposals and records of rows, idle ones too, for texts of any length, some over, drafts that fit or do not.
 
     What is proposed is the index's own answer here; test_round_functions holds the kernel against it.
     """
-    rng = random.Random(0)
-    backend = InterpretedBackend(weights, MAX_LENGTH, num_rows=16, num_programs=1)
-    backend.set_look_up(True)
-    num_found = 0
-    draft = backend.plan.phases[0]
-    for _ in range(60):
-        size, num_drafts = rng.randint(1, 5), rng.randint(1, 7)
-        texts = [[rng.randrange(rng.randint(1, 6)) for _ in range(rng.randint(1, 40))] for _ in range(2)]
-        requests = [
-            RoundsRequest(text, slot, len(text) + rng.randint(1, 8), True, num_drafts, size)
-            for slot, text in enumerate(texts)
-        ]
-        backend.state.set_inbox(rounds_inbox(requests, 16))
-        for request in requests:
-            backend.state.history_RL[request.slot, : len(request.tokens)] = torch.tensor(request.tokens)
-        for sequence, request in enumerate(requests):
-            for _ in backend.state.bodies()["draft"](draft, (sequence,), 0) or ():
-                pass
-            num_left = request.end - len(request.tokens)
-            wanted = NgramIndex(size).propose(request.tokens, min(num_drafts, num_left - 1))
-            first = sequence * (1 + num_drafts)
-            found = backend.state.rows_RF[first : first + 1 + num_drafts, TOKEN].tolist()
-            assert found == [request.tokens[-1], *wanted] + [-1] * (num_drafts - len(wanted))
-            assert backend.state.rows_RF[sequence, NUM_ROWS] == 1 + len(wanted)
-            num_found += len(wanted) > 0
-    assert num_found > 60
+    rng, num_cut = random.Random(0), 0
+    for num_rows in (4, 16):
+        backend = InterpretedBackend(weights, MAX_LENGTH, num_rows=num_rows, num_programs=1)
+        backend.set_look_up(True)
+        bodies, (draft, embed) = backend.state.bodies(), backend.plan.phases[:2]
+        for _ in range(40):
+            size, num_drafts = rng.randint(1, 5), rng.randint(1, min(7, num_rows - 1))
+            texts = [[rng.randrange(rng.randint(1, 6)) for _ in range(rng.randint(1, 40))] for _ in range(3)]
+            draws = [Draw(slot, 7, SamplingParams(0.5)) for slot in range(3)]
+            requests = [
+                RoundsRequest(text, 2 - slot, len(text) + rng.randint(1, 8), True, num_drafts, size, draw)
+                for slot, (text, draw) in enumerate(zip(texts, draws, strict=True))
+            ]
+            inbox = rounds_inbox(requests, num_rows)
+            is_over = [rng.random() < 0.3 for _ in requests]
+            for sequence, request in enumerate(requests):
+                backend.state.history_RL[request.slot, : len(request.tokens)] = torch.tensor(request.tokens)
+                if is_over[sequence]:
+                    inbox[2, sequence, END] = len(request.tokens)
+            backend.state.set_inbox(inbox)
+            for phase in (draft, embed):
+                for item in range(phase.num_items):
+                    for _ in bodies[phase.op](phase, (item,), 0) or ():
+                        pass
+            proposed = [
+                NgramIndex(size).propose(one.tokens, min(num_drafts, one.end - len(one.tokens) - 1)) for one in requests
+            ]
+            wanted = [0 if over else 1 + len(tokens) for over, tokens in zip(is_over, proposed, strict=True)]
+            rows, first = backend.state.rows_RF, 0
+            for sequence, number in enumerate(deal(wanted, num_rows)):
+                request, last = requests[sequence], len(requests[sequence].tokens) - 1
+                for row, token in enumerate([request.tokens[-1], *proposed[sequence]][:number]):
+                    assert rows[first + row, :FIRST_ROW].tolist() == [token, request.slot, last + row, last]
+                    assert backend.state.sampling_RF[first + row, SEED] == request.draw.seed  # type: ignore[union-attr]
+                assert rows[sequence, FIRST_ROW:6].tolist() == [first, number]
+                first += number
+                num_cut += 0 < number < wanted[sequence]
+            assert (rows[first:, TOKEN] == -1).all() and not backend.state.sampling_RF[first:].any()
+            assert not rows[len(requests) :, NUM_ROWS].any()
+            assert backend.state.is_over() == all(is_over)
+    assert num_cut > 20
 
 
-def test_the_inbox_names_rows_keys_and_ends() -> None:
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 16), min_size=1, max_size=16))
+def test_rows_are_dealt_as_evenly_as_they_are_wanted(wanted: list[int]) -> None:
+    """Nobody gets more than it wants or none; no row is left that is wanted; nobody has two more than one who wants."""
+    dealt = deal(wanted, 16)
+    assert all(min(1, number) <= got <= number for got, number in zip(dealt, wanted, strict=True))
+    assert sum(dealt) == min(16, sum(wanted)) or dealt == wanted
+    short = [got for got, number in zip(dealt, wanted, strict=True) if got < number]
+    assert not short or max(dealt) <= min(short) + 1
+    for (one, first), (other, second) in pairwise(zip(dealt, wanted, strict=True)):
+        assert one >= other or first < second, "of two that want as many the first has no fewer"
+
+
+@pytest.mark.parametrize(("num_sequences", "sizes"), [(1, [1]), (16, [16]), (17, [8, 9]), (40, [13, 13, 14])])
+def test_sequences_without_a_row_make_another_group(num_sequences: int, sizes: list[int]) -> None:
+    groups = neighbours(num_sequences, 16)
+    assert [len(group) for group in groups] == sizes
+    assert [index for group in groups for index in group] == list(range(num_sequences))
+
+
+@pytest.mark.parametrize("num_programs", [1, 3, 8])
+def test_many_sequences_take_no_more_steps_than_without_drafts(
+    weights: ModelWeights, num_programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight that share steps of sixteen rows take as many as the longest has rounds; seven in steps of four are two
+    groups.
+    """
+    rng = random.Random(3)
+    for num_sequences, num_rows, num_drafts in ((8, 16, 7), (7, 4, 3)):
+        prompts = [[rng.randrange(24) for _ in range(rng.randint(2, 4))] for _ in range(num_sequences)]
+        strategy = DraftStrategy(num_drafts=num_drafts, ngram_size=1)
+        backend = InterpretedBackend(weights, 24, num_rows=num_rows, num_programs=num_programs, num_slots=8)
+        with monkeypatch.context() as patch:
+            patch.setattr("speedstack.runtime.engine.make_backend", lambda *args, backend=backend: backend)
+            engine = Engine(weights, "ngram", None, "reference", 24, num_sequences, strategy)
+        found = engine.generate(prompts, max_new_tokens=14)
+        host = Engine(weights, "ngram", None, "reference", 24, num_sequences, strategy)
+        host.backend.rows_a_step = num_rows
+        expected = host.generate(prompts, max_new_tokens=14)
+        assert [one.tokens for one in found] == [one.tokens for one in expected]
+        rounds = [one.stats.num_rounds for one in found]
+        num_steps = backend.num_steps - num_sequences  # a prompt takes one
+        assert max(rounds) <= 13 and sum(rounds) < 13 * num_sequences, "a round commits a token or more"
+        if num_sequences <= num_rows:
+            check_same(found, expected)
+            assert num_steps == max(rounds)
+        # Groups are made anew when the host has heard of who is over.
+        assert max(rounds) <= num_steps <= 13 * -(-num_sequences // num_rows)
+        verified = sum(one.stats.num_rows - one.stats.num_rounds for one in found)
+        assert verified < sum(one.stats.num_drafted for one in found), "rows were short"
+
+
+def test_the_inbox_names_keys_and_ends() -> None:
     requests = [
-        RoundsRequest([4, 9], 2, 7, True, 2, 3, Draw(2**64 - 1, 2**40, 0.5)),
+        RoundsRequest([4, 9], 2, 7, True, 2, 3, Draw(2**64 - 1, 2**40, SamplingParams(0.5, top_k=7, top_p=0.25))),
         RoundsRequest([8], 0, 5, False, 1, 3),
     ]
-    rows, sampling, sequences = rounds_inbox(requests, 6)
-    assert rows[:, TOKEN].tolist() == [9, -1, -1, 8, -1, -1]
-    assert rows[0].tolist()[:6] == [9, 2, 1, 1, 0, 1] and rows[1].tolist()[4:6] == [3, 1]
-    assert sampling[:3].tolist() == [[-1, -1, 0, 256, 0x3F000000, 0, 0, 0]] * 3 and not sampling[3:].any()
-    assert sequences[0].tolist()[:7] == [3, 0, 2, 2, 7, 3, 1] and sequences[1].tolist()[:7] == [2, 3, 0, 1, 5, 3, 0]
+    rows, sampling, sequences, draws = rounds_inbox(requests, 6)
+    assert (rows[:, TOKEN] == -1).all() and not rows[:, 1:].any() and not sampling.any()
+    assert draws[0].tolist() == [-1, -1, 0, 256, 0x3F000000, 7, 2**22, 0] and not draws[1:].any()
+    assert sequences[0].tolist()[:7] == [3, 9, 2, 2, 7, 3, 1] and sequences[1].tolist()[:7] == [2, 8, 0, 1, 5, 3, 0]
     assert sequences[:, CAPACITY].tolist() == [3, 2, 0, 0, 0, 0]
     assert (sequences[:2, LENGTH] < sequences[:2, END]).all()
+    # what lets the proof take every text for one sequence's
+    with pytest.raises(AssertionError, match="a slot of its own"):
+        rounds_inbox([requests[0], replace(requests[1], slot=2)], 6)
 
 
 def faulty(plan: Plan, name: str) -> Plan:

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from speedstack.runtime.sampling import SamplingParams, filter_logits, gumbel_noise, philox4x32, sample, sequence_key
+from speedstack.runtime.sampling import (
+    WHOLE_MASS,
+    SamplingParams,
+    filter_logits,
+    gumbel_noise,
+    masses,
+    philox4x32,
+    sample,
+    sequence_key,
+)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +79,52 @@ def test_top_k_and_top_p_keep_the_most_probable_tokens() -> None:
     assert kept(top_p=0.71) == [1, 2, 3]
     assert kept(top_p=1e-6) == [1]
     assert kept(top_k=3, top_p=0.5) == [1, 2]
+
+
+def test_equals_of_the_last_one_kept_are_kept() -> None:
+    logits_V = torch.tensor([1.0, 3.0, -0.0, 3.0, 2.0, 2.0, 0.0, 2.0])
+
+    def kept(**options: float) -> list[int]:
+        return torch.isfinite(filter_logits(logits_V, SamplingParams(1.0, **options))).nonzero()[:, 0].tolist()  # type: ignore[arg-type]
+
+    assert kept(top_k=1) == [1, 3] and kept(top_k=3) == [1, 3, 4, 5, 7]
+    assert kept(top_p=1e-9) == [1, 3] and kept(top_p=0.6) == [1, 3, 4, 5, 7]
+    assert kept(top_k=7) == list(range(8)), "the two zeros are equal"
+    assert kept(top_k=3, top_p=0.64) == [1, 3], "of the mass that top-k leaves: 0.645 in the first two"
+
+
+def test_masses_are_integers_near_the_probabilities() -> None:
+    """To 1e-6 of themselves, and one for rounding down; and these very integers, on every machine."""
+    scaled_V = torch.cat([torch.linspace(25, -10, 4001), torch.tensor([25.0, float("-inf")])])
+    mass_V = masses(scaled_V, scaled_V.max())
+    exact_V = torch.exp(scaled_V.double() - 25) * WHOLE_MASS
+    assert ((mass_V - exact_V).abs() <= 1e-6 * exact_V + 1).all()
+    assert (mass_V[:4001].diff() <= 0).all() and mass_V[[0, 4001]].tolist() == [WHOLE_MASS] * 2 and mass_V[-1] == 0
+    some_V = torch.tensor([0.0, -0.1, -1.0, -3.7, -12.3, -20.7, -21.5])
+    assert masses(some_V, some_V.max()).tolist() == [1073741824, 971562126, 395007667, 26546682, 4887, 1, 0]
+
+
+def test_top_p_is_that_of_probabilities_but_where_rounding_decides() -> None:
+    """Against cumulative sums in float64, at shares in the middle of a token, which has more than 1e-5."""
+    generator = torch.Generator().manual_seed(0)
+    for scale in (0.1, 1.0, 4.0):
+        logits_V = torch.randn(5003, generator=generator) * scale
+        order_V = logits_V.argsort(descending=True)
+        sums_V = torch.softmax(logits_V.double(), 0)[order_V].cumsum(0)
+        for num_kept in (1, 2, 17, 400):
+            middle = float(sums_V[num_kept - 1] - torch.softmax(logits_V.double(), 0)[order_V[num_kept - 1]] / 2)
+            filtered_V = filter_logits(logits_V, SamplingParams(1.0, top_p=middle))
+            assert sorted(order_V[:num_kept].tolist()) == torch.isfinite(filtered_V).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("top_p", [1e-12, 0.5, 1 - 1e-7])
+def test_top_p_of_what_is_no_number_or_infinite(top_p: float) -> None:
+    params, inf = SamplingParams(0.5, top_p=top_p), float("inf")
+    nothing_V = torch.full((9,), -inf)
+    assert torch.equal(filter_logits(nothing_V, params), nothing_V)
+    assert filter_logits(torch.tensor([1.0, inf, -inf, inf]), params).tolist() == [-inf, inf, -inf, inf]
+    broken_V = torch.tensor([1.0, float("nan"), 2.0])
+    assert torch.equal(filter_logits(broken_V, params).view(torch.int32), (broken_V / 0.5).view(torch.int32))
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_k": -1}])

@@ -7,9 +7,11 @@
     attention    QK-norm, rotary, append, attention of one split; combining splits
     router       router logits, and which experts rows chose
     experts      gate, up and activation of an expert's columns; down and the weighted sum
-    head         final norm, LM head, the largest logits; sampling
-    accept       which drafts stand, what is committed, and a sequence's next row
-    draft        prompt look-up in a sequence's text, and its next rows
+    head         final norm, LM head, the largest logits or scores; sampling
+    noise, cut   Gumbel noise; what top-k and top-p keep
+    accept       which drafts stand, and what is committed
+    draft        prompt look-up in a sequence's text
+    deal         which rows of a step a sequence has, by what is proposed for all of them
     items        any item of any phase, by the phase's constants
     phase        a phase as one kernel, an item a program, for the `graph` backend
     resident     a whole step as one kernel, for the `resident` backend

@@ -4,13 +4,12 @@ import triton
 import triton.language as tl
 
 from speedstack.runtime.kernels.triton.products import BLOCK
-from speedstack.runtime.kernels.triton.rows import TOKEN, field
 
 
 @triton.jit
 def embed_item(
     row,
-    rows_ptr,
+    token,
     embedding_ptr,
     hidden_ptr,
     norm_ptr,
@@ -20,8 +19,10 @@ def embed_item(
     R: tl.constexpr,
     NP: tl.constexpr,
 ):
-    """hidden[:, row] = embedding[token of row], and what its norm needs (see `products`). NP blocks, a power of two."""
-    token = field(rows_ptr, row, TOKEN)
+    """hidden[:, row] = embedding[token], and what its norm needs (see `products`); nothing where the token is -1.
+
+    NP blocks, a power of two.
+    """
     if token >= 0:
         n_N, b_B = tl.arange(0, NP), tl.arange(0, BLOCK)
         d_NB = n_N[:, None] * BLOCK + b_B[None, :]

@@ -11,30 +11,34 @@ import triton.language as tl
 
 from speedstack.runtime.kernels.triton.accept import accept_item
 from speedstack.runtime.kernels.triton.attention import attention_item, combine_item
+from speedstack.runtime.kernels.triton.deal import deal_row, num_live
 from speedstack.runtime.kernels.triton.draft import draft_item
 from speedstack.runtime.kernels.triton.embed import embed_item
 from speedstack.runtime.kernels.triton.experts import expert_down_item, expert_gate_up_item
 from speedstack.runtime.kernels.triton.head import lm_head_item, sample_item
 from speedstack.runtime.kernels.triton.projections import dense_gate_up_item, project_item, qkv_item
 from speedstack.runtime.kernels.triton.router import choose, router_item
-from speedstack.runtime.kernels.triton.rows import NUM_ROWS, TOKEN, field
+from speedstack.runtime.kernels.triton.rows import NUM_ROWS, TOKEN, field, is_drawn_whole, is_used
 
 
 @triton.jit
 def begin_phase(p, choice, PHASE: tl.constexpr):
     """How many coordinates of the first axis exist in this step, and what the items of the phase share.
 
-    Shared are experts [KP, R], their weights [KP, R] and ranks [EP] (see `router.choose`), or nothing.
+    Shared are experts [KP, R], their weights [KP, R] and ranks [EP] (see `router.choose`); for `lm_head`, how many rows
+    are drawn among all tokens; or nothing.
     choice: just that where it is known already, or nothing.
     """
     num_first = PHASE.axes[0]
     shared = ()
-    if PHASE.op == "embed" or PHASE.op == "combine" or PHASE.op == "sample":
+    if PHASE.op == "draft":
+        num_first, _ = num_live(p[0], PHASE.R)
+    elif PHASE.op == "combine" or PHASE.op == "sample":
         r_R = tl.arange(0, PHASE.R)
         num_first = tl.max(tl.where(field(p[0], r_R, TOKEN) >= 0, r_R + 1, 0), axis=0)
     elif PHASE.op == "attention":
         r_R = tl.arange(0, PHASE.R)
-        # A sequence that is over leaves a gap.
+        # A sequence without a row leaves a gap.
         num_first = tl.max(tl.where(field(p[0], r_R, NUM_ROWS) > 0, r_R + 1, 0), axis=0)
     elif PHASE.op == "expert_gate_up" or PHASE.op == "expert_down":
         shared = choice
@@ -42,6 +46,9 @@ def begin_phase(p, choice, PHASE: tl.constexpr):
             shared = choose_experts(p, PHASE)
         if PHASE.op == "expert_gate_up":
             num_first = tl.max(shared[2], axis=0)
+    elif PHASE.op == "lm_head":
+        is_drawn_R = is_used(p[0], PHASE.R) & is_drawn_whole(p[6], tl.arange(0, PHASE.R), PHASE.VOCAB)
+        shared = (tl.sum(is_drawn_R.to(tl.int32), axis=0),)  # type: ignore[assignment]
     return num_first, shared
 
 
@@ -70,8 +77,9 @@ def coordinates(item, PHASE: tl.constexpr):
 def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
     """The item at coordinates (i, j, k) of the phase's axes, as many as it has. local_step: of this launch."""
     scales = p[len(p) - 1]
-    if PHASE.op == "embed":  # rows, embedding, hidden, norm, scaled, squares
-        embed_item(i, p[0], p[1], p[2], p[3], p[4], p[5], PHASE.D, PHASE.R, PHASE.NP)
+    if PHASE.op == "embed":  # sequences, draws, proposals, rows, sampling, embedding, hidden, norm, scaled, squares
+        token = deal_row(i, p[0], p[1], p[2], p[3], p[4], PHASE.R, PHASE.HAS_PROPOSALS)
+        embed_item(i, token, p[5], p[6], p[7], p[8], p[9], PHASE.D, PHASE.R, PHASE.NP)
     elif PHASE.op == "qkv":  # rows, scaled, squares, weight, bias, qkv
         qkv_item(
             i, j, p[0], p[1], p[2], p[3], p[4], p[5], scales, PHASE.eps, PHASE.COLUMNS, PHASE.D, PHASE.R, PHASE.NP,
@@ -117,23 +125,23 @@ def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
             i, shared[0], shared[1], p[6], p[3], p[4], p[5], p[7], p[8], p[9], p[10], p[11], PHASE.WIDTH, PHASE.D,
             PHASE.E, PHASE.K, PHASE.R, PHASE.T, PHASE.CHUNK, PHASE.IS_PACKED, PHASE.HAS_BIAS, PHASE.HAS_TAP,
         )  # fmt: skip
-    elif PHASE.op == "lm_head":  # rows, scaled, squares, weight, logits, best
+    elif PHASE.op == "lm_head":  # rows, scaled, squares, weight, logits, best, sampling
         lm_head_item(
-            i, p[0], p[1], p[2], p[3], p[4], p[5], scales, PHASE.eps, PHASE.VOCAB, PHASE.D, PHASE.R, PHASE.NP, PHASE.T,
-            PHASE.CHUNK, PHASE.FP8_ROWS,
+            i, p[0], p[1], p[2], p[3], p[4], p[5], p[6], scales, shared[0], PHASE.eps, PHASE.VOCAB, PHASE.D, PHASE.R,
+            PHASE.NP, PHASE.T, PHASE.CHUNK, PHASE.FP8_ROWS,
         )  # fmt: skip
-    elif PHASE.op == "sample":  # rows, sampling, logits, best, reports
+    elif PHASE.op == "sample":  # rows, sampling, logits, best, candidates, reports
         sample_item(
-            i, p[0], p[1], p[2], p[3], p[4] + local_step * PHASE.REPORT, PHASE.VOCAB, PHASE.TILES, PHASE.TP, PHASE.R,
-            PHASE.BLOCKS,
+            i, p[0], p[1], p[2], p[3], p[4], p[5] + local_step * PHASE.REPORT, PHASE.VOCAB, PHASE.TILES, PHASE.TILE,
+            PHASE.R, PHASE.C,
         )  # fmt: skip
-    elif PHASE.op == "accept":  # rows, sequences, reports, end-of-sequence tokens, history
+    elif PHASE.op == "accept":  # rows, sequences, reports, end-of-sequence tokens, history, proposals
         chosen_ptr = p[2] + local_step * PHASE.REPORT
         accept_item(
-            i, p[0], p[1], chosen_ptr, chosen_ptr + PHASE.R, p[3], p[4], PHASE.R, PHASE.LP, PHASE.STRIDE,
-            PHASE.HAS_HISTORY,
+            i, p[0], p[1], chosen_ptr, chosen_ptr + PHASE.R, p[3], p[4], p[5], PHASE.R, PHASE.LP, PHASE.STRIDE,
+            PHASE.HAS_HISTORY, PHASE.HAS_PROPOSALS,
         )  # fmt: skip
-    elif PHASE.op == "draft":  # rows, sequences, history
+    elif PHASE.op == "draft":  # sequences, history, proposals
         draft_item(i, p[0], p[1], p[2], PHASE.R, PHASE.STRIDE, PHASE.BLOCK)
     else:
         tl.static_assert(False, "no device function for this op")

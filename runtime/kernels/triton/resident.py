@@ -6,6 +6,10 @@ variant is known at compile time. Rows of the table: int64, see RECORD.
 
 Programs numbered from `num_programs` on are movers: they compute nothing and fetch weights ahead of the others.
 
+A launch of several rounds ends before the first step for which no sequence is left. Programs find that out behind the
+wait of a step's first phase, and leave with every counter as whole steps have left it, for the next launch to go on
+from. The proof knows what they read there and that all of them see the same (`Phase.leave`).
+
 Why `while` loops, and why what is read comes after the wait: see `counters`. Loops are told not to hoist
 (disable_licm), or LLVM computes what any variant needs ahead of all of them, and holds it in registers throughout. The
 hint hangs on a loop's one way back to its start. The loops over steps and phases therefore end with one comparison: of
@@ -18,7 +22,8 @@ every tensor-core product of a warp group before the next.
 import triton
 import triton.language as tl
 
-from speedstack.runtime.kernels.triton.counters import DUMP_RECORD, SCRATCH, signal, wait_for
+from speedstack.runtime.kernels.triton.counters import DUMP_RECORD, SCRATCH, agreed, signal, wait_for
+from speedstack.runtime.kernels.triton.deal import num_live
 from speedstack.runtime.kernels.triton.items import begin_phase, choose_experts, coordinates, run_item
 from speedstack.runtime.kernels.triton.prefetch import prefetch_items
 
@@ -84,11 +89,13 @@ def run_phase(
     max_polls,
     dump_ptr,
     failed_ptr,
+    num_made_ptr,
+    sequences_ptr,
     PHASES: tl.constexpr,
     NUMBER: tl.constexpr,
     PREFETCHES: tl.constexpr,
 ):
-    """One program's part of a phase. False if it waited in vain; and the variant of the next phase."""
+    """One program's part of a phase. False if it waited in vain or the launch is over; and the next phase's variant."""
     PHASE: tl.constexpr = PHASES[NUMBER]
     p = load_pointers(record_ptr, PHASE)
     first = (tl.program_id(0) + num_programs - tl.load(record_ptr + ROTATION).to(tl.int32)) % num_programs
@@ -102,6 +109,11 @@ def run_phase(
     is_alive = wait_all(
         record_ptr, 0, 0, 0, step, phase, WHOLE_PHASE, counters_ptr, max_polls, dump_ptr, failed_ptr, PHASE, False
     )  # fmt: skip
+    if PHASE.may_leave:
+        is_alive = is_alive & (is_over(sequences_ptr, PHASE.R) == 0)
+        # Every step, because a store ahead of the loops costs registers in them.
+        if tl.program_id(0) == 0:
+            tl.store(num_made_ptr, local_step + is_alive.to(tl.int32))
     if is_alive:
         num_first, shared = begin_phase(p, choice, PHASE)
         if PHASE.is_cut:
@@ -131,11 +143,18 @@ def run_phase(
 
 
 @triton.jit
+def is_over(sequences_ptr, R: tl.constexpr):
+    """Whether there were sequences to decode without the host, and none is left."""
+    live, is_dealt = num_live(sequences_ptr, R)
+    return (live == 0) & is_dealt
+
+
+@triton.jit
 def compute(
     phases_ptr, num_phases, num_programs, counters_ptr, first_step, num_steps, max_polls, dump_ptr, failed_ptr,
-    PHASES: tl.constexpr, PREFETCHES: tl.constexpr,
+    num_made_ptr, sequences_ptr, PHASES: tl.constexpr, PREFETCHES: tl.constexpr,
 ):  # fmt: skip
-    """A program's steps; it leaves when it waited in vain."""
+    """A program's steps; it leaves when it waited in vain, or when no sequence is left."""
     local_step = num_steps * 0
     is_alive = num_steps > 0
     while tl.condition(local_step < num_steps, disable_licm=True):
@@ -147,7 +166,8 @@ def compute(
                 if variant == number:
                     is_alive, following = run_phase(
                         phases_ptr + phase * RECORD, phase, first_step + local_step, local_step, num_programs,
-                        counters_ptr, max_polls, dump_ptr, failed_ptr, PHASES, number, PREFETCHES,
+                        counters_ptr, max_polls, dump_ptr, failed_ptr, num_made_ptr, sequences_ptr, PHASES, number,
+                        PREFETCHES,
                     )  # fmt: skip
             variant = following
             phase = tl.where(is_alive, phase + 1, num_phases)
@@ -157,9 +177,13 @@ def compute(
 @triton.jit
 def move(
     phases_ptr, moves_ptr, num_moves, num_programs, counters_ptr, first_step, num_steps, max_polls, dump_ptr,
-    failed_ptr, PHASES: tl.constexpr,
+    failed_ptr, sequences_ptr, PHASES: tl.constexpr,
 ):  # fmt: skip
-    """A mover's steps."""
+    """A mover's steps.
+
+    It asks whether the launch is over where the programs do. Nobody waits for a mover: of a step that is made it may
+    see what that step writes, and leave too early, which harms nobody. Before one that is not made nothing changes.
+    """
     first, num_movers = tl.program_id(0) - num_programs, tl.num_programs(0) - num_programs
     scratch_ptr = dump_ptr + tl.program_id(0) * DUMP_RECORD + SCRATCH
     local_step = num_steps * 0
@@ -180,17 +204,26 @@ def move(
                 variant = tl.load(record_ptr + VARIANT)
                 for number in tl.static_range(len(PHASES)):
                     if variant == number:
-                        move_phase(record_ptr, first, num_movers, num_programs, scratch_ptr, PHASES, number)
+                        is_alive = move_phase(
+                            record_ptr, first, num_movers, num_programs, scratch_ptr, sequences_ptr, PHASES, number
+                        )
             n += 1
         local_step += 1
 
 
 @triton.jit
-def move_phase(record_ptr, first, num_movers, num_programs, scratch_ptr, PHASES: tl.constexpr, NUMBER: tl.constexpr):
-    """A mover's share of a phase's weights."""
+def move_phase(
+    record_ptr, first, num_movers, num_programs, scratch_ptr, sequences_ptr, PHASES: tl.constexpr,
+    NUMBER: tl.constexpr,
+):  # fmt: skip
+    """A mover's share of a phase's weights; false if the launch is over instead."""
     PHASE: tl.constexpr = PHASES[NUMBER]
+    goes_on = num_movers > 0
+    if PHASE.may_leave:
+        goes_on = agreed(is_over(sequences_ptr, PHASE.R).to(tl.int32), scratch_ptr) == 0
     if PHASE.has_weights:
         prefetch_items(first, num_movers, num_programs, load_pointers(record_ptr, PHASE), (), PHASE, scratch_ptr)
+    return goes_on
 
 
 @triton.jit(do_not_specialize=["first_step", "num_steps", "max_polls"])
@@ -200,6 +233,8 @@ def resident_kernel(
     counters_ptr,
     dump_ptr,
     failed_ptr,
+    num_made_ptr,
+    sequences_ptr,
     num_phases,
     num_moves,
     num_programs,
@@ -210,19 +245,20 @@ def resident_kernel(
     PREFETCHES: tl.constexpr,
     HAS_MOVERS: tl.constexpr,
 ):
-    """Steps first_step to first_step + num_steps of a plan.
+    """Steps first_step to first_step + num_steps of a plan, or fewer: num_made_ptr takes how many were made.
 
     phases_ptr, moves_ptr: tables of RECORDs. counters_ptr: as the steps before left them. dump_ptr, failed_ptr: see
-    `counters.wait_for`, which polls max_polls times. PHASES: the variants. PREFETCHES: programs fetch what they need.
+    `counters.wait_for`, which polls max_polls times. sequences_ptr: the records of sequences. PHASES: the variants.
+    PREFETCHES: programs fetch what they need.
     """
     if HAS_MOVERS:  # noqa: SIM102
         if tl.program_id(0) >= num_programs:
             move(
                 phases_ptr, moves_ptr, num_moves, num_programs, counters_ptr, first_step, num_steps, max_polls,
-                dump_ptr, failed_ptr, PHASES,
+                dump_ptr, failed_ptr, sequences_ptr, PHASES,
             )  # fmt: skip
     if tl.program_id(0) < num_programs:
         compute(
             phases_ptr, num_phases, num_programs, counters_ptr, first_step, num_steps, max_polls, dump_ptr, failed_ptr,
-            PHASES, PREFETCHES,
+            num_made_ptr, sequences_ptr, PHASES, PREFETCHES,
         )  # fmt: skip

@@ -16,14 +16,20 @@ NUM_ROWS = tl.constexpr(records.NUM_ROWS)
 SEED = tl.constexpr(records.SEED)
 SEQUENCE = tl.constexpr(records.SEQUENCE)
 TEMPERATURE = tl.constexpr(records.TEMPERATURE)
+TOP_K = tl.constexpr(records.TOP_K)
+TOP_P = tl.constexpr(records.TOP_P)
 # Of a sequence's record.
 CAPACITY = tl.constexpr(records.CAPACITY)
-OWN_ROW = tl.constexpr(records.OWN_ROW)
+ANCHOR = tl.constexpr(records.ANCHOR)
 OWN_SLOT = tl.constexpr(records.OWN_SLOT)
 LENGTH = tl.constexpr(records.LENGTH)
 END = tl.constexpr(records.END)
 NGRAM = tl.constexpr(records.NGRAM)
 WATCHES_EOS = tl.constexpr(records.WATCHES_EOS)
+# Of a sequence's proposals, and words of its outcome.
+NUM_PROPOSED = tl.constexpr(records.NUM_PROPOSED)
+FIRST_PROPOSED = tl.constexpr(records.FIRST_PROPOSED)
+OUTCOME = tl.constexpr(records.OUTCOME)
 
 
 @triton.jit
@@ -39,20 +45,17 @@ def is_used(rows_ptr, R: tl.constexpr):
 
 
 @triton.jit
-def write_rows(sequence, rows_ptr, own_row, capacity, slot, position, token_R, num_rows, R: tl.constexpr):
-    """A sequence's rows of the next step: token_R[i] at position + i in its row i < num_rows, its other rows idle.
+def is_cut(sampling_ptr, row, VOCAB: tl.constexpr):
+    """Whether top-k or top-p may drop tokens of one row, or of several."""
+    top_k = field(sampling_ptr, row, TOP_K)
+    return ((top_k > 0) & (top_k < VOCAB)) | (field(sampling_ptr, row, TOP_P) > 0)
 
-    Touches nothing but the `capacity` rows from own_row on, and the fields of the sequence with this index.
-    """
-    i_R = tl.arange(0, R)
-    is_own_R = i_R < capacity
-    at_R = rows_ptr + (own_row + i_R) * RECORD
-    tl.store(at_R + TOKEN, tl.where(i_R < num_rows, token_R, -1), mask=is_own_R)
-    tl.store(at_R + SLOT, slot + i_R * 0, mask=is_own_R)
-    tl.store(at_R + POSITION, position + i_R, mask=is_own_R)
-    tl.store(at_R + FIRST_POSITION, position + i_R * 0, mask=is_own_R)
-    tl.store(rows_ptr + sequence * RECORD + FIRST_ROW, own_row)
-    tl.store(rows_ptr + sequence * RECORD + NUM_ROWS, num_rows)
+
+@triton.jit
+def is_drawn_whole(sampling_ptr, row, VOCAB: tl.constexpr):
+    """Whether the token after one row, or after each of several, is drawn among all tokens."""
+    has_temperature = field(sampling_ptr, row, TEMPERATURE) > 0  # bits of a number that is not negative
+    return has_temperature & (is_cut(sampling_ptr, row, VOCAB) == 0)
 
 
 @triton.jit

@@ -140,7 +140,7 @@ def drawing(monkeypatch: pytest.MonkeyPatch, offset: int = 1, temperature: float
                 draw, position = (rows.draws or [])[row], rows.positions[row] + offset
                 assert draw is not None
                 noise_RV = gumbel_noise([draw.seed], [draw.sequence], [position], logits_WV.shape[1], logits_WV.device)
-                params = SamplingParams(draw.temperature if temperature is None else temperature)
+                params = draw.params if temperature is None else SamplingParams(temperature)
                 best[number] = sample(logits_WV[number], noise_RV[0], params)
             return logits_WV, best
 
@@ -151,12 +151,15 @@ def drawing(monkeypatch: pytest.MonkeyPatch, offset: int = 1, temperature: float
 def test_drawn_tokens_are_the_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another position's noise, another temperature and noise that decides nothing are found."""
     found = drawing(monkeypatch).check_sampling()
-    assert found["num_tokens_compared"] == 9 and found["num_near_ties"] == 0 < found["num_not_most_probable"]
-    with pytest.raises(RuntimeError, match=r"at temperature 0\.7 token \d+ is drawn, not \d+"):
+    assert (
+        found["num_tokens_compared"] == 3 * len(correctness.SAMPLINGS)
+        and found["num_near_ties"] == 0 < found["num_not_most_probable"]
+    )
+    with pytest.raises(RuntimeError, match=r"with SamplingParams\(temperature=0\.7.*\) token \d+ is drawn, not \d+"):
         drawing(monkeypatch, offset=0).check_sampling()
-    with pytest.raises(RuntimeError, match=r"at temperature .* is drawn, not"):
+    with pytest.raises(RuntimeError, match=r"with .* is drawn, not"):
         drawing(monkeypatch, temperature=1e-4).check_sampling()
-    monkeypatch.setattr(correctness, "TEMPERATURES", (1e-4,))
+    monkeypatch.setattr(correctness, "SAMPLINGS", (SamplingParams(1e-4),))
     with pytest.raises(RuntimeError, match="no token that is drawn differs from the most probable one"):
         drawing(monkeypatch).check_sampling()
     monkeypatch.setattr(correctness, "is_near_tie", lambda *arguments: True)
@@ -171,6 +174,7 @@ def test_near_ties_of_scores() -> None:
         logits_V = torch.tensor([0.0, 16.0 - units * 2.0**-19, 1.0])
         assert is_near_tie(logits_V, noise_V, params) == is_tie
     assert not is_near_tie(torch.full((3,), float("nan")), noise_V, params)
+    assert not is_near_tie(torch.tensor([0.0, 16.0, 1.0]), noise_V, SamplingParams(1.0, top_k=1))
 
 
 def test_near_ties_of_experts() -> None:
