@@ -2,7 +2,8 @@
 
 Compiles every kernel of a decode step for sm_90a at the shapes of released models, weights in bfloat16 or in FP8 and
 experts in MXFP4 or bfloat16: those of the `graph` backend, and the one of the `resident` backend. Records registers,
-spilled bytes and shared memory. Needs Triton, and no GPU.
+spilled bytes and shared memory, and what a kernel that multiplies weights spends in instructions on a byte of them.
+Needs Triton, and no GPU.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import torch
 from speedstack.eval.environment import describe_environment
 from speedstack.eval.released import MODELS, released_spec
 from speedstack.eval.results import Document, Environment, Record
+from speedstack.runtime.gpus import gpu_named
 from speedstack.runtime.memory import Memory
 from speedstack.runtime.phases import build_plan
 from speedstack.runtime.plan import Plan
@@ -25,8 +27,27 @@ from speedstack.runtime.shapes import empty_weights
 from speedstack.runtime.spec import ModelSpec
 from speedstack.runtime.weights import ModelWeights
 
-NUM_PROGRAMS = 132  # multiprocessors of an H200
+GPU = "H200"
+NUM_PROGRAMS = gpu_named(GPU).num_sms
 MAX_CONTEXT = 16384
+
+
+class WeightLoop(Record):
+    """The code of a kernel that multiplies weights (see `speedstack.runtime.kernels.triton.issue`), once through.
+
+    is_loop: false where the compiler has unrolled all of it, and the whole kernel is counted. instructions: of a warp,
+    by class. weight_bytes, load_bytes, async_bytes: of a program; weights, all that is asked of global memory, and what
+    of that is not waited for. bandwidth_fraction: of an H200's bandwidth, what issue alone leaves possible; latency,
+    bank conflicts, what an item does around the loop, and the last items of a phase are left out.
+    """
+
+    is_loop: bool
+    instructions: dict[str, int]
+    weight_bytes: float
+    load_bytes: int
+    async_bytes: int
+    warp_instructions_per_byte: float
+    bandwidth_fraction: float
 
 
 class KernelResources(Record):
@@ -43,6 +64,7 @@ class KernelResources(Record):
     num_registers: int
     local_bytes: int
     shared_bytes: int
+    loops: tuple[WeightLoop, ...] = ()
 
 
 class KernelResourcesResult(Document):
@@ -85,6 +107,18 @@ def compiled_kernels(model: str, is_packed: bool, has_fp8: bool = False) -> Iter
             num_registers=found.registers,
             local_bytes=found.local_bytes,
             shared_bytes=found.shared_bytes,
+            loops=tuple(
+                WeightLoop(
+                    is_loop=one.is_loop,
+                    instructions=dict(one.counts),
+                    weight_bytes=one.weight_bytes,
+                    load_bytes=one.load_bytes,
+                    async_bytes=one.async_bytes,
+                    warp_instructions_per_byte=one.warp_instructions_per_byte,
+                    bandwidth_fraction=one.bandwidth_fraction(gpu_named(GPU)),
+                )
+                for one in found.issues
+            ),
         )
 
 
@@ -142,7 +176,8 @@ def main() -> None:
                 print(
                     f"{model} {kernel.expert_format} {kernel.linear_format} {kernel.phase}: "
                     f"{kernel.num_registers} registers, {kernel.local_bytes} bytes spilled, "
-                    f"{kernel.shared_bytes / 1024:.1f} KiB shared",
+                    f"{kernel.shared_bytes / 1024:.1f} KiB shared"
+                    + "".join(f", issue allows {loop.bandwidth_fraction:.2f} of {GPU}" for loop in kernel.loops),
                     flush=True,
                 )
     result = KernelResourcesResult(environment=describe_environment(), target="sm_90a", kernels=tuple(kernels))

@@ -35,6 +35,12 @@ from speedstack.runtime.weights import AttentionWeights, DenseWeights, Linear, M
 # time, and tokens of a text that are compared at a time.
 CHUNK = 128
 assert TILE_SIZE % CHUNK == 0, "a chunk lies under one scale"
+# Of a product of MXFP4 weights: elements of a slice of the contraction axis, a block of 32 for each of four lanes, and
+# the most slices at a time, one a warp.
+SLICE = 128
+SLICES = 8
+# The largest E8M0 scale whose product with 2**126 is a bfloat16: those above take a product more to decode.
+LARGEST_NARROW_SCALE = 128
 QUERIES = 32
 LONG_CHUNK = 512  # where the sum is no tensor core's
 KEY_CHUNK = 64
@@ -307,9 +313,14 @@ class _Builder:
         }
 
     def expert_weights(self, weight: Weight, bias: torch.Tensor | None) -> Bound:
-        codes, scales = (weight.codes, weight.scales) if isinstance(weight, MXFP4Tensor) else (weight, weight)
-        constants = {"IS_PACKED": isinstance(weight, MXFP4Tensor), "HAS_BIAS": bias is not None}
-        return (codes, scales, self.optional(bias)), constants
+        constants: dict[str, Any] = {"HAS_BIAS": bias is not None, "IS_PACKED": isinstance(weight, MXFP4Tensor)}
+        constants |= {"SLICES": min(SLICES, power_of_two(-(-weight.shape[-1] // SLICE))), "IS_WIDE": False}
+        if not isinstance(weight, MXFP4Tensor):
+            return (weight, weight, self.optional(bias)), constants
+        # Shapes without values, which are compiled for and not run, are taken to have the scales that weights have.
+        if not weight.scales.is_meta:
+            constants["IS_WIDE"] = bool((weight.scales > LARGEST_NARROW_SCALE).any())
+        return (weight.codes, weight.scales, self.optional(bias)), constants
 
     def expert_gate_up(self, phase: Phase) -> Bound:
         spec, weights = self.moe_of(phase)

@@ -105,6 +105,7 @@ class Walk:
                 self.reject("torn step", 0, phase, phase.leave.region.buffer,
                             f"programs may leave at {phase.name}, when their step has begun: counters would have "
                             "counted a part of it")  # fmt: skip
+        self.check_movers_leave()
         self.check_rates()
         before: tuple | None = None
         for step in range(MAX_STEPS):
@@ -318,6 +319,16 @@ class Walk:
         if expected >= 0:
             self.reject("wrong value", step, phase, read.producer,
                         f"{phase.name} reads {access.region.buffer}, {read.producer} has not written it")  # fmt: skip
+
+    def check_movers_leave(self) -> None:
+        """A step that is not made brings them nothing: the first that they wait for in one is what says so."""
+        first = self.plan.phases[0]
+        task = next((task for task in self.plan.prefetches if task.wait is not None), None)
+        if first.leave is not None and task is not None and (task.phase, (task.wait,)) != (first.name, first.waits):
+            assert task.wait is not None
+            self.reject("deadlock", 0, first, task.wait.counter,
+                        f"movers wait for {task.wait.counter} before they learn at {first.name} whether there is such "
+                        "a step")  # fmt: skip
 
     def check_prefetches(self, step: int) -> None:
         """Movers hold nobody up, so that signals of the whole step may serve them."""

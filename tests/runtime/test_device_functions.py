@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from speedstack.quant.fp8 import FP8Tensor
-from speedstack.quant.mxfp4 import MXFP4Tensor, dequantize_reference
 from speedstack.runtime.reference import route
 from speedstack.runtime.spec import MoeSpec
 
@@ -26,35 +25,13 @@ import triton.language as tl
 from speedstack.runtime.backend import Rows
 from speedstack.runtime.bindings import Constants
 from speedstack.runtime.kernels.triton.phase import phase_kernel
-from speedstack.runtime.kernels.triton.products import e2m1, power_of_two, rounded_to_bfloat16
+from speedstack.runtime.kernels.triton.products import rounded_to_bfloat16
 from speedstack.runtime.kernels.triton.router import choose
 from speedstack.runtime.memory import row_records, sampling_records
 from speedstack.runtime.records import RECORD
 
 R = 4
 ROWS = row_records(Rows([1] * R, list(range(R)), [0] * R), R)  # all of them in use
-
-
-@triton.jit
-def decode_kernel(codes_ptr, scales_ptr, out_ptr, N: tl.constexpr):
-    n_N, h_H = tl.arange(0, N), tl.arange(0, 16)
-    byte_NH = tl.load(codes_ptr + n_N[:, None] * 16 + h_H[None, :]).to(tl.int32)
-    power_N1 = power_of_two(tl.load(scales_ptr + n_N).to(tl.int32))[:, None]
-    at_NH = out_ptr + n_N[:, None] * 32 + 2 * h_H[None, :]
-    tl.store(at_NH, e2m1(byte_NH) * power_N1)
-    tl.store(at_NH + 1, e2m1(byte_NH >> 4) * power_N1)
-
-
-def test_mxfp4_is_decoded_exactly() -> None:
-    """Every byte of codes under every scale."""
-    codes = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(256, 16, 16).reshape(4096, 16)
-    scales = torch.arange(256, dtype=torch.uint8).view(256, 1).expand(256, 16).reshape(4096)
-    found = torch.empty(4096, 32)
-    decode_kernel[(1,)](codes.contiguous(), scales.contiguous(), found, N=4096)
-    expected = dequantize_reference(MXFP4Tensor(codes.contiguous(), scales[:, None].contiguous()), torch.float32)
-    is_number = ~expected.isnan()
-    assert torch.equal(found.isnan(), expected.isnan()) and not is_number.all()
-    assert torch.equal(found[is_number].view(torch.int32), expected[is_number].view(torch.int32))
 
 
 @triton.jit

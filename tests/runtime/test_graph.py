@@ -104,6 +104,24 @@ def test_fp8_in_registers_is_bit_for_bit_what_it_dequantizes_to() -> None:
 
 @interpreted
 @pytest.mark.parametrize("case", ["mimo", "gpt-oss-mxfp4"])
+def test_nothing_flows_from_what_a_step_has_not_written(case: str) -> None:
+    """What fills blocks and tiles, and rows that the step does not have: numbers or not, results are the same bits."""
+    reference, ids = prefilled(CASES[case](), [39, 15])
+    rows, found = rows_of(ids, (1, 15), (1, 16), (0, 39)), []
+    for value in (0.0, float("nan")):
+        backend = graph_of(reference, 16)
+        for buffer in backend.memory.buffers.values():
+            if buffer.is_floating_point():
+                buffer.fill_(value)
+        logits_WV, best = backend.step(rows, range(3))
+        found.append((best, logits_WV, backend.memory.caches))
+    assert found[0][0] == found[1][0] and torch.isfinite(found[1][1]).all()
+    for clean, other in zip([found[0][1], *found[0][2]], [found[1][1], *found[1][2]], strict=True):
+        assert torch.equal(clean.view(torch.int32), other.view(torch.int32))
+
+
+@interpreted
+@pytest.mark.parametrize("case", ["mimo", "gpt-oss-mxfp4"])
 def test_bits_of_a_row_are_its_own(case: str) -> None:
     """The same row alone, as the last of a draft that crosses a split, and behind other rows, one of them lost."""
     weights = CASES[case]()
@@ -188,7 +206,10 @@ def test_refused_by_name_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_under_the_interpreter() -> None:
     files = [
         __file__,
-        *(str(Path(__file__).with_name(f"test_{what}_functions.py")) for what in ("device", "round", "sampling")),
+        *(
+            str(Path(__file__).with_name(f"test_{what}_functions.py"))
+            for what in ("device", "mxfp4", "round", "sampling")
+        ),
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     result = subprocess.run(
@@ -196,4 +217,4 @@ def test_under_the_interpreter() -> None:
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) >= 40, result.stdout[-1000:]
+    assert passed and int(passed[1]) >= 45, result.stdout[-1000:]

@@ -167,6 +167,18 @@ def test_buffers_that_live_at_once_cannot_share_memory() -> None:
             assert failure.kind in ("wrong value", "race")
 
 
+@either
+def test_movers_leave_before_they_wait_for_a_step_that_is_not_made(has_look_up: bool) -> None:
+    plan = tiny_plan(has_look_up=has_look_up)
+    first, tasks = plan.phases[0], plan.prefetches
+    (at,) = [number for number, task in enumerate(tasks) if task.phase == first.name]
+    leave, others = tasks[at], tasks[:at] + tasks[at + 1 :]
+    too_early = replace(leave, wait=replace(first.waits[0], offset=-plan.num_programs))  # of the step before the last
+    for wrong in (others, (*others, leave), (*tasks[:at], too_early, *tasks[at + 1 :])):
+        failure = prove(replace(plan, prefetches=wrong)).failure
+        assert failure is not None and failure.kind == "deadlock" and "whether there is such a step" in failure.message
+
+
 def test_movers_must_be_served_too() -> None:
     plan = tiny_plan()
     index, task = next((i, task) for i, task in enumerate(plan.prefetches) if task.wait and task.wait.offset)

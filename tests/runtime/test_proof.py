@@ -207,6 +207,9 @@ def test_what_ends_a_launch_is_read_by_programs_without_items_too() -> None:
         assert failure is None or (failure.kind, failure.edge) == ("race", ("p1", "p0"))
     early = prove(with_phase(leaving, 0, waits=(), reads=())).failure
     assert early is not None and early.kind == "race" and "p0, on program" in early.message
+    # with nothing else to meet in: what p1 wrote may not be there yet
+    alone = prove(with_phase(with_phase(leaving, 0, waits=(), reads=(), writes=()), 1, reads=())).failure
+    assert alone is not None and (alone.kind, alone.edge) == ("race", ("p0", "p1"))
     stale = prove(with_phase(leaving, 0, leave=Read(Region("b1", 1), "p0", 1))).failure
     assert stale is not None and stale.kind == "wrong value"
 

@@ -1,7 +1,8 @@
 """Device functions of a decode step in Triton: one item of one phase each, for both GPU backends.
 
     rows         the records of a step's rows and of its sequences
-    products     norms, and matrix products of weights (plain, or FP8 and MXFP4 decoded in registers) with all rows
+    products     norms, and matrix products of weights (plain, or FP8 decoded in registers) with all rows
+    mxfp4        products of MXFP4 weights
     embed        a row's embedding
     projections  qkv, the projections that are added to the hidden state, dense gate and up
     attention    QK-norm, rotary, append, attention of one split; combining splits
@@ -18,6 +19,8 @@
     counters     how its programs wait for each other, and what must not go wrong there
     first_values what Triton 3.6 leaves unset in compiled kernels
     prefetch     how they ask for weights ahead of time
+    resources    what a compiled kernel takes of a multiprocessor
+    issue        how many instructions it spends on a byte of weights
 
 Rules that make a row's bits its own. Every product takes all R rows of a step, idle ones as zeros that are not read, so
 that tile shapes never depend on their number; a broken row stays in its column. Contraction axes are walked in chunks

@@ -9,7 +9,7 @@ tests/runtime/test_resident_compiled.py):
 - Loads of what was waited for must not move above the wait, nor hit lines that the L1 cache took in before it. The
   barrier behind the acquire keeps them in their place, and the acquire drops the multiprocessor's L1 lines
   (CCTL.IVALL). That is not true of non-coherent loads (`ld.global.nc`): pointers to what a launch writes must not be
-  promised to be read-only. Ours come out of a table, so that no compiler can find out.
+  promised to be read-only. Ours come out of a table, or are arguments that promise nothing.
 - A release orders the stores of its own thread, and what that thread has seen: the barrier before it makes the other
   threads' stores part of that. Triton 3.6.0 leaves that barrier out; later versions put in their own.
 - A loop whose body waits must not be software-pipelined, which would load for the next iteration ahead of its wait.

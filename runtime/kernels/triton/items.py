@@ -116,14 +116,15 @@ def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
     elif PHASE.op == "expert_gate_up":  # rows, logits, correction, codes, scales, bias, scaled, squares, act
         expert_gate_up_item(
             i, j, shared[0], shared[2], p[0], p[6], p[7], p[3], p[4], p[5], p[8], PHASE.eps, PHASE.limit, PHASE.alpha,
-            PHASE.WIDTH, PHASE.D, PHASE.K, PHASE.R, PHASE.NP, PHASE.T, PHASE.CHUNK, PHASE.IS_PACKED, PHASE.HAS_BIAS,
-            PHASE.IS_CLAMPED,
+            PHASE.WIDTH, PHASE.D, PHASE.K, PHASE.R, PHASE.NP, PHASE.T, PHASE.CHUNK, PHASE.IS_PACKED, PHASE.SLICES,
+            PHASE.IS_WIDE, PHASE.HAS_BIAS, PHASE.IS_CLAMPED,
         )  # fmt: skip
     elif PHASE.op == "expert_down":
         # rows, logits, correction, codes, scales, bias, act, hidden, norm, scaled, squares, tap
         expert_down_item(
             i, shared[0], shared[1], p[6], p[3], p[4], p[5], p[7], p[8], p[9], p[10], p[11], PHASE.WIDTH, PHASE.D,
-            PHASE.E, PHASE.K, PHASE.R, PHASE.T, PHASE.CHUNK, PHASE.IS_PACKED, PHASE.HAS_BIAS, PHASE.HAS_TAP,
+            PHASE.E, PHASE.K, PHASE.R, PHASE.T, PHASE.CHUNK, PHASE.IS_PACKED, PHASE.SLICES, PHASE.IS_WIDE,
+            PHASE.HAS_BIAS, PHASE.HAS_TAP,
         )  # fmt: skip
     elif PHASE.op == "lm_head":  # rows, scaled, squares, weight, logits, best, sampling
         lm_head_item(

@@ -16,9 +16,6 @@ import triton.language as tl
 from speedstack.runtime.tiles import BLOCK_COLUMNS
 
 BLOCK = tl.constexpr(BLOCK_COLUMNS)
-_ONE_BITS = tl.constexpr(0x3F800000)
-_HALF_BITS = tl.constexpr(0x3F000000)
-_NAN_BITS = tl.constexpr(0x7FC00000)
 _FP8_COLUMNS = tl.constexpr(128)  # that share a scale
 
 
@@ -75,29 +72,17 @@ def multiply(
     valid_T,
     K: tl.constexpr,
     CHUNK: tl.constexpr,
-    IS_PACKED: tl.constexpr,
     FP8_ROWS: tl.constexpr = 0,
 ):
     """Float32 [T, R]: rows w_T of a weight [.., K] times every row's K elements.
 
-    x_ptr, x_step, x_R, valid_R: see `load_x`. Packed weights are MXFP4 codes [.., K / 2] with
-    scales [.., K / 32]; the even and the odd elements of a chunk are two products, so that nibbles never change lanes.
-    With FP8_ROWS, weights are E4M3 [.., K], without NaN, and float32 scales [.. / FP8_ROWS, ceil(K / 128)]: what is
-    multiplied is their product in float32, rounded to bfloat16.
+    x_ptr, x_step, x_R, valid_R: see `load_x`. With FP8_ROWS, weights are E4M3 [.., K], without NaN, and float32 scales
+    [.. / FP8_ROWS, ceil(K / 128)]: what is multiplied is their product in float32, rounded to bfloat16.
     """
     T: tl.constexpr = w_T.shape[0]
     R: tl.constexpr = x_R.shape[0]
     sum_TR = tl.zeros((T, R), tl.float32)
-    if IS_PACKED:
-        GROUPS: tl.constexpr = CHUNK // 32
-        for start in range(0, K, CHUNK):
-            even_TB, odd_TB = _unpack(w_ptr, scales_ptr, w_T, valid_T, start // 32, K, GROUPS)
-            k_B = start + 2 * tl.arange(0, CHUNK // 2)
-            even_BR = load_x(x_ptr, x_step, x_R, valid_R, k_B, K)
-            odd_BR = load_x(x_ptr, x_step, x_R, valid_R, k_B + 1, K)
-            sum_TR = dot(even_TB.to(even_BR.dtype), even_BR, sum_TR)
-            sum_TR = dot(odd_TB.to(odd_BR.dtype), odd_BR, sum_TR)
-    elif FP8_ROWS > 0:
+    if FP8_ROWS > 0:
         tl.static_assert(_FP8_COLUMNS % CHUNK == 0)
         NUM_SCALES: tl.constexpr = (K + _FP8_COLUMNS - 1) // _FP8_COLUMNS
         scales_T1 = scales_ptr + (w_T // FP8_ROWS).to(tl.int32)[:, None] * NUM_SCALES
@@ -135,34 +120,3 @@ def rounded_to_bfloat16(x, dtype: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _unpack(w_ptr, scales_ptr, w_T, valid_T, first_group, K: tl.constexpr, GROUPS: tl.constexpr):
-    """Even and odd elements, float32 [T, 16 * GROUPS] each, of MXFP4 groups of 32 from `first_group` on."""
-    T: tl.constexpr = w_T.shape[0]
-    g_G = first_group + tl.arange(0, GROUPS)
-    mask_TG = valid_T[:, None] & (g_G < K // 32)[None, :]
-    scale_TG = tl.load(scales_ptr + w_T[:, None] * (K // 32) + g_G[None, :], mask=mask_TG, other=127).to(tl.int32)
-    offsets_TG = w_T[:, None] * (K // 2) + g_G[None, :] * 16
-    byte_TGH = tl.load(
-        w_ptr + offsets_TG[:, :, None] + tl.arange(0, 16)[None, None, :], mask=mask_TG[:, :, None], other=0
-    ).to(tl.int32)
-    power_TG1 = power_of_two(scale_TG)[:, :, None]
-    even_TGH, odd_TGH = e2m1(byte_TGH) * power_TG1, e2m1(byte_TGH >> 4) * power_TG1
-    return tl.reshape(even_TGH, (T, 16 * GROUPS)), tl.reshape(odd_TGH, (T, 16 * GROUPS))
-
-
-@triton.jit
-def e2m1(code):
-    """The float32 value of the low four bits of an int32: 0, 0.5, then exponent and mantissa moved to their place."""
-    index = code & 7
-    bits = tl.where(index < 2, index * _HALF_BITS, (index << 22) + (_ONE_BITS - (2 << 22)))
-    return (bits | ((code & 8) << 28)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def power_of_two(scale):
-    """2**(scale - 127) in float32 for E8M0 bytes as int32; NaN for 255."""
-    bits = tl.where(scale == 0, 1 << 22, scale << 23)
-    return tl.where(scale == 255, _NAN_BITS, bits).to(tl.float32, bitcast=True)

@@ -37,7 +37,7 @@ def qkv_item(
     column_T = (kv_head * COLUMNS + tile * T + tl.arange(0, T)).to(tl.int64)
     all_T = column_T >= 0
     out_TR = multiply(
-        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, column_T, all_T, D, CHUNK, False, FP8_ROWS
+        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, column_T, all_T, D, CHUNK, FP8_ROWS
     )  # fmt: skip
     out_TR *= inverse_rms(squares_ptr, valid_R, eps, D, R, NP)[None, :]
     if HAS_BIAS:
@@ -77,7 +77,7 @@ def project_item(
     column_T = (tile * T + tl.arange(0, T)).to(tl.int64)
     valid_T = column_T < D
     out_TR = multiply(
-        x_ptr, x_step, r_R * x_row_step, is_used(rows_ptr, R), w_ptr, scales_ptr, column_T, valid_T, K, CHUNK, False,
+        x_ptr, x_step, r_R * x_row_step, is_used(rows_ptr, R), w_ptr, scales_ptr, column_T, valid_T, K, CHUNK,
         FP8_ROWS,
     )  # fmt: skip
     if HAS_BIAS:
@@ -130,10 +130,10 @@ def dense_gate_up_item(
     column_T = (tile * T + tl.arange(0, T)).to(tl.int64)
     valid_T = column_T < WIDTH
     gate_TR = multiply(
-        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, column_T, valid_T, D, CHUNK, False, FP8_ROWS
+        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, column_T, valid_T, D, CHUNK, FP8_ROWS
     )  # fmt: skip
     up_TR = multiply(
-        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, WIDTH + column_T, valid_T, D, CHUNK, False,
+        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, WIDTH + column_T, valid_T, D, CHUNK,
         FP8_ROWS,
     )  # fmt: skip
     rms_1R = inverse_rms(squares_ptr, valid_R, eps, D, R, NP)[None, :]

@@ -8,7 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from speedstack.runtime.formats import BITS
 from speedstack.runtime.kernels.triton.first_values import first_values
+from speedstack.runtime.kernels.triton.issue import Issue, issues, listing_of, product_of
 from speedstack.runtime.kernels.triton.phase import phase_kernel
 from speedstack.runtime.launches import Launch
 
@@ -36,11 +38,15 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel. registers: a thread's. local_bytes: a thread's in memory, which is where registers are spilled."""
+    """Of one kernel. registers: a thread's. local_bytes: a thread's in memory, which is where registers are spilled.
+
+    issues: of the code that multiplies weights, where that has been looked at.
+    """
 
     registers: int
     shared_bytes: int
     local_bytes: int
+    issues: tuple[Issue, ...] = ()
 
 
 def signature(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[tuple[int, ...], Any]]:
@@ -75,7 +81,22 @@ def compile_kernel(kernel: Any, arguments: Mapping[str, Any], options: dict[str,
 def compile_launch(launch: Launch, capability: int = HOPPER, is_dependent: bool = True) -> Resources:
     """What a phase's own kernel takes."""
     options = launch.options(is_dependent)
-    return resources_of(compile_kernel(phase_kernel, launch.arguments(is_dependent), options, capability))
+    built = compile_kernel(phase_kernel, launch.arguments(is_dependent), options, capability)
+    bits = weight_bits(launch)
+    if bits is None:
+        return resources_of(built)
+    found = issues(listing_of(_run("nvdisasm", "-c", built)), product_of(built.asm["ttgir"]), bits)
+    return replace(resources_of(built), issues=tuple(found))
+
+
+def weight_bits(launch: Launch) -> float | None:
+    """Bits of a weight that a phase multiplies on tensor cores; None where it multiplies none."""
+    constants = launch.binding.constants
+    if constants.op in ("expert_gate_up", "expert_down"):
+        return BITS["mxfp4" if constants.IS_PACKED else "bf16"]
+    if constants.op in ("qkv", "o_proj", "dense_gate_up", "dense_down", "lm_head"):
+        return BITS["fp8" if constants.FP8_ROWS > 0 else "bf16"]
+    return None
 
 
 def _type(value: Any) -> Any:
@@ -88,13 +109,16 @@ def _type(value: Any) -> Any:
 
 def resources_of(built: Any) -> Resources:
     """What a compiled kernel takes."""
-    with tempfile.TemporaryDirectory() as directory:
-        cubin = Path(directory) / "kernel.cubin"
-        cubin.write_bytes(built.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        listing = subprocess.run(
-            [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
-        ).stdout  # fmt: skip
+    listing = _run("cuobjdump", "-res-usage", built)
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", listing)
     assert found, listing
     return Resources(int(found[1]), built.metadata.shared, int(found[2]) + int(found[3]))
+
+
+def _run(tool: str, option: str, built: Any) -> str:
+    """What a tool of those that Triton brings says of a compiled kernel."""
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory) / "kernel.cubin"
+        cubin.write_bytes(built.asm["cubin"])
+        path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+        return subprocess.run([path, option, cubin], capture_output=True, text=True, check=True).stdout
