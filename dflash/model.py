@@ -328,7 +328,13 @@ class DraftContext:
     draft was rejected is simply overwritten); `draft_hidden` reads positions strictly below the anchor and no others.
     """
 
-    def __init__(self, model: DFlashDraftModel, max_length: int) -> None:
+    def __init__(
+        self, model: DFlashDraftModel, max_length: int, keys_values: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """keys_values: buffers that somebody else has, and may write too; None makes new ones."""
+        if keys_values is not None:
+            self.keys_LTGH, self.values_LTGH = keys_values
+            return
         config = model.config
         shape = (config.num_hidden_layers, max_length, config.num_key_value_heads, config.head_dim)
         self.keys_LTGH = model.fc.weight.new_zeros(shape)

@@ -63,8 +63,8 @@ class RoundsRequest:
     """A sequence that is to be decoded for some rounds without the host.
 
     `tokens`: all there are, the newest of which, the anchor, has not been computed yet. `end`: how many there may be.
-    `watches_eos`: the model's end-of-sequence tokens end it. `num_drafts`: proposals a round at most, by prompt look-up
-    for runs of up to `ngram_size` tokens. `draw`: None is greedy.
+    `watches_eos`: the model's end-of-sequence tokens end it. `num_drafts`: proposals a round at most, of the backend's
+    drafter, or by prompt look-up for runs of up to `ngram_size` tokens. `draw`: None is greedy.
     """
 
     tokens: Sequence[int]
@@ -103,7 +103,16 @@ class Rounds(Protocol):
         ...
 
     def set_look_up(self, is_wanted: bool) -> None:
-        """Whether requests may ask for drafts from now on."""
+        """Whether requests may ask for drafts that are looked up from now on."""
+        ...
+
+    @property
+    def has_drafter(self) -> bool:
+        """Whether requests may ask for drafts of the backend's drafter."""
+        ...
+
+    def takes(self, requests: Sequence[RoundsRequest]) -> bool:
+        """Whether so many sequences with so many drafts share a launch; the host makes the rounds of others."""
         ...
 
 

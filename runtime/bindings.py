@@ -14,7 +14,6 @@ Legend: R rows, D hidden, N heads, G key/value heads, M heads of a group, H quer
 O qkv rows of the checkpoint, T positions.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +22,24 @@ import torch
 
 from speedstack.quant.fp8 import TILE_SIZE, FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor
+from speedstack.runtime.drafter_bindings import DrafterBinder
+from speedstack.runtime.drafter_phases import is_drafting
+from speedstack.runtime.grouped import grouped_fp8_qkv, grouped_qkv
 from speedstack.runtime.memory import Memory
 from speedstack.runtime.plan import Phase, Plan
 from speedstack.runtime.reference import rotary_tables
 from speedstack.runtime.spec import AttentionSpec, MoeSpec
-from speedstack.runtime.tiles import BLOCK_COLUMNS, num_blocks
-from speedstack.runtime.weights import AttentionWeights, DenseWeights, Linear, ModelWeights, MoeWeights, Weight
+from speedstack.runtime.tiles import BLOCK_COLUMNS, num_blocks, power_of_two
+from speedstack.runtime.weights import (
+    AttentionWeights,
+    DenseWeights,
+    DrafterWeights,
+    Layers,
+    Linear,
+    ModelWeights,
+    MoeWeights,
+    Weight,
+)
 
 # Fixed, so that the order of every sum is: elements of a contraction axis at a time, (row, head) pairs of a query tile,
 # keys at a time, splits combined at a time. Without any bearing on results: tokens that top-k and top-p look at at a
@@ -84,50 +95,41 @@ class Binding:
     constants: Constants
 
 
-def bind(plan: Plan, weights: ModelWeights, memory: Memory) -> list[Binding]:
-    """The bindings of a step's phases in order."""
-    builder = _Builder(plan, weights, memory)
+def bind(plan: Plan, weights: ModelWeights, memory: Memory, drafter: DrafterWeights | None = None) -> list[Binding]:
+    """The bindings of a step's phases in order. drafter: the one that the plan was built with."""
+    builder = Binder(plan, weights, memory, drafter)
     return [builder.bind(phase) for phase in plan.phases]
-
-
-def grouped_fp8_qkv(weight: FP8Tensor, spec: AttentionSpec, columns: int) -> FP8Tensor:
-    """`grouped_qkv` of a projection in FP8. Tiles have as many rows as keep each inside one tile of `weight`."""
-    tile_rows = math.gcd(weight.tile_rows, spec.qk_head_dim, spec.v_head_dim, columns)
-    codes = grouped_qkv(weight.codes_OI.view(torch.uint8), spec, columns).view(weight.codes_OI.dtype)
-    scales = grouped_qkv(weight.with_tile_rows(1).scales_PQ, spec, columns)[::tile_rows]
-    return FP8Tensor(codes, scales.contiguous(), tile_rows)
-
-
-def grouped_qkv(weight_OD: torch.Tensor, spec: AttentionSpec, columns: int) -> torch.Tensor:
-    """Rows of a qkv projection (or its bias) by key/value head: its queries, key and value, zeros up to `columns`."""
-    sizes = [
-        spec.num_heads * spec.qk_head_dim,
-        spec.num_kv_heads * spec.qk_head_dim,
-        spec.num_kv_heads * spec.v_head_dim,
-    ]
-    parts = [part.unflatten(0, (spec.num_kv_heads, -1)) for part in weight_OD.split(sizes)]
-    grouped = torch.cat(parts, dim=1)
-    padding = grouped.new_zeros(spec.num_kv_heads, columns - grouped.shape[1], *grouped.shape[2:])
-    return torch.cat([grouped, padding], dim=1).flatten(0, 1).contiguous()
 
 
 Bound = tuple[tuple[torch.Tensor, ...], dict[str, Any]]
 
 
-class _Builder:
-    def __init__(self, plan: Plan, weights: ModelWeights, memory: Memory) -> None:
+class Binder:
+    """Finds what each phase is given; a drafter's layers come after the target's, as in `Phase.layer`."""
+
+    def __init__(self, plan: Plan, weights: ModelWeights, memory: Memory, drafter: DrafterWeights | None) -> None:
         self.plan, self.weights, self.memory = plan, weights, memory
         self.spec, self.buffers = weights.spec, memory.buffers
         D = weights.spec.hidden_size
         self.sizes = {"D": D, "R": plan.rows, "CHUNK": CHUNK, "eps": weights.spec.rms_norm_eps}
         self.sizes["NP"] = power_of_two(num_blocks(D))
+        self.layer_specs, self.layer_weights = [*self.spec.layers], [*weights.layers]
+        self.drafter = None if drafter is None else DrafterBinder(self, drafter)
+        if self.drafter is not None:
+            self.layer_specs += self.drafter.spec.layers
+            self.layer_weights += self.drafter.layers
         self._tables: dict[AttentionSpec, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def bind(self, phase: Phase) -> Binding:
-        pointers, constants = _BOUND[phase.op](self, phase)
+        own = {} if self.drafter is None else self.drafter.bound
+        pointers, constants = own[phase.op](phase) if phase.op in own else _BOUND[phase.op](self, phase)
         assert all(tensor.is_contiguous() for tensor in pointers), f"{phase.name}: a tensor has gaps"
         axes = tuple(axis.size for axis in phase.axes)
-        return Binding(phase, pointers, Constants(op=phase.op, axes=axes, T=phase.tile, **self.sizes, **constants))
+        # A drafter's layers have nothing to do where there are no blocks; its own phases see for themselves.
+        sizes = self.sizes | {"IS_DRAFT": is_drafting(phase) and phase.op not in own}
+        if self.drafter is not None and (is_drafting(phase) or phase.op in own):
+            sizes["eps"] = self.drafter.spec.rms_norm_eps
+        return Binding(phase, pointers, Constants(op=phase.op, axes=axes, T=phase.tile, **sizes, **constants))
 
     def buffer(self, *names: str) -> tuple[torch.Tensor, ...]:
         return tuple(self.buffers[name] for name in names)
@@ -144,17 +146,17 @@ class _Builder:
 
     def attention_of(self, phase: Phase) -> tuple[AttentionSpec, AttentionWeights]:
         assert phase.layer is not None
-        return self.spec.layers[phase.layer].attention, self.weights.layers[phase.layer].attention
+        return self.layer_specs[phase.layer].attention, self.layer_weights[phase.layer].attention
 
     def dense_of(self, phase: Phase) -> DenseWeights:
         assert phase.layer is not None
-        mlp = self.weights.layers[phase.layer].mlp
+        mlp = self.layer_weights[phase.layer].mlp
         assert isinstance(mlp, DenseWeights)
         return mlp
 
     def moe_of(self, phase: Phase) -> tuple[MoeSpec, MoeWeights]:
         assert phase.layer is not None
-        spec, weights = self.spec.layers[phase.layer].mlp, self.weights.layers[phase.layer].mlp
+        spec, weights = self.layer_specs[phase.layer].mlp, self.layer_weights[phase.layer].mlp
         assert isinstance(spec, MoeSpec) and isinstance(weights, MoeWeights)
         return spec, weights
 
@@ -162,9 +164,7 @@ class _Builder:
         """Where a copy of the phase's result goes."""
         for region in phase.writes:
             if region.buffer.startswith("features."):
-                start = self.plan.buffer_named[region.buffer].offset // self.plan.buffer_named["hidden"].num_bytes
-                D = self.spec.hidden_size
-                return self.memory.features_CR[start * D : (start + 1) * D]
+                return self.memory.features[int(region.buffer.removeprefix("features."))]
         return None
 
     def embed(self, phase: Phase) -> Bound:
@@ -173,43 +173,50 @@ class _Builder:
         pointers = (*dealing, self.weights.embedding_VD, self.buffers["hidden"], *self.for_norm(phase))
         return pointers, {"HAS_PROPOSALS": proposals is not None}
 
+    def rows(self, phase: Phase) -> torch.Tensor:
+        """The records of the rows that a phase computes."""
+        return self.buffers["blocks" if is_drafting(phase) else "rows"]
+
     def for_norm(self, phase: Phase) -> tuple[torch.Tensor, ...]:
         """The weight of the norm behind a phase that writes the hidden state, and where what that norm needs goes."""
-        return (self.weights.norm_behind(phase.op == "o_proj", phase.layer), *self.buffer("scaled", "squares"))
+        owner: Layers = self.weights
+        layer = phase.layer
+        if self.drafter is not None and is_drafting(phase):
+            owner, layer = self.drafter.weights, None if layer is None else layer - self.spec.num_layers
+        return (owner.norm_behind(phase.op == "o_proj", layer), *self.buffer("scaled", "squares"))
 
-    def to_norm(self) -> tuple[torch.Tensor, ...]:
+    def to_norm(self, phase: Phase) -> tuple[torch.Tensor, ...]:
         """What a phase begins with that normalizes the hidden state."""
-        return self.buffer("rows", "scaled", "squares")
+        return (self.rows(phase), *self.buffer("scaled", "squares"))
 
     def qkv(self, phase: Phase) -> Bound:
         spec, weights = self.attention_of(phase)
         columns = phase.axes[1].size * phase.tile
         qkv_OD, bias_O = weights.qkv_OD, weights.qkv_bias_O
-        if isinstance(qkv_OD, FP8Tensor):
+        if self.drafter is not None and is_drafting(phase):
+            assert phase.layer is not None
+            weight, scales, constants = self.linear(self.drafter.grouped(phase.layer - self.spec.num_layers))
+        elif isinstance(qkv_OD, FP8Tensor):
             weight, scales, constants = self.linear(grouped_fp8_qkv(qkv_OD, spec, columns))
         else:
             weight, scales, constants = self.linear(grouped_qkv(qkv_OD, spec, columns))
         bias = self.optional(None if bias_O is None else grouped_qkv(bias_O, spec, columns))
         constants |= {"COLUMNS": columns, "HAS_BIAS": bias_O is not None}
-        return (*self.to_norm(), weight, bias, self.buffers["qkv"], *scales), constants
+        return (*self.to_norm(phase), weight, bias, self.buffers["qkv"], *scales), constants
 
     def attention(self, phase: Phase) -> Bound:
         spec, weights = self.attention_of(phase)
         assert phase.layer is not None
-        qkv = self.plan.phases[self.plan.phase_named[f"L{phase.layer:02d}.qkv"]]
-        if spec not in self._tables:
-            cos_TH, sin_TH = rotary_tables(spec, self.plan.max_context, self.memory.hidden_DR.device)
-            dtype = self.memory.hidden_DR.dtype
-            self._tables[spec] = cos_TH.to(dtype).contiguous(), sin_TH.to(dtype).contiguous()
-        cos_TH, sin_TH = self._tables[spec]
-        cache = self.memory.caches[phase.layer]
+        qkv = self.plan.phases[self.plan.phase_named[phase.name.replace("attention", "qkv")]]
+        cos_TH, sin_TH = self.tables(spec)
+        cache = [*self.memory.caches, *self.memory.contexts][phase.layer]
         heads = spec.num_heads // spec.num_kv_heads
         head_tile, head_size = power_of_two(heads), max(16, power_of_two(spec.qk_head_dim))
         # Wide heads take the registers of more queries and keys.
         queries, keys = (QUERIES, KEY_CHUNK) if head_size <= 64 else (QUERIES // 2, KEY_CHUNK // 2)
         q_norm, k_norm = self.optional(weights.q_norm_H), self.optional(weights.k_norm_H)
-        rows, grouped, partial = self.buffer("rows", "qkv", "partial")
-        return (rows, grouped, q_norm, k_norm, cos_TH, sin_TH, cache, partial), {
+        grouped, partial = self.buffer("qkv", "partial")
+        return (self.rows(phase), grouped, q_norm, k_norm, cos_TH, sin_TH, cache, partial), {
             "value_scale": float(spec.value_scale),
             "softmax_scale": spec.softmax_scale,
             "num_slots": self.memory.num_slots,
@@ -229,13 +236,22 @@ class _Builder:
             "QUERIES": max(queries, head_tile),
             "C": min(keys, self.plan.split_size),
             "HAS_QK_NORM": spec.has_qk_norm,
+            "AHEAD": spec.ahead,
         }
+
+    def tables(self, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of all positions."""
+        if spec not in self._tables:
+            cos_TH, sin_TH = rotary_tables(spec, self.plan.max_context, self.memory.hidden_DR.device)
+            dtype = self.memory.hidden_DR.dtype
+            self._tables[spec] = cos_TH.to(dtype).contiguous(), sin_TH.to(dtype).contiguous()
+        return self._tables[spec]
 
     def combine(self, phase: Phase) -> Bound:
         spec, weights = self.attention_of(phase)
-        attention = self.plan.phases[self.plan.phase_named[f"L{phase.layer:02d}.attention"]]
-        rows, partial, attended = self.buffer("rows", "partial", "attended")
-        return (rows, self.optional(weights.sinks_N), partial, attended), {
+        attention = self.plan.phases[self.plan.phase_named[phase.name.replace("combine", "attention")]]
+        partial, attended = self.buffer("partial", "attended")
+        return (self.rows(phase), self.optional(weights.sinks_N), partial, attended), {
             "N": spec.num_heads,
             "V": spec.v_head_dim,
             "VP": power_of_two(spec.v_head_dim),
@@ -244,6 +260,7 @@ class _Builder:
             "SPLITS": attention.axes[2].size,
             "S": SPLITS_AT_A_TIME,
             "HAS_SINKS": spec.has_sinks,
+            "AHEAD": spec.ahead,
         }
 
     def o_proj(self, phase: Phase) -> Bound:
@@ -271,9 +288,8 @@ class _Builder:
         """A projection to the hidden size. x_step, x_row_step: of sixteen elements, and of a row, in x."""
         tap = self.tap(phase)
         matrix, scales, constants = self.linear(weight)
-        rows, hidden = self.buffer("rows", "hidden")
-        result = (hidden, *self.for_norm(phase), self.optional(tap))
-        return (rows, x, matrix, self.optional(bias), *result, *scales), constants | {
+        result = (self.buffers["hidden"], *self.for_norm(phase), self.optional(tap))
+        return (self.rows(phase), x, matrix, self.optional(bias), *result, *scales), constants | {
             "x_step": x_step,
             "x_row_step": x_row_step,
             "K": width,
@@ -284,13 +300,13 @@ class _Builder:
     def dense_gate_up(self, phase: Phase) -> Bound:
         weights = self.dense_of(phase)
         matrix, scales, constants = self.linear(weights.gate_up_FD)
-        pointers = (*self.to_norm(), matrix, self.buffers["act"], *scales)
+        pointers = (*self.to_norm(phase), matrix, self.buffers["act"], *scales)
         return pointers, constants | {"WIDTH": weights.down_DF.shape[1]}
 
     def router(self, phase: Phase) -> Bound:
         spec, weights = self.moe_of(phase)
         bias = self.optional(weights.router_bias_E)
-        return (*self.to_norm(), weights.router_ED, bias, self.buffers["router"]), {
+        return (*self.to_norm(phase), weights.router_ED, bias, self.buffers["router"]), {
             "E": spec.num_experts,
             "LONG": min(LONG_CHUNK, power_of_two(self.spec.hidden_size)),
             "HAS_BIAS": weights.router_bias_E is not None,
@@ -342,10 +358,10 @@ class _Builder:
         return (*choice, *matrix, act, hidden, *self.for_norm(phase), self.optional(tap)), constants
 
     def lm_head(self, phase: Phase) -> Bound:
-        logits, best = self.buffer("logits", "best")
+        logits, best = self.buffers["logits"], self.buffers[phase.writes[-1].buffer]
         matrix, scales, constants = self.linear(self.weights.lm_head_VD)
-        pointers = (*self.to_norm(), matrix, logits, best, self.memory.sampling, *scales)
-        return pointers, constants | {"VOCAB": self.spec.vocab_size}
+        pointers = (*self.to_norm(phase), matrix, logits, best, self.memory.sampling, *scales)
+        return pointers, constants | {"VOCAB": self.spec.vocab_size, "HAS_LOGITS": len(phase.writes) > 1}
 
     def sample(self, phase: Phase) -> Bound:
         tiles = self.plan.buffer_named["best"].num_cells
@@ -385,24 +401,19 @@ class _Builder:
         return (self.memory.rows, 0) if history is None else (history, history.shape[1])
 
 
-_BOUND: dict[str, Callable[[_Builder, Phase], Bound]] = {
-    "embed": _Builder.embed,
-    "qkv": _Builder.qkv,
-    "attention": _Builder.attention,
-    "combine": _Builder.combine,
-    "o_proj": _Builder.o_proj,
-    "dense_gate_up": _Builder.dense_gate_up,
-    "dense_down": _Builder.dense_down,
-    "router": _Builder.router,
-    "expert_gate_up": _Builder.expert_gate_up,
-    "expert_down": _Builder.expert_down,
-    "lm_head": _Builder.lm_head,
-    "sample": _Builder.sample,
-    "accept": _Builder.accept,
-    "draft": _Builder.draft,
+_BOUND: dict[str, Callable[[Binder, Phase], Bound]] = {
+    "embed": Binder.embed,
+    "qkv": Binder.qkv,
+    "attention": Binder.attention,
+    "combine": Binder.combine,
+    "o_proj": Binder.o_proj,
+    "dense_gate_up": Binder.dense_gate_up,
+    "dense_down": Binder.dense_down,
+    "router": Binder.router,
+    "expert_gate_up": Binder.expert_gate_up,
+    "expert_down": Binder.expert_down,
+    "lm_head": Binder.lm_head,
+    "sample": Binder.sample,
+    "accept": Binder.accept,
+    "draft": Binder.draft,
 }
-
-
-def power_of_two(size: int) -> int:
-    """The least power of two that is not below `size`."""
-    return 1 << (size - 1).bit_length()

@@ -14,15 +14,14 @@ import torch
 
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
-from speedstack.runtime.assemble import UNBOUNDED, Assembler, Buffers
+from speedstack.runtime.assemble import Assembler, Buffers
 from speedstack.runtime.backend import DraftRequest
 from speedstack.runtime.budget import RoundCost, compiled_cost
 from speedstack.runtime.module_drafter import draft_scores
 from speedstack.runtime.panels import LANES, panels
 from speedstack.runtime.program import EMBED, LINEAR, Program, Records, Runner, records_of
 from speedstack.runtime.ring import MAX_ROWS, ring_length
-from speedstack.runtime.spec import DenseSpec, LayerSpec
-from speedstack.runtime.weights import DrafterWeights, read_drafter
+from speedstack.runtime.weights import DenseWeights, DrafterWeights, read_drafter
 
 
 def why_not_compiled(model: DFlashDraftModel) -> str | None:
@@ -58,8 +57,7 @@ class CompiledDrafter:
     ) -> None:
         self.model, config = model, model.config
         weights = read_drafter(model)
-        layers = [LayerSpec(spec, DenseSpec(config.intermediate_size)) for spec in weights.attentions]
-        self._buffers = Buffers.of(config.hidden_size, layers, config.num_draft_tokens)
+        self._buffers = Buffers.of(config.hidden_size, list(weights.spec.layers), config.num_draft_tokens)
         self._num_slots, self._max_length = num_slots, max_length
         self._target_ids_U = model.target_ids(torch.arange(config.num_draft_tokens))
         self._first_slot = 0 if config.sample_from_anchor else 1
@@ -74,15 +72,17 @@ class CompiledDrafter:
     def _assemble(
         self, weights: DrafterWeights, embedding_VD: torch.Tensor, head_UD: torch.Tensor, features_RC: torch.Tensor
     ) -> None:
-        config, b, eps = self.model.config, self._buffers, weights.rms_norm_eps
+        config, b, eps = self.model.config, self._buffers, weights.spec.rms_norm_eps
         # A draft block is written behind the context, up to block_size - 1 positions past the last committed one.
         length = ring_length(None, self._max_length + config.block_size)
         assembler = self._assembler(self.context)
-        caches = [assembler.new_cache(spec, length) for spec in weights.attentions]
+        specs = [layer.attention for layer in weights.spec.layers]
+        caches = [assembler.new_cache(spec, length) for spec in specs]
         self._caches = assembler.caches
         D, C = weights.fc_DC.shape
         self.context.add(LINEAR, [C, D, 0], (), [features_RC, panels(weights.fc_DC), b.context])
-        for (attention, _), spec, cache in zip(weights.layers, weights.attentions, caches, strict=True):
+        for layer, spec, cache in zip(weights.layers, specs, caches, strict=True):
+            attention = layer.attention
             assert isinstance(attention.qkv_OD, torch.Tensor), "drafters are stored in bfloat16"
             kv_OD = attention.qkv_OD[spec.num_heads * spec.qk_head_dim :]
             assembler.add_qkv(weights.hidden_norm_D, kv_OD, attention, spec, eps, cache, has_queries=False)
@@ -90,12 +90,11 @@ class CompiledDrafter:
         # A block's keys and values lie past the context and are overwritten when rows commit.
         assembler = self._assembler(self._block)
         self._block.add(EMBED, [D, config.mask_token_id], (), [embedding_VD, b.hidden, weights.mask_embedding_D])
-        for (attention, dense), spec, cache in zip(weights.layers, weights.attentions, caches, strict=True):
+        for layer, spec, cache in zip(weights.layers, specs, caches, strict=True):
+            attention, dense = layer.attention, layer.mlp
+            assert isinstance(attention.qkv_OD, torch.Tensor) and isinstance(dense, DenseWeights)
             assembler.add_qkv(attention.norm_D, attention.qkv_OD, attention, spec, eps, cache, has_queries=True)
-            reach = UNBOUNDED
-            if spec.window is not None:
-                reach = 0 if config.sliding_is_causal else spec.window - 1
-            assembler.add_attention(attention, spec, cache, reach)
+            assembler.add_attention(attention, spec, cache, spec.ahead)
             assembler.add_dense(dense, eps)
         # A draft reads every weight for a few rows, so bytes are its cost: the LM head is a copy in bfloat16.
         assembler.add_head(weights.norm_D, panels(head_UD.to(torch.bfloat16)), eps)

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 from speedstack.runtime.gpus import Gpu
 from speedstack.runtime.plan import Phase, Plan
+from speedstack.runtime.plan_builder import EMBEDDING
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """One phase of one step. num_items: expected, after dynamic axes are cut."""
+    """One phase of one step. op: after `D.` for a drafter's layers. num_items: expected, after dynamic axes are cut."""
 
     name: str
     op: str
@@ -118,20 +119,20 @@ def _phase_cost(
     work = phase.work
     experts = active_experts(work.num_experts, work.top_k, rows) if work.num_experts else 0.0
     visible = context if work.window is None else min(context, work.window)
-    weight_bytes = work.weight_bytes + experts * work.expert_bytes
-    if phase.op == "embed":  # one row of the table for each row of the step
+    weight_bytes = work.weight_bytes + work.repeated_bytes + experts * work.expert_bytes
+    if phase.op in EMBEDDING:  # one row of the table for each row of the step
         weight_bytes *= rows / plan.rows
     kv_bytes = sequences * visible * work.kv_bytes
     flops = rows * (work.row_flops + visible * work.position_flops)
     sizes = {"row": rows, "sequence": sequences, "expert": experts, "split": math.ceil(visible / plan.split_size)}
-    num_items = math.prod(sizes[axis.name] if axis.is_dynamic else axis.size for axis in phase.axes)
+    num_items = math.prod(sizes.get(axis.name, axis.size) if axis.is_dynamic else axis.size for axis in phase.axes)
     balance = num_items / (plan.num_programs * math.ceil(num_items / plan.num_programs))
     bandwidth = gpu.bandwidth * assumed.bandwidth_fraction
     roofline = max((weight_bytes + kv_bytes) / bandwidth, flops / gpu.bf16_flops)
     all_reduce = assumed.all_reduce_us * 1e-6 if work.all_reduce_bytes else 0.0
     return PhaseCost(
         name=phase.name,
-        op=phase.op,
+        op=f"D.{phase.op}" if phase.name.startswith("D") else phase.op,
         layer=phase.layer,
         weight_bytes=weight_bytes,
         kv_bytes=kv_bytes,
@@ -146,5 +147,5 @@ def _phase_cost(
 
 def weights_bytes(plan: Plan, embedding_bytes: float) -> float:
     """Bytes of all weights that must lie in a GPU's memory: every expert, and the whole embedding."""
-    parts = (phase.work for phase in plan.phases if phase.op != "embed")
+    parts = (phase.work for phase in plan.phases if phase.op not in EMBEDDING)
     return embedding_bytes + sum(work.weight_bytes + work.num_experts * work.expert_bytes for work in parts)

@@ -12,7 +12,7 @@ import torch
 
 from speedstack.dflash.accept import accept
 from speedstack.dflash.tree import Draft
-from speedstack.runtime.backend import Backend, Draw, Rounds, Rows
+from speedstack.runtime.backend import Backend, Draw, Rounds, RoundsRequest, Rows
 from speedstack.runtime.deal import deal, neighbours
 from speedstack.runtime.proposer import Proposer
 from speedstack.runtime.ring import MAX_ROWS
@@ -59,17 +59,20 @@ class Decoder:
     def round(self, sequences: Sequence[RunningSequence]) -> None:
         """One round of all `sequences`, or several. Raises ValueError when the target's logits are not numbers."""
         started = time.perf_counter()
-        if self._rounds is None:
+        requests = [sequence.rounds_request() for sequence in sequences]
+        if self._rounds is None or not self._rounds.takes(requests):
             self._one_round(sequences)
         else:
-            self._several_rounds(self._rounds, sequences)
+            self._several_rounds(self._rounds, sequences, requests)
         seconds = time.perf_counter() - started
         for sequence in sequences:
             sequence.stats.decode_seconds += seconds
 
-    def _several_rounds(self, rounds: Rounds, sequences: Sequence[RunningSequence]) -> None:
+    def _several_rounds(
+        self, rounds: Rounds, sequences: Sequence[RunningSequence], requests: Sequence[RoundsRequest]
+    ) -> None:
         num_rounds = min(rounds.max_rounds, max(sequence.num_left for sequence in sequences))
-        made = rounds.run([sequence.rounds_request() for sequence in sequences], num_rounds)
+        made = rounds.run(requests, num_rounds)
         for sequence, its_rounds in zip(sequences, made, strict=True):
             sequence.take_rounds(its_rounds)
 

@@ -98,9 +98,9 @@ class Engine:
             drafter: DFlash directory, or a model in memory (see `set_drafter`); refused when it names another target.
                 `"ngram"` is prompt look-up, which needs no drafter; a directory of that name needs its whole path.
             backend: `reference` is PyTorch on any device, `cpu` compiled kernels for float32 on a CPU, `graph` a Triton
-                kernel a phase on a GPU, `resident` one for whole rounds, several a launch without a drafter or with a
-                fixed number of looked-up drafts; `auto` takes `cpu` where it can and says why where it cannot, and else
-                `reference`.
+                kernel a phase on a GPU, `resident` one for whole rounds, several a launch unless drafts are adaptive,
+                or the drafter or the sampling needs the host (see `rounds`); `auto` takes `cpu` where it can and says
+                why where it cannot, and else `reference`.
             device: `cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is one.
             dtype: of everything but packed experts, and matrices in FP8 where the backend reads them; None is float32
                 on a CPU and bfloat16 on a GPU.

@@ -2,7 +2,7 @@
 
 With MXFP4 experts the other parts are most of what a step reads, so each is named. FP8 means E4M3 under one float32
 scale a tile of 128 x 128 (`speedstack.quant.fp8`), MXFP4 blocks of 32 under one byte (`speedstack.quant.mxfp4`). Tiles
-may have fewer rows where rows of several matrices are put together (`fp8.joined`, `bindings.grouped_fp8_qkv`); their
+may have fewer rows where rows of several matrices are put together (`fp8.joined`, `grouped.grouped_fp8_qkv`); their
 scales, at 64 rows one byte in two thousand, are not counted. The other number formats of `speedstack.quant.formats` can
 be planned too: what a step would cost, not what serves them.
 """

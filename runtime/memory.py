@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from speedstack.runtime.backend import Draw, Rows
+from speedstack.runtime.drafter_spec import DrafterSpec
 from speedstack.runtime.phases import ELEMENT_BYTES
 from speedstack.runtime.plan import Plan
 from speedstack.runtime.records import (
@@ -26,13 +27,20 @@ from speedstack.runtime.records import (
     TOP_P,
 )
 from speedstack.runtime.ring import ring_length
+from speedstack.runtime.tiles import BLOCK_COLUMNS, num_blocks
 from speedstack.runtime.weights import ModelWeights
 
 # Words of the outbox before the reports, which keep their alignment: whether a wait was in vain, steps that were made.
 HEADER = 4
 
-WIDE = {"squares": torch.float32, "partial": torch.float32, "router": torch.float32, "logits": torch.float32}
-INTEGER = {"best": torch.int32, "candidates": torch.int32, "proposals": torch.int32}
+WIDE = {
+    "squares": torch.float32,
+    "context.squares": torch.float32,
+    "partial": torch.float32,
+    "router": torch.float32,
+    "logits": torch.float32,
+}
+INTEGER = {name: torch.int32 for name in ("best", "drafter.best", "candidates", "blocks", "proposals")}
 
 
 class Memory:
@@ -46,8 +54,12 @@ class Memory:
         max_length: int,
         max_steps: int = 1,
         caches: list[torch.Tensor] | None = None,
+        drafter: DrafterSpec | None = None,
     ) -> None:
-        """max_steps: that one launch may make. caches: the key/value buffers to go on with; None makes new ones."""
+        """max_steps: that one launch may make. caches: the key/value buffers to go on with; None makes new ones.
+
+        drafter: the plan's, whose contexts come after the target's caches.
+        """
         like = weights.embedding_VD
         self.num_slots = num_slots
         self.buffers: dict[str, torch.Tensor] = {}
@@ -72,11 +84,20 @@ class Memory:
             dtype = INTEGER.get(name, WIDE.get(name, like.dtype))
             size = num_bytes // (ELEMENT_BYTES if dtype == like.dtype and name not in WIDE else 4)
             self.buffers[name] = torch.zeros(size, dtype=dtype, device=like.device)
-        # What a drafter taps, [C, R]; no rows where there is none.
-        self.features_CR = self.buffers.setdefault("features", like.new_zeros(0)).view(-1, plan.rows)
+        # What a drafter taps, a tensor a layer, in blocks of columns.
+        taps = self.buffers.setdefault("features", like.new_zeros(0))
+        self.features = taps.view(-1, num_blocks(weights.spec.hidden_size), R, BLOCK_COLUMNS)
         self.hidden_DR = self.buffers["hidden"].view(weights.spec.hidden_size, plan.rows)
         self.logits_VR = self.buffers["logits"].view(weights.spec.vocab_size, plan.rows)
         self.caches = self.new_caches(weights, max_length) if caches is None else caches
+        self.contexts = like.new_zeros(0)
+        if drafter is not None:
+            self.contexts = self.new_contexts(drafter, like, max_length)
+
+    def features_RC(self, num_rows: int) -> torch.Tensor:
+        """What the newest step's rows leave for a drafter."""
+        D = self.hidden_DR.shape[0]
+        return torch.cat([tap.transpose(0, 1).flatten(1)[:num_rows, :D] for tap in self.features], dim=-1)
 
     def report_words(self, num_steps: int) -> torch.Tensor:
         """The header and the reports of the newest launch's steps."""
@@ -91,6 +112,18 @@ class Memory:
             shape = (a.num_kv_heads, self.num_slots, positions, a.qk_head_dim + a.v_head_dim)
             caches.append(weights.embedding_VD.new_zeros(shape))
         return caches
+
+    def new_contexts(self, drafter: DrafterSpec, like: torch.Tensor, max_length: int) -> torch.Tensor:
+        """Keys and values of all layers of a drafter, [L, G, slots, positions, H + V]."""
+        a = drafter.layers[0].attention
+        shape = (a.num_kv_heads, self.num_slots, ring_length(None, max_length), a.qk_head_dim + a.v_head_dim)
+        return like.new_zeros(len(drafter.layers), *shape)
+
+    def contexts_of_slots(self, max_length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """A drafter's keys and values by slot, [L, positions, G, H] and [L, positions, G, V]: views."""
+        size = self.contexts.shape[-1] // 2
+        keys, values = self.contexts[..., :max_length, :].transpose(1, 3).split(size, dim=-1)
+        return [(keys[:, :, slot], values[:, :, slot]) for slot in range(self.num_slots)]
 
 
 def row_records(rows: Rows, capacity: int) -> torch.Tensor:

@@ -40,13 +40,17 @@ class ModuleDrafter:
         lm_head_VD: Linear,
         num_slots: int,
         max_length: int,
+        contexts: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> None:
+        """contexts: keys and values of every slot that somebody else keeps (see `DraftContext`); None makes its own."""
         self.model, self._embedding_VD = model, embedding_VD
         self._head_UD = model.draft_head(plain_matrix(lm_head_VD, embedding_VD.dtype))
         self._has_own_head = self._head_UD is not lm_head_VD
         ids_U = torch.arange(model.config.num_draft_tokens, device=embedding_VD.device)
         self._target_ids_U = model.target_ids(ids_U)
-        self.contexts = [DraftContext(model, max_length) for _ in range(num_slots)]
+        self.contexts = [
+            DraftContext(model, max_length, None if contexts is None else contexts[slot]) for slot in range(num_slots)
+        ]
 
     def weight_bytes(self) -> int:
         """Bytes of the module, and of the rows of the head that a pruned vocabulary or a head in FP8 copies."""

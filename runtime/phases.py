@@ -33,19 +33,20 @@ Left out: the exchange between GPUs (the cost model counts it): a plan is of one
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
+from speedstack.runtime.drafter_phases import DrafterPhases
+from speedstack.runtime.drafter_spec import DrafterSpec
 from speedstack.runtime.formats import WeightFormats
-from speedstack.runtime.plan import Axis, Buffer, Counter, Phase, Plan, Prefetch, Read, Region, Signal, Wait, Work
+from speedstack.runtime.plan import Axis, Plan, Prefetch, Read, Region, Signal, Wait, Work
+from speedstack.runtime.plan_builder import PlanBuilder, Stack
 from speedstack.runtime.ring import ring_length
-from speedstack.runtime.round_phases import WIDE_BYTES, RoundPhases
-from speedstack.runtime.spec import AttentionSpec, DenseSpec, ModelSpec, MoeSpec
+from speedstack.runtime.round_phases import ELEMENT_BYTES, WIDE_BYTES, RoundPhases
+from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec
 from speedstack.runtime.tiles import BLOCK_COLUMNS, MMA_TILES, VECTOR_TILES, ceil_div, choose_tile, num_blocks
 
 MAX_ROWS = 16  # rows of a step: the narrow side of one tensor-core product
 SPLIT_SIZE = 256  # positions of a context that one item attends to
-ELEMENT_BYTES = 2  # activations and cache: bf16
 
 OWN_COLUMN = "a row belongs to one item"
 PAIRS = "each (row, choice) belongs to one active expert, each column to one tile"
@@ -65,12 +66,14 @@ def build_plan(
     is_sharded: bool = False,
     taps: Sequence[int] = (),
     has_look_up: bool = False,
+    drafter: DrafterSpec | None = None,
 ) -> Plan:
     """The plan for steps of up to `rows` rows over contexts of up to `max_context` positions.
 
     is_sharded: `spec` is one GPU's part; partial sums are exchanged after o_proj and down, logits after lm_head.
     taps: layers whose output is also written to the buffers `features.0`, `features.1`, ..., for a drafter.
     has_look_up: sequences that are decoded without the host draft by prompt look-up.
+    drafter: they draft with this one, whose context every step extends; `taps` are its target_layer_ids.
 
     Raises ValueError for sizes out of range.
     """
@@ -80,62 +83,44 @@ def build_plan(
         raise ValueError(f"context {max_context} is outside the model's 1 to {spec.max_position_embeddings} positions")
     if num_programs < 1 or split_size < 1:
         raise ValueError("a plan needs at least one program and splits of at least one position")
-    deciding = RoundPhases(num_programs, rows, max_context, has_look_up)
-    builder = _Builder(spec, formats, num_programs, rows, max_context, split_size, is_sharded, tuple(taps), deciding)
+    if drafter is not None:
+        assert not has_look_up and drafter.hidden_size == spec.hidden_size
+        taps = drafter.target_layer_ids
+    deciding = RoundPhases(num_programs, rows, max_context, has_look_up, drafter is not None)
+    stack = Stack("L", 0, formats, deciding.read_rows())
+    builder = LayerBuilder(
+        spec, num_programs, rows, max_context, split_size, is_sharded, tuple(taps), deciding, stack, drafter
+    )
     return builder.build()
 
 
-@dataclass
-class _Builder:
-    spec: ModelSpec
-    formats: WeightFormats
-    num_programs: int
-    rows: int
-    max_context: int
-    split_size: int
-    is_sharded: bool
-    taps: tuple[int, ...]
-    deciding: RoundPhases
-    buffers: dict[str, Buffer] = field(default_factory=dict)
-    counters: list[Counter] = field(default_factory=list)
-    phases: list[Phase] = field(default_factory=list)
-    prefetches: list[Prefetch] = field(default_factory=list)
-    rotation: int = 0
-    ahead: Wait | None = None  # what begins the newest phase that has weights
+class LayerBuilder(PlanBuilder):
+    """The phases of a model, in order."""
 
     def build(self) -> Plan:
         D = self.spec.hidden_size
         self.buffers = {buffer.name: buffer for buffer in self.deciding.buffers()}
-        hidden = self.buffers[self.buffer("hidden", D, self.rows * ELEMENT_BYTES)]
-        self.buffer("scaled", num_blocks(D) * BLOCK_COLUMNS, self.rows * ELEMENT_BYTES)
+        self.buffer("hidden", D, self.rows * ELEMENT_BYTES)
+        scaled = self.buffers[self.buffer("scaled", num_blocks(D) * BLOCK_COLUMNS, self.rows * ELEMENT_BYTES)]
         self.buffer("squares", num_blocks(D), self.rows * WIDE_BYTES)
         for tap in range(len(self.taps)):
             name = f"features.{tap}"
-            self.buffers[name] = replace(hidden, name=name, memory="features", offset=tap * hidden.num_bytes)
+            self.buffers[name] = replace(scaled, name=name, memory="features", offset=tap * scaled.num_bytes)
+        drafting = None if self.drafter is None else DrafterPhases(self, self.drafter)
         for phase in self.deciding.first_phases():
             self.append(phase)
-        reads, own_record, wait, leave = self.deciding.dealing()
-        self.add(
-            "embed", "embed", (Axis("row", self.rows),),  # all of them: one that is idle says so to the others
-            reads=list(reads),
-            # One row of all columns; other rows' items write the same columns of other rows.
-            writes=[own_record, *(self.whole(name, OWN_COLUMN) for name in ("hidden", "scaled", "squares"))],
-            waits=[wait],
-            leave=leave,
-            work=Work(
-                weight_bytes=self.formats.num_bytes("embedding", self.rows * D),
-                activation_bytes=D * ELEMENT_BYTES + norm_bytes(D),
-            ),
-        )  # fmt: skip
-        before = "embed"
+        if drafting is not None:
+            drafting.propose()
+        before = self.embed("embed", "embed", *self.deciding.dealing())
         for index, layer in enumerate(self.spec.layers):
-            self.rotation = 0  # layers of one kind get one task list
-            before = self.attention(index, layer.attention, before)
-            if isinstance(layer.mlp, DenseSpec):
-                before = self.dense(index, layer.mlp, before)
-            else:
-                before = self.moe(index, layer.mlp, before)
-        self.head(before)
+            before = self.layer(index, layer, before)
+            if drafting is not None and index == max(self.taps):
+                drafting.fuse(before)
+        if drafting is not None:
+            drafting.project_context()
+        self.head("lm_head", before, "best", has_logits=True)
+        if drafting is not None:
+            drafting.append_context()
         self.append(self.deciding.sample(self.spec.vocab_size, self.buffers["best"].num_cells))
         self.append(self.deciding.accept())
         self.let_movers_leave()
@@ -158,8 +143,35 @@ class _Builder:
         at = next((number for number, task in enumerate(self.prefetches) if task.wait is not None), 0)
         self.prefetches.insert(at, Prefetch(first.name, first.waits[0]))
 
+    def embed(
+        self, name: str, op: str, reads: tuple[Read, ...], own_record: Region, wait: Wait, leave: Read | None
+    ) -> str:
+        """Decides what the rows are, and embeds their tokens. own_record: of an item's row."""
+        D = self.spec.hidden_size
+        self.add(
+            name, op, (Axis("row", self.rows),),  # all of them: one that is idle says so to the others
+            reads=list(reads),
+            # One row of all columns; other rows' items write the same columns of other rows.
+            writes=[own_record, *(self.whole(each, OWN_COLUMN) for each in ("hidden", "scaled", "squares"))],
+            waits=[wait],
+            leave=leave,
+            work=Work(
+                weight_bytes=self.stack.formats.num_bytes("embedding", self.rows * D),
+                activation_bytes=D * ELEMENT_BYTES + norm_bytes(D),
+            ),
+        )  # fmt: skip
+        return name
+
+    def layer(self, index: int, layer: LayerSpec, before: str) -> str:
+        """The phases of a layer of the stack; the last one's name."""
+        self.rotation = 0  # layers of one kind get one task list
+        before = self.attention(index, layer.attention, before)
+        if isinstance(layer.mlp, DenseSpec):
+            return self.dense(index, layer.mlp, before)
+        return self.moe(index, layer.mlp, before)
+
     def attention(self, index: int, a: AttentionSpec, before: str) -> str:
-        at, D, R, G = f"L{index:02d}.", self.spec.hidden_size, self.rows, a.num_kv_heads
+        at, D, R, G = self.stack.name(index), self.spec.hidden_size, self.rows, a.num_kv_heads
         heads = a.num_heads // G
         width = heads * a.qk_head_dim + a.qk_head_dim + a.v_head_dim
         tile = choose_tile(width, self.num_programs, MMA_TILES, G)
@@ -175,7 +187,7 @@ class _Builder:
         )
         positions = ring_length(a.window, self.max_context)
         kv_bytes = (a.qk_head_dim + a.v_head_dim) * ELEMENT_BYTES
-        cache = self.buffer(f"{at}cache", G, R * positions * kv_bytes)
+        cache = self.stack.cache or self.buffer(f"{at}cache", G, R * positions * kv_bytes)
 
         num_qkv, num_out = G * width * D, a.num_heads * a.v_head_dim * D
         self.add(
@@ -186,17 +198,17 @@ class _Builder:
             signals=[Signal(f"{at}qkv", "item", 0, (1, 0))],
             num_counters=G,
             work=Work(
-                weight_bytes=self.formats.num_bytes("attention", num_qkv) + (D + G * width * a.has_bias) * 2,
+                weight_bytes=self.stack.formats.num_bytes("attention", num_qkv) + (D + G * width * a.has_bias) * 2,
                 activation_bytes=norm_bytes(D) + G * width * ELEMENT_BYTES,
                 row_flops=2 * num_qkv,
             ),
         )  # fmt: skip
-        own = Region(cache, 1, 0, (0, 1, 0), SEQUENCES)
+        own = Region(cache, 1, index * G if self.stack.cache else 0, (0, 1, 0), SEQUENCES)
         self.add(
             f"{at}attention", "attention",
             (Axis("sequence", R, True), Axis("kv_head", G), Axis("split", splits, True)), index,
             reads=[
-                self.deciding.read_rows(),
+                self.stack.rows,
                 Read(Region(qkv, tiles * tile, 0, (0, tiles * tile, 0)), f"{at}qkv"),
                 Read(own, None),
             ],
@@ -212,7 +224,7 @@ class _Builder:
         one = (a.num_heads, 1)
         self.add(
             f"{at}combine", "combine", (Axis("row", R, True), Axis("head", a.num_heads)), index,
-            reads=[self.deciding.read_rows(), self.read(partial, f"{at}attention", 1, one)],
+            reads=[self.stack.rows, self.read(partial, f"{at}attention", 1, one)],
             writes=[Region(attended, 1, 0, one)],
             waits=[self.all_programs(f"{at}attention")],
             work=Work(
@@ -222,7 +234,7 @@ class _Builder:
         self.project(
             f"{at}o_proj", "o_proj", index, [self.read_whole(attended, f"{at}combine")], f"{at}combine", before,
             Work(
-                weight_bytes=self.formats.num_bytes("attention_output", num_out) + D * 2 * a.has_bias,
+                weight_bytes=self.stack.formats.num_bytes("attention_output", num_out) + D * 2 * a.has_bias,
                 activation_bytes=(a.num_heads * a.v_head_dim + 2 * D) * ELEMENT_BYTES + norm_bytes(D),
                 row_flops=2 * num_out,
                 all_reduce_bytes=D * ELEMENT_BYTES * self.is_sharded,
@@ -231,7 +243,7 @@ class _Builder:
         return f"{at}o_proj"
 
     def dense(self, index: int, mlp: DenseSpec, before: str) -> str:
-        at, D, width = f"L{index:02d}.", self.spec.hidden_size, mlp.intermediate_size
+        at, D, width = self.stack.name(index), self.spec.hidden_size, mlp.intermediate_size
         tile = choose_tile(width, self.num_programs, MMA_TILES)
         act = self.buffer(f"act.dense.{width}", num_blocks(width) * BLOCK_COLUMNS, self.rows * ELEMENT_BYTES, "act")
         self.add(
@@ -240,7 +252,7 @@ class _Builder:
             writes=[Region(act, tile, 0, (tile,))],
             waits=[self.all_programs(before)],
             work=Work(
-                weight_bytes=self.formats.num_bytes("dense", 2 * width * D) + D * 2,
+                weight_bytes=self.stack.formats.num_bytes("dense", 2 * width * D) + D * 2,
                 activation_bytes=norm_bytes(D) + width * ELEMENT_BYTES,
                 row_flops=4 * width * D,
             ),
@@ -248,7 +260,7 @@ class _Builder:
         self.project(
             f"{at}down", "dense_down", index, [self.read_whole(act, f"{at}gate_up")], f"{at}gate_up", before,
             Work(
-                weight_bytes=self.formats.num_bytes("dense", width * D),
+                weight_bytes=self.stack.formats.num_bytes("dense", width * D),
                 activation_bytes=(width + 2 * D) * ELEMENT_BYTES + norm_bytes(D),
                 row_flops=2 * width * D,
                 all_reduce_bytes=D * ELEMENT_BYTES * self.is_sharded,
@@ -257,7 +269,7 @@ class _Builder:
         return f"{at}down"
 
     def moe(self, index: int, moe: MoeSpec, before: str) -> str:
-        at, D, R, E, K = f"L{index:02d}.", self.spec.hidden_size, self.rows, moe.num_experts, moe.top_k
+        at, D, R, E, K = self.stack.name(index), self.spec.hidden_size, self.rows, moe.num_experts, moe.top_k
         width = moe.intermediate_size
         # One row already makes top_k experts' items: the case to balance, since more rows make more items.
         tile = choose_tile(width, self.num_programs, MMA_TILES, K)
@@ -271,7 +283,7 @@ class _Builder:
             writes=[Region(logits, router_tile, 0, (router_tile,))],
             waits=[self.all_programs(before)],
             work=Work(
-                weight_bytes=self.formats.num_bytes("router", E * D)
+                weight_bytes=self.stack.formats.num_bytes("router", E * D)
                 + D * 2
                 + E * 4 * (bias or moe.has_correction_bias),
                 activation_bytes=norm_bytes(D) + E * WIDE_BYTES,
@@ -286,7 +298,7 @@ class _Builder:
             writes=[self.whole(act, PAIRS)],
             waits=[self.all_programs(f"{at}router")],
             work=Work(
-                expert_bytes=self.formats.num_bytes("experts", 2 * width * D) + 2 * width * 2 * bias,
+                expert_bytes=self.stack.formats.num_bytes("experts", 2 * width * D) + 2 * width * 2 * bias,
                 activation_bytes=norm_bytes(D) + E * WIDE_BYTES + K * width * ELEMENT_BYTES,
                 row_flops=4 * K * width * D,
                 **sizes,
@@ -297,7 +309,7 @@ class _Builder:
         self.project(
             f"{at}down", "expert_down", index, reads, f"{at}gate_up", before,
             Work(
-                expert_bytes=self.formats.num_bytes("experts", width * D) + D * 2 * bias,
+                expert_bytes=self.stack.formats.num_bytes("experts", width * D) + D * 2 * bias,
                 activation_bytes=E * WIDE_BYTES + (K * width + 2 * D) * ELEMENT_BYTES + norm_bytes(D),
                 row_flops=2 * K * width * D,
                 all_reduce_bytes=D * ELEMENT_BYTES * self.is_sharded,
@@ -307,20 +319,25 @@ class _Builder:
         self.prefetches.append(Prefetch(f"{at}down", self.all_programs(f"{at}router")))
         return f"{at}down"
 
-    def head(self, before: str) -> None:
+    def head(self, name: str, before: str, best: str, has_logits: bool) -> None:
+        """The LM head: its largest logits into the buffer `best`, and all where something else needs them."""
         D, V, R = self.spec.hidden_size, self.spec.vocab_size, self.rows
         tile = choose_tile(V, self.num_programs, MMA_TILES)
-        self.buffer("logits", V, R * WIDE_BYTES)
-        self.buffer("best", ceil_div(V, tile), R * 8)  # each tile's largest logit, or score, and its index
-        self.buffer("candidates", R, (3 * V + ceil_div(V, tile)) * WIDE_BYTES)  # for top-k and top-p
+        matrix_bytes = self.stack.formats.num_bytes("lm_head", V * D)
+        # each tile's largest logit, or score, and its index
+        writes = [Region(self.buffer(best, ceil_div(V, tile), R * 8), 1, 0, (1,))]
+        if has_logits:
+            writes.insert(0, Region(self.buffer("logits", V, R * WIDE_BYTES), tile, 0, (tile,)))
+            self.buffer("candidates", R, (3 * V + ceil_div(V, tile)) * WIDE_BYTES)  # for top-k and top-p
         self.add(
-            "lm_head", "lm_head", (Axis("tile", ceil_div(V, tile)),), None, tile,
+            name, "lm_head", (Axis("tile", ceil_div(V, tile)),), None, tile,
             reads=self.normalized(before),
-            writes=[Region("logits", tile, 0, (tile,)), Region("best", 1, 0, (1,))],
+            writes=writes,
             waits=[self.all_programs(before)],
             work=Work(
-                weight_bytes=self.formats.num_bytes("lm_head", V * D) + D * 2,
-                activation_bytes=norm_bytes(D) + V * WIDE_BYTES,
+                weight_bytes=D * 2 + matrix_bytes * has_logits,
+                repeated_bytes=matrix_bytes * (not has_logits),
+                activation_bytes=norm_bytes(D) + V * WIDE_BYTES * has_logits,
                 row_flops=2 * V * D,
                 all_reduce_bytes=8 * self.is_sharded,
             ),
@@ -335,83 +352,15 @@ class _Builder:
         blocks = tile // BLOCK_COLUMNS
         writes = [Region("hidden", tile, 0, (tile,)), Region("scaled", tile, 0, (tile,))]
         writes.append(Region("squares", blocks, 0, (blocks,)))
-        if op != "o_proj" and index in self.taps:  # the layer's last phase
+        if op != "o_proj" and not self.stack.is_cut and index in self.taps:  # the layer's last phase
             writes.append(replace(writes[0], buffer=f"features.{self.taps.index(index)}"))
         self.add(
             name, op, (Axis("tile", ceil_div(D, tile)),), index, tile,
-            reads=[*reads, self.deciding.read_rows(), self.read("hidden", hidden_of, tile, (tile,))],
+            reads=[*reads, self.stack.rows, self.read("hidden", hidden_of, tile, (tile,))],
             writes=writes,
             waits=[self.all_programs(waits_for)],
             work=work,
         )  # fmt: skip
-
-    def add(
-        self,
-        name: str,
-        op: str,
-        axes: tuple[Axis, ...],
-        layer: int | None = None,
-        tile: int = 0,
-        *,
-        reads: list[Read],
-        writes: list[Region],
-        waits: list[Wait],
-        work: Work,
-        signals: list[Signal] | None = None,
-        num_counters: int = 1,
-        leave: Read | None = None,
-    ) -> None:
-        """Adds a phase and its counter; unless told otherwise every program signals that once.
-
-        Movers fetch its weights while the programs work on the phase before it that has any: attention, which reads
-        none, then leaves them more time. Weights of experts are not known before the router's counter is reached.
-        """
-        each: Literal["program"] = "program"
-        phase = Phase(
-            name, op, axes, layer, tile, tuple(reads), tuple(writes), tuple(waits),
-            tuple(signals) if signals is not None else (Signal(name, each),), work, leave=leave,
-        )  # fmt: skip
-        if work.weight_bytes and op != "embed":
-            self.prefetches.append(Prefetch(name, self.ahead))
-        if (work.weight_bytes or work.expert_bytes) and op != "embed":
-            self.ahead = phase.waits[0]
-        self.append(phase, num_counters)
-
-    def append(self, phase: Phase, num_counters: int = 1) -> None:
-        """Adds a phase where the items of the one before it end, and its counter."""
-        self.counters.append(Counter(phase.name, num_counters))
-        self.phases.append(replace(phase, rotation=self.rotation))
-        self.rotation = (self.rotation + phase.num_items) % self.num_programs
-
-    def buffer(self, name: str, num_cells: int, cell_bytes: int, memory: str = "") -> str:
-        buffer = Buffer(name, num_cells, cell_bytes, memory)
-        assert self.buffers.setdefault(name, buffer) == buffer, f"two shapes of {name}"
-        return name
-
-    def whole(self, buffer: str, exclusive: str = "") -> Region:
-        return Region(buffer, self.buffers[buffer].num_cells, exclusive=exclusive)
-
-    def read_whole(self, buffer: str, producer: str) -> Read:
-        return Read(self.whole(buffer), producer)
-
-    def read(self, buffer: str, producer: str, length: int, strides: tuple[int, ...]) -> Read:
-        return Read(Region(buffer, length, 0, strides), producer)
-
-    def normalized(self, producer: str) -> list[Read]:
-        """What a phase reads that needs the hidden state normalized."""
-        return [self.deciding.read_rows(), self.read_whole("scaled", producer), self.read_whole("squares", producer)]
-
-    def all_programs(self, phase: str) -> Wait:
-        """Every program has finished its items of an earlier phase of this step."""
-        return Wait(phase, self.num_programs, self.num_programs)
-
-    def num_splits(self, window: int | None) -> int:
-        """Splits that the rows of one sequence can see between them, wherever they stand."""
-        total = ceil_div(self.max_context, self.split_size)
-        if window is None:
-            return total
-        span = window + self.rows - 1
-        return min(total, (span + self.split_size - 2) // self.split_size + 1)
 
 
 def norm_bytes(columns: int) -> int:

@@ -123,13 +123,15 @@ class Axis:
 class Work:
     """What a phase moves and computes, as coefficients: the same plan serves any number of rows and any context.
 
-    weight_bytes: read once a step. expert_bytes: for each expert that some row chose, of `num_experts`, `top_k` a row.
+    weight_bytes: read once a step. repeated_bytes: the same, of weights that another phase has as well. expert_bytes:
+    for each expert that some row chose, of `num_experts`, `top_k` a row.
     kv_bytes: for each position that a sequence sees, at most `window`, of keys and values, or of its text.
     activation_bytes: read and written for each row. row_flops: for each row. position_flops: for each row and position
     it sees. all_reduce_bytes: exchanged between GPUs after the phase, for each row.
     """
 
     weight_bytes: float = 0.0
+    repeated_bytes: float = 0.0
     expert_bytes: float = 0.0
     num_experts: int = 0
     top_k: int = 0

@@ -23,12 +23,13 @@ from speedstack.quant.fp8 import FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backend import DraftRequest, Rounds, Rows
 from speedstack.runtime.budget import compiled_cost
+from speedstack.runtime.drafter_spec import DrafterSpec, why_not_planned
 from speedstack.runtime.formats import WeightFormat, WeightFormats
 from speedstack.runtime.memory import Memory, step_inbox
 from speedstack.runtime.module_drafter import ModuleDrafter
 from speedstack.runtime.phases import build_plan
 from speedstack.runtime.plan import Plan
-from speedstack.runtime.weights import DenseWeights, Linear, ModelWeights, MoeWeights
+from speedstack.runtime.weights import DenseWeights, DrafterWeights, Linear, ModelWeights, MoeWeights, read_drafter
 
 # Triton makes E4M3 to float16 one instruction, which older GPUs do not have.
 FP8_CAPABILITY = (8, 9)
@@ -76,6 +77,7 @@ class PlanBackend:
     name: str
     no_trees_because: str | None = "its kernels write keys and values at a row's position, which siblings would share"
     rounds: Rounds | None = None
+    plans_drafters = False  # whether plans have phases for those that can (`drafter_spec.why_not_planned`)
     round_cost = compiled_cost()  # not measured on a GPU
     plan: Plan
     memory: Memory
@@ -98,6 +100,7 @@ class PlanBackend:
         self._num_rows, self._split_size, self._num_programs = num_rows, split_size, num_programs
         self.rows_a_step: int | None = num_rows
         self._max_steps, self._has_look_up = max_steps, False
+        self._planned_drafter: DrafterWeights | None = None
         self.drafter: ModuleDrafter | None = None
         self.set_drafter(drafter)
         self.prepare_seconds = time.perf_counter() - started
@@ -114,12 +117,19 @@ class PlanBackend:
         """Looks after what `_start` began; raises RuntimeError where it failed."""
 
     def set_drafter(self, drafter: DFlashDraftModel | None) -> None:
-        w = self.weights
+        w, contexts = self.weights, None
         with self._all_or_nothing():
+            self._planned_drafter = None
+            if drafter is not None and self.plans_drafters and why_not_planned(drafter.config) is None:
+                self._planned_drafter = read_drafter(drafter, w.embedding_VD.dtype, w.embedding_VD.dtype)
             self._make_plan(() if drafter is None else tuple(drafter.config.target_layer_ids), has_look_up=False)
+            if self._planned_drafter is not None:
+                contexts = self.memory.contexts_of_slots(self.max_length)
             self.drafter = None
             if drafter is not None:
-                self.drafter = ModuleDrafter(drafter, w.embedding_VD, w.lm_head_VD, self.num_slots, self.max_length)
+                self.drafter = ModuleDrafter(
+                    drafter, w.embedding_VD, w.lm_head_VD, self.num_slots, self.max_length, contexts
+                )
 
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -134,16 +144,24 @@ class PlanBackend:
 
     def _make_plan(self, taps: tuple[int, ...], has_look_up: bool) -> None:
         w, self._has_look_up = self.weights, has_look_up
+        spec = self.planned_drafter
         self.plan = build_plan(
             w.spec, formats_of(w), self._num_programs, self._num_rows, self.max_length, self._split_size, taps=taps,
-            has_look_up=has_look_up,
+            has_look_up=has_look_up, drafter=spec,
         )  # fmt: skip
         caches = self.memory.caches if hasattr(self, "memory") else None
-        self.memory = Memory(self.plan, w, self.num_slots, self.max_length, self._max_steps, caches)
+        self.memory = Memory(self.plan, w, self.num_slots, self.max_length, self._max_steps, caches, spec)
         self._prepare()
+
+    @property
+    def planned_drafter(self) -> DrafterSpec | None:
+        """The drafter that the plan has phases for."""
+        return None if self._planned_drafter is None else self._planned_drafter.spec
 
     def weight_bytes(self) -> dict[str, int]:
         drafter = {"drafter": self.drafter.weight_bytes()} if self.drafter is not None else {}
+        if self._planned_drafter is not None:
+            drafter["drafter"] += self._planned_drafter.joined_bytes()
         return self.weights.nbytes_by_part() | drafter
 
     def cache_bytes(self) -> int:
@@ -183,9 +201,8 @@ class PlanBackend:
         self.memory.inbox.copy_(step_inbox(rows, self.plan.rows))
         self._start()
         self._finish()
-        if self.drafter is not None:
-            features_RC = self.memory.features_CR.T[: len(rows.tokens)]
-            self.drafter.write(features_RC, rows.slots, rows.positions)
+        if self.drafter is not None and self._planned_drafter is None:
+            self.drafter.write(self.memory.features_RC(len(rows.tokens)), rows.slots, rows.positions)
 
     def commit(self, rows: Sequence[int]) -> None:
         raise AssertionError("the engine asks for no trees here")

@@ -58,6 +58,7 @@ class ResidentBackend(PlanBackend):
     """
 
     name = "resident"
+    plans_drafters = True
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class ResidentBackend(PlanBackend):
         failure = prove(self.plan).failure
         assert failure is None, failure
         check_early_choices(self.plan)
-        self.bindings = bind(self.plan, self.weights, self.memory)
+        self.bindings = bind(self.plan, self.weights, self.memory, self._planned_drafter)
         self.tasks = build_tasks(self.plan, self.bindings, self.device)
         self.counters = torch.zeros(self.plan.num_counters, dtype=torch.int32, device=self.device)
         self.dump = torch.zeros(

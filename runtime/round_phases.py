@@ -23,7 +23,7 @@ A launch is over when no sequence is left. Every program finds that out where th
 last round's `accept` (`Phase.leave`): all of them see the same records there, which are not written before all of them
 have gone on, and leave before the step has begun.
 
-Left out: a DFlash drafter's forward. Its proposals come from the host, and take a launch a step.
+The drafter itself is in `drafter_phases`.
 """
 
 from dataclasses import dataclass
@@ -33,17 +33,19 @@ from speedstack.runtime.records import OUTCOME
 
 RECORD_BYTES = 32  # of a row, and of a sequence
 WIDE_BYTES = 4  # tokens, logits
+ELEMENT_BYTES = 2  # activations and cache: bf16
 OWN_TEXT = "every sequence has a slot of its own"
 
 
 @dataclass(frozen=True)
 class RoundPhases:
-    """Builds them for steps of up to `rows` rows. has_look_up: see the module."""
+    """Builds them for steps of up to `rows` rows. has_look_up, has_drafter: who drafts, see the module."""
 
     num_programs: int
     rows: int
     max_context: int
     has_look_up: bool
+    has_drafter: bool = False
 
     def buffers(self) -> list[Buffer]:
         """Those that no other phase writes."""
@@ -54,21 +56,32 @@ class RoundPhases:
             Buffer("chosen", R, WIDE_BYTES),
             Buffer("outcome", R, OUTCOME * WIDE_BYTES),
         ]
-        if self.has_look_up:
+        if self.proposer is not None:
             buffers.append(Buffer("proposals", R, R * WIDE_BYTES))
+        if self.has_look_up:
             buffers.append(Buffer("history", R, self.max_context * WIDE_BYTES))
         return buffers
 
+    @property
+    def proposer(self) -> str | None:
+        """The phase that writes proposals, if any does."""
+        return "draft" if self.has_look_up else "pick" if self.has_drafter else None
+
+    def opening(self) -> tuple[Read, Wait]:
+        """What a step's first phase reads, also to learn that all are over, and what it waits for."""
+        return self._leave(), self._after_last_step()
+
     def first_phases(self) -> list[Phase]:
-        """What comes before `embed`."""
+        """What comes before `embed`, but for a drafter's."""
         return [self._draft()] if self.has_look_up else []
 
     def dealing(self) -> tuple[tuple[Read, ...], Region, Wait, Read | None]:
         """What `embed` reads to deal rows, where it writes them, what it waits for; and what says that all are over."""
         own = _own("rows")
         reads = (Read(self._whole("sequences"), "accept", 1), Read(own, None))  # the host's, where it named them
-        if self.has_look_up:
-            return (*reads, Read(self._whole("proposals"), "draft")), own, self._all_programs("draft"), None
+        if self.proposer is not None:
+            read = Read(self._whole("proposals"), self.proposer)
+            return (*reads, read), own, self._all_programs(self.proposer), None
         return reads, own, self._after_last_step(), self._leave()
 
     def read_rows(self, region: Region | None = None) -> Read:
@@ -94,8 +107,9 @@ class RoundPhases:
     def accept(self) -> Phase:
         reads = [self.read_rows(), Read(_own("sequences"), "accept", 1), Read(self._whole("chosen"), "sample")]
         writes = [_own("sequences"), _own("outcome")]
+        if self.proposer is not None:
+            reads.append(Read(_own("proposals"), self.proposer))
         if self.has_look_up:
-            reads.append(Read(_own("proposals"), "draft"))
             writes.append(self._whole("history", OWN_TEXT))
         return Phase(
             "accept",

@@ -13,8 +13,12 @@ sequence in the place of one that is over, which here waits for the end of the l
 `ROUNDS_A_LAUNCH` is what a stream waits for: with steps of a millisecond its pieces are 8 ms apart, which nobody sees;
 the host's share of a launch, two copies and the commits, is spread over as many rounds.
 
-Left out: DFlash drafters and adaptive numbers of drafts, with which the host makes every round; stop strings, which it
-finds after the launch, dropping what came behind them.
+A DFlash drafter runs in the launch as well (`drafter_phases`), as long as the blocks of all sequences fit the rows of a
+step: with blocks of eight and steps of sixteen rows those are two sequences. Of more of them the host makes every
+round, with the drafter's module, whose contexts are the launch's own; so either may follow the other at any time.
+
+Left out, so that the host makes every round: what `drafter_spec.why_not_planned` names, drafts with shared noise, and
+adaptive numbers of drafts. Stop strings it finds after the launch, dropping what came behind them.
 """
 
 from collections.abc import Sequence
@@ -25,6 +29,7 @@ import torch
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.runtime.backend import Backend, Round, Rounds, RoundsRequest
 from speedstack.runtime.deal import neighbours
+from speedstack.runtime.drafter_spec import DrafterSpec
 from speedstack.runtime.memory import sampling_records
 from speedstack.runtime.records import CAPACITY, OUTCOME, RECORD, TOKEN, WATCHES_EOS
 from speedstack.runtime.strategy import NGRAM, DraftStrategy
@@ -54,8 +59,23 @@ class ResidentRounds(Rounds):
         for slot in slots:
             self._num_known.pop(slot, None)
 
+    @property
+    def has_drafter(self) -> bool:
+        return self._drafter is not None
+
+    @property
+    def _drafter(self) -> DrafterSpec | None:
+        return self._backend.planned_drafter
+
+    def takes(self, requests: Sequence[RoundsRequest]) -> bool:
+        if self._drafter is None:
+            return True
+        wanted = [request.num_drafts + self._drafter.first_slot for request in requests if request.num_drafts]
+        return len(requests) <= self.num_rows and sum(wanted) <= self.num_rows
+
     def run(self, requests: Sequence[RoundsRequest], num_rounds: int) -> list[list[Round]]:
-        assert self._backend.drafter is None, "a drafter's context would miss these rows"
+        assert self._drafter is not None or self._backend.drafter is None, "a drafter's context would miss these rows"
+        assert self.takes(requests)
         groups = [[requests[index] for index in group] for group in neighbours(len(requests), self.num_rows)]
         return [rounds for group in groups for rounds in self._run(group, num_rounds)]
 
@@ -65,7 +85,7 @@ class ResidentRounds(Rounds):
         history = memory.buffers.get("history")
         for request in requests:
             length = len(request.tokens)
-            assert history is not None or request.num_drafts == 0, "nothing looks up"
+            assert history is not None or self.has_drafter or request.num_drafts == 0, "nobody drafts"
             assert length < request.end <= self._backend.max_length and request.num_drafts < R
             if history is not None and self._num_known.get(request.slot) != length:
                 history[request.slot, :length] = torch.tensor(request.tokens, dtype=torch.int32)
@@ -94,7 +114,9 @@ def rounds_for(
         return None
     fits = not strategy.is_adaptive and strategy.num_per_round(drafter) < rounds.num_rows
     rounds.set_look_up(drafter == NGRAM and fits)
-    return rounds if drafter is None or (drafter == NGRAM and fits) else None
+    if isinstance(drafter, DFlashDraftModel):
+        fits = fits and rounds.has_drafter and strategy.noise == "none" and strategy.tree_budget is None
+    return rounds if drafter is None or fits else None
 
 
 def rounds_inbox(requests: Sequence[RoundsRequest], capacity: int) -> torch.Tensor:

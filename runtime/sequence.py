@@ -90,9 +90,10 @@ class RunningSequence:
 
     def rounds_request(self) -> RoundsRequest:
         """For rounds without the host: this sequence to its end."""
-        end, size = len(self.tokens) + self.num_left, self._ngram_size
-        drafts = self._num_drafts if size else 0
-        return RoundsRequest(self.tokens, self.slot, end, bool(self._eos), drafts, size, self.draw())
+        end = len(self.tokens) + self.num_left
+        return RoundsRequest(
+            self.tokens, self.slot, end, bool(self._eos), self._num_drafts, self._ngram_size, self.draw()
+        )
 
     def worth_verifying(self, draft: Draft) -> Draft:
         """The leading proposals that are worth a row of the target."""

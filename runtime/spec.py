@@ -32,6 +32,7 @@ class AttentionSpec:
     """Attention of one layer. Head sizes are in elements; `window` counts the token itself; None attends to all.
 
     `rotary_dim` is the divisor of the frequencies' exponents; an odd one rotates one dimension more (transformers).
+    `ahead`: positions after its own that a row sees, as far as its step has them: none but in a drafter's block.
     """
 
     num_heads: int
@@ -46,6 +47,7 @@ class AttentionSpec:
     value_scale: float = 1.0
     has_bias: bool = False
     yarn: YarnSpec | None = None
+    ahead: int = 0
 
     @property
     def softmax_scale(self) -> float:

@@ -17,7 +17,7 @@ from speedstack.runtime.plan import Plan, Signal, Wait
 # All variants are one kernel: its registers are those of the hungriest, and compiling takes the sum.
 MAX_VARIANTS = 48
 # Ops whose weights are known before their wait is over, and that have any.
-KNOWN_EARLY = ("qkv", "o_proj", "dense_gate_up", "dense_down", "router", "expert_down", "lm_head")
+KNOWN_EARLY = ("qkv", "o_proj", "dense_gate_up", "dense_down", "router", "expert_down", "lm_head", "fuse", "context")
 HAS_WEIGHTS = (*KNOWN_EARLY, "expert_gate_up")
 
 _TYPES = {

@@ -17,7 +17,8 @@ import torch
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.quant.fp8 import FP8Tensor, joined
 from speedstack.quant.mxfp4 import MXFP4Tensor
-from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec
+from speedstack.runtime.drafter_spec import DrafterSpec, drafter_spec
+from speedstack.runtime.spec import DenseSpec, LayerSpec, ModelSpec, MoeSpec
 
 logger = logging.getLogger("speedstack.runtime")
 
@@ -79,8 +80,22 @@ class LayerWeights:
     mlp: DenseWeights | MoeWeights
 
 
+class Layers:
+    """Layers one after another, and the norm behind the last."""
+
+    layers: list[LayerWeights]
+    norm_D: torch.Tensor
+
+    def norm_behind(self, is_attention: bool, layer: int | None) -> torch.Tensor:
+        """The weight [D] of the norm that comes after a layer's attention, or its MLP, or the embedding (None)."""
+        if layer is not None and is_attention:
+            return self.layers[layer].mlp.norm_D
+        following = 0 if layer is None else layer + 1
+        return self.layers[following].attention.norm_D if following < len(self.layers) else self.norm_D
+
+
 @dataclass
-class ModelWeights:
+class ModelWeights(Layers):
     spec: ModelSpec
     embedding_VD: torch.Tensor
     layers: list[LayerWeights]
@@ -94,13 +109,6 @@ class ModelWeights:
             if isinstance(layer.mlp, DenseWeights):
                 yield from (layer.mlp.gate_up_FD, layer.mlp.down_DF)
         yield self.lm_head_VD
-
-    def norm_behind(self, is_attention: bool, layer: int | None) -> torch.Tensor:
-        """The weight [D] of the norm that comes after a layer's attention, or its MLP, or the embedding (None)."""
-        if layer is not None and is_attention:
-            return self.layers[layer].mlp.norm_D
-        following = 0 if layer is None else layer + 1
-        return self.layers[following].attention.norm_D if following < len(self.layers) else self.norm_D
 
     def plain(self) -> "ModelWeights":
         """The same with every matrix in FP8 as `plain_matrix` has it; all others are shared with these.
@@ -321,35 +329,41 @@ def _gate_rows_first(weight: WeightT) -> WeightT:
 
 
 @dataclass
-class DrafterWeights:
+class DrafterWeights(Layers):
     """A DFlash drafter in the target's structures: every layer is attention with QK-norm and a dense SwiGLU.
 
     `markov_w1_VR`, `markov_w2_UR`: of its Markov head, None without one.
     """
 
-    attentions: list[AttentionSpec]
-    rms_norm_eps: float
+    spec: DrafterSpec
     fc_DC: torch.Tensor
     hidden_norm_D: torch.Tensor
-    layers: list[tuple[AttentionWeights, DenseWeights]]
+    layers: list[LayerWeights]
     norm_D: torch.Tensor
     mask_embedding_D: torch.Tensor | None = None
     markov_w1_VR: torch.Tensor | None = None
     markov_w2_UR: torch.Tensor | None = None
 
+    def joined_bytes(self) -> int:
+        """Bytes of matrices that the checkpoint does not have like this; those of attention are kept sorted too."""
+        dense = [layer.mlp.gate_up_FD for layer in self.layers if isinstance(layer.mlp, DenseWeights)]
+        return sum(matrix.nbytes for matrix in dense) + 2 * sum(layer.attention.qkv_OD.nbytes for layer in self.layers)
 
-def read_drafter(model: DFlashDraftModel) -> DrafterWeights:
-    """Arranges a drafter's parameters for a backend with kernels of its own: matrices in bfloat16, the rest in float32.
+
+def read_drafter(
+    model: DFlashDraftModel, matrices: torch.dtype = torch.bfloat16, vectors: torch.dtype = torch.float32
+) -> DrafterWeights:
+    """Arranges a drafter's parameters for a backend with kernels of its own, in these dtypes.
 
     Drafters are stored in bfloat16, so that this changes nothing; of one that is not, proposals may change, and with
     them the speed, but never the text.
     """
     config = model.config
-    tensors = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().to(vectors) for name, tensor in model.state_dict().items()}
 
     def rows(*names: str) -> torch.Tensor:
         together = torch.cat([tensors[f"{name}.weight"] for name in names])
-        return together.to(torch.bfloat16) if together.dim() == 2 else together
+        return together.to(matrices) if together.dim() == 2 else together
 
     layers = []
     for i in range(config.num_hidden_layers):
@@ -367,26 +381,10 @@ def read_drafter(model: DFlashDraftModel) -> DrafterWeights:
             gate_up_FD=rows(mlp + "gate_proj", mlp + "up_proj"),
             down_DF=rows(mlp + "down_proj"),
         )
-        layers.append((attention, dense))
-    attentions = [
-        AttentionSpec(
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            qk_head_dim=config.head_dim,
-            v_head_dim=config.head_dim,
-            rotary_dim=config.rotary_dim,
-            rope_theta=config.rope_theta,
-            window=config.window(i),
-            has_sinks=config.attention_sinks,
-            has_qk_norm=True,
-            value_scale=config.attention_value_scale,
-        )
-        for i in range(config.num_hidden_layers)
-    ]
+        layers.append(LayerWeights(attention, dense))
     has_markov = config.markov_rank > 0
     return DrafterWeights(
-        attentions=attentions,
-        rms_norm_eps=config.rms_norm_eps,
+        spec=drafter_spec(config),
         fc_DC=rows("fc"),
         hidden_norm_D=tensors["hidden_norm.weight"],
         layers=layers,

@@ -20,6 +20,7 @@ from speedstack.eval.results import Document, Record
 
 if TYPE_CHECKING:
     from speedstack.runtime.cost import StepCost
+    from speedstack.runtime.drafter_spec import DrafterSpec
     from speedstack.runtime.formats import WeightFormats
     from speedstack.runtime.gpus import Gpu
     from speedstack.runtime.plan import Plan
@@ -46,6 +47,11 @@ class StepConfig(VerbConfig):
 
     model: Path = Field(
         DEMO_RUN / "qad" / "export", description="Model directory, or a config.json; no weights needed."
+    )
+    drafter: Path | None = Field(
+        None,
+        description="DFlash directory or its config.json, no weights needed: the step drafts as well. draft_us is then "
+        "0, and rows hold each sequence's token and its drafts.",
     )
     gpu: str = Field(
         "H200", description="GPU to plan for, by name: H100, H200, H20, B200, A100, L40S, RTX4090, RTX5090."
@@ -87,6 +93,12 @@ class StepConfig(VerbConfig):
                 f"a step of {limit} rows a sequence cannot gain {self.acceptance_length} tokens: raise rows, which "
                 "hold the drafted block, or lower acceptance_length"
             )
+        if self.drafter is not None and self.draft_us:
+            raise ValueError("draft_us is a guess of what drafter has phases for: give one of them")
+        if self.drafter is not None and self.num_gpus > 1:
+            raise ValueError("a drafter is planned for one GPU: leave out num_gpus, or give draft_us instead")
+        if self.drafter is not None and limit < 2:
+            raise ValueError("a step with a drafter takes at least two rows a sequence: raise rows")
         return self
 
     @property
@@ -202,6 +214,7 @@ def make_plan(config: StepConfig, formats: WeightFormats | None = None) -> Plann
     }
     formats = replace(formats, **{part: chosen for part, chosen in wanted.items() if chosen != "checkpoint"})
     part = shard(spec, config.num_gpus)
+    drafter = _drafter_spec(config, spec)
     plan = build_plan(
         part,
         formats,
@@ -210,6 +223,7 @@ def make_plan(config: StepConfig, formats: WeightFormats | None = None) -> Plann
         config.context,
         config.split_size,
         is_sharded=config.num_gpus > 1,
+        drafter=drafter,
     )
     assumptions = Assumptions(
         config.bandwidth_fraction,
@@ -221,6 +235,23 @@ def make_plan(config: StepConfig, formats: WeightFormats | None = None) -> Plann
     cost = step_cost(plan, gpu, config.rows, config.num_sequences, config.context, assumptions)
     embedding = formats.num_bytes("embedding", spec.vocab_size * spec.hidden_size)
     return Planned(spec, plan, cost, gpu, formats, weights_bytes(plan, embedding))
+
+
+def _drafter_spec(config: StepConfig, target: ModelSpec) -> DrafterSpec | None:
+    if config.drafter is None:
+        return None
+    from speedstack.dflash.checkpoint import check_target, load_config
+    from speedstack.runtime.drafter_spec import drafter_spec, why_not_planned
+
+    drafter = load_config(config.drafter.parent if config.drafter.name == "config.json" else config.drafter)
+    check_target(drafter, None, target.hidden_size, target.num_layers, target.vocab_size)
+    reason = why_not_planned(drafter)
+    if reason is not None:
+        raise ValueError(f"{config.drafter} has {reason}, for which a plan has no phases: give draft_us instead")
+    num_drafts = config.rows // config.num_sequences - 1
+    if num_drafts > drafter.num_proposals:
+        raise ValueError(f"{num_drafts} drafts a sequence are more than the drafter's {drafter.num_proposals}")
+    return drafter_spec(drafter)
 
 
 def plan(config: PlanConfig) -> None:
@@ -275,7 +306,7 @@ def plan(config: PlanConfig) -> None:
 
 
 def _rows(planned: Planned) -> tuple[OpRow, ...]:
-    tiles = {phase.op: phase.tile for phase in planned.plan.phases}
+    tiles = {cost.op: phase.tile for cost, phase in zip(planned.cost.phases, planned.plan.phases, strict=True)}
     total = planned.cost.roofline_seconds
     rows = []
     for op in dict.fromkeys(phase.op for phase in planned.cost.phases):

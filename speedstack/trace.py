@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from speedstack.runtime.weights import ModelWeights
 
 # Of a step that is planned otherwise than the checkpoint can run here.
-_PLANNED_ONLY = ("num_gpus", "programs_per_sm", "split_size", "experts", "attention", "lm_head")
+_PLANNED_ONLY = ("drafter", "num_gpus", "programs_per_sm", "split_size", "experts", "attention", "lm_head")
 
 
 class TraceConfig(StepConfig):

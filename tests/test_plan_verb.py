@@ -99,3 +99,32 @@ def test_models_that_cannot_be_planned(capsys: pytest.CaptureFixture[str], tmp_p
 def test_a_local_model_is_planned_from_its_directory(capsys: pytest.CaptureFixture[str], tiny_packed_dir: Path) -> None:
     result = as_json(capsys, tiny_packed_dir, "--context", "100")
     assert result["model_type"] == "mimo_v2_flash" and result["proof"]["is_safe"]
+
+
+def test_a_drafter_is_planned_with_its_target(
+    capsys: pytest.CaptureFixture[str], tiny_packed_dir: Path, tiny_packed_drafter_dir: Path, tmp_path: Path
+) -> None:
+    """Its phases are rows of their own, proved and costed; what it needs, or has no phases, is one line."""
+    options = ("--context", "100", "--rows", "8", "--sequences", "1")
+    drafted = as_json(capsys, tiny_packed_dir, *options, "--drafter", tiny_packed_drafter_dir)
+    plain = as_json(capsys, tiny_packed_dir, *options)
+    ops = [row["op"] for row in drafted["ops"]]
+    assert [op for op in ops if op not in {row["op"] for row in plain["ops"]}] == [
+        "D.block", "D.qkv", "D.attention", "D.combine", "D.o_proj", "D.dense_gate_up", "D.dense_down", "D.lm_head",
+        "pick", "fuse", "context", "append",
+    ]  # fmt: skip
+    assert drafted["proof"]["is_safe"] and drafted["weights_bytes"] > plain["weights_bytes"]
+    assert drafted["step_memory_bytes"] > plain["step_memory_bytes"]
+    path = tiny_packed_drafter_dir / "config.json"
+    assert as_json(capsys, tiny_packed_dir, *options, "--drafter", path)["ops"] == drafted["ops"]
+
+    def refusal(*arguments: object) -> str:
+        return run(capsys, tiny_packed_dir, "--context", "100", *arguments, code=2)
+
+    assert "at least two rows a sequence" in refusal("--drafter", path)
+    assert "more than the drafter's 7" in refusal("--drafter", path, "--rows", "16", "--sequences", "1")
+    assert "give one of them" in refusal("--drafter", path, "--rows", "8", "--draft-us", "5", "--sequences", "1")
+    assert "leave out num_gpus" in refusal("--drafter", path, "--rows", "8", "--num-gpus", "2", "--sequences", "1")
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"hidden_size": 8}), encoding="utf-8")
+    assert "drafter of another target" in refusal("--drafter", tmp_path, "--rows", "8", "--sequences", "1")

@@ -10,18 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from speedstack.runtime.backend import Rounds, Rows
+from speedstack.dflash.model import DFlashDraftModel
+from speedstack.dflash.tree import Draft
+from speedstack.runtime.backend import DraftRequest, Rounds, Rows
 from speedstack.runtime.bodies import PlanMemory
 from speedstack.runtime.budget import IN_PYTORCH
+from speedstack.runtime.drafter_spec import DrafterSpec
 from speedstack.runtime.formats import WeightFormats
 from speedstack.runtime.interpret import interpret
 from speedstack.runtime.memory import step_inbox
+from speedstack.runtime.module_drafter import ModuleDrafter
 from speedstack.runtime.phases import build_plan
 from speedstack.runtime.plan import Plan
 from speedstack.runtime.proof import prove
 from speedstack.runtime.records import FIRST_ROW, NUM_ROWS, OUTCOME
 from speedstack.runtime.rounds import ResidentRounds
-from speedstack.runtime.weights import ModelWeights
+from speedstack.runtime.weights import ModelWeights, read_drafter
 
 
 class InterpretedBackend:
@@ -31,7 +35,8 @@ class InterpretedBackend:
     prepare_seconds = 0.0
     no_trees_because: str | None = "not here"
     round_cost = IN_PYTORCH
-    drafter = None
+    drafter: ModuleDrafter | None = None
+    num_host_drafts = 0
     rows_a_step: int | None
     rounds: Rounds | None
 
@@ -43,26 +48,38 @@ class InterpretedBackend:
         num_programs: int = 3,
         seed: int = 0,
         num_slots: int | None = None,
+        drafter: DFlashDraftModel | None = None,
     ) -> None:
         self.weights, self.max_length, self.num_rows, self.num_programs = weights, max_length, num_rows, num_programs
         self.seed, self.num_launches, self.rows_a_step = seed, 0, num_rows
         self.num_steps, self.num_slots = 0, num_slots  # steps that were made
-        self.has_look_up = False
+        self.has_look_up, self.model = False, drafter
         self._rounds = ResidentRounds(self, num_rows)  # type: ignore[arg-type]
         self.rounds = self._rounds
         self.make_plan()
 
     def make_plan(self) -> None:
+        self._planned = read_drafter(self.model, torch.float32, torch.float32) if self.model is not None else None
         self.plan = build_plan(
             self.weights.spec, WeightFormats(), self.num_programs, self.num_rows, self.max_length, 16,
-            has_look_up=self.has_look_up,
+            has_look_up=self.has_look_up, drafter=self.planned_drafter,
         )  # fmt: skip
         assert prove(self.plan).is_safe
         self.use(self.plan)
 
     def use(self, plan: Plan) -> None:
         """Executes this plan from now on, safe or not, with nothing in its buffers."""
-        self.plan, self.state = plan, PlanMemory(plan, self.weights, self.num_slots)
+        self.plan, self.state = plan, PlanMemory(plan, self.weights, self.num_slots, self._planned)
+        self.drafter = None
+        if self.model is not None:
+            caches = self.state.caches[self.weights.spec.num_layers :]
+            keys, values = (torch.stack(list(part)) for part in zip(*caches, strict=True))
+            contexts = list(zip(keys.unbind(1), values.unbind(1), strict=True))
+            self.state.caches[self.weights.spec.num_layers :] = zip(keys.unbind(0), values.unbind(0), strict=True)
+            w = self.weights
+            self.drafter = ModuleDrafter(
+                self.model, w.embedding_VD, w.lm_head_VD, len(contexts), self.max_length, contexts
+            )
         buffers = {"history": self.state.history_RL} if self.has_look_up else {}
         self.memory = SimpleNamespace(inbox=SimpleNamespace(copy_=self.state.set_inbox), buffers=buffers)
         self.counters, self.next_step = np.zeros(plan.num_counters, np.int64), 0
@@ -72,8 +89,18 @@ class InterpretedBackend:
             self.has_look_up = is_wanted
             self.make_plan()
 
-    def set_drafter(self, drafter: None) -> None:
-        assert drafter is None
+    @property
+    def planned_drafter(self) -> DrafterSpec | None:
+        return None if self._planned is None else self._planned.spec
+
+    def draft(self, requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:
+        assert self.drafter is not None and tree_budget is None
+        self.num_host_drafts += 1
+        return self.drafter.draft(requests, num_drafts)
+
+    def set_drafter(self, drafter: DFlashDraftModel | None) -> None:
+        self.model = drafter
+        self.make_plan()
 
     def launch(self, num_steps: int) -> list[list[int]]:
         state, bodies, R = self.state, self.state.bodies(), self.plan.rows

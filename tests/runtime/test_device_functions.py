@@ -115,7 +115,20 @@ def test_lm_head_names_its_largest_logit() -> None:
     head_VD[17:19] *= 10
     hidden_DR[:, 2] = float("nan")
     logits_VR, best = torch.full((V, R), 7.0), torch.empty(2, 2, R, dtype=torch.int32)
-    phase = Constants(op="lm_head", axes=(2,), eps=1e-5, VOCAB=V, D=D, R=R, NP=2, T=16, CHUNK=32, FP8_ROWS=0)
+    phase = Constants(
+        IS_DRAFT=False,
+        op="lm_head",
+        axes=(2,),
+        eps=1e-5,
+        VOCAB=V,
+        D=D,
+        R=R,
+        NP=2,
+        T=16,
+        CHUNK=32,
+        FP8_ROWS=0,
+        HAS_LOGITS=True,
+    )
     scaled, squares = blocks(hidden_DR), squares_of(hidden_DR)
     pointers = (ROWS, scaled, squares, head_VD, logits_VR, best, sampling_records([None] * R, R))
     phase_kernel[(2,)](pointers, PHASE=phase, IS_DEPENDENT=False)
@@ -150,7 +163,7 @@ def test_an_embedding_is_written_for_its_norm() -> None:
     embedding_VD, norm_D = torch.randn(5, D, generator=generator), torch.randn(D, generator=generator)
     rows = row_records(Rows([3, 1], [0, 1], [4, 9]), R)
     hidden_DR, scaled, squares = torch.full((D, R), 7.0), torch.full((2, R, 16), 7.0), torch.full((2, R), 7.0)
-    phase = Constants(op="embed", axes=(R,), D=D, R=R, NP=2, HAS_PROPOSALS=False)
+    phase = Constants(IS_DRAFT=False, op="embed", axes=(R,), D=D, R=R, NP=2, HAS_PROPOSALS=False)
     nobody = torch.zeros(R, RECORD, dtype=torch.int32)  # goes on by itself: the host has written the rows
     pointers = (nobody, nobody, nobody, rows, nobody, embedding_VD, hidden_DR, norm_D, scaled, squares)
     phase_kernel[(R,)](pointers, PHASE=phase, IS_DEPENDENT=False)
@@ -172,13 +185,14 @@ def test_a_projection_adds_to_what_is_there() -> None:
     norm_D = torch.randn(D, generator=generator)
     for x, x_step, x_row_step in ((x_RK, 16, K), (blocks(x_RK.T), R * 16, 16)):
         found_DR = hidden_DR.clone()
-        tap_DR, scaled, squares = torch.zeros(D, R), torch.zeros(2, R, 16), torch.zeros(2, R)
+        tap, scaled, squares = torch.zeros(2, R, 16), torch.zeros(2, R, 16), torch.zeros(2, R)
         phase = Constants(
             op="o_proj", axes=(2,), x_step=x_step, x_row_step=x_row_step, K=K, D=D, R=R, T=16, CHUNK=32, HAS_BIAS=True,
-            HAS_TAP=True, FP8_ROWS=0,
+            HAS_TAP=True, FP8_ROWS=0, IS_DRAFT=False,
         )  # fmt: skip
-        pointers = (ROWS, x, w_DK, bias_D, found_DR, norm_D, scaled, squares, tap_DR)
+        pointers = (ROWS, x, w_DK, bias_D, found_DR, norm_D, scaled, squares, tap)
         phase_kernel[(2,)](pointers, PHASE=phase, IS_DEPENDENT=False)
+        tap_DR = tap.transpose(1, 2).flatten(0, 1)[:D]
         expected_DR = hidden_DR[:D] + w_DK @ x_RK.T + bias_D[:, None]
         # sums of 40 in another order
         torch.testing.assert_close(found_DR[:D], expected_DR, rtol=1e-5, atol=1e-5)
@@ -197,7 +211,7 @@ def test_rows_that_a_step_does_not_have_are_not_read() -> None:
     hidden_DR, squares = torch.zeros(D, R), torch.full((1, R), -1.0)
     phase = Constants(
         op="o_proj", axes=(1,), x_step=16, x_row_step=K, K=K, D=D, R=R, T=16, CHUNK=32, HAS_BIAS=False, HAS_TAP=False,
-        FP8_ROWS=0,
+        FP8_ROWS=0, IS_DRAFT=False,
     )  # fmt: skip
     pointers = (rows, x_RK, torch.eye(D), x_RK, hidden_DR, torch.ones(D), torch.zeros(1, R, 16), squares, x_RK)
     phase_kernel[(1,)](pointers, PHASE=phase, IS_DEPENDENT=False)
@@ -218,7 +232,7 @@ def test_products_of_fp8_are_those_of_its_values(tile_rows: int) -> None:
         hidden_DR = torch.zeros(D, R)
         phase = Constants(
             op="dense_down", axes=(3,), x_step=16, x_row_step=K, K=K, D=D, R=R, T=T, CHUNK=64, HAS_BIAS=False,
-            HAS_TAP=False, FP8_ROWS=fp8_rows,
+            HAS_TAP=False, FP8_ROWS=fp8_rows, IS_DRAFT=False,
         )  # fmt: skip
         for_norm = (torch.ones(D), torch.zeros(-(-D // 16), R, 16), torch.zeros(-(-D // 16), R))
         pointers = (ROWS, x_RK, matrix, x_RK, hidden_DR, *for_norm, x_RK, *scales)

@@ -25,7 +25,7 @@ from speedstack.runtime.spec import spec_from_config
 from speedstack.runtime.weights import ModelWeights, read_weights
 
 CPU = torch.device("cpu")
-INTEGERS = ("rows", "sequences", "proposals", "chosen", "outcome", "history")
+INTEGERS = ("rows", "sequences", "proposals", "chosen", "outcome", "history", "blocks")
 POISON = -7  # no token, nor anything that is written
 SPLIT = 16  # many splits in a context of a few dozen
 
@@ -130,6 +130,8 @@ class Guarded:
     def views(self, buffer: str) -> list[torch.Tensor]:
         """Tensors of a buffer whose first dimension counts its cells."""
         memory, kind = self.memory, buffer.partition(".")[0]
+        if buffer.startswith(("blocks", "drafter", "context")):
+            return self.drafter_views(buffer)
         if buffer.endswith(".cache"):
             return [part.movedim(2, 0) for part in memory.caches[int(buffer[1:3])]]
         if buffer == "candidates":  # what kernels note; the bodies sort
@@ -147,13 +149,25 @@ class Guarded:
             "logits": memory.logits_RV,
             "best": memory.best_RT2,
         }
-        tensor = whole[buffer] if buffer in whole else memory.shared[buffer]
+        tensor = (whole | memory.features)[buffer] if buffer in whole | memory.features else memory.shared[buffer]
         if kind == "qkv":
             return [tensor.flatten(1).movedim(1, 0)]
         if kind in ("partial", "attended"):
             return [tensor.flatten(0, 1)]
         is_cellwise = kind in INTEGERS or buffer.startswith("act.moe")
         return [tensor if is_cellwise else tensor.movedim(1, 0)]
+
+    def drafter_views(self, buffer: str) -> list[torch.Tensor]:
+        assert self.memory.drafter is not None
+        one = self.memory.drafter
+        return {
+            "blocks": [one.blocks_RF],
+            "drafter.best": [one.best_RT2.movedim(1, 0)],
+            "context": [one.context_RD.T],
+            "context.squares": [one.squares_RB.T],
+            "context.kv": [one.kv_RGC.flatten(1).T],
+            "drafter.cache": [one.keys_GSTH, one.values_GSTH],
+        }[buffer]
 
     def cells(self, region: Region, index: tuple[int, ...]) -> set[int]:
         first = at(region.start, region.strides, index)

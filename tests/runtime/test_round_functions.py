@@ -75,7 +75,7 @@ def accept_chain(drafts: list[int], chosen: list[int]) -> tuple[list[int], list[
 
 def run(op: str, *pointers: torch.Tensor, num: int = R, **constants: int | bool) -> None:
     """Every item of a phase of `num` rows or sequences."""
-    phase = Constants(op=op, axes=(num,), R=num, **constants)
+    phase = Constants(IS_DRAFT=False, op=op, axes=(num,), R=num, **constants)
     interpret_grid(phase_kernel, (num,), {"pointers": pointers, "PHASE": phase, "IS_DEPENDENT": False})
 
 

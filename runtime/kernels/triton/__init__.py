@@ -13,6 +13,7 @@
     accept       which drafts stand, and what is committed
     draft        prompt look-up in a sequence's text
     deal         which rows of a step a sequence has, by what is proposed for all of them
+    drafter      a DFlash drafter's blocks, proposals, and the context that a step's rows add
     items        any item of any phase, by the phase's constants
     phase        a phase as one kernel, an item a program, for the `graph` backend
     resident     a whole step as one kernel, for the `resident` backend
@@ -39,4 +40,5 @@ Buffers are laid out as `speedstack.runtime.phases` cuts them into cells, one ce
     hidden [D, R]   scaled [D / 16, R, 16]   squares [D / 16, R]   qkv [G, columns, R]   router [E, R]
     partial [R, N, splits, V + 2]   attended [R, N, V]
     act, dense [columns / 16, R, 16]   act, experts [R, K, columns]   logits [V, R]   cache [G, slots, positions, H + V]
+    features [taps, D / 16, R, 16]   context [D / 16, R, 16]   context.kv [L * G, columns, R], L layers of a drafter
 """

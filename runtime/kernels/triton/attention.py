@@ -18,6 +18,7 @@ from speedstack.runtime.kernels.triton.rows import (
     TOKEN,
     field,
     first_visible,
+    last_position_of,
 )
 
 # Rows whose keys and values are appended at a time.
@@ -67,6 +68,54 @@ def rotated(
 
 
 @triton.jit
+def append_rows(
+    first_row,
+    end_row,
+    shift,
+    column,
+    qkv_ptr,
+    k_norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    keys_ptr,
+    eps,
+    value_scale,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    HALF: tl.constexpr,
+    R: tl.constexpr,
+    RING: tl.constexpr,
+    HP: tl.constexpr,
+    VP: tl.constexpr,
+    HAS_QK_NORM: tl.constexpr,
+):
+    """Keys and values of rows first_row to end_row, of one sequence, into its ring; row r is at position r + shift.
+
+    column: of the key's first dimension, which its value follows. A few rows at a time, because a step appends few, and
+    the rotation of a whole step's fills the registers.
+    """
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    h_H, v_V = tl.arange(0, HP), tl.arange(0, VP)
+    for row in range(first_row, end_row, APPENDED):
+        row_A = row + tl.arange(0, APPENDED)
+        is_new_A = row_A < end_row
+        position_A = row_A + shift
+        key_AH = rotated(
+            qkv_ptr, column + row_A * 0, row_A, is_new_A, position_A, k_norm_ptr, cos_ptr, sin_ptr, eps, H, HP, HALF, R,
+            HAS_QK_NORM,
+        )  # fmt: skip
+        value_mask_AV = is_new_A[:, None] & (v_V < V)[None, :]
+        value_AV = tl.load(
+            qkv_ptr + (column + H + v_V)[None, :] * R + row_A[:, None], mask=value_mask_AV, other=0.0
+        )  # fmt: skip
+        value_AV = value_AV.to(tl.float32) * value_scale
+        place_A = (position_A % RING) * (H + V)
+        key_mask_AH = is_new_A[:, None] & (h_H < H)[None, :]
+        tl.store(keys_ptr + place_A[:, None] + h_H[None, :], key_AH.to(dtype), mask=key_mask_AH)
+        tl.store(keys_ptr + place_A[:, None] + H + v_V[None, :], value_AV.to(dtype), mask=value_mask_AV)
+
+
+@triton.jit
 def attention_item(
     sequence,
     kv_head,
@@ -100,8 +149,11 @@ def attention_item(
     QUERIES: tl.constexpr,
     C: tl.constexpr,
     HAS_QK_NORM: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """One sequence, key/value head and split: appends its rows there, and writes every row's partial result.
+
+    A row sees the AHEAD positions after its own too, as far as the sequence has rows there.
 
     Splits are counted from the first that the sequence's first row sees; one past the last row does nothing. A partial
     result is V unnormalized sums, the peak and the total of the softmax. HP, VP, MP: H, V, M as powers of two.
@@ -119,27 +171,12 @@ def attention_item(
             keys_ptr = cache_ptr + (kv_head * num_slots + slot).to(tl.int64) * (RING * (H + V))
             h_H, v_V = tl.arange(0, HP), tl.arange(0, VP)
 
-            # A few at a time, because a step appends few, and the rotation of a whole step's fills the registers.
             first_new = first_row + tl.maximum(start - first_position, 0)
             end_new = first_row + tl.minimum(start + SPLIT - first_position, num_rows)
-            for row in range(first_new, end_new, APPENDED):
-                row_A = row + tl.arange(0, APPENDED)
-                is_new_A = row_A < end_new
-                position_A = first_position + row_A - first_row
-                key_AH = rotated(
-                    qkv_ptr, own_columns + M * H + row_A * 0, row_A, is_new_A, position_A, k_norm_ptr, cos_ptr, sin_ptr,
-                    eps, H, HP, HALF, R, HAS_QK_NORM,
-                )  # fmt: skip
-                value_column_V = own_columns + M * H + H + v_V
-                value_mask_AV = is_new_A[:, None] & (v_V < V)[None, :]
-                value_AV = tl.load(
-                    qkv_ptr + value_column_V[None, :] * R + row_A[:, None], mask=value_mask_AV, other=0.0
-                )
-                value_AV = value_AV.to(tl.float32) * value_scale
-                place_A = (position_A % RING) * (H + V)
-                key_mask_AH = is_new_A[:, None] & (h_H < H)[None, :]
-                tl.store(keys_ptr + place_A[:, None] + h_H[None, :], key_AH.to(dtype), mask=key_mask_AH)
-                tl.store(keys_ptr + place_A[:, None] + H + v_V[None, :], value_AV.to(dtype), mask=value_mask_AV)
+            append_rows(
+                first_new, end_new, first_position - first_row, own_columns + M * H, qkv_ptr, k_norm_ptr, cos_ptr,
+                sin_ptr, keys_ptr, eps, value_scale, H, V, HALF, R, RING, HP, VP, HAS_QK_NORM,
+            )  # fmt: skip
             # Other threads of this program read what these stored.
             tl.debug_barrier()
 
@@ -157,6 +194,9 @@ def attention_item(
                     H, HP, HALF, R, HAS_QK_NORM,
                 ).to(dtype)  # fmt: skip
                 low_I = first_visible(position_I, WINDOW)
+                high_I = position_I
+                if AHEAD > 0:
+                    high_I = tl.minimum(position_I + AHEAD, last_position)
                 peak_I = tl.full((QUERIES,), float("-inf"), tl.float32)
                 total_I = tl.zeros((QUERIES,), tl.float32)
                 sum_IV = tl.zeros((QUERIES, VP), tl.float32)
@@ -176,7 +216,7 @@ def attention_item(
                         other=0.0,
                     )
                     scores_IC = dot(q_IH, k_HC, tl.zeros((QUERIES, C), tl.float32)) * softmax_scale
-                    is_seen_IC = (key_C[None, :] >= low_I[:, None]) & (key_C[None, :] <= position_I[:, None])
+                    is_seen_IC = (key_C[None, :] >= low_I[:, None]) & (key_C[None, :] <= high_I[:, None])
                     scores_IC = tl.where(is_seen_IC, scores_IC, float("-inf"))
                     new_peak_I = tl.maximum(peak_I, tl.max(scores_IC, axis=1))
                     shift_I = tl.where(new_peak_I == float("-inf"), 0.0, new_peak_I)
@@ -207,12 +247,17 @@ def combine_item(
     SPLITS: tl.constexpr,
     S: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    R: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """The splits that one row sees, S absolute ones at a time in ascending order; a sink only adds to the total."""
     if field(rows_ptr, row, TOKEN) >= 0:
         position = field(rows_ptr, row, POSITION)
         base = first_visible(field(rows_ptr, row, FIRST_POSITION), WINDOW) // SPLIT
-        low, high = first_visible(position, WINDOW) // SPLIT, position // SPLIT
+        last = position
+        if AHEAD > 0:
+            last = tl.minimum(position + AHEAD, last_position_of(row, rows_ptr, R))
+        low, high = first_visible(position, WINDOW) // SPLIT, last // SPLIT
         v_V, s_S = tl.arange(0, VP), tl.arange(0, S)
         peak = position.to(tl.float32) * 0 - float("inf")
         total = position.to(tl.float32) * 0

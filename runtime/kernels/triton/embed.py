@@ -15,19 +15,24 @@ def embed_item(
     norm_ptr,
     scaled_ptr,
     squares_ptr,
+    mask_ptr,
     D: tl.constexpr,
     R: tl.constexpr,
     NP: tl.constexpr,
+    MASK: tl.constexpr,
 ):
-    """hidden[:, row] = embedding[token], and what its norm needs (see `products`); nothing where the token is -1.
+    """hidden[:, row] = embedding[token], and what its norm needs (see `products`). NP blocks, a power of two.
 
-    NP blocks, a power of two.
+    Nothing for an idle row, whose token is -1. The token MASK, where that is one, has the embedding at mask_ptr.
     """
     if token >= 0:
         n_N, b_B = tl.arange(0, NP), tl.arange(0, BLOCK)
         d_NB = n_N[:, None] * BLOCK + b_B[None, :]
         mask_NB = d_NB < D
         x_NB = tl.load(embedding_ptr + token.to(tl.int64) * D + d_NB, mask=mask_NB, other=0.0)
+        if MASK >= 0:  # noqa: SIM102
+            if token == MASK:
+                x_NB = tl.load(mask_ptr + d_NB, mask=mask_NB, other=0.0)
         tl.store(hidden_ptr + d_NB * R + row, x_NB, mask=mask_NB)
         x_NB = x_NB.to(tl.float32)
         scaled_NB = x_NB * tl.load(norm_ptr + d_NB, mask=mask_NB, other=0.0).to(tl.float32)

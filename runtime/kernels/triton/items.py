@@ -13,12 +13,19 @@ from speedstack.runtime.kernels.triton.accept import accept_item
 from speedstack.runtime.kernels.triton.attention import attention_item, combine_item
 from speedstack.runtime.kernels.triton.deal import deal_row, num_live
 from speedstack.runtime.kernels.triton.draft import draft_item
+from speedstack.runtime.kernels.triton.drafter import (
+    append_item,
+    block_row,
+    context_item,
+    fuse_item,
+    pick_item,
+)
 from speedstack.runtime.kernels.triton.embed import embed_item
 from speedstack.runtime.kernels.triton.experts import expert_down_item, expert_gate_up_item
 from speedstack.runtime.kernels.triton.head import lm_head_item, sample_item
 from speedstack.runtime.kernels.triton.projections import dense_gate_up_item, project_item, qkv_item
 from speedstack.runtime.kernels.triton.router import choose, router_item
-from speedstack.runtime.kernels.triton.rows import NUM_ROWS, TOKEN, field, is_drawn_whole, is_used
+from speedstack.runtime.kernels.triton.rows import NUM_ROWS, TOKEN, field, has_rows, is_drawn_whole, is_used
 
 
 @triton.jit
@@ -36,10 +43,13 @@ def begin_phase(p, choice, PHASE: tl.constexpr):
     elif PHASE.op == "combine" or PHASE.op == "sample":
         r_R = tl.arange(0, PHASE.R)
         num_first = tl.max(tl.where(field(p[0], r_R, TOKEN) >= 0, r_R + 1, 0), axis=0)
-    elif PHASE.op == "attention":
+    elif PHASE.op == "attention" or PHASE.op == "append":
         r_R = tl.arange(0, PHASE.R)
         # A sequence without a row leaves a gap.
         num_first = tl.max(tl.where(field(p[0], r_R, NUM_ROWS) > 0, r_R + 1, 0), axis=0)
+    elif PHASE.IS_DRAFT:
+        num_first = tl.where(has_rows(p[0], PHASE.R), PHASE.axes[0], 0)
+        shared = (num_first * 0,)  # type: ignore[assignment]  # proposals are the most probable tokens
     elif PHASE.op == "expert_gate_up" or PHASE.op == "expert_down":
         shared = choice
         if len(choice) == 0:
@@ -79,7 +89,7 @@ def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
     scales = p[len(p) - 1]
     if PHASE.op == "embed":  # sequences, draws, proposals, rows, sampling, embedding, hidden, norm, scaled, squares
         token = deal_row(i, p[0], p[1], p[2], p[3], p[4], PHASE.R, PHASE.HAS_PROPOSALS)
-        embed_item(i, token, p[5], p[6], p[7], p[8], p[9], PHASE.D, PHASE.R, PHASE.NP)
+        embed_item(i, token, p[5], p[6], p[7], p[8], p[9], p[5], PHASE.D, PHASE.R, PHASE.NP, -1)
     elif PHASE.op == "qkv":  # rows, scaled, squares, weight, bias, qkv
         qkv_item(
             i, j, p[0], p[1], p[2], p[3], p[4], p[5], scales, PHASE.eps, PHASE.COLUMNS, PHASE.D, PHASE.R, PHASE.NP,
@@ -90,12 +100,12 @@ def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
             i, j, k, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], PHASE.eps, PHASE.value_scale,
             PHASE.softmax_scale, PHASE.num_slots, PHASE.M, PHASE.G, PHASE.H, PHASE.V, PHASE.HALF, PHASE.COLUMNS,
             PHASE.R, PHASE.RING, PHASE.WINDOW, PHASE.SPLIT, PHASE.SPLITS, PHASE.HP, PHASE.VP, PHASE.MP, PHASE.QUERIES,
-            PHASE.C, PHASE.HAS_QK_NORM,
+            PHASE.C, PHASE.HAS_QK_NORM, PHASE.AHEAD,
         )  # fmt: skip
     elif PHASE.op == "combine":  # rows, sinks, partial, attended
         combine_item(
             i, j, p[0], p[1], p[2], p[3], PHASE.N, PHASE.V, PHASE.VP, PHASE.WINDOW, PHASE.SPLIT, PHASE.SPLITS, PHASE.S,
-            PHASE.HAS_SINKS,
+            PHASE.HAS_SINKS, PHASE.R, PHASE.AHEAD,
         )  # fmt: skip
     elif PHASE.op == "o_proj" or PHASE.op == "dense_down":
         # rows, x, weight, bias, hidden, norm, scaled, squares, tap
@@ -129,7 +139,7 @@ def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
     elif PHASE.op == "lm_head":  # rows, scaled, squares, weight, logits, best, sampling
         lm_head_item(
             i, p[0], p[1], p[2], p[3], p[4], p[5], p[6], scales, shared[0], PHASE.eps, PHASE.VOCAB, PHASE.D, PHASE.R,
-            PHASE.NP, PHASE.T, PHASE.CHUNK, PHASE.FP8_ROWS,
+            PHASE.NP, PHASE.T, PHASE.CHUNK, PHASE.FP8_ROWS, PHASE.HAS_LOGITS,
         )  # fmt: skip
     elif PHASE.op == "sample":  # rows, sampling, logits, best, candidates, reports
         sample_item(
@@ -144,5 +154,25 @@ def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
         )  # fmt: skip
     elif PHASE.op == "draft":  # sequences, history, proposals
         draft_item(i, p[0], p[1], p[2], PHASE.R, PHASE.STRIDE, PHASE.BLOCK)
+    elif PHASE.op == "block":  # sequences, blocks, embedding, hidden, norm, scaled, squares, embedding of the mask
+        token = block_row(i, p[0], p[1], PHASE.R, PHASE.MASK, PHASE.FIRST_SLOT)
+        own_mask: tl.constexpr = PHASE.MASK if PHASE.HAS_MASK else -1
+        embed_item(i, token, p[2], p[3], p[4], p[5], p[6], p[7], PHASE.D, PHASE.R, PHASE.NP, own_mask)
+    elif PHASE.op == "pick":  # blocks, best, proposals
+        pick_item(i, p[0], p[1], p[2], PHASE.TILES, PHASE.R, PHASE.TILES_AT_A_TIME, PHASE.FIRST_SLOT)
+    elif PHASE.op == "fuse":  # rows, features, weight, norm, context, squares
+        fuse_item(
+            i, p[0], p[1], p[2], p[3], p[4], p[5], PHASE.TAPS, PHASE.TAP_STEP, PHASE.D, PHASE.R, PHASE.T, PHASE.CHUNK
+        )
+    elif PHASE.op == "context":  # rows, context, squares, weight, keys and values
+        context_item(
+            i, j, p[0], p[1], p[2], p[3], p[4], PHASE.eps, PHASE.FIRST, PHASE.COLUMNS, PHASE.WIDTH, PHASE.D, PHASE.R,
+            PHASE.NP, PHASE.T, PHASE.axes[1], PHASE.CHUNK,
+        )  # fmt: skip
+    elif PHASE.op == "append":  # rows, keys and values, key norms, cosines, sines, cache
+        append_item(
+            i, j, p[0], p[1], p[2], p[3], p[4], p[5], PHASE.eps, PHASE.value_scale, PHASE.num_slots, PHASE.G, PHASE.H,
+            PHASE.V, PHASE.HALF, PHASE.COLUMNS, PHASE.R, PHASE.RING, PHASE.HP, PHASE.VP,
+        )  # fmt: skip
     else:
         tl.static_assert(False, "no device function for this op")

@@ -1,7 +1,8 @@
 """Asking for weights to be brought into the L2 cache before they are needed.
 
-Nothing is read for its value but what names the experts, and nothing is written: whatever an item here does, results
-stay what they are. Blocks are whole rows of a weight, which lie one after another.
+Nothing is read for its value but what names the experts and what says whether a drafter has blocks, and nothing is
+written: whatever an item here does, results stay what they are. What is fetched together are whole rows of a weight,
+which lie one after another.
 
 Of a phase's items the first of every program are fetched, numbers 0 to num_programs - 1. More would not arrive before
 the wait is over, and the LM head alone is larger than the cache.
@@ -13,6 +14,7 @@ import triton.language as tl
 from speedstack.runtime.kernels.triton.counters import agreed
 from speedstack.runtime.kernels.triton.experts import nth_expert
 from speedstack.runtime.kernels.triton.items import choose_experts, coordinates
+from speedstack.runtime.kernels.triton.rows import has_rows
 
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _LANES = tl.constexpr(256)  # pieces of a block, one a thread of eight warps
@@ -24,7 +26,7 @@ def prefetch_items(first, stride, num_programs, p, choice, PHASE: tl.constexpr, 
     """The weights of items first, first + stride, ... of a phase, as far as anybody's first item.
 
     choice: what rows chose (`router.choose`), or nothing; then it is found out here if it is needed.
-    scratch_ptr: given by those who read the router's logits while others may write them.
+    scratch_ptr: given by those who read the router's logits, or whether there are blocks, while others may write them.
     """
     num_items = tl.minimum(num_programs, PHASE.num_items)
     num_experts = 0
@@ -38,6 +40,12 @@ def prefetch_items(first, stride, num_programs, p, choice, PHASE: tl.constexpr, 
             num_experts = agreed(num_experts, scratch_ptr)
     if PHASE.op == "expert_gate_up":
         num_items = tl.minimum(num_items, num_experts * PHASE.num_items_each)
+    if PHASE.IS_DRAFT:
+        # To movers, and to the phase that comes first, it may be what the step before had.
+        is_wanted = has_rows(p[0], PHASE.R).to(tl.int32)
+        if scratch_ptr is not None:
+            is_wanted = agreed(is_wanted, scratch_ptr)
+        num_items *= is_wanted
     item = first
     while item < num_items:
         i, j, _ = coordinates(item, PHASE)
@@ -53,6 +61,11 @@ def prefetch_items(first, stride, num_programs, p, choice, PHASE: tl.constexpr, 
             prefetch_rows(p[3], i * PHASE.T, PHASE.E - i * PHASE.T, PHASE.T, PHASE.D)
         elif PHASE.op == "lm_head":
             prefetch_linear_rows(p, 3, i * PHASE.T, PHASE.VOCAB - i * PHASE.T, PHASE.D, PHASE)
+        elif PHASE.op == "fuse":
+            prefetch_rows(p[2], i * PHASE.T, PHASE.D - i * PHASE.T, PHASE.T, PHASE.TAPS * PHASE.D)
+        elif PHASE.op == "context":
+            row = i * PHASE.COLUMNS + PHASE.FIRST + j * PHASE.T
+            prefetch_rows(p[3], row, PHASE.WIDTH - j * PHASE.T, PHASE.T, PHASE.D)
         elif PHASE.op == "expert_gate_up":
             gate = expert_row(i, rank_E, 2 * PHASE.WIDTH, PHASE) + j * PHASE.T
             left = PHASE.WIDTH - j * PHASE.T

@@ -91,7 +91,7 @@ def add_to_hidden(
 ):
     """Adds float32 [T, R] to columns first, first + 1, ... of the hidden state, and writes what the next norm needs.
 
-    norm_ptr is that norm's weight. tap_ptr [D, R] takes a copy of the sum where that is wanted.
+    norm_ptr is that norm's weight. tap_ptr [D / 16, R, 16] takes a copy of the sum where that is wanted.
     """
     T: tl.constexpr = out_TR.shape[0]
     R: tl.constexpr = out_TR.shape[1]
@@ -102,7 +102,8 @@ def add_to_hidden(
     sum_TR = (before_TR + out_TR).to(hidden_ptr.dtype.element_ty)
     tl.store(hidden_ptr + at_TR, sum_TR, mask=valid_T1)
     if HAS_TAP:
-        tl.store(tap_ptr + at_TR, sum_TR, mask=valid_T1)
+        tap_TR = (column_T // BLOCK * (BLOCK * R) + column_T % BLOCK)[:, None] + (tl.arange(0, R) * BLOCK)[None, :]
+        tl.store(tap_ptr + tap_TR, sum_TR, mask=valid_T1)
     write_for_norm(sum_TR.to(tl.float32), first, norm_ptr, scaled_ptr, squares_ptr, D)
 
 

@@ -45,6 +45,20 @@ def is_used(rows_ptr, R: tl.constexpr):
 
 
 @triton.jit
+def has_rows(rows_ptr, R: tl.constexpr):
+    """Whether the step has any."""
+    return tl.max(is_used(rows_ptr, R).to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def last_position_of(row, rows_ptr, R: tl.constexpr):
+    """The last position that the sequence of this row has in the step."""
+    r_R = tl.arange(0, R)
+    is_same_R = is_used(rows_ptr, R) & (field(rows_ptr, r_R, SLOT) == field(rows_ptr, row, SLOT))
+    return tl.max(tl.where(is_same_R, field(rows_ptr, r_R, POSITION), 0), axis=0)
+
+
+@triton.jit
 def is_cut(sampling_ptr, row, VOCAB: tl.constexpr):
     """Whether top-k or top-p may drop tokens of one row, or of several."""
     top_k = field(sampling_ptr, row, TOP_K)
