@@ -41,10 +41,10 @@ from speedstack.runtime.weights import (
     Weight,
 )
 
-# Fixed, so that the order of every sum is: elements of a contraction axis at a time, (row, head) pairs of a query tile,
-# keys at a time, splits combined at a time. Without any bearing on results: tokens that top-k and top-p look at at a
-# time, and tokens of a text that are compared at a time.
-CHUNK = 128
+# Fixed, so that the order of every sum is: elements of a slice of a contraction axis at a time, (row, head) pairs of a
+# query tile, keys at a time, splits combined at a time. Without any bearing on results: tokens that top-k and top-p
+# look at at a time, and tokens of a text that are compared at a time.
+CHUNK = 64
 assert TILE_SIZE % CHUNK == 0, "a chunk lies under one scale"
 # Of a product of MXFP4 weights: elements of a slice of the contraction axis, a block of 32 for each of four lanes, and
 # the most slices at a time, one a warp.

@@ -13,9 +13,9 @@ from speedstack.runtime.memory import Memory
 from speedstack.runtime.plan import Phase, Plan
 from speedstack.runtime.weights import ModelWeights
 
-# Warps of a program: attention, and experts' columns after the choice among 256, hold most in registers; products of
-# MXFP4 weights have a slice of the contraction axis for each of eight.
-NUM_WARPS = {"attention": 8, "router": 8, "expert_gate_up": 8, "expert_down": 8}
+# Warps of a program: of a product each of eight has a slice, and attention holds most in registers.
+_WIDE = "qkv attention o_proj dense_gate_up dense_down router expert_gate_up expert_down lm_head"
+NUM_WARPS = dict.fromkeys(_WIDE.split(), 8)
 DEFAULT_NUM_WARPS = 4
 
 

@@ -29,7 +29,8 @@ Decisions, and why:
 Items compute all rows of a step's capacity, those that a step does not have as zeros. What lies in buffers for these is
 garbage, from which nothing flows into other rows.
 
-Left out: the exchange between GPUs (the cost model counts it): a plan is of one GPU.
+Left out: the exchange between GPUs: a plan is of one GPU. Of a shard's plan the cost model counts it, and nothing
+executes one: `scaled` and `squares` would have to be written after the exchange, not before.
 """
 
 from collections.abc import Sequence

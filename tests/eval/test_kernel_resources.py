@@ -87,7 +87,7 @@ def test_fp8_is_decoded_in_registers(model: str, allowed: dict[str, int]) -> Non
         ops.add(launch.phase.op)
         assert launch.binding.constants.FP8_ROWS > 1, "no scale a row at these shapes"
         built = compile_kernel(phase_kernel, launch.arguments(True), launch.options(True))
-        assert built.asm["ptx"].count("cvt.rn.f16x2.e4m3x2") >= 32 <= built.asm["ptx"].count("cvt.rn.bf16x2.f32")
+        assert built.asm["ptx"].count("cvt.rn.f16x2.e4m3x2") >= 16 <= built.asm["ptx"].count("cvt.rn.bf16x2.f32")
         found = resources_of(built)
         assert found.local_bytes <= allowed.get(launch.phase.op, 0) and found.shared_bytes <= MAX_SHARED_BYTES
     assert ops == {"qkv", "o_proj", "lm_head"} | ({"dense_gate_up", "dense_down"} if "mimo" in model else set())

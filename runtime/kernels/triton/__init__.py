@@ -24,9 +24,10 @@
     issue        how many instructions it spends on a byte of weights
 
 Rules that make a row's bits its own. Every product takes all R rows of a step, idle ones as zeros that are not read, so
-that tile shapes never depend on their number; a broken row stays in its column. Contraction axes are walked in chunks
-of CHUNK, keys in absolute chunks and splits in absolute groups, always ascending; what a row does not see adds exact
-zeros. Nothing is added atomically.
+that tile shapes never depend on their number; a broken row stays in its column. Contraction axes are cut into slices
+by their size alone, which are walked in chunks side by side and whose sums are added at the end; keys are walked in
+absolute chunks and splits in absolute groups, always ascending; what a row does not see adds exact zeros. Nothing is
+added atomically.
 
 Arithmetic is float32; activations, weights and caches are bfloat16 on a GPU. Triton's interpreter, which tests these
 functions without a GPU, multiplies bfloat16 matrices wrongly (3.6.0), so that it is given float32 throughout.

@@ -28,7 +28,7 @@ from speedstack.runtime.kernels.triton.rows import (
 
 
 @triton.jit
-def num_live(sequences_ptr, R: tl.constexpr):
+def end_of_live(sequences_ptr, R: tl.constexpr):
     """One past the last sequence that goes on, 0 if none does; and whether any is, or was, decoded without the host."""
     s_S = tl.arange(0, R)
     is_own_S = field(sequences_ptr, s_S, CAPACITY) > 0
@@ -77,7 +77,7 @@ def deal_row(
     has written both.
     """
     token = field(rows_ptr, row, TOKEN)
-    _, is_dealt = num_live(sequences_ptr, R)
+    _, is_dealt = end_of_live(sequences_ptr, R)
     if is_dealt:
         num_S, past_S = rows_of_sequences(sequences_ptr, proposals_ptr, R, HAS_PROPOSALS)
         s_S = tl.arange(0, R)

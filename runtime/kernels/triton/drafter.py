@@ -117,13 +117,11 @@ def fuse_item(
     """
     r_R = tl.arange(0, R)
     valid_R = is_used(rows_ptr, R)
-    column_T = (tile * T + tl.arange(0, T)).to(tl.int64)
-    valid_T = column_T < D
     out_TR = tl.zeros((T, R), tl.float32)
     for tap in range(TAPS):
         out_TR += multiply(
-            features_ptr + tap * TAP_STEP, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, w_ptr, column_T * TAPS + tap,
-            valid_T, D, CHUNK,
+            features_ptr + tap * TAP_STEP, BLOCK * R, r_R * BLOCK, valid_R, w_ptr + tap * D, w_ptr,
+            (tile * T).to(tl.int64), D - tile * T, D, T, CHUNK, 0, TAPS * D,
         )  # fmt: skip
     out_TR = out_TR.to(context_ptr.dtype.element_ty).to(tl.float32)
     write_for_norm(out_TR, tile * T, norm_ptr, context_ptr, squares_ptr, D)
@@ -153,8 +151,8 @@ def context_item(
     r_R, t_T = tl.arange(0, R), tile * T + tl.arange(0, T)
     valid_R, valid_T = is_used(rows_ptr, R), t_T < WIDTH
     out_TR = multiply(
-        context_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, w_ptr, (head * COLUMNS + FIRST + t_T).to(tl.int64),
-        valid_T, D, CHUNK,
+        context_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, w_ptr, (head * COLUMNS + FIRST + tile * T).to(tl.int64),
+        WIDTH - tile * T, D, T, CHUNK,
     )  # fmt: skip
     out_TR *= inverse_rms(squares_ptr, valid_R, eps, D, R, NP)[None, :]
     at_TR = kv_ptr + (head * (TILES * T) + t_T)[:, None] * R + r_R[None, :]

@@ -66,10 +66,11 @@ def expert_gate_up_item(
             )  # fmt: skip
         else:
             gate_TR = multiply(
-                scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, gate_T, valid_T, D, CHUNK
+                scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, gate, WIDTH - first, D, PART, CHUNK
             )  # fmt: skip
             up_TR = multiply(
-                scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, up_T, valid_T, D, CHUNK
+                scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, gate + WIDTH, WIDTH - first, D, PART,
+                CHUNK,
             )  # fmt: skip
         rms_1R = inverse_rms(squares_ptr, valid_R, eps, D, R, NP)[None, :]
         gate_TR, up_TR = gate_TR * rms_1R, up_TR * rms_1R
@@ -143,7 +144,7 @@ def expert_down_item(
                 )  # fmt: skip
             else:
                 out_TR = multiply(
-                    act_ptr, BLOCK, x_R, is_ours_R, w_ptr, scales_ptr, w_T, valid_T, WIDTH, CHUNK
+                    act_ptr, BLOCK, x_R, is_ours_R, w_ptr, scales_ptr, row, D - first, WIDTH, PART, CHUNK
                 )  # fmt: skip
             if HAS_BIAS:
                 out_TR += tl.load(bias_ptr + w_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]

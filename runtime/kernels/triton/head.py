@@ -47,9 +47,9 @@ def lm_head_item(
     """
     r_R = tl.arange(0, R)
     valid_R = is_used(rows_ptr, R)
-    v_T = (tile * T + tl.arange(0, T)).to(tl.int64)
+    first = (tile * T).to(tl.int64)
     logits_TR = multiply(
-        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, v_T, v_T < VOCAB, D, CHUNK, FP8_ROWS
+        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, first, VOCAB - tile * T, D, T, CHUNK, FP8_ROWS
     )  # fmt: skip
     logits_TR *= inverse_rms(squares_ptr, valid_R, eps, D, R, NP)[None, :]
     keep_tile(tile, logits_TR, logits_ptr, best_ptr, rows_ptr, sampling_ptr, num_drawn, VOCAB, R, T, HAS_LOGITS)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from speedstack.runtime.kernels.triton.accept import accept_item
 from speedstack.runtime.kernels.triton.attention import attention_item, combine_item
-from speedstack.runtime.kernels.triton.deal import deal_row, num_live
+from speedstack.runtime.kernels.triton.deal import deal_row, end_of_live
 from speedstack.runtime.kernels.triton.draft import draft_item
 from speedstack.runtime.kernels.triton.drafter import (
     append_item,
@@ -39,7 +39,7 @@ def begin_phase(p, choice, PHASE: tl.constexpr):
     num_first = PHASE.axes[0]
     shared = ()
     if PHASE.op == "draft":
-        num_first, _ = num_live(p[0], PHASE.R)
+        num_first, _ = end_of_live(p[0], PHASE.R)
     elif PHASE.op == "combine" or PHASE.op == "sample":
         r_R = tl.arange(0, PHASE.R)
         num_first = tl.max(tl.where(field(p[0], r_R, TOKEN) >= 0, r_R + 1, 0), axis=0)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from speedstack.runtime.bindings import SLICE
-from speedstack.runtime.kernels.triton.products import BLOCK, dot
+from speedstack.runtime.kernels.triton.products import BLOCK, dot, not_constant
 
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _SLICE = tl.constexpr(SLICE)
@@ -92,7 +92,7 @@ def multiply_mxfp4(
     at_SBR = (k_SB // BLOCK * x_step + k_SB % BLOCK)[:, :, None] + x_R[None, None, :]
     sum_STR = tl.zeros((SLICES, T, R), tl.float32)
     second_STR = tl.zeros((SLICES, T, R), tl.float32)
-    for start in range(0, K, SLICES * _SLICE):
+    for start in range(0, not_constant(K, num_rows), SLICES * _SLICE):
         is_valid_SBR = (start + k_SB < K)[:, :, None] & valid_R[None, None, :]
         x_SBR = tl.load(x_ptr + start // BLOCK * x_step + at_SBR, mask=is_valid_SBR, other=0.0)
         w = _weights(w_ptr, scales_ptr, row, num_rows, start, K, T, SLICES, IS_WIDE)

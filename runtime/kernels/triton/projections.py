@@ -34,10 +34,10 @@ def qkv_item(
     """
     r_R = tl.arange(0, R)
     valid_R = is_used(rows_ptr, R)
-    column_T = (kv_head * COLUMNS + tile * T + tl.arange(0, T)).to(tl.int64)
-    all_T = column_T >= 0
+    first = (kv_head * COLUMNS + tile * T).to(tl.int64)
+    column_T = first + tl.arange(0, T)
     out_TR = multiply(
-        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, column_T, all_T, D, CHUNK, FP8_ROWS
+        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, first, T, D, T, CHUNK, FP8_ROWS
     )  # fmt: skip
     out_TR *= inverse_rms(squares_ptr, valid_R, eps, D, R, NP)[None, :]
     if HAS_BIAS:
@@ -74,11 +74,12 @@ def project_item(
     x_step, x_row_step: from sixteen elements to the next, and from a row to the next (see `products.load_x`).
     """
     r_R = tl.arange(0, R)
-    column_T = (tile * T + tl.arange(0, T)).to(tl.int64)
+    first = (tile * T).to(tl.int64)
+    column_T = first + tl.arange(0, T)
     valid_T = column_T < D
     out_TR = multiply(
-        x_ptr, x_step, r_R * x_row_step, is_used(rows_ptr, R), w_ptr, scales_ptr, column_T, valid_T, K, CHUNK,
-        FP8_ROWS,
+        x_ptr, x_step, r_R * x_row_step, is_used(rows_ptr, R), w_ptr, scales_ptr, first, D - tile * T, K, T,
+        CHUNK, FP8_ROWS,
     )  # fmt: skip
     if HAS_BIAS:
         out_TR += tl.load(bias_ptr + column_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
@@ -128,13 +129,14 @@ def dense_gate_up_item(
     """Norm, then silu(gate) * up of T columns; gate rows of the weight come before up rows."""
     r_R = tl.arange(0, R)
     valid_R = is_used(rows_ptr, R)
-    column_T = (tile * T + tl.arange(0, T)).to(tl.int64)
+    first, num_rows = (tile * T).to(tl.int64), WIDTH - tile * T
+    column_T = first + tl.arange(0, T)
     valid_T = column_T < WIDTH
     gate_TR = multiply(
-        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, column_T, valid_T, D, CHUNK, FP8_ROWS
+        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, first, num_rows, D, T, CHUNK, FP8_ROWS
     )  # fmt: skip
     up_TR = multiply(
-        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, WIDTH + column_T, valid_T, D, CHUNK,
+        scaled_ptr, BLOCK * R, r_R * BLOCK, valid_R, w_ptr, scales_ptr, WIDTH + first, num_rows, D, T, CHUNK,
         FP8_ROWS,
     )  # fmt: skip
     rms_1R = inverse_rms(squares_ptr, valid_R, eps, D, R, NP)[None, :]

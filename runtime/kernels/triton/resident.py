@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from speedstack.runtime.kernels.triton.counters import DUMP_RECORD, SCRATCH, agreed, signal, wait_for
-from speedstack.runtime.kernels.triton.deal import num_live
+from speedstack.runtime.kernels.triton.deal import end_of_live
 from speedstack.runtime.kernels.triton.items import begin_phase, choose_experts, coordinates, run_item
 from speedstack.runtime.kernels.triton.prefetch import prefetch_items
 
@@ -145,7 +145,7 @@ def run_phase(
 @triton.jit
 def is_over(sequences_ptr, R: tl.constexpr):
     """Whether there were sequences to decode without the host, and none is left."""
-    live, is_dealt = num_live(sequences_ptr, R)
+    live, is_dealt = end_of_live(sequences_ptr, R)
     return (live == 0) & is_dealt
 
 
