@@ -38,7 +38,8 @@ class WeightLoop(Record):
     is_loop: false where the compiler has unrolled all of it, and the whole kernel is counted. instructions: of a warp,
     by class. weight_bytes, load_bytes, async_bytes: of a program; weights, all that is asked of global memory, and what
     of that is not waited for. bandwidth_fraction: of an H200's bandwidth, what issue alone leaves possible; latency,
-    bank conflicts, what an item does around the loop, and the last items of a phase are left out.
+    bank conflicts, activations' way from the L2 cache (up to twice the weights' bytes: see load_bytes), what an item
+    does around the loop, and the last items of a phase are left out.
     """
 
     is_loop: bool

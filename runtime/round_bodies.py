@@ -42,7 +42,7 @@ from speedstack.runtime.records import (
     TOP_K,
     TOP_P,
 )
-from speedstack.runtime.sampling import SHARE_BITS, SamplingParams, gumbel_noise, sample
+from speedstack.runtime.sampling import LEAST_TEMPERATURE, SHARE_BITS, SamplingParams, gumbel_noise, sample
 
 Steps = Generator[None, None, None]
 
@@ -99,6 +99,8 @@ class RoundBodies:
     def params(self, row: int) -> SamplingParams:
         """How the token after a row is chosen."""
         temperature = float(self.sampling_RF[row, TEMPERATURE].to(torch.int32).view(torch.float32))
+        if temperature > 0.0:  # the float32 of the least lies a little below it
+            temperature = max(temperature, LEAST_TEMPERATURE)
         top_k, share = self.sampling_RF[row, TOP_K : TOP_P + 1].tolist()
         return SamplingParams(temperature, share / 2**SHARE_BITS if share else 1.0, top_k)
 

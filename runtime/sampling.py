@@ -37,6 +37,7 @@ WHOLE_MASS = 1 << 30
 MASS_COEFFICIENTS = (744257403, 257891464, 59375084, 9884648, 1014582)
 # Top-p counts in these: what is asked for is a whole number of them.
 SHARE_BITS = 24
+LEAST_TEMPERATURE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,10 @@ class SamplingParams:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature != 0.0 and not 1e-4 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or a number from 1e-4 on, got {self.temperature}")
+        if self.temperature != 0.0 and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature must be 0 (greedy) or a number from {LEAST_TEMPERATURE} on, got {self.temperature}"
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
@@ -131,10 +134,13 @@ def filter_logits(logits_V: torch.Tensor, params: SamplingParams) -> torch.Tenso
     """
     # Of a number, PyTorch would multiply by the reciprocal on a GPU, which is not the quotient.
     scaled_V = logits_V.float() / torch.tensor(params.temperature, dtype=torch.float32, device=logits_V.device)
-    if 0 < params.top_k < scaled_V.numel():
+    has_top_k = 0 < params.top_k < scaled_V.numel()
+    if not (has_top_k or params.top_p_share) or scaled_V.isnan().any():
+        return scaled_V
+    if has_top_k:
         edge = torch.topk(scaled_V, params.top_k).values[-1]
         scaled_V = scaled_V.masked_fill(scaled_V < edge, float("-inf"))
-    if params.top_p_share and not scaled_V.isnan().any():
+    if params.top_p_share:
         sorted_V = torch.sort(scaled_V[scaled_V > float("-inf")], descending=True).values
         if not len(sorted_V):
             return scaled_V

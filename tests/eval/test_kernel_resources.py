@@ -26,12 +26,16 @@ OPS = {"embed", "qkv", "attention", "combine", "o_proj", "router", "expert_gate_
 OPS |= {"draft", "sample", "accept"}
 WEIGHT_OPS = {"qkv", "o_proj", "expert_gate_up", "expert_down", "lm_head"}
 
-# Bytes of a thread with Triton 3.6.0, none with 3.9.0: words that are loaded once a phase, such as the step's number.
-KNOWN_SPILLS = {("mimo-v2-flash", "resident"): 16} if triton.__version__.startswith("3.6.") else {}
+# Bytes of a thread. With Triton 3.6.0 words that are loaded once a phase, such as the step's number; with 3.9.0 what
+# the loops of `draft`, and of top-k and top-p, begin with.
+KNOWN_SPILLS = {("mimo-v2-flash", "resident"): 16}
+if not triton.__version__.startswith("3.6."):
+    KNOWN_SPILLS = {("mimo-v2-flash", "sample"): 24} | {(model, "draft"): 8 for model in MODELS}
 # Of an H200's bandwidth: what issue has to leave possible in loops that multiply weights. An expert's 768 columns of
-# qwen3 are one round, which the compiler sees, so that choosing the expert and adding up its slices count as well.
+# qwen3 are three quarters of one round, which the compiler sees, so that choosing the expert and adding up its slices
+# count as well.
 LEAST_FRACTION = 0.7
-KNOWN_FRACTIONS = {("qwen3-30b-a3b", "expert_down"): 0.3}
+KNOWN_FRACTIONS = {("qwen3-30b-a3b", "expert_down"): 0.22}
 
 
 def check(kernel: KernelResources) -> None:
@@ -43,7 +47,8 @@ def check(kernel: KernelResources) -> None:
         least = KNOWN_FRACTIONS.get((kernel.model, kernel.op), LEAST_FRACTION)
         assert loop.bandwidth_fraction >= least, f"{kernel.phase} of {kernel.model}: {loop}"
         if least == LEAST_FRACTION:
-            assert loop.async_bytes >= loop.weight_bytes * 0.9, "codes are loaded ahead; scales may not be"
+            # Weights are a quarter to three quarters of what is loaded, and what the rest of a kernel loads an eighth.
+            assert loop.async_bytes >= loop.load_bytes * 0.8, "codes are loaded ahead; scales may not be"
 
 
 @pytest.mark.slow
@@ -68,11 +73,11 @@ def test_the_kernel_of_a_whole_step_does_not_spill(model: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("model", "allowed"), [("mimo-v2-flash", {}), ("qwen3-30b-a3b", {"qkv": 8})])
+@pytest.mark.parametrize(("model", "allowed"), [("mimo-v2-flash", {"lm_head": 8}), ("qwen3-30b-a3b", {"qkv": 8})])
 def test_fp8_is_decoded_in_registers(model: str, allowed: dict[str, int]) -> None:
     """Two weights an instruction on Hopper, rounded two at a time; what takes no FP8 is the same kernel as before.
 
-    The assembler gives a kernel of qwen3's 80 registers, where one does not fit: 4 bytes, once before its loop.
+    The assembler gives a kernel of each model 80 registers, where one or two more do not fit with one of the Tritons.
     """
     from speedstack.eval.kernel_resources import _shapes
     from speedstack.runtime.kernels.triton.phase import phase_kernel
@@ -91,6 +96,21 @@ def test_fp8_is_decoded_in_registers(model: str, allowed: dict[str, int]) -> Non
         found = resources_of(built)
         assert found.local_bytes <= allowed.get(launch.phase.op, 0) and found.shared_bytes <= MAX_SHARED_BYTES
     assert ops == {"qkv", "o_proj", "lm_head"} | ({"dense_gate_up", "dense_down"} if "mimo" in model else set())
+
+
+def test_zeros_behind_the_end_of_an_axis_are_no_weights() -> None:
+    """Stretches of 512 elements, or of 1024 of MXFP4: 2880 fill neither, 768 three quarters of the one there is."""
+    from speedstack.eval.kernel_resources import _shapes
+    from speedstack.runtime.kernels.triton.resources import share_of_stretches, weight_bits
+    from speedstack.runtime.launches import build_launches
+
+    def shares(model: str) -> dict[str, float]:
+        launches = build_launches(*_shapes(model, True, False))
+        return {launch.phase.op: share_of_stretches(launch) for launch in launches if weight_bits(launch)}
+
+    cut = 2880 / 3072
+    assert shares("gpt-oss-20b") == dict.fromkeys(WEIGHT_OPS, cut) | {"o_proj": 1.0}
+    assert shares("qwen3-30b-a3b") == dict.fromkeys(WEIGHT_OPS, 1.0) | {"expert_down": 0.75}
 
 
 def test_a_spill_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

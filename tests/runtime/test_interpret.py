@@ -12,15 +12,17 @@ import torch
 
 from speedstack.quant.checkpoint import load_checkpoint
 from speedstack.quant.fp8 import FP8Tensor, quantize_fp8
-from speedstack.runtime.backend import RoundsRequest, Rows
+from speedstack.runtime.backend import Draw, RoundsRequest, Rows
 from speedstack.runtime.bodies import PlanMemory
 from speedstack.runtime.formats import WeightFormats
 from speedstack.runtime.interpret import Deadlock, Scheduler, interpret
+from speedstack.runtime.memory import step_inbox
 from speedstack.runtime.phases import build_plan
 from speedstack.runtime.plan import Phase, Plan, Region, at
 from speedstack.runtime.proof import prove
 from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.rounds import rounds_inbox
+from speedstack.runtime.sampling import GREEDY, LEAST_TEMPERATURE, SamplingParams
 from speedstack.runtime.spec import spec_from_config
 from speedstack.runtime.weights import ModelWeights, read_weights
 
@@ -342,6 +344,17 @@ def test_an_error_in_a_program_ends_the_run() -> None:
 
     with pytest.raises(ZeroDivisionError, match="one failed"):
         scheduler.run(3, body)
+
+
+def test_how_a_token_is_drawn_is_read_off_the_records() -> None:
+    """At the least temperature too, whose float32 lies a little below it."""
+    weights = weights_of(qwen3_moe())
+    plan = plan_of(weights, 2)
+    memory = PlanMemory(plan, weights)
+    chosen = (SamplingParams(LEAST_TEMPERATURE, 0.5, 3), SamplingParams(0.75, 1.0, 7))
+    draws = [*(Draw(1, 2, params) for params in chosen), None]
+    memory.set_inbox(step_inbox(Rows([5, 6, 7], [0, 1, 2], [0, 0, 0], draws=draws), plan.rows))
+    assert [memory.params(row) for row in range(3)] == [*chosen, GREEDY]
 
 
 def test_every_op_needs_a_body() -> None:

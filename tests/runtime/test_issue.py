@@ -69,15 +69,23 @@ def test_weights_are_counted_by_the_instructions_that_multiply_them() -> None:
     """16 x 16 weights and eight rows each; copies are no weights."""
     listing = listing_of(NESTED)
     for warps, weights in (((4, 1, 1), 4 * 256 / 2), ((1, 4, 1), 256 / 2), ((1, 2, 2), 256.0 * 2 * 2 / 2 / 2)):
-        (found,) = issues(listing, Product(rows=16, columns=16, warps=warps), 4)
+        (found,) = issues(listing, Product(slices=4, rows=16, columns=16, warps=warps), 4)
         assert (found.weight_bytes, found.num_warps, found.is_loop) == (weights / 2, 4, True), warps
         assert found.load_bytes == 32 * 4 * 18 and found.async_bytes == 32 * 4 * 16
         assert found.warp_instructions_per_byte == 8 * 4 / (weights / 2)
     assert found.counts == {"global": 2, "other": 3, "tensor": 1, "integer": 1, "float": 1}
 
 
+def test_what_several_warps_do_and_what_lies_behind_the_end_is_counted_once_and_not_at_all() -> None:
+    """Eight warps for three slices' worth of four; of an axis that fills 3/4 of the stretches."""
+    (whole,) = issues(listing_of(NESTED), Product(8, 16, 8, (8, 1, 1)), 4)
+    (found,) = issues(listing_of(NESTED), Product(4, 16, 8, (8, 1, 1)), 4, share=0.75)
+    assert (whole.weight_bytes, found.weight_bytes) == (8 * 256 / 2, 4 * 256 / 2 * 0.75)
+    assert found.counts == whole.counts and found.load_bytes == whole.load_bytes
+
+
 def test_the_bound_is_what_schedulers_begin_or_integer_lanes_compute() -> None:
-    gpu, product = gpu_named("H200"), Product(16, 8, (1, 1, 1))
+    gpu, product = gpu_named("H200"), Product(1, 16, 8, (1, 1, 1))
     per_second = gpu.num_sms * 1e9 / gpu.bandwidth  # cycles of a multiprocessor a byte at full bandwidth
     for work, cycles in (("FFMA R0, R0, R0, R0", 12 / SCHEDULERS), ("LOP3.LUT R0, R0, R0, RZ", 10 / 2)):
         text = listing_text(".L_x_0:", *[work] * 10, MMA, "@P0 BRA `(.L_x_0)", "EXIT")
@@ -88,15 +96,15 @@ def test_the_bound_is_what_schedulers_begin_or_integer_lanes_compute() -> None:
 
 def test_a_kernel_that_is_unrolled_is_counted_as_a_whole() -> None:
     text = listing_text("S2R R0, SR_TID.X", *[MMA] * 4, "EXIT", ".L_x_0:", "BRA `(.L_x_0)", "NOP")
-    (found,) = issues(listing_of(text), Product(32, 16, (1, 1, 1)), 16)
+    (found,) = issues(listing_of(text), Product(1, 32, 16, (1, 1, 1)), 16)
     assert not found.is_loop and sum(found.counts.values()) == 6 and found.weight_bytes == 4 * 256 / 2 * 2
-    assert not list(issues(listing_of(listing_text("NOP", "EXIT")), Product(32, 16, (1, 1, 1)), 16))
+    assert not list(issues(listing_of(listing_text("NOP", "EXIT")), Product(1, 32, 16, (1, 1, 1)), 16))
 
 
 def test_products_of_warp_groups() -> None:
     """A warp of four has 16 of the 64 rows, and all columns."""
     text = listing_text("HGMMA.64x16x16.F32.BF16 R32, gdesc[UR12].tnspB, R32", "EXIT")
-    (found,) = issues(listing_of(text), Product(128, 16, (1, 8, 1)), 16)
+    (found,) = issues(listing_of(text), Product(1, 128, 16, (1, 8, 1)), 16)
     assert found.weight_bytes == 8 * 256 * 2
 
 
@@ -107,8 +115,8 @@ def test_layouts_are_read_off_the_intermediate_code() -> None:
     ]
     dot = "%1 = tt.dot %a, %b, %c : tensor<8x32x64xbf16, #a> * tensor<8x64x16xbf16, #b> -> tensor<8x32x16xf32, #mma>"
     other = "%2 = tt.dot %a, %b, %c : tensor<16x64xbf16, #a> * tensor<64x16xbf16, #b> -> tensor<16x16xf32, #mma1>"
-    assert product_of("\n".join([*layouts, dot, dot])) == Product(32, 16, (8, 1, 1))
-    assert product_of("\n".join([*layouts, other])) == Product(16, 16, (1, 2, 4))
+    assert product_of("\n".join([*layouts, dot, dot])) == Product(8, 32, 16, (8, 1, 1))
+    assert product_of("\n".join([*layouts, other])) == Product(1, 16, 16, (1, 2, 4))
     for text, number in (("", 0), (f"{dot}\n{other}", 2)):
         with pytest.raises(ValueError, match=f"{number} kinds of products"):
             product_of("\n".join([*layouts, text]))

@@ -124,7 +124,8 @@ def test_top_p_of_what_is_no_number_or_infinite(top_p: float) -> None:
     assert torch.equal(filter_logits(nothing_V, params), nothing_V)
     assert filter_logits(torch.tensor([1.0, inf, -inf, inf]), params).tolist() == [-inf, inf, -inf, inf]
     broken_V = torch.tensor([1.0, float("nan"), 2.0])
-    assert torch.equal(filter_logits(broken_V, params).view(torch.int32), (broken_V / 0.5).view(torch.int32))
+    for broken in (params, SamplingParams(0.5, top_k=2), SamplingParams(0.5, top_p, 2)):
+        assert torch.equal(filter_logits(broken_V, broken).view(torch.int32), (broken_V / 0.5).view(torch.int32))
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_k": -1}])

@@ -7,7 +7,8 @@ it), and set in relation to the tensor-core instructions in it, whose share of t
 it does not matter how often a loop was unrolled.
 
 The bound is what issue alone allows. It leaves out latency, bank conflicts, instructions that wait for each other, the
-tensor core's own rate, what an item does before and after the loop, and the last items of a phase.
+tensor core's own rate, what is read from the L2 cache besides weights (`Issue.load_bytes`), what an item does before
+and after the loop, and the last items of a phase.
 
 Words: a loop is natural, that is a header and everything that comes back to it without passing it.
 """
@@ -78,9 +79,10 @@ class Listing:
 class Product:
     """How warps share a product of weights [rows, K] with the rows of a step, as Triton's layout has it.
 
-    warps: along slices, rows and columns (of several products side by side; weight rows; rows of the step).
+    slices: products side by side. warps: along slices, rows and columns (weight rows; rows of the step).
     """
 
+    slices: int
     rows: int
     columns: int
     warps: tuple[int, int, int]
@@ -90,8 +92,8 @@ class Product:
 class Issue:
     """Of the innermost code that multiplies; `counts` are a warp's instructions there by class, once through.
 
-    weight_bytes: a program's, once through. load_bytes: that it asks global memory for, weights and all else;
-    async_bytes: those that it does not wait for (cp.async). num_warps: a program's.
+    weight_bytes: a program's, once through, on average. load_bytes: that it asks global memory for, weights and all
+    else, masked or not; async_bytes: those that it does not wait for (cp.async). num_warps: a program's.
     """
 
     is_loop: bool
@@ -160,24 +162,29 @@ def product_of(ttgir: str) -> Product:
     for shape, layout in re.findall(r"(?:tt\.dot|warp_group_dot) .*-> tensor<([\dx]+)xf32, (#mma\d*)>", ttgir):
         sizes = [int(size) for size in shape.split("x")]
         warps = [int(size) for size in layouts[layout].split(",")]
-        batch = warps[0] if len(sizes) == 3 else 1
-        found.add(Product(sizes[-2], sizes[-1], (batch, warps[-2], warps[-1])))
+        slices, batch = (sizes[0], warps[0]) if len(sizes) == 3 else (1, 1)
+        found.add(Product(slices, sizes[-2], sizes[-1], (batch, warps[-2], warps[-1])))
     if len(found) != 1:
         raise ValueError(f"a kernel with {len(found)} kinds of products")
     return found.pop()
 
 
-def issues(listing: Listing, product: Product, bits_per_weight: float) -> Iterator[Issue]:
-    """Of each innermost code that multiplies."""
+def issues(listing: Listing, product: Product, bits_per_weight: float, share: float = 1.0) -> Iterator[Issue]:
+    """Of each innermost code that multiplies. share: of the weights that it multiplies, those that there are.
+
+    The others are zeros behind the end of the contraction axis, on which the code spends as much.
+    """
     batch, row_warps, column_warps = product.warps
     num_warps = batch * row_warps * column_warps
     for is_loop, code in innermost(listing):
         counts = Counter(one.kind for one in code)
         tensor = next(one for one in code if one.kind == "tensor")
         columns = columns_of(tensor)
-        # Warps beyond a tile's rows or columns multiply what others do. A warp's instruction takes 16 x 16 weights.
-        copies = max(1.0, 16 * row_warps / product.rows) * max(1.0, columns * column_warps / product.columns)
-        weights = counts["tensor"] * num_warps * 256 * columns / product.columns / copies
+        # Warps beyond the slices, or a tile's rows or columns, multiply what others do.
+        copies = max(1.0, batch / product.slices) * max(1.0, 16 * row_warps / product.rows)
+        copies *= max(1.0, columns * column_warps / product.columns)
+        # A warp's instruction takes 16 x 16 weights.
+        weights = counts["tensor"] * num_warps * 256 * columns / product.columns / copies * share
         lanes = 32 * num_warps
         yield Issue(
             is_loop=is_loop,

@@ -82,9 +82,10 @@ def multiply_mxfp4(
 ):
     """Float32 [T, R]: rows `row` to row + T of weights [.., K] times every row's K elements.
 
-    Of the T rows num_rows are there, at least one; results of others are garbage. With IS_PAIR, the rows `step` further
-    on too, and a second result. Codes are uint8 [.., K / 2], scales uint8 [.., K / 32]; without IS_WIDE none is above
-    `bindings.LARGEST_NARROW_SCALE`. x_ptr, x_step, x_R, valid_R: see `products.load_x`.
+    Of the T rows num_rows are there; results of others are garbage. It may be negative: rows end at row + num_rows, and
+    none behind that is read. With IS_PAIR, the rows `step` further on too, and a second result. Codes are uint8
+    [.., K / 2], scales uint8 [.., K / 32]; without IS_WIDE none is above `bindings.LARGEST_NARROW_SCALE`. x_ptr,
+    x_step, x_R, valid_R: see `products.load_x`.
     """
     R: tl.constexpr = x_R.shape[0]
     dtype: tl.constexpr = x_ptr.dtype.element_ty

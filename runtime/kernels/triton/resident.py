@@ -15,8 +15,7 @@ Why `while` loops, and why what is read comes after the wait: see `counters`. Lo
 hint hangs on a loop's one way back to its start. The loops over steps and phases therefore end with one comparison: of
 two conditions LLVM may make two ways back, and then it forgets the hint.
 
-Variants are inlined. As functions of their own (`noinline`) they take more registers, and make the assembler wait for
-every tensor-core product of a warp group before the next.
+Variants are inlined: as functions of their own (`noinline`) they take more registers.
 """
 
 import triton

@@ -17,11 +17,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from speedstack.runtime.bindings import SLICE
 from speedstack.runtime.formats import BITS
 from speedstack.runtime.kernels.triton.first_values import first_values
 from speedstack.runtime.kernels.triton.issue import Issue, issues, listing_of, product_of
 from speedstack.runtime.kernels.triton.phase import phase_kernel
+from speedstack.runtime.kernels.triton.products import num_slices
 from speedstack.runtime.launches import Launch
+from speedstack.runtime.tiles import ceil_div
 
 HOPPER = 90
 # Shared memory that one program may take on an H100 or H200 (CUDA C++ Programming Guide, compute capability 9.0).
@@ -85,7 +88,8 @@ def compile_launch(launch: Launch, capability: int = HOPPER, is_dependent: bool 
     bits = weight_bits(launch)
     if bits is None:
         return resources_of(built)
-    found = issues(listing_of(_run("nvdisasm", "-c", built)), product_of(built.asm["ttgir"]), bits)
+    product = product_of(built.asm["ttgir"])
+    found = issues(listing_of(_run("nvdisasm", "-c", built)), product, bits, share_of_stretches(launch))
     return replace(resources_of(built), issues=tuple(found))
 
 
@@ -97,6 +101,16 @@ def weight_bits(launch: Launch) -> float | None:
     if constants.op in ("qkv", "o_proj", "dense_gate_up", "dense_down", "lm_head"):
         return BITS["fp8" if constants.FP8_ROWS > 0 else "bf16"]
     return None
+
+
+def share_of_stretches(launch: Launch) -> float:
+    """How much of what a phase's products walk there is: a contraction axis is walked in whole stretches of slices."""
+    c = launch.binding.constants
+    size = {"expert_down": "WIDTH", "o_proj": "K", "dense_down": "K"}.get(c.op, "D")
+    num_weights = c.values[size]
+    is_packed = c.values.get("IS_PACKED", False)
+    stretch = c.SLICES * SLICE if is_packed else num_slices(num_weights, c.CHUNK) * c.CHUNK
+    return num_weights / (ceil_div(num_weights, stretch) * stretch)
 
 
 def _type(value: Any) -> Any:
