@@ -362,7 +362,8 @@ def read_drafter(
     tensors = {name: tensor.detach().to(vectors) for name, tensor in model.state_dict().items()}
 
     def rows(*names: str) -> torch.Tensor:
-        together = torch.cat([tensors[f"{name}.weight"] for name in names])
+        parts = [tensors[f"{name}.weight"] for name in names]
+        together = torch.cat(parts) if len(parts) > 1 else parts[0]  # of a single one this would be a copy
         return together.to(matrices) if together.dim() == 2 else together
 
     layers = []

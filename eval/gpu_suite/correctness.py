@@ -9,18 +9,20 @@ Of MiMo, whose makers release it so, it is asked once more with attention, dense
 
 Row invariance has no tolerance: a row's logits are the same bits alone, among others, at other places and in a draft,
 and a text is the same token by token as scoring finds it. Tokens that a backend draws by itself are those that the
-sampler draws from its logits. Of Qwen3 it is asked whether a text is the same with prompt look-up, which the `resident`
-backend does in its kernel.
+sampler draws from its logits. Of Qwen3 it is asked whether a text is the same with prompt look-up, and with a random
+DFlash drafter, both of which the `resident` backend has in its kernel.
 
 Legend: R rows, V vocabulary, D any width, E experts.
 """
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from speedstack.dflash.config import DFlashConfig
+from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.gpu_suite.scale import Scale
 from speedstack.eval.released import tiny_config
 from speedstack.runtime.backend import Backend, Draw, Rows
@@ -218,26 +220,59 @@ class Checker:
 
         Raises RuntimeError where they differ, and where no draft was accepted, so that nothing was checked.
         """
+        found = self._compare_texts("ngram", "that are looked up", self.scale.num_look_up)
+        if not found["num_accepted"]:
+            raise RuntimeError(f"none of {found['num_drafted']} drafts was accepted: give the check longer texts")
+        return found
+
+    def check_drafter(self) -> dict[str, Any]:
+        """The same with a random DFlash drafter, which is hardly ever right: of its drafts one or none stands.
+
+        Raises RuntimeError where texts differ, and where nothing was drafted.
+        """
+        config = DFlashConfig(
+            hidden_size=self.spec.hidden_size,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            vocab_size=self.spec.vocab_size,
+            mask_token_id=self.spec.vocab_size - 1,
+            target_layer_ids=(0, len(self.spec.layers) - 1),
+            num_target_layers=len(self.spec.layers),
+            block_size=5,
+            rms_norm_eps=1e-6,
+            rope_theta=1e4,
+        )
+        drafter = DFlashDraftModel(config)
+        drafter.init_weights(4)
+        drafter = drafter.to(self.device, self.dtype).eval().requires_grad_(False)
+        found = self._compare_texts(drafter, "of a drafter", self.scale.num_with_drafter)
+        if not found["num_drafted"]:
+            raise RuntimeError("nothing was drafted: give the check longer texts")
+        return found
+
+    def _compare_texts(self, drafter: DFlashDraftModel | Literal["ngram"], what: str, num_new: int) -> dict[str, Any]:
+        """Of two texts of `num_new` tokens, greedy and sampled, with a drafter and without."""
         engine = Engine(
-            self.weights, "ngram", backend=self.backend_name, max_length=self.max_length, max_batch_size=self.num_rows
+            self.weights, drafter, backend=self.backend_name, max_length=self.max_length, max_batch_size=self.num_rows
         )
         prompts = [self.ids[slot][: 3 + slot] * 2 for slot in range(2)]
-        num_new = self.scale.num_look_up
 
         def texts() -> list[Any]:
             greedy = engine.generate(prompts, max_new_tokens=num_new, ignore_eos=True)
             return greedy + engine.generate(prompts, max_new_tokens=num_new, temperature=1.0, seed=3, ignore_eos=True)
 
-        with_look_up = texts()
+        with_drafts = texts()
         engine.set_drafter(None)
-        if [out.tokens for out in with_look_up] != [out.tokens for out in texts()]:
-            raise RuntimeError("a text changes when its drafts are looked up")
-        num_drafted = sum(out.stats.num_drafted for out in with_look_up)
-        num_accepted = sum(sum(out.stats.accepted_by_position) for out in with_look_up)
-        if not num_accepted:
-            raise RuntimeError(f"none of {num_drafted} drafts was accepted: give the check longer texts")
-        num_tokens = sum(len(out.tokens) for out in with_look_up)
-        return {"num_tokens": num_tokens, "num_drafted": num_drafted, "num_accepted": num_accepted}
+        if [out.tokens for out in with_drafts] != [out.tokens for out in texts()]:
+            raise RuntimeError(f"a text changes with drafts {what}")
+        return {
+            "num_tokens": sum(len(out.tokens) for out in with_drafts),
+            "num_drafted": sum(out.stats.num_drafted for out in with_drafts),
+            "num_accepted": sum(sum(out.stats.accepted_by_position) for out in with_drafts),
+        }
 
     def _backend(self) -> Backend:
         return make_backend(self.backend_name, self.weights, None, self.num_rows, self.max_length)

@@ -13,7 +13,7 @@ from speedstack.eval.gpu_suite.suite import OutOfTime, Suite
 from speedstack.eval.gpu_suite.worker import NEVER_BEGAN, WorkerFailed, call
 
 CHECKS = ("check_buffers", "check_row_invariance", "check_text", "check_sampling")
-CHECKS_OF = {"mimo-v2-flash": (*CHECKS, "check_fp8"), "qwen3-30b-a3b": (*CHECKS, "check_look_up")}
+CHECKS_OF = {"mimo-v2-flash": (*CHECKS, "check_fp8"), "qwen3-30b-a3b": (*CHECKS, "check_look_up", "check_drafter")}
 NOT_AVAILABLE = "not available"
 
 

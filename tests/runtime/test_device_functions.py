@@ -243,6 +243,33 @@ def test_products_of_fp8_are_those_of_its_values(tile_rows: int) -> None:
     torch.testing.assert_close(found[0], plain_DK @ x_RK.T, rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.parametrize("tiles_at_a_time", [1, 2, 4, 8])
+def test_proposals_are_the_largest_logits_of_all_tiles(tiles_at_a_time: int) -> None:
+    """Ties go to the lower token, and a row that has what is no number ends its block's proposals."""
+    T, V, inf = 5, 3, float("inf")  # tiles, and tokens of a tile
+    logits_RTV = torch.full((R, T, V), -2.0)
+    logits_RTV[0, 3, 2] = 1.0  # an anchor's, which proposes nothing
+    logits_RTV[1, 1, 2] = logits_RTV[1, 4, 0] = -1.0
+    logits_RTV[2] = -inf
+    logits_RTV[3, 4, 1] = 7.0
+    for broken, expected in ((0, [3, 5, 0, 13]), (2, [1, 5, 9, 9]), (1, [0, 9, 9, 9])):
+        if broken:
+            logits_RTV[broken, 2, 1] = float("nan")
+        known_RTV = logits_RTV.nan_to_num(-inf, inf, -inf)
+        value_RT, index_RT = known_RTV.max(dim=-1)
+        index_RT += torch.arange(T) * V
+        index_RT[logits_RTV.isnan().any(dim=-1)] = -1
+        best = torch.stack([value_RT.T.contiguous().view(torch.int32), index_RT.T.int()], dim=1).contiguous()
+        blocks = row_records(Rows([1] * R, [0] * R, list(range(R))), R)
+        proposals = torch.full((R, R), 9, dtype=torch.int32)
+        phase = Constants(
+            op="pick", axes=(R,), TILES=T, R=R, TILES_AT_A_TIME=tiles_at_a_time, FIRST_SLOT=1, IS_DRAFT=False
+        )
+        phase_kernel[(R,)]((blocks, best, proposals), PHASE=phase, IS_DEPENDENT=False)
+        assert proposals[0].tolist() == expected
+        assert proposals[1:, 0].tolist() == [0] * (R - 1), "sequences without a block"
+
+
 def test_records_have_the_fields_that_kernels_read() -> None:
     from speedstack.runtime.kernels.triton import rows
 

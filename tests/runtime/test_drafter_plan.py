@@ -212,6 +212,20 @@ def test_a_context_without_numbers_drafts_nothing() -> None:
     assert memory.outcome_RO[:2].tolist() == [[1, 0, 0], [1, 0, 0]]
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_what_is_held_twice_is_counted(options: str) -> None:
+    """Matrices that are put together, and those of attention again, which kernels take sorted; the rest is shared."""
+    model = drafter(options)
+    weights = read(model)
+    attentions, mlps = [one.attention for one in weights.layers], [one.mlp for one in weights.layers]
+    held = [vars(one).values() for one in (weights, *attentions, *mlps)]
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    tensors = [each for values in held for each in values if isinstance(each, torch.Tensor)]
+    copied = sum(tensor.nbytes for tensor in tensors if tensor.data_ptr() not in own)
+    assert len(tensors) >= 3 + 2 * 8
+    assert weights.joined_bytes() == copied + sum(one.qkv_OD.nbytes for one in attentions) > 0
+
+
 def test_what_has_no_phases_is_named() -> None:
     options: tuple[tuple[str, dict[str, Any]], ...] = (
         ("Markov", {"markov_rank": 4}),

@@ -59,6 +59,9 @@ def test_the_reference_passes(model: str) -> None:
     assert ("check_look_up" in CHECKS_OF.get(model, CHECKS)) == (model == "qwen3-30b-a3b")
     looked_up = checker.check_look_up()
     assert looked_up["num_tokens"] == 48 and looked_up["num_drafted"] > looked_up["num_accepted"] > 0
+    assert ("check_drafter" in CHECKS_OF.get(model, CHECKS)) == (model == "qwen3-30b-a3b")
+    drafted = checker.check_drafter()
+    assert drafted["num_tokens"] == 16 and drafted["num_drafted"] > 16
     assert checker.check_sampling() == {"is_drawn_by_host": True}
 
 
@@ -117,8 +120,10 @@ def test_text_that_changes_with_drafts_is_refused(monkeypatch: pytest.MonkeyPatc
         return logits.roll(len(calls), dims=-1)
 
     breaking(monkeypatch, turn)
-    with pytest.raises(RuntimeError, match="a text changes when its drafts are looked up"):
+    with pytest.raises(RuntimeError, match="a text changes with drafts that are looked up"):
         checker.check_look_up()
+    with pytest.raises(RuntimeError, match="a text changes with drafts of a drafter"):
+        checker.check_drafter()
 
 
 def test_look_up_that_finds_nothing_is_refused() -> None:
