@@ -61,7 +61,7 @@ def test_the_reference_passes(model: str) -> None:
     assert looked_up["num_tokens"] == 48 and looked_up["num_drafted"] > looked_up["num_accepted"] > 0
     assert ("check_drafter" in CHECKS_OF.get(model, CHECKS)) == (model == "qwen3-30b-a3b")
     drafted = checker.check_drafter()
-    assert drafted["num_tokens"] == 16 and drafted["num_drafted"] > 16
+    assert drafted["num_tokens"] == 16 and drafted["num_drafted"] > 8
     assert checker.check_sampling() == {"is_drawn_by_host": True}
 
 
