@@ -20,9 +20,8 @@ import triton.language as tl
 
 from speedstack.runtime import sampling
 from speedstack.runtime.kernels.triton.noise import gumbel, row_words
-from speedstack.runtime.kernels.triton.rows import TEMPERATURE, TOP_K, TOP_P, field
+from speedstack.runtime.kernels.triton.rows import NO_TOKEN, TEMPERATURE, TOP_K, TOP_P, field
 
-_NONE = tl.constexpr(2**31 - 1)
 _LEAST_KEY = tl.constexpr(-(2**31))
 _OCTAVE_BITS = tl.constexpr(sampling.OCTAVE_BITS)
 _FARTHEST = tl.constexpr(sampling.FARTHEST)
@@ -215,7 +214,7 @@ def _weigh(tokens_ptr, count, edge, is_mass, VOCAB: tl.constexpr, C: tl.constexp
 def draw(row, rows_ptr, sampling_ptr, tokens_ptr, count, edge, VOCAB: tl.constexpr, C: tl.constexpr):
     """The token drawn among the candidates whose keys reach the edge."""
     largest_C = tl.full((C,), float("-inf"), tl.float32)
-    token_C = tl.full((C,), _NONE, tl.int32)
+    token_C = tl.full((C,), NO_TOKEN, tl.int32)
     for start in range(0, count, C):
         i_C = start + tl.arange(0, C)
         v_C = tl.load(tokens_ptr + i_C, mask=i_C < count, other=0)
@@ -229,6 +228,6 @@ def draw(row, rows_ptr, sampling_ptr, tokens_ptr, count, edge, VOCAB: tl.constex
         largest_C = tl.where(is_larger_C, score_C, largest_C)
         token_C = tl.where(is_larger_C, v_C, token_C)
     largest = tl.max(largest_C, axis=0)
-    token = tl.min(tl.where(largest_C == largest, token_C, _NONE), axis=0)
+    token = tl.min(tl.where(largest_C == largest, token_C, NO_TOKEN), axis=0)
     # Where every score is -inf none is larger than what there was before: the first of them, as for the host.
-    return tl.where(token == _NONE, 0, token)
+    return tl.where(token == NO_TOKEN, 0, token)

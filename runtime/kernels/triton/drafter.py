@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from speedstack.runtime.kernels.triton.attention import append_rows
-from speedstack.runtime.kernels.triton.head import NO_TOKEN
 from speedstack.runtime.kernels.triton.products import BLOCK, inverse_rms, multiply, write_for_norm
 from speedstack.runtime.kernels.triton.rows import (
     ANCHOR,
@@ -16,6 +15,7 @@ from speedstack.runtime.kernels.triton.rows import (
     FIRST_PROPOSED,
     FIRST_ROW,
     LENGTH,
+    NO_TOKEN,
     NUM_PROPOSED,
     NUM_ROWS,
     OWN_SLOT,

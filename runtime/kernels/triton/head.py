@@ -12,9 +12,7 @@ import triton.language as tl
 from speedstack.runtime.kernels.triton.cut import draw, find_edge
 from speedstack.runtime.kernels.triton.noise import gumbel, row_words
 from speedstack.runtime.kernels.triton.products import BLOCK, inverse_rms, multiply
-from speedstack.runtime.kernels.triton.rows import TEMPERATURE, TOKEN, field, is_cut, is_drawn_whole, is_used
-
-NO_TOKEN = tl.constexpr(2**31 - 1)
+from speedstack.runtime.kernels.triton.rows import NO_TOKEN, TEMPERATURE, TOKEN, field, is_cut, is_drawn_whole, is_used
 
 
 @triton.jit

@@ -27,6 +27,12 @@ _SLICES = 8  # at most: one for each of eight warps
 
 
 @triton.jit
+def in_blocks(column_T, R: tl.constexpr):
+    """Where columns of all rows lie in a buffer of [columns / 16, R, 16], [T, R]."""
+    return (column_T // BLOCK * (BLOCK * R) + column_T % BLOCK)[:, None] + (tl.arange(0, R) * BLOCK)[None, :]
+
+
+@triton.jit
 def write_for_norm(x_TR, first, norm_ptr, scaled_ptr, squares_ptr, D: tl.constexpr):
     """What the norm of float32 columns first, first + 1, ... needs: see the module. T and `first` are whole blocks."""
     T: tl.constexpr = x_TR.shape[0]
@@ -35,7 +41,7 @@ def write_for_norm(x_TR, first, norm_ptr, scaled_ptr, squares_ptr, D: tl.constex
     valid_T1 = (column_T < D)[:, None]
     x_TR = tl.where(valid_T1, x_TR, 0.0)
     weight_T = tl.load(norm_ptr + column_T, mask=column_T < D, other=0.0).to(tl.float32)
-    at_TR = scaled_ptr + (column_T // BLOCK * (BLOCK * R) + column_T % BLOCK)[:, None] + (r_R * BLOCK)[None, :]
+    at_TR = scaled_ptr + in_blocks(column_T, R)
     tl.store(at_TR, (x_TR * weight_T[:, None]).to(scaled_ptr.dtype.element_ty), mask=valid_T1)
     squares_NR = tl.sum(tl.reshape(x_TR * x_TR, (T // BLOCK, BLOCK, R)), axis=1)
     n_N = first // BLOCK + tl.arange(0, T // BLOCK)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from speedstack.runtime.kernels.triton.products import BLOCK, inverse_rms, multiply, write_for_norm
+from speedstack.runtime.kernels.triton.products import BLOCK, in_blocks, inverse_rms, multiply, write_for_norm
 from speedstack.runtime.kernels.triton.rows import is_used
 
 
@@ -103,8 +103,7 @@ def add_to_hidden(
     sum_TR = (before_TR + out_TR).to(hidden_ptr.dtype.element_ty)
     tl.store(hidden_ptr + at_TR, sum_TR, mask=valid_T1)
     if HAS_TAP:
-        tap_TR = (column_T // BLOCK * (BLOCK * R) + column_T % BLOCK)[:, None] + (tl.arange(0, R) * BLOCK)[None, :]
-        tl.store(tap_ptr + tap_TR, sum_TR, mask=valid_T1)
+        tl.store(tap_ptr + in_blocks(column_T, R), sum_TR, mask=valid_T1)
     write_for_norm(sum_TR.to(tl.float32), first, norm_ptr, scaled_ptr, squares_ptr, D)
 
 
@@ -142,5 +141,4 @@ def dense_gate_up_item(
     rms_1R = inverse_rms(squares_ptr, valid_R, eps, D, R, NP)[None, :]
     gate_TR, up_TR = gate_TR * rms_1R, up_TR * rms_1R
     out_TR = gate_TR * tl.sigmoid(gate_TR) * up_TR
-    at_TR = act_ptr + (column_T // BLOCK * (BLOCK * R) + column_T % BLOCK)[:, None] + (r_R * BLOCK)[None, :]
-    tl.store(at_TR, out_TR.to(act_ptr.dtype.element_ty), mask=valid_T[:, None])
+    tl.store(act_ptr + in_blocks(column_T, R), out_TR.to(act_ptr.dtype.element_ty), mask=valid_T[:, None])

@@ -5,6 +5,8 @@ import triton.language as tl
 
 from speedstack.runtime import records
 
+# Stands for a token where there is none to choose: more than any index.
+NO_TOKEN = tl.constexpr(2**31 - 1)
 RECORD = tl.constexpr(records.RECORD)
 TOKEN = tl.constexpr(records.TOKEN)
 SLOT = tl.constexpr(records.SLOT)
