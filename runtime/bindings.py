@@ -342,7 +342,9 @@ class Binder:
         spec, weights = self.moe_of(phase)
         choice, choice_constants = self.choice(phase)
         matrix, matrix_constants = self.expert_weights(weights.gate_up_EID, weights.gate_up_bias_EI)
-        return (*choice, *matrix, *self.buffer("scaled", "squares", "act")), choice_constants | matrix_constants | {
+        buffers = self.buffer("scaled", "squares", "act", "routes")
+        return (*choice, *matrix, *buffers), choice_constants | matrix_constants | {
+            "IS_SORTED": isinstance(weights.down_EDI, MXFP4Tensor),  # activations lie as its product takes them
             "limit": 0.0 if spec.swiglu_limit is None else spec.swiglu_limit,
             "alpha": spec.swiglu_alpha,
             "IS_CLAMPED": spec.swiglu_limit is not None,
@@ -352,10 +354,10 @@ class Binder:
         _, weights = self.moe_of(phase)
         choice, choice_constants = self.choice(phase)
         matrix, matrix_constants = self.expert_weights(weights.down_EDI, weights.down_bias_ED)
-        act, hidden = self.buffer("act", "hidden")
+        act, hidden, routes = self.buffer("act", "hidden", "routes")
         tap = self.tap(phase)
         constants = choice_constants | matrix_constants | {"HAS_TAP": tap is not None}
-        return (*choice, *matrix, act, hidden, *self.for_norm(phase), self.optional(tap)), constants
+        return (*choice, *matrix, act, hidden, *self.for_norm(phase), self.optional(tap), routes), constants
 
     def lm_head(self, phase: Phase) -> Bound:
         logits, best = self.buffers["logits"], self.buffers[phase.writes[-1].buffer]

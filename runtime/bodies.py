@@ -16,6 +16,7 @@ Buffers, with R rows (the plan's capacity), `n` tiles of `t` columns:
     LNN.cache (k [slots, positions, G, qk], v [slots, positions, G, v])   rings over absolute positions
     router.*  float32 [R, E]      logits
     act.*     [R, F], or [R * K, I] with a row's choices in ascending order of expert
+    routes.*  float32 [active experts, ..]  records of active experts, ascending; numbers here, not bits
 """
 
 from typing import Any
@@ -29,7 +30,7 @@ from speedstack.runtime.drafter_phases import is_drafting
 from speedstack.runtime.interpret import Body
 from speedstack.runtime.memory import step_inbox
 from speedstack.runtime.plan import Phase, Plan
-from speedstack.runtime.records import FIRST_ROW, NUM_ROWS, POSITION, SLOT, TOKEN
+from speedstack.runtime.records import EXPERT, FIRST_ROW, NUM_ACTIVE, NUM_ROWS, POSITION, SLOT, TOKEN, route_words
 from speedstack.runtime.reference import _experts, rms_norm, rotary_tables, rotate, route, swiglu
 from speedstack.runtime.ring import ring_length
 from speedstack.runtime.round_bodies import RoundBodies, Steps
@@ -116,6 +117,8 @@ class PlanMemory(RoundBodies):
         elif phase.op == "expert_gate_up":
             assert isinstance(mlp, MoeSpec)
             self.shared[name] = like.new_full((R * mlp.top_k, mlp.intermediate_size), nan)
+            routes = self.plan.buffer_named[phase.writes[0].buffer]
+            self.shared[routes.name] = torch.full((routes.num_cells, route_words(R)), nan)
 
     def bodies(self) -> dict[str, Body]:
         """By op, for `interpret`."""
@@ -351,7 +354,7 @@ class PlanMemory(RoundBodies):
 
     def _expert_gate_up(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         w, moe = self._moe(phase)
-        experts_RK, _, active = self._routes(phase, phase.reads[-1].region.buffer)
+        experts_RK, weights_RK, active = self._routes(phase, phase.reads[-1].region.buffer)
         if index[0] >= len(active):
             return
         columns = self._columns(phase, index, moe.intermediate_size)
@@ -366,23 +369,30 @@ class PlanMemory(RoundBodies):
         act_RI = swiglu(out, moe)
         for row, choice in (experts_RK == expert).nonzero().tolist():
             if self.is_used(row):
-                self.shared[phase.writes[0].buffer][row * moe.top_k + choice, columns] = act_RI[row]
+                self.shared[phase.writes[1].buffer][row * moe.top_k + choice, columns] = act_RI[row]
+        if index[1] == 0:
+            chosen_RK = (experts_RK == expert) & (self.rows_RF[:, TOKEN] >= 0)[:, None]
+            choice_R = torch.where(chosen_RK.any(1), chosen_RK.int().argmax(1), -1)
+            weight_R = (weights_RK * chosen_RK).sum(1)
+            extra = torch.tensor([expert, len(active), 0, 0])
+            self.shared[phase.writes[0].buffer][index[0]] = torch.cat([choice_R, weight_R, extra])
 
     def _expert_down(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
-        w, moe = self._moe(phase)
-        experts_RK, weights_RK, _ = self._routes(phase, phase.reads[0].region.buffer)
+        (w, moe), R = self._moe(phase), self.plan.rows
         act_RKI = self.shared[phase.reads[1].region.buffer].unflatten(0, (-1, moe.top_k)).clone()
+        routes_NW = self.shared[phase.reads[2].region.buffer].nan_to_num()  # read too early it is no number yet
+        num_active = int(routes_NW[0, 2 * R + NUM_ACTIVE]) if (self.rows_RF[:, TOKEN] >= 0).any() else 0
         columns = self._columns(phase, index, self.spec.hidden_size)
         before = self.hidden_RD[:, columns].clone()
         yield
         total = torch.zeros_like(before)
-        for choice in range(moe.top_k):
-            experts_R = experts_RK[:, choice]
-            matrices = _experts(w.down_EDI, experts_R, before.dtype)[:, columns]
-            out = torch.bmm(matrices, act_RKI[:, choice, :, None])[..., 0]
+        for record in routes_NW[:num_active]:
+            expert, rows = int(record[2 * R + EXPERT]), (record[:R] >= 0).nonzero().flatten()
+            matrix = _experts(w.down_EDI, torch.tensor([expert]), before.dtype)[0][columns]
+            out = act_RKI[rows, record[rows].long()] @ matrix.T
             if w.down_bias_ED is not None:
-                out = out + w.down_bias_ED[experts_R][:, columns]
-            total = total + out * weights_RK[:, choice, None].to(out.dtype)
+                out = out + w.down_bias_ED[expert][columns]
+            total[rows] = total[rows] + out * record[R + rows, None].to(out.dtype)
         self.write_hidden(phase, slice(None), columns, before + total)
 
     def _lm_head(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:

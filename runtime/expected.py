@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backend import Rows
 from speedstack.runtime.plan import Phase
 from speedstack.runtime.plan_backend import PlanBackend
@@ -100,8 +101,12 @@ def found_buffer(backend: PlanBackend, phase: Phase, num_rows: int) -> torch.Ten
         assert isinstance(mlp, MoeSpec)
         return buffers["router"][: mlp.num_experts * R].view(-1, R).T[:num_rows]
     if phase.op == "expert_gate_up":
-        assert isinstance(mlp, MoeSpec)
-        return buffers["act"][: R * mlp.top_k * mlp.intermediate_size].view(R, -1)[:num_rows]
+        own = weights.layers[phase.layer].mlp
+        assert isinstance(mlp, MoeSpec) and isinstance(own, MoeWeights)
+        act = buffers["act"][: R * mlp.top_k * mlp.intermediate_size]
+        if isinstance(own.down_EDI, MXFP4Tensor):  # as `kernels.triton.mxfp4.sorted_column` has them
+            act = act.view(-1, 4, 2).transpose(1, 2)
+        return act.reshape(R, -1)[:num_rows]
     if phase.op == "dense_gate_up":
         width = num_blocks(mlp.intermediate_size) * BLOCK_COLUMNS
         blocks = buffers["act"][: width * R].view(-1, R, BLOCK_COLUMNS)

@@ -40,7 +40,7 @@ WIDE = {
     "router": torch.float32,
     "logits": torch.float32,
 }
-INTEGER = {name: torch.int32 for name in ("best", "drafter.best", "candidates", "blocks", "proposals")}
+INTEGER = {name: torch.int32 for name in ("best", "drafter.best", "candidates", "blocks", "proposals", "routes")}
 
 
 class Memory:

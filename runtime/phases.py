@@ -7,7 +7,7 @@ A layer is seven phases, or six with a dense MLP:
     combine      the splits of a head, in order
     o_proj       output projection, added to the hidden state in place
     router       norm and router logits
-    gate_up      top-k, then gate, up and activation of one active expert's columns
+    gate_up      top-k, then gate, up and activation of one active expert's columns; and who chose that expert
     down         all active experts' columns, in ascending order of expert, added to the hidden state in place
 
 between `embed`, which deals the rows of the step too, and `lm_head`. The phases around these, which choose tokens and
@@ -41,6 +41,7 @@ from speedstack.runtime.drafter_spec import DrafterSpec
 from speedstack.runtime.formats import WeightFormats
 from speedstack.runtime.plan import Axis, Plan, Prefetch, Read, Region, Signal, Wait, Work
 from speedstack.runtime.plan_builder import PlanBuilder, Stack
+from speedstack.runtime.records import route_words
 from speedstack.runtime.ring import ring_length
 from speedstack.runtime.round_phases import ELEMENT_BYTES, WIDE_BYTES, RoundPhases
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec
@@ -51,6 +52,7 @@ SPLIT_SIZE = 256  # positions of a context that one item attends to
 
 OWN_COLUMN = "a row belongs to one item"
 PAIRS = "each (row, choice) belongs to one active expert, each column to one tile"
+FIRST_TILE = "an active expert's record is written by the item of its first tile alone"
 SEQUENCES = (
     "each (sequence, split) belongs to one item, and a row to one sequence; a ring is longer than a window and a step, "
     "so that what a step appends lies on nothing that it reads"
@@ -277,6 +279,7 @@ class LayerBuilder(PlanBuilder):
         router_tile = choose_tile(E, self.num_programs, VECTOR_TILES)
         logits = self.buffer(f"router.{E}", E, R * WIDE_BYTES, "router")
         act = self.buffer(f"act.moe.{width}x{K}", R * K, width * ELEMENT_BYTES, "act")
+        routes = self.buffer(f"routes.{E}x{K}", min(E, R * K), route_words(R) * WIDE_BYTES, "routes")
         bias = moe.has_bias
         self.add(
             f"{at}router", "router", (Axis("tile", ceil_div(E, router_tile)),), index, router_tile,
@@ -296,7 +299,7 @@ class LayerBuilder(PlanBuilder):
             f"{at}gate_up", "expert_gate_up",
             (Axis("expert", min(E, R * K), True), Axis("tile", ceil_div(width, tile))), index, tile,
             reads=[*self.normalized(before), self.read_whole(logits, f"{at}router")],
-            writes=[self.whole(act, PAIRS)],
+            writes=[Region(routes, 1, 0, (1, 0), FIRST_TILE), self.whole(act, PAIRS)],
             waits=[self.all_programs(f"{at}router")],
             work=Work(
                 expert_bytes=self.stack.formats.num_bytes("experts", 2 * width * D) + 2 * width * 2 * bias,
@@ -306,7 +309,9 @@ class LayerBuilder(PlanBuilder):
             ),
         )  # fmt: skip
         self.prefetches.append(Prefetch(f"{at}gate_up", self.all_programs(f"{at}router")))
-        reads = [self.read_whole(logits, f"{at}router"), self.read_whole(act, f"{at}gate_up")]
+        # The logits tell those who fetch weights ahead what is written into the routes only now.
+        reads = [self.read_whole(logits, f"{at}router")]
+        reads += [self.read_whole(act, f"{at}gate_up"), self.read_whole(routes, f"{at}gate_up")]
         self.project(
             f"{at}down", "expert_down", index, reads, f"{at}gate_up", before,
             Work(

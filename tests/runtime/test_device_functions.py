@@ -25,7 +25,7 @@ import triton.language as tl
 from speedstack.runtime.backend import Rows
 from speedstack.runtime.bindings import Constants
 from speedstack.runtime.kernels.triton.phase import phase_kernel
-from speedstack.runtime.kernels.triton.products import rounded_to_bfloat16
+from speedstack.runtime.kernels.triton.products import inverse_rms, rounded_to_bfloat16
 from speedstack.runtime.kernels.triton.router import choose
 from speedstack.runtime.memory import row_records, sampling_records
 from speedstack.runtime.records import RECORD
@@ -174,6 +174,32 @@ def test_an_embedding_is_written_for_its_norm() -> None:
     # sums of 16 in another order
     torch.testing.assert_close(squares[:, :2], squares_of(expected_DR), rtol=1e-6, atol=0)
     assert (hidden_DR[:, 2:] == 7).all() and (scaled[:, 2:] == 7).all() and (squares[:, 2:] == 7).all()
+
+
+@triton.jit
+def inverse_rms_kernel(squares_ptr, out_ptr, eps, D: tl.constexpr, R: tl.constexpr, NP: tl.constexpr):
+    r_R = tl.arange(0, R)
+    tl.store(out_ptr + r_R, inverse_rms(squares_ptr, r_R >= 0, eps, D, R, NP))
+
+
+def test_what_is_scaled_in_bfloat16_is_the_normalized_state() -> None:
+    """A product of what `embed` writes, divided as products divide, against the norm in float64."""
+    D, eps, generator = 40, 1e-5, torch.Generator().manual_seed(0)
+    embedding_VD = (torch.randn(5, D, generator=generator) * 5).bfloat16()
+    norm_D = (torch.rand(D, generator=generator) + 0.5).bfloat16()
+    rows, nobody = row_records(Rows([3, 1, 4, 2], [0, 1, 2, 3], [0] * 4), R), torch.zeros(R, RECORD, dtype=torch.int32)
+    hidden_DR, scaled, squares = torch.zeros(D, R).bfloat16(), torch.zeros(3, R, 16).bfloat16(), torch.zeros(3, R)
+    phase = Constants(IS_DRAFT=False, op="embed", axes=(R,), D=D, R=R, NP=4, HAS_PROPOSALS=False)
+    pointers = (nobody, nobody, nobody, rows, nobody, embedding_VD, hidden_DR, norm_D, scaled, squares)
+    phase_kernel[(R,)](pointers, PHASE=phase, IS_DEPENDENT=False)
+    rms_R = torch.zeros(R)
+    inverse_rms_kernel[(1,)](squares, rms_R, eps, D=D, R=R, NP=4)
+    assert torch.equal(hidden_DR.T, embedding_VD[[3, 1, 4, 2]])
+    found_RD = scaled.transpose(1, 2).flatten(0, 1)[:D].T.double() * rms_R.double()[:, None]
+    wide_RD = embedding_VD[[3, 1, 4, 2]].double()
+    exact_RD = wide_RD * torch.rsqrt(wide_RD.square().mean(-1, keepdim=True) + eps) * norm_D.double()
+    # one rounding to eight bits, which the interpreter makes towards zero, and float32 sums of squares
+    torch.testing.assert_close(found_RD, exact_RD, rtol=2**-7 * 1.001, atol=0)
 
 
 def test_a_projection_adds_to_what_is_there() -> None:

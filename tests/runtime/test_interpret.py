@@ -156,7 +156,7 @@ class Guarded:
             return [tensor.flatten(1).movedim(1, 0)]
         if kind in ("partial", "attended"):
             return [tensor.flatten(0, 1)]
-        is_cellwise = kind in INTEGERS or buffer.startswith("act.moe")
+        is_cellwise = kind in INTEGERS or buffer.startswith(("act.moe", "routes"))
         return [tensor if is_cellwise else tensor.movedim(1, 0)]
 
     def drafter_views(self, buffer: str) -> list[torch.Tensor]:

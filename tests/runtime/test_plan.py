@@ -228,6 +228,9 @@ def test_tiles_balance_programs() -> None:
     assert choose_tile(2048, 132, MMA_TILES) == 16  # 128 items: one round, where 32 columns would leave half idle
     assert choose_tile(151936, 132, MMA_TILES) == 128  # 1187 items, nine rounds of 132, all but one item full
     assert choose_tile(10, 4, MMA_TILES) == 16
+    # Of 16 the busiest program would have 1168 columns instead of 1184, and read activations twice as often.
+    assert choose_tile(152576, 132, MMA_TILES) == 32
+    assert choose_tile(2880, 132, MMA_TILES) == 32 and choose_tile(768, 132, MMA_TILES, 8) == 16
 
 
 def test_sharding() -> None:

@@ -31,6 +31,9 @@ WATCHES_EOS = tl.constexpr(records.WATCHES_EOS)
 # Of a sequence's proposals, and words of its outcome.
 NUM_PROPOSED = tl.constexpr(records.NUM_PROPOSED)
 FIRST_PROPOSED = tl.constexpr(records.FIRST_PROPOSED)
+# Of an active expert's record, behind the rows' words.
+EXPERT = tl.constexpr(records.EXPERT)
+NUM_ACTIVE = tl.constexpr(records.NUM_ACTIVE)
 OUTCOME = tl.constexpr(records.OUTCOME)
 
 
