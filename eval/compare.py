@@ -57,9 +57,10 @@ class ComparedMetric(Record):
 
 
 class Comparison(Document):
-    """All tasks that every result has; by result, the target's SHA-256, and the mean over the tasks that have a recovery.
+    """Tasks that every result has; by result, the target's SHA-256, and the mean over the tasks that have a recovery.
 
-    `left_out` are the tasks that some results lack, as those that need a teacher where none was given. `environment` is where the first result was measured, with the command that compared.
+    `left_out` are the tasks that some results lack, as those that need a teacher where none was given. `environment` is
+    where the first result was measured, with the command that compared.
     """
 
     kind: Literal["comparison"] = "comparison"

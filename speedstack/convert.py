@@ -118,9 +118,9 @@ def _convert_drafter(config: ConvertConfig) -> None:
         if drafter.target_sha256 not in (None, sha256):
             taken_over = sha256
             warnings.warn(
-                f"{config.source} was trained for weights with SHA-256 {drafter.target_sha256[:12]}..., {config.target} "
-                f"has {sha256[:12]}...: the result is for the latter. Its texts are the target's own either way; fewer "
-                "of its proposals stand where the weights differ in more than their format",
+                f"{config.source} was trained for weights with SHA-256 {drafter.target_sha256[:12]}..., "
+                f"{config.target} has {sha256[:12]}...: the result is for the latter. Its texts are the target's own "
+                "either way; fewer of its proposals stand where the weights differ in more than their format",
                 stacklevel=2,
             )
         names = tuple(target_config.architectures or ())
