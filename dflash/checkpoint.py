@@ -78,14 +78,20 @@ def save_drafter(
         os.replace(staged, path)
 
 
-def convert_drafter(source: str | Path, to: str, out: str | Path, target: Target | None = None) -> DFlashConfig:
+def convert_drafter(
+    source: str | Path, to: str, out: str | Path, target: Target | None = None, target_sha256: str | None = None
+) -> DFlashConfig:
     """Write the drafter at `source` in the format named `to`, its card included; returns its config.
+
+    `target_sha256`: of the weights that it is to be for from now on; None: those it is for already.
 
     Raises ValueError as `load_drafter` and `save_drafter` do, and when `out` is `source`.
     """
     if Path(out).resolve() == Path(source).resolve():
         raise ValueError(f"{out} is the drafter to convert; choose another --out")
     model = load_drafter(source)
+    if target_sha256 is not None:
+        model.config = replace(model.config, target_sha256=target_sha256)
     save_drafter(model, out, card=model_card.read(source), to=to, target=target)
     return model.config
 
@@ -245,5 +251,6 @@ def check_target(
     if config.target_sha256 and target_sha256 and config.target_sha256 != target_sha256:
         raise ValueError(
             f"drafter of another target: it was trained for weights with SHA-256 {config.target_sha256[:12]}..., "
-            f"this target's are {target_sha256[:12]}...; train a drafter for this target"
+            f"this target's are {target_sha256[:12]}...; train one for this target, or where it is the same model in "
+            "another format, take the drafter over: speedstack convert DRAFTER --to speedstack --target TARGET"
         )

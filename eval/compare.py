@@ -6,7 +6,7 @@ correction is made for looking at several tasks: at a significance of 0.05 one t
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -57,9 +57,10 @@ class ComparedMetric(Record):
 
 
 class Comparison(Document):
-    """All tasks of the suite; by result, the target's SHA-256, and the mean over the tasks that have a recovery.
+    """Tasks that every result has; by result, the target's SHA-256, and the mean over the tasks that have a recovery.
 
-    `environment` is where the first result was measured, with the command that compared.
+    `left_out` are the tasks that some results lack, as those that need a teacher where none was given. `environment` is
+    where the first result was measured, with the command that compared.
     """
 
     kind: Literal["comparison"] = "comparison"
@@ -67,6 +68,7 @@ class Comparison(Document):
     baseline: str
     significance: float
     metrics: tuple[ComparedMetric, ...]
+    left_out: tuple[str, ...] = ()
     mean_recovery: dict[str, float]
     target_sha256: dict[str, str]
     environment: Environment
@@ -101,6 +103,8 @@ class Comparison(Document):
                 lines.append(f"| {' | '.join(cells)} |")
         for result, mean in self.mean_recovery.items():
             lines += ["", f"Mean recovery of {result}: {100 * mean:.2f} %"]
+        if self.left_out:
+            lines += ["", f"Left out, because not all results have them: {', '.join(self.left_out)}"]
         return "\n".join(lines)
 
     def save_markdown(self, path: Path) -> Path:
@@ -111,19 +115,23 @@ class Comparison(Document):
 def compare_results(
     results: Mapping[str, SuiteResult], significance: float = 0.05, num_resamples: int = 10000, seed: int = 0
 ) -> Comparison:
-    """Compare each result, by label, with the first.
+    """Compare each result, by label, with the first, on the tasks that all of them have.
 
-    Raises ValueError for fewer than two results, another suite, other settings of a task (examples, chat template), and
-    other documents.
+    Raises ValueError for fewer than two results, another suite, no task in common, other settings of a task (examples,
+    chat template), and other documents.
     """
     labels = list(results)
     if len(labels) < 2:
         raise ValueError("a comparison needs two different results or more")
     first = results[labels[0]]
+    tasks = [{entry.task for entry in result.block.headline} for result in results.values()]
+    shared = set.intersection(*tasks)
     for label in labels[1:]:
-        _check_same_questions(labels[0], first, label, results[label])
+        _check_same_questions(labels[0], first, label, results[label], shared)
     metrics = []
     for headline in first.block.headline:
+        if headline.task not in shared:
+            continue
         metric = headline.metric or _first_metric(first, headline.task)
         value = first.value(headline.task, metric)
         if value is None:
@@ -169,6 +177,7 @@ def compare_results(
         baseline=labels[0],
         significance=significance,
         metrics=tuple(metrics),
+        left_out=tuple(sorted(set.union(*tasks) - shared)),
         mean_recovery={label: float(np.mean(values)) for label, values in recoveries.items() if values},
         target_sha256={label: result.block.target_sha256 for label, result in results.items()},
         environment=first.block.environment.model_copy(update={"command": command_line()}),
@@ -241,18 +250,21 @@ def _statistic(metric: str, num_columns: int) -> Callable[[np.ndarray], np.ndarr
     return lambda means_RC: unit(-means_RC[:, 0] / means_RC[:, 1])
 
 
-def _check_same_questions(a_label: str, a: SuiteResult, b_label: str, b: SuiteResult) -> None:
+def _check_same_questions(a_label: str, a: SuiteResult, b_label: str, b: SuiteResult, tasks: Collection[str]) -> None:
     if a.block.suite != b.block.suite:
         raise ValueError(
             f"{a_label} is of suite {a.block.suite}, {b_label} of suite {b.block.suite}: compare like suites"
         )
-    if a.block.headline != b.block.headline or a.block.chat_template != b.block.chat_template:
+    if not tasks:
+        raise ValueError(f"there is no task that {a_label}, {b_label} and all others have")
+    asked = [[entry for entry in result.block.headline if entry.task in tasks] for result in (a, b)]
+    if asked[0] != asked[1] or a.block.chat_template != b.block.chat_template:
         raise ValueError(
-            f"{a_label} and {b_label} were asked differently (tasks, number of examples or chat template): "
+            f"{a_label} and {b_label} were asked differently (metric, number of examples or chat template): "
             "evaluate both with the same settings"
         )
-    for task, documents in a.block.documents.items():
-        theirs = b.block.documents.get(task)
+    for task in dict.fromkeys(leaf for entry in asked[0] for leaf in _members(a, entry.task)):
+        documents, theirs = a.block.documents[task], b.block.documents.get(task)
         if theirs is None or theirs.doc_hashes != documents.doc_hashes:
             num_theirs = 0 if theirs is None else len(theirs.doc_hashes)
             raise ValueError(

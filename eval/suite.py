@@ -87,7 +87,7 @@ def load_suite(name: str) -> tuple[str, Suite]:
         if not path.is_file():
             known = sorted(file.stem for file in suites_directory().glob("*.yaml"))
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
+            hint = f"; did you mean '{near[0]}'?" if near else "."
             raise ValueError(f"no suite '{name}'{hint} Suites: {', '.join(known)}; or give a YAML file")
     try:
         return path.stem, Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

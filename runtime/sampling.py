@@ -38,6 +38,8 @@ MASS_COEFFICIENTS = (744257403, 257891464, 59375084, 9884648, 1014582)
 # Top-p counts in these: what is asked for is a whole number of them.
 SHARE_BITS = 24
 LEAST_TEMPERATURE = 1e-4
+# The float32 below 1. Words that round to 1 get it, since the noise of 1 would be infinite.
+MOST_UNIFORM = 1 - 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,20 @@ def gumbel_noise(
     block = torch.arange((vocab_size + 3) // 4, dtype=torch.int64, device=device)
     counter = (block.expand(len(seeds), -1), column(positions), column(sequences), column(sequences, 32))
     words = torch.stack(philox4x32(counter, (column(seeds), column(seeds, 32))), dim=-1)
-    bits_RV = words.flatten(1)[:, :vocab_size] >> 9
-    uniform_RV = (bits_RV.to(torch.float32) + 0.5) * 2.0**-23
     # Row by row: torch's vectorized logarithm treats the end of a tensor differently from its middle, and a row's bits
     # must not depend on how many rows there are.
-    return torch.stack([-torch.log(-torch.log(uniform_V.clone())) for uniform_V in uniform_RV])
+    return torch.stack([gumbel(words_V.clone()) for words_V in words.flatten(1)[:, :vocab_size]])
+
+
+def gumbel(words_V: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise, float32 [V], of int64 [V] that hold unsigned 32-bit values.
+
+    A token of probability p is drawn where an exponential variable is about p or less. Float32 is fine next to 0 and
+    coarse next to 1, so the variable is -log(1 - v) of a v next to 0: tokens are drawn as often as they should be down
+    to a probability of 1e-9, where -log(u) of a u next to 1 stops at 1e-7.
+    """
+    v_V = ((words_V.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=MOST_UNIFORM)
+    return -torch.log(-torch.log1p(-v_V))
 
 
 def masses(scaled_V: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:

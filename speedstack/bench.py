@@ -5,6 +5,7 @@ Files are written after every set of every repeat, so that whatever ends the run
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
     from speedstack.eval.results import AcceptanceResult, TimingResult
 
 TIMING_FILE, TABLE_FILE, ACCEPTANCE_FILE = "timing.json", "timing.md", "acceptance.json"
+
+
+def load_bench_config(path: Path | None, overrides: Sequence[str]) -> BenchConfig:
+    """As every verb's; instead of a YAML file, a model directory may be named, which is then `target`."""
+    from speedstack.train.config import load_config_of
+
+    return load_config_of(BenchConfig, "target", path, overrides)
 
 
 def bench(config: BenchConfig) -> None:

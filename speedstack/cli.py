@@ -15,7 +15,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -80,7 +81,7 @@ VERBS = {
     ),
     "generate": Verb(
         "stream text from a model, with or without a drafter",
-        "speedstack.generate:GenerateConfig",
+        "speedstack.generate:load_generate_config",
         "speedstack.generate:generate",
     ),
     "eval": Verb(
@@ -96,7 +97,7 @@ VERBS = {
     ),
     "bench": Verb(
         "time the decode loop, with peers side by side",
-        "speedstack.eval.config:BenchConfig",
+        "speedstack.bench:load_bench_config",
         "speedstack.bench:bench",
     ),
     "ablate": Verb(
@@ -129,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments or os.environ.get("SPEEDSTACK_DEBUG", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        return _dispatch(arguments)
+        with _warnings_as_lines(debug):
+            return _dispatch(arguments)
     except KeyboardInterrupt:
         verb = VERBS.get(arguments[0]) if arguments else None
         way_on = "; the same command continues from the last finished piece of work"
@@ -209,6 +211,26 @@ def _first_message(box: str) -> str:
         if text and text[0] not in "\u2500\u256d\u2570" and not re.match(r"For further information|https?://", text):
             lines.append(text)
     return " ".join(lines)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines(debug: bool) -> Iterator[None]:
+    """Warnings from our code are one line as errors are, without the file and the source line that raised them. Others'
+    stay as they are, and all of them under `debug`."""
+    library_format, ours = warnings.formatwarning, str(Path(__file__).parent)
+
+    def format_warning(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if debug or category is not UserWarning or not filename.startswith(ours):
+            return library_format(message, category, filename, lineno, line)
+        return f"speedstack: warning: {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = format_warning
+    try:
+        yield
+    finally:
+        warnings.formatwarning = library_format
 
 
 def _resolve(name: str) -> Any:

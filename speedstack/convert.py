@@ -6,6 +6,7 @@ The checkpoint may be named before the flags, where other verbs take a config fi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -46,7 +47,8 @@ class ConvertConfig(VerbConfig):
     )
     target: Path | None = Field(
         None,
-        description="The model that a drafter is for: what speculators' format names, and whose LM head it stores.",
+        description="The model that a drafter is for from now on, such as its old target in another format; what "
+        "speculators' format names, and whose LM head it stores. None: the one it was trained for.",
     )
     max_shard_bytes: int = Field(5 * 10**9, ge=1, description="Largest safetensors file written, in bytes.")
 
@@ -107,14 +109,22 @@ def _convert_drafter(config: ConvertConfig) -> None:
     from speedstack.quant.checkpoint.files import checkpoint_directory
     from speedstack.quant.checkpoint.reader import read_config
 
-    target = Target()
+    target, taken_over = Target(), None
     if config.target is not None:
         target_config = read_config(checkpoint_directory(config.target))[0]
         text = target_config.get_text_config()
-        sha256 = weights_sha256(config.target)
-        check_target(load_config(config.source), sha256, text.hidden_size, text.num_hidden_layers, text.vocab_size)
+        drafter, sha256 = load_config(config.source), weights_sha256(config.target)
+        check_target(drafter, None, text.hidden_size, text.num_hidden_layers, text.vocab_size)
+        if drafter.target_sha256 not in (None, sha256):
+            taken_over = sha256
+            warnings.warn(
+                f"{config.source} was trained for weights with SHA-256 {drafter.target_sha256[:12]}..., "
+                f"{config.target} has {sha256[:12]}...: the result is for the latter. Its texts are the target's own "
+                "either way; fewer of its proposals stand where the weights differ in more than their format",
+                stacklevel=2,
+            )
         names = tuple(target_config.architectures or ())
         target = Target(str(config.target), names, load_tensor(config.target, "lm_head.weight"))
-    drafter = convert_drafter(config.source, config.to, config.out, target)
+    drafter = convert_drafter(config.source, config.to, config.out, target, taken_over)
     print(f"drafter of {drafter.num_hidden_layers} layers for blocks of {drafter.block_size}: to {config.to}")
     print(f"written: {config.out}")

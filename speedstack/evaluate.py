@@ -23,11 +23,9 @@ if TYPE_CHECKING:
 
 def load_eval_config(path: Path | None, overrides: Sequence[str]) -> EvalConfig:
     """As every verb's; instead of a YAML file, a model directory may be named, which is then `target`."""
-    from speedstack.train.config import load_config
+    from speedstack.train.config import load_config_of
 
-    if path is not None and path.suffix not in (".yaml", ".yml"):
-        return load_config(EvalConfig, None, ["--target", str(path), *overrides])
-    return load_config(EvalConfig, path, overrides)
+    return load_config_of(EvalConfig, "target", path, overrides)
 
 
 def evaluate(config: EvalConfig) -> None:

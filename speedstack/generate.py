@@ -7,7 +7,7 @@ Python API (`speedstack.runtime.Engine`), which does them in three lines.
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,6 +47,13 @@ class GenerateConfig(ModelConfig):
     tree_budget: int | None = Field(
         None, description="Verify a tree of so many proposals a round instead of a chain (reference backend)."
     )
+
+
+def load_generate_config(path: Path | None, overrides: Sequence[str]) -> GenerateConfig:
+    """As every verb's; instead of a YAML file, a model directory may be named, which is then `target`."""
+    from speedstack.train.config import load_config_of
+
+    return load_config_of(GenerateConfig, "target", path, overrides)
 
 
 def generate(config: GenerateConfig) -> None:

@@ -60,7 +60,9 @@ class StepConfig(VerbConfig):
     programs_per_sm: int = Field(1, ge=1, le=4, description="Programs of the persistent kernel on a multiprocessor.")
     rows: int = Field(1, ge=1, le=16, description="Tokens computed in a step.")
     sequences: int | None = Field(
-        None, ge=1, description="Sequences they belong to; None: one if acceptance_length is above 1, else one a row."
+        None,
+        ge=1,
+        description="Sequences they belong to; None: one with a drafter or acceptance_length above 1, else one a row.",
     )
     context: int = Field(1024, ge=1, description="Positions that each row attends to.")
     split_size: int = Field(256, ge=16, description="Positions of the context that one work item attends to.")
@@ -98,14 +100,14 @@ class StepConfig(VerbConfig):
         if self.drafter is not None and self.num_gpus > 1:
             raise ValueError("a drafter is planned for one GPU: leave out num_gpus, or give draft_us instead")
         if self.drafter is not None and limit < 2:
-            raise ValueError("a step with a drafter takes at least two rows a sequence: raise rows")
+            raise ValueError("a step with a drafter takes at least two rows a sequence: raise rows, for example to 8")
         return self
 
     @property
     def num_sequences(self) -> int:
         if self.sequences is not None:
             return self.sequences
-        return 1 if self.acceptance_length > 1 else self.rows
+        return 1 if self.acceptance_length > 1 or self.drafter is not None else self.rows
 
 
 class PlanConfig(StepConfig):
@@ -184,12 +186,10 @@ class Planned:
 def load_plan_config(path: Path | None, overrides: Sequence[str]) -> PlanConfig:
     """As every verb's; instead of a YAML file, a model directory or a config.json may be named, which is then `model`.
     `--json` is short for `--json-output`."""
-    from speedstack.train.config import load_config
+    from speedstack.train.config import load_config_of
 
     flags = ["--json-output" if flag == "--json" else flag for flag in overrides]
-    if path is not None and path.suffix not in (".yaml", ".yml"):
-        return load_config(PlanConfig, None, ["--model", str(path), *flags])
-    return load_config(PlanConfig, path, flags)
+    return load_config_of(PlanConfig, "model", path, flags)
 
 
 def make_plan(config: StepConfig, formats: WeightFormats | None = None) -> Planned:
@@ -374,18 +374,19 @@ def _print(result: PlanResult, config: PlanConfig, gpu: Gpu) -> None:
     resident = result.weights_bytes + result.cache_bytes + result.buffer_bytes
     fits = "" if resident <= gpu.memory_bytes else f", MORE THAN THE {gpu.memory_bytes / GIGA:.0f} GB THERE ARE"
     print(
-        f"memory{each}: weights {result.weights_bytes / GIGA:.2f} GB, cache {result.cache_bytes / GIGA:.2f} GB, "
-        f"buffers {result.buffer_bytes / MEGA:.1f} MB{fits}; {result.num_counters} counters, "
+        f"memory{each}: weights {_size(result.weights_bytes)}, cache {_size(result.cache_bytes)}, "
+        f"buffers {_size(result.buffer_bytes)}{fits}; {result.num_counters} counters, "
         f"{result.num_programs} programs"
     )
-    gain = f" x {config.acceptance_length:g} tokens" if config.acceptance_length > 1 else ""
+    is_drafting = config.acceptance_length > 1 or config.drafter is not None
+    gain = f", acceptance length {config.acceptance_length:g}" if is_drafting else ""
     sequences = f"{config.num_sequences} sequence{'s' * (config.num_sequences > 1)}"
     print(
-        f"roofline: {1e3 * result.roofline_seconds:.3f} ms a step, {result.roofline_tokens_per_second:.0f} tokens/s at "
+        f"roofline: {_time(result.roofline_seconds)} a step, {result.roofline_tokens_per_second:.0f} tokens/s at "
         f"most ({sequences}{gain}, {100 * config.bandwidth_fraction:g}% of the bandwidth)"
     )
     print(
-        f"predicted: {1e3 * result.predicted_seconds:.3f} ms a step, {result.predicted_tokens_per_second:.0f} tokens/s "
+        f"predicted: {_time(result.predicted_seconds)} a step, {result.predicted_tokens_per_second:.0f} tokens/s "
         f"(items as they divide, {config.handoff_us:g} us a hand-off"
         + (f", {config.all_reduce_us:g} us an exchange" if config.num_gpus > 1 else "")
         + ": assumptions, not measurements)"
@@ -396,3 +397,11 @@ def _print(result: PlanResult, config: PlanConfig, gpu: Gpu) -> None:
             f"in {result.proof.num_phases} phases, {result.proof.num_conflicts} conflicts ordered, state repeats after "
             f"{result.proof.num_steps} steps; {result.proof.seconds:.2f} s"
         )
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GIGA:.2f} GB" if num_bytes >= GIGA else f"{num_bytes / MEGA:.1f} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:.3f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.1f} us"

@@ -44,11 +44,9 @@ class TraceConfig(StepConfig):
 
 def load_trace_config(path: Path | None, overrides: Sequence[str]) -> TraceConfig:
     """As every verb's; instead of a YAML file, a model directory or a config.json may be named: the `model`."""
-    from speedstack.train.config import load_config
+    from speedstack.train.config import load_config_of
 
-    if path is not None and path.suffix not in (".yaml", ".yml"):
-        return load_config(TraceConfig, None, ["--model", str(path), *overrides])
-    return load_config(TraceConfig, path, overrides)
+    return load_config_of(TraceConfig, "model", path, overrides)
 
 
 def trace(config: TraceConfig) -> None:

@@ -5,13 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from speedstack import __version__, cli, demo
-from speedstack.cli import VERBS, main
+from speedstack.cli import VERBS, config_loader, main
 from speedstack.demo_config import DemoConfig, load_demo_config
 from speedstack.train.config import dump_config
 
@@ -107,6 +108,23 @@ def test_wrong_type_in_a_file(text: str, message: str, fails: Callable[..., str]
 )
 def test_wrong_value_of_a_flag(arguments: list[str], message: str, fails: Callable[..., str]) -> None:
     assert message in fails("pretrain", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("verb", "key"),
+    [
+        ("generate", "target"),
+        ("eval", "target"),
+        ("bench", "target"),
+        ("plan", "model"),
+        ("trace", "model"),
+        ("quantize", "model"),
+        ("convert", "source"),
+    ],
+)
+def test_a_verb_that_takes_a_model_takes_its_directory_in_the_place_of_a_file(verb: str, key: str) -> None:
+    config = config_loader(VERBS[verb])(Path("some/model"), [])
+    assert getattr(config, key) == Path("some/model")
 
 
 def test_missing_config_file(fails: Callable[..., str]) -> None:
@@ -309,6 +327,23 @@ def test_traceback_only_when_asked(
         monkeypatch.setenv("SPEEDSTACK_DEBUG", "1")
     assert main(["demo", "--debug"] if how == "flag" else ["demo"]) == 2
     assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_warning_of_ours_is_one_line(
+    debug: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warn(config: object) -> None:
+        for filename in (cli.__file__, "/elsewhere/library.py"):
+            print(warnings.formatwarning("not\nused", UserWarning, filename, 1), end="", file=sys.stderr)
+
+    before = warnings.formatwarning
+    monkeypatch.setattr(demo, "demo", warn)
+    assert main(["demo", "--debug"] if debug else ["demo"]) == 0
+    ours, *others = capsys.readouterr().err.splitlines()
+    assert (ours == "speedstack: warning: not used") is not debug
+    assert any("/elsewhere/library.py:1: UserWarning: not" in line for line in others)
+    assert warnings.formatwarning is before
 
 
 def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,5 +70,31 @@ def test_convert_recognizes_a_drafter(
         assert f"is a drafter, for which the setting {name} does nothing" in line
     line = fails("convert", tiny_packed_dir, "--to", "mimo", *nowhere, "--target", tiny_model_dir)
     assert "is a model, for which the setting target does nothing" in line
-    assert "SHA-256" in fails("convert", tiny_drafter_dir, "--to", "mimo", *nowhere, "--target", tiny_packed_dir)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_drafter_is_taken_over_for_its_target_in_another_format(
+    tiny_packed_dir: Path,
+    tiny_packed_drafter_dir: Path,
+    fails: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The SHA-256 of files cannot tell the same values in another format from another model."""
+    target, drafter = tmp_path / "mimo", tmp_path / "drafter"
+    assert main(["convert", str(tiny_packed_dir), "--to", "mimo", "--out", str(target)]) == 0
+    command = ["generate", str(target), "--prompt", "def f(x):", "--max-new-tokens", "8", "--device", "cpu"]
+    assert "--to speedstack --target TARGET" in fails(*command, "--drafter", tiny_packed_drafter_dir)
+    take_over = ["convert", str(tiny_packed_drafter_dir), "--to", "speedstack", "--out", str(drafter)]
+    with pytest.warns(UserWarning, match="the result is for the latter"):
+        assert main([*take_over, "--target", str(target)]) == 0
+    capsys.readouterr()
+    assert main(command) == 0
+    alone = capsys.readouterr().out
+    assert main([*command, "--drafter", str(drafter)]) == 0
+    assert capsys.readouterr().out == alone
+    fields = json.loads((tiny_packed_drafter_dir / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "wide").mkdir()
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(fields | {"hidden_size": 8}), encoding="utf-8")
+    line = fails("convert", tmp_path / "wide", "--to", "zlab", "--out", tmp_path / "x", "--target", target)
+    assert "it expects hidden size 8" in line

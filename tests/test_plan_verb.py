@@ -32,6 +32,7 @@ def test_a_table_of_a_released_model(capsys: pytest.CaptureFixture[str], tmp_pat
         assert op in text
     result = PlanResult.load(out)
     assert "proof: safe" in text and result.proof.is_safe
+    assert f"roofline: {1e6 * result.roofline_seconds:.1f} us a step" in text and "weights 18.48 GB" in text
     assert "weights: attention bf16, attention output bf16, dense bf16, router bf16, experts mxfp4, " in text
     assert f"{result.roofline_tokens_per_second:.0f} tokens/s" in text
     # 3.42 GB of weights and 0.10 GB of cache at 4.8 TB/s
@@ -117,6 +118,9 @@ def test_a_drafter_is_planned_with_its_target(
     assert drafted["step_memory_bytes"] > plain["step_memory_bytes"]
     path = tiny_packed_drafter_dir / "config.json"
     assert as_json(capsys, tiny_packed_dir, *options, "--drafter", path)["ops"] == drafted["ops"]
+    # The rows of a step that drafts are one sequence's unless it is said otherwise.
+    text = run(capsys, tiny_packed_dir, "--drafter", path, "--rows", "8", "--context", "64")
+    assert "(1 sequence, acceptance length 1, " in text
 
     def refusal(*arguments: object) -> str:
         return run(capsys, tiny_packed_dir, "--context", "100", *arguments, code=2)

@@ -8,9 +8,12 @@ includes and environment variables; a config that has to be executed to be under
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
+import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -279,8 +282,8 @@ def load_config(config_type: type[ConfigT], path: Path | None, overrides: Sequen
     """Config of any verb: defaults, then the YAML file, then flags `--section.key value`. `--help` lists every field.
 
     Raises:
-        ValueError: as `read_config`, and for an unknown flag or a combination of values that does not fit.
-        SystemExit: from tyro, which has printed why, for `--help` (code 0) and a flag's bad value (code 2).
+        ValueError: as `read_config`, and for an unknown flag, a value that is refused, or values that do not fit.
+        SystemExit: from tyro, for `--help` (code 0) and for a value of another type (code 2), of which it prints why.
     """
     default = read_config(config_type, path)
     known = _dotted_keys(config_type)
@@ -288,7 +291,17 @@ def load_config(config_type: type[ConfigT], path: Path | None, overrides: Sequen
         key = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if argument.startswith("--") and key not in {"help", *known, *(_negated(name) for name in known)}:
             raise ValueError(f"unknown flag '{argument.partition('=')[0]}'{_nearest(key, config_type, prefix='--')}")
-    config = tyro.cli(config_type, default=default, args=list(overrides), prog="speedstack")
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            config = tyro.cli(config_type, default=default, args=list(overrides), prog="speedstack")
+    except SystemExit as stop:
+        # tyro frames pydantic's own text, which speaks of input types and types' names.
+        if (refused := _validation_error(stop)) is not None:
+            raise ValueError(describe_validation_error(refused, config_type)) from refused
+        sys.stderr.write(printed.getvalue())
+        raise
+    sys.stderr.write(printed.getvalue())
     try:
         # tyro assembles the sections itself; the validators that look across sections have to see the result.
         return config_type.model_validate(config.model_dump())
@@ -332,8 +345,9 @@ def config_hash(config: JobConfig) -> str:
 def describe_validation_error(error: ValidationError, config_type: type[BaseModel]) -> str:
     """All problems of a `ValidationError` in one line, each with its dotted key; unknown keys name the nearest one."""
     problems = []
+    section = _section_named(error.title, config_type)
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
+        key = ".".join([*section, *map(str, item["loc"])])
         if item["type"] == "extra_forbidden":
             problems.append(f"unknown key '{key}'{_nearest(key, config_type)}")
         else:
@@ -342,6 +356,22 @@ def describe_validation_error(error: ValidationError, config_type: type[BaseMode
             got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
             problems.append(f"{prefix}{item['msg'].removeprefix('Value error, ')}{got}"[:300])
     return "; ".join(problems)
+
+
+def _validation_error(stop: BaseException) -> ValidationError | None:
+    """What pydantic refused, where that is why tyro gave up."""
+    below: BaseException | None = stop
+    while below is not None and not isinstance(below, ValidationError):
+        below = below.__context__
+    return below
+
+
+def _section_named(title: str, config_type: type[BaseModel]) -> list[str]:
+    """The key of the section whose type has this name, where there is one: tyro makes each section by itself."""
+    keys = [
+        name for name, field in config_type.model_fields.items() if getattr(field.annotation, "__name__", "") == title
+    ]
+    return keys if len(keys) == 1 else []
 
 
 def _overlay(base: dict[str, Any], top: dict[Any, Any]) -> dict[Any, Any]:

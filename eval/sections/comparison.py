@@ -36,6 +36,8 @@ def _section(comparison: Comparison, title: str) -> Section:
         f"is called within noise when its p-value is above {comparison.significance:g}; several tasks are looked at, "
         "and at that level one in " + f"{1 / comparison.significance:.0f} differs by chance."
     )
+    if comparison.left_out:
+        text += f" Not all results have {', '.join(comparison.left_out)}: left out."
     headlines = tuple(
         Headline(f"{100 * mean:.1f}%", f"mean recovery of {result}", f"suite {comparison.suite}, of its scores")
         for result, mean in comparison.mean_recovery.items()

@@ -148,6 +148,19 @@ def test_what_does_not_compare_is_named() -> None:
         compare_results({"a": a})
 
 
+def test_tasks_that_one_result_lacks_are_left_out_and_named() -> None:
+    """As the one that needs a teacher, which the teacher's own result has not."""
+    full = result({"t:acc": [1.0, 0.0, 1.0]})
+    quantized = result({"t:acc": [1.0, 0.0, 0.0], "same:exact_match": [1.0, 1.0, 0.0]})
+    for pair in ({"full": full, "q": quantized}, {"q": quantized, "full": full}):
+        comparison = compare_results(pair)
+        assert [entry.task for entry in comparison.metrics] == ["t"]
+        assert comparison.left_out == ("same",)
+        assert comparison.markdown().splitlines()[-1] == "Left out, because not all results have them: same"
+    with pytest.raises(ValueError, match="there is no task that full, other and all others have"):
+        compare_results({"full": full, "other": result({"u:acc": [1.0, 0.0, 1.0]})})
+
+
 def test_table_says_what_is_noise(tmp_path: Path) -> None:
     base = [1.0] * 50 + [0.0] * 50
     comparison = compare_results(

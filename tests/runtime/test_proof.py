@@ -64,8 +64,8 @@ def random_plan(rng: random.Random) -> Plan:
             reads = [Read(Region(f"b{out[before]}", 1, 0, (1,)), f"p{before}")]
         else:
             waits = [Wait(f"c{before}", P, 0 if lag else P)]
-            # Pieces all the way round: nobody then waits for other items' reads of the step before's result.
-            piece = out[before] == out[i] or (lag and all(by_item[:-1]))
+            # Pieces up to the phase that writes this buffer again: it then waits for nobody else's reads of it here.
+            piece = out[before] == out[i] or (lag and all(by_item[: out[before]]))
             piece |= not dynamic[i] and sizes[before] == size and rng.random() < 0.3
             region = Region(f"b{out[before]}", 1, 0, (1,)) if piece else Region(f"b{out[before]}", sizes[before])
             reads = [Read(region, f"p{before}", int(lag))]

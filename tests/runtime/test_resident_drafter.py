@@ -1,6 +1,6 @@
 """The resident kernel drafts with a DFlash drafter: what the plan's bodies do, buffer by buffer; and texts.
 
-Run by test_resident.py's process that interprets. Legend: R rows.
+Run by test_resident.py in a process that interprets. Legend: R rows.
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
 """Faults planted in what the resident kernel executes: refused, named, or seen by some schedule.
 
-Run by test_resident.py's process that interprets.
+Run by test_resident.py in a process that interprets.
 """
 
 import re

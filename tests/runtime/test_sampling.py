@@ -1,5 +1,7 @@
 """Sampling: known random numbers, the right distribution, and nothing that depends on company."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from speedstack.runtime.sampling import (
     WHOLE_MASS,
     SamplingParams,
     filter_logits,
+    gumbel,
     gumbel_noise,
     masses,
     philox4x32,
@@ -59,6 +62,27 @@ def test_noise_depends_on_seed_sequence_and_position_and_nothing_else() -> None:
         for (seed, sequence, position), noise_V in zip(rows, together_RV, strict=True):
             alone_1V = gumbel_noise([seed], [sequence], [position], vocab_size, device)
             assert torch.equal(alone_1V[0], noise_V)
+
+
+def test_noise_is_gumbels_in_both_tails() -> None:
+    """Of words at both ends and between, against float64: rare tokens are drawn by what is next to 0."""
+    near = torch.arange(50)
+    words_V = torch.cat([near, 2 ** torch.arange(6, 32), 2**32 - 1 - 300 * near.flip(0)])
+    noise_V = gumbel(words_V)
+    exact_V = -torch.log(-torch.log1p(-(words_V.double() + 0.5) * 2.0**-32))
+    assert torch.allclose(noise_V[:-50].double(), exact_V[:-50], rtol=1e-6, atol=1e-6)
+    # A word has 24 bits in float32: at this end it moves by up to 128 of the 150 and more that 1 - v has.
+    assert torch.allclose(noise_V[-50:-1].double(), exact_V[-50:-1], atol=0.06)
+    assert float(noise_V[0]) == pytest.approx(33 * math.log(2), rel=1e-6)
+    assert float(noise_V[-1]) == pytest.approx(-math.log(24 * math.log(2)), rel=1e-6)
+    assert (noise_V.diff() <= 0).all()
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_should_be() -> None:
+    """One token of probability p among many: drawn where its exponential is about p or less."""
+    noise_V = gumbel(torch.arange(4096))  # of the words whose exponentials are the least
+    for probability in (5e-7, 1e-8, 1e-9):
+        assert int((noise_V >= -math.log(probability)).sum()) == pytest.approx(probability * 2**32, abs=1)
 
 
 def test_sequence_key_names_the_prompt() -> None:

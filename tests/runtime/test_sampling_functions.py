@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 
+from speedstack.runtime import sampling
 from speedstack.runtime.sampling import (
     WHOLE_MASS,
     SamplingParams,
@@ -30,7 +31,7 @@ from speedstack.runtime.backend import Draw, Rows
 from speedstack.runtime.bindings import Constants
 from speedstack.runtime.kernels.triton.cut import find_edge, key_of, mass_of, share_of, value_of
 from speedstack.runtime.kernels.triton.head import keep_tile
-from speedstack.runtime.kernels.triton.noise import uniform_words
+from speedstack.runtime.kernels.triton.noise import gumbel, uniform_words
 from speedstack.runtime.kernels.triton.phase import phase_kernel
 from speedstack.runtime.memory import row_records, sampling_records
 
@@ -61,6 +62,20 @@ def test_noise_is_drawn_from_the_same_integers(seed: int, sequence: int, positio
     counter = (torch.arange(16), *(torch.tensor(x) for x in (position, sequence & mask, sequence >> 32)))
     words = philox4x32(counter, (seed & mask, seed >> 32))
     assert torch.equal(found.long() & mask, torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten())
+
+
+@triton.jit
+def gumbel_kernel(words_ptr, noise_ptr, N: tl.constexpr):
+    n_N = tl.arange(0, N)
+    tl.store(noise_ptr + n_N, gumbel(tl.load(words_ptr + n_N).to(tl.uint32, bitcast=True)))
+
+
+def test_noise_is_the_hosts_to_its_last_bits() -> None:
+    """From one end of the words to the other: both logarithms and their quotient are right to a few units of 2**-24."""
+    words_N = torch.cat([torch.arange(64), 2 ** torch.arange(6, 32), 2**32 - 1 - 97 * torch.arange(38)])
+    noise_N = torch.empty(len(words_N))
+    gumbel_kernel[(1,)](words_N.to(torch.int32), noise_N, N=len(words_N))
+    assert torch.allclose(noise_N, sampling.gumbel(words_N), rtol=2.0**-22, atol=2.0**-21)
 
 
 @triton.jit

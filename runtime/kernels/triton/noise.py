@@ -1,11 +1,14 @@
 """Gumbel noise: the same Philox integers and uniform numbers as `speedstack.runtime.sampling`. Logarithms may differ in
-the last bit from PyTorch's. See the package for the legend.
+the last bits from PyTorch's. See the package for the legend.
 """
 
 import triton
 import triton.language as tl
 
+from speedstack.runtime import sampling
 from speedstack.runtime.kernels.triton.rows import POSITION, RECORD, SEED, SEQUENCE, field
+
+_MOST_UNIFORM = tl.constexpr(sampling.MOST_UNIFORM)
 
 
 @triton.jit
@@ -29,9 +32,14 @@ def uniform_words(block, position, sequence_low, sequence_high, seed_low, seed_h
 
 @triton.jit
 def gumbel(word):
-    """Standard Gumbel noise of a uint32 word."""
-    uniform = ((word >> 9).to(tl.float32) + 0.5) * (2.0**-23)
-    return -tl.log(-tl.log(uniform))
+    """Standard Gumbel noise of a uint32 word: `sampling.gumbel`, whose -log(1 - v) is v * log(u) / (u - 1) with u the
+    float32 next to 1 - v (Goldberg, "What every computer scientist should know about floating-point arithmetic", 1991,
+    theorem 4): what rounding makes of 1 - v, it makes of both.
+    """
+    v = tl.minimum((word.to(tl.float32) + 0.5) * (2.0**-32), _MOST_UNIFORM)
+    u = 1.0 - v
+    exponential = tl.where(u == 1.0, v, v * (tl.log(u) / tl.where(u == 1.0, -1.0, u - 1.0)))
+    return -tl.log(exponential)
 
 
 @triton.jit
