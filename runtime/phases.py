@@ -309,7 +309,7 @@ class LayerBuilder(PlanBuilder):
             ),
         )  # fmt: skip
         self.prefetches.append(Prefetch(f"{at}gate_up", self.all_programs(f"{at}router")))
-        # The logits tell those who fetch weights ahead what is written into the routes only now.
+        # The logits are for those who fetch weights before the routes are written.
         reads = [self.read_whole(logits, f"{at}router")]
         reads += [self.read_whole(act, f"{at}gate_up"), self.read_whole(routes, f"{at}gate_up")]
         self.project(

@@ -112,7 +112,7 @@ def variant_of(binding: Binding) -> Constants:
 
 
 def check_early_choices(plan: Plan) -> None:
-    """Asserts what the proof does not know: `expert_down` chooses experts before its own wait.
+    """Asserts what the proof does not know: for the weights of `expert_down` logits are read before its own wait.
 
     The router's logits have to lie behind a wait of an earlier phase of the same step, which every program has passed.
     """

@@ -36,7 +36,7 @@ _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _SLICE = tl.constexpr(SLICE)
 _IS_FIRST_DEALT_FIRST = tl.constexpr(triton.__version__.startswith("3.6."))
 route_words = triton.constexpr_function(records.route_words)
-_STAGES = tl.constexpr(4)
+_STAGES = tl.constexpr(4)  # of `experts_sum_mxfp4`: one more than rounds whose words are under way
 # Pairs of elements next to each other that a lane has of either half of a tensor core's operand, as the two versions of
 # Triton deal out operands that are joined of several: for another number they would move through shared memory.
 _NEIGHBOURS = tl.constexpr(2 if _IS_FIRST_DEALT_FIRST.value else 1)
@@ -233,7 +233,7 @@ def _sorted(x_SBR):
 
 @triton.jit
 def _in_order(x_SC):
-    """[S, lanes, a lane's elements in pairs, R] as an operand [S, B, R] in the product's order (see `_neighbours`)."""
+    """[S, lanes, a lane's elements in pairs, R] as an operand [S, B, R] in the product's order (see `_NEIGHBOURS`)."""
     S: tl.constexpr = x_SC.shape[0]
     R: tl.constexpr = x_SC.shape[3]
     NEAR: tl.constexpr = _NEIGHBOURS
