@@ -155,6 +155,12 @@ class BenchConfig(ModelConfig):
             raise ValueError("gguf is for the peer llama.cpp, which is not among peers")
         return self
 
+    @model_validator(mode="after")
+    def _drafter_is_a_model(self) -> "BenchConfig":
+        if self.drafter == Path("ngram"):
+            raise ValueError("prompt look-up is timed beside a drafter anyway (look_up): give its directory, or None")
+        return self
+
 
 class CompareConfig(VerbConfig):
     """Results of one suite side by side: differences, their significance, how much of the first one is recovered."""

@@ -100,7 +100,7 @@ class StepConfig(VerbConfig):
         if self.drafter is not None and self.num_gpus > 1:
             raise ValueError("a drafter is planned for one GPU: leave out num_gpus, or give draft_us instead")
         if self.drafter is not None and limit < 2:
-            raise ValueError("a step with a drafter takes at least two rows a sequence: raise rows, for example to 8")
+            raise ValueError("a step with a drafter takes at least two rows a sequence: raise rows")
         return self
 
     @property

@@ -106,6 +106,11 @@ def test_what_was_finished_is_kept(
     assert (config.out / "timing.md").read_text(encoding="utf-8") == kept.table()
 
 
+def test_look_up_is_not_timed_under_the_name_of_a_drafter(make_config: Callable[..., BenchConfig]) -> None:
+    with pytest.raises(ValueError, match="prompt look-up is timed beside a drafter anyway"):
+        make_config(drafter="ngram")
+
+
 def test_mistakes_are_one_line(make_config: Callable[..., BenchConfig], capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config()
     common = ["bench", "--target", str(config.target), "--out", str(config.out)]

@@ -149,7 +149,7 @@ def test_missing_text_and_too_little(
     fails: Callable[..., str], tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     base = [tiny_model_dir, "--out", tmp_path / "out", "--calibration.source"]
-    assert "neither a file nor a dataset" in fails(*base, tmp_path / "nowhere.txt")
+    assert "there is no file or directory" in fails(*base, tmp_path / "nowhere.txt")
     assert "fewer than the 9999 asked for" in fails(*base, text_file, *SMALL, "--calibration.num-sequences", "9999")
     line = fails(*base, text_file, *SMALL, "--calibration.sequence-length", "1000")
     assert "1000 exceeds the model's 256 positions" in line

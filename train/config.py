@@ -351,10 +351,12 @@ def describe_validation_error(error: ValidationError, config_type: type[BaseMode
         if item["type"] == "extra_forbidden":
             problems.append(f"unknown key '{key}'{_nearest(key, config_type)}")
         else:
-            prefix = f"{key}: " if key else ""
+            # Messages of validators may begin with the key themselves.
+            message = item["msg"].removeprefix("Value error, ")
+            prefix = f"{key}: " if key and not message.startswith(f"{key}.") else ""
             # A validator that looks at a whole section names what is wrong in it.
             got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-            problems.append(f"{prefix}{item['msg'].removeprefix('Value error, ')}{got}"[:300])
+            problems.append(f"{prefix}{message}{got}"[:300])
     return "; ".join(problems)
 
 

@@ -193,6 +193,8 @@ def load_table(source: str, split: str = "train") -> datasets.Dataset:
         kind = formats.pop()
         options = {"sample_by": "document"} if kind == "text" else {}
         return datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
+    if place.suffix in _FORMATS or source.startswith(("/", "./", "../", "~")):
+        raise ValueError(f"there is no file or directory {source}")  # nor will the Hub have it, after many retries
     try:
         return datasets.load_dataset(source, split=split)
     except (OSError, ValueError) as error:

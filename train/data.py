@@ -34,8 +34,8 @@ class PackedWindows:
         self._num_windows = len(self._tokens) // sequence_length
         if not self._num_windows:
             raise ValueError(
-                f"the corpus split has {len(self._tokens)} tokens, fewer than one window of {sequence_length}: "
-                "lower data.sequence_length or use more text"
+                f"the text has {len(self._tokens)} tokens, fewer than one window of {sequence_length}: lower "
+                "sequence_length or give more text"
             )
 
     def __len__(self) -> int:

@@ -47,6 +47,11 @@ class FlipWatch:
         self._start = self._quantized()
         self._looks = [self._start]
 
+    @property
+    def has_looked(self) -> bool:
+        """Whether there was a look after the first one."""
+        return len(self._looks) > 1
+
     def look(self) -> None:
         """Remember the values that the masters have now."""
         self._looks = [*self._looks, self._quantized()][-_NUM_LOOKS:]

@@ -51,6 +51,7 @@ class QatRecipe(Recipe):
 
     def __init__(self, config: QatConfig) -> None:
         self.config = config
+        self.has_stepped = False
 
     def inputs(self) -> dict[str, str]:
         section = self.config.qat
@@ -138,10 +139,13 @@ class QatRecipe(Recipe):
             for name, value in zip(sums, values, strict=True):
                 sums[name] += value.mean().item() * len(ids_BT)
             num_windows += len(ids_BT)
-        flips = self.flips.metrics() if self.flips is not None else {}
+        # Weights that moved and were not looked at since may have flipped: no share is better than a wrong 0.
+        is_seen = self.flips is not None and (self.flips.has_looked or not self.has_stepped)
+        flips = self.flips.metrics() if self.flips is not None and is_seen else {}
         return {name: total / num_windows for name, total in sums.items()} | flips
 
     def after_step(self, num_steps_done: int) -> None:
+        self.has_stepped = True
         if self.flips is not None and num_steps_done % self.config.qat.look_every == 0:
             self.flips.look()
 

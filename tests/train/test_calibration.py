@@ -67,7 +67,7 @@ def test_refusals(corpus_path: Path, text_file: Path, tokenizer: PreTrainedToken
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"expected \.jsonl, \.parquet or \.txt files"):
         calibration_windows(str(tmp_path / "empty"), tokenizer, 1, 8, seed=0)
-    with pytest.raises(ValueError, match="neither a file nor a dataset"):
+    with pytest.raises(ValueError, match="there is no file or directory"):
         calibration_windows(str(tmp_path / "nowhere.jsonl"), tokenizer, 1, 8, seed=0)
 
 

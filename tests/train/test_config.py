@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from speedstack.eval.config import BenchConfig
 from speedstack.train.config import (
     KINDS,
     JobConfig,
@@ -113,6 +114,12 @@ def test_a_refused_flag_is_one_line_without_words_of_pydantic_or_tyro(
         load_config(PretrainConfig, None, flags)
     assert str(caught.value) == message
     assert not any(capsys.readouterr())
+
+
+def test_a_message_that_names_its_key_is_not_named_twice() -> None:
+    with pytest.raises(ValueError) as caught:
+        load_config(BenchConfig, None, ["--prompts.long-tokens", "5"])
+    assert str(caught.value).startswith("prompts.long_tokens needs long among")
 
 
 def test_tyro_says_itself_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
-from speedstack.train.corpus import load_corpus, load_documents, prepare_corpus
+from speedstack.train.corpus import load_corpus, load_documents, load_table, prepare_corpus
 
 
 def test_split_is_by_document_and_complete(corpus_path: Path) -> None:
@@ -104,6 +105,13 @@ def test_a_directory_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"expected \.jsonl, \.parquet or \.txt"):
         prepare_corpus(tmp_path / "new", source=str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("source", ["nowhere.jsonl", "/nowhere/at/all", "./nowhere"])
+def test_a_file_that_is_missing_is_not_asked_for_on_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    with pytest.raises(ValueError, match=f"there is no file or directory {source}"):
+        load_table(source)
 
 
 def test_the_standard_library_is_found_without_its_tests() -> None:

@@ -168,7 +168,7 @@ def test_bad_prompts_are_one_line_and_leave_nothing(tmp_path, tiny_tokenizer, te
 
 
 def test_a_source_that_is_nowhere_is_one_line(tmp_path, tiny_tokenizer):
-    with pytest.raises(ValueError, match="neither a file nor a dataset that can be fetched"):
+    with pytest.raises(ValueError, match="there is no file or directory"):
         prepare(tmp_path, tiny_tokenizer, tmp_path / "nowhere.jsonl")
 
 

@@ -232,6 +232,10 @@ def test_flips_are_recorded_and_survive_a_resume(
     assert "oscillating" not in silent.metrics
     assert silent.metrics["heldout_kl"] == last["heldout_kl"], "looking changes nothing"
 
+    rare = qat(make_qat_config(tmp_path / "rare", pretrained.export_path, **(options | {"qat__look_every": 5})))
+    shares = [line.get("flips_since_start") for line in numbers(rare.path) if line["kind"] == "eval"]
+    assert shares[:3] == [0.0, None, None] and shares[3], "before the first look nobody knows"
+
 
 def test_activation_checkpointing_changes_no_number(
     pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
