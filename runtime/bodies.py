@@ -6,7 +6,8 @@ compared with this buffer by buffer; this is compared with the reference backend
 
 Buffers, with R rows (the plan's capacity), `n` tiles of `t` columns:
 
-    rows, sequences, proposals, chosen, outcome, history, logits, best: see `round_bodies`, which has what decides
+    rows, sequences, proposals, chosen, outcome, history, logits, best, peaks, bins: see `round_bodies`, which has what
+              decides
     blocks, context, drafter.*: see `drafter_bodies`
     hidden    [R, D];  scaled  [R, D]  times the weight of the next norm;  squares  float32 [R, D / 16]
               (D in whole blocks of 16, as F in act);  features.*  as scaled, unscaled
@@ -29,10 +30,12 @@ from speedstack.runtime.drafter_bodies import DrafterBodies
 from speedstack.runtime.drafter_phases import is_drafting
 from speedstack.runtime.interpret import Body
 from speedstack.runtime.memory import step_inbox
+from speedstack.runtime.mixture import expert_matrices, route, swiglu
 from speedstack.runtime.plan import Phase, Plan
 from speedstack.runtime.records import EXPERT, FIRST_ROW, NUM_ACTIVE, NUM_ROWS, POSITION, SLOT, TOKEN, route_words
-from speedstack.runtime.reference import _experts, rms_norm, rotary_tables, rotate, route, swiglu
+from speedstack.runtime.reference import rms_norm
 from speedstack.runtime.ring import ring_length
+from speedstack.runtime.rotary import rotary_tables, rotate
 from speedstack.runtime.round_bodies import RoundBodies, Steps
 from speedstack.runtime.spec import AttentionSpec, MoeSpec
 from speedstack.runtime.tiles import BLOCK_COLUMNS
@@ -363,7 +366,7 @@ class PlanMemory(RoundBodies):
         dtype, one = x_RD.dtype, torch.tensor([expert])
         rows = torch.arange(columns.start, columns.stop)
         rows = torch.cat([rows, rows + moe.intermediate_size])
-        out = x_RD @ _experts(w.gate_up_EID, one, dtype)[0][rows].T * rms_R1
+        out = x_RD @ expert_matrices(w.gate_up_EID, one, dtype)[0][rows].T * rms_R1
         if w.gate_up_bias_EI is not None:
             out = out + w.gate_up_bias_EI[expert][rows]
         act_RI = swiglu(out, moe)
@@ -388,7 +391,7 @@ class PlanMemory(RoundBodies):
         total = torch.zeros_like(before)
         for record in routes_NW[:num_active]:
             expert, rows = int(record[2 * R + EXPERT]), (record[:R] >= 0).nonzero().flatten()
-            matrix = _experts(w.down_EDI, torch.tensor([expert]), before.dtype)[0][columns]
+            matrix = expert_matrices(w.down_EDI, torch.tensor([expert]), before.dtype)[0][columns]
             out = act_RKI[rows, record[rows].long()] @ matrix.T
             if w.down_bias_ED is not None:
                 out = out + w.down_bias_ED[expert][columns]
@@ -402,7 +405,7 @@ class PlanMemory(RoundBodies):
         draws = [
             (row, params.temperature, self.noise(row)[columns])
             for row in range(self.plan.rows if drafter is None else 0)
-            if self.is_used(row) and (params := self.params(row)).temperature > 0.0 and not self.is_cut(params)
+            if self.is_used(row) and (params := self.params(row)).temperature > 0.0
         ]
         yield
         logits = (x_RD @ plain_matrix(self.weights.lm_head_VD, x_RD.dtype)[columns].T).float() * rms_R1
@@ -410,6 +413,7 @@ class PlanMemory(RoundBodies):
             self.logits_RV[:, columns] = logits
         scores = logits.clone()
         for row, temperature, noise in draws:
+            self.peaks_RT[row, index[0]] = logits[row].max()
             scores[row] = logits[row] / temperature + noise
         best, best_RT2 = scores.max(-1), self.best_RT2 if drafter is None else drafter.best_RT2
         best_RT2[:, index[0]] = torch.stack([best.values, (best.indices + columns.start).float()], dim=-1)

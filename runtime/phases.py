@@ -124,8 +124,10 @@ class LayerBuilder(PlanBuilder):
         self.head("lm_head", before, "best", has_logits=True)
         if drafting is not None:
             drafting.append_context()
-        self.append(self.deciding.sample(self.spec.vocab_size, self.buffers["best"].num_cells))
-        self.append(self.deciding.accept())
+        buffers, choosing = self.deciding.choosing(self.spec.vocab_size, self.buffers["best"].num_cells)
+        self.buffers |= {buffer.name: buffer for buffer in buffers}
+        for phase in (*choosing, self.deciding.accept()):
+            self.append(phase)
         self.let_movers_leave()
         return Plan(
             model_type=self.spec.model_type,
@@ -147,15 +149,15 @@ class LayerBuilder(PlanBuilder):
         self.prefetches.insert(at, Prefetch(first.name, first.waits[0]))
 
     def embed(
-        self, name: str, op: str, reads: tuple[Read, ...], own_record: Region, wait: Wait, leave: Read | None
+        self, name: str, op: str, reads: tuple[Read, ...], own: tuple[Region, ...], wait: Wait, leave: Read | None
     ) -> str:
-        """Decides what the rows are, and embeds their tokens. own_record: of an item's row."""
+        """Decides what the rows are, and embeds their tokens. own: what else an item writes, of its row alone."""
         D = self.spec.hidden_size
         self.add(
             name, op, (Axis("row", self.rows),),  # all of them: one that is idle says so to the others
             reads=list(reads),
             # One row of all columns; other rows' items write the same columns of other rows.
-            writes=[own_record, *(self.whole(each, OWN_COLUMN) for each in ("hidden", "scaled", "squares"))],
+            writes=[*own, *(self.whole(each, OWN_COLUMN) for each in ("hidden", "scaled", "squares"))],
             waits=[wait],
             leave=leave,
             work=Work(
@@ -330,13 +332,15 @@ class LayerBuilder(PlanBuilder):
         D, V, R = self.spec.hidden_size, self.spec.vocab_size, self.rows
         tile = choose_tile(V, self.num_programs, MMA_TILES)
         matrix_bytes = self.stack.formats.num_bytes("lm_head", V * D)
+        tiles = ceil_div(V, tile)
         # each tile's largest logit, or score, and its index
-        writes = [Region(self.buffer(best, ceil_div(V, tile), R * 8), 1, 0, (1,))]
+        writes = [Region(self.buffer(best, tiles, R * 2 * WIDE_BYTES), 1, 0, (1,))]
         if has_logits:
             writes.insert(0, Region(self.buffer("logits", V, R * WIDE_BYTES), tile, 0, (tile,)))
-            self.buffer("candidates", R, (3 * V + ceil_div(V, tile)) * WIDE_BYTES)  # for top-k and top-p
+            # the largest logit where `best` has a score
+            writes.insert(1, Region(self.buffer("peaks", tiles, R * WIDE_BYTES), 1, 0, (1,)))
         self.add(
-            name, "lm_head", (Axis("tile", ceil_div(V, tile)),), None, tile,
+            name, "lm_head", (Axis("tile", tiles),), None, tile,
             reads=self.normalized(before),
             writes=writes,
             waits=[self.all_programs(before)],

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from speedstack.quant.fp8 import FP8Tensor
-from speedstack.runtime.reference import route
+from speedstack.runtime.mixture import route
 from speedstack.runtime.spec import MoeSpec
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -24,6 +24,7 @@ import triton.language as tl
 
 from speedstack.runtime.backend import Rows
 from speedstack.runtime.bindings import Constants
+from speedstack.runtime.bins import NUM_BINS
 from speedstack.runtime.kernels.triton.phase import phase_kernel
 from speedstack.runtime.kernels.triton.products import inverse_rms, rounded_to_bfloat16
 from speedstack.runtime.kernels.triton.router import choose
@@ -130,7 +131,8 @@ def test_lm_head_names_its_largest_logit() -> None:
         HAS_LOGITS=True,
     )
     scaled, squares = blocks(hidden_DR), squares_of(hidden_DR)
-    pointers = (ROWS, scaled, squares, head_VD, logits_VR, best, sampling_records([None] * R, R))
+    peaks = torch.full((2, R), 7.0)
+    pointers = (ROWS, scaled, squares, head_VD, logits_VR, best, sampling_records([None] * R, R), peaks)
     phase_kernel[(2,)](pointers, PHASE=phase, IS_DEPENDENT=False)
     normed_RD = hidden_DR.T * torch.rsqrt(hidden_DR.T.pow(2).mean(-1, keepdim=True) + 1e-5)
     expected_RV = normed_RD @ head_VD.T
@@ -144,6 +146,7 @@ def test_lm_head_names_its_largest_logit() -> None:
         known = [0, 1, 3]
         assert torch.equal(best[tile, 0].view(torch.float32)[known], part[known].max(-1).values)
     assert 17 in best[1, 1]
+    assert (peaks == 7.0).all(), "nobody needs them without a temperature"
 
 
 def blocks(x_KR: torch.Tensor) -> torch.Tensor:
@@ -165,7 +168,8 @@ def test_an_embedding_is_written_for_its_norm() -> None:
     hidden_DR, scaled, squares = torch.full((D, R), 7.0), torch.full((2, R, 16), 7.0), torch.full((2, R), 7.0)
     phase = Constants(IS_DRAFT=False, op="embed", axes=(R,), D=D, R=R, NP=2, HAS_PROPOSALS=False)
     nobody = torch.zeros(R, RECORD, dtype=torch.int32)  # goes on by itself: the host has written the rows
-    pointers = (nobody, nobody, nobody, rows, nobody, embedding_VD, hidden_DR, norm_D, scaled, squares)
+    bins = torch.full((R, 2, NUM_BINS), -5)
+    pointers = (nobody, nobody, nobody, rows, nobody, embedding_VD, hidden_DR, norm_D, scaled, squares, bins)
     phase_kernel[(R,)](pointers, PHASE=phase, IS_DEPENDENT=False)
     expected_DR = embedding_VD[[3, 1]].T
     assert torch.equal(hidden_DR[:, :2], expected_DR)
