@@ -1,7 +1,8 @@
 """What the decode kernels take of a GPU's multiprocessor: `python -m speedstack.eval.kernel_resources [RESULT.json]`.
 
 Compiles every kernel of a decode step for sm_90a at the shapes of released models, weights in bfloat16 or in FP8 and
-experts in MXFP4 or bfloat16: those of the `graph` backend, and the one of the `resident` backend. Records registers,
+experts in MXFP4 or bfloat16: those of the `graph` backend, and the one of the `resident` backend, which has a DFlash
+drafter's phases too. Records registers,
 spilled bytes and shared memory, and what a kernel that multiplies weights spends in instructions on a byte of them.
 Needs Triton, and no GPU.
 """
@@ -10,26 +11,29 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.environment import describe_environment
-from speedstack.eval.released import MODELS, released_spec
+from speedstack.eval.released import MODELS, drafter_config, released_spec
 from speedstack.eval.results import Document, Environment, Record
 from speedstack.runtime.gpus import gpu_named
-from speedstack.runtime.memory import Memory
-from speedstack.runtime.phases import build_plan
-from speedstack.runtime.plan import Plan
-from speedstack.runtime.plan_backend import formats_of
-from speedstack.runtime.resident import Prefetching, arguments_of, compile_options
+from speedstack.runtime.plan_backend import Target
+from speedstack.runtime.resident import Prefetching, ResidentBackend, compile_options
 from speedstack.runtime.shapes import empty_weights
 from speedstack.runtime.spec import ModelSpec
-from speedstack.runtime.weights import ModelWeights
+
+if TYPE_CHECKING:
+    from speedstack.runtime.launches import Launch
 
 GPU = "H200"
-NUM_PROGRAMS = gpu_named(GPU).num_sms
-MAX_CONTEXT = 16384
+TARGET = Target((9, 0), gpu_named(GPU).num_sms)
+NUM_SLOTS, MAX_CONTEXT = 8, 16384
+META = torch.device("meta")
+# Experts packed, the rest in FP8, with a drafter.
+KINDS = ((True, False, False), (False, False, False), (True, True, False), (True, False, True))
 
 
 class WeightLoop(Record):
@@ -52,11 +56,15 @@ class WeightLoop(Record):
 
 
 class KernelResources(Record):
-    """One kernel at one shape. num_registers, local_bytes: a thread's; a kernel without spills has 0 local bytes."""
+    """One kernel at one shape. num_registers, local_bytes: a thread's; a kernel without spills has 0 local bytes.
+
+    has_drafter: of a step that a DFlash drafter of two layers drafts for.
+    """
 
     model: str
     expert_format: Literal["mxfp4", "bf16"]
     linear_format: Literal["bf16", "fp8"] = "bf16"
+    has_drafter: bool = False
     phase: str
     op: str
     grid: tuple[int, ...]
@@ -84,14 +92,14 @@ def model_spec(model: str) -> ModelSpec:
     return replace(spec, layers=tuple(layer for layer, new in zip(spec.layers, is_new, strict=True) if new))
 
 
-def compiled_kernels(model: str, is_packed: bool, has_fp8: bool = False) -> Iterator[KernelResources]:
-    """Compiles a model's kernels, those of the same shape once."""
+def compiled_kernels(
+    model: str, is_packed: bool, has_fp8: bool = False, has_drafter: bool = False
+) -> Iterator[KernelResources]:
+    """Compiles the kernels of a model's phases, or of its drafter's; those of the same shape once."""
     from speedstack.runtime.kernels.triton.resources import compile_launch
-    from speedstack.runtime.launches import build_launches
 
-    plan, weights, memory = _shapes(model, is_packed, has_fp8)
-    seen = set()
-    for launch in build_launches(plan, weights, memory):
+    seen = {each.binding.constants for each in launches(model, is_packed)} if has_drafter else set()
+    for launch in launches(model, is_packed, has_fp8, has_drafter):
         if launch.binding.constants in seen:
             continue
         seen.add(launch.binding.constants)
@@ -100,6 +108,7 @@ def compiled_kernels(model: str, is_packed: bool, has_fp8: bool = False) -> Iter
             model=model,
             expert_format="mxfp4" if is_packed else "bf16",
             linear_format="fp8" if has_fp8 else "bf16",
+            has_drafter=has_drafter,
             phase=launch.phase.name,
             op=launch.phase.op,
             grid=launch.grid,
@@ -124,32 +133,24 @@ def compiled_kernels(model: str, is_packed: bool, has_fp8: bool = False) -> Iter
 
 
 def compiled_resident(
-    model: str, is_packed: bool, prefetch: Prefetching = "own", has_fp8: bool = False
+    model: str, is_packed: bool, prefetch: Prefetching = "own", has_fp8: bool = False, has_drafter: bool = False
 ) -> tuple[KernelResources, Any]:
     """The kernel of a whole step; and what Triton compiled, for its code."""
-    from speedstack.runtime.bindings import bind
-    from speedstack.runtime.kernels.triton.resident import resident_kernel
-    from speedstack.runtime.kernels.triton.resources import compile_kernel, resources_of
-    from speedstack.runtime.tasks import build_tasks
+    from speedstack.runtime.kernels.triton.resources import resources_of
 
-    plan, weights, memory = _shapes(model, is_packed, has_fp8)
-    tasks = build_tasks(plan, bind(plan, weights, memory), torch.device("cpu"))
-    word = torch.zeros(1, dtype=torch.int32)
-    changing: dict[str, Any] = {"counters_ptr": word, "dump_ptr": word, "failed_ptr": word}
-    changing |= {"num_made_ptr": word, "sequences_ptr": word}
-    changing |= {"first_step": 0, "num_steps": 1, "max_polls": 1}
-    options = compile_options()
-    compiled = compile_kernel(resident_kernel, arguments_of(plan, tasks, prefetch) | changing, options)
+    backend = _backend(model, is_packed, has_fp8, has_drafter, prefetch)
+    (compiled,) = backend.compile()
     found = resources_of(compiled)
     kernel = KernelResources(
         model=model,
         expert_format="mxfp4" if is_packed else "bf16",
         linear_format="fp8" if has_fp8 else "bf16",
+        has_drafter=has_drafter,
         phase="whole step",
         op="resident",
-        grid=(plan.num_programs,),
+        grid=(TARGET.num_sms,),
         tile=0,
-        num_warps=options["num_warps"],
+        num_warps=compile_options()["num_warps"],
         num_registers=found.registers,
         local_bytes=found.local_bytes,
         shared_bytes=found.shared_bytes,
@@ -157,10 +158,25 @@ def compiled_resident(
     return kernel, compiled
 
 
-def _shapes(model: str, is_packed: bool, has_fp8: bool) -> tuple[Plan, ModelWeights, Memory]:
-    weights = empty_weights(model_spec(model), torch.bfloat16, torch.device("meta"), is_packed, has_fp8)
-    plan = build_plan(weights.spec, formats_of(weights), NUM_PROGRAMS, max_context=MAX_CONTEXT, has_look_up=True)
-    return plan, weights, Memory(plan, weights, 8, MAX_CONTEXT)
+def launches(model: str, is_packed: bool, has_fp8: bool = False, has_drafter: bool = False) -> "list[Launch]":
+    """The phases of a step as the `graph` backend would launch them, a drafter's too."""
+    from speedstack.runtime.launches import Launch
+
+    return [Launch(binding) for binding in _backend(model, is_packed, has_fp8, has_drafter).bindings]
+
+
+def _backend(
+    model: str, is_packed: bool, has_fp8: bool, has_drafter: bool, prefetch: Prefetching = "own"
+) -> ResidentBackend:
+    """With look-up where there is no drafter."""
+    spec, drafter = model_spec(model), None
+    if has_drafter:
+        with META:
+            drafter = DFlashDraftModel(drafter_config(spec)).to(torch.bfloat16)
+    weights = empty_weights(spec, torch.bfloat16, META, is_packed, has_fp8)
+    backend = ResidentBackend(weights, drafter, NUM_SLOTS, MAX_CONTEXT, prefetch=prefetch, target=TARGET)
+    backend.set_look_up(not has_drafter)
+    return backend
 
 
 def main() -> None:
@@ -170,13 +186,13 @@ def main() -> None:
     path = parser.parse_args().result
     kernels = []
     for model in MODELS:
-        for is_packed, has_fp8 in ((True, False), (False, False), (True, True)):
-            resident, _ = compiled_resident(model, is_packed, has_fp8=has_fp8)
-            for kernel in (*compiled_kernels(model, is_packed, has_fp8), resident):
+        for is_packed, has_fp8, has_drafter in KINDS:
+            resident, _ = compiled_resident(model, is_packed, has_fp8=has_fp8, has_drafter=has_drafter)
+            for kernel in (*compiled_kernels(model, is_packed, has_fp8, has_drafter), resident):
                 kernels.append(kernel)
                 print(
-                    f"{model} {kernel.expert_format} {kernel.linear_format} {kernel.phase}: "
-                    f"{kernel.num_registers} registers, {kernel.local_bytes} bytes spilled, "
+                    f"{model} {kernel.expert_format} {kernel.linear_format}{' drafter' if has_drafter else ''} "
+                    f"{kernel.phase}: {kernel.num_registers} registers, {kernel.local_bytes} bytes spilled, "
                     f"{kernel.shared_bytes / 1024:.1f} KiB shared"
                     + "".join(f", issue allows {loop.bandwidth_fraction:.2f} of {GPU}" for loop in kernel.loops),
                     flush=True,

@@ -6,6 +6,7 @@ result is spelled out: defaults of transformers change from one release to the n
 
 from typing import Any
 
+from speedstack.dflash.config import DFlashConfig
 from speedstack.runtime.spec import ModelSpec, spec_from_config
 
 MODELS = ("gpt-oss-20b", "mimo-v2-flash", "qwen3-30b-a3b")
@@ -31,6 +32,26 @@ def tiny_config(model: str, num_layers: int | None = None) -> Any:
 def released_spec(model: str) -> ModelSpec:
     """A released model's shapes. Raises ValueError as `released_config`."""
     return spec_from_config(released_config(model))
+
+
+def drafter_config(spec: ModelSpec) -> DFlashConfig:
+    """A DFlash drafter for a model of these shapes: two layers with its heads, which tap its first and last layer."""
+    attention, last = spec.layers[-1].attention, len(spec.layers) - 1
+    return DFlashConfig(
+        hidden_size=spec.hidden_size,
+        intermediate_size=3 * spec.hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=attention.num_heads,
+        num_key_value_heads=attention.num_kv_heads,
+        head_dim=attention.v_head_dim,
+        vocab_size=spec.vocab_size,
+        mask_token_id=spec.vocab_size - 1,
+        target_layer_ids=tuple(sorted({0, last})),
+        num_target_layers=len(spec.layers),
+        block_size=5,
+        rms_norm_eps=spec.rms_norm_eps,
+        rope_theta=1e4,
+    )
 
 
 def _config(model: str, fields: dict[str, dict[str, Any]], num_layers: int | None) -> Any:

@@ -12,7 +12,7 @@ from speedstack.dflash.model import DFlashDraftModel
 from speedstack.runtime.backend import Rows
 from speedstack.runtime.memory import row_records
 from speedstack.runtime.phases import MAX_ROWS, SPLIT_SIZE
-from speedstack.runtime.plan_backend import PlanBackend, check_supported
+from speedstack.runtime.plan_backend import PlanBackend, Target, check_supported
 from speedstack.runtime.weights import ModelWeights
 
 # Under the interpreter the programs of a grid take turns; a few make every phase have more than one item.
@@ -20,7 +20,7 @@ INTERPRETED_PROGRAMS = 4
 
 
 class GraphBackend(PlanBackend):
-    """See the module. num_rows, split_size: see `PlanBackend`."""
+    """See the module. num_rows, split_size, target: see `PlanBackend`."""
 
     name = "graph"
 
@@ -32,13 +32,16 @@ class GraphBackend(PlanBackend):
         max_length: int,
         num_rows: int = MAX_ROWS,
         split_size: int = SPLIT_SIZE,
+        target: Target | None = None,
     ) -> None:
-        self._is_interpreted = check_supported(self.name, weights)
+        self._is_interpreted = check_supported(self.name, weights, target)
         num_programs = INTERPRETED_PROGRAMS
-        if not self._is_interpreted:
+        if target is not None:
+            num_programs = target.num_sms
+        elif not self._is_interpreted:
             device = weights.embedding_VD.device
             num_programs = torch.cuda.get_device_properties(device).multi_processor_count
-        super().__init__(weights, drafter, num_slots, max_length, num_rows, split_size, num_programs)
+        super().__init__(weights, drafter, num_slots, max_length, num_rows, split_size, num_programs, target=target)
 
     def _prepare(self) -> None:
         from speedstack.runtime.launches import build_launches
@@ -53,6 +56,19 @@ class GraphBackend(PlanBackend):
         if self._graph is None:
             self._graph = self._capture()
         self._graph.replay()
+
+    def compile(self, is_dependent: bool = True) -> list[Any]:
+        """See `PlanBackend`. Not is_dependent: kernels that let none begin before the one ahead of it ends."""
+        from speedstack.runtime.kernels.triton.ahead import compile_kernel
+        from speedstack.runtime.kernels.triton.phase import phase_kernel
+
+        assert self.target is not None
+        first, built = self.launches[0], []
+        for launch in {each.binding.constants: each for each in reversed(self.launches)}.values():
+            depends = is_dependent and launch is not first
+            arguments, options = launch.arguments(depends), launch.options(depends)
+            built.append(compile_kernel(phase_kernel, arguments, options, self.target.capability))
+        return built
 
     def _launch_all(self, is_dependent: bool) -> None:
         for index, launch in enumerate(self.launches):

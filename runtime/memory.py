@@ -30,8 +30,9 @@ from speedstack.runtime.ring import ring_length
 from speedstack.runtime.tiles import BLOCK_COLUMNS, num_blocks
 from speedstack.runtime.weights import ModelWeights
 
-# Words of the outbox before the reports, which keep their alignment: whether a wait was in vain, steps that were made.
-HEADER = 4
+# Words of the outbox before the reports: whether a wait was in vain, and how many steps were made. Each, and what
+# follows, begins at a multiple of 16 bytes, as kernels are compiled for.
+FAILED, NUM_MADE, HEADER = 0, 4, 8
 
 WIDE = {
     "squares": torch.float32,
@@ -72,7 +73,7 @@ class Memory:
         # A report a step: tokens chosen [R], and the outcome of each sequence [R, OUTCOME].
         length = (1 + OUTCOME) * R
         self.outbox = torch.zeros(HEADER + max_steps * length, dtype=torch.int32, device=device)
-        self.failed, self.num_made = self.outbox[:1], self.outbox[1:2]
+        self.failed, self.num_made = self.outbox[FAILED:][:1], self.outbox[NUM_MADE:][:1]
         self.reports = self.outbox[HEADER:].view(max_steps, length)
         self.chosen = self.reports[:, :R]
         self.buffers |= {"rows": self.rows, "sequences": self.sequences}

@@ -11,9 +11,12 @@ Legend: R rows, C features, W wanted rows, V vocabulary.
 
 import contextlib
 import importlib.util
+import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -31,11 +34,28 @@ from speedstack.runtime.phases import build_plan
 from speedstack.runtime.plan import Plan
 from speedstack.runtime.weights import DenseWeights, DrafterWeights, Linear, ModelWeights, MoeWeights, read_drafter
 
+logger = logging.getLogger("speedstack.runtime")
+
 # Triton makes E4M3 to float16 one instruction, which older GPUs do not have.
 FP8_CAPABILITY = (8, 9)
 
 
-def check_supported(name: str, weights: ModelWeights) -> bool:
+@dataclass(frozen=True)
+class Target:
+    """A GPU that need not be there: a backend made for it compiles its kernels and computes nothing.
+
+    Weights may then be on any device, the meta device too. capability: major and minor; num_sms: its multiprocessors.
+    """
+
+    capability: tuple[int, int]
+    num_sms: int
+
+
+class TooManyKinds(ValueError):
+    """A plan has more kinds of phases than one kernel takes."""
+
+
+def check_supported(name: str, weights: ModelWeights, target: Target | None) -> bool:
     """Whether kernels are interpreted. Raises ValueError, with the reason, where they can neither run nor be."""
     if importlib.util.find_spec("triton") is None:
         raise ValueError(f"backend {name!r} needs Triton, which is not installed: pip install triton")
@@ -45,7 +65,9 @@ def check_supported(name: str, weights: ModelWeights) -> bool:
 
     is_interpreted = not isinstance(run_item, triton.JITFunction)
     device, dtype = weights.embedding_VD.device, weights.embedding_VD.dtype
-    if device.type != "cuda" and not is_interpreted:
+    if is_interpreted and target is not None:
+        raise ValueError("kernels for another GPU are compiled, not interpreted: unset TRITON_INTERPRET")
+    if device.type != "cuda" and not is_interpreted and target is None:
         raise ValueError(
             f"backend {name!r} runs on a GPU; on a CPU it needs Triton's interpreter, for tests: set TRITON_INTERPRET=1"
         )
@@ -54,7 +76,7 @@ def check_supported(name: str, weights: ModelWeights) -> bool:
     if not is_interpreted and dtype != torch.bfloat16:
         raise ValueError(f"backend {name!r} takes bfloat16 only on a GPU; use backend='reference' for float32")
     if not is_interpreted:
-        check_fp8(name, weights, torch.cuda.get_device_capability(device))
+        check_fp8(name, weights, torch.cuda.get_device_capability(device) if target is None else target.capability)
     return is_interpreted
 
 
@@ -71,7 +93,7 @@ class PlanBackend:
     """One way of executing plans. A subclass builds its kernels in `_prepare` and begins a step in `_start`.
 
     num_rows: of a step; split_size: positions that one item of attention takes; powers of two. num_programs: what the
-    plan is cut for.
+    plan is cut for. target: a GPU that kernels are compiled for and not run on; None for the one that weights are on.
     """
 
     name: str
@@ -92,10 +114,11 @@ class PlanBackend:
         split_size: int,
         num_programs: int,
         max_steps: int = 1,
+        target: Target | None = None,
     ) -> None:
         assert num_rows & (num_rows - 1) == 0, "tiles are powers of two"
         started = time.perf_counter()
-        self.weights, self.num_slots, self.max_length = weights, num_slots, max_length
+        self.weights, self.num_slots, self.max_length, self.target = weights, num_slots, max_length, target
         self.device = weights.embedding_VD.device
         self._num_rows, self._split_size, self._num_programs = num_rows, split_size, num_programs
         self.rows_a_step: int | None = num_rows
@@ -109,6 +132,10 @@ class PlanBackend:
         """Builds kernels and their arguments for `plan` and `memory`."""
         raise NotImplementedError
 
+    def compile(self) -> list[Any]:
+        """Compiles what a step launches for `target`, into Triton's cache on disk. Triton's compiled kernels."""
+        raise NotImplementedError
+
     def _start(self) -> None:
         """Begins to compute the rows in `memory.rows`."""
         raise NotImplementedError
@@ -118,12 +145,19 @@ class PlanBackend:
 
     def set_drafter(self, drafter: DFlashDraftModel | None) -> None:
         w, contexts = self.weights, None
+        taps = () if drafter is None else tuple(drafter.config.target_layer_ids)
         with self._all_or_nothing():
             self._planned_drafter = None
             if drafter is not None and self.plans_drafters and why_not_planned(drafter.config) is None:
                 self._planned_drafter = read_drafter(drafter, w.embedding_VD.dtype, w.embedding_VD.dtype)
-            self._make_plan(() if drafter is None else tuple(drafter.config.target_layer_ids), has_look_up=False)
-            if self._planned_drafter is not None:
+                try:
+                    self._make_plan(taps, has_look_up=False)
+                except TooManyKinds as reason:
+                    logger.warning("backend %s: the host drafts, not the kernel, because %s", self.name, reason)
+                    self._planned_drafter = None
+            if self._planned_drafter is None:
+                self._make_plan(taps, has_look_up=False)
+            else:
                 contexts = self.memory.contexts_of_slots(self.max_length)
             self.drafter = None
             if drafter is not None:
@@ -181,6 +215,7 @@ class PlanBackend:
     @torch.no_grad()
     def step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
         assert rows.parents is None, "the engine asks for no trees here"
+        assert self.target is None, "a backend for another GPU computes nothing"
         assert all(a < b for a, b in pairwise(logit_rows)), "logit rows have to ascend"
         with self._on_device():
             return self._step(rows, logit_rows)

@@ -21,16 +21,15 @@ import torch
 
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.runtime.backend import Rows
-from speedstack.runtime.memory import HEADER
+from speedstack.runtime.memory import FAILED, HEADER, NUM_MADE
 from speedstack.runtime.phases import MAX_ROWS, SPLIT_SIZE
-from speedstack.runtime.plan import Plan
-from speedstack.runtime.plan_backend import PlanBackend, check_supported
+from speedstack.runtime.plan_backend import PlanBackend, Target, check_supported
 from speedstack.runtime.proof import prove
 from speedstack.runtime.rounds import ResidentRounds
 from speedstack.runtime.weights import ModelWeights
 
 if TYPE_CHECKING:
-    from speedstack.runtime.tasks import Tasks
+    pass
 
 Prefetching = Literal["own", "movers", "none"]
 
@@ -49,7 +48,7 @@ class ResidentBackend(PlanBackend):
     """See the module.
 
     Args:
-        num_rows, split_size: see `PlanBackend`.
+        num_rows, split_size, target: see `PlanBackend`.
         num_programs: None is one a multiprocessor, movers among them: a program takes more than half of its registers.
             The driver refuses more than fit; the interpreter takes any number.
         prefetch, num_movers: see the module; movers there are only with `movers`.
@@ -73,17 +72,18 @@ class ResidentBackend(PlanBackend):
         num_movers: int = NUM_MOVERS,
         max_polls: int = MAX_POLLS,
         seed: int = 0,
+        target: Target | None = None,
     ) -> None:
-        self._is_interpreted = check_supported(self.name, weights)
+        self._is_interpreted = check_supported(self.name, weights, target)
         self.prefetch, self.max_polls, self.seed = prefetch, max_polls, seed
         self.interpreter_options: dict[str, Any] = {}  # of `interpret_triton`
         self.num_movers = num_movers if prefetch == "movers" else 0
         if num_programs is None:
             num_programs = INTERPRETED_PROGRAMS
             if not self._is_interpreted:
-                num_programs = _multiprocessors(weights.embedding_VD.device) - self.num_movers
+                num_programs = _multiprocessors(target or _target_of(weights.embedding_VD.device)) - self.num_movers
         self.rounds = self._rounds = ResidentRounds(self, num_rows)
-        super().__init__(weights, drafter, num_slots, max_length, num_rows, split_size, num_programs, MAX_STEPS)
+        super().__init__(weights, drafter, num_slots, max_length, num_rows, split_size, num_programs, MAX_STEPS, target)
 
     def _prepare(self) -> None:
         from speedstack.runtime.bindings import bind
@@ -142,7 +142,15 @@ class ResidentBackend(PlanBackend):
 
     def arguments(self, num_steps: int) -> dict[str, Any]:
         """The kernel's, by its parameters."""
-        return arguments_of(self.plan, self.tasks, self.prefetch) | {
+        return {
+            "phases_ptr": self.tasks.phases,
+            "moves_ptr": self.tasks.moves,
+            "num_phases": len(self.plan.phases),
+            "num_moves": len(self.plan.prefetches),
+            "num_programs": self.plan.num_programs,
+            "PHASES": self.tasks.variants,
+            "PREFETCHES": self.prefetch == "own",
+            "HAS_MOVERS": self.prefetch == "movers",
             "counters_ptr": self.counters,
             "dump_ptr": self.dump,
             "failed_ptr": self.memory.failed,
@@ -152,6 +160,13 @@ class ResidentBackend(PlanBackend):
             "num_steps": num_steps,
             "max_polls": self.max_polls,
         }
+
+    def compile(self) -> list[Any]:
+        from speedstack.runtime.kernels.triton.ahead import compile_kernel
+        from speedstack.runtime.kernels.triton.resident import resident_kernel
+
+        assert self.target is not None
+        return [compile_kernel(resident_kernel, self.arguments(1), compile_options(), self.target.capability)]
 
     def _launch(self, num_steps: int) -> None:
         from speedstack.runtime.kernels.triton.first_values import first_values
@@ -170,9 +185,9 @@ class ResidentBackend(PlanBackend):
     def _reports(self, num_steps: int) -> list[list[int]]:
         # The first copy from the GPU, which waits for the kernel.
         words = self.memory.report_words(num_steps).tolist()
-        has_failed, num_made, *_ = words
-        if has_failed:
+        if words[FAILED]:
             self._give_up()
+        num_made = words[NUM_MADE]
         self.next_step += num_made
         length = self.memory.reports.shape[1]
         return [words[HEADER + step * length :][:length] for step in range(num_made)]
@@ -189,30 +204,20 @@ class ResidentBackend(PlanBackend):
         raise RuntimeError(f"the resident kernel waited in vain:\n{message}")
 
 
-def arguments_of(plan: Plan, tasks: "Tasks", prefetch: Prefetching) -> dict[str, Any]:
-    """Those of the kernel's arguments that a plan decides."""
-    return {
-        "phases_ptr": tasks.phases,
-        "moves_ptr": tasks.moves,
-        "num_phases": len(plan.phases),
-        "num_moves": len(plan.prefetches),
-        "num_programs": plan.num_programs,
-        "PHASES": tasks.variants,
-        "PREFETCHES": prefetch == "own",
-        "HAS_MOVERS": prefetch == "movers",
-    }
-
-
 def compile_options() -> dict[str, Any]:
     """How the kernel is compiled and launched."""
     return {"num_warps": NUM_WARPS, "enable_fp_fusion": True, "launch_cooperative_grid": True}
 
 
-def _multiprocessors(device: torch.device) -> int:
+def _target_of(device: torch.device) -> Target:
     properties = torch.cuda.get_device_properties(device)
-    if (properties.major, properties.minor) < CAPABILITY:
+    return Target((properties.major, properties.minor), properties.multi_processor_count)
+
+
+def _multiprocessors(target: Target) -> int:
+    if target.capability < CAPABILITY:
         raise ValueError(
-            f"backend 'resident' needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]}; {properties.name} "
-            f"has {properties.major}.{properties.minor}: use backend='graph'"
+            f"backend 'resident' needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]}; this one has "
+            f"{target.capability[0]}.{target.capability[1]}: use backend='graph'"
         )
-    return properties.multi_processor_count
+    return target.num_sms

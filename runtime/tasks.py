@@ -13,12 +13,15 @@ import triton.language as tl
 from speedstack.runtime.bindings import Binding, Constants
 from speedstack.runtime.kernels.triton import counters, resident
 from speedstack.runtime.plan import Plan, Signal, Wait
+from speedstack.runtime.plan_backend import TooManyKinds
 
 # All variants are one kernel: its registers are those of the hungriest, and compiling takes the sum.
 MAX_VARIANTS = 48
 # Ops whose weights are known before their wait is over, and that have any.
 KNOWN_EARLY = ("qkv", "o_proj", "dense_gate_up", "dense_down", "router", "expert_down", "lm_head", "fuse", "context")
 HAS_WEIGHTS = (*KNOWN_EARLY, "expert_gate_up")
+# Of those that compute the rows of blocks, the one whose weights may be fetched while blocks are still written.
+FIRST_OF_A_DRAFT = "qkv"
 
 _TYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -46,7 +49,8 @@ class Tasks:
 def build_tasks(plan: Plan, bindings: Sequence[Binding], device: torch.device) -> Tasks:
     """The tables of a plan.
 
-    Raises ValueError for a plan that does not fit them: too many kinds of phases, or waits or signals of one phase.
+    Raises ValueError for a plan that does not fit them: too many waits or signals of one phase, or, as TooManyKinds,
+    too many kinds of phases.
     """
     numbers: dict[Constants, int] = {}
     records, kept = [], []
@@ -74,9 +78,9 @@ def build_tasks(plan: Plan, bindings: Sequence[Binding], device: torch.device) -
     for record, following in zip(records, [*records[1:], records[0]], strict=True):
         record[resident.FOLLOWING.value] = following[resident.VARIANT.value]
     if len(numbers) > MAX_VARIANTS:
-        raise ValueError(
-            f"backend 'resident' compiles every kind of phase into one kernel and takes {MAX_VARIANTS} at most; this "
-            f"model's layers make {len(numbers)}: use backend='graph'"
+        raise TooManyKinds(
+            f"backend 'resident' compiles every kind of phase into one kernel and takes {MAX_VARIANTS} at most; the "
+            f"layers of this model, and of its drafter if it has one, make {len(numbers)}: use backend='graph'"
         )
     return Tasks(
         tuple(numbers),
@@ -107,26 +111,31 @@ def variant_of(binding: Binding) -> Constants:
         is_cut=not item_signals,
         may_leave=phase.leave is not None,
         is_known_early=phase.op in KNOWN_EARLY,
+        has_undecided_rows=binding.constants.IS_DRAFT and phase.op == FIRST_OF_A_DRAFT,
         has_weights=phase.op in HAS_WEIGHTS,
         pointer_types=tuple(tl.pointer_type(_TYPES[tensor.dtype]) for tensor in binding.pointers),
     )
 
 
 def check_early_choices(plan: Plan) -> None:
-    """Asserts what the proof does not know: for the weights of `expert_down` logits are read before its own wait.
+    """Asserts what the proof does not know, of what is read before a phase's own wait to fetch its weights.
 
-    The router's logits have to lie behind a wait of an earlier phase of the same step, which every program has passed.
+    `expert_down` chooses experts, and a drafter's phases ask whether there are blocks. What is read has to lie behind a
+    wait of an earlier phase of the same step, which every program has passed. Only FIRST_OF_A_DRAFT reads what others
+    may be writing; its threads agree on what they have read (`counters.agreed`), and nothing but fetching follows.
     """
     for index, phase in enumerate(plan.phases):
-        if phase.op == "expert_down":
-            routers = {read.producer for read in phase.reads if read.region.buffer.startswith("router.")}
-            assert len(routers) == 1, f"{phase.name} reads the logits of one router"
-            router = routers.pop()
-            assert router is not None
-            between = plan.phases[plan.phase_named[router] + 1 : index]
-            whole = Wait(router, plan.num_programs, plan.num_programs)  # of all programs in this step
-            is_behind = any(whole in one.waits for one in between)
-            assert is_behind, f"{phase.name} chooses before anything has waited for {router}"
+        what = "router." if phase.op == "expert_down" else "blocks"
+        producers = {read.producer for read in phase.reads if read.region.buffer.startswith(what)}
+        if phase.op not in KNOWN_EARLY or not producers or (what == "blocks" and phase.op == FIRST_OF_A_DRAFT):
+            continue
+        assert len(producers) == 1, f"{phase.name} reads what one phase wrote"
+        producer = producers.pop()
+        assert producer is not None
+        between = plan.phases[plan.phase_named[producer] + 1 : index]
+        whole = Wait(producer, plan.num_programs, plan.num_programs)  # of all programs in this step
+        is_behind = any(whole in one.waits for one in between)
+        assert is_behind, f"{phase.name} looks before anything has waited for {producer}"
 
 
 def explain(plan: Plan, dump: torch.Tensor) -> str:

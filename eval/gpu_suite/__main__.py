@@ -9,18 +9,19 @@ from pathlib import Path
 
 from speedstack.eval.gpu_suite.scale import CONTESTANTS, scale_for
 from speedstack.eval.gpu_suite.sections import run_correctness, run_environment, run_quant
-from speedstack.eval.gpu_suite.speed import run_speed
+from speedstack.eval.gpu_suite.speed import run_headline, run_speed
 from speedstack.eval.gpu_suite.suite import Section, Suite, free_path, run_sections
 from speedstack.eval.gpu_suite.table import judge, text
 from speedstack.eval.gpu_suite.worker import InterpretedWorker, ProcessWorker, StartWorker
 from speedstack.eval.released import MODELS
 
-ENVIRONMENT = Section("environment", 0.06, run_environment)
+ENVIRONMENT = Section("environment", 0.05, run_environment)
 SECTIONS = (
     ENVIRONMENT,
-    Section("correctness", 0.27, run_correctness),
-    Section("speed", 0.59, run_speed),
-    Section("quant", 0.08, run_quant),
+    Section("headline", 0.32, run_headline),
+    Section("correctness", 0.2, run_correctness),
+    Section("speed", 0.37, run_speed),
+    Section("quant", 0.06, run_quant),
 )
 
 

@@ -24,7 +24,6 @@ from speedstack.runtime.weights import MoeWeights
 if TYPE_CHECKING:
     from speedstack.runtime.launches import Launch
 
-ROOM = 160  # positions after the context: what a cell's steps and generated tokens take
 NUM_GENERATED = 64
 PHASE_REPEATS = 9
 
@@ -32,11 +31,6 @@ PHASE_REPEATS = 9
 def model_config(scale: Scale, model: str, num_layers: int | None = None) -> Any:
     """What the suite measures under a model's name."""
     return (tiny_config if scale.is_tiny else released_config)(model, num_layers)
-
-
-def cell_length(scale: Scale, cell: Cell) -> int:
-    """Positions that a sequence's buffers hold while a cell is measured."""
-    return cell.context + (ROOM if not scale.is_tiny else 16)
 
 
 class BackendContestant:
@@ -51,8 +45,9 @@ class BackendContestant:
         self.engine: Engine | None = None
         self.backend: Any = None
 
-    def weight_bytes(self) -> int:
-        """Of all weights, packed experts included."""
+    def load(self) -> int:
+        """Bytes of all weights, which are there when it answers."""
+        self._wait()
         return sum(self.weights.nbytes_by_part().values())
 
     def prepare(self, cell: Cell) -> dict[str, Any]:
@@ -62,7 +57,7 @@ class BackendContestant:
         self.engine = Engine(
             self.weights,
             backend=self.backend_name,
-            max_length=cell_length(self.scale, cell),
+            max_length=self.scale.cell_length(cell.context),
             max_batch_size=1,
         )
         self.backend = self.engine.backend

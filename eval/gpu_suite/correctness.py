@@ -9,8 +9,9 @@ Of MiMo, whose makers release it so, it is asked once more with attention, dense
 
 Row invariance has no tolerance: a row's logits are the same bits alone, among others, at other places and in a draft,
 and a text is the same token by token as scoring finds it. Tokens that a backend draws by itself are those that the
-sampler draws from its logits. Of Qwen3 it is asked whether a text is the same with prompt look-up, and with a random
-DFlash drafter, both of which the `resident` backend has in its kernel.
+sampler draws from its logits, at a vocabulary of 150k too. What ties, and where numbers end, is asked of a model made
+for that (`edges`). Of Qwen3 it is asked whether a text is the same with prompt look-up, and with a random DFlash
+drafter, both of which the `resident` backend has in its kernel.
 
 Legend: R rows, V vocabulary, D any width, E experts.
 """
@@ -21,14 +22,15 @@ from typing import Any, Literal
 
 import torch
 
-from speedstack.dflash.config import DFlashConfig
 from speedstack.dflash.model import DFlashDraftModel
+from speedstack.eval.gpu_suite.edges import edge_spec, edge_weights, lose_expert, moe_of, pair_gap
 from speedstack.eval.gpu_suite.scale import Scale
-from speedstack.eval.released import tiny_config
+from speedstack.eval.released import drafter_config, tiny_config
 from speedstack.runtime.backend import Backend, Draw, Rows
 from speedstack.runtime.engine import Engine
 from speedstack.runtime.expected import expected_buffers, found_buffer
 from speedstack.runtime.graph import GraphBackend
+from speedstack.runtime.mixture import route
 from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.sampling import SamplingParams, filter_logits, gumbel_noise, sample
 from speedstack.runtime.select import DTYPES, make_backend
@@ -50,6 +52,14 @@ SAMPLINGS = (
     SamplingParams(5.0),
     SamplingParams(5.0, top_k=30, top_p=0.8),
 )
+# Of a large vocabulary.
+LARGE_SAMPLINGS = (
+    SamplingParams(1.0, top_k=50, top_p=0.95),
+    SamplingParams(0.7, top_p=0.9),
+    SamplingParams(5.0, top_k=1000),
+    SamplingParams(5.0, top_p=0.99),
+    SamplingParams(1.0),
+)
 # Two scores (logit / temperature + noise) may trade places where they are as close, in float32 units of the largest
 # number that they are made of: each takes two logarithms, of one unit each, and a sum, of half a unit.
 SCORE_ULPS = 8
@@ -65,13 +75,18 @@ class Checker:
         self.spec = spec_from_config(tiny_config(model))
         self.weights = random_weights(self.spec, self.dtype, self.device, is_packed=True, seed=1)
         self.num_rows = scale.check_rows
-        self.max_length = scale.check_context + 32
+        self.max_length = scale.check_length
         generator = torch.Generator().manual_seed(2)
         shape = (self.num_rows, self.max_length)
         self.ids = torch.randint(0, self.spec.vocab_size, shape, generator=generator).tolist()
         # Sequences of different lengths, the first the longest; each row of a step follows one.
         step = max(1, scale.check_context // (2 * self.num_rows))
         self.lengths = [scale.check_context - slot * step for slot in range(self.num_rows)]
+
+    def load(self) -> None:
+        """The weights are there when it answers."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def check_buffers(self) -> dict[str, Any]:
         """Every phase, logits and tokens against the oracle. Raises RuntimeError that names the first phase off."""
@@ -122,6 +137,54 @@ class Checker:
             return self.check_buffers()
         finally:
             self.weights = plain
+
+    def check_edges(self) -> dict[str, Any]:
+        """Ties between experts, ends of scales, and sampling, on the model of `edges`.
+
+        Raises RuntimeError as `check_buffers` and `check_sampling`, and where other rows are lost than those that chose
+        the expert that is no number.
+        """
+        plain = self.spec, self.weights
+        self.spec, self.weights = edge_spec(self.scale), edge_weights(self.scale, self.dtype, self.device)
+        try:
+            return self._edges()
+        finally:
+            self.spec, self.weights = plain
+
+    def _edges(self) -> dict[str, Any]:
+        backend, everybody = self._backend(), range(self.num_rows)
+        rows = Rows([ids[0] for ids in self.ids], list(everybody), [0] * self.num_rows)
+        expected = expected_buffers(ReferenceBackend(widened(self.weights), None, self.num_rows, self.max_length), rows)
+        router_RE = expected["L00.router"]
+        decided_R = pair_gap(router_RE, moe_of(self.spec)) > 2 * self.tolerance * router_RE.square().mean(-1).sqrt()
+        logits_RV = backend.step(rows, everybody)[0].clone()
+        errors = {"logits": row_error(logits_RV, expected["lm_head"], decided_R)} if decided_R.any() else {}
+        if isinstance(backend, GraphBackend):
+            errors = self._phase_errors(backend, expected, decided_R) | errors
+        off = [name for name, error in errors.items() if not error <= self.tolerance]
+        if off:
+            raise RuntimeError(f"{off[0]} is off by {errors[off[0]]:.2e} where experts tie or scales are extreme")
+        sampling = self.check_sampling(LARGE_SAMPLINGS)
+        experts_RK, _ = route(router_RE, None, moe_of(self.spec))
+        chosen_RE = torch.zeros_like(router_RE, dtype=torch.bool).scatter_(1, experts_RK, True)
+        # One that some decided rows chose and some did not.
+        counts_E = chosen_RE[decided_R].sum(0)
+        experts = ((counts_E > 0) & (counts_E < decided_R.sum())).nonzero()
+        if not len(experts):
+            raise RuntimeError("no rows' choices of experts are clear of roundings: give the check another seed")
+        lost_R = chosen_RE[:, experts[0, 0]]
+        lose_expert(self.weights, int(experts[0, 0]))
+        after_RV = backend.step(rows, everybody)[0]
+        if not bool(after_RV[decided_R & lost_R].isnan().all()):
+            raise RuntimeError("a row that chose an expert that is no number has logits")
+        if not torch.equal(after_RV[decided_R & ~lost_R], logits_RV[decided_R & ~lost_R]):
+            raise RuntimeError("an expert that is no number changes rows that did not choose it")
+        return {
+            "largest_error": max(errors.values()),
+            "num_rows_decided": int(decided_R.sum()),
+            "num_rows_lost": int((decided_R & lost_R).sum()),
+            "sampling": sampling,
+        }
 
     def _phase_errors(
         self, backend: GraphBackend, expected: dict[str, torch.Tensor], decided_R: torch.Tensor
@@ -176,7 +239,7 @@ class Checker:
                 raise RuntimeError(f"token {place + 1} of a text is not the one that scoring the text finds best")
         return {"num_texts": len(texts), "num_tokens": sum(map(len, texts))}
 
-    def check_sampling(self) -> dict[str, Any]:
+    def check_sampling(self, samplings: tuple[SamplingParams, ...] | None = None) -> dict[str, Any]:
         """Tokens that the backend draws, rows of a step differently: `sample` of its own logits, but for near ties.
 
         Raises RuntimeError where they differ, and where noise decides nothing. Of a backend whose tokens the host draws
@@ -187,13 +250,14 @@ class Checker:
             return {"is_drawn_by_host": True}
         self._fill(backend)
         rows, num_compared, num_ties, num_changed = self._next_rows(range(self.num_rows)), 0, 0, 0
-        for number in range(len(SAMPLINGS)):
+        samplings = samplings or SAMPLINGS
+        for number in range(len(samplings)):
             # Seeds and sequences of which all 64 bits matter.
             draws = [
                 Draw(
                     2**64 - 1 - self.num_rows * number - row,
                     2**63 + 2**32 * row + number,
-                    SAMPLINGS[(number + row) % len(SAMPLINGS)],
+                    samplings[(number + row) % len(samplings)],
                 )
                 for row in range(self.num_rows)
             ]
@@ -230,22 +294,7 @@ class Checker:
 
         Raises RuntimeError where texts differ, and where nothing was drafted.
         """
-        config = DFlashConfig(
-            hidden_size=self.spec.hidden_size,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            vocab_size=self.spec.vocab_size,
-            mask_token_id=self.spec.vocab_size - 1,
-            target_layer_ids=(0, len(self.spec.layers) - 1),
-            num_target_layers=len(self.spec.layers),
-            block_size=5,
-            rms_norm_eps=1e-6,
-            rope_theta=1e4,
-        )
-        drafter = DFlashDraftModel(config)
+        drafter = DFlashDraftModel(drafter_config(self.spec))
         drafter.init_weights(4)
         drafter = drafter.to(self.device, self.dtype).eval().requires_grad_(False)
         found = self._compare_texts(drafter, "of a drafter", self.scale.num_with_drafter)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from speedstack.eval.failures import PEER_ERRORS, one_line
-from speedstack.eval.gpu_suite.backends import cell_length, model_config
+from speedstack.eval.gpu_suite.backends import model_config
 from speedstack.eval.gpu_suite.machine import device_seconds
 from speedstack.eval.gpu_suite.scale import Cell, Scale
 from speedstack.runtime.cost import step_cost
@@ -52,19 +52,21 @@ class Peer:
 
     @torch.no_grad()
     def prepare(self, cell: Cell) -> dict[str, Any]:
-        """Compiles both depths for `cell`, and before the first one finds out which experts are faster."""
+        """Compiles both depths for `cell`; for the first one the deeper, with every implementation of experts."""
         started = time.perf_counter()
         self.cell = cell
-        if self.implementation is None:
-            self.implementation = self._fastest_experts()
         torch.compiler.reset()
-        for model in self.models:
-            model.set_experts_implementation(self.implementation)
-        self.steps = [Step(self.scale, model, cell) for model in self.models]
-        for step in self.steps:
-            step.run(WARM_STEPS)
+        shallow, deep = self.models
+        if self.implementation is None:
+            deep_step = self._fastest_step()
+        else:
+            deep_step = self._step(deep)
+        assert self.implementation is not None
+        shallow.set_experts_implementation(self.implementation)
+        self.steps = [self._step(shallow), deep_step]
         return {
             "prepare_seconds": time.perf_counter() - started,
+            "cudagraph_skips": cudagraph_skips(),
             "experts_implementation": self.implementation,
             "attention_implementation": self.models[0].config._attn_implementation,
             "unavailable": self.unavailable,
@@ -83,26 +85,33 @@ class Peer:
         """Bytes that a step of the whole model reads with experts in bfloat16, independent uniform routing assumed."""
         spec = spec_from_config(model_config(self.scale, self.model))
         spec = replace(spec, layers=spec.layers[: self.num_layers])
-        plan = build_plan(spec, WeightFormats(), num_programs=1, max_context=cell_length(self.scale, self.cell))
+        plan = build_plan(spec, WeightFormats(), num_programs=1, max_context=self.scale.cell_length(self.cell.context))
         gpu = Gpu(str(self.device), 1, bandwidth, float("inf"), 0.0)
         return {"read_bytes": step_cost(plan, gpu, self.cell.rows, 1, self.cell.context).memory_bytes}
 
-    def _fastest_experts(self) -> str:
-        if not self.scale.compiles_peer:
-            return EXPERTS_IMPLEMENTATIONS[0]
+    def _step(self, model: Any) -> "Step":
+        step = Step(self.scale, model, self.cell)
+        step.run(WARM_STEPS)
+        return step
+
+    def _fastest_step(self) -> "Step":
+        """Of the deeper model: what is first may have no experts. What was compiled for the fastest one is kept."""
+        steps: dict[str, Step] = {}
         seconds: dict[str, float] = {}
-        for name in EXPERTS_IMPLEMENTATIONS:
-            torch.compiler.reset()
+        deep = self.models[1]
+        for name in EXPERTS_IMPLEMENTATIONS if self.scale.compiles_peer else EXPERTS_IMPLEMENTATIONS[:1]:
             try:
-                self.models[0].set_experts_implementation(name)
-                step = Step(self.scale, self.models[0], self.cell)
-                step.run(WARM_STEPS)
-                seconds[name] = min(step.seconds() for _ in range(3))
+                deep.set_experts_implementation(name)
+                steps[name] = self._step(deep)
+                seconds[name] = min(steps[name].seconds() for _ in range(3))
             except PEER_ERRORS as error:
                 self.unavailable[name] = one_line(error)
         if not seconds:
             raise RuntimeError(f"no implementation of experts runs compiled: {self.unavailable}")
-        return min(seconds, key=lambda name: seconds[name])
+        fastest = self.implementation = min(seconds, key=lambda name: seconds[name])
+        # What is compiled depends on this setting, and is found again with it.
+        deep.set_experts_implementation(fastest)
+        return steps[fastest]
 
 
 class Step:
@@ -156,6 +165,13 @@ class Step:
         """Of one step, from so many that it matters little how the first begins."""
         self.run(1)
         return device_seconds(lambda: self.run(self.num_steps), self.device) / self.num_steps
+
+
+def cudagraph_skips() -> int:
+    """How often torch.compile has made no CUDA graph of what it was asked to, in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["inductor"]["cudagraph_skips"])
 
 
 def extrapolate(shallow: float, deep: float, depths: tuple[int, int], num_layers: int) -> float:

@@ -6,15 +6,22 @@ from typing import Any
 
 from speedstack.eval.environment import command_line
 from speedstack.eval.gpu_suite.correctness import Checker
+from speedstack.eval.gpu_suite.kernels import KernelCompiler, Kernels, all_jobs, check_jobs
 from speedstack.eval.gpu_suite.machine import Machine
 from speedstack.eval.gpu_suite.quant import QuantKernels
-from speedstack.eval.gpu_suite.scale import PEER
+from speedstack.eval.gpu_suite.scale import MODEL_SHARES, PEER
 from speedstack.eval.gpu_suite.suite import OutOfTime, Suite
-from speedstack.eval.gpu_suite.worker import NEVER_BEGAN, WorkerFailed, call
+from speedstack.eval.gpu_suite.worker import NEVER_BEGAN, Worker, WorkerFailed, call
+from speedstack.runtime.plan_backend import Target
 
 CHECKS = ("check_buffers", "check_row_invariance", "check_text", "check_sampling")
-CHECKS_OF = {"mimo-v2-flash": (*CHECKS, "check_fp8"), "qwen3-30b-a3b": (*CHECKS, "check_look_up", "check_drafter")}
+CHECKS_OF = {
+    "gpt-oss-20b": (*CHECKS, "check_edges"),
+    "mimo-v2-flash": (*CHECKS, "check_fp8"),
+    "qwen3-30b-a3b": (*CHECKS, "check_look_up", "check_drafter"),
+}
 NOT_AVAILABLE = "not available"
+CORES_LEFT = 4  # by those that compile: for a model's three contestants, whose peer compiles as well, and for the suite
 
 
 def run_environment(suite: Suite, result: dict[str, Any], deadline: float) -> None:
@@ -24,9 +31,23 @@ def run_environment(suite: Suite, result: dict[str, Any], deadline: float) -> No
         result["machine"] = call(worker, deadline, "describe")
         result["machine"]["software"]["command"] = command_line()  # a worker has none of its own
         suite.save()
+        if suite.scale.device == "cuda":
+            compile_ahead(suite, result["machine"])
         result["copy"] = call(worker, deadline, "copy_bandwidth")
     finally:
         worker.close()
+
+
+def compile_ahead(suite: Suite, machine: dict[str, Any]) -> None:
+    """Begins to compile every kernel that the sections will launch on this machine, on all cores but CORES_LEFT."""
+    target = Target(tuple(machine["capability"]), machine["num_programs"])
+    models = [model for model in MODEL_SHARES if model in suite.models]
+    jobs = all_jobs(suite.scale, models, suite.contestants, suite.names)
+    num_processes = max(1, machine["software"]["num_cores"] - CORES_LEFT)
+    suite.kernels = Kernels(
+        suite.start, KernelCompiler, (suite.scale, target), jobs, num_processes, suite.end
+    )  # fmt: skip
+    suite.closing.callback(suite.kernels.close)
 
 
 def why_not(suite: Suite, contestant: str) -> str | None:
@@ -41,39 +62,52 @@ def why_not(suite: Suite, contestant: str) -> str | None:
 def run_correctness(suite: Suite, result: dict[str, Any], deadline: float) -> None:
     """Every check of every backend on every family; each pair has a worker, so that none suffers from another.
 
-    Raises RuntimeError at the end when a check failed, and OutOfTime when one could not begin.
+    All workers get ready side by side, and then check in turn. Raises RuntimeError at the end when a check failed, and
+    OutOfTime when one could not begin.
     """
     failed, late = list[str](), list[str]()
     backends = [name for name in suite.contestants if name != PEER]
-    num_left = len(backends) * len(suite.models)
+    workers: dict[tuple[str, str], Worker] = {}
     for backend in backends:
         found = result[backend] = dict[str, Any]()
         reason = why_not(suite, backend)
         if reason is not None:
             found[NOT_AVAILABLE] = reason
-            num_left -= len(suite.models)
             continue
         for model in suite.models:
-            checks = found[model] = dict[str, Any]()
+            worker = workers[backend, model] = suite.start(Checker, suite.scale, model, backend)
+            worker.begin("load")
+    try:
+        for number, ((backend, model), worker) in enumerate(workers.items()):
+            checks = result[backend][model] = dict[str, Any]()
+            if suite.kernels is not None:
+                suite.kernels.wait(check_jobs(suite.scale, model, backend), deadline)
             # A kernel that hangs takes its own share of the time, not that of the others.
-            end = time.monotonic() + (deadline - time.monotonic()) / num_left
-            num_left -= 1
-            worker = suite.start(Checker, suite.scale, model, backend)
-            try:
-                for check in CHECKS_OF.get(model, CHECKS):
-                    where = f"{check} of {backend} on {model}"
-                    if not worker.is_alive:
-                        checks[check] = {"passed": False, "error": "its process had ended"}
-                        continue
-                    try:
-                        checks[check] = {"passed": True} | call(worker, end, check)
-                    except WorkerFailed as error:
-                        is_late = str(error) == NEVER_BEGAN
-                        (late if is_late else failed).append(f"{where}: {error}")
-                        checks[check] = {"passed": None if is_late else False, "error": str(error)}
-                    suite.save()
-            finally:
-                worker.close()
+            end = time.monotonic() + (deadline - time.monotonic()) / (len(workers) - number)
+            is_loaded = False
+            for check in CHECKS_OF.get(model, CHECKS):
+                where = f"{check} of {backend} on {model}"
+                if not worker.is_alive:
+                    checks[check] = {"passed": False, "error": "its process had ended"}
+                    continue
+                try:
+                    if not is_loaded:
+                        worker.finish(end)
+                        is_loaded = True
+                    began = time.monotonic()
+                    checks[check] = {"passed": True} | call(worker, end, check)
+                    checks[check]["seconds"] = round(time.monotonic() - began, 2)
+                except WorkerFailed as error:
+                    is_late = str(error) == NEVER_BEGAN
+                    (late if is_late else failed).append(f"{where}: {error}")
+                    checks[check] = {"passed": None if is_late else False, "error": str(error)}
+                    if not is_loaded:
+                        worker.close()
+                suite.save()
+            worker.close()
+    finally:
+        for worker in workers.values():
+            worker.close()
     if failed:
         raise RuntimeError(f"{len(failed)} checks failed, first {failed[0]}")
     if late:

@@ -2,142 +2,244 @@
 
 Fractions of the bandwidth (MBU) are the bytes that the plan says a step reads, with the experts that its rows chose
 counted, over the median time and the bandwidth that a copy reached in this run.
+
+The first cell of the first model is the headline. It is measured before everything else that is timed, and its
+contestants wait for the rest of their model's cells. Ours take turns as soon as they are ready, and once more with the
+peer when it has compiled, which takes minutes: what is known is saved, and what is compared was timed together. The
+peer compiles anew for every cell, and leaves out those for which that would take too long.
 """
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from speedstack.eval.gpu_suite.backends import BackendContestant, cell_length, model_config
+from speedstack.eval.gpu_suite.backends import BackendContestant, model_config
+from speedstack.eval.gpu_suite.kernels import phase_jobs, speed_jobs
 from speedstack.eval.gpu_suite.memory import PROCESS_BYTES, USABLE, layers_that_fit, peer_bytes
 from speedstack.eval.gpu_suite.peer import Peer
-from speedstack.eval.gpu_suite.scale import PEER, Cell
+from speedstack.eval.gpu_suite.scale import MODEL_SHARES, PEER, Cell
 from speedstack.eval.gpu_suite.sections import NOT_AVAILABLE, why_not
 from speedstack.eval.gpu_suite.suite import OutOfTime, Suite
 from speedstack.eval.gpu_suite.worker import KILLED, Worker, WorkerFailed
 from speedstack.eval.spread import spread_fields
 from speedstack.runtime.spec import ModelSpec, spec_from_config
 
-# Of a section's time: the first models are those that a GPU holds whole.
-MODEL_SHARES = {"qwen3-30b-a3b": 0.45, "gpt-oss-20b": 0.3, "mimo-v2-flash": 0.25}
-# Of a cell's time, what contestants may take to get ready: ours compile for every context, the peer for rows as well,
-# and for the first cell all make their weights. What is left is enough to take turns.
-PREPARE_SHARE = 0.85
-FIRST_WEIGHT, NEW_CONTEXT_WEIGHT, SAME_CONTEXT_WEIGHT = 5, 4, 2
+# Of a model's time: for the first cell all make their weights, and the peer compiles.
+FIRST_WEIGHT, CELL_WEIGHT = 10, 2
+# Of a model's share, when its first cell has been measured before.
+REST_SHARE = 0.5
+# Seconds before a cell's end at which the peer has to be ready, for all to take turns; and how many times as long as
+# the last time it may take to compile.
+TURN_SECONDS = 8.0
+PEER_MARGIN = 1.3
+NOT_MEASURED = "not measured"
 HUNG = "not started again: it was killed with the model before"
+
+
+def run_headline(suite: Suite, result: dict[str, Any], deadline: float) -> None:
+    """The first cell of the first model. Raises RuntimeError at the end when a contestant failed."""
+    model = timed_models(suite)[0]
+    race = Race(suite, model, result.setdefault(model, {}), deadline)
+    suite.race = race
+    suite.closing.callback(race.close)
+    race.start()
+    race.measure(suite.scale.cells[0], deadline)
+    _raise_problems(_problems(model, race.found))
 
 
 def run_speed(suite: Suite, result: dict[str, Any], deadline: float) -> None:
     """Every model. Raises RuntimeError at the end when a contestant failed, OutOfTime when a cell was not measured."""
-    problems, late, hung = list[str](), list[str](), set[str]()
-    models = [model for model in MODEL_SHARES if model in suite.models]
-    started, total, used = time.monotonic(), sum(MODEL_SHARES[model] for model in models), 0.0
+    problems, late = list[str](), list[str]()
+    models = timed_models(suite)
+    shares = {model: MODEL_SHARES[model] * (REST_SHARE if _begun(suite, model) else 1.0) for model in models}
+    started, used = time.monotonic(), 0.0
     for model in models:
-        used += MODEL_SHARES[model] / total
+        used += shares[model] / sum(shares.values())
         found = result[model] = dict[str, Any]()
+        race = _begun(suite, model)
         try:
-            _ModelRace(suite, model, found, started + used * (deadline - started), hung).run()
+            end = started + used * (deadline - started)
+            if race is None:
+                race = Race(suite, model, found, end)
+                race.start()
+            else:
+                race.go_on(found, end)
+            race.measure_rest()
         except OutOfTime as error:
             late.append(f"{model}: {error}")
         except (WorkerFailed, ValueError) as error:
             found["error"] = str(error)
             problems.append(f"{model}: {error}")
-        problems += [f"{model}, {name}: {reason}" for name, reason in found.get("failed", {}).items()]
+        finally:
+            if race is not None:
+                race.close()
+        problems += _problems(model, found)
         suite.save()
-    if problems:
-        raise RuntimeError(f"{len(problems)} failed, first {problems[0]}")
+    _raise_problems(problems)
     if late:
         raise OutOfTime("; ".join(late))
 
 
-def cell_weights(cells: Sequence[Cell]) -> list[int]:
-    """How the time of a model is shared among its cells."""
-    weights = []
-    for number, cell in enumerate(cells):
-        is_new = all(cell.context != other.context for other in cells[:number])
-        weights.append(FIRST_WEIGHT if number == 0 else NEW_CONTEXT_WEIGHT if is_new else SAME_CONTEXT_WEIGHT)
-    return weights
+def timed_models(suite: Suite) -> list[str]:
+    """The models in the order in which they are timed: those first that a GPU holds whole."""
+    return [model for model in MODEL_SHARES if model in suite.models]
 
 
-class _ModelRace:
-    """One model's contestants and cells."""
+def cell_weights(num_cells: int, has_first: bool) -> list[int]:
+    """How the time of a model is shared among the cells that are left; has_first: the first among them."""
+    return [FIRST_WEIGHT if number == 0 and has_first else CELL_WEIGHT for number in range(num_cells)]
 
-    def __init__(self, suite: Suite, model: str, found: dict[str, Any], deadline: float, hung: set[str]) -> None:
-        self.suite, self.model, self.found, self.deadline, self.hung = suite, model, found, deadline, hung
+
+def _begun(suite: Suite, model: str) -> "Race | None":
+    """The race of a model whose first cell has been measured."""
+    race = suite.race
+    return race if isinstance(race, Race) and race.model == model and race.cells_done else None
+
+
+def _problems(model: str, found: dict[str, Any]) -> list[str]:
+    return [f"{model}, {name}: {reason}" for name, reason in found.get("failed", {}).items()]
+
+
+def _raise_problems(problems: Sequence[str]) -> None:
+    if problems:
+        raise RuntimeError(f"{len(problems)} failed, first {problems[0]}")
+
+
+class Race:
+    """One model's contestants and cells. `found` is filled in place; `close` ends all of them."""
+
+    def __init__(self, suite: Suite, model: str, found: dict[str, Any], deadline: float) -> None:
+        self.suite, self.model, self.found, self.deadline = suite, model, found, deadline
         self.spec: ModelSpec = spec_from_config(model_config(suite.scale, model))
         environment = suite.result("environment")
         self.bandwidth: float | None = environment.get("copy", {}).get("median")
         self.free_bytes: int | None = environment.get("machine", {}).get("free_bytes")
         self.workers: dict[str, Worker] = {}
+        self.cells_done = 0
+        self.peer_seconds = 0.0  # to get ready, the last time
+        self._first: dict[str, Any] = {}  # entries of the first cell
 
-    def run(self) -> None:
-        """Fills `found`. Raises OutOfTime when a cell was not measured, ValueError when no layer fits."""
+    def start(self) -> None:
+        """Starts every contestant; ours make their weights. Raises ValueError when no layer fits."""
         names = {name: why_not(self.suite, name) for name in self.suite.contestants}
-        names |= {name: HUNG for name in self.hung & set(names)}
+        names |= {name: HUNG for name in self.suite.hung & set(names)}
         ready = [name for name, reason in names.items() if reason is None]
         self.found[NOT_AVAILABLE] = {name: reason for name, reason in names.items() if reason is not None}
         self.found["failed"] = {}
         num_layers = self._num_layers(ready)
         self.found |= {"num_layers": num_layers, "num_layers_of_model": self.spec.num_layers, "cells": []}
-        try:
-            for name in ready:
-                self._start(name, num_layers)
-            cells = self.suite.scale.cells
-            weights = cell_weights(cells)
-            for number, cell in enumerate(cells):
-                self._measure(cell, weights[number] / sum(weights[number:]), len(cells) - number)
-            self._extras()
-        finally:
-            for worker in self.workers.values():
-                worker.close()
+        for name in ready:
+            kind: tuple[Any, ...] = (BackendContestant, self.suite.scale, self.model, name)
+            if name == PEER:
+                kind = (Peer, self.suite.scale, self.model)
+            self.workers[name] = self.suite.start(*kind, num_layers, self.suite.seed)
+        # The peer makes its own when it gets ready, for which nobody waits.
+        ours = [name for name in ready if name != PEER]
+        for name in ours:
+            self.workers[name].begin("load")
+        for name in ours:
+            self._finish(name, "load", self.deadline)
+
+    def go_on(self, found: dict[str, Any], deadline: float) -> None:
+        """Cells from here on are another section's."""
+        kept = {name: value for name, value in self.found.items() if name not in ("cells", "failed")}
+        self.found, self.deadline = found, deadline
+        found |= kept | {"cells": [], "failed": {}}
+
+    def measure_rest(self) -> None:
+        """All cells that are left. Raises OutOfTime when one was not measured."""
+        cells = self.suite.scale.cells[self.cells_done :]
+        weights = cell_weights(len(cells), has_first=self.cells_done == 0)
+        for number, cell in enumerate(cells):
+            now = time.monotonic()
+            if now >= self.deadline:
+                raise OutOfTime(f"{len(cells) - number} cells were not measured")
+            share = weights[number] / sum(weights[number:])
+            self.measure(cell, now + (self.deadline - now) * share)
+        self._extras()
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.close()
+        self.workers.clear()
 
     def _num_layers(self, names: list[str]) -> int:
         """All that fit beside each other and beside the peer."""
         if self.free_bytes is None:
             return self.spec.num_layers
-        length = max(cell_length(self.suite.scale, cell) for cell in self.suite.scale.cells)
+        scale = self.suite.scale
+        length = max(scale.cell_length(cell.context) for cell in scale.cells)
         peer = 0
         if PEER in names:
-            depths = self.suite.scale.peer_layers[self.model]
-            peer = PROCESS_BYTES + sum(
-                peer_bytes(model_config(self.suite.scale, self.model, depth), length) for depth in depths
-            )
+            depths = scale.peer_layers[self.model]
+            peer = PROCESS_BYTES + sum(peer_bytes(model_config(scale, self.model, depth), length) for depth in depths)
         num_backends = max(1, len([name for name in names if name != PEER]))
         return layers_that_fit(self.spec, length, num_backends, self.free_bytes - int(peer / USABLE))
 
-    def _start(self, name: str, num_layers: int) -> None:
-        suite = self.suite
-        if name == PEER:
-            self.workers[name] = suite.start(Peer, suite.scale, self.model, num_layers, suite.seed)
-        else:
-            self.workers[name] = suite.start(
-                BackendContestant, suite.scale, self.model, name, num_layers, suite.seed
-            )  # fmt: skip
-
-    def _measure(self, cell: Cell, share: float, cells_left: int) -> None:
-        """One cell, in its share of the time that is left."""
-        now = time.monotonic()
-        if now >= self.deadline:
-            raise OutOfTime(f"{cells_left} cells were not measured")
-        end = now + (self.deadline - now) * share
+    def measure(self, cell: Cell, end: float) -> None:
+        """One cell, until `end` at most."""
         record: dict[str, Any] = {"rows": cell.rows, "context": cell.context, "contestants": {}}
         self.found["cells"].append(record)
+        self.cells_done += 1
         entries = record["contestants"]
-        # Compiling takes the host, not the device: all get ready at the same time.
-        entries |= self._prepare(cell, now + PREPARE_SHARE * (end - now))
-        samples: dict[str, list[Any]] = {name: [] for name in self.workers}
+        if self.cells_done == 1:
+            self._first = entries
+        has_peer = PEER in self.workers
+        if has_peer and time.monotonic() + PEER_MARGIN * self.peer_seconds > end - TURN_SECONDS:
+            has_peer = False
+            record[NOT_MEASURED] = {PEER: f"the last time it took {self.peer_seconds:.0f} s to get ready"}
+        if has_peer:
+            self.workers[PEER].begin("prepare", cell)
+        ours = [name for name in self.workers if name != PEER]
+        self._wait_for_kernels(
+            job for name in ours for job in speed_jobs(self.suite.scale, self.model, name, cell.context)
+        )
+        for name in ours:
+            self.workers[name].begin("prepare", cell)
+        for name in ours:
+            self._add(entries, name, self._finish(name, "prepare", end))
+        self._take_turns(ours, entries, end)
+        record["is_peer_compiling"] = has_peer
+        self._say(cell, entries)
+        if has_peer:
+            self._add(entries, PEER, self._finish(PEER, "prepare", end - TURN_SECONDS))
+        if PEER in entries:
+            self.peer_seconds = entries[PEER]["prepare_seconds"]
+            self._take_turns([*ours, PEER], entries, end)
+            record["is_peer_compiling"] = False
+            self._say(cell, entries)
+
+    def _say(self, cell: Cell, entries: dict[str, Any]) -> None:
+        times = [
+            f"{name} {1e3 * entry['step_seconds']['median']:.3f} ms"
+            for name, entry in entries.items()
+            if "step_seconds" in entry
+        ]
+        self.suite.say(f"  {self.model}, {cell.rows} rows, context {cell.context}: {', '.join(times) or 'nobody'}")
+        self.suite.save()
+
+    def _wait_for_kernels(self, jobs: Iterable[Any]) -> None:
+        if self.suite.kernels is not None:
+            self.suite.kernels.wait(jobs, self.deadline)
+
+    def _add(self, entries: dict[str, Any], name: str, answer: dict[str, Any] | None) -> None:
+        if answer is not None:
+            entries[name] = answer
+
+    def _take_turns(self, names: Iterable[str], entries: dict[str, Any], end: float) -> None:
+        """Samples of those that are ready, each in turn, and what follows from them."""
+        racing = [name for name in names if name in self.workers and name in entries]
+        samples: dict[str, list[Any]] = {name: [] for name in racing}
         orders = random.Random(self.suite.seed)
         for _ in range(self.suite.scale.num_repeats):
-            for name in orders.sample(list(self.workers), len(self.workers)):
+            for name in orders.sample(racing, len(racing)):
                 answer = self._ask(name, end, "sample")
                 if answer is not None:
                     samples[name].append(answer)
         for name, values in samples.items():
             if values and name in self.workers:
                 self._summarize(name, entries[name], values, end)
-        self.suite.say(f"  {self.model}, {cell.rows} rows, context {cell.context}: {', '.join(entries) or 'nobody'}")
-        self.suite.save()
 
     def _summarize(self, name: str, entry: dict[str, Any], values: list[Any], end: float) -> None:
         if name == PEER:
@@ -146,36 +248,27 @@ class _ModelRace:
         seconds = entry["step_seconds"] = spread_fields(values)
         if self.bandwidth is None:
             return
-        cost = self._ask(name, end, "cost", self.bandwidth)
-        if cost is not None:
-            entry |= cost
-            entry["mbu"] = cost["read_bytes"] / seconds["median"] / self.bandwidth
+        if "read_bytes" not in entry:
+            entry |= self._ask(name, end, "cost", self.bandwidth) or {}
+        if "read_bytes" in entry:
+            entry["mbu"] = entry["read_bytes"] / seconds["median"] / self.bandwidth
 
     def _extras(self) -> None:
         """What the first cell is enough for: the engine's own rate, and time by phase. Last, so that it costs no cell.
 
         Raises OutOfTime when one could not begin.
         """
-        entries = self.found["cells"][0]["contestants"]
-        for name in [name for name in self.workers if name != PEER and name in entries]:
+        scale = self.suite.scale
+        for name in [name for name in self.workers if name != PEER and name in self._first]:
             if time.monotonic() >= self.deadline:
                 raise OutOfTime("the engine's rate and times by phase were not all measured")
-            if self._ask(name, self.deadline, "prepare", self.suite.scale.cells[0]) is None:
+            if self._ask(name, self.deadline, "prepare", scale.cells[0]) is None:
                 continue
-            entries[name] |= self._ask(name, self.deadline, "generation") or {}
+            self._first[name] |= self._ask(name, self.deadline, "generation") or {}
             if name == "graph" and self.bandwidth is not None:
-                entries[name]["phases"] = self._ask(name, self.deadline, "phases", self.bandwidth) or []
+                self._wait_for_kernels(phase_jobs(scale, self.model, name))
+                self._first[name]["phases"] = self._ask(name, self.deadline, "phases", self.bandwidth) or []
             self.suite.save()
-
-    def _prepare(self, cell: Cell, end: float) -> dict[str, dict[str, Any]]:
-        for worker in self.workers.values():
-            worker.begin("prepare", cell)
-        answers = {}
-        for name in list(self.workers):
-            answer = self._finish(name, "prepare", end)
-            if answer is not None:
-                answers[name] = answer
-        return answers
 
     def _ask(self, name: str, end: float, method: str, *arguments: Any) -> Any:
         """A call's answer; None from a contestant that has left the race."""
@@ -195,5 +288,5 @@ class _ModelRace:
             self.workers.pop(name).close()
             self.found["failed"][name] = str(error)
             if method == "sample" and name != PEER and str(error).startswith(KILLED):
-                self.hung.add(name)
+                self.suite.hung.add(name)
             return None

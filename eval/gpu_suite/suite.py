@@ -1,5 +1,6 @@
 """Sections one after another, each with a share of the time, and a file that holds what is known so far."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from speedstack.eval.failures import one_line
+from speedstack.eval.gpu_suite.kernels import Kernels
 from speedstack.eval.gpu_suite.scale import Scale
 from speedstack.eval.gpu_suite.worker import StartWorker
 
@@ -35,6 +37,11 @@ class Suite:
 
     `document["sections"][name]` holds status, seconds, error and result. What a section puts into its result is saved
     as often as it calls `save`.
+
+    names: the sections that run; end: the moment of `time.monotonic` at which all of it ends.
+
+    What sections leave for each other: `kernels`, which are being compiled; `race`, the contestants whose first cell
+    has been measured; `hung`, contestants that are not started again. `closing` ends what is left at the end.
     """
 
     scale: Scale
@@ -46,12 +53,20 @@ class Suite:
     seed: int = 0
     say: Callable[[str], None] = print_now
     document: dict[str, Any] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    end: float = 0.0
+    kernels: Kernels | None = None
+    race: Any = None
+    hung: set[str] = field(default_factory=set)
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def save(self) -> None:
         """Writes the document, whole or not at all; what is no finite number becomes null.
 
         Raises OSError as the file system does.
         """
+        if self.kernels is not None:
+            self.document["kernels"] = self.kernels.records()
         self.out.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.out.with_name(f".{self.out.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(finite(self.document), indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -74,8 +89,14 @@ class Section:
 
 def run_sections(suite: Suite, sections: Sequence[Section]) -> bool:
     """Runs them all, whatever fails; whether all are complete. Time that one leaves is the next ones'."""
+    with suite.closing:
+        return _run_sections(suite, sections)
+
+
+def _run_sections(suite: Suite, sections: Sequence[Section]) -> bool:
     started = time.monotonic()
     end, total = started + 60 * suite.minutes, sum(section.share for section in sections)
+    suite.end, suite.names = end, tuple(section.name for section in sections)
     suite.document = {
         "kind": KIND,
         "schema_version": SCHEMA_VERSION,
@@ -85,6 +106,7 @@ def run_sections(suite: Suite, sections: Sequence[Section]) -> bool:
         "minutes": suite.minutes,
         "seed": suite.seed,
         "is_complete": False,
+        "kernels": [],
         "sections": {},
     }
     suite.save()

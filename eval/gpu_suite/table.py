@@ -21,10 +21,15 @@ class Target:
     values: Callable[[dict[str, Any]], list[float | None]]
 
 
+def races(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(model, what was found of it) of everything that is timed, the headline first."""
+    for section in ("headline", "speed"):
+        yield from document.get("sections", {}).get(section, {}).get("result", {}).items()
+
+
 def cells(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(model, cell) of everything that speed has begun to measure."""
-    result = document.get("sections", {}).get("speed", {}).get("result", {})
-    for model, found in result.items():
+    """(model, cell) of everything that has begun to be timed."""
+    for model, found in races(document):
         for cell in found.get("cells", []):
             yield model, cell
 
@@ -110,12 +115,17 @@ def _speed_lines(document: dict[str, Any]) -> Iterator[str]:
         yield line
     if is_extrapolated:
         yield "* extrapolated from two depths of the model"
-    result = document["sections"]["speed"]["result"]
-    for model, found in result.items():
+    said = set[str]()
+    for model, found in races(document):
+        lines = []
         if found.get("num_layers", 0) < found.get("num_layers_of_model", 0):
-            yield f"{model}: the first {found['num_layers']} of {found['num_layers_of_model']} layers, which fit"
-        for name, reason in (found.get("not available", {}) | found.get("failed", {})).items():
-            yield f"{model}, {name}: {reason}"
+            lines.append(
+                f"{model}: the first {found['num_layers']} of {found['num_layers_of_model']} layers, which fit"
+            )
+        reasons = found.get("not available", {}) | found.get("failed", {})
+        lines += [f"{model}, {name}: {reason}" for name, reason in reasons.items()]
+        yield from (line for line in lines if line not in said)
+        said.update(lines)
 
 
 def _phase_lines(document: dict[str, Any]) -> Iterator[str]:

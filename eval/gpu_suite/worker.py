@@ -43,6 +43,10 @@ class Worker(Protocol):
         """Ends it, whatever it is doing."""
         ...
 
+    def kill(self) -> None:
+        """From another thread than the one that waits in `finish`, which then raises."""
+        ...
+
 
 # Makes a worker around `factory(*arguments)`.
 StartWorker = Callable[..., Worker]
@@ -75,10 +79,10 @@ class ProcessWorker:
 
     def finish(self, deadline: float) -> Any:
         allowed = deadline - time.monotonic()
-        if not self._connection.poll(max(allowed, 0.0)):
-            self.close()
-            raise WorkerFailed(f"{KILLED} {allowed:.0f} s" if allowed > 0 else NEVER_BEGAN)
         try:
+            if not self._connection.poll(max(allowed, 0.0)):
+                self.close()
+                raise WorkerFailed(f"{KILLED} {allowed:.0f} s" if allowed > 0 else NEVER_BEGAN)
             is_good, answer = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(5)
@@ -88,6 +92,9 @@ class ProcessWorker:
         if not is_good:
             raise WorkerFailed(answer)
         return answer
+
+    def kill(self) -> None:
+        self._process.kill()
 
     def close(self) -> None:
         self.is_alive = False
@@ -162,6 +169,9 @@ class LocalWorker:
         except Exception as error:
             traceback.print_exc()
             raise WorkerFailed(one_line(error)) from error
+
+    def kill(self) -> None:
+        pass
 
     def close(self) -> None:
         self.is_alive = False

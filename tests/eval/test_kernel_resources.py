@@ -17,6 +17,7 @@ from speedstack.eval.kernel_resources import (
     KernelResourcesResult,
     compiled_kernels,
     compiled_resident,
+    launches,
     model_spec,
 )
 from speedstack.eval.released import MODELS
@@ -71,20 +72,31 @@ def test_the_kernel_of_a_whole_step_does_not_spill(model: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_a_drafters_kernels_do_not_spill() -> None:
+    """Of `fuse` and `context`, too, issue leaves the bandwidth to the weights."""
+    kernels = list(compiled_kernels("qwen3-30b-a3b", is_packed=True, has_drafter=True))
+    for kernel in kernels:
+        check(kernel)
+    own = {"block", "pick", "fuse", "context", "append"}
+    assert {"qkv", "attention", "dense_gate_up", "dense_down", "lm_head"} | own <= {kernel.op for kernel in kernels}
+    assert {"fuse", "context"} <= {kernel.op for kernel in kernels if kernel.loops}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("model", "allowed"), [("mimo-v2-flash", {"lm_head": 8}), ("qwen3-30b-a3b", {"qkv": 8})])
 def test_fp8_is_decoded_in_registers(model: str, allowed: dict[str, int]) -> None:
     """Two weights an instruction on Hopper, rounded two at a time; what takes no FP8 is the same kernel as before.
 
     The assembler gives a kernel of each model 80 registers, where one or two more do not fit with one of the Tritons.
     """
-    from speedstack.eval.kernel_resources import _shapes
+    from speedstack.runtime.kernels.triton.ahead import compile_kernel
     from speedstack.runtime.kernels.triton.phase import phase_kernel
-    from speedstack.runtime.kernels.triton.resources import compile_kernel, resources_of
-    from speedstack.runtime.launches import build_launches
+    from speedstack.runtime.kernels.triton.resources import resources_of
 
-    constants = {launch.binding.constants for launch in build_launches(*_shapes(model, True, False))}
+    constants = {launch.binding.constants for launch in launches(model, True)}
     ops = set()
-    for launch in build_launches(*_shapes(model, True, True)):
+    for launch in launches(model, True, True):
         if launch.binding.constants in constants or launch.phase.op in ops:
             continue
         ops.add(launch.phase.op)
@@ -98,13 +110,10 @@ def test_fp8_is_decoded_in_registers(model: str, allowed: dict[str, int]) -> Non
 
 def test_zeros_behind_the_end_of_an_axis_are_no_weights() -> None:
     """Stretches of 512 elements, or of 1024 of MXFP4: 2880 fill neither, 768 three quarters of the one there is."""
-    from speedstack.eval.kernel_resources import _shapes
     from speedstack.runtime.kernels.triton.resources import share_of_stretches, weight_bits
-    from speedstack.runtime.launches import build_launches
 
     def shares(model: str) -> dict[str, float]:
-        launches = build_launches(*_shapes(model, True, False))
-        return {launch.phase.op: share_of_stretches(launch) for launch in launches if weight_bits(launch)}
+        return {each.phase.op: share_of_stretches(each) for each in launches(model, True) if weight_bits(each)}
 
     cut = 2880 / 3072
     assert shares("gpt-oss-20b") == dict.fromkeys(WEIGHT_OPS, cut) | {"o_proj": 1.0}

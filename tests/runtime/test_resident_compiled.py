@@ -20,17 +20,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 
-from speedstack.runtime.bindings import bind
-from speedstack.runtime.kernels.triton import resident
+from speedstack.dflash.model import DFlashDraftModel
+from speedstack.eval.released import drafter_config
+from speedstack.runtime.kernels.triton import counters
 from speedstack.runtime.kernels.triton.first_values import first_values, with_first_values
-from speedstack.runtime.kernels.triton.resources import compile_kernel
-from speedstack.runtime.memory import Memory
-from speedstack.runtime.phases import build_plan
-from speedstack.runtime.plan_backend import formats_of
-from speedstack.runtime.resident import Prefetching, arguments_of, compile_options
+from speedstack.runtime.plan_backend import Target
+from speedstack.runtime.resident import Prefetching, ResidentBackend
 from speedstack.runtime.shapes import empty_weights
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec
-from speedstack.runtime.tasks import Tasks, build_tasks
+from speedstack.runtime.tasks import Tasks
 
 # One layer of each kind, at the least sizes that a tensor core takes.
 LAYERS = (
@@ -44,18 +42,18 @@ def compiled(
     prefetch: Prefetching = "own",
     has_fp8: bool = False,
     layers: tuple[LayerSpec, ...] = LAYERS,
-    has_look_up: bool = True,
+    has_drafter: bool = False,
 ) -> tuple[Tasks, Any]:
-    """The tables and the compiled kernel of a tiny model."""
+    """The tables and the compiled kernel of a tiny model, with look-up where there is no drafter."""
     weights = empty_weights(ModelSpec("test", 256, 64, 1e-5, 512, (), layers), torch.bfloat16, META, True, has_fp8)
-    plan = build_plan(weights.spec, formats_of(weights), 132, 16, 512, has_look_up=has_look_up)
-    tasks = build_tasks(plan, bind(plan, weights, Memory(plan, weights, 2, 512)), torch.device("cpu"))
-    word = torch.zeros(1, dtype=torch.int32)
-    changing: dict[str, Any] = {"counters_ptr": word, "dump_ptr": word, "failed_ptr": word}
-    changing |= {"num_made_ptr": word, "sequences_ptr": word}
-    changing |= {"first_step": 0, "num_steps": 1, "max_polls": 1}
-    arguments = arguments_of(plan, tasks, prefetch) | changing
-    return tasks, compile_kernel(resident.resident_kernel, arguments, compile_options())
+    drafter = None
+    if has_drafter:
+        with META:
+            drafter = DFlashDraftModel(drafter_config(weights.spec)).to(torch.bfloat16)
+    backend = ResidentBackend(weights, drafter, 2, 512, prefetch=prefetch, target=Target((9, 0), 132))
+    backend.set_look_up(not has_drafter)
+    (built,) = backend.compile()
+    return backend.tasks, built
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +177,7 @@ def test_weights_are_fetched_into_the_cache(own: tuple[Tasks, Any]) -> None:
     assert num_early < num_all
     assert built.asm["ptx"].count("cp.async.bulk.prefetch.L2.global") >= num_early
     assert built.metadata.launch_cooperative_grid
-    _, with_movers = compiled("movers", has_look_up=False)
+    _, with_movers = compiled("movers")
     assert with_movers.asm["ptx"].count("cp.async.bulk.prefetch.L2.global") >= num_all
 
 
@@ -188,6 +186,23 @@ def test_fp8_weights_are_decoded_there_too(own: tuple[Tasks, Any]) -> None:
     _, built = compiled(has_fp8=True, layers=LAYERS[:1])
     assert "e4m3x2" in built.asm["ptx"] and "e4m3x2" not in own[1].asm["ptx"]
     assert not list(unguarded_acquires(ptx_of(built))) and "ld.global.nc" not in built.asm["ptx"]
+
+
+@pytest.mark.slow
+def test_a_drafter_waits_signals_and_fetches_like_the_rest() -> None:
+    tasks, built = compiled(layers=LAYERS[:1], has_drafter=True)
+    assert {"block", "pick", "fuse", "context", "append"} <= {variant.op for variant in tasks.variants}
+    ptx, sass = ptx_of(built), sass_of(built)
+    num_waits, num_signals = num_waits_and_signals(tasks)
+    assert sum("ld.global.gpu.acquire" in line for line in ptx) == 2 * num_waits
+    assert sum(bool(re.search(r"(atom|red)\.global\.gpu\.release", line)) for line in ptx) == num_signals
+    assert not list(unguarded_acquires(ptx)) and not list(unguarded_releases(ptx)) and not list(unfenced_releases(sass))
+    # What a program says to its own threads (`counters.agreed`) orders nothing: a word of its own record in the dump.
+    own_word = rf"\+{4 * counters.SCRATCH.value:#x}\]"
+    assert not without(list(stale_acquires(sass)), own_word)
+    assert "ld.global.nc" not in built.asm["ptx"] and not list(unset_loads(ptx))
+    num_early = sum(variant.is_known_early for variant in tasks.variants)
+    assert built.asm["ptx"].count("cp.async.bulk.prefetch.L2.global") >= num_early
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def test_experts_are_chosen_early_only_behind_a_wait() -> None:
     check_early_choices(plan)
     (wait,) = plan.phases[plan.phase_named["L00.gate_up"]].waits
     for waits in ((), (replace(wait, offset=wait.offset - 1),)):
-        with pytest.raises(AssertionError, match=r"L00\.down chooses before anything has waited for L00\.router"):
+        with pytest.raises(AssertionError, match=r"L00\.down looks before anything has waited for L00\.router"):
             check_early_choices(altered(plan, "L00.gate_up", waits=waits))
 
 

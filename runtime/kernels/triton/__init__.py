@@ -21,6 +21,7 @@
     resident     a whole step as one kernel, for the `resident` backend
     counters     how its programs wait for each other, and what must not go wrong there
     first_values what Triton 3.6 leaves unset in compiled kernels
+    ahead        compiling kernels without their GPU
     prefetch     how they ask for weights ahead of time
     resources    what a compiled kernel takes of a multiprocessor
     issue        how many instructions it spends on a byte of weights

@@ -101,7 +101,11 @@ def run_phase(
     if PREFETCHES:  # noqa: SIM102
         if PHASE.is_known_early:
             # What rows chose has been known since the wait of `expert_gate_up`, which every program has behind it.
-            prefetch_items(first, num_programs, num_programs, p, PHASE)
+            if PHASE.has_undecided_rows:
+                scratch_ptr = dump_ptr + tl.program_id(0) * DUMP_RECORD + SCRATCH
+                prefetch_items(first, num_programs, num_programs, p, PHASE, scratch_ptr)
+            else:
+                prefetch_items(first, num_programs, num_programs, p, PHASE)
     is_alive = wait_all(
         record_ptr, 0, 0, 0, step, phase, WHOLE_PHASE, counters_ptr, max_polls, dump_ptr, failed_ptr, PHASE, False
     )  # fmt: skip
@@ -222,7 +226,11 @@ def move_phase(
     return goes_on
 
 
-@triton.jit(do_not_specialize=["first_step", "num_steps", "max_polls"])
+# Numbers that say how much there is, so that one kernel serves every launch, and models of any number of layers.
+_UNSPECIALIZED = ["num_phases", "num_moves", "num_programs", "first_step", "num_steps", "max_polls"]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def resident_kernel(
     phases_ptr,
     moves_ptr,

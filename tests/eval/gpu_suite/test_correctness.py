@@ -12,13 +12,17 @@ import torch
 
 from speedstack.eval.gpu_suite import correctness
 from speedstack.eval.gpu_suite.correctness import Checker, choice_gap, is_near_tie, row_error
+from speedstack.eval.gpu_suite.edges import edge_weights, experts_of
 from speedstack.eval.gpu_suite.scale import scale_for
 from speedstack.eval.gpu_suite.sections import CHECKS, CHECKS_OF
 from speedstack.eval.released import MODELS
+from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backend import Rows
+from speedstack.runtime.bindings import LARGEST_NARROW_SCALE
 from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.sampling import SamplingParams, gumbel_noise, sample
 from speedstack.runtime.spec import MoeSpec
+from speedstack.runtime.weights import ModelWeights
 
 SCALE = scale_for("cpu")
 
@@ -63,6 +67,38 @@ def test_the_reference_passes(model: str) -> None:
     drafted = checker.check_drafter()
     assert drafted["num_tokens"] == 16 and drafted["num_drafted"] > 8
     assert checker.check_sampling() == {"is_drawn_by_host": True}
+
+
+def test_ties_of_experts_and_ends_of_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that takes the higher of two that tie, and one where a lost row takes others along."""
+    checker = Checker(SCALE, "gpt-oss-20b", "reference")
+    found = checker.check_edges()
+    assert found["num_rows_decided"] > found["num_rows_lost"] > 0 and found["sampling"] == {"is_drawn_by_host": True}
+    assert checker.spec.num_layers == 2, "the model is what it was"
+    weights = edge_weights(SCALE, torch.float32, torch.device("cpu"))
+    experts = experts_of(weights)
+    logits_RE = torch.randn(4, 64) @ experts.router_ED.T
+    assert torch.equal(logits_RE[:, :8], logits_RE[:, 8:]) and isinstance(experts.gate_up_EID, MXFP4Tensor)
+    assert experts.gate_up_EID.scales.amax() > LARGEST_NARROW_SCALE and experts.gate_up_EID.scales.amin() == 0
+
+    class Higher(ReferenceBackend):
+        def __init__(self, weights: ModelWeights, *arguments: Any) -> None:
+            moe = experts_of(weights)
+            assert isinstance(moe.gate_up_EID, MXFP4Tensor) and isinstance(moe.down_EDI, MXFP4Tensor)
+            turned = [MXFP4Tensor(w.codes.roll(8, 0), w.scales.roll(8, 0)) for w in (moe.gate_up_EID, moe.down_EDI)]
+            layer = replace(weights.layers[0], mlp=replace(moe, gate_up_EID=turned[0], down_EDI=turned[1]))
+            super().__init__(replace(weights, layers=[layer]), *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(correctness, "make_backend", lambda name, *arguments: Higher(*arguments))
+        with pytest.raises(RuntimeError, match=r"logits is off by .* where experts tie or scales are extreme"):
+            checker.check_edges()
+    breaking(monkeypatch, lambda logits, rows: logits + logits.isnan().any() * 1e-3)
+    with pytest.raises(RuntimeError, match="changes rows that did not choose it"):
+        checker.check_edges()
+    breaking(monkeypatch, lambda logits, rows: logits.nan_to_num())
+    with pytest.raises(RuntimeError, match="a row that chose an expert that is no number has logits"):
+        checker.check_edges()
 
 
 def test_wrong_logits_are_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,8 @@ def test_on_a_cpu_with_interpreted_kernels(tmp_path: Path) -> None:
     sections: dict[str, Any] = {name: record["result"] for name, record in found["sections"].items()}
     assert sections["environment"]["copy"]["median"] > 0
     check_correctness(sections["correctness"])
-    check_speed(sections["speed"]["gpt-oss-20b"])
+    check_speed(sections["headline"]["gpt-oss-20b"])
+    assert sections["speed"]["gpt-oss-20b"]["cells"] == [], "there is one cell, which is the headline"
     assert {row["operation"] for row in sections["quant"]["timings"]} >= {"quantize", "fake_quantize", "copy"}
     verdicts = {row["target"]: row["verdict"] for row in found["targets"]}
     assert verdicts["pack, of copy"] in ("met", "missed")
@@ -73,6 +74,7 @@ def check_correctness(result: dict[str, Any]) -> None:
         assert list(models) == ["gpt-oss-20b"]
         assert {name: check["passed"] for name, check in checks.items()} == {
             "check_buffers": True, "check_row_invariance": True, "check_text": True, "check_sampling": True,
+            "check_edges": True,
         }, backend  # fmt: skip
         buffers = checks["check_buffers"]
         # One launch is a whole step of the resident backend: only what it leaves is compared.
@@ -81,6 +83,7 @@ def check_correctness(result: dict[str, Any]) -> None:
         assert buffers["largest_error"] <= buffers["tolerance"]
         sampling = checks["check_sampling"]
         assert sampling["num_tokens_compared"] >= 8 if backend == "resident" else sampling["is_drawn_by_host"]
+        assert checks["check_edges"]["num_rows_decided"] > checks["check_edges"]["num_rows_lost"] > 0
         assert checks["check_text"]["num_tokens"] > 0 and len(checks["check_row_invariance"]["companies"]) == 6
 
 

@@ -1,0 +1,75 @@
+"""A model of edge cases for the checks: experts that tie across warps, the ends of E8M0 scales, and a real vocabulary.
+
+Expert e and expert e + E / 2 have the same router row, and other weights. A row of the router has one element that is
+not zero, so that a logit is one product, and the two are equal to the bit however they are summed; the lower number is
+to be chosen. The number of choices is odd: the last one always decides between two that tie. Some experts' scales lie
+so far up that decoding takes another way (IS_WIDE), some blocks have the lowest scale, 2**-127, and one expert in the
+end the highest byte, which is no number: the rows that chose it are lost, and no others.
+"""
+
+import torch
+
+from speedstack.eval.gpu_suite.scale import Scale
+from speedstack.quant.mxfp4 import MXFP4Tensor
+from speedstack.runtime.shapes import random_weights
+from speedstack.runtime.spec import AttentionSpec, LayerSpec, ModelSpec, MoeSpec
+from speedstack.runtime.weights import ModelWeights, MoeWeights
+
+HIDDEN, INTERMEDIATE = 64, 64
+# Of the scales of some experts' up rows; their down projection's are as much lower, so that the sum stays near one.
+SHIFT = 70
+NAN_BYTE = 255
+
+
+def edge_spec(scale: Scale) -> ModelSpec:
+    """One layer; as many experts as MiMo and as many tokens as Qwen3 has, where that takes no time."""
+    attention = AttentionSpec(2, 1, 32, 32, 16, 1e4)
+    num_experts, top_k, vocab_size = (16, 3, 100) if scale.is_tiny else (256, 7, 151936)
+    moe = MoeSpec(num_experts, top_k, INTERMEDIATE, "softmax", has_correction_bias=False, renormalize=True)
+    return ModelSpec("edges", vocab_size, HIDDEN, 1e-5, 1024, (), (LayerSpec(attention, moe),))
+
+
+def edge_weights(scale: Scale, dtype: torch.dtype, device: torch.device) -> ModelWeights:
+    """See the module; without the expert whose scale is no number."""
+    weights = random_weights(edge_spec(scale), dtype, device, is_packed=True, seed=5)
+    moe = experts_of(weights)
+    expert_E = torch.arange(len(moe.router_ED), device=device)
+    pair_E = expert_E % (len(expert_E) // 2)
+    moe.router_ED.zero_()
+    moe.router_ED[expert_E, pair_E % HIDDEN] = torch.where(pair_E < HIDDEN, 1.0, -1.5)
+    up, down = _packed(moe.gate_up_EID).scales[:, INTERMEDIATE:], _packed(moe.down_EDI).scales
+    up[expert_E % 4 == 1] += SHIFT
+    down[expert_E % 4 == 1] -= SHIFT
+    up[expert_E % 4 == 2, :, 0] = 0
+    return weights
+
+
+def moe_of(spec: ModelSpec) -> MoeSpec:
+    """The only layer's."""
+    moe = spec.layers[0].mlp
+    assert isinstance(moe, MoeSpec)
+    return moe
+
+
+def experts_of(weights: ModelWeights) -> MoeWeights:
+    """The only layer's."""
+    moe = weights.layers[0].mlp
+    assert isinstance(moe, MoeWeights)
+    return moe
+
+
+def lose_expert(weights: ModelWeights, expert: int) -> None:
+    """Makes one block of an expert's weights no numbers."""
+    _packed(experts_of(weights).gate_up_EID).scales[expert, 3, 1] = NAN_BYTE
+
+
+def pair_gap(logits_RE: torch.Tensor, spec: MoeSpec) -> torch.Tensor:
+    """Float32 [R]: how far apart the pairs are whose order decides what a row chooses, at least."""
+    pairs = (spec.top_k + 1) // 2
+    best = logits_RE[:, : spec.num_experts // 2].topk(pairs + 1, dim=-1).values
+    return torch.minimum(best[:, -3] - best[:, -2], best[:, -2] - best[:, -1])
+
+
+def _packed(weight: object) -> MXFP4Tensor:
+    assert isinstance(weight, MXFP4Tensor)
+    return weight

@@ -1,0 +1,194 @@
+"""Compiles every kernel of the suite ahead of its first launch, in processes that need no GPU.
+
+A whole step as one kernel takes a compiler half a minute, its phases ten seconds, and there is a dozen of either: one
+after another they alone would take longer than the suite may. So they are compiled side by side, a process a core,
+while weights are made and the peer compiles, into Triton's cache on disk, where launches find them
+(`speedstack.runtime.kernels.triton.ahead`). What is not found is compiled where it is needed, as ever.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from speedstack.dflash.model import DFlashDraftModel
+from speedstack.eval.gpu_suite.edges import edge_weights
+from speedstack.eval.gpu_suite.scale import PEER, Scale
+from speedstack.eval.gpu_suite.worker import StartWorker, Worker, WorkerFailed
+from speedstack.eval.released import drafter_config, released_spec, tiny_config
+from speedstack.runtime.graph import GraphBackend
+from speedstack.runtime.plan_backend import Target
+from speedstack.runtime.resident import ResidentBackend
+from speedstack.runtime.select import DTYPES
+from speedstack.runtime.shapes import empty_weights
+from speedstack.runtime.spec import spec_from_config
+
+META = torch.device("meta")
+PLAIN, FP8, LOOK_UP, DRAFTER, EDGES, APART = "plain", "fp8", "look-up", "drafter", "edges", "apart"
+# What the checks of a model need besides its plain kernels.
+FLAVOURS = {"gpt-oss-20b": (EDGES,), "mimo-v2-flash": (FP8,), "qwen3-30b-a3b": (DRAFTER, LOOK_UP)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """The kernels of one plan. is_check: of the tiny model of a family, else of the released one.
+
+    length: positions of a sequence's buffers. flavour: plain; weights in FP8; with look-up, or phases for a drafter;
+    the model of `edges` instead; or apart, each kernel as it is launched when it does not overlap the one before it.
+    """
+
+    is_check: bool
+    model: str
+    backend: str
+    length: int
+    flavour: str = PLAIN
+
+    def __str__(self) -> str:
+        what = "check" if self.is_check else f"{self.length} positions"
+        return f"{self.backend}, {self.model}, {what}, {self.flavour}"
+
+
+def check_jobs(scale: Scale, model: str, backend: str) -> list[Job]:
+    """What the checks of a backend launch on a model, the longest first."""
+    flavours = [*FLAVOURS.get(model, ()), PLAIN]
+    if backend != ResidentBackend.name:
+        flavours = [each for each in flavours if each != LOOK_UP]  # the host looks up
+    return [Job(True, model, backend, scale.check_length, flavour) for flavour in flavours]
+
+
+def speed_jobs(scale: Scale, model: str, backend: str, context: int) -> list[Job]:
+    """What a cell after so long a context launches."""
+    return [Job(False, model, backend, scale.cell_length(context))]
+
+
+def phase_jobs(scale: Scale, model: str, backend: str) -> list[Job]:
+    """What timing the phases of the first cell launches besides."""
+    length = scale.cell_length(scale.cells[0].context)
+    return [Job(False, model, backend, length, APART)] if backend == GraphBackend.name else []
+
+
+def all_jobs(scale: Scale, models: Sequence[str], contestants: Iterable[str], sections: Iterable[str]) -> list[Job]:
+    """Every job of the sections, those first that are needed first. models: in the order in which they are timed."""
+    backends, known = [name for name in contestants if name != PEER], set(sections)
+    contexts = list(dict.fromkeys(cell.context for cell in scale.cells))
+    jobs = list[Job]()
+    if known & {"headline", "speed"}:
+        jobs += [job for name in backends for job in speed_jobs(scale, models[0], name, contexts[0])]
+    if "correctness" in known:
+        jobs += [job for name in backends for model in models for job in check_jobs(scale, model, name)]
+    if "speed" in known:
+        for model in models:
+            jobs += [job for at in contexts for name in backends for job in speed_jobs(scale, model, name, at)]
+            jobs += [job for name in backends for job in phase_jobs(scale, model, name)]
+    return list(dict.fromkeys(jobs))
+
+
+def backend_for(job: Job, scale: Scale, target: Target) -> GraphBackend | ResidentBackend:
+    """A backend with the shapes of those that the suite makes, which compiles what they launch."""
+    kind = {each.name: each for each in (GraphBackend, ResidentBackend)}[job.backend]
+    spec = spec_from_config(tiny_config(job.model)) if job.is_check or scale.is_tiny else released_spec(job.model)
+    weights = empty_weights(spec, DTYPES[scale.dtype], META, is_packed=True, has_fp8=job.flavour == FP8)
+    if job.flavour == EDGES:  # how scales are decoded depends on their values
+        weights = edge_weights(scale, DTYPES[scale.dtype], torch.device("cpu"))
+    drafter = None
+    if job.flavour == DRAFTER:
+        with META:
+            drafter = DFlashDraftModel(drafter_config(spec)).to(DTYPES[scale.dtype])
+    backend = kind(weights, drafter, scale.check_rows if job.is_check else 1, job.length, target=target)
+    if job.flavour == LOOK_UP:
+        assert isinstance(backend, ResidentBackend)
+        backend.set_look_up(True)
+    return backend
+
+
+class KernelCompiler:
+    """Made in a worker."""
+
+    def __init__(self, scale: Scale, target: Target) -> None:
+        self.scale, self.target = scale, target
+        torch.set_num_threads(1)
+
+    def compile(self, job: Job) -> int:
+        """How many kernels that took."""
+        backend = backend_for(job, self.scale, self.target)
+        if job.flavour == APART:
+            assert isinstance(backend, GraphBackend)
+            return len(backend.compile(is_dependent=False))
+        return len(backend.compile())
+
+
+class Kernels:
+    """Compiles jobs in their order, `num_processes` at a time, from now on."""
+
+    def __init__(
+        self, start: StartWorker, factory: Callable[..., Any], arguments: Sequence[Any], jobs: Sequence[Job],
+        num_processes: int, deadline: float,
+    ) -> None:  # fmt: skip
+        """factory(*arguments) makes what compiles. deadline: a moment of `time.monotonic`, when all of it ends."""
+        self._start, self._factory, self._arguments, self._deadline = start, factory, arguments, deadline
+        self._left, self._jobs = deque(jobs), frozenset(jobs)
+        self._began = time.monotonic()
+        self._records: dict[Job, dict[str, Any]] = {}
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._workers: list[Worker] = []
+        self._threads = [
+            threading.Thread(target=self._work, daemon=True) for _ in range(min(num_processes, len(jobs)))
+        ]  # fmt: skip
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self, jobs: Iterable[Job], deadline: float) -> float:
+        """Until these of its jobs are compiled, or cannot be, or the deadline has come. Seconds that it took."""
+        started, wanted = time.monotonic(), self._jobs.intersection(jobs)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._is_closed or wanted <= self._records.keys(), max(0.0, deadline - started)
+            )
+        return time.monotonic() - started
+
+    def records(self) -> list[dict[str, Any]]:
+        """Of every job that has ended: what it was, its seconds, when it ended, its number of kernels or its error."""
+        with self._changed:
+            return [asdict(job) | record for job, record in self._records.items()]
+
+    def close(self) -> None:
+        """Ends what is being compiled."""
+        with self._changed:
+            self._is_closed = True
+            self._left.clear()
+            self._changed.notify_all()
+            workers = list(self._workers)
+        for worker in workers:
+            worker.kill()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        worker: Worker | None = None
+        while True:
+            with self._changed:
+                if self._is_closed or not self._left:
+                    break
+                job = self._left.popleft()
+                if worker is None or not worker.is_alive:
+                    worker = self._start(self._factory, *self._arguments)
+                    self._workers.append(worker)
+            started = time.monotonic()
+            try:
+                worker.begin("compile", job)
+                record = {"num_kernels": worker.finish(self._deadline), "error": None}
+            except WorkerFailed as error:
+                record = {"num_kernels": 0, "error": str(error)}
+            ended = time.monotonic()
+            record |= {"seconds": round(ended - started, 2), "ended": round(ended - self._began, 2)}
+            with self._changed:
+                if not self._is_closed:
+                    self._records[job] = record
+                self._changed.notify_all()
+        if worker is not None:
+            worker.close()
