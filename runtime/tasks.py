@@ -24,6 +24,7 @@ _TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
     torch.int32: tl.int32,
+    torch.int64: tl.int64,
     torch.uint8: tl.uint8,
     torch.float8_e4m3fn: tl.float8e4nv,
 }
@@ -112,7 +113,7 @@ def variant_of(binding: Binding) -> Constants:
 
 
 def check_early_choices(plan: Plan) -> None:
-    """Asserts what the proof does not know: `expert_down` chooses experts before its own wait.
+    """Asserts what the proof does not know: for the weights of `expert_down` logits are read before its own wait.
 
     The router's logits have to lie behind a wait of an earlier phase of the same step, which every program has passed.
     """
