@@ -23,8 +23,8 @@ from speedstack.runtime.program import (
     ROUTER,
     Program,
 )
-from speedstack.runtime.reference import rotary_tables
 from speedstack.runtime.ring import MAX_ROWS, POSITIONS_PER_BLOCK, ring_length
+from speedstack.runtime.rotary import rotary_tables
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, MoeSpec
 from speedstack.runtime.weights import MXFP4_PART, AttentionWeights, DenseWeights, LayerWeights, Linear, MoeWeights
 

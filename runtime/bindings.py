@@ -27,7 +27,8 @@ from speedstack.runtime.drafter_phases import is_drafting
 from speedstack.runtime.grouped import grouped_fp8_qkv, grouped_qkv
 from speedstack.runtime.memory import Memory
 from speedstack.runtime.plan import Phase, Plan
-from speedstack.runtime.reference import rotary_tables
+from speedstack.runtime.rotary import rotary_tables
+from speedstack.runtime.round_bindings import Bound, RoundBinder
 from speedstack.runtime.spec import AttentionSpec, MoeSpec
 from speedstack.runtime.tiles import BLOCK_COLUMNS, num_blocks, power_of_two
 from speedstack.runtime.weights import (
@@ -42,8 +43,7 @@ from speedstack.runtime.weights import (
 )
 
 # Fixed, so that the order of every sum is: elements of a slice of a contraction axis at a time, (row, head) pairs of a
-# query tile, keys at a time, splits combined at a time. Without any bearing on results: tokens that top-k and top-p
-# look at at a time, and tokens of a text that are compared at a time.
+# query tile, keys at a time, splits combined at a time.
 CHUNK = 64
 assert TILE_SIZE % CHUNK == 0, "a chunk lies under one scale"
 # Of a product of MXFP4 weights: elements of a slice of the contraction axis, a block of 32 for each of four lanes, and
@@ -56,8 +56,6 @@ QUERIES = 32
 LONG_CHUNK = 512  # where the sum is no tensor core's
 KEY_CHUNK = 64
 SPLITS_AT_A_TIME = 16
-CANDIDATES = 1024
-TEXT_BLOCK = 4096
 
 
 class Constants:
@@ -101,9 +99,6 @@ def bind(plan: Plan, weights: ModelWeights, memory: Memory, drafter: DrafterWeig
     return [builder.bind(phase) for phase in plan.phases]
 
 
-Bound = tuple[tuple[torch.Tensor, ...], dict[str, Any]]
-
-
 class Binder:
     """Finds what each phase is given; a drafter's layers come after the target's, as in `Phase.layer`."""
 
@@ -114,6 +109,7 @@ class Binder:
         self.sizes = {"D": D, "R": plan.rows, "CHUNK": CHUNK, "eps": weights.spec.rms_norm_eps}
         self.sizes["NP"] = power_of_two(num_blocks(D))
         self.layer_specs, self.layer_weights = [*self.spec.layers], [*weights.layers]
+        self.deciding = RoundBinder(plan, weights.spec, memory)
         self.drafter = None if drafter is None else DrafterBinder(self, drafter)
         if self.drafter is not None:
             self.layer_specs += self.drafter.spec.layers
@@ -122,7 +118,8 @@ class Binder:
 
     def bind(self, phase: Phase) -> Binding:
         own = {} if self.drafter is None else self.drafter.bound
-        pointers, constants = own[phase.op](phase) if phase.op in own else _BOUND[phase.op](self, phase)
+        elsewhere = self.deciding.bound | own
+        pointers, constants = elsewhere[phase.op](phase) if phase.op in elsewhere else _BOUND[phase.op](self, phase)
         assert all(tensor.is_contiguous() for tensor in pointers), f"{phase.name}: a tensor has gaps"
         axes = tuple(axis.size for axis in phase.axes)
         # A drafter's layers have nothing to do where there are no blocks; its own phases see for themselves.
@@ -170,7 +167,8 @@ class Binder:
     def embed(self, phase: Phase) -> Bound:
         m, proposals = self.memory, self.buffers.get("proposals")
         dealing = (m.sequences, m.draws, m.rows if proposals is None else proposals, m.rows, m.sampling)
-        pointers = (*dealing, self.weights.embedding_VD, self.buffers["hidden"], *self.for_norm(phase))
+        embedded = self.buffers["hidden"], *self.for_norm(phase)
+        pointers = (*dealing, self.weights.embedding_VD, *embedded, self.buffers["bins"])
         return pointers, {"HAS_PROPOSALS": proposals is not None}
 
     def rows(self, phase: Phase) -> torch.Tensor:
@@ -342,7 +340,9 @@ class Binder:
         spec, weights = self.moe_of(phase)
         choice, choice_constants = self.choice(phase)
         matrix, matrix_constants = self.expert_weights(weights.gate_up_EID, weights.gate_up_bias_EI)
-        return (*choice, *matrix, *self.buffer("scaled", "squares", "act")), choice_constants | matrix_constants | {
+        buffers = self.buffer("scaled", "squares", "act", "routes")
+        return (*choice, *matrix, *buffers), choice_constants | matrix_constants | {
+            "IS_SORTED": isinstance(weights.down_EDI, MXFP4Tensor),  # activations lie as its product takes them
             "limit": 0.0 if spec.swiglu_limit is None else spec.swiglu_limit,
             "alpha": spec.swiglu_alpha,
             "IS_CLAMPED": spec.swiglu_limit is not None,
@@ -352,53 +352,17 @@ class Binder:
         _, weights = self.moe_of(phase)
         choice, choice_constants = self.choice(phase)
         matrix, matrix_constants = self.expert_weights(weights.down_EDI, weights.down_bias_ED)
-        act, hidden = self.buffer("act", "hidden")
+        act, hidden, routes = self.buffer("act", "hidden", "routes")
         tap = self.tap(phase)
         constants = choice_constants | matrix_constants | {"HAS_TAP": tap is not None}
-        return (*choice, *matrix, act, hidden, *self.for_norm(phase), self.optional(tap)), constants
+        return (*choice, *matrix, act, hidden, *self.for_norm(phase), self.optional(tap), routes), constants
 
     def lm_head(self, phase: Phase) -> Bound:
-        logits, best = self.buffers["logits"], self.buffers[phase.writes[-1].buffer]
+        best, *rest = self.buffer(*(region.buffer for region in reversed(phase.writes)))
+        peaks, logits = rest or (best, self.buffers["logits"])
         matrix, scales, constants = self.linear(self.weights.lm_head_VD)
-        pointers = (*self.to_norm(phase), matrix, logits, best, self.memory.sampling, *scales)
-        return pointers, constants | {"VOCAB": self.spec.vocab_size, "HAS_LOGITS": len(phase.writes) > 1}
-
-    def sample(self, phase: Phase) -> Bound:
-        tiles = self.plan.buffer_named["best"].num_cells
-        rows, logits, best, candidates = self.buffer("rows", "logits", "best", "candidates")
-        return (rows, self.memory.sampling, logits, best, candidates, self.memory.reports), {
-            "VOCAB": self.spec.vocab_size,
-            "TILES": tiles,
-            "TILE": self.plan.phases[self.plan.phase_named["lm_head"]].tile,
-            "C": CANDIDATES,
-            "REPORT": self.memory.reports.shape[1],
-        }
-
-    def accept(self, phase: Phase) -> Bound:
-        history, stride = self.history()
-        proposals = self.buffers.get("proposals")
-        eos = self.spec.eos_token_ids
-        # -2 is no token, nor what stands for one.
-        padded = [*eos, *[-2] * (power_of_two(max(1, len(eos))) - len(eos))]
-        eos_L = torch.tensor(padded, dtype=torch.int32, device=self.memory.rows.device)
-        pointers = (self.memory.rows, self.memory.sequences, self.memory.reports, eos_L, history)
-        return (*pointers, self.memory.rows if proposals is None else proposals), {
-            "LP": len(padded),
-            "STRIDE": stride,
-            "HAS_HISTORY": stride > 0,
-            "HAS_PROPOSALS": proposals is not None,
-            "REPORT": self.memory.reports.shape[1],
-        }
-
-    def draft(self, phase: Phase) -> Bound:
-        history, stride = self.history()
-        constants = {"STRIDE": stride, "BLOCK": TEXT_BLOCK}
-        return (self.memory.sequences, history, self.buffers["proposals"]), constants
-
-    def history(self) -> tuple[torch.Tensor, int]:
-        """Texts of all slots and the tokens from one to the next; 0 of them, and no texts, where nobody reads them."""
-        history = self.buffers.get("history")
-        return (self.memory.rows, 0) if history is None else (history, history.shape[1])
+        pointers = (*self.to_norm(phase), matrix, logits, best, self.memory.sampling, peaks, *scales)
+        return pointers, constants | {"VOCAB": self.spec.vocab_size, "HAS_LOGITS": len(rest) > 0}
 
 
 _BOUND: dict[str, Callable[[Binder, Phase], Bound]] = {
@@ -413,7 +377,4 @@ _BOUND: dict[str, Callable[[Binder, Phase], Bound]] = {
     "expert_gate_up": Binder.expert_gate_up,
     "expert_down": Binder.expert_down,
     "lm_head": Binder.lm_head,
-    "sample": Binder.sample,
-    "accept": Binder.accept,
-    "draft": Binder.draft,
 }

@@ -6,7 +6,8 @@ compared with this buffer by buffer; this is compared with the reference backend
 
 Buffers, with R rows (the plan's capacity), `n` tiles of `t` columns:
 
-    rows, sequences, proposals, chosen, outcome, history, logits, best: see `round_bodies`, which has what decides
+    rows, sequences, proposals, chosen, outcome, history, logits, best, peaks, bins: see `round_bodies`, which has what
+              decides
     blocks, context, drafter.*: see `drafter_bodies`
     hidden    [R, D];  scaled  [R, D]  times the weight of the next norm;  squares  float32 [R, D / 16]
               (D in whole blocks of 16, as F in act);  features.*  as scaled, unscaled
@@ -16,6 +17,7 @@ Buffers, with R rows (the plan's capacity), `n` tiles of `t` columns:
     LNN.cache (k [slots, positions, G, qk], v [slots, positions, G, v])   rings over absolute positions
     router.*  float32 [R, E]      logits
     act.*     [R, F], or [R * K, I] with a row's choices in ascending order of expert
+    routes.*  float32 [active experts, ..]  records of active experts, ascending; numbers here, not bits
 """
 
 from typing import Any
@@ -28,10 +30,12 @@ from speedstack.runtime.drafter_bodies import DrafterBodies
 from speedstack.runtime.drafter_phases import is_drafting
 from speedstack.runtime.interpret import Body
 from speedstack.runtime.memory import step_inbox
+from speedstack.runtime.mixture import expert_matrices, route, swiglu
 from speedstack.runtime.plan import Phase, Plan
-from speedstack.runtime.records import FIRST_ROW, NUM_ROWS, POSITION, SLOT, TOKEN
-from speedstack.runtime.reference import _experts, rms_norm, rotary_tables, rotate, route, swiglu
+from speedstack.runtime.records import EXPERT, FIRST_ROW, NUM_ACTIVE, NUM_ROWS, POSITION, SLOT, TOKEN, route_words
+from speedstack.runtime.reference import rms_norm
 from speedstack.runtime.ring import ring_length
+from speedstack.runtime.rotary import rotary_tables, rotate
 from speedstack.runtime.round_bodies import RoundBodies, Steps
 from speedstack.runtime.spec import AttentionSpec, MoeSpec
 from speedstack.runtime.tiles import BLOCK_COLUMNS
@@ -116,6 +120,8 @@ class PlanMemory(RoundBodies):
         elif phase.op == "expert_gate_up":
             assert isinstance(mlp, MoeSpec)
             self.shared[name] = like.new_full((R * mlp.top_k, mlp.intermediate_size), nan)
+            routes = self.plan.buffer_named[phase.writes[0].buffer]
+            self.shared[routes.name] = torch.full((routes.num_cells, route_words(R)), nan)
 
     def bodies(self) -> dict[str, Body]:
         """By op, for `interpret`."""
@@ -351,7 +357,7 @@ class PlanMemory(RoundBodies):
 
     def _expert_gate_up(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         w, moe = self._moe(phase)
-        experts_RK, _, active = self._routes(phase, phase.reads[-1].region.buffer)
+        experts_RK, weights_RK, active = self._routes(phase, phase.reads[-1].region.buffer)
         if index[0] >= len(active):
             return
         columns = self._columns(phase, index, moe.intermediate_size)
@@ -360,29 +366,36 @@ class PlanMemory(RoundBodies):
         dtype, one = x_RD.dtype, torch.tensor([expert])
         rows = torch.arange(columns.start, columns.stop)
         rows = torch.cat([rows, rows + moe.intermediate_size])
-        out = x_RD @ _experts(w.gate_up_EID, one, dtype)[0][rows].T * rms_R1
+        out = x_RD @ expert_matrices(w.gate_up_EID, one, dtype)[0][rows].T * rms_R1
         if w.gate_up_bias_EI is not None:
             out = out + w.gate_up_bias_EI[expert][rows]
         act_RI = swiglu(out, moe)
         for row, choice in (experts_RK == expert).nonzero().tolist():
             if self.is_used(row):
-                self.shared[phase.writes[0].buffer][row * moe.top_k + choice, columns] = act_RI[row]
+                self.shared[phase.writes[1].buffer][row * moe.top_k + choice, columns] = act_RI[row]
+        if index[1] == 0:
+            chosen_RK = (experts_RK == expert) & (self.rows_RF[:, TOKEN] >= 0)[:, None]
+            choice_R = torch.where(chosen_RK.any(1), chosen_RK.int().argmax(1), -1)
+            weight_R = (weights_RK * chosen_RK).sum(1)
+            extra = torch.tensor([expert, len(active), 0, 0])
+            self.shared[phase.writes[0].buffer][index[0]] = torch.cat([choice_R, weight_R, extra])
 
     def _expert_down(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
-        w, moe = self._moe(phase)
-        experts_RK, weights_RK, _ = self._routes(phase, phase.reads[0].region.buffer)
+        (w, moe), R = self._moe(phase), self.plan.rows
         act_RKI = self.shared[phase.reads[1].region.buffer].unflatten(0, (-1, moe.top_k)).clone()
+        routes_NW = self.shared[phase.reads[2].region.buffer].nan_to_num()  # read too early it is no number yet
+        num_active = int(routes_NW[0, 2 * R + NUM_ACTIVE]) if (self.rows_RF[:, TOKEN] >= 0).any() else 0
         columns = self._columns(phase, index, self.spec.hidden_size)
         before = self.hidden_RD[:, columns].clone()
         yield
         total = torch.zeros_like(before)
-        for choice in range(moe.top_k):
-            experts_R = experts_RK[:, choice]
-            matrices = _experts(w.down_EDI, experts_R, before.dtype)[:, columns]
-            out = torch.bmm(matrices, act_RKI[:, choice, :, None])[..., 0]
+        for record in routes_NW[:num_active]:
+            expert, rows = int(record[2 * R + EXPERT]), (record[:R] >= 0).nonzero().flatten()
+            matrix = expert_matrices(w.down_EDI, torch.tensor([expert]), before.dtype)[0][columns]
+            out = act_RKI[rows, record[rows].long()] @ matrix.T
             if w.down_bias_ED is not None:
-                out = out + w.down_bias_ED[experts_R][:, columns]
-            total = total + out * weights_RK[:, choice, None].to(out.dtype)
+                out = out + w.down_bias_ED[expert][columns]
+            total[rows] = total[rows] + out * record[R + rows, None].to(out.dtype)
         self.write_hidden(phase, slice(None), columns, before + total)
 
     def _lm_head(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
@@ -392,7 +405,7 @@ class PlanMemory(RoundBodies):
         draws = [
             (row, params.temperature, self.noise(row)[columns])
             for row in range(self.plan.rows if drafter is None else 0)
-            if self.is_used(row) and (params := self.params(row)).temperature > 0.0 and not self.is_cut(params)
+            if self.is_used(row) and (params := self.params(row)).temperature > 0.0
         ]
         yield
         logits = (x_RD @ plain_matrix(self.weights.lm_head_VD, x_RD.dtype)[columns].T).float() * rms_R1
@@ -400,6 +413,7 @@ class PlanMemory(RoundBodies):
             self.logits_RV[:, columns] = logits
         scores = logits.clone()
         for row, temperature, noise in draws:
+            self.peaks_RT[row, index[0]] = logits[row].max()
             scores[row] = logits[row] / temperature + noise
         best, best_RT2 = scores.max(-1), self.best_RT2 if drafter is None else drafter.best_RT2
         best_RT2[:, index[0]] = torch.stack([best.values, (best.indices + columns.start).float()], dim=-1)

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from speedstack.runtime.grouped import grouped_qkv
 from speedstack.runtime.plan import Phase
+from speedstack.runtime.round_bindings import Bound
 from speedstack.runtime.tiles import power_of_two
 from speedstack.runtime.weights import DrafterWeights
 
 if TYPE_CHECKING:
     from speedstack.runtime.bindings import Binder
-
-    Bound = tuple[tuple[torch.Tensor, ...], dict[str, Any]]
 
 TILES_AT_A_TIME = 128  # of the LM head's, whose largest logits are compared; has no bearing on anything
 

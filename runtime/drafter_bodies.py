@@ -35,8 +35,9 @@ from speedstack.runtime.records import (
     SLOT,
     TOKEN,
 )
-from speedstack.runtime.reference import rms_norm, rotate
+from speedstack.runtime.reference import rms_norm
 from speedstack.runtime.ring import ring_length
+from speedstack.runtime.rotary import rotate
 from speedstack.runtime.round_bodies import Steps
 from speedstack.runtime.weights import DrafterWeights, plain_matrix
 

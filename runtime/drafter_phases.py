@@ -72,7 +72,7 @@ class DrafterPhases:
         builder, target = self.builder, self.builder.stack
         read, wait = builder.deciding.opening()
         builder.stack = self.stack
-        before = builder.embed("D.embed", "block", (read,), Region("blocks", 1, 0, (1,)), wait, leave=read)
+        before = builder.embed("D.embed", "block", (read,), (Region("blocks", 1, 0, (1,)),), wait, leave=read)
         for index, layer in enumerate(self.spec.layers):
             before = builder.layer(index, layer, before)
         builder.head("D.lm_head", before, "drafter.best", has_logits=False)

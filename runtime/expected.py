@@ -10,10 +10,12 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backend import Rows
+from speedstack.runtime.mixture import expert_matrices, route, swiglu
 from speedstack.runtime.plan import Phase
 from speedstack.runtime.plan_backend import PlanBackend
-from speedstack.runtime.reference import ReferenceBackend, _experts, rms_norm, route, swiglu
+from speedstack.runtime.reference import ReferenceBackend, rms_norm
 from speedstack.runtime.spec import MoeSpec
 from speedstack.runtime.tiles import BLOCK_COLUMNS, num_blocks
 from speedstack.runtime.weights import AttentionWeights, DenseWeights, MoeWeights, plain_matrix
@@ -64,11 +66,11 @@ def _mixture(
     act, out_RD = [], torch.zeros_like(x_RD)
     for k in range(spec.top_k):
         index_R = experts_RK[:, k]
-        gate_up_RI = (_experts(moe.gate_up_EID, index_R, x_RD.dtype) @ x_RD[:, :, None])[..., 0]
+        gate_up_RI = (expert_matrices(moe.gate_up_EID, index_R, x_RD.dtype) @ x_RD[:, :, None])[..., 0]
         if moe.gate_up_bias_EI is not None:
             gate_up_RI = gate_up_RI + moe.gate_up_bias_EI[index_R]
         act.append(swiglu(gate_up_RI, spec))
-        down_RD = (_experts(moe.down_EDI, index_R, x_RD.dtype) @ act[-1][:, :, None])[..., 0]
+        down_RD = (expert_matrices(moe.down_EDI, index_R, x_RD.dtype) @ act[-1][:, :, None])[..., 0]
         if moe.down_bias_ED is not None:
             down_RD = down_RD + moe.down_bias_ED[index_R]
         out_RD = out_RD + weights_RK[:, k, None].to(x_RD.dtype) * down_RD
@@ -100,8 +102,12 @@ def found_buffer(backend: PlanBackend, phase: Phase, num_rows: int) -> torch.Ten
         assert isinstance(mlp, MoeSpec)
         return buffers["router"][: mlp.num_experts * R].view(-1, R).T[:num_rows]
     if phase.op == "expert_gate_up":
-        assert isinstance(mlp, MoeSpec)
-        return buffers["act"][: R * mlp.top_k * mlp.intermediate_size].view(R, -1)[:num_rows]
+        own = weights.layers[phase.layer].mlp
+        assert isinstance(mlp, MoeSpec) and isinstance(own, MoeWeights)
+        act = buffers["act"][: R * mlp.top_k * mlp.intermediate_size]
+        if isinstance(own.down_EDI, MXFP4Tensor):  # as `kernels.triton.mxfp4.sorted_column` has them
+            act = act.view(-1, 4, 2).transpose(1, 2)
+        return act.reshape(R, -1)[:num_rows]
     if phase.op == "dense_gate_up":
         width = num_blocks(mlp.intermediate_size) * BLOCK_COLUMNS
         blocks = buffers["act"][: width * R].view(-1, R, BLOCK_COLUMNS)

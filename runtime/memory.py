@@ -40,8 +40,10 @@ WIDE = {
     "partial": torch.float32,
     "router": torch.float32,
     "logits": torch.float32,
+    "peaks": torch.float32,
 }
-INTEGER = {name: torch.int32 for name in ("best", "drafter.best", "candidates", "blocks", "proposals")}
+INTEGER = {name: torch.int32 for name in ("best", "drafter.best", "chains", "notes", "blocks", "proposals", "routes")}
+INTEGER["bins"] = torch.int64
 
 
 class Memory:
@@ -83,7 +85,7 @@ class Memory:
                 self.buffers[name] = torch.zeros(num_slots, max_length, dtype=torch.int32, device=device)
                 continue
             dtype = INTEGER.get(name, WIDE.get(name, like.dtype))
-            size = num_bytes // (ELEMENT_BYTES if dtype == like.dtype and name not in WIDE else 4)
+            size = num_bytes // (ELEMENT_BYTES if dtype == like.dtype and name not in WIDE else dtype.itemsize)
             self.buffers[name] = torch.zeros(size, dtype=dtype, device=like.device)
         # What a drafter taps, a tensor a layer, in blocks of columns.
         taps = self.buffers.setdefault("features", like.new_zeros(0))

@@ -7,7 +7,7 @@ A layer is seven phases, or six with a dense MLP:
     combine      the splits of a head, in order
     o_proj       output projection, added to the hidden state in place
     router       norm and router logits
-    gate_up      top-k, then gate, up and activation of one active expert's columns
+    gate_up      top-k, then gate, up and activation of one active expert's columns; and who chose that expert
     down         all active experts' columns, in ascending order of expert, added to the hidden state in place
 
 between `embed`, which deals the rows of the step too, and `lm_head`. The phases around these, which choose tokens and
@@ -41,6 +41,7 @@ from speedstack.runtime.drafter_spec import DrafterSpec
 from speedstack.runtime.formats import WeightFormats
 from speedstack.runtime.plan import Axis, Plan, Prefetch, Read, Region, Signal, Wait, Work
 from speedstack.runtime.plan_builder import PlanBuilder, Stack
+from speedstack.runtime.records import route_words
 from speedstack.runtime.ring import ring_length
 from speedstack.runtime.round_phases import ELEMENT_BYTES, WIDE_BYTES, RoundPhases
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec
@@ -51,6 +52,7 @@ SPLIT_SIZE = 256  # positions of a context that one item attends to
 
 OWN_COLUMN = "a row belongs to one item"
 PAIRS = "each (row, choice) belongs to one active expert, each column to one tile"
+FIRST_TILE = "an active expert's record is written by the item of its first tile alone"
 SEQUENCES = (
     "each (sequence, split) belongs to one item, and a row to one sequence; a ring is longer than a window and a step, "
     "so that what a step appends lies on nothing that it reads"
@@ -122,8 +124,10 @@ class LayerBuilder(PlanBuilder):
         self.head("lm_head", before, "best", has_logits=True)
         if drafting is not None:
             drafting.append_context()
-        self.append(self.deciding.sample(self.spec.vocab_size, self.buffers["best"].num_cells))
-        self.append(self.deciding.accept())
+        buffers, choosing = self.deciding.choosing(self.spec.vocab_size, self.buffers["best"].num_cells)
+        self.buffers |= {buffer.name: buffer for buffer in buffers}
+        for phase in (*choosing, self.deciding.accept()):
+            self.append(phase)
         self.let_movers_leave()
         return Plan(
             model_type=self.spec.model_type,
@@ -145,15 +149,15 @@ class LayerBuilder(PlanBuilder):
         self.prefetches.insert(at, Prefetch(first.name, first.waits[0]))
 
     def embed(
-        self, name: str, op: str, reads: tuple[Read, ...], own_record: Region, wait: Wait, leave: Read | None
+        self, name: str, op: str, reads: tuple[Read, ...], own: tuple[Region, ...], wait: Wait, leave: Read | None
     ) -> str:
-        """Decides what the rows are, and embeds their tokens. own_record: of an item's row."""
+        """Decides what the rows are, and embeds their tokens. own: what else an item writes, of its row alone."""
         D = self.spec.hidden_size
         self.add(
             name, op, (Axis("row", self.rows),),  # all of them: one that is idle says so to the others
             reads=list(reads),
             # One row of all columns; other rows' items write the same columns of other rows.
-            writes=[own_record, *(self.whole(each, OWN_COLUMN) for each in ("hidden", "scaled", "squares"))],
+            writes=[*own, *(self.whole(each, OWN_COLUMN) for each in ("hidden", "scaled", "squares"))],
             waits=[wait],
             leave=leave,
             work=Work(
@@ -277,6 +281,7 @@ class LayerBuilder(PlanBuilder):
         router_tile = choose_tile(E, self.num_programs, VECTOR_TILES)
         logits = self.buffer(f"router.{E}", E, R * WIDE_BYTES, "router")
         act = self.buffer(f"act.moe.{width}x{K}", R * K, width * ELEMENT_BYTES, "act")
+        routes = self.buffer(f"routes.{E}x{K}", min(E, R * K), route_words(R) * WIDE_BYTES, "routes")
         bias = moe.has_bias
         self.add(
             f"{at}router", "router", (Axis("tile", ceil_div(E, router_tile)),), index, router_tile,
@@ -296,7 +301,7 @@ class LayerBuilder(PlanBuilder):
             f"{at}gate_up", "expert_gate_up",
             (Axis("expert", min(E, R * K), True), Axis("tile", ceil_div(width, tile))), index, tile,
             reads=[*self.normalized(before), self.read_whole(logits, f"{at}router")],
-            writes=[self.whole(act, PAIRS)],
+            writes=[Region(routes, 1, 0, (1, 0), FIRST_TILE), self.whole(act, PAIRS)],
             waits=[self.all_programs(f"{at}router")],
             work=Work(
                 expert_bytes=self.stack.formats.num_bytes("experts", 2 * width * D) + 2 * width * 2 * bias,
@@ -306,7 +311,9 @@ class LayerBuilder(PlanBuilder):
             ),
         )  # fmt: skip
         self.prefetches.append(Prefetch(f"{at}gate_up", self.all_programs(f"{at}router")))
-        reads = [self.read_whole(logits, f"{at}router"), self.read_whole(act, f"{at}gate_up")]
+        # The logits are for those who fetch weights before the routes are written.
+        reads = [self.read_whole(logits, f"{at}router")]
+        reads += [self.read_whole(act, f"{at}gate_up"), self.read_whole(routes, f"{at}gate_up")]
         self.project(
             f"{at}down", "expert_down", index, reads, f"{at}gate_up", before,
             Work(
@@ -325,13 +332,15 @@ class LayerBuilder(PlanBuilder):
         D, V, R = self.spec.hidden_size, self.spec.vocab_size, self.rows
         tile = choose_tile(V, self.num_programs, MMA_TILES)
         matrix_bytes = self.stack.formats.num_bytes("lm_head", V * D)
+        tiles = ceil_div(V, tile)
         # each tile's largest logit, or score, and its index
-        writes = [Region(self.buffer(best, ceil_div(V, tile), R * 8), 1, 0, (1,))]
+        writes = [Region(self.buffer(best, tiles, R * 2 * WIDE_BYTES), 1, 0, (1,))]
         if has_logits:
             writes.insert(0, Region(self.buffer("logits", V, R * WIDE_BYTES), tile, 0, (tile,)))
-            self.buffer("candidates", R, (3 * V + ceil_div(V, tile)) * WIDE_BYTES)  # for top-k and top-p
+            # the largest logit where `best` has a score
+            writes.insert(1, Region(self.buffer("peaks", tiles, R * WIDE_BYTES), 1, 0, (1,)))
         self.add(
-            name, "lm_head", (Axis("tile", ceil_div(V, tile)),), None, tile,
+            name, "lm_head", (Axis("tile", tiles),), None, tile,
             reads=self.normalized(before),
             writes=writes,
             waits=[self.all_programs(before)],

@@ -13,6 +13,9 @@ the anchor's and one for each draft; ANCHOR, its newest token; OWN_SLOT; LENGTH 
 how many may be, it is over when they are equal; NGRAM, the longest run that a look-up looks for; WATCHES_EOS, whether
 an end-of-sequence token ends it.
 
+Of an active expert, in a MoE layer's routes: for each row which of its choices the expert is, -1 where it is none; for
+each row the choice's weight, the bits of a float32; then EXPERT, and NUM_ACTIVE, how many active experts there are.
+
 Of a sequence's proposals, as many words as a step has rows: NUM_PROPOSED, and from FIRST_PROPOSED on the tokens.
 """
 
@@ -22,4 +25,10 @@ TOKEN, SLOT, POSITION, FIRST_POSITION, FIRST_ROW, NUM_ROWS = range(6)
 SEED, SEQUENCE, TEMPERATURE, TOP_K, TOP_P = 0, 2, 4, 5, 6
 CAPACITY, ANCHOR, OWN_SLOT, LENGTH, END, NGRAM, WATCHES_EOS = range(7)
 NUM_PROPOSED, FIRST_PROPOSED = range(2)
+EXPERT, NUM_ACTIVE = range(2)  # behind the rows' words
 OUTCOME = 3  # words a sequence in a report: rows in the step, drafts that stand, proposals made
+
+
+def route_words(num_rows: int) -> int:
+    """Of an active expert's record, whole sixteens of bytes."""
+    return 2 * num_rows + 4

@@ -20,7 +20,6 @@ row, I expert intermediate, V vocabulary, L buffer length.
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,13 +28,14 @@ import torch.nn.functional as F
 
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
-from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backend import DraftRequest, Rounds, Rows
 from speedstack.runtime.budget import IN_PYTORCH
+from speedstack.runtime.mixture import mixture
 from speedstack.runtime.module_drafter import ModuleDrafter
 from speedstack.runtime.ring import ring_length
-from speedstack.runtime.spec import AttentionSpec, MoeSpec, YarnSpec
-from speedstack.runtime.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights, Weight, plain_matrix
+from speedstack.runtime.rotary import rotary_tables, rotate
+from speedstack.runtime.spec import AttentionSpec, MoeSpec
+from speedstack.runtime.weights import AttentionWeights, DenseWeights, ModelWeights, plain_matrix
 
 logger = logging.getLogger("speedstack.runtime")
 
@@ -47,89 +47,6 @@ def rms_norm(x_RD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
     wide = x_RD.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight_D * wide.to(x_RD.dtype)
-
-
-def rotary_tables(spec: AttentionSpec, num_positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, float32 [positions, rotary_dim / 2]."""
-    exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32, device=device) / spec.rotary_dim
-    frequencies = 1.0 / spec.rope_theta**exponents
-    magnitude = 1.0
-    if spec.yarn is not None:
-        keep = _yarn_keep(spec.yarn, spec, exponents)
-        frequencies = frequencies / spec.yarn.factor * (1 - keep) + frequencies * keep
-        magnitude = spec.yarn.magnitude
-    angles = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None] * frequencies
-    return angles.cos() * magnitude, angles.sin() * magnitude
-
-
-def _yarn_keep(yarn: YarnSpec, spec: AttentionSpec, like: torch.Tensor) -> torch.Tensor:
-    """How much of each frequency stays: 1 for the fast ones, 0 for the slow ones, a ramp between (YaRN, eq. 18)."""
-
-    def dimension(turns: float) -> float:
-        """Where a frequency turns that often in the original length."""
-        length = yarn.original_length / (turns * 2 * math.pi)
-        return spec.rotary_dim * math.log(length) / (2 * math.log(spec.rope_theta))
-
-    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
-    if yarn.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, spec.rotary_dim - 1)
-    index = torch.arange(len(like), dtype=torch.float32, device=like.device)
-    return 1 - ((index - low) / ((high - low) or 0.001)).clamp(0, 1)
-
-
-def rotate(x_RNH: torch.Tensor, cos_RH: torch.Tensor, sin_RH: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of the leading dimensions of every head, halves paired."""
-    half = cos_RH.shape[-1]
-    cos, sin = cos_RH[:, None].to(x_RNH.dtype), sin_RH[:, None].to(x_RNH.dtype)
-    first, second, rest = x_RNH.split([half, half, x_RNH.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
-
-
-def route(logits_RE: torch.Tensor, bias_E: torch.Tensor | None, spec: MoeSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expert indices [R, K] and their weights, float32, best choice first, ties to the lower index."""
-    scores_RE = logits_RE.sigmoid() if spec.scoring == "sigmoid" else logits_RE.softmax(-1)
-    choice_RE = scores_RE if bias_E is None else scores_RE + bias_E
-    experts_RK = torch.sort(choice_RE, dim=-1, descending=True, stable=True).indices[:, : spec.top_k]
-    weights_RK = scores_RE.gather(1, experts_RK)
-    if spec.renormalize:
-        weights_RK = weights_RK / (weights_RK.sum(-1, keepdim=True) + 1e-20)
-    return experts_RK, weights_RK * spec.routed_scale
-
-
-def _experts(weight: Weight, index_P: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if isinstance(weight, MXFP4Tensor):
-        return MXFP4Tensor(weight.codes[index_P], weight.scales[index_P]).dequantize(dtype)
-    return weight[index_P]
-
-
-def swiglu(gate_up_RI: torch.Tensor, spec: MoeSpec) -> torch.Tensor:
-    """The experts' activation: gate columns first, then up columns."""
-    gate_RI, up_RI = gate_up_RI.chunk(2, dim=-1)
-    if spec.swiglu_limit is None:
-        return F.silu(gate_RI) * up_RI
-    gate_RI, up_RI = gate_RI.clamp(max=spec.swiglu_limit), up_RI.clamp(-spec.swiglu_limit, spec.swiglu_limit)
-    return (up_RI + 1) * (gate_RI * torch.sigmoid(gate_RI * spec.swiglu_alpha))
-
-
-def mixture(x_RD: torch.Tensor, moe: MoeWeights, spec: MoeSpec) -> torch.Tensor:
-    """Sum over a row's experts in the order of choice; one matrix-vector product a (row, choice) pair."""
-    logits_RE = x_RD.float() @ moe.router_ED.T
-    if moe.router_bias_E is not None:
-        logits_RE = logits_RE + moe.router_bias_E
-    experts_RK, weights_RK = route(logits_RE, moe.correction_bias_E, spec)
-    out_RD = torch.zeros_like(x_RD)
-    for k in range(spec.top_k):
-        experts_R = experts_RK[:, k]
-        gate_up_RI = torch.bmm(_experts(moe.gate_up_EID, experts_R, x_RD.dtype), x_RD[:, :, None])[..., 0]
-        if moe.gate_up_bias_EI is not None:
-            gate_up_RI = gate_up_RI + moe.gate_up_bias_EI[experts_R]
-        hidden_RI = swiglu(gate_up_RI, spec)
-        down_RD = torch.bmm(_experts(moe.down_EDI, experts_R, x_RD.dtype), hidden_RI[:, :, None])[..., 0]
-        if moe.down_bias_ED is not None:
-            down_RD = down_RD + moe.down_bias_ED[experts_R]
-        out_RD = out_RD + down_RD * weights_RK[:, k, None].to(x_RD.dtype)
-    return out_RD
 
 
 class _LayerCache:

@@ -10,7 +10,11 @@ The records of rows, sampling and sequences are those of the kernels, field by f
     outcome          int64 [R, 3]       of each sequence: rows in the step, drafts that stand, proposals made
     history          int64 [R, L]       the text in each slot
     logits           float32 [R, V];  best  [R, T, 2] of each tile the largest logit and its index; with a temperature,
-                     and without top-k and top-p, the largest of logits / temperature + noise
+                     the largest of logits / temperature + noise
+    peaks            float32 [R, T]     the largest logits of rows with a temperature
+    bins             int64 [R, 2, N]    masses and numbers of the tokens of rows that top-k or top-p cuts (see `bins`)
+
+`chains` and `notes`, which kernels keep for the choice of a token, are not here: `sample` sorts.
 """
 
 from collections.abc import Generator, Sequence
@@ -20,6 +24,7 @@ import torch
 from speedstack.dflash.accept import accept
 from speedstack.dflash.ngram import NgramIndex
 from speedstack.dflash.tree import Draft
+from speedstack.runtime.bins import NUM_BINS, bins_of
 from speedstack.runtime.deal import deal
 from speedstack.runtime.interpret import Body
 from speedstack.runtime.plan import Phase, Plan
@@ -42,7 +47,7 @@ from speedstack.runtime.records import (
     TOP_K,
     TOP_P,
 )
-from speedstack.runtime.sampling import LEAST_TEMPERATURE, SHARE_BITS, SamplingParams, gumbel_noise, sample
+from speedstack.runtime.sampling import LEAST_TEMPERATURE, SHARE_BITS, SamplingParams, gumbel_noise, masses, sample
 
 Steps = Generator[None, None, None]
 
@@ -62,6 +67,8 @@ class RoundBodies:
         self.history_RL = torch.full((num_slots or R, plan.max_context), -1)
         self.logits_RV = torch.full((R, vocab_size), float("nan"))
         self.best_RT2 = torch.full((R, plan.buffer_named["best"].num_cells, 2), float("nan"))
+        self.peaks_RT = torch.full(self.best_RT2.shape[:2], float("nan"))
+        self.bins_R2N = torch.full((R, 2, NUM_BINS), -1)
 
     def set_inbox(self, inbox: torch.Tensor) -> None:
         """The host's part, as `Memory.inbox` takes it: what the next step computes."""
@@ -76,22 +83,44 @@ class RoundBodies:
 
     def round_bodies(self) -> dict[str, Body]:
         """By op, for `interpret`."""
-        return {"draft": self._draft, "sample": self._sample, "accept": self._accept}
+        return {"draft": self._draft, "weigh": self._weigh, "sample": self._sample, "accept": self._accept}
 
     def is_used(self, row: int) -> bool:
         return bool(self.rows_RF[row, TOKEN] >= 0)
+
+    def _weigh(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
+        row, number = index
+        params = self.params(row)
+        if not self.is_used(row) or not self.is_cut(params):
+            return
+        temperature = torch.tensor(params.temperature, dtype=torch.float32)
+        scaled_V = self.logits_RV[row, number * phase.tile : (number + 1) * phase.tile] / temperature
+        peak = self.peaks_RT[row].max() / temperature
+        yield
+        if peak.isnan():  # a row without a choice
+            return
+        bin_V = bins_of(scaled_V, peak)
+        if params.top_p_share:
+            self.bins_R2N[row, 0].index_add_(0, bin_V, masses(scaled_V, peak))
+        if params.top_k:
+            self.bins_R2N[row, 1].index_add_(0, bin_V, torch.ones_like(bin_V))
 
     def _sample(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         (row,) = index
         best_T2, logits_V, is_used = self.best_RT2[row].clone(), self.logits_RV[row].clone(), self.is_used(row)
         params = self.params(row)
         noise_V = self.noise(row) if self.is_cut(params) else None
+        masses_weighed, num_weighed = self.bins_R2N[row].sum(-1).tolist()
         yield
         if not is_used:
             return
         if best_T2[:, 0].isnan().any():
             self.chosen_R[row] = -1
         elif noise_V is not None:
+            scaled_V = logits_V / torch.tensor(params.temperature, dtype=torch.float32)
+            # What kernels take from the bins is sorted out here: they have to hold all of it nevertheless.
+            assert not params.top_p_share or masses_weighed == int(masses(scaled_V, scaled_V.max()).sum())
+            assert not params.top_k or num_weighed == len(logits_V)
             self.chosen_R[row] = sample(logits_V, noise_V, params)
         else:
             self.chosen_R[row] = int(best_T2[int(best_T2[:, 0].argmax()), 1])
@@ -149,7 +178,11 @@ class RoundBodies:
         self.proposals_RR[sequence, FIRST_PROPOSED : FIRST_PROPOSED + len(drafts)] = torch.tensor(drafts)
 
     def deal_row(self, row: int) -> Steps:
-        """Writes the record of this row, and the fields of the sequence of that index; the host's stay as they are."""
+        """Writes the record of this row, and the fields of the sequence of that index; the host's stay as they are.
+
+        Empties the row's bins.
+        """
+        self.bins_R2N[row] = 0
         sequences, proposals = self.sequences_RF.tolist(), self.proposals_RR.tolist()
         if not any(record[CAPACITY] for record in sequences):
             return

@@ -2,7 +2,8 @@
 
     draft    (only with look-up, before `embed`) proposals from a sequence's own text
     embed    (in `phases`) deals the rows of the step to the sequences, see below
-    sample   the token after each row; `lm_head` has added the noise, unless top-k or top-p comes before it
+    weigh    how the tokens of rows with top-k or top-p are spread over bins of logits; nothing for other rows
+    sample   the token after each row, out of what `lm_head` and `weigh` have left
     accept   which drafts are the tokens chosen, and what that commits
 
 `draft` and `accept` have one item a sequence and take two things across steps, both in GPU memory: `sequences`, how far
@@ -28,13 +29,17 @@ The drafter itself is in `drafter_phases`.
 
 from dataclasses import dataclass
 
+from speedstack.runtime.bins import NUM_BINS
 from speedstack.runtime.plan import Axis, Buffer, Phase, Read, Region, Signal, Wait, Work
 from speedstack.runtime.records import OUTCOME
+from speedstack.runtime.tiles import ceil_div
 
 RECORD_BYTES = 32  # of a row, and of a sequence
 WIDE_BYTES = 4  # tokens, logits
 ELEMENT_BYTES = 2  # activations and cache: bf16
+SUM_BYTES = 8  # masses
 OWN_TEXT = "every sequence has a slot of its own"
+SUMS = "items add integers to them, each addition atomic: the sums are the same in any order"
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class RoundPhases:
             Buffer("rows", R, RECORD_BYTES),
             Buffer("sequences", R, RECORD_BYTES),
             Buffer("chosen", R, WIDE_BYTES),
+            Buffer("bins", R, 2 * NUM_BINS * SUM_BYTES),  # masses, and numbers of tokens
             Buffer("outcome", R, OUTCOME * WIDE_BYTES),
         ]
         if self.proposer is not None:
@@ -75,34 +81,66 @@ class RoundPhases:
         """What comes before `embed`, but for a drafter's."""
         return [self._draft()] if self.has_look_up else []
 
-    def dealing(self) -> tuple[tuple[Read, ...], Region, Wait, Read | None]:
-        """What `embed` reads to deal rows, where it writes them, what it waits for; and what says that all are over."""
+    def dealing(self) -> tuple[tuple[Read, ...], tuple[Region, ...], Wait, Read | None]:
+        """What `embed` reads to deal rows, what of each it writes, what it waits for; and what says that all are over.
+
+        It empties the row's bins too, long before `weigh` adds to them.
+        """
         own = _own("rows")
         reads = (Read(self._whole("sequences"), "accept", 1), Read(own, None))  # the host's, where it named them
         if self.proposer is not None:
             read = Read(self._whole("proposals"), self.proposer)
-            return (*reads, read), own, self._all_programs(self.proposer), None
-        return reads, own, self._after_last_step(), self._leave()
+            return (*reads, read), (own, _own("bins")), self._all_programs(self.proposer), None
+        return reads, (own, _own("bins")), self._after_last_step(), self._leave()
 
     def read_rows(self, region: Region | None = None) -> Read:
         """What a phase behind `embed` knows about the rows of its step."""
         return Read(self._whole("rows") if region is None else region, "embed")
 
-    def sample(self, vocab_size: int, num_tiles: int) -> Phase:
-        return Phase(
-            "sample",
-            "sample",
-            (Axis("row", self.rows, is_dynamic=True),),
+    def choosing(self, vocab_size: int, num_tiles: int) -> tuple[list[Buffer], list[Phase]]:
+        """The phases that choose tokens out of what `lm_head` has left in so many tiles, and their own buffers."""
+        R, own = self.rows, self.read_rows(_own("rows"))
+        slice_size = ceil_div(vocab_size, self.num_programs)
+        num_slices = ceil_div(vocab_size, slice_size)
+        buffers = [
+            Buffer("chains", R * num_slices, (NUM_BINS + slice_size) * WIDE_BYTES),
+            Buffer("notes", R, (2 * vocab_size + num_tiles) * WIDE_BYTES),
+        ]
+        peaks = Read(Region("peaks", num_tiles), "lm_head")
+        sums = Region("bins", 1, 0, (1, 0), SUMS)
+        weigh = Phase(
+            "weigh",
+            "weigh",
+            (Axis("row", R, is_dynamic=True), Axis("slice", num_slices)),
+            tile=slice_size,
             reads=(
-                self.read_rows(_own("rows")),
+                self.read_rows(Region("rows", 1, 0, (1, 0))),
+                peaks,
+                Read(Region("logits", slice_size, 0, (0, slice_size)), "lm_head"),
+                Read(sums, "embed"),
+            ),
+            writes=(sums, Region("chains", 1, 0, (num_slices, 1))),
+            waits=(self._all_programs("lm_head"),),
+            signals=(Signal("weigh", "program"),),
+        )
+        sample = Phase(
+            "sample",
+            "sample",
+            (Axis("row", R, is_dynamic=True),),
+            reads=(
+                own,
+                peaks,
                 Read(Region("logits", vocab_size), "lm_head"),
                 Read(Region("best", num_tiles), "lm_head"),
+                Read(_own("bins"), "weigh"),
+                Read(Region("chains", num_slices, 0, (num_slices,)), "weigh"),
             ),
-            writes=(_own("chosen"), _own("candidates")),
-            waits=(self._all_programs("lm_head"),),
+            writes=(_own("chosen"), _own("notes")),
+            waits=(self._all_programs("weigh"),),
             signals=(Signal("sample", "program"),),
             work=Work(activation_bytes=num_tiles * 2 * WIDE_BYTES),  # of a row without top-k and top-p
         )
+        return buffers, [weigh, sample]
 
     def accept(self) -> Phase:
         reads = [self.read_rows(), Read(_own("sequences"), "accept", 1), Read(self._whole("chosen"), "sample")]

@@ -122,13 +122,18 @@ def gumbel(words_V: torch.Tensor) -> torch.Tensor:
     return -torch.log(-torch.log1p(-v_V))
 
 
+def steps_below(scaled_V: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
+    """Int64 [V]: how many steps each logit lies below the largest, FARTHEST at most; rounded down."""
+    below_V = (peak - scaled_V).clamp(max=FARTHEST)
+    return (torch.where(scaled_V == peak, 0.0, below_V) * STEPS_A_NAT).to(torch.int64)
+
+
 def masses(scaled_V: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
     """Int64 [V]: 2**30 * exp(scaled - peak), rounded down; `peak` is the largest of all, and equals of it have 2**30.
 
     Exact in that every device gives these integers: what is rounded before them is single operations of IEEE 754.
     """
-    below_V = (peak - scaled_V).clamp(max=FARTHEST)
-    steps_V = (torch.where(scaled_V == peak, 0.0, below_V) * STEPS_A_NAT).to(torch.int64)
+    steps_V = steps_below(scaled_V, peak)
     x_V = steps_V & (OCTAVE - 1)
     mass_V = torch.full_like(x_V, MASS_COEFFICIENTS[-1])
     for coefficient in (*reversed(MASS_COEFFICIENTS[:-1]), WHOLE_MASS):

@@ -27,6 +27,7 @@ _TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
     torch.int32: tl.int32,
+    torch.int64: tl.int64,
     torch.uint8: tl.uint8,
     torch.float8_e4m3fn: tl.float8e4nv,
 }

@@ -91,14 +91,11 @@ def build_tiny_model(seed: int = 0, **overrides: Any) -> "MiMoV2FlashForCausalLM
     import torch
     from transformers import MiMoV2FlashForCausalLM
 
+    from tests.random_values import randomize
+
     model = MiMoV2FlashForCausalLM(build_tiny_config(**overrides))
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomize(model, seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("norm.weight", "layernorm.weight")):
-                parameter.uniform_(0.8, 1.2, generator=generator)
-            else:
-                parameter.normal_(0.0, 0.2, generator=generator)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(0.0, 0.1, generator=generator)
@@ -133,12 +130,11 @@ def tiny_packed_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: "P
 
 def save_tiny_drafter(path: Path, target: Path, seed: int = 1) -> Path:
     """Write a random two-layer drafter, block 8, that names `target`'s weights; returns `path`."""
-    import torch
-
     from speedstack.dflash.checkpoint import save_drafter
     from speedstack.dflash.config import DFlashConfig
     from speedstack.dflash.model import DFlashDraftModel
     from speedstack.quant.checkpoint import weights_sha256
+    from tests.random_values import randomize
 
     config = DFlashConfig(
         hidden_size=64,
@@ -158,13 +154,7 @@ def save_tiny_drafter(path: Path, target: Path, seed: int = 1) -> Path:
         target_sha256=weights_sha256(target),
     )
     drafter = DFlashDraftModel(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in drafter.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.uniform_(0.8, 1.2, generator=generator)
-            else:
-                parameter.normal_(0.0, 0.2, generator=generator)
+    randomize(drafter, seed)
     save_drafter(drafter, path)
     return path
 

@@ -15,7 +15,7 @@ from speedstack.runtime.cost import PhaseCost, StepCost, active_experts, step_co
 from speedstack.runtime.engine import Engine
 from speedstack.runtime.gpus import GPUS, Gpu
 from speedstack.runtime.graph import GraphBackend
-from speedstack.runtime.reference import route
+from speedstack.runtime.mixture import route
 from speedstack.runtime.select import DTYPES
 from speedstack.runtime.shapes import random_weights
 from speedstack.runtime.spec import ModelSpec, MoeSpec, spec_from_config

@@ -30,7 +30,8 @@ from speedstack.runtime.backend import Backend, Draw, Rows
 from speedstack.runtime.engine import Engine
 from speedstack.runtime.expected import expected_buffers, found_buffer
 from speedstack.runtime.graph import GraphBackend
-from speedstack.runtime.reference import ReferenceBackend, route
+from speedstack.runtime.mixture import route
+from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.sampling import SamplingParams, filter_logits, gumbel_noise, sample
 from speedstack.runtime.select import DTYPES, make_backend
 from speedstack.runtime.shapes import random_weights

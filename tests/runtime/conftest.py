@@ -12,6 +12,7 @@ from speedstack.dflash.model import DFlashDraftModel
 from speedstack.quant.checkpoint import load_checkpoint
 from speedstack.runtime.spec import spec_from_config
 from speedstack.runtime.weights import ModelWeights, plain_matrix, read_weights
+from tests.random_values import randomize
 from tests.runtime.strategy_cases import MakeDrafter
 
 
@@ -21,13 +22,7 @@ def make_drafter(tiny_packed_drafter_dir: Path) -> MakeDrafter:
 
     def make(seed: int = 1, **options: Any) -> DFlashDraftModel:
         model = DFlashDraftModel(replace(load_drafter(tiny_packed_drafter_dir).config, **options))
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("norm.weight"):
-                    parameter.uniform_(0.8, 1.2, generator=generator)
-                else:
-                    parameter.normal_(0.0, 0.2, generator=generator)
+        generator = randomize(model, seed)
         if model.config.draft_vocab_size is not None:
             ids = torch.randperm(model.config.vocab_size, generator=generator)[: model.config.draft_vocab_size]
             model.set_draft_vocab(ids.sort().values)

@@ -14,6 +14,7 @@ from speedstack.runtime.backend import DraftRequest, RoundsRequest, Rows
 from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec
 from speedstack.runtime.weights import DrafterWeights, ModelWeights, read_drafter
+from tests.random_values import randomize
 from tests.runtime.plan_cases import MIMO, build
 
 VOCAB_SIZE = 8  # few, so that a random drafter is right now and then
@@ -69,13 +70,7 @@ def drafter(options: str = "plain", **changes: Any) -> DFlashDraftModel:
         "rope_theta": 1e4,
     }
     model = DFlashDraftModel(DFlashConfig(**fields | OPTIONS[options] | changes))
-    generator = torch.Generator().manual_seed(SEEDS[options])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.8, 1.2, generator=generator)
-            else:
-                parameter.normal_(0.0, 0.2, generator=generator)
+    randomize(model, SEEDS[options])
     return model.eval().requires_grad_(False)
 
 

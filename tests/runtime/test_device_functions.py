@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from speedstack.quant.fp8 import FP8Tensor
-from speedstack.runtime.reference import route
+from speedstack.runtime.mixture import route
 from speedstack.runtime.spec import MoeSpec
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -24,8 +24,9 @@ import triton.language as tl
 
 from speedstack.runtime.backend import Rows
 from speedstack.runtime.bindings import Constants
+from speedstack.runtime.bins import NUM_BINS
 from speedstack.runtime.kernels.triton.phase import phase_kernel
-from speedstack.runtime.kernels.triton.products import rounded_to_bfloat16
+from speedstack.runtime.kernels.triton.products import inverse_rms, rounded_to_bfloat16
 from speedstack.runtime.kernels.triton.router import choose
 from speedstack.runtime.memory import row_records, sampling_records
 from speedstack.runtime.records import RECORD
@@ -130,7 +131,8 @@ def test_lm_head_names_its_largest_logit() -> None:
         HAS_LOGITS=True,
     )
     scaled, squares = blocks(hidden_DR), squares_of(hidden_DR)
-    pointers = (ROWS, scaled, squares, head_VD, logits_VR, best, sampling_records([None] * R, R))
+    peaks = torch.full((2, R), 7.0)
+    pointers = (ROWS, scaled, squares, head_VD, logits_VR, best, sampling_records([None] * R, R), peaks)
     phase_kernel[(2,)](pointers, PHASE=phase, IS_DEPENDENT=False)
     normed_RD = hidden_DR.T * torch.rsqrt(hidden_DR.T.pow(2).mean(-1, keepdim=True) + 1e-5)
     expected_RV = normed_RD @ head_VD.T
@@ -144,6 +146,7 @@ def test_lm_head_names_its_largest_logit() -> None:
         known = [0, 1, 3]
         assert torch.equal(best[tile, 0].view(torch.float32)[known], part[known].max(-1).values)
     assert 17 in best[1, 1]
+    assert (peaks == 7.0).all(), "nobody needs them without a temperature"
 
 
 def blocks(x_KR: torch.Tensor) -> torch.Tensor:
@@ -165,7 +168,8 @@ def test_an_embedding_is_written_for_its_norm() -> None:
     hidden_DR, scaled, squares = torch.full((D, R), 7.0), torch.full((2, R, 16), 7.0), torch.full((2, R), 7.0)
     phase = Constants(IS_DRAFT=False, op="embed", axes=(R,), D=D, R=R, NP=2, HAS_PROPOSALS=False)
     nobody = torch.zeros(R, RECORD, dtype=torch.int32)  # goes on by itself: the host has written the rows
-    pointers = (nobody, nobody, nobody, rows, nobody, embedding_VD, hidden_DR, norm_D, scaled, squares)
+    bins = torch.full((R, 2, NUM_BINS), -5)
+    pointers = (nobody, nobody, nobody, rows, nobody, embedding_VD, hidden_DR, norm_D, scaled, squares, bins)
     phase_kernel[(R,)](pointers, PHASE=phase, IS_DEPENDENT=False)
     expected_DR = embedding_VD[[3, 1]].T
     assert torch.equal(hidden_DR[:, :2], expected_DR)
@@ -174,6 +178,32 @@ def test_an_embedding_is_written_for_its_norm() -> None:
     # sums of 16 in another order
     torch.testing.assert_close(squares[:, :2], squares_of(expected_DR), rtol=1e-6, atol=0)
     assert (hidden_DR[:, 2:] == 7).all() and (scaled[:, 2:] == 7).all() and (squares[:, 2:] == 7).all()
+
+
+@triton.jit
+def inverse_rms_kernel(squares_ptr, out_ptr, eps, D: tl.constexpr, R: tl.constexpr, NP: tl.constexpr):
+    r_R = tl.arange(0, R)
+    tl.store(out_ptr + r_R, inverse_rms(squares_ptr, r_R >= 0, eps, D, R, NP))
+
+
+def test_what_is_scaled_in_bfloat16_is_the_normalized_state() -> None:
+    """A product of what `embed` writes, divided as products divide, against the norm in float64."""
+    D, eps, generator = 40, 1e-5, torch.Generator().manual_seed(0)
+    embedding_VD = (torch.randn(5, D, generator=generator) * 5).bfloat16()
+    norm_D = (torch.rand(D, generator=generator) + 0.5).bfloat16()
+    rows, nobody = row_records(Rows([3, 1, 4, 2], [0, 1, 2, 3], [0] * 4), R), torch.zeros(R, RECORD, dtype=torch.int32)
+    hidden_DR, scaled, squares = torch.zeros(D, R).bfloat16(), torch.zeros(3, R, 16).bfloat16(), torch.zeros(3, R)
+    phase = Constants(IS_DRAFT=False, op="embed", axes=(R,), D=D, R=R, NP=4, HAS_PROPOSALS=False)
+    pointers = (nobody, nobody, nobody, rows, nobody, embedding_VD, hidden_DR, norm_D, scaled, squares)
+    phase_kernel[(R,)](pointers, PHASE=phase, IS_DEPENDENT=False)
+    rms_R = torch.zeros(R)
+    inverse_rms_kernel[(1,)](squares, rms_R, eps, D=D, R=R, NP=4)
+    assert torch.equal(hidden_DR.T, embedding_VD[[3, 1, 4, 2]])
+    found_RD = scaled.transpose(1, 2).flatten(0, 1)[:D].T.double() * rms_R.double()[:, None]
+    wide_RD = embedding_VD[[3, 1, 4, 2]].double()
+    exact_RD = wide_RD * torch.rsqrt(wide_RD.square().mean(-1, keepdim=True) + eps) * norm_D.double()
+    # one rounding to eight bits, which the interpreter makes towards zero, and float32 sums of squares
+    torch.testing.assert_close(found_RD, exact_RD, rtol=2**-7 * 1.001, atol=0)
 
 
 def test_a_projection_adds_to_what_is_there() -> None:

@@ -13,9 +13,11 @@ from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime import Engine
 from speedstack.runtime.backend import Rows
 from speedstack.runtime.cpu import CpuBackend
-from speedstack.runtime.reference import ReferenceBackend, rotary_tables
+from speedstack.runtime.reference import ReferenceBackend
+from speedstack.runtime.rotary import rotary_tables
 from speedstack.runtime.spec import ModelSpec, MoeSpec, YarnSpec, spec_from_config
 from speedstack.runtime.weights import read_weights
+from tests.random_values import randomize
 
 NUM_TOKENS = 90  # more than five windows of 16; three prompt chunks of 32
 CPU = torch.device("cpu")
@@ -49,13 +51,7 @@ def build_model(**overrides: Any) -> Any:
         "swiglu_limit": 1.5,
     }
     model = GptOssForCausalLM(GptOssConfig(**(fields | overrides)))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.uniform_(0.8, 1.2, generator=generator)
-            else:
-                parameter.normal_(0.0, 0.2, generator=generator)
+    randomize(model, seed=0)
     return model.eval()
 
 

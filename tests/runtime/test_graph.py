@@ -110,9 +110,11 @@ def test_nothing_flows_from_what_a_step_has_not_written(case: str) -> None:
     rows, found = rows_of(ids, (1, 15), (1, 16), (0, 39)), []
     for value in (0.0, float("nan")):
         backend = graph_of(reference, 16)
-        for buffer in backend.memory.buffers.values():
+        for name, buffer in backend.memory.buffers.items():
             if buffer.is_floating_point():
                 buffer.fill_(value)
+            elif name == "routes":
+                buffer.fill_(0 if value == 0.0 else 2**30)
         logits_WV, best = backend.step(rows, range(3))
         found.append((best, logits_WV, backend.memory.caches))
     assert found[0][0] == found[1][0] and torch.isfinite(found[1][1]).all()

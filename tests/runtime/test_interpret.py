@@ -27,7 +27,7 @@ from speedstack.runtime.spec import spec_from_config
 from speedstack.runtime.weights import ModelWeights, read_weights
 
 CPU = torch.device("cpu")
-INTEGERS = ("rows", "sequences", "proposals", "chosen", "outcome", "history", "blocks")
+INTEGERS = ("rows", "sequences", "proposals", "chosen", "outcome", "history", "blocks", "bins")
 POISON = -7  # no token, nor anything that is written
 SPLIT = 16  # many splits in a context of a few dozen
 
@@ -136,7 +136,7 @@ class Guarded:
             return self.drafter_views(buffer)
         if buffer.endswith(".cache"):
             return [part.movedim(2, 0) for part in memory.caches[int(buffer[1:3])]]
-        if buffer == "candidates":  # what kernels note; the bodies sort
+        if buffer in ("chains", "notes"):  # what kernels note; the bodies sort
             return []
         whole = {
             "rows": memory.rows_RF,
@@ -150,13 +150,15 @@ class Guarded:
             "squares": memory.squares_RB,
             "logits": memory.logits_RV,
             "best": memory.best_RT2,
+            "peaks": memory.peaks_RT,
+            "bins": memory.bins_R2N,
         }
         tensor = (whole | memory.features)[buffer] if buffer in whole | memory.features else memory.shared[buffer]
         if kind == "qkv":
             return [tensor.flatten(1).movedim(1, 0)]
         if kind in ("partial", "attended"):
             return [tensor.flatten(0, 1)]
-        is_cellwise = kind in INTEGERS or buffer.startswith("act.moe")
+        is_cellwise = kind in INTEGERS or buffer.startswith(("act.moe", "routes"))
         return [tensor if is_cellwise else tensor.movedim(1, 0)]
 
     def drafter_views(self, buffer: str) -> list[torch.Tensor]:

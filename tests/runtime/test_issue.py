@@ -65,6 +65,28 @@ def test_a_branch_is_conditional_whichever_way_it_is_written() -> None:
     assert len(loops(listing)) == 1, "what lies behind cannot be reached"
 
 
+def test_a_barrier_may_be_used_twice() -> None:
+    """Threads that meet at the first go on behind it, not into the loop where the second is."""
+    listing = listing_of(
+        listing_text(
+            "BSSY B0, `(.L_x_0)", "@P0 BRA `(.L_x_1)", "NOP", ".L_x_1:", "BSYNC B0", ".L_x_0:", "NOP",
+            ".L_x_5:", "BSSY B0, `(.L_x_3)", "@P6 BRA `(.L_x_4)", MMA, ".L_x_4:", "BSYNC B0", ".L_x_3:",
+            "@P2 BRA `(.L_x_5)", "EXIT",
+        )
+    )  # fmt: skip
+    ((is_loop, code),) = innermost(listing)
+    assert is_loop and [one.name for one in code] == ["BSSY", "BRA", "HMMA", "BSYNC", "BRA"]
+    # A part of the loop that lies behind the end comes back to where the last of that barrier says.
+    listing = listing_of(
+        listing_text(
+            "BSSY B0, `(.L_x_0)", ".L_x_0:", "NOP", ".L_x_5:", "BSSY B0, `(.L_x_3)", "@P6 BRA `(.L_x_4)", MMA,
+            ".L_x_3:", "@P2 BRA `(.L_x_5)", "EXIT", ".L_x_4:", "LDS R0, [R1]", "BSYNC B0",
+        )
+    )  # fmt: skip
+    ((is_loop, code),) = innermost(listing)
+    assert is_loop and [one.name for one in code] == ["BSSY", "BRA", "HMMA", "BRA", "LDS", "BSYNC"]
+
+
 def test_weights_are_counted_by_the_instructions_that_multiply_them() -> None:
     """16 x 16 weights and eight rows each; copies are no weights."""
     listing = listing_of(NESTED)

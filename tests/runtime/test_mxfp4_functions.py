@@ -21,7 +21,15 @@ import triton
 import triton.language as tl
 
 from speedstack.runtime.bindings import LARGEST_NARROW_SCALE, SLICE
-from speedstack.runtime.kernels.triton.mxfp4 import NARROW, WIDE, bfloat16_factor, decoded, multiply_mxfp4
+from speedstack.runtime.kernels.triton.mxfp4 import (
+    NARROW,
+    WIDE,
+    bfloat16_factor,
+    decoded,
+    experts_sum_mxfp4,
+    multiply_pair_mxfp4,
+)
+from speedstack.runtime.records import EXPERT, NUM_ACTIVE, route_words
 
 R = 4
 
@@ -122,44 +130,98 @@ def test_every_code_is_decoded_exactly_under_every_scale(is_wide: bool) -> None:
 @triton.jit
 def multiply_kernel(
     x_ptr, codes_ptr, scales_ptr, out_ptr, row, num_rows, step, x_step, x_row_step, K: tl.constexpr, T: tl.constexpr,
-    R: tl.constexpr, SLICES: tl.constexpr, IS_PAIR: tl.constexpr,
+    R: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     r_R, t_T = tl.arange(0, R), tl.arange(0, T)
     out_ptrs = out_ptr + t_T[:, None] * R + r_R[None, :]
-    found = multiply_mxfp4(
-        x_ptr, x_step, r_R * x_row_step, r_R != 1, codes_ptr, scales_ptr, row, num_rows, step, K, T, SLICES, False,
-        IS_PAIR,
-    )  # fmt: skip
-    if IS_PAIR:
-        tl.store(out_ptrs, found[0])
-        tl.store(out_ptrs + T * R, found[1])
-    else:
-        tl.store(out_ptrs, found)
+    found = multiply_pair_mxfp4(
+        x_ptr, x_step, r_R * x_row_step, r_R != 1, codes_ptr, scales_ptr, row, num_rows, step, K, T, SLICES, False
+    )
+    tl.store(out_ptrs, found[0])
+    tl.store(out_ptrs + T * R, found[1])
 
 
-@pytest.mark.parametrize(("K", "slices", "is_pair"), [
-    (96, 1, True), (2 * SLICE, 2, False), (5 * SLICE - 32, 4, True), (704, 2, False),
-])  # fmt: skip
-def test_products_are_those_of_the_decoded_weights(K: int, slices: int, is_pair: bool) -> None:
+@pytest.mark.parametrize(("K", "slices"), [(96, 1), (2 * SLICE, 2), (5 * SLICE - 32, 4), (704, 2)])
+def test_products_are_those_of_the_decoded_weights(K: int, slices: int) -> None:
     """Rows of the step in either layout, one of which is left out; a tile that is cut; two products at once."""
     T, generator = 16, torch.Generator().manual_seed(0)
     weight = quantize(torch.randn(40, K, generator=generator))
     weight.scales[[16, 37]] = 255  # behind the last rows: whoever reads on there gets what is no number
     x_RK = torch.randn(R, K, generator=generator)
     x, x_step, x_row_step = x_RK, 16, K
-    if is_pair:
+    if K == 96:
         x, x_step, x_row_step = x_RK.unflatten(1, (-1, 16)).transpose(0, 1).contiguous(), R * 16, 16
     found = torch.zeros(2, T, R)
     multiply_kernel[(1,)](
-        x, weight.codes, weight.scales, found, 3, 13, 21, x_step, x_row_step, K=K, T=T, R=R, SLICES=slices,
-        IS_PAIR=is_pair,
-    )  # fmt: skip
+        x, weight.codes, weight.scales, found, 3, 13, 21, x_step, x_row_step, K=K, T=T, R=R, SLICES=slices
+    )
     x_RK[1] = 0.0
     expected = weight.dequantize() @ x_RK.T
     # sums of up to 704 in another order
     torch.testing.assert_close(found[0, :13], expected[3:16], rtol=1e-5, atol=1e-4)
-    if is_pair:
-        torch.testing.assert_close(found[1, :13], expected[24:37], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found[1, :13], expected[24:37], rtol=1e-5, atol=1e-4)
+
+
+@triton.jit
+def experts_kernel(
+    x_ptr, routes_ptr, num_experts, codes_ptr, scales_ptr, out_ptr, first, N: tl.constexpr, K: tl.constexpr,
+    TOP_K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr, IS_WIDE: tl.constexpr,
+):  # fmt: skip
+    sum_TR = experts_sum_mxfp4(
+        x_ptr, routes_ptr, num_experts, codes_ptr, scales_ptr, first, N, K, TOP_K, T, R, SLICES, IS_WIDE
+    )
+    tl.store(out_ptr + tl.arange(0, T)[:, None] * R + tl.arange(0, R)[None, :], sum_TR)
+
+
+def records_of(experts_RK: torch.Tensor, weights_RK: torch.Tensor, used: list[int]) -> tuple[torch.Tensor, int]:
+    """Of the experts that rows in use chose, ascending, and behind them one that leads outside; how many there are."""
+    num_rows, active = len(experts_RK), sorted(set(experts_RK[used].flatten().tolist()))
+    routes = torch.full((len(active) + 1, route_words(num_rows)), 2**30, dtype=torch.int32)
+    for record, expert in zip(routes, active, strict=False):
+        record[:num_rows], record[num_rows : 2 * num_rows] = -1, 0
+        record[2 * num_rows + EXPERT], record[2 * num_rows + NUM_ACTIVE] = expert, len(active)
+        for row in used:
+            for choice in (experts_RK[row] == expert).nonzero().flatten().tolist():
+                record[row], record[num_rows + row] = choice, weights_RK[row, choice].view(torch.int32)
+    return routes, len(active)
+
+
+@pytest.mark.parametrize(("K", "slices", "num_rows"), [(96, 1, 4), (768, 8, 16), (5 * SLICE - 32, 2, 16)])
+def test_experts_are_added_up_with_the_weights_of_their_rows(K: int, slices: int, num_rows: int) -> None:
+    """Rows that share experts or do not, one that is idle; a tile that is cut. Alone, a row has the same bits, though
+    the others chose an expert without numbers: only by a scale that is decoded as all scales may be."""
+    N, E, top_k, T, first = 21, 6, 3, 16, 8
+    generator = torch.Generator().manual_seed(0)
+    weight = quantize(torch.randn(E, N, K, generator=generator))
+    experts_RK = torch.rand(num_rows, E, generator=generator).topk(top_k).indices
+    experts_RK[0], experts_RK[2] = torch.tensor([4, 1, 3]), torch.tensor([3, 0, 2])
+    weights_RK = torch.rand(num_rows, top_k, generator=generator)
+    act_RKI = torch.randn(num_rows, top_k, K, generator=generator)
+    x_RKI = act_RKI.unflatten(-1, (-1, 2, 4)).transpose(-1, -2).contiguous()
+    x_RKI[3] = float("nan")  # the idle row's
+
+    def run(used: list[int], is_wide: bool) -> torch.Tensor:
+        routes, num_experts = records_of(experts_RK, weights_RK, used)
+        found = torch.zeros(T, num_rows)
+        experts_kernel[(1,)](
+            x_RKI, routes, num_experts, weight.codes, weight.scales, found, first, N=N, K=K, TOP_K=top_k, T=T,
+            R=num_rows, SLICES=slices, IS_WIDE=is_wide,
+        )  # fmt: skip
+        return found[: N - first]
+
+    used = [row for row in range(num_rows) if row != 3]
+    found_NR = run(used, is_wide=False)
+    terms_RKN = torch.einsum("rkni,rki->rkn", weight.dequantize().double()[experts_RK], act_RKI.double())
+    expected_NR = (terms_RKN * weights_RK[..., None]).sum(1).T[first:]
+    # float32 sums of up to 3 * 768 products
+    torch.testing.assert_close(found_NR[:, used], expected_NR[:, used].float(), rtol=1e-5, atol=1e-4)
+    assert torch.equal(run(used, is_wide=True), found_NR)
+    assert (found_NR[:, 3] == 0).all() and (run([], is_wide=False) == 0).all()
+    for row in (0, 2):
+        assert torch.equal(run([row], is_wide=False)[:, row], found_NR[:, row])
+    weight.scales[2] = 255
+    assert run(used, is_wide=True)[:, 2].isnan().all()
+    assert torch.equal(run(used, is_wide=True)[:, 0], found_NR[:, 0])
 
 
 def test_large_scales_are_noticed_when_weights_are_bound() -> None:

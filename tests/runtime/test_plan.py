@@ -127,7 +127,7 @@ def test_a_built_plan_under_every_interleaving(has_look_up: bool) -> None:
     layer = LayerSpec(attention, MoeSpec(2, 1, 8, "softmax", False, True))
     spec = ModelSpec("least", 16, 32, 1e-5, 64, (), (layer,))
     plan = build_plan(spec, WeightFormats(), 2, 1, 32, 16, has_look_up=has_look_up)
-    assert len(plan.phases) == 11 + has_look_up and prove(plan).is_safe
+    assert len(plan.phases) == 12 + has_look_up and prove(plan).is_safe
     for seed in range(3):
         found = search(plan, num_steps=2, lists=Lists(seed))
         assert found.harm is None and found.num_states > 100, found
@@ -194,7 +194,7 @@ def test_phases_and_items() -> None:
     names = [phase.name for phase in plan.phases]
     assert names[:6] == ["embed", "L00.qkv", "L00.attention", "L00.combine", "L00.o_proj", "L00.gate_up"]
     assert names[6:] == ["L00.down", "L01.qkv", "L01.attention", "L01.combine", "L01.o_proj", "L01.router",
-                         "L01.gate_up", "L01.down", "lm_head", "sample", "accept"]  # fmt: skip
+                         "L01.gate_up", "L01.down", "lm_head", "weigh", "sample", "accept"]  # fmt: skip
     assert [phase.name for phase in tiny_plan(has_look_up=True).phases] == ["draft", *names]
     full, sliding = plan.phases[plan.phase_named["L00.attention"]], plan.phases[plan.phase_named["L01.attention"]]
     # 100 positions are 4 splits of 32; a window of 20 and 3 rows span 22 positions, which touch at most 2 splits
@@ -228,6 +228,9 @@ def test_tiles_balance_programs() -> None:
     assert choose_tile(2048, 132, MMA_TILES) == 16  # 128 items: one round, where 32 columns would leave half idle
     assert choose_tile(151936, 132, MMA_TILES) == 128  # 1187 items, nine rounds of 132, all but one item full
     assert choose_tile(10, 4, MMA_TILES) == 16
+    # Of 16 the busiest program would have 1168 columns instead of 1184, and read activations twice as often.
+    assert choose_tile(152576, 132, MMA_TILES) == 32
+    assert choose_tile(2880, 132, MMA_TILES) == 32 and choose_tile(768, 132, MMA_TILES, 8) == 16
 
 
 def test_sharding() -> None:

@@ -17,6 +17,7 @@ from speedstack.dflash.accept import accept
 from speedstack.dflash.ngram import NgramIndex
 from speedstack.dflash.tree import Draft
 from speedstack.runtime.backend import RoundsRequest
+from speedstack.runtime.bins import NUM_BINS
 from speedstack.runtime.deal import deal
 from speedstack.runtime.records import (
     ANCHOR,
@@ -136,7 +137,9 @@ def test_rows_are_dealt_as_the_host_deals_them(has_proposals: bool, num_rows: in
         hidden_DR = torch.full((8, num_rows), -1.0)
         dealing, constants = (sequences, draws, proposals, rows, sampling), {"HAS_PROPOSALS": has_proposals}
         for_norm = (torch.ones(8), torch.empty(16, num_rows), torch.empty(1, num_rows))
-        run("embed", *dealing, embedding_VD, hidden_DR, *for_norm, num=num_rows, D=8, NP=1, **constants)
+        bins = torch.full((num_rows, 2, NUM_BINS), -5)
+        run("embed", *dealing, embedding_VD, hidden_DR, *for_norm, bins, num=num_rows, D=8, NP=1, **constants)
+        assert not bins.any(), "of all rows"
         assert torch.equal(rows, wanted_rows) and torch.equal(sampling, wanted_sampling)
         used = rows[:, TOKEN] >= 0
         wanted_R = torch.where(used, rows[:, TOKEN].float(), -1.0)

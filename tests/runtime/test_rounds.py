@@ -365,9 +365,11 @@ def faulty(plan: Plan, name: str) -> Plan:
     return replace(plan, phases=tuple(phases))
 
 
-@pytest.mark.parametrize("name", ["draft", "embed", "sample", "accept"])
+@pytest.mark.parametrize("name", ["draft", "embed", "weigh", "sample", "accept"])
 def test_a_missing_wait_is_rejected_and_seen_by_some_schedule(weights: ModelWeights, name: str) -> None:
+    cut = Draw(1, 2, SamplingParams(0.7, top_p=0.9, top_k=300))
     requests = [RoundsRequest(PROMPTS[0], 0, 30, True, 3, 3), RoundsRequest(PROMPTS[2], 1, 30, True, 3, 3)]
+    requests.append(RoundsRequest(PROMPTS[1], 2, 30, True, 0, 3, cut))
     backend = InterpretedBackend(weights, MAX_LENGTH)
     backend.set_look_up(True)
     assert backend.rounds is not None
@@ -379,7 +381,7 @@ def test_a_missing_wait_is_rejected_and_seen_by_some_schedule(weights: ModelWeig
         for cache in backend.state.caches:
             for part in cache:
                 part.fill_(0.5)
-        backend.rounds.forget([0, 1])  # type: ignore[union-attr]
+        backend.rounds.forget([0, 1, 2])  # type: ignore[union-attr]
         return backend.rounds.run(requests, 5)  # type: ignore[union-attr]
 
     expected = run(sound, 0)

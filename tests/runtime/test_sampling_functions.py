@@ -29,11 +29,15 @@ import triton.language as tl
 
 from speedstack.runtime.backend import Draw, Rows
 from speedstack.runtime.bindings import Constants
-from speedstack.runtime.kernels.triton.cut import find_edge, key_of, mass_of, share_of, value_of
+from speedstack.runtime.bins import NUM_BINS, bins_of
+from speedstack.runtime.kernels.triton.cut import find_edge, key_of, share_of
 from speedstack.runtime.kernels.triton.head import keep_tile
 from speedstack.runtime.kernels.triton.noise import gumbel, uniform_words
 from speedstack.runtime.kernels.triton.phase import phase_kernel
+from speedstack.runtime.kernels.triton.weigh import bin_of, mass_of, steps_below
 from speedstack.runtime.memory import row_records, sampling_records
+from speedstack.runtime.records import TEMPERATURE
+from speedstack.runtime.tiles import power_of_two
 
 R = 4
 KEYS = [11, 2**50, 13]
@@ -79,12 +83,12 @@ def test_noise_is_the_hosts_to_its_last_bits() -> None:
 
 
 @triton.jit
-def masses_kernel(scaled_ptr, peak, masses_ptr, keys_ptr, values_ptr, N: tl.constexpr):
+def masses_kernel(scaled_ptr, peak, masses_ptr, bins_ptr, keys_ptr, N: tl.constexpr):
     n_N = tl.arange(0, N)
     x_N = tl.load(scaled_ptr + n_N)
-    tl.store(masses_ptr + n_N, mass_of(x_N, peak).to(tl.int64))
+    tl.store(masses_ptr + n_N, mass_of(steps_below(x_N, peak)).to(tl.int64))
+    tl.store(bins_ptr + n_N, bin_of(steps_below(x_N, peak)).to(tl.int64))
     tl.store(keys_ptr + n_N, key_of(x_N))
-    tl.store(values_ptr + n_N, value_of(key_of(x_N)))
 
 
 @triton.jit
@@ -95,71 +99,100 @@ def share_kernel(totals_ptr, shares_ptr, out_ptr, N: tl.constexpr):
 
 @triton.jit
 def tiles_kernel(
-    given_ptr, logits_ptr, best_ptr, rows_ptr, sampling_ptr, num_drawn, VOCAB: tl.constexpr, R: tl.constexpr,
-    T: tl.constexpr,
+    given_ptr, logits_ptr, best_ptr, peaks_ptr, rows_ptr, sampling_ptr, num_drawn, VOCAB: tl.constexpr,
+    R: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """What `lm_head` does with its product, [V, R] here."""
     tile = tl.program_id(0)
     v_T, r_R = tile * T + tl.arange(0, T), tl.arange(0, R)
     at_TR = given_ptr + v_T[:, None] * R + r_R[None, :]
     logits_TR = tl.load(at_TR, mask=(v_T < VOCAB)[:, None], other=0.0)
-    keep_tile(tile, logits_TR, logits_ptr, best_ptr, rows_ptr, sampling_ptr, num_drawn, VOCAB, R, T)
+    keep_tile(tile, logits_TR, logits_ptr, best_ptr, peaks_ptr, rows_ptr, sampling_ptr, num_drawn, VOCAB, R, T)
 
 
 @triton.jit
 def edge_kernel(
-    peaks_ptr, sampling_ptr, logits_ptr, best_ptr, candidates_ptr, edge_ptr, VOCAB: tl.constexpr, TILES: tl.constexpr,
-    T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    peaks_ptr, sampling_ptr, logits_ptr, bins_ptr, chains_ptr, notes_ptr, edge_ptr, VOCAB: tl.constexpr,
+    NOTES: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, SP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    tokens_ptr, peak = candidates_ptr + row * (3 * VOCAB + TILES), tl.load(peaks_ptr + row)
-    _, edge = find_edge(row, peak, sampling_ptr, logits_ptr, best_ptr, tokens_ptr, VOCAB, TILES, T, R, C)
-    tl.store(edge_ptr + row, value_of(edge.to(tl.int32)))
+    edge = find_edge(
+        row, tl.load(peaks_ptr + row), sampling_ptr, logits_ptr, bins_ptr, chains_ptr, notes_ptr + row * NOTES, VOCAB,
+        SLICE, SLICES, SP, R, C,
+    )  # fmt: skip
+    tl.store(edge_ptr + row, edge)
 
 
 class Head:
-    """Three rows of logits through `lm_head`'s tiles of T tokens, and what `sample` makes of them, C at a time."""
+    """Three rows of logits through `lm_head`'s tiles of T tokens, slices of `weigh`, and `sample`, C at a time."""
 
-    def __init__(self, logits_RV: torch.Tensor, params: list[SamplingParams], seeds: list[int], T: int, C: int) -> None:
+    def __init__(
+        self, logits_RV: torch.Tensor, params: list[SamplingParams], seeds: list[int], T: int, C: int, slices: int
+    ) -> None:
         self.V, self.T, self.C = logits_RV.shape[1], T, C
-        self.tiles = -(-self.V // T)
+        self.tiles, self.slice = -(-self.V // T), -(-self.V // slices)
+        self.slices = -(-self.V // self.slice)
         self.rows = row_records(Rows([1] * 3, [0, 1, 2], POSITIONS), R)
         draws = [Draw(s, k, p) if p.temperature else None for s, k, p in zip(seeds, KEYS, params, strict=True)]
         self.sampling = sampling_records(draws, R)
-        self.num_drawn = sum(p.temperature > 0 and not self.is_cut(p) for p in params)
-        self.logits_VR = torch.full((self.V, R), 7.0)
+        self.num_drawn = sum(p.temperature > 0 for p in params)
+        self.logits_VR, self.peaks = torch.full((self.V, R), 7.0), torch.full((self.tiles, R), 7.0)
         self.best = torch.zeros(self.tiles, 2, R, dtype=torch.int32)
+        self.bins = torch.zeros(R, 2, NUM_BINS, dtype=torch.int64)
         # Garbage, as an earlier step leaves it.
-        self.candidates = torch.full((R, 3 * self.V + self.tiles), 2**30 + 5, dtype=torch.int32)
+        garbage = 2**30 + 5
+        self.chains = torch.full((R, self.slices, NUM_BINS + self.slice), garbage, dtype=torch.int32)
+        self.notes = torch.full((R, 2 * self.V + self.tiles), garbage, dtype=torch.int32)
         given_VR = logits_RV.T.contiguous()
+        results = (self.logits_VR, self.best, self.peaks)
         tiles_kernel[(self.tiles,)](
-            given_VR, self.logits_VR, self.best, self.rows, self.sampling, self.num_drawn, VOCAB=self.V, R=R, T=T
+            given_VR, *results, self.rows, self.sampling, self.num_drawn, VOCAB=self.V, R=R, T=T
         )
         assert torch.equal(self.logits_VR.view(torch.int32), given_VR.view(torch.int32)), "logits stay what they are"
+        pointers = (self.rows, self.sampling, self.logits_VR, self.peaks, self.bins, self.chains)
+        self.run("weigh", (R, self.slices), pointers)
+
+    def run(self, op: str, axes: tuple[int, ...], pointers: tuple[torch.Tensor, ...]) -> None:
+        sizes = {"TILES": self.tiles, "TILE": self.T, "SLICE": self.slice, "SLICES": self.slices, "SP": self.padded}
+        phase = Constants(op=op, axes=axes, VOCAB=self.V, R=R, C=self.C, REPORT=3 * R, IS_DRAFT=False, **sizes)
+        phase_kernel[axes](pointers, PHASE=phase, IS_DEPENDENT=False)
+
+    @property
+    def padded(self) -> int:
+        return power_of_two(self.slices)
 
     def is_cut(self, params: SamplingParams) -> bool:
-        return 0 < params.top_k < self.V or params.top_p_share > 0
+        return params.temperature > 0 and (0 < params.top_k < self.V or params.top_p_share > 0)
 
     def tokens(self) -> list[int]:
         found = torch.full((R,), -7, dtype=torch.int32)
-        phase = Constants(
-            op="sample", axes=(R,), VOCAB=self.V, TILES=self.tiles, TILE=self.T, R=R, C=self.C, REPORT=3 * R
-        )  # fmt: skip
-        pointers = (self.rows, self.sampling, self.logits_VR, self.best, self.candidates, found)
-        phase_kernel[(R,)](pointers, PHASE=phase, IS_DEPENDENT=False)
+        seen = (self.logits_VR, self.best, self.peaks, self.bins, self.chains, self.notes)
+        self.run("sample", (R,), (self.rows, self.sampling, *seen, found))
         assert found[3] == -7, "an idle row"
         return found[:3].tolist()
 
-    def edges(self) -> list[float]:
-        found = torch.empty(3)
-        sizes = {"VOCAB": self.V, "TILES": self.tiles, "T": self.T, "R": R, "C": self.C}
-        peaks = self.logits_VR.amax(0)
-        edge_kernel[(3,)](peaks, self.sampling, self.logits_VR, self.best, self.candidates, found, **sizes)
+    def edges(self) -> list[int]:
+        """Keys."""
+        found = torch.empty(3, dtype=torch.int32)
+        peaks_R = self.peaks.amax(0) / self.sampling[:, TEMPERATURE].view(torch.float32)
+        seen = (self.logits_VR, self.bins, self.chains, self.notes)
+        edge_kernel[(3,)](
+            peaks_R, self.sampling, *seen, found, VOCAB=self.V, NOTES=self.notes.shape[1], SLICE=self.slice,
+            SLICES=self.slices, SP=self.padded, R=R, C=self.C,
+        )  # fmt: skip
         return found.tolist()
 
 
-def run(logits_RV: torch.Tensor, params: list[SamplingParams], seeds: list[int], T: int = 16, C: int = 64) -> list[int]:
-    return Head(logits_RV, params, seeds, T, C).tokens()
+def keys_of(scaled_V: torch.Tensor) -> torch.Tensor:
+    """Integers of the same order."""
+    bits_V = (scaled_V + 0.0).view(torch.int32)
+    return bits_V ^ ((bits_V >> 31) & 0x7FFFFFFF)
+
+
+def run(
+    logits_RV: torch.Tensor, params: list[SamplingParams], seeds: list[int], T: int = 16, C: int = 64, slices: int = 3
+) -> list[int]:
+    return Head(logits_RV, params, seeds, T, C, slices).tokens()
 
 
 def expected(logits_RV: torch.Tensor, params: list[SamplingParams], seeds: list[int]) -> list[int]:
@@ -200,7 +233,7 @@ def test_a_score_is_the_same_in_every_tile_and_for_whatever_other_rows() -> None
     found = []
     for T, others in ((16, 1.0), (64, 0.3), (128, 0.0)):
         params = [SamplingParams(others), SamplingParams(0.9), SamplingParams(others, top_k=5 if others else 0)]
-        best = Head(logits_RV, params, [4, 5, 6], T, 64).best[..., 1].view(-1, 2)
+        best = Head(logits_RV, params, [4, 5, 6], T, 64, 2).best[..., 1].view(-1, 2)
         found.append(max((float(bits.view(torch.float32)), int(index)) for bits, index in best))
     assert found[0] == found[1] == found[2]
 
@@ -212,15 +245,15 @@ def test_masses_are_the_hosts_integers() -> None:
     special = torch.tensor([0.0, -0.0, -INF, 1e-30, -1e-30, 25.0, 1.0, -1e38])
     for peak in (25.0, 3.25e-3, -7.1, 1e30, INF, -INF):
         scaled = torch.cat([peak - near, peak - far, special[:7], special[7:]]).clamp(max=peak)
-        found, keys, values = (
-            torch.empty(2048, dtype=torch.int64),
-            torch.empty(2048, dtype=torch.int32),
-            torch.empty(2048),
-        )
-        masses_kernel[(1,)](scaled, peak, found, keys, values, N=2048)
+        found, bins = torch.empty(2, 2048, dtype=torch.int64)
+        keys = torch.empty(2048, dtype=torch.int32)
+        masses_kernel[(1,)](scaled, peak, found, bins, keys, N=2048)
         assert torch.equal(found, masses(scaled, torch.tensor(peak)))
         assert (found[scaled == peak] == WHOLE_MASS).all()
-        assert torch.equal(values, scaled) and torch.equal(keys[:, None] < keys, scaled[:, None] < scaled)
+        assert torch.equal(keys, keys_of(scaled)) and torch.equal(keys[:, None] < keys, scaled[:, None] < scaled)
+        assert torch.equal(bins, bins_of(scaled, torch.tensor(peak))) and (bins[scaled == peak] == 0).all()
+        assert not ((scaled[:, None] > scaled) & (bins[:, None] > bins)).any(), "a larger logit in a later bin"
+        assert (found[bins == NUM_BINS - 1] == 0).all() and bins.max() == (0 if peak == -INF else NUM_BINS - 1)
 
 
 def test_a_share_is_exact_and_rounded_up() -> None:
@@ -255,43 +288,49 @@ def some_logits(kind: str, V: int) -> torch.Tensor:
     if kind == "flat":  # but for one token, without which most of the mass is left
         logits_RV *= 1e-3
         logits_RV[:, 3] += 6.5
+    if kind == "equal":
+        logits_RV[:] = 2.5
     if kind == "peaked":
         logits_RV[:, V // 2] += 40.0
     return logits_RV
 
 
 @pytest.mark.parametrize(
-    ("kind", "V", "T", "C"),
+    ("kind", "V", "T", "C", "slices"),
     [
-        ("spread", 301, 32, 64),
-        ("spread", 77, 4, 16),  # more tiles than are looked at at a time
-        ("ties", 515, 32, 128),
-        ("mostly -inf", 1003, 64, 256),
-        ("flat", 515, 16, 1024),
-        ("peaked", 130, 128, 64),
+        ("spread", 301, 32, 64, 8),
+        ("spread", 77, 4, 16, 1),  # more tiles than are looked at at a time
+        ("ties", 515, 32, 128, 20),
+        ("mostly -inf", 1003, 64, 256, 13),
+        ("flat", 259, 16, 512, 64),
+        ("peaked", 130, 128, 64, 3),
+        ("equal", 131, 16, 32, 16),
     ],
 )
-def test_edges_are_those_of_the_host(kind: str, V: int, T: int, C: int) -> None:
-    """The least logit that is kept, bit for bit, at vocabularies that fill no tile, and lists of several chunks."""
+def test_edges_are_those_of_the_host(kind: str, V: int, T: int, C: int, slices: int) -> None:
+    """The least logit that is kept, bit for bit, at vocabularies that fill no tile, and notes of several chunks."""
     logits_RV = some_logits(kind, V)
     for first in range(0, len(CUTS), 3):
         params = [SamplingParams(0.9, **cut) for cut in CUTS[first : first + 3]]  # type: ignore[arg-type]
-        head = Head(logits_RV, params, [1, 2, 3], T, C)
+        head = Head(logits_RV, params, [1, 2, 3], T, C, slices)
         for logits_V, p, edge in zip(logits_RV, params, head.edges(), strict=False):
-            scaled_V, filtered_V = filter_logits(logits_V, SamplingParams(0.9)), filter_logits(logits_V, p)
-            kept_V = torch.where(scaled_V >= edge, scaled_V, -INF)
-            assert not head.is_cut(p) or torch.equal(kept_V, filtered_V), (kind, V, p, edge)
+            if head.is_cut(p):
+                scaled_V, filtered_V = filter_logits(logits_V, SamplingParams(0.9)), filter_logits(logits_V, p)
+                assert torch.equal(torch.where(keys_of(scaled_V) >= edge, scaled_V, -INF), filtered_V), (kind, p, edge)
+                assert (keys_of(scaled_V) == edge).any(), "the edge is a token's"
 
 
-@pytest.mark.parametrize("kind", ["ties", "flat"])
-def test_tokens_are_drawn_among_what_is_kept(kind: str) -> None:
-    logits_RV, different, seeds = some_logits(kind, 515), 0, [7, 8, 9]
+@pytest.mark.parametrize(("kind", "T", "slices"), [("ties", 16, 3), ("flat", 32, 32), ("equal", 128, 20)])
+def test_tokens_are_drawn_among_what_is_kept(kind: str, T: int, slices: int) -> None:
+    """At a temperature where the best of most tiles is dropped, and one where it is kept; whatever the cut."""
+    logits_RV, different, seeds = some_logits(kind, 261), 0, [7, 8, 9]
     for first in range(0, len(CUTS), 3):
-        params = [SamplingParams(1.5, **cut) for cut in CUTS[first : first + 3]]  # type: ignore[arg-type]
-        found = run(logits_RV, params, seeds, 32, 256)
-        assert found == expected(logits_RV, params, seeds)
-        different += found != expected(logits_RV, [SamplingParams(1.5)] * 3, seeds)
-    assert different > 0, "nothing was cut"
+        for temperature in (0.7, 6.0):
+            params = [SamplingParams(temperature, **cut) for cut in CUTS[first : first + 3]]  # type: ignore[arg-type]
+            found = run(logits_RV, params, seeds, T, 128, slices)
+            assert found == expected(logits_RV, params, seeds)
+            different += found != expected(logits_RV, [SamplingParams(temperature)] * 3, seeds)
+    assert different > 0 or kind == "equal", "nothing was cut"
 
 
 def test_what_is_no_number_and_what_cannot_be_cut() -> None:

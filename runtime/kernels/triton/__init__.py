@@ -8,8 +8,10 @@
     attention    QK-norm, rotary, append, attention of one split; combining splits
     router       router logits, and which experts rows chose
     experts      gate, up and activation of an expert's columns; down and the weighted sum
-    head         final norm, LM head, the largest logits or scores; sampling
-    noise, cut   Gumbel noise; what top-k and top-p keep
+    head         final norm, LM head, the largest logits or scores
+    noise        Gumbel noise
+    weigh        of rows with top-k or top-p: how much lies in which bin of logits
+    cut, sample  from which logit on they keep tokens; the token after a row
     accept       which drafts stand, and what is committed
     draft        prompt look-up in a sequence's text
     deal         which rows of a step a sequence has, by what is proposed for all of them
@@ -27,8 +29,8 @@
 Rules that make a row's bits its own. Every product takes all R rows of a step, idle ones as zeros that are not read, so
 that tile shapes never depend on their number; a broken row stays in its column. Contraction axes are cut into slices
 by their size alone, which are walked in chunks side by side and whose sums are added at the end; keys are walked in
-absolute chunks and splits in absolute groups, always ascending; what a row does not see adds exact zeros. Nothing is
-added atomically.
+absolute chunks and splits in absolute groups, always ascending; what a row does not see adds exact zeros. Nothing but
+integers is added atomically.
 
 Arithmetic is float32; activations, weights and caches are bfloat16 on a GPU. Triton's interpreter, which tests these
 functions without a GPU, multiplies bfloat16 matrices wrongly (3.6.0), so that it is given float32 throughout.

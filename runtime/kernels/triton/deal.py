@@ -80,26 +80,36 @@ def deal_row(
     _, is_dealt = end_of_live(sequences_ptr, R)
     if is_dealt:
         num_S, past_S = rows_of_sequences(sequences_ptr, proposals_ptr, R, HAS_PROPOSALS)
-        s_S = tl.arange(0, R)
-        # Sequences without a row end where the one before them does.
-        sequence = tl.sum((past_S <= row).to(tl.int32), axis=0)
+        sequence, number, token = write_record(row, sequences_ptr, rows_ptr, num_S, past_S, R)
         is_used = sequence < R
-        first = tl.sum(tl.where(s_S == sequence, past_S - num_S, 0), axis=0)
-        record_ptr = sequences_ptr + sequence * RECORD
-        position = tl.load(record_ptr + LENGTH, mask=is_used, other=1) - 1
-        token = tl.load(record_ptr + ANCHOR, mask=is_used, other=-1)
         if HAS_PROPOSALS:
-            is_draft = is_used & (row > first)
-            draft_ptr = proposals_ptr + sequence * R + (FIRST_PROPOSED - 1) + row - first
+            is_draft = is_used & (number > 0)
+            draft_ptr = proposals_ptr + sequence * R + (FIRST_PROPOSED - 1) + number
             token = tl.where(is_draft, tl.load(draft_ptr, mask=is_draft, other=-1), token)
-        row_ptr = rows_ptr + row * RECORD
-        tl.store(row_ptr + TOKEN, token)
-        tl.store(row_ptr + SLOT, tl.load(record_ptr + OWN_SLOT, mask=is_used, other=0))
-        tl.store(row_ptr + POSITION, tl.where(is_used, position + row - first, 0))
-        tl.store(row_ptr + FIRST_POSITION, position)
-        tl.store(row_ptr + NUM_ROWS, tl.sum(tl.where(s_S == row, num_S, 0), axis=0))
-        tl.store(row_ptr + FIRST_ROW, tl.sum(tl.where(s_S == row, past_S - num_S, 0), axis=0))
+        tl.store(rows_ptr + row * RECORD + TOKEN, token)
         f_F = tl.arange(0, RECORD)
         draw_F = tl.load(draws_ptr + sequence * RECORD + f_F, mask=f_F < tl.where(is_used, RECORD, 0), other=0)
         tl.store(sampling_ptr + row * RECORD + f_F, draw_F)
     return token
+
+
+@triton.jit
+def write_record(row, sequences_ptr, rows_ptr, num_S, past_S, R: tl.constexpr):
+    """Writes a row's record but for its token, and what it says of the sequence whose index is the row's.
+
+    num_S, past_S: rows of each sequence, and of all up to it and its own. Returns the row's sequence, R if it is idle,
+    its number among that sequence's rows, and the sequence's newest token, -1 for an idle one.
+    """
+    s_S = tl.arange(0, R)
+    # Sequences without a row end where the one before them does.
+    sequence = tl.sum((past_S <= row).to(tl.int32), axis=0)
+    is_used = sequence < R
+    number = row - tl.sum(tl.where(s_S == sequence, past_S - num_S, 0), axis=0)
+    own_ptr, row_ptr = sequences_ptr + sequence * RECORD, rows_ptr + row * RECORD
+    position = tl.load(own_ptr + LENGTH, mask=is_used, other=1) - 1
+    tl.store(row_ptr + SLOT, tl.load(own_ptr + OWN_SLOT, mask=is_used, other=0))
+    tl.store(row_ptr + POSITION, tl.where(is_used, position + number, 0))
+    tl.store(row_ptr + FIRST_POSITION, position)
+    tl.store(row_ptr + NUM_ROWS, tl.sum(tl.where(s_S == row, num_S, 0), axis=0))
+    tl.store(row_ptr + FIRST_ROW, tl.sum(tl.where(s_S == row, past_S - num_S, 0), axis=0))
+    return sequence, number, tl.load(own_ptr + ANCHOR, mask=is_used, other=-1)

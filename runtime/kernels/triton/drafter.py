@@ -6,19 +6,17 @@ import triton
 import triton.language as tl
 
 from speedstack.runtime.kernels.triton.attention import append_rows
+from speedstack.runtime.kernels.triton.deal import write_record
 from speedstack.runtime.kernels.triton.products import BLOCK, inverse_rms, multiply, write_for_norm
 from speedstack.runtime.kernels.triton.rows import (
-    ANCHOR,
     CAPACITY,
     END,
-    FIRST_POSITION,
     FIRST_PROPOSED,
     FIRST_ROW,
     LENGTH,
     NO_TOKEN,
     NUM_PROPOSED,
     NUM_ROWS,
-    OWN_SLOT,
     POSITION,
     RECORD,
     SLOT,
@@ -39,22 +37,9 @@ def block_row(row, sequences_ptr, blocks_ptr, R: tl.constexpr, MASK: tl.constexp
     capacity_S, length_S = field(sequences_ptr, s_S, CAPACITY), field(sequences_ptr, s_S, LENGTH)
     drafts_S = tl.minimum(capacity_S, field(sequences_ptr, s_S, END) - length_S) - 1
     num_S = tl.where(drafts_S > 0, drafts_S + FIRST_SLOT, 0)
-    past_S = tl.cumsum(num_S, axis=0)
-    # Sequences without a block end where the one before them does.
-    sequence = tl.sum((past_S <= row).to(tl.int32), axis=0)
-    has_owner = sequence < R
-    first = tl.sum(tl.where(s_S == sequence, past_S - num_S, 0), axis=0)
-    own_ptr = sequences_ptr + sequence * RECORD
-    position = tl.load(own_ptr + LENGTH, mask=has_owner, other=1) - 1
-    token = tl.load(own_ptr + ANCHOR, mask=has_owner, other=-1)
-    token = tl.where(has_owner & (row > first), MASK, token)
-    record_ptr = blocks_ptr + row * RECORD
-    tl.store(record_ptr + TOKEN, token)
-    tl.store(record_ptr + SLOT, tl.load(own_ptr + OWN_SLOT, mask=has_owner, other=0))
-    tl.store(record_ptr + POSITION, tl.where(has_owner, position + row - first, 0))
-    tl.store(record_ptr + FIRST_POSITION, position)
-    tl.store(record_ptr + FIRST_ROW, tl.sum(tl.where(s_S == row, past_S - num_S, 0), axis=0))
-    tl.store(record_ptr + NUM_ROWS, tl.sum(tl.where(s_S == row, num_S, 0), axis=0))
+    sequence, number, token = write_record(row, sequences_ptr, blocks_ptr, num_S, tl.cumsum(num_S, axis=0), R)
+    token = tl.where((sequence < R) & (number > 0), MASK, token)
+    tl.store(blocks_ptr + row * RECORD + TOKEN, token)
     return token
 
 

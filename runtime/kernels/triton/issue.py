@@ -213,13 +213,12 @@ def _blocks(listing: Listing) -> tuple[list[int], dict[int, list[int]]]:
     leaders |= {place + 1 for place, one in enumerate(code[:-1]) if one.name in ("BRA", "EXIT", "RET", "BSYNC", "BRX")}
     starts = sorted(leaders)
     number = {start: block for block, start in enumerate(starts)}
-    reconverge = {_barrier(one): one.target for one in code if one.name == "BSSY"}
     edges: dict[int, list[int]] = {}
     for block, start in enumerate(starts):
         end = starts[block + 1] if block + 1 < len(starts) else len(code)
         last = code[end - 1]
         following = []
-        target = reconverge.get(_barrier(last)) if last.name == "BSYNC" else last.target
+        target = _reconvergence(listing, end - 1) if last.name == "BSYNC" else last.target
         if last.name in ("BRA", "BSYNC") and target is not None and target in listing.labels:
             following.append(number[listing.labels[target]])
         is_end = last.name in ("BRA", "EXIT", "RET", "BRX") and not last.is_predicated and ".DIV" not in last.text
@@ -230,6 +229,17 @@ def _blocks(listing: Listing) -> tuple[list[int], dict[int, list[int]]]:
         edges[block] = following
         assert start < end
     return starts, edges
+
+
+def _reconvergence(listing: Listing, place: int) -> str | None:
+    """Where a `BSYNC` lets threads go on: behind itself, or where the last `BSSY` of that barrier before it says."""
+    code = listing.instructions
+    own = [n for n, one in enumerate(code) if one.name == "BSSY" and _barrier(one) == _barrier(code[place])]
+    targets = {code[n].target: n for n in own}
+    behind = [label for label in targets if label is not None and listing.labels.get(label) == place + 1]
+    if behind:
+        return behind[0]
+    return code[max((n for n in own if n < place), default=own[-1])].target if own else None
 
 
 def _barrier(one: Instruction) -> str | None:

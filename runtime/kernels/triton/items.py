@@ -21,20 +21,21 @@ from speedstack.runtime.kernels.triton.drafter import (
     pick_item,
 )
 from speedstack.runtime.kernels.triton.embed import embed_item
-from speedstack.runtime.kernels.triton.experts import expert_down_item, expert_gate_up_item
-from speedstack.runtime.kernels.triton.head import lm_head_item, sample_item
+from speedstack.runtime.kernels.triton.experts import expert_down_item, expert_gate_up_item, load_num_active
+from speedstack.runtime.kernels.triton.head import lm_head_item
 from speedstack.runtime.kernels.triton.projections import dense_gate_up_item, project_item, qkv_item
 from speedstack.runtime.kernels.triton.router import choose, router_item
-from speedstack.runtime.kernels.triton.rows import NUM_ROWS, TOKEN, field, has_rows, is_drawn_whole, is_used
+from speedstack.runtime.kernels.triton.rows import NUM_ROWS, TOKEN, field, has_rows, is_cut, is_drawn, is_used
+from speedstack.runtime.kernels.triton.sample import sample_item
+from speedstack.runtime.kernels.triton.weigh import empty_bins, weigh_item
 
 
 @triton.jit
-def begin_phase(p, choice, PHASE: tl.constexpr):
+def begin_phase(p, PHASE: tl.constexpr):
     """How many coordinates of the first axis exist in this step, and what the items of the phase share.
 
-    Shared are experts [KP, R], their weights [KP, R] and ranks [EP] (see `router.choose`); for `lm_head`, how many rows
-    are drawn among all tokens; or nothing.
-    choice: just that where it is known already, or nothing.
+    Shared are experts [KP, R], their weights [KP, R] and ranks [EP] (see `router.choose`); how many active experts
+    there are; for `lm_head`, how many rows have a temperature; or nothing.
     """
     num_first = PHASE.axes[0]
     shared = ()
@@ -43,6 +44,9 @@ def begin_phase(p, choice, PHASE: tl.constexpr):
     elif PHASE.op == "combine" or PHASE.op == "sample":
         r_R = tl.arange(0, PHASE.R)
         num_first = tl.max(tl.where(field(p[0], r_R, TOKEN) >= 0, r_R + 1, 0), axis=0)
+    elif PHASE.op == "weigh":
+        r_R = tl.arange(0, PHASE.R)
+        num_first = tl.max(tl.where(is_cut(p[0], p[1], r_R, PHASE.VOCAB), r_R + 1, 0), axis=0)
     elif PHASE.op == "attention" or PHASE.op == "append":
         r_R = tl.arange(0, PHASE.R)
         # A sequence without a row leaves a gap.
@@ -50,14 +54,14 @@ def begin_phase(p, choice, PHASE: tl.constexpr):
     elif PHASE.IS_DRAFT:
         num_first = tl.where(has_rows(p[0], PHASE.R), PHASE.axes[0], 0)
         shared = (num_first * 0,)  # type: ignore[assignment]  # proposals are the most probable tokens
-    elif PHASE.op == "expert_gate_up" or PHASE.op == "expert_down":
-        shared = choice
-        if len(choice) == 0:
-            shared = choose_experts(p, PHASE)
-        if PHASE.op == "expert_gate_up":
-            num_first = tl.max(shared[2], axis=0)
+    elif PHASE.op == "expert_gate_up":
+        shared = choose_experts(p, PHASE)
+        num_first = tl.max(shared[2], axis=0)
+    elif PHASE.op == "expert_down":
+        # Without rows there is no item before that says how many experts there are.
+        shared = (tl.where(has_rows(p[0], PHASE.R), load_num_active(p[12], PHASE.R), 0),)  # type: ignore[assignment]
     elif PHASE.op == "lm_head":
-        is_drawn_R = is_used(p[0], PHASE.R) & is_drawn_whole(p[6], tl.arange(0, PHASE.R), PHASE.VOCAB)
+        is_drawn_R = is_used(p[0], PHASE.R) & is_drawn(p[6], tl.arange(0, PHASE.R))
         shared = (tl.sum(is_drawn_R.to(tl.int32), axis=0),)  # type: ignore[assignment]
     return num_first, shared
 
@@ -87,7 +91,9 @@ def coordinates(item, PHASE: tl.constexpr):
 def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
     """The item at coordinates (i, j, k) of the phase's axes, as many as it has. local_step: of this launch."""
     scales = p[len(p) - 1]
-    if PHASE.op == "embed":  # sequences, draws, proposals, rows, sampling, embedding, hidden, norm, scaled, squares
+    if PHASE.op == "embed":
+        # sequences, draws, proposals, rows, sampling, embedding, hidden, norm, scaled, squares, bins
+        empty_bins(i, p[10])
         token = deal_row(i, p[0], p[1], p[2], p[3], p[4], PHASE.R, PHASE.HAS_PROPOSALS)
         embed_item(i, token, p[5], p[6], p[7], p[8], p[9], p[5], PHASE.D, PHASE.R, PHASE.NP, -1)
     elif PHASE.op == "qkv":  # rows, scaled, squares, weight, bias, qkv
@@ -123,28 +129,34 @@ def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
             i, p[0], p[1], p[2], p[3], p[4], p[5], PHASE.eps, PHASE.E, PHASE.D, PHASE.R, PHASE.NP, PHASE.T, PHASE.LONG,
             PHASE.HAS_BIAS,
         )  # fmt: skip
-    elif PHASE.op == "expert_gate_up":  # rows, logits, correction, codes, scales, bias, scaled, squares, act
+    elif PHASE.op == "expert_gate_up":
+        # rows, logits, correction, codes, scales, bias, scaled, squares, act, routes
         expert_gate_up_item(
-            i, j, shared[0], shared[2], p[0], p[6], p[7], p[3], p[4], p[5], p[8], PHASE.eps, PHASE.limit, PHASE.alpha,
-            PHASE.WIDTH, PHASE.D, PHASE.K, PHASE.R, PHASE.NP, PHASE.T, PHASE.CHUNK, PHASE.IS_PACKED, PHASE.SLICES,
-            PHASE.IS_WIDE, PHASE.HAS_BIAS, PHASE.IS_CLAMPED,
+            i, j, shared[0], shared[1], shared[2], p[6], p[7], p[3], p[4], p[5], p[8], p[9], PHASE.eps, PHASE.limit,
+            PHASE.alpha, PHASE.WIDTH, PHASE.D, PHASE.K, PHASE.R, PHASE.NP, PHASE.T, PHASE.CHUNK, PHASE.IS_PACKED,
+            PHASE.SLICES, PHASE.IS_WIDE, PHASE.HAS_BIAS, PHASE.IS_CLAMPED, PHASE.IS_SORTED,
         )  # fmt: skip
     elif PHASE.op == "expert_down":
-        # rows, logits, correction, codes, scales, bias, act, hidden, norm, scaled, squares, tap
+        # rows, logits, correction, codes, scales, bias, act, hidden, norm, scaled, squares, tap, routes
         expert_down_item(
-            i, shared[0], shared[1], p[6], p[3], p[4], p[5], p[7], p[8], p[9], p[10], p[11], PHASE.WIDTH, PHASE.D,
-            PHASE.E, PHASE.K, PHASE.R, PHASE.T, PHASE.CHUNK, PHASE.IS_PACKED, PHASE.SLICES, PHASE.IS_WIDE,
+            i, shared[0], p[12], p[6], p[3], p[4], p[5], p[7], p[8], p[9], p[10], p[11], PHASE.WIDTH, PHASE.D,
+            PHASE.K, PHASE.R, PHASE.T, PHASE.CHUNK, PHASE.IS_PACKED, PHASE.SLICES, PHASE.IS_WIDE,
             PHASE.HAS_BIAS, PHASE.HAS_TAP,
         )  # fmt: skip
-    elif PHASE.op == "lm_head":  # rows, scaled, squares, weight, logits, best, sampling
+    elif PHASE.op == "lm_head":  # rows, scaled, squares, weight, logits, best, sampling, peaks
         lm_head_item(
-            i, p[0], p[1], p[2], p[3], p[4], p[5], p[6], scales, shared[0], PHASE.eps, PHASE.VOCAB, PHASE.D, PHASE.R,
-            PHASE.NP, PHASE.T, PHASE.CHUNK, PHASE.FP8_ROWS, PHASE.HAS_LOGITS,
+            i, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], scales, shared[0], PHASE.eps, PHASE.VOCAB, PHASE.D,
+            PHASE.R, PHASE.NP, PHASE.T, PHASE.CHUNK, PHASE.FP8_ROWS, PHASE.HAS_LOGITS,
         )  # fmt: skip
-    elif PHASE.op == "sample":  # rows, sampling, logits, best, candidates, reports
+    elif PHASE.op == "weigh":  # rows, sampling, logits, peaks, bins, chains
+        weigh_item(
+            i, j, p[0], p[1], p[2], p[3], p[4], p[5], PHASE.VOCAB, PHASE.TILES, PHASE.SLICE, PHASE.SLICES, PHASE.R,
+            PHASE.C,
+        )  # fmt: skip
+    elif PHASE.op == "sample":  # rows, sampling, logits, best, peaks, bins, chains, notes, reports
         sample_item(
-            i, p[0], p[1], p[2], p[3], p[4], p[5] + local_step * PHASE.REPORT, PHASE.VOCAB, PHASE.TILES, PHASE.TILE,
-            PHASE.R, PHASE.C,
+            i, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8] + local_step * PHASE.REPORT, PHASE.VOCAB,
+            PHASE.TILES, PHASE.TILE, PHASE.SLICE, PHASE.SLICES, PHASE.SP, PHASE.R, PHASE.C,
         )  # fmt: skip
     elif PHASE.op == "accept":  # rows, sequences, reports, end-of-sequence tokens, history, proposals
         chosen_ptr = p[2] + local_step * PHASE.REPORT

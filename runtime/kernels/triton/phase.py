@@ -18,6 +18,6 @@ def phase_kernel(pointers, PHASE: tl.constexpr, IS_DEPENDENT: tl.constexpr):
     if IS_DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
-    num_first, shared = begin_phase(pointers, (), PHASE)
+    num_first, shared = begin_phase(pointers, PHASE)
     if tl.program_id(0) < num_first:
         run_item(tl.program_id(0), tl.program_id(1), tl.program_id(2), 0, shared, pointers, PHASE)

@@ -22,19 +22,16 @@ _LINE = tl.constexpr(128)  # bytes of a cache line
 
 
 @triton.jit
-def prefetch_items(first, stride, num_programs, p, choice, PHASE: tl.constexpr, scratch_ptr=None):
+def prefetch_items(first, stride, num_programs, p, PHASE: tl.constexpr, scratch_ptr=None):
     """The weights of items first, first + stride, ... of a phase, as far as anybody's first item.
 
-    choice: what rows chose (`router.choose`), or nothing; then it is found out here if it is needed.
     scratch_ptr: given by those who read the router's logits, or whether there are blocks, while others may write them.
     """
     num_items = tl.minimum(num_programs, PHASE.num_items)
     num_experts = 0
     rank_E = tl.zeros((1,), tl.int32)
     if PHASE.op == "expert_gate_up" or PHASE.op == "expert_down":
-        if len(choice) == 0:
-            choice = choose_experts(p, PHASE)
-        rank_E = choice[2]
+        rank_E = choose_experts(p, PHASE)[2]
         num_experts = tl.max(rank_E, axis=0)
         if scratch_ptr is not None:
             num_experts = agreed(num_experts, scratch_ptr)

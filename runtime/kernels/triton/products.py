@@ -17,12 +17,12 @@ activations' dtype once, where PyTorch does twice.
 import triton
 import triton.language as tl
 
-from speedstack.runtime.tiles import BLOCK_COLUMNS
+from speedstack.runtime.tiles import BLOCK_COLUMNS, PART_COLUMNS
 
 BLOCK = tl.constexpr(BLOCK_COLUMNS)
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _FP8_COLUMNS = tl.constexpr(128)  # that share a scale
-_PART = tl.constexpr(32)  # rows of a weight at a time
+_PART = tl.constexpr(PART_COLUMNS)
 _SLICES = 8  # at most: one for each of eight warps
 
 

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from speedstack.runtime.kernels.triton.counters import DUMP_RECORD, SCRATCH, agreed, signal, wait_for
 from speedstack.runtime.kernels.triton.deal import end_of_live
-from speedstack.runtime.kernels.triton.items import begin_phase, choose_experts, coordinates, run_item
+from speedstack.runtime.kernels.triton.items import begin_phase, coordinates, run_item
 from speedstack.runtime.kernels.triton.prefetch import prefetch_items
 
 # A phase's record: its variant, the rotation of its items, counters of its waits and of its signals, the variant of the
@@ -98,17 +98,14 @@ def run_phase(
     PHASE: tl.constexpr = PHASES[NUMBER]
     p = load_pointers(record_ptr, PHASE)
     first = (tl.program_id(0) + num_programs - tl.load(record_ptr + ROTATION).to(tl.int32)) % num_programs
-    choice = ()
-    if PHASE.op == "expert_down":
-        # What rows chose has been known since the wait of `expert_gate_up`, which every program has behind it.
-        choice = choose_experts(p, PHASE)
     if PREFETCHES:  # noqa: SIM102
         if PHASE.is_known_early:
+            # What rows chose has been known since the wait of `expert_gate_up`, which every program has behind it.
             if PHASE.has_undecided_rows:
                 scratch_ptr = dump_ptr + tl.program_id(0) * DUMP_RECORD + SCRATCH
-                prefetch_items(first, num_programs, num_programs, p, choice, PHASE, scratch_ptr)
+                prefetch_items(first, num_programs, num_programs, p, PHASE, scratch_ptr)
             else:
-                prefetch_items(first, num_programs, num_programs, p, choice, PHASE)
+                prefetch_items(first, num_programs, num_programs, p, PHASE)
     is_alive = wait_all(
         record_ptr, 0, 0, 0, step, phase, WHOLE_PHASE, counters_ptr, max_polls, dump_ptr, failed_ptr, PHASE, False
     )  # fmt: skip
@@ -118,7 +115,7 @@ def run_phase(
         if tl.program_id(0) == 0:
             tl.store(num_made_ptr, local_step + is_alive.to(tl.int32))
     if is_alive:
-        num_first, shared = begin_phase(p, choice, PHASE)
+        num_first, shared = begin_phase(p, PHASE)
         if PHASE.is_cut:
             num_items = num_first * PHASE.num_items_each
         else:
@@ -225,7 +222,7 @@ def move_phase(
     if PHASE.may_leave:
         goes_on = agreed(is_over(sequences_ptr, PHASE.R).to(tl.int32), scratch_ptr) == 0
     if PHASE.has_weights:
-        prefetch_items(first, num_movers, num_programs, load_pointers(record_ptr, PHASE), (), PHASE, scratch_ptr)
+        prefetch_items(first, num_movers, num_programs, load_pointers(record_ptr, PHASE), PHASE, scratch_ptr)
     return goes_on
 
 

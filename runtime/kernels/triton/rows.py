@@ -31,6 +31,9 @@ WATCHES_EOS = tl.constexpr(records.WATCHES_EOS)
 # Of a sequence's proposals, and words of its outcome.
 NUM_PROPOSED = tl.constexpr(records.NUM_PROPOSED)
 FIRST_PROPOSED = tl.constexpr(records.FIRST_PROPOSED)
+# Of an active expert's record, behind the rows' words.
+EXPERT = tl.constexpr(records.EXPERT)
+NUM_ACTIVE = tl.constexpr(records.NUM_ACTIVE)
 OUTCOME = tl.constexpr(records.OUTCOME)
 
 
@@ -61,17 +64,17 @@ def last_position_of(row, rows_ptr, R: tl.constexpr):
 
 
 @triton.jit
-def is_cut(sampling_ptr, row, VOCAB: tl.constexpr):
-    """Whether top-k or top-p may drop tokens of one row, or of several."""
-    top_k = field(sampling_ptr, row, TOP_K)
-    return ((top_k > 0) & (top_k < VOCAB)) | (field(sampling_ptr, row, TOP_P) > 0)
+def is_drawn(sampling_ptr, row):
+    """Whether the token after one row, or after each of several, has noise added: its temperature is not zero."""
+    return field(sampling_ptr, row, TEMPERATURE) > 0  # bits of a number that is not negative
 
 
 @triton.jit
-def is_drawn_whole(sampling_ptr, row, VOCAB: tl.constexpr):
-    """Whether the token after one row, or after each of several, is drawn among all tokens."""
-    has_temperature = field(sampling_ptr, row, TEMPERATURE) > 0  # bits of a number that is not negative
-    return has_temperature & (is_cut(sampling_ptr, row, VOCAB) == 0)
+def is_cut(rows_ptr, sampling_ptr, row, VOCAB: tl.constexpr):
+    """Whether top-k or top-p may drop tokens of one row, or of several."""
+    top_k = field(sampling_ptr, row, TOP_K)
+    is_part = ((top_k > 0) & (top_k < VOCAB)) | (field(sampling_ptr, row, TOP_P) > 0)
+    return (field(rows_ptr, row, TOKEN) >= 0) & is_drawn(sampling_ptr, row) & is_part
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import torch
 
 from speedstack.dflash.config import DFlashConfig
 from speedstack.dflash.model import DFlashDraftModel
+from tests.random_values import randomize
 
 
 @pytest.fixture
@@ -17,13 +18,7 @@ def make_drafter(draft_config: DFlashConfig) -> Callable[..., DFlashDraftModel]:
 
     def make(**options: Any) -> DFlashDraftModel:
         model = DFlashDraftModel(dataclasses.replace(draft_config, target_sha256="a" * 64, **options)).eval()
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("norm.weight"):
-                    parameter.uniform_(0.8, 1.2, generator=generator)
-                else:
-                    parameter.normal_(0.0, 0.2, generator=generator)
+        generator = randomize(model, seed=0)
         if model.config.draft_vocab_size is not None:
             ids = torch.randperm(model.config.vocab_size, generator=generator)[: model.config.draft_vocab_size]
             model.set_draft_vocab(ids.sort().values)
