@@ -125,9 +125,6 @@ class PromptsConfig(VerbConfig):
 class BenchConfig(ModelConfig):
     """Decode speed: the engine with and without speculation, and its peers, interleaved in one process."""
 
-    drafter: Path | None = Field(
-        DEMO_RUN / "drafter" / "export", description="Directory of the target's DFlash drafter; None: none."
-    )
     prompts: PromptsConfig = Field(PromptsConfig(), description="What is decoded.")
     peers: tuple[Literal["transformers", "assisted", "compiled", "vllm", "llama.cpp"], ...] = Field(
         ("transformers", "assisted", "compiled", "vllm", "llama.cpp"),

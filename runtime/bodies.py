@@ -8,16 +8,14 @@ Buffers, with R rows (the plan's capacity), `n` tiles of `t` columns:
 
     rows, sequences, proposals, chosen, outcome, history, logits, best, peaks, bins: see `round_bodies`, which has what
               decides
-    blocks, context, drafter.*: see `drafter_bodies`
+    router, routes, act of a mixture: see `mixture_bodies`;  blocks, context, drafter.*: see `drafter_bodies`
     hidden    [R, D];  scaled  [R, D]  times the weight of the next norm;  squares  float32 [R, D / 16]
               (D in whole blocks of 16, as F in act);  features.*  as scaled, unscaled
     qkv.*     [R, G, n * t]       a key/value head's group: its query heads, its key head, its value head, padding
     partial.* float32 [R, N, S, v + 2]   a split's unnormalized sum of values, largest score, sum of exponentials
     attended.* [R, N, v]
     LNN.cache (k [slots, positions, G, qk], v [slots, positions, G, v])   rings over absolute positions
-    router.*  float32 [R, E]      logits
-    act.*     [R, F], or [R * K, I] with a row's choices in ascending order of expert
-    routes.*  float32 [active experts, ..]  records of active experts, ascending; numbers here, not bits
+    act.*     [R, F] of a dense layer
 """
 
 from typing import Any
@@ -30,14 +28,14 @@ from speedstack.runtime.drafter_bodies import DrafterBodies
 from speedstack.runtime.drafter_phases import is_drafting
 from speedstack.runtime.interpret import Body
 from speedstack.runtime.memory import step_inbox
-from speedstack.runtime.mixture import expert_matrices, route, swiglu
+from speedstack.runtime.mixture_bodies import MixtureBodies
 from speedstack.runtime.plan import Phase, Plan
-from speedstack.runtime.records import EXPERT, FIRST_ROW, NUM_ACTIVE, NUM_ROWS, POSITION, SLOT, TOKEN, route_words
+from speedstack.runtime.records import FIRST_ROW, NUM_ROWS, POSITION, SLOT, TOKEN
 from speedstack.runtime.reference import rms_norm
 from speedstack.runtime.ring import ring_length
 from speedstack.runtime.rotary import rotary_tables, rotate
 from speedstack.runtime.round_bodies import RoundBodies, Steps
-from speedstack.runtime.spec import AttentionSpec, MoeSpec
+from speedstack.runtime.spec import AttentionSpec
 from speedstack.runtime.tiles import BLOCK_COLUMNS
 from speedstack.runtime.weights import (
     AttentionWeights,
@@ -45,7 +43,6 @@ from speedstack.runtime.weights import (
     DrafterWeights,
     Linear,
     ModelWeights,
-    MoeWeights,
     plain_matrix,
 )
 
@@ -96,13 +93,13 @@ class PlanMemory(RoundBodies):
             self.caches += self.drafter.caches()
         for phase in plan.phases:
             self._allocate(phase, like)
+        self.mixture = MixtureBodies(self)
 
     def _allocate(self, phase: Phase, like: torch.Tensor) -> None:
         R, layer = self.plan.rows, None if phase.layer is None else self.layer_specs[phase.layer]
         if layer is None:
             return
-        a, mlp = layer.attention, layer.mlp
-        name = phase.writes[-1].buffer
+        a, name = layer.attention, phase.writes[-1].buffer
         if name in self.shared:
             return
         nan = float("nan")
@@ -113,19 +110,12 @@ class PlanMemory(RoundBodies):
             self.shared[name] = torch.full((R, a.num_heads, phase.axes[2].size, a.v_head_dim + 2), nan)
         elif phase.op == "combine":
             self.shared[name] = like.new_full((R, a.num_heads, a.v_head_dim), nan)
-        elif phase.op == "router":
-            self.shared[name] = torch.full((R, self.plan.buffer_named[name].num_cells), nan)
         elif phase.op == "dense_gate_up":
             self.shared[name] = like.new_full((R, self.plan.buffer_named[name].num_cells), nan)
-        elif phase.op == "expert_gate_up":
-            assert isinstance(mlp, MoeSpec)
-            self.shared[name] = like.new_full((R * mlp.top_k, mlp.intermediate_size), nan)
-            routes = self.plan.buffer_named[phase.writes[0].buffer]
-            self.shared[routes.name] = torch.full((routes.num_cells, route_words(R)), nan)
 
     def bodies(self) -> dict[str, Body]:
         """By op, for `interpret`."""
-        own = self.round_bodies() | {
+        own: dict[str, Body] = {
             "embed": self._embed,
             "qkv": self._qkv,
             "attention": self._attention,
@@ -133,11 +123,9 @@ class PlanMemory(RoundBodies):
             "o_proj": self._o_proj,
             "dense_gate_up": self._dense_gate_up,
             "dense_down": self._dense_down,
-            "router": self._router,
-            "expert_gate_up": self._expert_gate_up,
-            "expert_down": self._expert_down,
             "lm_head": self._lm_head,
         }
+        own |= self.round_bodies() | self.mixture.bodies()
         return own if self.drafter is None else self.drafter.bodies(own)
 
     def set_rows(self, tokens: list[int], slots: list[int], positions: list[int]) -> None:
@@ -161,10 +149,10 @@ class PlanMemory(RoundBodies):
         start = 0 if a.window is None else max(0, first - a.window + 1)
         return range(start // self.plan.split_size, last // self.plan.split_size + 1)
 
-    def _columns(self, phase: Phase, index: tuple[int, ...], width: int) -> slice:
+    def columns(self, phase: Phase, index: tuple[int, ...], width: int) -> slice:
         return slice(index[-1] * phase.tile, min((index[-1] + 1) * phase.tile, width))
 
-    def _norm(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
+    def norm(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
         """What a product takes of the hidden state, and what its result is multiplied by, float32 [R, 1]."""
         mean_R1 = self.squares_RB.sum(-1, keepdim=True) / self.spec.hidden_size
         return self.scaled_RD[:, : self.spec.hidden_size].clone(), torch.rsqrt(mean_R1 + self._eps(phase))
@@ -220,8 +208,8 @@ class PlanMemory(RoundBodies):
         assert phase.layer is not None
         a, w = self.layer_specs[phase.layer].attention, self.layer_weights[phase.layer].attention
         group, rows = index[0], _group_rows(a, index[0])
-        chosen = rows[self._columns(phase, index, len(rows))]
-        x_RD, rms_R1 = self._norm(phase)
+        chosen = rows[self.columns(phase, index, len(rows))]
+        x_RD, rms_R1 = self.norm(phase)
         yield
         out = x_RD @ plain_matrix(w.qkv_OD, x_RD.dtype)[chosen].T * rms_R1
         if w.qkv_bias_O is not None:
@@ -305,7 +293,7 @@ class PlanMemory(RoundBodies):
     def _add(
         self, phase: Phase, index: tuple[int, ...], x_RK: torch.Tensor, weight_DK: Linear, bias_D: Any = None
     ) -> Steps:
-        columns = self._columns(phase, index, self.spec.hidden_size)
+        columns = self.columns(phase, index, self.spec.hidden_size)
         before = self.hidden_RD[:, columns].clone()
         yield
         out = x_RK @ plain_matrix(weight_DK, x_RK.dtype)[columns].T
@@ -313,8 +301,8 @@ class PlanMemory(RoundBodies):
 
     def _dense_gate_up(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         w = self._dense(phase)
-        columns = self._columns(phase, index, w.down_DF.shape[1])
-        x_RD, rms_R1 = self._norm(phase)
+        columns = self.columns(phase, index, w.down_DF.shape[1])
+        x_RD, rms_R1 = self.norm(phase)
         yield
         gate_FD, up_FD = plain_matrix(w.gate_up_FD, x_RD.dtype).chunk(2)
         act = F.silu(x_RD @ gate_FD[columns].T * rms_R1) * (x_RD @ up_FD[columns].T * rms_R1)
@@ -331,76 +319,9 @@ class PlanMemory(RoundBodies):
         assert isinstance(weights, DenseWeights)
         return weights
 
-    def _moe(self, phase: Phase) -> tuple[MoeWeights, MoeSpec]:
-        assert phase.layer is not None
-        weights, spec = self.layer_weights[phase.layer].mlp, self.layer_specs[phase.layer].mlp
-        assert isinstance(weights, MoeWeights) and isinstance(spec, MoeSpec)
-        return weights, spec
-
-    def _router(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
-        w, moe = self._moe(phase)
-        columns = self._columns(phase, index, moe.num_experts)
-        x_RD, rms_R1 = self._norm(phase)
-        yield
-        logits = x_RD.float() @ w.router_ED[columns].T * rms_R1
-        if w.router_bias_E is not None:
-            logits = logits + w.router_bias_E[columns]
-        self.shared[phase.writes[0].buffer][:, columns] = logits
-
-    def _routes(self, phase: Phase, logits: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """Every row's experts, ascending, and their weights; and the experts that rows in use chose, ascending."""
-        w, moe = self._moe(phase)
-        experts_RK, weights_RK = route(self.shared[logits], w.correction_bias_E, moe)
-        experts_RK, order_RK = experts_RK.sort(dim=-1)
-        used = self.rows_RF[:, TOKEN] >= 0
-        return experts_RK, weights_RK.gather(1, order_RK), sorted(set(experts_RK[used].flatten().tolist()))
-
-    def _expert_gate_up(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
-        w, moe = self._moe(phase)
-        experts_RK, weights_RK, active = self._routes(phase, phase.reads[-1].region.buffer)
-        if index[0] >= len(active):
-            return
-        columns = self._columns(phase, index, moe.intermediate_size)
-        (x_RD, rms_R1), expert = self._norm(phase), active[index[0]]
-        yield
-        dtype, one = x_RD.dtype, torch.tensor([expert])
-        rows = torch.arange(columns.start, columns.stop)
-        rows = torch.cat([rows, rows + moe.intermediate_size])
-        out = x_RD @ expert_matrices(w.gate_up_EID, one, dtype)[0][rows].T * rms_R1
-        if w.gate_up_bias_EI is not None:
-            out = out + w.gate_up_bias_EI[expert][rows]
-        act_RI = swiglu(out, moe)
-        for row, choice in (experts_RK == expert).nonzero().tolist():
-            if self.is_used(row):
-                self.shared[phase.writes[1].buffer][row * moe.top_k + choice, columns] = act_RI[row]
-        if index[1] == 0:
-            chosen_RK = (experts_RK == expert) & (self.rows_RF[:, TOKEN] >= 0)[:, None]
-            choice_R = torch.where(chosen_RK.any(1), chosen_RK.int().argmax(1), -1)
-            weight_R = (weights_RK * chosen_RK).sum(1)
-            extra = torch.tensor([expert, len(active), 0, 0])
-            self.shared[phase.writes[0].buffer][index[0]] = torch.cat([choice_R, weight_R, extra])
-
-    def _expert_down(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
-        (w, moe), R = self._moe(phase), self.plan.rows
-        act_RKI = self.shared[phase.reads[1].region.buffer].unflatten(0, (-1, moe.top_k)).clone()
-        routes_NW = self.shared[phase.reads[2].region.buffer].nan_to_num()  # read too early it is no number yet
-        num_active = int(routes_NW[0, 2 * R + NUM_ACTIVE]) if (self.rows_RF[:, TOKEN] >= 0).any() else 0
-        columns = self._columns(phase, index, self.spec.hidden_size)
-        before = self.hidden_RD[:, columns].clone()
-        yield
-        total = torch.zeros_like(before)
-        for record in routes_NW[:num_active]:
-            expert, rows = int(record[2 * R + EXPERT]), (record[:R] >= 0).nonzero().flatten()
-            matrix = expert_matrices(w.down_EDI, torch.tensor([expert]), before.dtype)[0][columns]
-            out = act_RKI[rows, record[rows].long()] @ matrix.T
-            if w.down_bias_ED is not None:
-                out = out + w.down_bias_ED[expert][columns]
-            total[rows] = total[rows] + out * record[R + rows, None].to(out.dtype)
-        self.write_hidden(phase, slice(None), columns, before + total)
-
     def _lm_head(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
-        columns = self._columns(phase, index, self.spec.vocab_size)
-        x_RD, rms_R1 = self._norm(phase)
+        columns = self.columns(phase, index, self.spec.vocab_size)
+        x_RD, rms_R1 = self.norm(phase)
         drafter = self._drafting(phase)
         draws = [
             (row, params.temperature, self.noise(row)[columns])

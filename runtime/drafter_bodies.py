@@ -131,7 +131,7 @@ class DrafterBodies:
 
     def _fuse(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         D, features, norm_D = self.memory.spec.hidden_size, self.memory.features, self.weights.hidden_norm_D
-        columns = self.memory._columns(phase, index, D)
+        columns = self.memory.columns(phase, index, D)
         features_RC = torch.cat([features[f"features.{tap}"][:, :D] for tap in range(len(features))], dim=-1)
         yield
         out = features_RC @ self.weights.fc_DC[columns].T
@@ -144,7 +144,7 @@ class DrafterBodies:
         size = a.qk_head_dim
         keys = (a.num_heads + group) * size
         rows = torch.cat([torch.arange(keys, keys + size), torch.arange(keys, keys + size) + a.num_kv_heads * size])
-        chosen = rows[self.memory._columns(phase, index, len(rows))]
+        chosen = rows[self.memory.columns(phase, index, len(rows))]
         D = self.memory.spec.hidden_size
         x_RD = self.context_RD[:, :D].clone()
         rms_R1 = torch.rsqrt(self.squares_RB.sum(-1, keepdim=True) / D + self.spec.rms_norm_eps)

@@ -27,10 +27,10 @@ from speedstack.train.config import (
     DrafterConfig,
     JobConfig,
     QatConfig,
-    describe_validation_error,
     load_config,
     read_config,
 )
+from speedstack.train.config_errors import describe_validation_error
 
 JobT = TypeVar("JobT", bound=JobConfig)
 MaybeMany = str | float | list[Any] | tuple[Any, ...]

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from speedstack.train.config import DrafterConfig, describe_validation_error, read_config
+from speedstack.train.config import DrafterConfig, read_config
+from speedstack.train.config_errors import describe_validation_error
 from speedstack.train.section import Section
 
 NGRAM: Literal["ngram"] = "ngram"

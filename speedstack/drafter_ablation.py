@@ -38,7 +38,8 @@ from speedstack.runtime import Engine
 from speedstack.runtime.strategy import DraftStrategy
 from speedstack.step_times import added_times, first_times, time_steps
 from speedstack.train.checkpoint import write_atomically
-from speedstack.train.config import DrafterConfig, config_hash, describe_validation_error, read_config
+from speedstack.train.config import DrafterConfig, config_hash, read_config
+from speedstack.train.config_errors import describe_validation_error
 from speedstack.train.distributed import World, resolve_device
 from speedstack.train.drafter import DrafterRecipe, make_recipe
 from speedstack.train.drafter_eval import GreedyText

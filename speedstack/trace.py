@@ -78,6 +78,7 @@ def trace(config: TraceConfig) -> None:
 def _measure(config: TraceConfig) -> tuple[dict[str, float], str]:
     """Seconds of every phase, and what they were measured with and on."""
     from speedstack.eval.environment import describe_environment
+    from speedstack.eval.page import plural
     from speedstack.eval.phase_times import measure_phases, step_rows
 
     assert config.measure != "none"
@@ -87,7 +88,7 @@ def _measure(config: TraceConfig) -> tuple[dict[str, float], str]:
     machine = describe_environment()
     if weights.embedding_VD.device.type == "cuda":
         return seconds, f"{config.measure}, {machine.gpus[0]}"
-    return seconds, f"{config.measure}, {machine.cpu_model}, {machine.num_threads} threads"
+    return seconds, f"{config.measure}, {machine.cpu_model}, {plural(machine.num_threads, 'thread')}"
 
 
 def _weights(config: TraceConfig) -> ModelWeights:

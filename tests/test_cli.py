@@ -125,6 +125,7 @@ def test_wrong_value_of_a_flag(arguments: list[str], message: str, fails: Callab
 def test_a_verb_that_takes_a_model_takes_its_directory_in_the_place_of_a_file(verb: str, key: str) -> None:
     config = config_loader(VERBS[verb])(Path("some/model"), [])
     assert getattr(config, key) == Path("some/model")
+    assert getattr(config, "drafter", None) is None, "nothing that was made for another model"
 
 
 def test_missing_config_file(fails: Callable[..., str]) -> None:

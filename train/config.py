@@ -9,7 +9,6 @@ includes and environment variables; a config that has to be executed to be under
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import io
 import json
@@ -22,6 +21,7 @@ import tyro
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from speedstack.train.config_errors import describe_validation_error, dotted_keys, nearest, validation_error
 from speedstack.train.drafter_config import DrafterSection
 from speedstack.train.section import Precision, Section
 
@@ -286,18 +286,18 @@ def load_config(config_type: type[ConfigT], path: Path | None, overrides: Sequen
         SystemExit: from tyro, for `--help` (code 0) and for a value of another type (code 2), of which it prints why.
     """
     default = read_config(config_type, path)
-    known = _dotted_keys(config_type)
+    known = dotted_keys(config_type)
     for argument in overrides:
         key = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if argument.startswith("--") and key not in {"help", *known, *(_negated(name) for name in known)}:
-            raise ValueError(f"unknown flag '{argument.partition('=')[0]}'{_nearest(key, config_type, prefix='--')}")
+            raise ValueError(f"unknown flag '{argument.partition('=')[0]}'{nearest(key, config_type, prefix='--')}")
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             config = tyro.cli(config_type, default=default, args=list(overrides), prog="speedstack")
     except SystemExit as stop:
         # tyro frames pydantic's own text, which speaks of input types and types' names.
-        if (refused := _validation_error(stop)) is not None:
+        if (refused := validation_error(stop)) is not None:
             raise ValueError(describe_validation_error(refused, config_type)) from refused
         sys.stderr.write(printed.getvalue())
         raise
@@ -342,40 +342,6 @@ def config_hash(config: JobConfig) -> str:
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
 
 
-def describe_validation_error(error: ValidationError, config_type: type[BaseModel]) -> str:
-    """All problems of a `ValidationError` in one line, each with its dotted key; unknown keys name the nearest one."""
-    problems = []
-    section = _section_named(error.title, config_type)
-    for item in error.errors():
-        key = ".".join([*section, *map(str, item["loc"])])
-        if item["type"] == "extra_forbidden":
-            problems.append(f"unknown key '{key}'{_nearest(key, config_type)}")
-        else:
-            # Messages of validators may begin with the key themselves.
-            message = item["msg"].removeprefix("Value error, ")
-            prefix = f"{key}: " if key and not message.startswith(f"{key}.") else ""
-            # A validator that looks at a whole section names what is wrong in it.
-            got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-            problems.append(f"{prefix}{message}{got}"[:300])
-    return "; ".join(problems)
-
-
-def _validation_error(stop: BaseException) -> ValidationError | None:
-    """What pydantic refused, where that is why tyro gave up."""
-    below: BaseException | None = stop
-    while below is not None and not isinstance(below, ValidationError):
-        below = below.__context__
-    return below
-
-
-def _section_named(title: str, config_type: type[BaseModel]) -> list[str]:
-    """The key of the section whose type has this name, where there is one: tyro makes each section by itself."""
-    keys = [
-        name for name, field in config_type.model_fields.items() if getattr(field.annotation, "__name__", "") == title
-    ]
-    return keys if len(keys) == 1 else []
-
-
 def _overlay(base: dict[str, Any], top: dict[Any, Any]) -> dict[Any, Any]:
     """`base` with the values of `top`, section by section."""
     merged: dict[Any, Any] = dict(base)
@@ -385,26 +351,7 @@ def _overlay(base: dict[str, Any], top: dict[Any, Any]) -> dict[Any, Any]:
     return merged
 
 
-def _dotted_keys(config_type: type[BaseModel]) -> list[str]:
-    keys = []
-    for name, field in config_type.model_fields.items():
-        keys.append(name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys.extend(f"{name}.{inner}" for inner in _dotted_keys(field.annotation))
-    return keys
-
-
 def _negated(key: str) -> str:
     """tyro's spelling of a boolean's second flag, `section.no_key`."""
     section, dot, leaf = key.rpartition(".")
     return f"{section}{dot}no_{leaf}"
-
-
-def _nearest(key: str, config_type: type[BaseModel], prefix: str = "") -> str:
-    known = _dotted_keys(config_type)
-    # A key in the wrong section is nearer by its last part than by its whole path.
-    leaf = key.rpartition(".")[2]
-    by_leaf = {name.rpartition(".")[2]: name for name in known}
-    matches = [by_leaf[leaf]] if leaf in by_leaf else difflib.get_close_matches(key, known, n=1)
-    matches = matches or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)]
-    return f"; did you mean '{prefix}{matches[0]}'?" if matches else f"; known: {', '.join(config_type.model_fields)}"

@@ -153,7 +153,7 @@ class Guarded:
             "peaks": memory.peaks_RT,
             "bins": memory.bins_R2N,
         }
-        tensor = (whole | memory.features)[buffer] if buffer in whole | memory.features else memory.shared[buffer]
+        tensor = (memory.shared | memory.mixture.shared | memory.features | whole)[buffer]
         if kind == "qkv":
             return [tensor.flatten(1).movedim(1, 0)]
         if kind in ("partial", "attended"):
