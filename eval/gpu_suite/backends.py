@@ -51,8 +51,18 @@ class BackendContestant:
         return sum(self.weights.nbytes_by_part().values())
 
     def prepare(self, cell: Cell) -> dict[str, Any]:
-        """Compiles and warms a step of `cell`. Keys and values of the context are drawn: their values take no time."""
+        """Warms a step of `cell`. Keys and values of the context are drawn: their values take no time.
+
+        num_compiled: kernels that were not compiled ahead.
+        """
+        from speedstack.runtime.kernels.triton.ahead import compilations
+
         started = time.perf_counter()
+        with compilations() as compiled:
+            self._warm(cell)
+        return {"prepare_seconds": time.perf_counter() - started, "num_compiled": len(compiled)}
+
+    def _warm(self, cell: Cell) -> None:
         self.cell, self.engine, self.backend = cell, None, None  # the old buffers go first
         self.engine = Engine(
             self.weights,
@@ -73,7 +83,6 @@ class BackendContestant:
             raise RuntimeError("the logits of a step are not finite")
         self.backend.repeat(self.scale.warm_steps)
         self._wait()
-        return {"prepare_seconds": time.perf_counter() - started}
 
     def sample(self) -> float:
         """Seconds of one step: many, one after another, without the host between them."""

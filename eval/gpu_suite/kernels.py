@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel
+from speedstack.eval.failures import one_line
 from speedstack.eval.gpu_suite.edges import edge_weights
 from speedstack.eval.gpu_suite.scale import PEER, Scale
 from speedstack.eval.gpu_suite.worker import StartWorker, Worker, WorkerFailed
@@ -175,15 +176,20 @@ class Kernels:
                 if self._is_closed or not self._left:
                     break
                 job = self._left.popleft()
-                if worker is None or not worker.is_alive:
-                    worker = self._start(self._factory, *self._arguments)
-                    self._workers.append(worker)
             started = time.monotonic()
             try:
+                with self._changed:
+                    if self._is_closed:
+                        break
+                    if worker is None or not worker.is_alive:
+                        worker = self._start(self._factory, *self._arguments)
+                        self._workers.append(worker)
                 worker.begin("compile", job)
                 record = {"num_kernels": worker.finish(self._deadline), "error": None}
-            except WorkerFailed as error:
-                record = {"num_kernels": 0, "error": str(error)}
+            except Exception as error:
+                # Whatever it is, those who wait for the job have to hear of it.
+                is_told = isinstance(error, WorkerFailed)
+                record = {"num_kernels": 0, "error": str(error) if is_told else one_line(error)}
             ended = time.monotonic()
             record |= {"seconds": round(ended - started, 2), "ended": round(ended - self._began, 2)}
             with self._changed:

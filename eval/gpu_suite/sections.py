@@ -80,15 +80,17 @@ def run_correctness(suite: Suite, result: dict[str, Any], deadline: float) -> No
     try:
         for number, ((backend, model), worker) in enumerate(workers.items()):
             checks = result[backend][model] = dict[str, Any]()
+            # A kernel that takes long to compile, or that hangs, takes its own share of the time, not the others'.
+            num_left = len(workers) - number
             if suite.kernels is not None:
-                suite.kernels.wait(check_jobs(suite.scale, model, backend), deadline)
-            # A kernel that hangs takes its own share of the time, not that of the others.
-            end = time.monotonic() + (deadline - time.monotonic()) / (len(workers) - number)
+                now = time.monotonic()
+                suite.kernels.wait(check_jobs(suite.scale, model, backend), now + (deadline - now) / num_left)
+            end = time.monotonic() + (deadline - time.monotonic()) / num_left
             is_loaded = False
             for check in CHECKS_OF.get(model, CHECKS):
                 where = f"{check} of {backend} on {model}"
                 if not worker.is_alive:
-                    checks[check] = {"passed": False, "error": "its process had ended"}
+                    checks[check] = {"passed": None, "error": "not run: its process had ended"}
                     continue
                 try:
                     if not is_loaded:

@@ -94,8 +94,22 @@ def judge(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def text(document: dict[str, Any]) -> str:
-    """Speeds, then phases, then targets: the last lines are what a reader is after."""
-    return "\n".join([*_speed_lines(document), *_phase_lines(document), *_target_lines(document)])
+    """How compiling went, speeds, phases, then targets: the last lines are what a reader is after."""
+    lines = [*_kernel_lines(document), *_speed_lines(document), *_phase_lines(document), *_target_lines(document)]
+    return "\n".join(lines)
+
+
+def _kernel_lines(document: dict[str, Any]) -> Iterator[str]:
+    records = document.get("kernels", [])
+    good = [record for record in records if record["error"] is None]
+    if good:
+        num_kernels, last = sum(record["num_kernels"] for record in good), max(record["ended"] for record in good)
+        slowest = max(record["seconds"] for record in good)
+        yield f"{num_kernels} kernels compiled ahead in {last:.0f} s, the slowest plan's in {slowest:.0f} s"
+    for record in records:
+        if record["error"] is not None:
+            job = ", ".join(str(record[key]) for key in ("backend", "model", "length", "flavour"))
+            yield f"not compiled ahead: {job}: {record['error']}"
 
 
 def _speed_lines(document: dict[str, Any]) -> Iterator[str]:

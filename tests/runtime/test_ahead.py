@@ -29,7 +29,6 @@ HOPPER = Target((9, 0), 132)
 ATTENTION = AttentionSpec(2, 1, 32, 32, 16, 1e4)
 EXPERTS = LayerSpec(ATTENTION, MoeSpec(8, 2, 64, "softmax", False, True))
 DENSE = LayerSpec(ATTENTION, DenseSpec(64))  # fewer kinds of phases: a whole step compiles in half the time
-NUM_LAYERS = 16  # so that there are numbers of phases that 16 divides, and that it does not
 
 
 class RecordingGpu(ahead.AbsentGpu):
@@ -81,14 +80,16 @@ def backend_of(kind: Any, num_layers: int, is_real: bool) -> Any:
 @pytest.mark.slow
 def test_launches_of_phases_find_them(hits: list[bool]) -> None:
     shapes = backend_of(GraphBackend, 1, is_real=False)
-    built = shapes.compile()
+    with ahead.compilations() as compiled:
+        built = shapes.compile()
+    assert compiled == ["phase_kernel"] * len(built)
     assert len(built) == len({launch.binding.constants for launch in shapes.launches}) and hits == [False] * len(built)
     hits.clear()
     gpu, backend = RecordingGpu(), backend_of(GraphBackend, 2, is_real=True)
-    with ahead.driven_by(gpu):
+    with ahead.driven_by(gpu), ahead.compilations() as compiled:
         for index, launch in enumerate(backend.launches):
             launch.run(is_dependent=index > 0)
-    assert hits == [True] * len(built)
+    assert compiled == [] and hits == [True] * len(built)
     assert [call[1:4] for call in gpu.launched] == [(*each.grid, 1, 1)[:3] for each in backend.launches]
     assert [call[0].launch_pdl for call in gpu.launched] == [False] + [True] * (len(backend.launches) - 1)
     # Whoever lets nothing begin early is another kernel.
@@ -98,19 +99,23 @@ def test_launches_of_phases_find_them(hits: list[bool]) -> None:
 
 
 @pytest.mark.slow
-def test_launches_of_whole_steps_find_it_whatever_they_are_told(hits: list[bool]) -> None:
-    """Neither a step's number nor how many there are, nor the number of layers, makes another kernel."""
+def test_launches_of_whole_steps_find_it_whatever_they_are_told(
+    hits: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a step's number nor how many there are, nor numbers of phases that the JIT might specialize."""
     backend_of(ResidentBackend, 1, is_real=False).compile()
     assert hits == [False]
-    gpu = RecordingGpu()
-    for num_layers in (1, NUM_LAYERS):
-        backend = backend_of(ResidentBackend, num_layers, is_real=True)
+    gpu, backend = RecordingGpu(), backend_of(ResidentBackend, 1, is_real=True)
+    arguments = backend.arguments
+    for number in (None, 1, 16):
+        numbers = {} if number is None else {"num_phases": number, "num_moves": number}
+        monkeypatch.setattr(backend, "arguments", lambda steps, numbers=numbers: arguments(steps) | numbers)
         with ahead.driven_by(gpu):
             for step, num_steps in ((0, 1), (16, MAX_STEPS), (2**31 - 1, 2), (2**32 + 1, 3)):
                 backend.next_step = step
                 backend._launch(num_steps)
     assert hits == [False, True], "one look at the disk, then the kernel is in memory"
-    assert len(gpu.launched) == 8
+    assert len(gpu.launched) == 12
     metadata, *grid = gpu.launched[0][:4]
     assert metadata.launch_cooperative_grid and tuple(grid) == (HOPPER.num_sms, 1, 1)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -44,6 +45,24 @@ def driven_by(other: Any) -> Iterator[None]:
         yield
     finally:
         driver._active = before
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The kernels that Triton compiles inside, because it does not find them on disk, by name."""
+    found, before = list[str](), knobs.compilation.listener
+
+    def listen(**what: Any) -> None:
+        if not what["cache_hit"]:
+            found.append(what["src"].name)
+        if before is not None:
+            before(**what)
+
+    knobs.compilation.listener = listen
+    try:
+        yield found
+    finally:
+        knobs.compilation.listener = before
 
 
 def compile_kernel(

@@ -153,6 +153,16 @@ def test_a_worker_that_is_lost_is_replaced(monkeypatch: pytest.MonkeyPatch) -> N
     assert [record["error"] for record in pool.records()] == ["its process died (exit code -9)", None]
 
 
+def test_a_worker_that_cannot_be_started_is_an_error_of_its_jobs() -> None:
+    def start(*arguments: Any) -> Any:
+        raise OSError("no more processes")
+
+    pool = Kernels(start, Compiler, (), [Job(True, "good", "graph", 0)], 1, soon())
+    assert pool.wait([Job(True, "good", "graph", 0)], soon()) < 30
+    assert [record["error"] for record in pool.records()] == ["OSError: no more processes"]
+    pool.close()
+
+
 def test_closing_wakes_those_who_wait() -> None:
     pool = Kernels(ProcessWorker, Compiler, (), [Job(True, "slow", "graph", 600)], 1, soon())
     waited: list[float] = []

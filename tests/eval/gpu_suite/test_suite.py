@@ -1,6 +1,7 @@
 """Sections share the time, none costs another one anything, and the file always holds what is known."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 from speedstack.eval.gpu_suite import __main__ as command
+from speedstack.eval.gpu_suite import sections
 from speedstack.eval.gpu_suite.scale import scale_for
 from speedstack.eval.gpu_suite.suite import OutOfTime, Section, Suite, free_path, run_sections
-from speedstack.eval.gpu_suite.worker import LocalWorker
+from speedstack.eval.gpu_suite.worker import LocalWorker, WorkerFailed
 from speedstack.eval.released import MODELS
 
 
@@ -133,3 +135,41 @@ def test_a_second_run_has_a_file_of_its_own(tmp_path: Path) -> None:
     first = free_path(tmp_path, "day")
     first.write_text("{}", encoding="utf-8")
     assert [first.name, free_path(tmp_path, "day").name] == ["day.json", "day-2.json"]
+
+
+class Silent:
+    """A checker whose process ends in its second check."""
+
+    is_alive = True
+
+    def begin(self, method: str, *arguments: Any) -> None:
+        self.method = method
+
+    def finish(self, deadline: float) -> Any:
+        if self.method == "check_row_invariance":
+            self.close()
+            raise WorkerFailed("its process died (exit code -9)")
+        return {}
+
+    def close(self) -> None:
+        self.is_alive = False
+
+    def kill(self) -> None:
+        self.close()
+
+
+def test_checks_that_never_ran_have_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sections, "why_not", lambda suite, name: None)
+    suite, result = suite_in(tmp_path), dict[str, Any]()
+    suite.start, suite.models = lambda *arguments: Silent(), ("mimo-v2-flash",)
+    with pytest.raises(RuntimeError, match="1 checks failed, first check_row_invariance of graph on mimo"):
+        sections.run_correctness(suite, result, time.monotonic() + 60)
+    passed = {name: check["passed"] for name, check in result["graph"]["mimo-v2-flash"].items()}
+    assert passed == {
+        "check_buffers": True, "check_row_invariance": False, "check_text": None, "check_sampling": None,
+        "check_fp8": None,
+    }  # fmt: skip
+    with pytest.raises(OutOfTime):
+        sections.run_correctness(suite, result, time.monotonic() - 1)
+    late = result["graph"]["mimo-v2-flash"].values()
+    assert {check["passed"] for check in late} == {None}

@@ -51,6 +51,16 @@ def test_met_missed_unmeasured() -> None:
     assert (row["num_met"], row["num_measured"], row["num_cells"]) == (1, 2, 2)
 
 
+def test_text_says_how_compiling_went() -> None:
+    job = {"backend": "graph", "model": "gpt-oss-20b", "length": 1184, "flavour": "plain", "is_check": False}
+    good = {"num_kernels": 13, "seconds": 12.0, "ended": 31.0, "error": None}
+    bad = {"num_kernels": 0, "seconds": 2.0, "ended": 40.0, "error": "PTXASError: none"}
+    shown = text(document() | {"kernels": [job | good, job | good | {"seconds": 9.0, "ended": 33.0}, job | bad]})
+    assert "26 kernels compiled ahead in 33 s, the slowest plan's in 12 s" in shown
+    assert "not compiled ahead: graph, gpt-oss-20b, 1184, plain: PTXASError: none" in shown
+    assert "compiled ahead" not in text(document())
+
+
 def test_text_says_what_is_extrapolated_cut_or_missing() -> None:
     fast = cell(resident=2.0, transformers=8.0)
     phase = {"phase": "qkv", "num_phases": 48, "seconds": 48e-5, "predicted_seconds": 48e-6, "roofline_seconds": 24e-6}
