@@ -36,10 +36,10 @@ def test_the_verb_writes_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = tmp_path / "deep" / "trace.json"
     assert main(["trace", str(QWEN), "--experts", "mxfp4", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert str(out) in printed and "340 phases" in printed
+    assert str(out) in printed and "341 phases" in printed
     document = json.loads(out.read_text(encoding="utf-8"))
     events = [event for event in document["traceEvents"] if event["ph"] == "X"]
-    assert len(events) == 2 * 340
+    assert len(events) == 2 * 341
     assert {event["tid"] for event in events} == {1, 2}
     assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in events)
     head = next(event for event in events if event["name"] == "lm_head")
