@@ -15,7 +15,7 @@ A launch makes one step of rows that the host names, or several rounds without i
 `rounds`); it ends when no sequence is left.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -27,9 +27,6 @@ from speedstack.runtime.plan_backend import PlanBackend, Target, check_supported
 from speedstack.runtime.proof import prove
 from speedstack.runtime.rounds import ResidentRounds
 from speedstack.runtime.weights import ModelWeights
-
-if TYPE_CHECKING:
-    pass
 
 Prefetching = Literal["own", "movers", "none"]
 
