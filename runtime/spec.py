@@ -118,8 +118,8 @@ def spec_from_config(config: Any) -> ModelSpec:
         )
     if config.hidden_act != "silu":
         raise ValueError(f"activation {config.hidden_act!r} is not supported by the runtime, only silu is")
-    if config.attention_bias and config.model_type != "gpt_oss":
-        raise ValueError("attention_bias=True is not supported by the runtime")
+    if config.attention_bias and config.model_type == "mimo_v2_flash":
+        raise ValueError("attention_bias=True is not supported by the runtime for mimo_v2_flash")
     eos = config.eos_token_id
     return ModelSpec(
         model_type=config.model_type,
@@ -237,8 +237,10 @@ def _qwen3_moe_layers(config: Any) -> tuple[LayerSpec, ...]:
         qk_head_dim=head_dim,
         v_head_dim=head_dim,
         rotary_dim=head_dim,
-        rope_theta=_default_rope(config.rope_parameters, "attention"),
+        rope_theta=float(config.rope_parameters["rope_theta"]),
         has_qk_norm=True,
+        has_bias=config.attention_bias,
+        yarn=_yarn(config.rope_parameters),
     )
     moe = MoeSpec(
         num_experts=config.num_experts,
