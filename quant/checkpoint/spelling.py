@@ -139,7 +139,15 @@ def _check_known(fields: Fields, config_class: type[PreTrainedConfig]) -> None:
     """Raises ValueError for a key that transformers' code for the family never mentions and that may matter."""
     own = {field.name for field in dataclasses.fields(config_class)} | config_class.attribute_map.keys()  # type: ignore[arg-type]
     for key, value in fields.items():
-        if value is None or key.startswith("_") or key in own or key in _HARMLESS or key in _OLD_ROPE_KEYS:
+        # False turns something off that the class does not have.
+        if (
+            value is None
+            or value is False
+            or key.startswith("_")
+            or key in own
+            or key in _HARMLESS
+            or key in _OLD_ROPE_KEYS
+        ):
             continue
         if key in _HARD_WIRED.get(config_class.model_type, {}) or key in _generation_keys():
             continue
