@@ -121,15 +121,21 @@ def spec_from_config(config: Any) -> ModelSpec:
     if config.attention_bias and config.model_type == "mimo_v2_flash":
         raise ValueError("attention_bias=True is not supported by the runtime for mimo_v2_flash")
     eos = config.eos_token_id
-    return ModelSpec(
-        model_type=config.model_type,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        rms_norm_eps=config.rms_norm_eps,
-        max_position_embeddings=config.max_position_embeddings,
-        eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-        layers=readers[config.model_type](config),
-    )
+    try:
+        return ModelSpec(
+            model_type=config.model_type,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            rms_norm_eps=config.rms_norm_eps,
+            max_position_embeddings=config.max_position_embeddings,
+            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            layers=readers[config.model_type](config),
+        )
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"a field of this {config.model_type} configuration must be wrong or is missing: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _default_rope(parameters: dict[str, Any], where: str) -> float:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from speedstack.quant.checkpoint import load_model
-from speedstack.quant.checkpoint.config import read_config
+from speedstack.quant.checkpoint.config import BAD_FIELDS, read_config, reason_of
 from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
 from speedstack.quant.checkpoint.formats import Plain
 from speedstack.quant.checkpoint.linears import check_unquantized
@@ -81,10 +81,11 @@ def load_for_stage(path: Path, dtype: torch.dtype, zero_stage: int, world: World
     # transformers' own errors for damaged files are not lines a user can act on.
     with WeightFiles(path) as files:
         check_unquantized(files)
-        if files.stale:
+        if not files.is_as_transformers_wants:
             raise ValueError(
-                f"{path} has two copies of {files.stale[0]}: under ZeRO-3 the one that the index names cannot be told "
-                "from the other; take the other away, or use distributed.zero_stage 2 or less"
+                f"{path} cannot be read under ZeRO-3, where transformers reads it: its index lacks metadata, or shards "
+                "hold copies of tensors that the index places elsewhere; download it again, or use "
+                "distributed.zero_stage 2 or less"
             )
     # transformers looks for a living object of this class to know that it has to shard.
     marker = HfDeepSpeedConfig(_sharding_config(world))
@@ -93,9 +94,8 @@ def load_for_stage(path: Path, dtype: torch.dtype, zero_stage: int, world: World
         model, report = model_class.from_pretrained(
             path, config=config, dtype=torch.float32, experts_implementation="grouped_mm", output_loading_info=True
         )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: the weights do not fit the configuration: {reason}") from error
+    except BAD_FIELDS as error:
+        raise ValueError(f"{path}: the weights do not fit the configuration: {reason_of(error)}") from error
     finally:
         unset_hf_deepspeed_config()
         del marker

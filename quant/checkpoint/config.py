@@ -19,7 +19,7 @@ from speedstack.quant.checkpoint.names import FAMILIES, HubNames
 from speedstack.quant.checkpoint.spelling import transformers_fields
 
 # What transformers raises for fields of the right type with values that cannot be.
-_BAD_FIELDS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+BAD_FIELDS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def read_config(path: Path) -> tuple[PreTrainedConfig, type[Codec]]:
@@ -53,8 +53,8 @@ def config_from_fields(fields: dict[str, Any]) -> PreTrainedConfig:
     model_type = spelled["model_type"]
     try:
         return CONFIG_MAPPING[model_type].from_dict(spelled)
-    except (StrictDataclassError, *_BAD_FIELDS) as error:
-        raise ValueError(f"not a valid {model_type} configuration: {_reason(error)}") from error
+    except (StrictDataclassError, *BAD_FIELDS) as error:
+        raise ValueError(f"not a valid {model_type} configuration: {reason_of(error)}") from error
 
 
 def unquantized_fields(fields: dict[str, Any]) -> dict[str, Any]:
@@ -70,10 +70,10 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except _BAD_FIELDS as error:
+    except BAD_FIELDS as error:
         raise ValueError(
             f"transformers makes no model of this {config.model_type} configuration, a field of {CONFIG_FILE} must be "
-            f"wrong: {_reason(error)}"
+            f"wrong: {reason_of(error)}"
         ) from error
 
 
@@ -82,7 +82,8 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
     return dict(model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """A foreign exception as a part of one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 

@@ -81,6 +81,7 @@ class WeightFiles:
         """Raises ValueError as `weight_files` does, and for a truncated or corrupt file.
 
         The index is the authority. `stale`: names of which a shard holds a copy that the index does not name.
+        `is_as_transformers_wants`: whether transformers' own reader sees the same tensors here.
         """
         self.path = Path(path)
         self._handles: list[Any] = []
@@ -105,6 +106,10 @@ class WeightFiles:
                     )
                 else:
                     self._handle_of[name] = handle
+        has_index = files[0].name != SINGLE_FILE
+        self.is_as_transformers_wants = not self.stale and (
+            not has_index or "metadata" in read_json(self.path / INDEX_FILE)
+        )
         for name, file_name in weight_map.items():
             if name not in self._handle_of:
                 raise ValueError(

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from speedstack.quant.checkpoint.config import build_skeleton, read_config
+from speedstack.quant.checkpoint.config import BAD_FIELDS, build_skeleton, read_config, reason_of
 from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
 from speedstack.quant.checkpoint.formats import Plain
 from speedstack.quant.checkpoint.linears import check_unquantized
@@ -36,10 +36,10 @@ def load_model(
         # transformers' own errors for damaged files are not lines a user can act on: open them all first.
         with WeightFiles(path) as files:
             check_unquantized(files)
-            if files.stale:  # transformers would read the copies
-                state_dict = {name: files.get(name, files.shape(name)) for name in files.names()}
-            else:
+            if files.is_as_transformers_wants:
                 source = path
+            else:
+                state_dict = {name: files.get(name, files.shape(name)) for name in files.names()}
     # The automatic class cannot make a model of tensors in memory, its own class can.
     model_class: Any = type(skeleton)
     try:
@@ -51,9 +51,8 @@ def load_model(
             experts_implementation=experts_implementation,
             output_loading_info=True,
         )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: the weights do not fit the configuration: {reason}") from error
+    except BAD_FIELDS as error:
+        raise ValueError(f"{path}: the weights do not fit the configuration: {reason_of(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} tensors, such as {missing[0]}: is it a complete model?")

@@ -29,8 +29,11 @@ _HARMLESS = {
 }
 _COMPUTATIONAL = re.compile(
     "rope|rotary|theta|attn|attention|head|hidden|intermediate|layer|expert|rout|gate|topk|top_k|norm|eps|scal|bias|act"
-    "|window|sink|vocab|embed|dim|rank|lora|glu|mlp|ffn|moe|kv|qk|softcap|logit|position|group|shared|dense|tie|clip"
+    "|window|sink|vocab|embed|emb|dim|rank|lora|glu|mlp|ffn|moe|kv|qk|softcap|logit|position|group|shared|dense|tie|clip"
+    "|residual|multiplier|temperature|parallel|hybrid|pattern|freq|conv|mamba|ssm|memory|recurr|sparse|index"
 )
+# The number of a layer's routed experts, by family.
+_NUM_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 _ROPE_KEYS = {
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
     *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor"),
@@ -92,6 +95,7 @@ def transformers_fields(fields: Fields) -> Fields:
         _check_same(fields, first, second)
     if model_type in _TRANSLATIONS:
         fields = _TRANSLATIONS[model_type](fields)
+    fields = _with_num_experts(fields, config_class)
     _check_rope(fields, model_type)
     _check_known(fields, config_class)
     return fields
@@ -109,6 +113,21 @@ def _check_same(fields: Fields, first: str, second: str) -> None:
     one, other = fields.get(first), fields.get(second)
     if one is not None and other is not None and one != other:
         raise ValueError(f"{first} {one!r} and {second} {other!r} contradict each other: correct one of the two")
+
+
+def _with_num_experts(fields: Fields, config_class: type[PreTrainedConfig]) -> Fields:
+    """The number of experts under the name that the family's class has, whichever of the usual three a file uses."""
+    names = _own_keys(config_class)
+    own = [name for name in _NUM_EXPERTS if name in names]
+    others = [name for name in _NUM_EXPERTS if name not in names and fields.get(name) is not None]
+    if not own or not others:
+        return fields
+    for other in others:
+        for name in own:
+            _check_same(fields, name, other)
+    value = fields[others[0]]
+    kept = {key: entry for key, entry in fields.items() if key not in others}
+    return kept if any(kept.get(name) is not None for name in own) else kept | {own[0]: value}
 
 
 def _check_rope(fields: Fields, model_type: str) -> None:
@@ -137,7 +156,7 @@ def _check_rope(fields: Fields, model_type: str) -> None:
 
 def _check_known(fields: Fields, config_class: type[PreTrainedConfig]) -> None:
     """Raises ValueError for a key that transformers' code for the family never mentions and that may matter."""
-    own = {field.name for field in dataclasses.fields(config_class)} | config_class.attribute_map.keys()  # type: ignore[arg-type]
+    own = _own_keys(config_class)
     for key, value in fields.items():
         # False turns something off that the class does not have.
         if (
@@ -159,6 +178,12 @@ def _check_known(fields: Fields, config_class: type[PreTrainedConfig]) -> None:
                 f"{config_class.__name__} of transformers does not read the key {key!r}{near}, which may change what "
                 "the model computes: correct it, or remove it if it does not"
             )
+
+
+def _own_keys(config_class: type[PreTrainedConfig]) -> set[str]:
+    """The keys that a family's class has a field for, under both names where it has two."""
+    fields = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    return fields | config_class.attribute_map.keys() | set(config_class.attribute_map.values())
 
 
 def _hint(key: str, known: set[str]) -> str:

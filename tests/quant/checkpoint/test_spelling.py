@@ -120,3 +120,15 @@ def test_keys_of_released_models_pass(model_type: str) -> None:
 def test_what_transformers_saves_passes_unchanged(model_type: str) -> None:
     fields = CONFIG_MAPPING[model_type]().to_dict()
     assert transformers_fields(fields) == fields
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key"),
+    [("qwen2_moe", "num_local_experts"), ("mimo_v2_flash", "num_experts"), ("olmoe", "n_routed_experts")],
+)
+def test_number_of_experts_under_any_of_its_names(model_type: str, key: str) -> None:
+    config: Any = config_from_fields({"model_type": model_type, key: 5})
+    assert 5 in (getattr(config, "num_experts", None), getattr(config, "n_routed_experts", None))
+    own = "n_routed_experts" if model_type == "mimo_v2_flash" else "num_experts"
+    with pytest.raises(ValueError, match=f"{own} 6 and {key} 5 contradict"):
+        config_from_fields({"model_type": model_type, key: 5, own: 6})
