@@ -86,8 +86,13 @@ def convert(
             f"{source} is packed, its codes and scales are moved as they are: scale_rule {scale_rule} is for rounding "
             "an unquantized source"
         )
+<<<<<<< HEAD
     if scale_rule is not None and codec_type is Plain:
         raise ValueError(f"format {codec_type.name} rounds nothing: leave scale_rule {scale_rule} away")
+=======
+    if scale_rule is not None and not codec_type.is_packed:
+        raise ValueError(f"format {codec_type.name} is not rounded to: leave out scale_rule {scale_rule}")
+>>>>>>> writer
     check_family(source_type, hub_names(config.model_type))
     check_family(codec_type, hub_names(config.model_type))
     check_apart(source, out)
@@ -116,7 +121,7 @@ def convert(
             writer.finish(is_widened=source_type.is_packed and codec_type is Plain and _has_float16(opened))
             if add_files is not None:
                 add_files(partial)
-        heads, others = opened.heads, opened.others
+        heads, others, names = opened.heads, opened.others, opened.names
     if heads:
         warnings.warn(
             f"{len(heads)} expert weights of {source} are of no layer that {CONFIG_FILE} counts, such as "
@@ -134,7 +139,7 @@ def convert(
             f"the LM head is in FP8, which speedstack reads: most loaders of {codec.title} take it unquantized only",
             stacklevel=2,
         )
-    caution = codec.caution(codec.names)
+    caution = codec.caution(names)
     if caution is not None:
         warnings.warn(caution, stacklevel=2)
     if writer.num_dequantized:
@@ -198,9 +203,9 @@ def _can_hold(source: Source, codec_type: type[Codec], name: str) -> bool:
 
 
 def _plain_dtype(source: Source) -> torch.dtype:
-    return torch.float32 if source.config.dtype == torch.float32 else torch.bfloat16
+    return torch.float32 if source.named_dtype == torch.float32 else torch.bfloat16
 
 
 def _has_float16(source: Source) -> bool:
     """Whether a loader may take experts in bfloat16 for float16, which does not hold all of their values."""
-    return source.config.dtype == torch.float16 or any(source.files.dtype(name) == "F16" for name in source.others)
+    return source.named_dtype == torch.float16 or any(source.files.dtype(name) == "F16" for name in source.others)

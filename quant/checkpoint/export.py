@@ -8,6 +8,7 @@ where that holds every value, and becomes wider where it does not: what is store
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from speedstack.quant.checkpoint.config import tied_names
 from speedstack.quant.checkpoint.directory import MAX_SHARD_BYTES, check_apart, new_directory
 from speedstack.quant.checkpoint.files import CONFIG_FILE
-from speedstack.quant.checkpoint.formats import ExpertWeight, Plain, default_format
+from speedstack.quant.checkpoint.formats import Codec, ExpertWeight, Plain, default_format
 from speedstack.quant.checkpoint.names import FAMILIES
 from speedstack.quant.checkpoint.reader import expert_weights
 from speedstack.quant.checkpoint.source import Source, open_by_expert, open_whole
@@ -35,8 +36,9 @@ def check_export(model: PreTrainedModel, source: str | Path, is_packed: bool) ->
     """Raises ValueError where `export_model` would, as far as the source says. Reads no tensor."""
     with _open(Path(source), is_packed) as opened:
         if not is_packed:
-            opened.skeleton._weight_conversions = getattr(model, "_weight_conversions", None)
-            _as_stored(opened, opened.skeleton, opened.skeleton.state_dict())
+            skeleton: Any = opened.skeleton
+            skeleton._weight_conversions = getattr(model, "_weight_conversions", None)
+            _as_stored(opened, skeleton, skeleton.state_dict())
 
 
 @torch.no_grad()
@@ -65,15 +67,15 @@ def export_model(
     check_apart(source, out)
     state_dict = {name: tensor for name, tensor in model.state_dict().items() if only is None or name in only}
     with _open(source, scale_rule is not None) as opened, new_directory(out) as partial:
+        codec: Codec = Plain(opened.names)
+        stacks: dict[ExpertWeight, str] = {}
         if scale_rule is None:
-            codec, stacks = Plain(opened.names), {}
             changed = _as_stored(opened, model, state_dict)
         else:
             codec = default_format(opened.names)(opened.names.as_written())
             stacks = {weight: name for name, weight in expert_weights(opened.skeleton, opened.names).items()}
-            changed = {
-                opened.names.of(name): tensor for name, tensor in state_dict.items() if name not in stacks.values()
-            }
+            unpacked = state_dict.keys() - set(stacks.values())
+            changed = {opened.names.of(name): state_dict[name] for name in unpacked}
         others = _Others(opened, changed)
 
         def experts(weight: ExpertWeight) -> Iterator[MXFP4Tensor]:
@@ -113,7 +115,7 @@ class _Others:
         # bfloat16 holds MXFP4 values, float16 not all of them.
         dtypes = [dtype for dtype in (plain.dtype, torch.bfloat16) if dtype.itemsize <= plain.dtype.itemsize]
         dtype = next((dtype for dtype in dtypes if _holds(dtype, values)), values.dtype)
-        named = self._source.config.dtype
+        named = self._source.named_dtype
         self.is_widened |= dtype != plain.dtype or (named is not None and not _holds(named, values))
         return values.to(dtype)
 

@@ -44,6 +44,12 @@ class Source:
     def path(self) -> Path:
         return self.files.path
 
+    @property
+    def named_dtype(self) -> torch.dtype | None:
+        """What config.json calls the dtype, which need not be that of any file."""
+        dtype = self.config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else None
+
     def other(self, name: str) -> torch.Tensor | FP8Tensor:
         """One of `others`. Raises ValueError for FP8 that is NaN."""
         return read_linear(self.files, type(self.codec), name, self.files.shape(name))

@@ -100,7 +100,7 @@ def test_tied_heads_and_fp8_ones(
     save_file(tied, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
     model = load_model(tmp_path / "plain", dtype=torch.bfloat16)
     with torch.no_grad():
-        model.get_input_embeddings().weight[3] = 1.5
+        model.get_parameter("model.embed_tokens.weight")[3] = 1.5
     export_model(model, tmp_path / "plain", tmp_path / "packed", scale_rule="even")
     copies = [stored(tmp_path / "packed")[name] for name in ("lm_head.weight", "model.embed_tokens.weight")]
     assert all(copy[3, 0] == 1.5 and copy.dtype == torch.bfloat16 for copy in copies) and torch.equal(*copies)
