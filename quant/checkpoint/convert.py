@@ -86,13 +86,8 @@ def convert(
             f"{source} is packed, its codes and scales are moved as they are: scale_rule {scale_rule} is for rounding "
             "an unquantized source"
         )
-<<<<<<< HEAD
-    if scale_rule is not None and codec_type is Plain:
-        raise ValueError(f"format {codec_type.name} rounds nothing: leave scale_rule {scale_rule} away")
-=======
     if scale_rule is not None and not codec_type.is_packed:
         raise ValueError(f"format {codec_type.name} is not rounded to: leave out scale_rule {scale_rule}")
->>>>>>> writer
     check_family(source_type, hub_names(config.model_type))
     check_family(codec_type, hub_names(config.model_type))
     check_apart(source, out)
