@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
+from speedstack.eval.wandb_mirror import Mirror
 from speedstack.train.checkpoint import CheckpointStore
 from speedstack.train.config import JobConfig, config_hash
 from speedstack.train.data import generator
@@ -121,8 +122,8 @@ def run(recipe: Recipe, config: JobConfig, on_step: OnStep | None = None) -> Run
             steps already done when training starts. Without it a progress bar is shown.
 
     Raises:
-        ValueError: the run directory is another configuration's or another model's, or the data, model and config do
-            not fit together.
+        ValueError: the run directory is another configuration's or another model's, the data, model and config do not
+            fit together, or run.wandb_mode is online and wandb cannot be.
         DivergedError: the loss or the gradient norm is not finite.
         OSError: the run directory cannot be written or the disk is full; what is complete on disk stays complete.
     """
@@ -135,7 +136,22 @@ def _run(recipe: Recipe, config: JobConfig, world: World, on_step: OnStep | None
     export_path = directory / "export"
     if export_path.is_dir():
         return RunResult(directory, export_path, _last_evaluation(directory))
+    mirror = Mirror()
+    # Before there is work to lose: a recipe may write text, or features, for hours before it has a model.
+    world.on_main(lambda: mirror.start(config.run.wandb_mode, directory, config.model_dump(mode="json")))
+    with mirror:
+        return _build_and_train(recipe, config, world, on_step, directory, export_path, mirror)
 
+
+def _build_and_train(
+    recipe: Recipe,
+    config: JobConfig,
+    world: World,
+    on_step: OnStep | None,
+    directory: Path,
+    export_path: Path,
+    mirror: Mirror,
+) -> RunResult:
     torch.manual_seed(config.run.seed)
     module = recipe.build(world)
     world.on_main(lambda: add_inputs(directory, recipe.read_inputs()))
@@ -153,14 +169,7 @@ def _run(recipe: Recipe, config: JobConfig, world: World, on_step: OnStep | None
         trainer.load(store.path(first_step))
         recipe.load_state(load_recipe_tensors(store.path(first_step)))
 
-    log = None
-    if world.is_main:
-        log = MetricsLog(
-            directory,
-            resume_step=first_step,
-            wandb_mode=config.run.wandb_mode,
-            config=config.model_dump(mode="json"),
-        )
+    log = MetricsLog(directory, mirror, resume_step=first_step) if world.is_main else None
     try:
         _train(recipe, config, world, trainer, store, log, first_step, progress, on_step)
         store.wait()

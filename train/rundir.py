@@ -12,11 +12,11 @@ import json
 import platform
 import sys
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from speedstack.eval.environment import package_versions
 from speedstack.train.checkpoint import write_atomically
 from speedstack.train.config import JobConfig, dump_config, identity, read_config
 
@@ -72,7 +72,7 @@ def environment(device: torch.device) -> dict[str, object]:
     """What a result may depend on besides the configuration: versions, machine, threads, command."""
     return {
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in _PACKAGES},
+        "packages": package_versions(_PACKAGES),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "num_threads": torch.get_num_threads(),
