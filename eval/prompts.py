@@ -190,6 +190,7 @@ class PromptLoader:
 
     def _ids(self, where: str, row: dict[str, Any] | UnusableRow, instruction: str) -> list[int]:
         prompt = prompt_of(where, row, self.settings.field)
+        assert isinstance(row, dict)  # of others `prompt_of` has no prompt
         if isinstance(prompt, list):
             return checked_ids(where, prompt, self.tokenizer)
         if isinstance(prompt, str):
