@@ -27,9 +27,20 @@ from speedstack.train.section import Precision, Section
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
-# Fields that may differ between the start of a run and its continuation: they change no number.
+# Fields that may differ between the start of a run and its continuation: nothing that is trained depends on them.
 _FREE_ON_RESUME = frozenset(
-    {"run.name", "run.out", "run.wandb_mode", "loop.log_every", "loop.save_every", "loop.keep_checkpoints"}
+    {
+        "run.name",
+        "run.out",
+        "run.wandb_mode",
+        "loop.log_every",
+        "loop.eval_every",
+        "loop.save_every",
+        "loop.keep_checkpoints",
+        "qat.look_every",
+        "drafter.num_served_prompts",
+        "drafter.prompts.max_unusable_fraction",
+    }
 )
 
 
@@ -326,15 +337,22 @@ def dump_config(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def identity(config: JobConfig) -> dict[str, Any]:
-    """Every field that can change a number of the run, by dotted name."""
+def flat_config(config: JobConfig) -> dict[str, Any]:
+    """Every field by dotted name."""
+    return _flat(config, config.model_dump(mode="json"), "")
+
+
+def _flat(section: BaseModel, values: dict[str, Any], prefix: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for section, value in config.model_dump(mode="json").items():
-        if isinstance(value, dict):
-            flat.update({f"{section}.{key}": item for key, item in value.items()})
-        else:
-            flat[section] = value
-    return {key: value for key, value in flat.items() if key not in _FREE_ON_RESUME}
+    for key, value in values.items():
+        below = getattr(section, key)
+        flat |= _flat(below, value, f"{prefix}{key}.") if isinstance(below, BaseModel) else {f"{prefix}{key}": value}
+    return flat
+
+
+def identity(config: JobConfig) -> dict[str, Any]:
+    """Every field that can change what a run trains, by dotted name."""
+    return {key: value for key, value in flat_config(config).items() if key not in _FREE_ON_RESUME}
 
 
 def config_hash(config: JobConfig) -> str:

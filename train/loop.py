@@ -1,6 +1,6 @@
 """The one training loop. A recipe says what is trained on which loss; everything else is here.
 
-    for step: batch -> loss under autocast -> backward -> clipped update -> metrics -> evaluation -> checkpoint
+    for step: batch -> loss under autocast -> backward -> clipped update -> metrics -> checkpoint -> evaluation
 
 Resume is exact. Data are numbered examples (`data.py`), the learning rate is a function of the step, and the global
 random generators are seeded anew from (seed, step), so a checkpoint is parameters, optimizer state and a few counters.
@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,10 +68,11 @@ class Recipe(Protocol):
         Gradients have to flow through calls of `model` itself, which may be a DeepSpeed engine, not of its parts.
         """
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module) -> Mapping[str, float | None]:
         """Held-out metrics of this process's share of the data; the loop takes the mean over processes.
 
-        The module is in evaluation mode, gradients are off, and there is no autocast.
+        The module is in evaluation mode, gradients are off, and there is no autocast. None is what this share says
+        nothing of; all processes give the same keys.
         """
 
     def export(self, model: nn.Module, path: Path) -> None:
@@ -208,9 +209,16 @@ def _train(
     )
     if on_step is not None and world.is_main:
         on_step(first_step, loop.num_steps, {})
+
+    def is_evaluated(step: int) -> bool:
+        return bool(loop.eval_every and step % loop.eval_every == 0) or step == loop.num_steps
+
     with bar:
-        if first_step == 0 and loop.eval_every:
-            _evaluate(recipe, world, trainer, log, 0, started)
+        # Of the first step; or of the checkpoint's, where what ended the run was its evaluation.
+        if is_evaluated(first_step) and not world.on_main(
+            lambda: log is not None and first_step in log.evaluated_steps
+        ):
+            _evaluate(recipe, world, trainer, log, first_step, started)
         for step in range(first_step, loop.num_steps):
             metrics = train_step(recipe, config, world, trainer, step)
             recipe.after_step(step + 1)
@@ -233,14 +241,15 @@ def _train(
             bar.update()
             if on_step is not None and world.is_main:
                 on_step(done, loop.num_steps, metrics)
-            if is_last or (loop.eval_every and done % loop.eval_every == 0):
+            # Before the evaluation: whatever ends that, the work is kept.
+            if is_last or (loop.save_every and done % loop.save_every == 0):
+                progress.elapsed_seconds = time.monotonic() - started
+                trainer.save(store, done, asdict(progress), recipe.state())
+            if is_evaluated(done):
                 evaluation_started = time.monotonic()
                 _evaluate(recipe, world, trainer, log, done, started)
                 # Throughput is of training; an evaluation must not dilute it.
                 interval_started += time.monotonic() - evaluation_started
-            if is_last or (loop.save_every and done % loop.save_every == 0):
-                progress.elapsed_seconds = time.monotonic() - started
-                trainer.save(store, done, asdict(progress), recipe.state())
 
 
 def train_step(recipe: Recipe, config: JobConfig, world: World, trainer: Trainer, step: int) -> dict[str, float]:

@@ -27,6 +27,7 @@ class MetricsLog:
         path = run_directory / FILE_NAME
         kept = [line for line in read_metrics(run_directory) if line["step"] <= resume_step] if resume_step else []
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.evaluated_steps = frozenset(line["step"] for line in kept if line["kind"] == "eval")
         self._file = path.open("a", encoding="utf-8")
         self._mirror = mirror
 

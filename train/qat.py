@@ -153,8 +153,13 @@ class QatRecipe(Recipe):
         return self.flips.state() if self.flips is not None else {}
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        if self.flips is not None:
+        self.has_stepped = True
+        if self.flips is None:
+            return
+        try:
             self.flips.load_state(tensors)
+        except ValueError as error:  # they are looked at, not trained with
+            warnings.warn(f"{error}: flips between looks are counted anew", stacklevel=2)
 
     def export(self, model: nn.Module, path: Path) -> None:
         assert isinstance(model, PreTrainedModel)
