@@ -28,6 +28,7 @@ from speedstack.eval.environment import describe_environment
 from speedstack.eval.prompts import HELDOUT, Prompt, PromptLoader, read_prompts, spaced
 from speedstack.eval.results import AcceptanceSet, Document, Environment, Record, Spread
 from speedstack.eval.timing import spread
+from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.runtime import Engine, Generation
 from speedstack.runtime.strategy import NGRAM, DraftStrategy
 
@@ -236,10 +237,9 @@ def _over_chain(index: int, ways: Sequence[Way], rates: Sequence[Sequence[float]
 def prompt_sets_of(source: Path, target: Path, num_prompts: int, num_tokens: int) -> dict[str, Sequence[Prompt]]:
     """Set name -> prompts. Raises ValueError, one line, for what is neither a corpus nor a file of prompts."""
     if source.is_dir():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(target)
-        loader = PromptLoader(tokenizer, num_tokens, num_prompts, corpus=source, num_heldout_tokens=num_tokens)
+        loader = PromptLoader(
+            require_tokenizer(target), num_tokens, num_prompts, corpus=source, num_heldout_tokens=num_tokens
+        )
         return {entry.name: entry.prompts for entry in loader.load([HELDOUT])}
     prompts = read_prompts(source)
     if len(prompts) < num_prompts:

@@ -8,11 +8,11 @@ to the model, so they are refused even where its embedding is large enough for t
 from pathlib import Path
 
 import datasets
-from transformers import AutoTokenizer
 
 from speedstack.eval.quality import heldout_windows
 from speedstack.quant.checkpoint.files import checkpoint_directory
 from speedstack.quant.checkpoint.reader import read_config
+from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 
 
 def corpus_windows(corpus: str | Path, model: str | Path, window: int, num_tokens: int) -> list[list[int]]:
@@ -28,8 +28,8 @@ def corpus_windows(corpus: str | Path, model: str | Path, window: int, num_token
     max_window = getattr(config, "max_position_embeddings", None)
     if max_window is not None and window > max_window:
         raise ValueError(f"a window of {window} tokens exceeds the {max_window} positions of {model}")
-    theirs, ours = _vocabulary(corpus / "tokenizer"), _vocabulary(model)
-    if theirs is not None and ours is not None and theirs != ours:
+    theirs, ours = load_tokenizer(corpus / "tokenizer"), load_tokenizer(model)
+    if theirs is not None and ours is not None and theirs.get_vocab() != ours.get_vocab():
         raise ValueError(f"the corpus {corpus} was tokenized with another tokenizer than that of {model}")
     documents = datasets.load_from_disk(str(corpus / "heldout"))["input_ids"]
     windows = heldout_windows(documents, window, num_tokens, prefix_id=documents[0][-1])
@@ -40,13 +40,3 @@ def corpus_windows(corpus: str | Path, model: str | Path, window: int, num_token
             "made for another model"
         )
     return windows
-
-
-def _vocabulary(directory: Path) -> dict[str, int] | None:
-    """Token -> id of the tokenizer in a directory; None where there is none."""
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True).get_vocab()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{directory} has no tokenizer that can be read: {' '.join(str(error).split())}") from error

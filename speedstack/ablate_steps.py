@@ -34,6 +34,7 @@ from speedstack.heldout import heldout_prompts
 from speedstack.quant.checkpoint import load_model
 from speedstack.quant.checkpoint.directory import new_directory
 from speedstack.quant.checkpoint.reader import read_config
+from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.quantize import CalibrationSection, QuantizeConfig, quantize
 from speedstack.runtime import Engine, Generation
@@ -43,7 +44,7 @@ from speedstack.step_store import Step
 from speedstack.train.config import DrafterConfig, QatConfig
 from speedstack.train.corpus import load_corpus
 from speedstack.train.drafter import train_drafter
-from speedstack.train.qat import load_tokenizer, qat
+from speedstack.train.qat import qat
 
 
 class _Job:
@@ -108,7 +109,8 @@ def _quantize(job: _Job) -> dict[str, Any]:
     tokenizer = load_tokenizer(job.model)
     with new_directory(export) as partial:
         model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
     return {}
 
 

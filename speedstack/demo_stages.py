@@ -142,13 +142,11 @@ class DemoStages:
 
     def run_ptq(self, advance: Advance) -> str:
         """Round the experts to MXFP4, the baseline that training has to beat."""
-        from transformers import AutoTokenizer
-
         from speedstack.quant.checkpoint import load_model, save_packed
+        from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 
         source = self.models[FULL]
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        save_packed(load_model(source), self.models[PTQ], tokenizer, self.config.qat.qat.scale_rule)
+        save_packed(load_model(source), self.models[PTQ], require_tokenizer(source), self.config.qat.qat.scale_rule)
         return "expert weights rounded to the nearest MXFP4 value, no training"
 
     def run_qad(self, advance: Advance) -> str:

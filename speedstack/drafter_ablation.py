@@ -34,6 +34,7 @@ from speedstack.eval.drafter_rows import AblationTimes, DraftedSet, DrafterAblat
 from speedstack.eval.environment import describe_environment
 from speedstack.eval.prompts import fitting_prompts
 from speedstack.quant.checkpoint import weights_sha256
+from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.runtime import Engine
 from speedstack.runtime.strategy import DraftStrategy
 from speedstack.step_times import added_times, first_times, time_steps
@@ -46,7 +47,6 @@ from speedstack.train.drafter_eval import GreedyText
 from speedstack.train.frozen_target import SharedTarget
 from speedstack.train.loop import run
 from speedstack.train.metrics import read_metrics
-from speedstack.train.qat import load_tokenizer
 from speedstack.train.trainer import make_trainer
 
 HELDOUT = "held-out"  # prompts sampled after as well; code prompts are decoded greedily alone
@@ -189,7 +189,7 @@ class Ablation:
         texts = {HELDOUT: GreedyText.of_windows(ids_NT, prompt_length)}
         if config.code_prompts is not None:
             engine = self._serving()
-            tokenizer = load_tokenizer(self.first.drafter.target)
+            tokenizer = require_tokenizer(self.first.drafter.target)
             room = length - config.num_new_tokens
             prompts = fitting_prompts(config.code_prompts, tokenizer, room)[: config.num_code_prompts]
             written = engine.generate(prompts, max_new_tokens=config.num_new_tokens, ignore_eos=True)

@@ -19,7 +19,7 @@ from speedstack.eval.results import Document, Environment, Record
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from speedstack.quant.calibration import GptqReport
     from speedstack.quant.mxfp4 import ScaleRule
@@ -143,8 +143,8 @@ def quantize(config: QuantizeConfig) -> None:
     from speedstack.quant.checkpoint import check_extras, load_model, save_packed
     from speedstack.quant.checkpoint.names import hub_names
     from speedstack.quant.checkpoint.reader import read_config
+    from speedstack.quant.checkpoint.tokenizer import load_tokenizer
     from speedstack.runtime.select import choose_device
-    from speedstack.train.qat import load_tokenizer
 
     device = choose_device(config.device)
     tokenizer = load_tokenizer(config.model)
@@ -160,7 +160,7 @@ def quantize(config: QuantizeConfig) -> None:
             f"{config.model} is stored in float32: --dtype bfloat16 rounds its experts twice, to bfloat16 and to MXFP4",
             stacklevel=2,
         )
-    windows_NT = _calibration_windows(config, tokenizer, model_config) if config.method == "gptq" else None
+    windows_NT = _calibration_windows(config, model_config) if config.method == "gptq" else None
     check_extras(config.model)
     model = load_model(config.model, dtype)
     torch.nn.Module.to(model, device)
@@ -204,18 +204,13 @@ def _check_directories(config: QuantizeConfig) -> None:
     check_place(config.out)
 
 
-def _calibration_windows(
-    config: QuantizeConfig, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig
-) -> torch.Tensor:
+def _calibration_windows(config: QuantizeConfig, model_config: PreTrainedConfig) -> torch.Tensor:
     """Token ids, int64 [N, T], that the model can read."""
+    from speedstack.quant.checkpoint.tokenizer import require_tokenizer
     from speedstack.train.calibration import calibration_windows
 
     section, text_config = config.calibration, model_config.get_text_config()
-    if len(tokenizer) > text_config.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {config.model} has {len(tokenizer)} tokens, the model an embedding of "
-            f"{text_config.vocab_size}: they do not belong together"
-        )
+    tokenizer = require_tokenizer(config.model, text_config.vocab_size)
     max_length = getattr(text_config, "max_position_embeddings", None)
     if max_length is not None and section.sequence_length > max_length:
         raise ValueError(

@@ -34,6 +34,7 @@ from speedstack.eval.acceptance import measure_acceptance
 from speedstack.eval.results import AcceptanceResult
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.quant.checkpoint.reader import read_config
+from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.runtime import Engine
 from speedstack.train.checkpoint import write_atomically
 from speedstack.train.config import DrafterConfig, config_hash
@@ -56,7 +57,6 @@ from speedstack.train.frozen_target import Features, FrozenTarget, LoadTarget, g
 from speedstack.train.loop import OnStep, Recipe, RunResult, run
 from speedstack.train.packing import WrittenText
 from speedstack.train.precision import resolve_precision
-from speedstack.train.qat import load_tokenizer
 from speedstack.train.sharding import whole_weight
 
 
@@ -86,12 +86,12 @@ class DrafterRecipe(Recipe):
         self.device, self.world = world.device, world
         self.target_sha256 = weights_sha256(section.target)
         self.target_dtype = resolve_precision(section.target_dtype, world.device)
-        tokenizer = load_tokenizer(section.target)
+        target_config = read_config(section.target)[0].get_text_config()
+        tokenizer = require_tokenizer(section.target, target_config.vocab_size)
         with world.main_first():
             corpus = needed_corpus(self.config, tokenizer)
             splits = splits_of(self.config, tokenizer, corpus)
         self.has_corpus = corpus is not None
-        target_config = read_config(section.target)[0].get_text_config()
         self.draft_config = draft_config(self.config, target_config, tokenizer.mask_token_id, self.target_sha256)
         length = self.config.data.sequence_length
         corpus_windows = None if corpus is None else PackedWindows(corpus.train, length)
@@ -362,7 +362,7 @@ def train_drafter(config: DrafterConfig, on_step: OnStep | None = None) -> RunRe
     file = result.path / "acceptance.json"
     if config.drafter.architecture == "dflash" and not file.is_file() and int(os.environ.get("RANK", "0")) == 0:
         engine = serving_engine(config, result.export_path)
-        tokenizer = load_tokenizer(config.drafter.target)
+        tokenizer = require_tokenizer(config.drafter.target)
         split = splits_of(config, tokenizer, needed_corpus(config, tokenizer))["heldout"]
         prompts, sampling = {"held-out": split.prompt_lists()}, split.sampling
         measured = measure_acceptance(engine, prompts, sampling.num_new_tokens, ignore_eos=not sampling.stops_at_eos)

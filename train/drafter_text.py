@@ -19,12 +19,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from speedstack.quant.checkpoint import weights_sha256
+from speedstack.quant.checkpoint.reader import read_config
+from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.runtime import Engine
 from speedstack.train.config import DrafterConfig
 from speedstack.train.corpus import Corpus, corpus_for
 from speedstack.train.packing import Sequences
 from speedstack.train.prompts import prepare_prompts
-from speedstack.train.qat import load_tokenizer
 from speedstack.train.selftext import Prompts, Sampling, continue_prompts, cut_prompts, load_text, num_sequences_of
 
 # First keys of the random generators, so that no two uses share numbers; the recipe continues the count.
@@ -51,9 +52,10 @@ def write_text(config: DrafterConfig, on_progress: OnProgress | None = None) -> 
     `on_progress(done, total)` counts sequences. Raises ValueError for prompts and settings that do not fit the target
     or the text that is there already; OSError for the disk.
     """
-    tokenizer = load_tokenizer(config.drafter.target)
+    target = config.drafter.target
+    tokenizer = require_tokenizer(target, read_config(target)[0].get_text_config().vocab_size)
     splits = splits_of(config, tokenizer, needed_corpus(config, tokenizer))
-    write_splits(config, splits, weights_sha256(config.drafter.target), on_progress)
+    write_splits(config, splits, weights_sha256(target), on_progress)
 
 
 def needed_corpus(config: DrafterConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus | None:

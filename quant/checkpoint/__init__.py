@@ -8,6 +8,7 @@ directory  writes a directory that appears whole or not at all
 packed     writes a model
 reader     reads a directory into fused tensors
 model      reads a directory into a transformers model
+tokenizer  reads a directory's tokenizer, if it has one
 convert    turns a directory of one format into one of another
 digest     names a directory's weights by their SHA-256
 """
