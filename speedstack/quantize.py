@@ -32,8 +32,11 @@ class CalibrationSection(VerbConfig):
 
     source: str = Field(
         str(DEMO_RUN / "corpus"),
-        description="Prepared corpus (its training part is read), a .jsonl, .parquet or .txt file, a directory of such "
-        "files, or the name of a dataset on the Hugging Face Hub; with a column `text`.",
+        description="Prepared corpus (its training part is read), a .jsonl, .json, .parquet or .txt file, a directory "
+        "of such files, or the name of a dataset on the Hugging Face Hub; with a column `text`.",
+    )
+    max_unusable_fraction: float = Field(
+        0.0, ge=0, le=1, description="Part of the source's rows that may have no text; they are left out."
     )
     num_sequences: int = Field(128, ge=1, description="Sequences.")
     sequence_length: int = Field(256, ge=2, description="Tokens in each.")
@@ -216,7 +219,14 @@ def _calibration_windows(config: QuantizeConfig, model_config: PreTrainedConfig)
         raise ValueError(
             f"calibration.sequence_length {section.sequence_length} exceeds the model's {max_length} positions"
         )
-    return calibration_windows(section.source, tokenizer, section.num_sequences, section.sequence_length, section.seed)
+    return calibration_windows(
+        section.source,
+        tokenizer,
+        section.num_sequences,
+        section.sequence_length,
+        section.seed,
+        section.max_unusable_fraction,
+    )
 
 
 def _gptq(model: PreTrainedModel, windows_NT: torch.Tensor, config: QuantizeConfig) -> GptqReport:
