@@ -33,6 +33,7 @@ _FREE_ON_RESUME = frozenset(
         "run.name",
         "run.out",
         "run.wandb_mode",
+        "data.max_unusable_fraction",
         "loop.log_every",
         "loop.eval_every",
         "loop.save_every",
@@ -73,8 +74,15 @@ class DataSection(Section):
     corpus: Path = Field(Path("runs/corpus"), description="Tokenized corpus; prepared there if it does not exist yet.")
     source: str = Field(
         "stdlib",
-        description="Text to tokenize: stdlib (the interpreter's standard library), a .jsonl, .parquet or .txt "
+        description="Text to tokenize: stdlib (the interpreter's standard library), a .jsonl, .json, .parquet or .txt "
         "file, a directory of such files, or the name of a dataset on the Hugging Face Hub; with a column `text`.",
+    )
+    max_unusable_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Part of the source's rows that may have no text (null, missing, a number, a broken line); they "
+        "are left out, and more of them end the job.",
     )
     vocab_size: int = Field(4096, ge=300, description="Vocabulary of the byte-level BPE tokenizer trained by pretrain.")
     heldout_fraction: float = Field(0.05, gt=0, lt=1, description="Fraction of the documents kept for evaluation.")

@@ -35,6 +35,7 @@ from speedstack.eval.acceptance import measure_acceptance
 from speedstack.eval.results import AcceptanceResult, AcceptanceSet
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.quant.checkpoint.config import read_config
+from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.runtime import Engine
 from speedstack.train.checkpoint import write_atomically
 from speedstack.train.config import DrafterConfig, config_hash
@@ -65,7 +66,6 @@ from speedstack.train.frozen_target import Features, FrozenTarget, LoadTarget, g
 from speedstack.train.loop import OnStep, Recipe, RunResult, run
 from speedstack.train.packing import WrittenText
 from speedstack.train.precision import resolve_precision
-from speedstack.train.qat import load_tokenizer
 from speedstack.train.rundir import has_begun
 from speedstack.train.sharding import whole_weight
 
@@ -96,13 +96,13 @@ class DrafterRecipe(Recipe):
         self.device, self.world = world.device, world
         self.target_sha256 = weights_sha256(section.target)
         self.target_dtype = resolve_precision(section.target_dtype, world.device)
-        tokenizer = load_tokenizer(section.target)
+        target_config = read_config(section.target)[0].get_text_config()
+        tokenizer = require_tokenizer(section.target, target_config.vocab_size)
         with world.main_first():
             corpus = needed_corpus(self.config, tokenizer)
             splits = splits_of(self.config, tokenizer, corpus)
             make_way_for(self.config, splits, self.target_sha256)
         self.has_corpus = corpus is not None
-        target_config = read_config(section.target)[0].get_text_config()
         self.draft_config = draft_config(self.config, target_config, tokenizer.mask_token_id, self.target_sha256)
         length = self.config.data.sequence_length
         corpus_windows = None if corpus is None else PackedWindows(corpus.train, length)
@@ -430,7 +430,7 @@ def train_drafter(config: DrafterConfig, on_step: OnStep | None = None) -> RunRe
 def _engine_acceptance(config: DrafterConfig, drafter: Path) -> AcceptanceResult:
     """Acceptance of the exported drafter on all held-out prompts, decoded greedily. Raises as its parts."""
     engine = serving_engine(config, drafter)
-    tokenizer = load_tokenizer(config.drafter.target)
+    tokenizer = require_tokenizer(config.drafter.target)
     split = splits_of(config, tokenizer, needed_corpus(config, tokenizer))["heldout"]
     prompts, sampling = {"held-out": split.prompt_lists()}, split.sampling
     return measure_acceptance(engine, prompts, sampling.num_new_tokens, ignore_eos=not sampling.stops_at_eos)

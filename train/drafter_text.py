@@ -19,12 +19,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from speedstack.quant.checkpoint import weights_sha256
+from speedstack.quant.checkpoint.config import read_config
+from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.runtime import Engine
 from speedstack.train.config import DrafterConfig
 from speedstack.train.corpus import Corpus, corpus_for
 from speedstack.train.packing import Sequences
 from speedstack.train.prompts import prepare_prompts
-from speedstack.train.qat import load_tokenizer
 from speedstack.train.rundir import has_begun
 from speedstack.train.selftext import (
     Prompts,
@@ -60,9 +61,10 @@ def write_text(config: DrafterConfig, on_progress: OnProgress | None = None) -> 
     `on_progress(done, total)` counts sequences. Raises ValueError for prompts and settings that do not fit the target
     or the text that is there already; OSError for the disk.
     """
-    tokenizer = load_tokenizer(config.drafter.target)
+    target = config.drafter.target
+    tokenizer = require_tokenizer(target, read_config(target)[0].get_text_config().vocab_size)
     splits = splits_of(config, tokenizer, needed_corpus(config, tokenizer))
-    target_sha256 = weights_sha256(config.drafter.target)
+    target_sha256 = weights_sha256(target)
     make_way_for(config, splits, target_sha256)
     write_splits(config, splits, target_sha256, on_progress)
 
