@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from speedstack.eval.prompt_settings import PromptSettings
+
 DEMO_RUN = Path("runs/demo")
 
 
@@ -86,14 +88,14 @@ class EvalConfig(ModelConfig):
         return self
 
 
-class PromptsConfig(VerbConfig):
-    """What is decoded: sets of prompts by name."""
+class PromptsConfig(VerbConfig, PromptSettings):
+    """What is decoded: sets of prompts by name. `field` and the other settings of rows are of files and benchmarks."""
 
     sets: tuple[str, ...] = Field(
         ("heldout",),
         min_length=1,
         description="heldout (two sets, of the corpus), humaneval, mbpp, math-500, gsm8k, mt-bench, long (joined code "
-        "of the corpus), or the path of a .jsonl or .parquet file with a field `prompt`.",
+        "of the corpus), or a .jsonl, .json or .parquet file of prompts or chats, or a directory of such files.",
     )
     dir: Path | None = Field(
         None,
@@ -107,12 +109,16 @@ class PromptsConfig(VerbConfig):
     num_tokens: int = Field(64, ge=2, description="Tokens in a prompt of heldout.")
     long_tokens: int = Field(16384, ge=2, description="Tokens in a prompt of long, or as many as the model takes.")
     chat_template: bool = Field(
-        False, description="Benchmarks: prompts as a user's message, in the template of the model's tokenizer."
+        False,
+        description="Text prompts of benchmarks and files as a user's message, in the template of the model's "
+        "tokenizer, as chats are anyway.",
     )
 
     @model_validator(mode="after")
     def _fields_fit(self) -> "PromptsConfig":
-        benchmarks = {"dir": "a benchmark", "chat_template": "a benchmark or a file"}
+        benchmarks = {"dir": "a benchmark"} | dict.fromkeys(
+            ("chat_template", *PromptSettings.model_fields), "a benchmark or a file"
+        )
         needs = ({} if set(self.sets) - {"heldout", "long"} else benchmarks) | {
             field: name for field, name in (("num_tokens", "heldout"), ("long_tokens", "long")) if name not in self.sets
         }

@@ -41,7 +41,7 @@ def bench(config: BenchConfig) -> None:
         torch.set_num_threads(config.num_threads)
     prompt_sets = load_prompts(config)
     for entry in prompt_sets:
-        print(f"{entry.name}: {_sizes(entry)} tokens, {entry.source}")
+        print("\n".join((f"{entry.name}: {_sizes(entry)} tokens, {entry.source}", *entry.notes)))
     written: set[Path] = set()
 
     def keep(timing: TimingResult, acceptance: AcceptanceResult | None) -> None:
@@ -103,6 +103,7 @@ def load_prompts(config: BenchConfig) -> list[PromptSet]:
         num_long_tokens=section.long_tokens,
         chat_template=section.chat_template,
         seed=config.seed,
+        settings=section,
     )
     return loader.load(section.sets)
 

@@ -7,21 +7,19 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from speedstack.eval.prompt_settings import PromptSettings
 from speedstack.train.section import Precision, Section
 
 
-class PromptsSection(Section):
+class PromptsSection(Section, PromptSettings):
     """Where prompts come from, if not from the corpus, and who answers them."""
 
     source: str | None = Field(
         None,
-        description="A .jsonl or .parquet file, a directory of such files, or the name of a dataset on the Hugging "
-        "Face Hub, with a prompt in every row. None: prompts are pieces of the corpus.",
+        description="A .jsonl, .json or .parquet file, a directory of such files, or the name of a dataset on the "
+        "Hugging Face Hub, with a prompt in every row. None: prompts are pieces of the corpus.",
     )
     split: str = Field("train", min_length=1, description="Split of a dataset on the Hub; files have none.")
-    field: str = Field(
-        "prompt", min_length=1, description="Field of the prompt: text, or a list of messages with role and content."
-    )
     as_chat: bool = Field(
         False, description="Text is a user's message: the target's chat template goes round it, as round messages."
     )
