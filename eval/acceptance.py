@@ -91,12 +91,10 @@ def summarize_stats(name: str, generated: Sequence[GenerationStats]) -> Acceptan
     num_rounds = sum(entry.num_rounds for entry in stats)
     num_committed = sum(entry.num_round_tokens for entry in stats)
     num_positions = max(len(entry.drafted_by_position) for entry in stats)
-    accepted, drafted = [0] * num_positions, [0] * num_positions
+    accepted = [0] * num_positions
     for entry in stats:
         for i, count in enumerate(entry.accepted_by_position):
             accepted[i] += count
-        for i, count in enumerate(entry.drafted_by_position):
-            drafted[i] += count
     return AcceptanceSet(
         name=name,
         num_prompts=len(generated),
@@ -104,7 +102,7 @@ def summarize_stats(name: str, generated: Sequence[GenerationStats]) -> Acceptan
         num_committed=num_committed,
         acceptance_length=num_committed / num_rounds,
         mean_of_responses=sum(entry.acceptance_length for entry in stats) / len(stats),
-        survival=tuple(a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)),
+        survival=tuple(count / num_rounds for count in accepted),
         rows_per_token=sum(entry.num_rows for entry in stats) / num_committed,
         drafted_per_token=sum(entry.num_drafted for entry in stats) / num_committed,
     )

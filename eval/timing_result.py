@@ -50,8 +50,8 @@ class ContestantTiming(Record):
 
     `decode_tokens_per_second` counts the tokens after the first one and the time after it;
     `tokens_per_second` counts all of them over the whole call, prefill included.
-    `acceptance_length` is tokens a decode round; `survival[i]` the share of the rounds that proposed position i + 1 in
-    which the proposals up to it were all accepted. Both are for contestants that speculate.
+    `acceptance_length` is tokens a decode round; `survival[i]` as in `speedstack.eval.acceptance_result.AcceptanceSet`.
+    Both are for contestants that speculate.
     `joules_per_token` is of whole calls; `usd_per_million_tokens` follows from `tokens_per_second`, which is of one
     sequence at a time: a server that batches is cheaper.
     `prepare_seconds` is until the first call may come: weights read, arranged for the kernels, code compiled ahead.
