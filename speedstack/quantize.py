@@ -148,10 +148,10 @@ def quantize(config: QuantizeConfig) -> None:
 
 def _check_directories(config: QuantizeConfig) -> PreTrainedConfig:
     """What can be said before the work. Returns the model's configuration."""
+    from speedstack.quant.checkpoint.config import read_config
     from speedstack.quant.checkpoint.directory import check_apart, check_place, check_target
     from speedstack.quant.checkpoint.files import checkpoint_directory
     from speedstack.quant.checkpoint.names import hub_names
-    from speedstack.quant.checkpoint.reader import read_config
 
     model_config, codec = read_config(checkpoint_directory(config.model))
     if codec.is_packed:

@@ -25,8 +25,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speedstack.eval.divergence import token_kl, token_nll, top1_matches
 from speedstack.quant.checkpoint import can_be_packed, check_export, export_model, weights_sha256
+from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.files import checkpoint_directory
-from speedstack.quant.checkpoint.reader import read_config
 from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters, router_parameters
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.train.attention import enable_blockwise_attention

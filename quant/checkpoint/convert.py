@@ -17,13 +17,13 @@ from typing import Literal
 
 import torch
 
+from speedstack.quant.checkpoint.config import read_config, tied_names
 from speedstack.quant.checkpoint.directory import MAX_SHARD_BYTES, check_apart, check_target, new_directory
 from speedstack.quant.checkpoint.files import CONFIG_FILE, WeightFiles, checkpoint_directory
 from speedstack.quant.checkpoint.formats import Codec, ExpertWeight, Plain, check_family, format_named
 from speedstack.quant.checkpoint.formats.codec import ROWS_AT_A_TIME
 from speedstack.quant.checkpoint.linears import is_fp8_linear, is_whole_tiles, to_fp8
 from speedstack.quant.checkpoint.names import hub_names
-from speedstack.quant.checkpoint.reader import read_config, tied_names
 from speedstack.quant.checkpoint.source import Source, open_by_expert
 from speedstack.quant.checkpoint.writer import Writer
 from speedstack.quant.fp8 import TILE_SIZE, FP8Tensor
@@ -102,7 +102,8 @@ def convert(
             _check_head(opened, codec_type, head)
         to_round = {name for name in opened.others if linears == "fp8" and is_fp8_linear(codec_type, name)}
         to_round |= {head} if lm_head == "fp8" else set()
-        codec = Plain(opened.names, _plain_dtype(opened)) if codec_type is Plain else codec_type(opened.names)
+        names = opened.names.as_written()
+        codec = Plain(names, _plain_dtype(opened)) if codec_type is Plain else codec_type(names)
 
         def other(name: str) -> torch.Tensor | FP8Tensor:
             tensor = opened.other(name)

@@ -14,11 +14,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from speedstack.quant.checkpoint.config import tied_names
 from speedstack.quant.checkpoint.directory import MAX_SHARD_BYTES, check_apart, new_directory
 from speedstack.quant.checkpoint.files import CONFIG_FILE
 from speedstack.quant.checkpoint.formats import Codec, ExpertWeight, Plain, default_format
 from speedstack.quant.checkpoint.names import FAMILIES
-from speedstack.quant.checkpoint.reader import expert_weights, tied_names
+from speedstack.quant.checkpoint.reader import expert_weights
 from speedstack.quant.checkpoint.source import Source, open_by_expert, open_whole
 from speedstack.quant.checkpoint.writer import Writer
 from speedstack.quant.experts import contraction_last
@@ -71,7 +72,7 @@ def export_model(
         if scale_rule is None:
             changed = _as_stored(opened, model, state_dict)
         else:
-            codec = default_format(opened.names)(opened.names)
+            codec = default_format(opened.names)(opened.names.as_written())
             stacks = {weight: name for name, weight in expert_weights(opened.skeleton, opened.names).items()}
             unpacked = state_dict.keys() - set(stacks.values())
             changed = {opened.names.of(name): state_dict[name] for name in unpacked}

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from speedstack.quant.checkpoint.config import build_skeleton, read_config, tied_names
 from speedstack.quant.checkpoint.files import CONFIG_FILE, WeightFiles, checkpoint_directory, read_json
 from speedstack.quant.checkpoint.formats import Codec, ExpertWeight, check_family
 from speedstack.quant.checkpoint.linears import other_names, read_linear
 from speedstack.quant.checkpoint.names import HubNames, hub_names
-from speedstack.quant.checkpoint.reader import build_skeleton, expert_weights, read_config, stored_names, tied_names
+from speedstack.quant.checkpoint.reader import expert_weights, stored_names
 from speedstack.quant.fp8 import FP8Tensor
 
 

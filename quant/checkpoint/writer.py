@@ -10,16 +10,17 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from speedstack.quant.checkpoint.config import unquantized_fields
 from speedstack.quant.checkpoint.directory import MAX_SHARD_BYTES, ShardWriter
 from speedstack.quant.checkpoint.files import CONFIG_FILE, INDEX_FILE, ReadError
 from speedstack.quant.checkpoint.formats import Codec, ExpertWeight
 from speedstack.quant.checkpoint.linears import plain_matrices, write_linear
-from speedstack.quant.checkpoint.reader import unquantized_fields
 from speedstack.quant.checkpoint.source import Source, natural_key
 from speedstack.quant.fp8 import HEAD_FIELD, FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor
@@ -54,14 +55,15 @@ class Writer:
         source, shards = self._source, ShardWriter(self._directory, max_shard_bytes)
         # Experts between the other tensors of their layer, as `save_pretrained` has them: loaders read shard by shard.
         items: list[str | ExpertWeight] = sorted([*source.weights, *source.others], key=natural_key)
-        with self._target.open_sink(self._directory, source.weights, shards) as sink:
+        targets = {weight: replace(weight, module=self._name(weight.module)) for weight in source.weights}
+        with self._target.open_sink(self._directory, list(targets.values()), shards) as sink:
             for done, item in enumerate(items):
                 if on_progress is not None:
                     on_progress(done, len(items))
                 if isinstance(item, str):
                     self._write_other(item, other(item), shards)
                 else:
-                    self._target.write(item, experts(item), sink)
+                    self._target.write(targets[item], experts(item), sink)
             shards.finish()
         if on_progress is not None:
             on_progress(len(items), len(items))
@@ -75,12 +77,18 @@ class Writer:
         if is_widened:
             _name_float32(config)
         config |= self._target.config(plain_matrices(self.shapes, self.fp8_names))
-        if self._source.names.of("lm_head.weight") in self.fp8_names:
+        if self._target.names.of("lm_head.weight") in self.fp8_names:
             config["quantization_config"][HEAD_FIELD] = True
         (self._directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_side_files(self._source.path, self._directory)
 
+    def _name(self, name: str) -> str:
+        """In the result, of a tensor or module of the source."""
+        is_renamed = self._source.names.is_native and not self._target.names.is_native
+        return self._target.names.of(name) if is_renamed else name
+
     def _write_other(self, name: str, tensor: torch.Tensor | FP8Tensor, shards: ShardWriter) -> None:
+        name = self._name(name)
         stored = write_linear(tensor, type(self._target), name)
         self.num_dequantized += isinstance(tensor, FP8Tensor) and len(stored) == 1
         if len(stored) > 1:
