@@ -176,11 +176,12 @@ def _suite(job: _Job) -> dict[str, Any]:
         ),
     )
     result.save(job.directory / "suite.json")
+    result.check_headline()
     task = lm_eval_name(settings["score"])
-    (metric,) = (entry.metric for entry in result.block.headline if entry.task == task)
+    metric = next((entry.metric for entry in result.block.headline if entry.task == task), None)
     value = None if metric is None else result.value(task, metric)
-    if metric is None or value is None:
-        raise ValueError(f"lm-eval gave no {metric} of {task}")
+    if value is None:
+        raise ValueError(f"suite.score: {task} has no score of its own, it stands for several tasks: name one of them")
     return {"metric": metric, "score": value, "stderr": result.stderr(task, metric)}
 
 

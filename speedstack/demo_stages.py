@@ -75,7 +75,6 @@ _PATHS = frozenset({"data.corpus", "qat.model", "drafter.target", "drafter.text"
 # Of the drafter's settings, those that decide the text it is trained on.
 _TEXT_FIELDS = (
     "data.sequence_length",
-    "drafter.prompts",
     "drafter.num_sequences",
     "drafter.num_eval_sequences",
     "drafter.prompt_length",
@@ -100,7 +99,11 @@ class DemoStages:
         config = self.config
         data = self.pretrain_config.data.model_dump(mode="json", exclude={"corpus", "sequence_length"})
         drafter = _decisive(self.drafter_config)
-        text = {name: drafter[name] for name in _TEXT_FIELDS}
+        text = {
+            name: value
+            for name, value in drafter.items()
+            if name in _TEXT_FIELDS or name.startswith("drafter.prompts.")
+        }
         return [
             self._stage("corpus", self.run_corpus, data),
             self._stage("pretrain", self.run_pretrain, _decisive(self.pretrain_config), ("corpus",)),

@@ -40,6 +40,7 @@ RELEASED: dict[str, dict[str, Any]] = {
     "qwen3_moe": QWEN3 | {"max_window_layers": 48, "rope_scaling": None, "decoder_sparse_step": 1},
     "minimax_m2": {
         "moe_intermediate_size": 8,
+        "intermediate_size": 8,
         "use_mtp": True,
         "num_mtp_modules": 3,
         "qk_norm_type": "per_layer",
