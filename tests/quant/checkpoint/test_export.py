@@ -187,6 +187,19 @@ def test_a_checkpoint_that_names_no_dtype(qwen: Path, tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path / "wider").dtype == torch.float32
 
 
+def test_float32_files_under_another_name(make_family: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:
+    """What is not changed may be called bfloat16 as it was; trained values that this would round may not."""
+    source = make_source(tmp_path / "source", make_family("olmoe"), torch.float32)
+    (source / "config.json").write_text(json.dumps(read_config(source) | {"torch_dtype": "bfloat16"}))
+    model = load_model(source)
+    export_model(model, source, tmp_path / "same", scale_rule="even")
+    assert read_config(tmp_path / "same")["torch_dtype"] == "bfloat16"
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight").mul_(1.1)
+    export_model(model, source, tmp_path / "trained", scale_rule="even")
+    assert read_config(tmp_path / "trained")["torch_dtype"] == "float32"
+
+
 @pytest.mark.filterwarnings("ignore:.*tensors that .* does not have")
 def test_mxfp4_values_beyond_float16(make_family: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:
     """bfloat16 holds them in as many bytes, and no loader may then take the model for float16."""
@@ -238,6 +251,20 @@ def test_unquantized_export_keeps_the_source_s_names(
         with pytest.raises(ValueError, match=f"lacks the tensor {lost}"):
             attempt()
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("scale_rule", [None, "even"])
+def test_a_stored_copy_of_a_tied_weight_changes_with_it(scale_rule: Any, qwen: Path, tmp_path: Path) -> None:
+    tensors = weights_of(qwen)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    (qwen / "model.safetensors").unlink()
+    save_file(tensors, qwen / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(qwen)
+    with torch.no_grad():
+        model.get_parameter("model.embed_tokens.weight")[3] = 1.5
+    export_model(model, qwen, tmp_path / "out", scale_rule=scale_rule)
+    copies = [weights_of(tmp_path / "out")[name] for name in ("lm_head.weight", "model.embed_tokens.weight")]
+    assert torch.equal(*copies) and copies[0][3, 0] == 1.5
 
 
 def test_sources_that_cannot_be_read_or_would_be_deleted(qwen: Path, tmp_path: Path) -> None:
