@@ -33,6 +33,7 @@ from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.acceptance import measure_acceptance
 from speedstack.eval.results import AcceptanceResult
 from speedstack.quant.checkpoint import weights_sha256
+from speedstack.quant.checkpoint.digest import model_sha256
 from speedstack.quant.checkpoint.reader import read_config
 from speedstack.runtime import Engine
 from speedstack.train.checkpoint import write_atomically
@@ -85,6 +86,7 @@ class DrafterRecipe(Recipe):
         section = self.config.drafter
         self.device, self.world = world.device, world
         self.target_sha256 = weights_sha256(section.target)
+        self.model_sha256 = model_sha256(section.target)
         self.target_dtype = resolve_precision(section.target_dtype, world.device)
         tokenizer = load_tokenizer(section.target)
         with world.main_first():
@@ -96,9 +98,9 @@ class DrafterRecipe(Recipe):
         length = self.config.data.sequence_length
         corpus_windows = None if corpus is None else PackedWindows(corpus.train, length)
         with self._bar("writing text", "seq") as bar:
-            write_splits(self.config, splits, self.target_sha256, _advance(bar), world.rank, world.size)
+            write_splits(self.config, splits, self.model_sha256, _advance(bar), world.rank, world.size)
         world.barrier()
-        texts = {name: read_split(self.config, name, split, self.target_sha256) for name, split in splits.items()}
+        texts = {name: read_split(self.config, name, split, self.model_sha256) for name, split in splits.items()}
         # Not before: the engine that writes text holds the target too.
         self.target = self._load_target(section.target, world.device, self.target_dtype)
         self.features_path = section.features_path or self.config.run_directory / "features"
@@ -287,7 +289,7 @@ class DrafterRecipe(Recipe):
             self.target.precompute(ids_NT, int(section.features_gib * 2**30), documents_NT)
             return
         settings = FeatureSettings(
-            target_sha256=self.target_sha256,
+            target_sha256=self.model_sha256,
             target_layer_ids=self.target.layer_ids,
             with_final=self.target.with_final,
             windows_sha256=windows_sha256(ids_NT, documents_NT),

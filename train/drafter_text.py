@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from speedstack.quant.checkpoint import weights_sha256
+from speedstack.quant.checkpoint.digest import model_sha256
 from speedstack.runtime import Engine
 from speedstack.train.config import DrafterConfig
 from speedstack.train.corpus import Corpus, corpus_for
@@ -53,7 +53,7 @@ def write_text(config: DrafterConfig, on_progress: OnProgress | None = None) -> 
     """
     tokenizer = load_tokenizer(config.drafter.target)
     splits = splits_of(config, tokenizer, needed_corpus(config, tokenizer))
-    write_splits(config, splits, weights_sha256(config.drafter.target), on_progress)
+    write_splits(config, splits, model_sha256(config.drafter.target), on_progress)
 
 
 def needed_corpus(config: DrafterConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus | None:
