@@ -142,13 +142,10 @@ class DemoStages:
 
     def run_ptq(self, advance: Advance) -> str:
         """Round the experts to MXFP4, the baseline that training has to beat."""
-        from transformers import AutoTokenizer
+        from speedstack.quant.checkpoint import convert
 
-        from speedstack.quant.checkpoint import load_model, save_packed
-
-        source = self.models[FULL]
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        save_packed(load_model(source), self.models[PTQ], tokenizer, self.config.qat.qat.scale_rule)
+        rule = self.config.qat.qat.scale_rule
+        convert(self.models[FULL], "compressed-tensors", self.models[PTQ], scale_rule=rule)
         return "expert weights rounded to the nearest MXFP4 value, no training"
 
     def run_qad(self, advance: Advance) -> str:

@@ -13,11 +13,12 @@ from speedstack.bench_ptq import PtqResult, main
 from speedstack.cli import main as speedstack
 from speedstack.eval.divergence import token_kl
 from speedstack.eval.heldout import corpus_windows
-from speedstack.quant.checkpoint import load_model, save_packed, weights_sha256
+from speedstack.quant.checkpoint import load_model, weights_sha256
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.stages import exclusive
 from speedstack.train.corpus import prepare_corpus
 from speedstack.train.qat import load_tokenizer
+from tests.packing import save_packed
 
 CALIBRATION = ["--num-sequences", "4", "--sequence-length", "32"]
 GPTQ = "GPTQ, mse, 4 sequences of 32"
