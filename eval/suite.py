@@ -206,6 +206,7 @@ def run_suite(
         limit=settings.limit,
         include_path=None if own is None else str(own.directory),
         include_path_sha256=None if own is None else own.sha256,
+        own_tasks=tuple(sorted(is_own)),
         chat_template=settings.chat_template,
         chat_template_kwargs=dict(settings.chat_template_kwargs),
         think_end_token=settings.think_end_token,

@@ -59,8 +59,8 @@ class SuiteBlock(Document):
 
     `quantization` is the format that the target's config names, None for none. `code_isolation` says what kept
     generated programs in; None where none was run. `num_cached` requests were known from an earlier run.
-    `include_path` is the folder of the user's own tasks, with the SHA-256 of its files. `max_gen_toks` stands for each
-    task's own; None: those. `limit` and `think_end_token` are as they were given.
+    `include_path` is the folder that `own_tasks` came from, with the SHA-256 of its files. `max_gen_toks` stands for
+    each task's own; None: those. `limit` and `think_end_token` are as they were given.
     """
 
     kind: Literal["eval"] = "eval"
@@ -80,6 +80,7 @@ class SuiteBlock(Document):
     limit: int | float | None
     include_path: str | None = None
     include_path_sha256: str | None = None
+    own_tasks: tuple[str, ...] = ()
     chat_template: bool
     chat_template_kwargs: dict[str, Any] = Field(default={})
     think_end_token: str | int | None = None
@@ -152,7 +153,7 @@ class SuiteResult:
             raise ValueError(no_metric(entry.task, entry.metric or "any", known))
 
     def value(self, task: str, metric: str) -> float | None:
-        """lm-eval's value of a task's or group's metric, such as 'acc,none'; None where it has none that is a number."""
+        """lm-eval's value of a task's or group's metric, such as 'acc,none'; None where there is no such number."""
         value = self.lm_eval["results"].get(task, {}).get(metric)
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
