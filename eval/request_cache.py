@@ -64,6 +64,10 @@ class RequestCache:
             self._file.write(b"\n")
 
 
+# To be raised where the same request is answered otherwise than before: older answers are then asked again.
+ANSWERS_VERSION = 2
+
+
 def request_key(task_hash: str, kind: str, request: Sequence[Any]) -> str:
     """Key of one request: its task's hash, its kind, and everything in it, of plain JSON types."""
     return _digest([task_hash, kind, *request])
@@ -80,7 +84,7 @@ def model_key(engine: Engine, directory: str | Path) -> str:
         if path.is_file() and path.suffix in DECISIVE_SUFFIXES
     }
     settings = [engine.backend_name, str(engine.dtype), engine.device.type, engine.max_length]
-    return _digest([engine.target_sha256, files, settings])[:24]
+    return _digest([ANSWERS_VERSION, engine.target_sha256, files, settings])[:24]
 
 
 def _digest(content: Any) -> str:

@@ -12,7 +12,8 @@ class GenerationStats:
 
     A round is one pass of the target after the prompt; position i of the two lists counts draft position i + 1 of the
     block: how often it was verified, and how often it was accepted. A tree verifies several tokens of a position and
-    accepts one of them at most; it counts once.
+    accepts one of them at most; it counts once. Positions behind the end of the text do not count: rounds and accepted
+    positions add up to the tokens committed in rounds.
 
     `num_rows` are the rows that the target computed in rounds, anchors included; `num_drafted` the proposals made,
     verified or not. `arrivals` are the times of `time.perf_counter()` at which tokens were committed, and how many
@@ -54,7 +55,11 @@ class GenerationStats:
 
 @dataclass
 class Generation:
-    """One sequence's new tokens. The text ends before a stop string; the tokens end with the one that completes it."""
+    """One sequence's new tokens, and the text that they add to the prompt's (see `speedstack.runtime.text`).
+
+    The text ends before a stop string or an end token, the tokens end with it. Special tokens are in the text only
+    where that was asked for.
+    """
 
     tokens: list[int]
     text: str

@@ -1,8 +1,9 @@
 """One sequence while it is decoded: its tokens, what may still come, and why it ends."""
 
 import time
+from collections import deque
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from speedstack.dflash.ngram import NgramIndex
 from speedstack.dflash.tree import Draft
@@ -23,6 +24,7 @@ def not_numbers(position: int) -> ValueError:
 class RunningSequence:
     """State of one prompt's continuation. `slot` is the cache slot, -1 until the engine admits it.
 
+    `text`: what the tokens are decoded into, None for a target without a tokenizer.
     `num_drafts`: proposals a round at most; `budget` says how many of them are worth it, None for all; `ngram_size`: of
     the look-up that makes them, None for a drafter.
     """
@@ -34,8 +36,7 @@ class RunningSequence:
         params: SamplingParams,
         seed: int,
         eos_token_ids: Sequence[int],
-        stop: Sequence[str],
-        tokenizer: Any,
+        text: TextStream | None,
         num_drafts: int,
         budget: DraftBudget | None,
         ngram_size: int | None = None,
@@ -47,13 +48,15 @@ class RunningSequence:
         self.finish_reason: Literal["length", "eos", "stop"] | None = None
         self._num_prompt_tokens, self._max_new_tokens = len(prompt), max_new_tokens
         self._eos = frozenset(eos_token_ids)
-        self._text = TextStream(tokenizer, stop) if tokenizer is not None else None
+        self._text = text
         # Decoding a token costs as much as a small model's step: it waits until somebody looks.
-        self._has_stop, self._undecoded = bool(stop), list[int]()
+        self._undecoded: list[int] = []
         self._num_drafts = num_drafts
         self._ngram_size = ngram_size or 0
         self._ngrams = NgramIndex(ngram_size) if ngram_size is not None else None
         self._budget = budget
+        # Of the last rounds: where the anchor was, and how many positions after it were verified.
+        self._reached: deque[tuple[int, int]] = deque(maxlen=max(1, num_drafts))
         self.stats = GenerationStats(
             num_prompt_tokens=len(prompt),
             drafted_by_position=[0] * num_drafts,
@@ -105,15 +108,25 @@ class RunningSequence:
         return draft
 
     def record_round(self, num_verified: int, depth: int, num_accepted: int, num_committed: int) -> None:
-        """Counts a round: nodes verified, so deep, how many of them stand, how many tokens `commit` added."""
+        """Counts a round: nodes verified, so deep, how many of them stand, how many tokens `commit` added.
+
+        A text that ends with this round had nothing to propose for its end, which the target says, and behind it: these
+        positions do not count, of this round and of those before that reached so far.
+        """
         if self._budget:
             self._budget.record(num_verified, num_accepted)
+        last = len(self.tokens) - 1
+        self._reached.append((last - num_committed, depth))
         self.stats.num_rounds += 1
         self.stats.num_round_tokens += num_committed
         self.stats.num_rows += 1 + num_verified
         for i in range(depth):
             self.stats.drafted_by_position[i] += 1
-            self.stats.accepted_by_position[i] += i < num_accepted
+            self.stats.accepted_by_position[i] += i < min(num_accepted, num_committed - 1)
+        if self.finish_reason in ("eos", "stop"):
+            for anchor, reach in self._reached:
+                for i in range(max(0, last - anchor - 1), reach):
+                    self.stats.drafted_by_position[i] -= 1
 
     def take_rounds(self, rounds: Sequence[Round]) -> None:
         """Commits what was decoded without the host, up to the token that ends the sequence; it arrived all at once.
@@ -147,7 +160,7 @@ class RunningSequence:
                 self.finish_reason = "eos"
             else:
                 self._undecoded.append(token)
-                if self._has_stop and self._decode().stopped:
+                if self._text is not None and self._text.has_stops and self._decode().stopped:
                     self.finish_reason = "stop"
                 if self.finish_reason is None and self.num_left == 0:
                     self.finish_reason = "length"

@@ -144,6 +144,7 @@ def quantize(config: QuantizeConfig) -> None:
     from speedstack.quant.checkpoint.names import hub_names
     from speedstack.quant.checkpoint.reader import read_config
     from speedstack.runtime.select import choose_device
+    from speedstack.runtime.target import warn_if_not_decodable
     from speedstack.train.qat import load_tokenizer
 
     device = choose_device(config.device)
@@ -151,6 +152,7 @@ def quantize(config: QuantizeConfig) -> None:
     # Before the work: a family that cannot be packed, and text that is not there.
     model_config = read_config(config.model)[0]
     hub_names(model_config.model_type)
+    warn_if_not_decodable(model_config)
     stored_dtype = getattr(model_config, "dtype", None) or torch.float32
     dtype = stored_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if dtype not in (torch.float32, torch.bfloat16):

@@ -29,6 +29,7 @@ from speedstack.quant.checkpoint.names import hub_names
 from speedstack.quant.checkpoint.reader import read_config, tied_names
 from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters, router_parameters
 from speedstack.quant.ptq import round_to_nearest
+from speedstack.runtime.target import warn_if_not_decodable
 from speedstack.train.attention import enable_blockwise_attention
 from speedstack.train.config import QatConfig
 from speedstack.train.corpus import corpus_for
@@ -63,7 +64,7 @@ class QatRecipe(Recipe):
 
     def build(self, world: World) -> nn.Module:
         section, data, stage = self.config.qat, self.config.data, self.config.distributed.zero_stage
-        _check_teacher(self.config)
+        _check_teacher(self.config, world)
         if section.start_from is not None:
             _check_same_architecture(section.model, section.start_from)
         student = load_for_stage(section.start_from or section.model, torch.float32, stage, world)
@@ -188,8 +189,11 @@ def _trained_names(student: PreTrainedModel, trainable: Literal["experts", "all_
     return names - router_parameters(student).keys() if trainable == "all_but_router" else names
 
 
-def _check_teacher(config: QatConfig) -> None:
-    """Raises ValueError for a model whose divergence from itself is nothing to train on, and for windows beyond it."""
+def _check_teacher(config: QatConfig, world: World) -> None:
+    """Raises ValueError for a model whose divergence from itself is nothing to train on, and for windows beyond it.
+
+    Warns of one whose result our engine will not decode.
+    """
     section = config.qat
     model_config, codec = read_config(checkpoint_directory(section.model))
     if codec.is_packed and section.objective != "ce":
@@ -202,6 +206,8 @@ def _check_teacher(config: QatConfig) -> None:
         raise ValueError(
             f"data.sequence_length {config.data.sequence_length} exceeds the {max_length} positions of {section.model}"
         )
+    if world.is_main:
+        warn_if_not_decodable(model_config)
 
 
 def _check_same_architecture(model: Path, start_from: Path) -> None:

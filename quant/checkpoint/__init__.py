@@ -9,6 +9,7 @@ packed     writes a model
 reader     reads a directory into fused tensors
 model      reads a directory into a transformers model
 convert    turns a directory of one format into one of another
+generation which tokens end a text, and how its makers sample
 digest     names a directory's weights by their SHA-256
 """
 

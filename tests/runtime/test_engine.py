@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from speedstack.dflash.accept import survival, walk_rounds
 from speedstack.dflash.checkpoint import load_drafter, save_drafter
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
@@ -121,6 +122,34 @@ def test_end_of_sequence_inside_a_block(plain: Engine, drafting: Engine, monkeyp
         result = engine.generate(PROMPTS[0], max_new_tokens=30)
         assert (result.finish_reason, result.tokens) == ("eos", tokens[: first + 1])
         assert result.stats.num_round_tokens == first  # the prompt's own pass yields one token more
+
+
+@pytest.mark.parametrize("num_right", [7, 4, 2])
+@pytest.mark.parametrize("kind", ["eos", "stop"])
+def test_nothing_counts_behind_the_end(
+    kind: str, num_right: int, plain: Engine, drafting: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds and accepted drafts are those of a walk over the finished text, as in the drafter's training."""
+    prompt = PROMPTS[3]
+    free = plain.generate(prompt, max_new_tokens=40, ignore_eos=True)
+    monkeypatch.setattr(
+        drafting.backend, "draft", propose(drafting, [prompt + free.tokens], lambda position: num_right)
+    )
+    ends = [free.tokens.index(token) for token in set(free.tokens) if free.tokens.index(token) > 0]
+    for end in sorted(ends)[1:12:2]:
+        if kind == "eos":
+            monkeypatch.setattr(drafting, "spec", replace(drafting.spec, eos_token_ids=(free.tokens[end],)))
+            options: dict[str, Any] = {}
+        else:
+            options = {"stop": plain.tokenizer.decode(free.tokens[: end + 1]), "ignore_eos": True}
+        found = drafting.generate(prompt, max_new_tokens=40, **options)
+        stats, num_tokens = found.stats, len(found.tokens)
+        assert found.finish_reason == kind
+        rounds = walk_rounds([num_right] * (num_tokens - 1))
+        assert stats.num_rounds == len(rounds) and stats.num_round_tokens == num_tokens - 1
+        assert stats.num_rounds + sum(stats.accepted_by_position) == stats.num_round_tokens
+        pairs = zip(stats.accepted_by_position, stats.drafted_by_position, strict=True)
+        assert [a / d if d else 0.0 for a, d in pairs] == survival([rounds], 7)
 
 
 def test_seeds_are_per_prompt_and_reproducible(plain: Engine) -> None:
