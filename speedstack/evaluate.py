@@ -43,6 +43,7 @@ def _evaluate_suite(config: EvalConfig, name: str) -> None:
     from speedstack.eval.work import Worker
 
     name, suite = load_suite(name)
+    _check_models(config)
     with join_team() as team:
         engine = _eval_engine(config, config.target, config.drafter)
         cache = cache_directory(config.out / "answers", engine, config.target)
@@ -112,6 +113,15 @@ def make_task_data(config: EvalConfig, tasks: set[str]) -> None:
         make_same_text(texts, write, config.out / "tasks", NUM_SAME_TEXT, config.seed)
 
 
+def _check_models(config: EvalConfig) -> None:
+    """Raises ValueError for a model that the engine does not decode, before another one is loaded and asked."""
+    from speedstack.runtime.target import check_decodable
+
+    for model in (config.target, config.teacher):
+        if model is not None:
+            check_decodable(model)
+
+
 def _eval_engine(config: EvalConfig, target: Path, drafter_path: Path | None = None) -> Engine:
     from speedstack.runtime import Engine
 
@@ -143,6 +153,7 @@ def _evaluate_heldout(config: EvalConfig) -> None:
         raise ValueError(
             "only suites are shared by several processes: name one with --suite, or start without torchrun"
         )
+    _check_models(config)
     corpus = load_corpus(config.corpus)
     models = [config.target] if config.teacher is None else [config.teacher, config.target]
     for model in models:

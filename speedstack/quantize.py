@@ -141,6 +141,9 @@ def quantize(config: QuantizeConfig) -> None:
     model_config = _check_directories(config)
     if config.unused_settings:
         warnings.warn(f"method {config.method} takes no {', '.join(config.unused_settings)}: not used", stacklevel=2)
+    from speedstack.runtime.target import warn_if_not_decodable
+
+    warn_if_not_decodable(model_config)
     if config.method == "gptq":
         _calibrate(config, model_config)
     else:

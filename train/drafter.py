@@ -38,6 +38,7 @@ from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.digest import model_sha256
 from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.runtime import Engine
+from speedstack.runtime.target import check_decodable
 from speedstack.train.checkpoint import write_atomically
 from speedstack.train.config import DrafterConfig, config_hash
 from speedstack.train.data import PackedWindows
@@ -87,6 +88,8 @@ class DrafterRecipe(Recipe):
         self.objective = Objective(section.ce_weight, section.kl_weight, section.tv_weight)
 
     def inputs(self) -> dict[str, str]:
+        # Before any work: text is written, and acceptance confirmed, by the engine.
+        check_decodable(self.config.drafter.target)
         return {"target": weights_sha256(self.config.drafter.target)}
 
     def read_inputs(self) -> dict[str, str]:

@@ -37,8 +37,8 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory, tiny_packed_dir: Path, 
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(path)
     config = json.loads((path / "config.json").read_text())
-    config["eos_token_id"] = list(range(0, config["vocab_size"], 16))
-    (path / "config.json").write_text(json.dumps(config))
+    ends = {"eos_token_id": list(range(0, config["vocab_size"], 16))}
+    (path / "generation_config.json").write_text(json.dumps(ends))
     return path
 
 
