@@ -101,9 +101,10 @@ class SuiteResult:
         if not isinstance(content, dict) or BLOCK not in content:
             raise ValueError(f"{path} is no result of a suite: it has no part '{BLOCK}' (speedstack eval --suite)")
         lm_eval = {key: value for key, value in content.items() if key != BLOCK}
+        block = SuiteBlock.check(content[BLOCK], path)
         if not isinstance(lm_eval.get("results"), dict):
             raise ValueError(f"{path} holds no scores: lm-eval's part 'results' is missing")
-        return cls(lm_eval, SuiteBlock.check(content[BLOCK], path))
+        return cls(lm_eval, block)
 
     def value(self, task: str, metric: str) -> float | None:
         """lm-eval's value of a task's or group's metric, such as 'acc,none'; None where it has none."""
