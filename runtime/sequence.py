@@ -1,7 +1,6 @@
 """One sequence while it is decoded: its tokens, what may still come, and why it ends."""
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import Literal
 
@@ -55,8 +54,6 @@ class RunningSequence:
         self._ngram_size = ngram_size or 0
         self._ngrams = NgramIndex(ngram_size) if ngram_size is not None else None
         self._budget = budget
-        # Of the last rounds: where the anchor was, and how many positions after it were verified.
-        self._reached: deque[tuple[int, int]] = deque(maxlen=max(1, num_drafts))
         self.stats = GenerationStats(
             num_prompt_tokens=len(prompt),
             drafted_by_position=[0] * num_drafts,
@@ -110,23 +107,17 @@ class RunningSequence:
     def record_round(self, num_verified: int, depth: int, num_accepted: int, num_committed: int) -> None:
         """Counts a round: nodes verified, so deep, how many of them stand, how many tokens `commit` added.
 
-        A text that ends with this round had nothing to propose for its end, which the target says, and behind it: these
-        positions do not count, of this round and of those before that reached so far.
+        Of a round that ends the text the last token added counts as the target's own, as in every other one, though
+        more proposals than those before it may stand.
         """
         if self._budget:
             self._budget.record(num_verified, num_accepted)
-        last = len(self.tokens) - 1
-        self._reached.append((last - num_committed, depth))
         self.stats.num_rounds += 1
         self.stats.num_round_tokens += num_committed
         self.stats.num_rows += 1 + num_verified
         for i in range(depth):
             self.stats.drafted_by_position[i] += 1
-            self.stats.accepted_by_position[i] += i < min(num_accepted, num_committed - 1)
-        if self.finish_reason in ("eos", "stop"):
-            for anchor, reach in self._reached:
-                for i in range(max(0, last - anchor - 1), reach):
-                    self.stats.drafted_by_position[i] -= 1
+            self.stats.accepted_by_position[i] += i < num_committed - 1
 
     def take_rounds(self, rounds: Sequence[Round]) -> None:
         """Commits what was decoded without the host, up to the token that ends the sequence; it arrived all at once.

@@ -13,9 +13,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from speedstack.quant.checkpoint import load_checkpoint, weights_sha256
+from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.files import checkpoint_directory
 from speedstack.quant.checkpoint.generation import end_token_ids
-from speedstack.quant.checkpoint.reader import read_config
+from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime.select import choose_device, choose_dtype
 from speedstack.runtime.spec import ModelSpec, spec_from_config
 from speedstack.runtime.weights import ModelWeights, read_weights
@@ -35,14 +36,14 @@ def load_target(path: str | Path, device: str = "auto", dtype: str | torch.dtype
 
     See `Engine.from_pretrained`.
 
-    Raises ValueError, one line, for a directory that is broken, a model that the runtime does not know, and a device or
-    dtype that is not there.
+    Raises ValueError, one line, for a directory or a tokenizer that is broken, a model that the runtime does not know,
+    and a device or dtype that is not there.
     """
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, torch_device)
     # Before the weights: what cannot be decoded is said by its config.
     spec = check_decodable(path)
-    tokenizer = _load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     spec = replace(spec, eos_token_ids=end_token_ids(path, spec.vocab_size, tokenizer))
     checkpoint = load_checkpoint(path, keep_fp8=True)
     sha256 = weights_sha256(path)
@@ -65,12 +66,3 @@ def warn_if_not_decodable(config: PreTrainedConfig) -> None:
         spec_from_config(config)
     except ValueError as error:
         warnings.warn(f"{error}: the result is for other engines, generate, eval and bench refuse it", stacklevel=2)
-
-
-def _load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer beside a model, or None where there are no tokenizer files."""
-    if not any((Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path)

@@ -13,6 +13,7 @@ from speedstack.dflash.accept import survival, walk_rounds
 from speedstack.dflash.checkpoint import load_drafter, save_drafter
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
+from speedstack.eval.acceptance import summarize
 from speedstack.quant.checkpoint import load_model, weights_sha256
 from speedstack.runtime import Engine
 from speedstack.runtime.backend import DraftRequest
@@ -124,32 +125,36 @@ def test_end_of_sequence_inside_a_block(plain: Engine, drafting: Engine, monkeyp
         assert result.stats.num_round_tokens == first  # the prompt's own pass yields one token more
 
 
-@pytest.mark.parametrize("num_right", [7, 4, 2])
-@pytest.mark.parametrize("kind", ["eos", "stop"])
-def test_nothing_counts_behind_the_end(
-    kind: str, num_right: int, plain: Engine, drafting: Engine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ends_by", ["eos", "stop", "length"])
+def test_acceptance_is_the_simulations_and_adds_up_where_a_text_ends_inside_a_block(
+    plain: Engine, drafting: Engine, monkeypatch: pytest.MonkeyPatch, ends_by: str
 ) -> None:
-    """Rounds and accepted drafts are those of a walk over the finished text, as in the drafter's training."""
     prompt = PROMPTS[3]
-    free = plain.generate(prompt, max_new_tokens=40, ignore_eos=True)
-    monkeypatch.setattr(
-        drafting.backend, "draft", propose(drafting, [prompt + free.tokens], lambda position: num_right)
-    )
-    ends = [free.tokens.index(token) for token in set(free.tokens) if free.tokens.index(token) > 0]
-    for end in sorted(ends)[1:12:2]:
-        if kind == "eos":
-            monkeypatch.setattr(drafting, "spec", replace(drafting.spec, eos_token_ids=(free.tokens[end],)))
-            options: dict[str, Any] = {}
-        else:
-            options = {"stop": plain.tokenizer.decode(free.tokens[: end + 1]), "ignore_eos": True}
-        found = drafting.generate(prompt, max_new_tokens=40, **options)
-        stats, num_tokens = found.stats, len(found.tokens)
-        assert found.finish_reason == kind
-        rounds = walk_rounds([num_right] * (num_tokens - 1))
-        assert stats.num_rounds == len(rounds) and stats.num_round_tokens == num_tokens - 1
-        assert stats.num_rounds + sum(stats.accepted_by_position) == stats.num_round_tokens
-        pairs = zip(stats.accepted_by_position, stats.drafted_by_position, strict=True)
-        assert [a / d if d else 0.0 for a, d in pairs] == survival([rounds], 7)
+    tokens = plain.generate(prompt, max_new_tokens=40, ignore_eos=True).tokens
+    options: dict[str, Any] = {"max_new_tokens": 19 if ends_by == "length" else 40}
+    if ends_by == "eos":
+        for engine in (plain, drafting):
+            spec = engine.spec.__class__(**{**vars(engine.spec), "eos_token_ids": (tokens[18], tokens[23])})
+            monkeypatch.setattr(engine, "spec", spec)
+    elif ends_by == "stop":
+        text = plain.tokenizer.decode(tokens[:21])
+        options["stop"] = [text[-3:]]
+
+    def num_right(position: int) -> int:
+        return (7 * position + 4) % 8
+
+    # The drafter goes on with the right tokens behind the end.
+    monkeypatch.setattr(drafting.backend, "draft", propose(drafting, [prompt + tokens], num_right))
+    found = drafting.generate(prompt, **options)
+    assert found.tokens == plain.generate(prompt, **options).tokens and found.finish_reason == ends_by
+    rounds = walk_rounds([num_right(len(prompt) + i) for i in range(len(found.tokens) - 1)])
+    assert rounds[-1] < 1 + num_right(len(prompt) + len(found.tokens) - 1 - rounds[-1]), "ends inside a block"
+    stats = found.stats
+    assert (stats.num_rounds, stats.num_round_tokens) == (len(rounds), sum(rounds))
+    assert stats.num_rounds + sum(stats.accepted_by_position) == stats.num_round_tokens
+    measured = summarize("set", [found])
+    assert measured.survival == tuple(survival([rounds], 7))
+    assert 1 + sum(measured.survival) == pytest.approx(measured.acceptance_length)
 
 
 def test_seeds_are_per_prompt_and_reproducible(plain: Engine) -> None:
