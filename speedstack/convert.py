@@ -64,8 +64,8 @@ def convert(config: ConvertConfig) -> None:
 
     from speedstack.dflash.checkpoint import is_drafter
     from speedstack.quant.checkpoint import convert as run
+    from speedstack.quant.checkpoint.config import read_config
     from speedstack.quant.checkpoint.files import checkpoint_directory
-    from speedstack.quant.checkpoint.reader import read_config
     from speedstack.runtime.target import warn_if_not_decodable
 
     if is_drafter(checkpoint_directory(config.source)):

@@ -103,9 +103,9 @@ def generate(config: GenerateConfig) -> None:
         "ignore_eos": config.ignore_eos,
         "skip_special_tokens": config.skip_special_tokens,
     }
-    if config.chat_template:
-        text = _as_chat(text, engine.tokenizer, config.chat_template_kwargs)
     prompt = text or list(config.prompt_ids)
+    if config.chat_template:
+        prompt = _as_chat(text, engine.tokenizer, config.chat_template_kwargs)
     if engine.tokenizer is None:
         generation = engine.generate(prompt, **options)
         print(" ".join(map(str, generation.tokens)))
@@ -122,13 +122,15 @@ def generate(config: GenerateConfig) -> None:
     print("memory: " + ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in parts), file=sys.stderr)
 
 
-def _as_chat(text: str, tokenizer: Any, kwargs: dict[str, Any]) -> str:
+def _as_chat(text: str, tokenizer: Any, kwargs: dict[str, Any]) -> list[int]:
+    """Token ids: a template writes special tokens itself, and the tokenizer adds none."""
     from speedstack.eval.chat_template import ChatTemplate
     from speedstack.eval.chats import Chat
 
     if tokenizer is None:
         raise ValueError("chat_template needs a tokenizer, and the target has no tokenizer files")
-    return ChatTemplate(tokenizer, kwargs).prompt("the prompt", Chat([{"role": "user", "content": text}]))
+    written = ChatTemplate(tokenizer, kwargs).prompt("the prompt", Chat([{"role": "user", "content": text}]))
+    return list(tokenizer.encode(written, add_special_tokens=False))
 
 
 def _stream(pieces: Generator[str, None, Generation]) -> Generation:
