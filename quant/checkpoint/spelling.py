@@ -35,7 +35,7 @@ _COMPUTATIONAL = re.compile(
 # A size that is wrong is seen in the shapes of the tensors, but for these.
 _SIZE = re.compile(r"(?<!window)(?<!chunk)(?<!block)(?<!group)_(size|dim)$")
 # The number of a layer's routed experts, by family.
-_NUM_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
+NUM_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 _ROPE_KEYS = {
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
     *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor"),
@@ -120,8 +120,8 @@ def _check_same(fields: Fields, first: str, second: str) -> None:
 def _with_num_experts(fields: Fields, config_class: type[PreTrainedConfig]) -> Fields:
     """The number of experts under the name that the family's class has, whichever of the usual three a file uses."""
     names = _own_keys(config_class)
-    own = [name for name in _NUM_EXPERTS if name in names]
-    others = [name for name in _NUM_EXPERTS if name not in names and fields.get(name) is not None]
+    own = [name for name in NUM_EXPERTS if name in names]
+    others = [name for name in NUM_EXPERTS if name not in names and fields.get(name) is not None]
     if not own or not others:
         return fields
     for other in others:
