@@ -266,7 +266,7 @@ def _mimo_v2_flash(fields: Fields) -> Fields:
 
 
 def _drop_flat_rope(found: Fields) -> None:
-    """Take away what files of older releases have beside the makers' keys: the rotary embedding of one kind of layer."""
+    """Take away the rotary embedding of one kind of layer, which older files have beside the makers' keys."""
     given = found.get("rope_parameters")
     if isinstance(given, Mapping) and not any(isinstance(part, Mapping) for part in given.values()):
         if given.get("rope_type", given.get("type", "default")) != "default":
