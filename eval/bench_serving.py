@@ -28,7 +28,8 @@ from speedstack.eval.environment import describe_environment
 from speedstack.eval.prompts import HELDOUT, PromptLoader
 from speedstack.eval.results import AcceptanceSet, Document, Environment, Record, Spread
 from speedstack.eval.timing import spread
-from speedstack.quant.checkpoint.reader import read_config
+from speedstack.quant.checkpoint.config import read_config
+from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.runtime import Engine, Generation
 from speedstack.runtime.engine import DEFAULT_MAX_LENGTH
 from speedstack.runtime.spec import spec_from_config
@@ -243,9 +244,7 @@ def prompt_sets_of(
 
     Raises ValueError, one line, for what is neither a corpus nor a file of prompts.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer = require_tokenizer(target)
     loader = PromptLoader(tokenizer, max_tokens, num_prompts, corpus=source, num_heldout_tokens=num_tokens)
     return {entry.name: entry.prompts for entry in loader.load([HELDOUT if source.is_dir() else str(source)])}
 

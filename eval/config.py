@@ -71,9 +71,11 @@ class EvalConfig(ModelConfig):
         "offline: adds the task same_text, how often the model writes word for word the same.",
     )
     corpus: Path = Field(DEMO_RUN / "corpus", description="Prepared corpus whose held-out part is read.")
-    tasks: tuple[str, ...] = Field(
-        ("heldout_perplexity", "next_line", "close_line"),
-        description="lm-eval tasks: ours, made from the held-out part, or any name lm-eval itself knows.",
+    tasks: tuple[str, ...] | None = Field(
+        None,
+        description="lm-eval tasks: ours (heldout_perplexity, next_line, close_line), made from the held-out part, or "
+        "any name lm-eval itself knows. None: ours, as far as the text has items for them; prose has none to close. "
+        "An empty list: none.",
     )
     limit: Limit = Field(
         None, description="Documents a task at most: so many, or a share of them between 0 and 1; None: all."

@@ -20,6 +20,7 @@ import datasets
 from speedstack.eval.chat_template import ChatTemplate
 from speedstack.eval.chats import Chat, checked_ids, prompt_of
 from speedstack.eval.local_data import FORMATS, data_place, split_files
+from speedstack.eval.prepared_corpus import corpus_part
 from speedstack.eval.prompt_settings import PromptSettings
 from speedstack.eval.rows import SUFFIXES, Row, RowTally, UnusableRow, read_rows
 from speedstack.eval.task_data import make_prompt_sets
@@ -190,6 +191,7 @@ class PromptLoader:
 
     def _ids(self, where: str, row: dict[str, Any] | UnusableRow, instruction: str) -> list[int]:
         prompt = prompt_of(where, row, self.settings.field)
+        assert isinstance(row, dict)  # of others `prompt_of` has no prompt
         if isinstance(prompt, list):
             return checked_ids(where, prompt, self.tokenizer)
         if isinstance(prompt, str):
@@ -222,9 +224,7 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 def corpus_documents(corpus: Path) -> dict[str, str]:
     """Name -> text of a prepared corpus' held-out documents. Raises ValueError for a directory that is none."""
-    if not (corpus / "heldout").is_dir():
-        raise ValueError(f"{corpus} is not a prepared corpus: it has no held-out part")
-    heldout = datasets.load_from_disk(str(corpus / "heldout"))
+    heldout = corpus_part(corpus, "heldout", ("name", "text"))
     return dict(zip(heldout["name"], heldout["text"], strict=True))
 
 

@@ -6,15 +6,20 @@ more than the job's config bears: a broken line is a row too. `chats.py` says wh
 
 from __future__ import annotations
 
+import codecs
 import json
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+# Of a directory one kind is read. Data sets bring .json files that describe them, and a README.txt.
+_PREFERENCE = (".parquet", ".jsonl", ".json", ".txt")
 _NUM_EXAMPLES = 3
+_BATCH_ROWS = 256
 
 
 class UnusableRow(ValueError):
@@ -72,86 +77,211 @@ class RowTally:
 
 
 def read_rows(source: str | Path, split: str = "train") -> list[Row]:
+    """All of `iter_rows`."""
+    return list(iter_rows(source, split))
+
+
+def iter_rows(source: str | Path, split: str = "train", column: str | None = None) -> Iterator[Row]:
     """Rows of a .jsonl, .json or .parquet file, of a directory of such files, or of a data set of the Hugging Face Hub.
 
-    A .json is one array, or as a .jsonl; of a directory the parquet files are read, or where it has none the .jsonl, or
-    the .json. Files have no splits. Raises ValueError, one line, for a source that is not there or cannot be read; a
+    A .json is one array, one object, or as a .jsonl. Files have no splits; `source_files` says what is read of a
+    directory. `column`: of tables that have columns, the only one to read.
+
+    Raises ValueError, one line, for a source that is not there or cannot be read, and for a table without `column`; a
     line that is no JSON object is a row that cannot be used.
     """
+    if Path(source).exists() and split != "train":
+        raise ValueError(f"{source} is a file or directory, which has no split '{split}': leave the split out")
+    files = source_files(source)
+    if files is None:
+        yield from read_hub(str(source), split, column)
+        return
+    for file in files:
+        yield from read_file(file, column)
+
+
+def source_files(source: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path] | None:
+    """The files that a source is, in their order; None for the name of a data set of the Hub.
+
+    Of a directory all files of one kind are read, those of its directories too, but no hidden ones; a warning says what
+    else is there. A path is a path, whatever characters it has.
+
+    Raises ValueError, one line, for a file or directory that is not there, of another kind, or of several kinds.
+    """
+    if not str(source):
+        raise ValueError("the source of the data is empty: give a file, a directory or a dataset")
     place = Path(source)
-    if place.exists() and split != "train":
-        raise ValueError(f"{place} is a file or directory, which has no split '{split}': leave the split out")
     if place.is_dir():
-        files = _files_of(place)
-        return [row for file in files for row in _read_file(file)]
-    if place.exists() or place.suffix in SUFFIXES or str(source).startswith(("/", "./", "../", "~")):
-        return list(_read_file(place))  # nor would the Hub have it, after many retries
-    return _read_hub(str(source), split)
+        return _files_of(place, suffixes)
+    if not place.exists():
+        known = (*_PREFERENCE, *SUFFIXES, *suffixes)
+        if place.suffix.lower() in known or str(source).startswith(("/", "./", "../", "~")) or place.is_symlink():
+            raise ValueError(f"there is no file or directory {source}")  # nor has the Hub, after many retries
+        return None
+    if not place.is_file() or place.suffix.lower() not in suffixes:
+        raise ValueError(f"{place} is no {_listed(suffixes)} file{_unpack([place])}")
+    return [place]
 
 
-def _files_of(directory: Path) -> list[Path]:
-    files = sorted(file for file in directory.rglob("*") if file.is_file() and file.suffix in SUFFIXES)
-    # Data sets bring .json files that describe them.
-    for suffix in (".parquet", ".jsonl", ".json"):
-        if found := [file for file in files if file.suffix == suffix]:
-            return found
-    raise ValueError(f"{directory} has no .jsonl, .json or .parquet file")
+def read_file(file: Path, column: str | None = None) -> Iterator[Row]:
+    """Rows of one file; see `iter_rows`."""
+    return _read_parquet(file, column) if file.suffix.lower() == ".parquet" else _read_json(file)
 
 
-def _read_file(file: Path) -> Iterator[Row]:
-    if not file.is_file():
-        raise ValueError(f"there is no file or directory {file}")
-    if file.suffix not in SUFFIXES:
-        raise ValueError(f"{file} is no .jsonl, .json or .parquet file")
-    return _read_parquet(file) if file.suffix == ".parquet" else _read_json(file)
+def _files_of(directory: Path, suffixes: Sequence[str]) -> list[Path]:
+    entries = sorted(
+        entry
+        for entry in directory.rglob("*")
+        if not any(part.startswith(".") for part in entry.relative_to(directory).parts)
+    )
+    lost = [entry for entry in entries if entry.is_symlink() and not entry.exists()]
+    if lost:
+        raise ValueError(f"{lost[0]} is a link to nothing: download or remove it")
+    # pathlib does not go into linked directories, which is then said.
+    files = [entry for entry in entries if not entry.is_dir() or entry.is_symlink()]
+    by_kind = {
+        kind: [file for file in files if file.suffix.lower() == kind] for kind in _PREFERENCE if kind in suffixes
+    }
+    kinds = [kind for kind, members in by_kind.items() if members]
+    if any(file.suffix == ".arrow" for file in files):
+        raise ValueError(
+            f"{directory} is a dataset as save_to_disk of `datasets` writes it: write it with its to_json or to_parquet"
+        )
+    if not kinds:
+        raise ValueError(f"{directory} has no {_listed(suffixes)} file{_unpack(files)}")
+    if {".parquet", ".jsonl"} <= set(kinds):
+        raise ValueError(f"{directory} has .parquet and .jsonl files: give a file, or a directory of one kind")
+    chosen = by_kind[kinds[0]]
+    others = [file for file in files if file not in set(chosen)]
+    if others:
+        warnings.warn(
+            f"of {directory} the {len(chosen)} {kinds[0]} files are read, and not {len(others)} others, such as "
+            f"{others[0].relative_to(directory)}",
+            stacklevel=2,
+        )
+    return chosen
 
 
-def _read_parquet(file: Path) -> Iterator[Row]:
+def _listed(suffixes: Sequence[str]) -> str:
+    return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+
+
+def _unpack(files: Sequence[Path]) -> str:
+    is_packed = any(file.suffix in (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz") for file in files)
+    return "; unpack it first" if is_packed else ""
+
+
+def _read_parquet(file: Path, column: str | None) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        rows = pyarrow.parquet.ParquetFile(file).read().to_pylist()
+        with file.open("rb") as stream:  # a name that pyarrow takes for a URL is a name
+            table = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
+            names = table.schema_arrow.names
+            if twice := next((name for name, n in Counter(names).items() if n > 1), None):
+                raise ValueError(f"it has the column '{twice}' twice")
+            _check_column("it", names, column)
+            for batch in table.iter_batches(_BATCH_ROWS, columns=None if column is None else [column]):
+                for row in _batch_rows(batch):
+                    number += 1
+                    where = f"{file} row {number}"
+                    yield where, row if isinstance(row, dict) else UnusableRow(where, row)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise ValueError(f"cannot read {file}: {' '.join(str(error).split())}") from error
-    return ((f"{file} row {number}", row) for number, row in enumerate(rows, start=1))
+        raise ValueError(f"cannot read {file}: {_one_line(error)}") from error
+
+
+def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """Rows of an Arrow batch or table, or why one has none."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            try:
+                yield from batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError:
+                yield "not UTF-8"
+
+
+def _check_column(where: str, names: Sequence[str], column: str | None) -> None:
+    if column is not None and column not in names:
+        raise ValueError(f"{where} has no column '{column}'; its columns are {', '.join(names) or 'none'}")
 
 
 def _read_json(file: Path) -> Iterator[Row]:
     try:
-        content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        with file.open("rb") as stream:
+            start = stream.read(4)
+            stream.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
+            if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+                raise ValueError(f"{file} is UTF-16 or UTF-32: convert it to UTF-8")
+            if file.suffix.lower() == ".json" and (items := _whole(file, stream.read())) is not None:
+                yield from (_row(f"{file} row {number}", item) for number, item in enumerate(items, start=1))
+                return
+            stream.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
+            for number, line in enumerate(stream, start=1):  # ends at b"\n" alone: a string may hold other line ends
+                if line.strip():
+                    where = f"{file} line {number}"
+                    try:
+                        yield _row(where, _parsed(line))
+                    except UnicodeDecodeError:
+                        yield where, UnusableRow(where, "not UTF-8")
+                    except (ValueError, RecursionError) as error:
+                        yield where, UnusableRow(where, f"not JSON ({error})")
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror or error}") from error
-    if content.lstrip()[:1] == b"[" and file.suffix == ".json":
-        try:
-            items = json.loads(content)
-        except (ValueError, RecursionError) as error:
+
+
+def _whole(file: Path, content: bytes) -> list[Any] | None:
+    """The rows of a file that is one array or object; None where it is lines."""
+    try:
+        value = _parsed(content)
+    except (ValueError, RecursionError) as error:
+        if content.lstrip()[:1] == b"[":
             raise ValueError(f"{file} is not JSON: {error}") from error
-        for number, item in enumerate(items, start=1):
-            yield _row(f"{file} row {number}", item)
-        return
-    for number, line in enumerate(content.split(b"\n"), start=1):  # a string may hold other line ends
-        if line.strip():
-            where = f"{file} line {number}"
-            try:
-                yield _row(where, json.loads(line.decode("utf-8")))
-            except UnicodeDecodeError:
-                yield where, UnusableRow(where, "not UTF-8")
-            except (ValueError, RecursionError) as error:
-                yield where, UnusableRow(where, f"not JSON ({error})")
+        return None
+    return value if isinstance(value, list) else [value]
+
+
+def _parsed(content: bytes) -> Any:
+    return json.loads(content.decode("utf-8"), object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a name that is there twice, of which readers take one or the other."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"the field {twice!r} twice")
+    return value
 
 
 def _row(where: str, item: Any) -> Row:
     return where, item if isinstance(item, dict) else UnusableRow(where, "not a JSON object")
 
 
-def _read_hub(name: str, split: str) -> list[Row]:
+def read_hub(name: str, split: str, column: str | None = None) -> Iterator[Row]:
+    """Rows of a data set of the Hub; see `iter_rows`."""
     import datasets
 
     try:
-        # As Arrow gives them: images and sounds stay as they are stored.
-        rows = datasets.load_dataset(name, split=split).with_format("arrow")[:].to_pylist()
+        table = datasets.load_dataset(name, split=split)
     except Exception as error:  # of datasets, pyarrow and what fetches files, which share no base class
-        reason = " ".join(str(error).split())
-        raise ValueError(f"source {name} is neither a file nor a dataset that can be fetched: {reason}") from error
-    return [(f"{name} {split} row {number}", row) for number, row in enumerate(rows, start=1)]
+        raise ValueError(
+            f"source {name} is neither a file nor a dataset that can be fetched: {_one_line(error)}"
+        ) from error
+    _check_column(f"{name} {split}", table.column_names, column)
+    if column is not None:
+        table = table.select_columns([column])
+    number = 0
+    # As Arrow gives them: images and sounds stay as they are stored.
+    for batch in table.with_format("arrow").iter(_BATCH_ROWS):
+        for row in _batch_rows(batch):
+            number += 1
+            where = f"{name} {split} row {number}"
+            yield where, row if isinstance(row, dict) else UnusableRow(where, row)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -116,7 +116,10 @@ class SuiteResult:
         if not isinstance(content, dict) or BLOCK not in content:
             raise ValueError(f"{path} is no result of a suite: it has no part '{BLOCK}' (speedstack eval --suite)")
         lm_eval = {key: value for key, value in content.items() if key != BLOCK}
-        return cls(lm_eval, SuiteBlock.check(content[BLOCK], path))
+        block = SuiteBlock.check(content[BLOCK], path)
+        if not isinstance(lm_eval.get("results"), dict):
+            raise ValueError(f"{path} holds no scores: lm-eval's part 'results' is missing")
+        return cls(lm_eval, block)
 
     def scores(self, task: str, metric: str | None) -> list[tuple[str, str, float]]:
         """(task, 'metric,filter', value) of what a task or group of the suite is reported by.

@@ -21,6 +21,9 @@ from typing import Literal
 
 from speedstack.eval.document import Document, Environment, Record, Spread, Unavailable
 
+# Contestants whose ratios are what a race is about.
+ENGINE, ENGINE_DRAFTER, TRANSFORMERS = "engine", "engine + drafter", "transformers"
+
 
 class Identity(Record):
     """Whether a contestant's tokens are those of `reference`, and whether it promises so."""
@@ -118,9 +121,9 @@ class TimingResult(Document):
         return next((entry for entry in self.contestants if entry.name == name), None)
 
     def speedup(self, name: str, over: str) -> float | None:
-        """Ratio of median decode rates, None if either did not run."""
+        """Ratio of median decode rates, None if either did not run, or decoded nothing after its first tokens."""
         fast, slow = self.contestant(name), self.contestant(over)
-        if fast is None or slow is None:
+        if fast is None or slow is None or not slow.decode_tokens_per_second.median:
             return None
         return fast.decode_tokens_per_second.median / slow.decode_tokens_per_second.median
 

@@ -75,7 +75,6 @@ _PATHS = frozenset({"data.corpus", "qat.model", "drafter.target", "drafter.text"
 # Of the drafter's settings, those that decide the text it is trained on.
 _TEXT_FIELDS = (
     "data.sequence_length",
-    "drafter.prompts",
     "drafter.num_sequences",
     "drafter.num_eval_sequences",
     "drafter.prompt_length",
@@ -100,7 +99,11 @@ class DemoStages:
         config = self.config
         data = self.pretrain_config.data.model_dump(mode="json", exclude={"corpus", "sequence_length"})
         drafter = _decisive(self.drafter_config)
-        text = {name: drafter[name] for name in _TEXT_FIELDS}
+        text = {
+            name: value
+            for name, value in drafter.items()
+            if name in _TEXT_FIELDS or name.startswith("drafter.prompts.")
+        }
         return [
             self._stage("corpus", self.run_corpus, data),
             self._stage("pretrain", self.run_pretrain, _decisive(self.pretrain_config), ("corpus",)),
@@ -177,13 +180,14 @@ class DemoStages:
         from speedstack.eval.quality import heldout_windows, measure_quality
         from speedstack.eval.storage import expert_storage, summarize_model
         from speedstack.eval.task_data import make_tasks
+        from speedstack.eval.task_loading import TASK_NAMES
         from speedstack.gather import Facts
         from speedstack.heldout import heldout_texts
 
         section, corpus = self.config.quality, self._corpus()
         prefix_id = corpus.tokenizer.eos_token_id
         windows = heldout_windows(corpus.heldout["input_ids"], section.window, section.num_tokens, prefix_id)
-        make_tasks(heldout_texts(corpus), self.out / "tasks", seed=self.config.seed)
+        make_tasks(heldout_texts(corpus), self.out / "tasks", self.config.seed, tasks=TASK_NAMES)
         engines = {name: self._engine(path) for name, path in self.models.items()}
         result = measure_quality(
             engines, FULL, windows, task_data=self.out / "tasks", limit=section.limit, progress=False

@@ -1,6 +1,7 @@
 """The `generate` verb: stream a continuation to stdout, and what it cost to stderr.
 
-The text alone goes to stdout, so that it can be piped. Batches, files of prompts and log-probabilities are left to the
+The text alone goes to stdout, so that it can be piped. It is greedy unless flags say otherwise: of the model's
+generation_config.json only the end tokens are taken. Batches, files of prompts and log-probabilities are left to the
 Python API (`speedstack.runtime.Engine`), which does them in three lines.
 """
 
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from speedstack.eval.config import ModelConfig
+from speedstack.eval.prompt_settings import ChatTemplateKwargs
 
 if TYPE_CHECKING:
     from speedstack.runtime import Generation
@@ -24,13 +26,22 @@ class GenerateConfig(ModelConfig):
 
     prompt: str = Field("", description="Text to continue; '-' reads it from stdin.")
     prompt_ids: tuple[int, ...] = Field((), description="Token ids to continue, instead of text.")
+    chat_template: bool = Field(
+        False, description="The prompt as a user's message, in the template of the model's tokenizer."
+    )
+    chat_template_kwargs: ChatTemplateKwargs = Field(
+        {}, description="Variables for the chat template, as a JSON object: '{\"enable_thinking\": false}'."
+    )
     max_new_tokens: int = Field(128, ge=1, description="Tokens generated at most.")
-    temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 is greedy.")
+    temperature: float = Field(
+        0.0, ge=0, description="Sampling temperature; 0 is greedy, whatever generation_config.json has."
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: the probability mass kept.")
     top_k: int = Field(0, ge=0, description="Most probable tokens kept; 0 keeps all.")
     seed: int = Field(0, ge=0, description="Seed of the sampling noise.")
     stop: tuple[str, ...] = Field((), description="Strings that end the text; they are not part of it.")
-    ignore_eos: bool = Field(False, description="Go on past the end-of-text token.")
+    ignore_eos: bool = Field(False, description="Go on past end-of-text tokens.")
+    skip_special_tokens: bool = Field(True, description="Leave special tokens, marks of a chat say, out of the text.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="dtype of everything but packed experts; auto: float32 on a CPU, bfloat16 on a GPU."
     )
@@ -60,6 +71,10 @@ def generate(config: GenerateConfig) -> None:
     """Stream the continuation. Raises ValueError as `Engine` does, and for no prompt or two."""
     if bool(config.prompt) == bool(config.prompt_ids):
         raise ValueError("give one prompt: --prompt TEXT (or '-' for stdin), or --prompt-ids 1 2 3")
+    if config.chat_template and config.prompt_ids:
+        raise ValueError("chat_template is for text: give it as --prompt instead of --prompt-ids")
+    if config.chat_template_kwargs and not config.chat_template:
+        raise ValueError("chat_template_kwargs need --chat-template")
     from speedstack.runtime import Engine
 
     num_drafts = config.num_drafts
@@ -86,8 +101,11 @@ def generate(config: GenerateConfig) -> None:
         "seed": config.seed,
         "stop": config.stop,
         "ignore_eos": config.ignore_eos,
+        "skip_special_tokens": config.skip_special_tokens,
     }
     prompt = text or list(config.prompt_ids)
+    if config.chat_template:
+        prompt = _as_chat(text, engine.tokenizer, config.chat_template_kwargs)
     if engine.tokenizer is None:
         generation = engine.generate(prompt, **options)
         print(" ".join(map(str, generation.tokens)))
@@ -102,6 +120,17 @@ def generate(config: GenerateConfig) -> None:
     print(line, file=sys.stderr)
     parts = engine.memory_bytes().items()
     print("memory: " + ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in parts), file=sys.stderr)
+
+
+def _as_chat(text: str, tokenizer: Any, kwargs: dict[str, Any]) -> list[int]:
+    """Token ids: a template writes special tokens itself, and the tokenizer adds none."""
+    from speedstack.eval.chat_template import ChatTemplate
+    from speedstack.eval.chats import Chat
+
+    if tokenizer is None:
+        raise ValueError("chat_template needs a tokenizer, and the target has no tokenizer files")
+    written = ChatTemplate(tokenizer, kwargs).prompt("the prompt", Chat([{"role": "user", "content": text}]))
+    return list(tokenizer.encode(written, add_special_tokens=False))
 
 
 def _stream(pieces: Generator[str, None, Generation]) -> Generation:

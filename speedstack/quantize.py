@@ -19,7 +19,7 @@ from speedstack.eval.results import Document, Environment, Record
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from speedstack.quant.calibration import GptqReport
     from speedstack.quant.mxfp4 import ScaleRule
@@ -32,8 +32,11 @@ class CalibrationSection(VerbConfig):
 
     source: str = Field(
         str(DEMO_RUN / "corpus"),
-        description="Prepared corpus (its training part is read), a .jsonl, .parquet or .txt file, a directory of such "
-        "files, or the name of a dataset on the Hugging Face Hub; with a column `text`.",
+        description="Prepared corpus (its training part is read), a .jsonl, .json, .parquet or .txt file, a directory "
+        "of such files, or the name of a dataset on the Hugging Face Hub; with a column `text`.",
+    )
+    max_unusable_fraction: float = Field(
+        0.0, ge=0, le=1, description="Part of the source's rows that may have no text; they are left out."
     )
     num_sequences: int = Field(128, ge=1, description="Sequences.")
     sequence_length: int = Field(256, ge=2, description="Tokens in each.")
@@ -152,6 +155,7 @@ def _check_directories(config: QuantizeConfig) -> PreTrainedConfig:
     from speedstack.quant.checkpoint.directory import check_apart, check_place, check_target
     from speedstack.quant.checkpoint.files import checkpoint_directory
     from speedstack.quant.checkpoint.names import hub_names
+    from speedstack.runtime.target import warn_if_not_decodable
 
     model_config, codec = read_config(checkpoint_directory(config.model))
     if codec.is_packed:
@@ -160,6 +164,7 @@ def _check_directories(config: QuantizeConfig) -> PreTrainedConfig:
     check_target(config.out)
     check_place(config.out)
     hub_names(model_config.model_type)
+    warn_if_not_decodable(model_config)
     return model_config
 
 
@@ -193,10 +198,9 @@ def _calibrate(config: QuantizeConfig, model_config: PreTrainedConfig) -> None:
     from speedstack.quant.checkpoint import check_export, export_model, load_model
     from speedstack.quant.experts import expert_parameters
     from speedstack.runtime.select import choose_device
-    from speedstack.train.qat import load_tokenizer
 
     device = choose_device(config.device)
-    windows_NT = _calibration_windows(config, load_tokenizer(config.model), model_config)
+    windows_NT = _calibration_windows(config, model_config)
     model = load_model(config.model, _computation_dtype(config))
     check_export(model, config.model, is_packed=True)
     torch.nn.Module.to(model, device)
@@ -221,9 +225,9 @@ def _computation_dtype(config: QuantizeConfig) -> torch.dtype:
     """A dtype that holds what the files hold of the experts, so that nothing but MXFP4 rounds them."""
     import torch
 
-    from speedstack.quant.checkpoint.source import stored_dtypes
+    from speedstack.quant.checkpoint.source import value_dtypes
 
-    stored = stored_dtypes(config.model, ".experts.")
+    stored = value_dtypes(config.model, ".experts.")
     is_half = stored == {"BF16"}
     if config.dtype == "bfloat16" and not is_half:
         raise ValueError(
@@ -247,24 +251,26 @@ def _write_record(directory: Path, config: QuantizeConfig, start: float, report:
     result.save(directory / RECORD_FILE)
 
 
-def _calibration_windows(
-    config: QuantizeConfig, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig
-) -> torch.Tensor:
+def _calibration_windows(config: QuantizeConfig, model_config: PreTrainedConfig) -> torch.Tensor:
     """Token ids, int64 [N, T], that the model can read."""
+    from speedstack.quant.checkpoint.tokenizer import require_tokenizer
     from speedstack.train.calibration import calibration_windows
 
     section, text_config = config.calibration, model_config.get_text_config()
-    if len(tokenizer) > text_config.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {config.model} has {len(tokenizer)} tokens, the model an embedding of "
-            f"{text_config.vocab_size}: they do not belong together"
-        )
+    tokenizer = require_tokenizer(config.model, text_config.vocab_size)
     max_length = getattr(text_config, "max_position_embeddings", None)
     if max_length is not None and section.sequence_length > max_length:
         raise ValueError(
             f"calibration.sequence_length {section.sequence_length} exceeds the model's {max_length} positions"
         )
-    return calibration_windows(section.source, tokenizer, section.num_sequences, section.sequence_length, section.seed)
+    return calibration_windows(
+        section.source,
+        tokenizer,
+        section.num_sequences,
+        section.sequence_length,
+        section.seed,
+        section.max_unusable_fraction,
+    )
 
 
 def _gptq(model: PreTrainedModel, windows_NT: torch.Tensor, config: QuantizeConfig) -> GptqReport:

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from speedstack.cli import main
+from speedstack.eval.results import QualityResult
 from speedstack.evaluate import load_eval_config
 from speedstack.jobs import load_compare_config
+from speedstack.quant.checkpoint.tokenizer import require_tokenizer
+from speedstack.train.corpus import prepare_corpus
 
 
 def error_of(capsys: pytest.CaptureFixture, *arguments: str) -> str:
@@ -49,6 +52,53 @@ def test_bad_input_is_one_line(tiny_model_dir: Path, tmp_path: Path, capsys: pyt
     assert "humaneval runs programs that the model wrote: allow it with --allow-code" in code
     data = error_of(capsys, *model, "--suite", "code", "--allow-code", "--data", str(tmp_path))
     assert f"{tmp_path}/openai/openai_humaneval/default/test.jsonl" in data
+
+
+def test_prose_is_measured_as_far_as_it_can_be(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    paragraph = "It was late, and the rain had not stopped since noon; nobody spoke of the way home. " * 30
+    source = tmp_path / "prose.jsonl"
+    source.write_text("".join(json.dumps({"text": f"{n}. {paragraph}\n\n{paragraph}"}) + "\n" for n in range(6)))
+    tokenizer = require_tokenizer(tiny_model_dir)
+    prepare_corpus(tmp_path / "corpus", source=str(source), heldout_fraction=0.4, tokenizer=tokenizer)
+    model = ["eval", str(tiny_model_dir), "--device", "cpu", "--backend", "reference", "--corpus"]
+    model += [str(tmp_path / "corpus"), "--window", "16", "--num-tokens", "40", "--limit", "1", "--out", str(tmp_path)]
+    measured = {}
+    for name, tasks in {"default": [], "none": ["--tasks"], "one": ["--tasks", "heldout_perplexity"]}.items():
+        recwarn.clear()
+        assert main([*model, *tasks]) == 0
+        said = [str(warning.message) for warning in recwarn if "give no item for task" in str(warning.message)]
+        assert len(said) == (name == "default")
+        assert all("next_line and close_line, which is not measured" in line for line in said)
+        (measured[name],) = QualityResult.load(tmp_path / "quality.json").methods
+    assert {score.task for score in measured["default"].tasks} == {"heldout_perplexity"}
+    assert measured["one"] == measured["default"] and measured["none"].tasks == ()
+    assert measured["none"].nll_nats == measured["default"].nll_nats
+    asked = error_of(capsys, *model, "--tasks", "heldout_perplexity", "close_line")
+    assert "give no item for task close_line: hold out more text, or leave the task out" in asked
+
+
+def test_a_corpus_of_another_tokenizer_is_not_measured(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The same tokens with other ids: all of them are in the model's vocabulary."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    fields = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    fields["model"]["merges"] = fields["model"]["merges"][:20]
+    (model / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
+    (tmp_path / "texts").mkdir()
+    for number in range(3):
+        (tmp_path / "texts" / f"{number}.txt").write_text("import textwrap\n" * 20, encoding="utf-8")
+    prepare_corpus(tmp_path / "corpus", source=str(tmp_path / "texts"), tokenizer=require_tokenizer(tiny_model_dir))
+    line = error_of(capsys, "eval", str(model), "--corpus", str(tmp_path / "corpus"), "--window", "16")
+    assert "was tokenized with another tokenizer than that of" in line
 
 
 PROBLEM = {

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from speedstack.cli import main
 from speedstack.quant.checkpoint import load_checkpoint, load_model
+from speedstack.quant.checkpoint.tokenizer import tokenizer_files
 from speedstack.quant.experts import expert_parameters
 from speedstack.quant.mxfp4 import MXFP4Tensor, quantize
 from speedstack.quantize import QuantizeConfig, QuantizeResult
@@ -221,6 +222,9 @@ def test_a_tokenizer_of_another_model(
     (model / "tokenizer.json").unlink()
     (model / "tokenizer_config.json").unlink()
     assert "has no tokenizer" in fails(model, "--out", tmp_path / "out")
+    # Rounding reads no text; what the source lacks is not made up.
+    assert main(["quantize", str(model), "--method", "rtn", "--out", str(tmp_path / "out")]) == 0
+    assert tokenizer_files(tmp_path / "out") == []
 
 
 def test_places(fails: Callable[..., str], tiny_model_dir: Path, tmp_path: Path) -> None:

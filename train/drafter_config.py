@@ -50,6 +50,10 @@ class PromptsSection(Section, PromptSettings):
             raise ValueError(f"{', '.join(unlike_default)} needs source: without one prompts are pieces of the corpus")
         if self.heldout_split is not None and self.heldout_source is None:
             raise ValueError("heldout_split needs heldout_source")
+        if self.heldout_source is not None and "heldout_fraction" in unlike_default:
+            raise ValueError("heldout_fraction is of source: with heldout_source nothing of it is held out")
+        if self.responses == "target" and "response_field" in unlike_default:
+            raise ValueError("response_field has answers that are given: set responses to given")
         return self
 
 
@@ -165,6 +169,8 @@ class DrafterSection(Section):
             raise ValueError("ce_weight, kl_weight and tv_weight are all 0: one has to be above")
         if self.prompts.responses == "given" and (any(self.temperatures) or self.top_p != 1):
             raise ValueError("temperatures and top_p are of answers that the target writes: prompts.responses is given")
+        if self.top_p != 1 and not any(self.temperatures):
+            raise ValueError("top_p is for temperatures above 0, and there is none")
         if any(temperature < 0 for temperature in self.temperatures):
             raise ValueError("temperatures must not be negative")
         return self

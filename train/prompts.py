@@ -34,6 +34,7 @@ from speedstack.train.config import DrafterConfig
 from speedstack.train.corpus import quiet_datasets, tokenizer_sha256
 from speedstack.train.data import generator
 from speedstack.train.drafter_config import PromptsSection
+from speedstack.train.rundir import set_aside
 from speedstack.train.trainer import save_tensors
 
 _SPLITS = ("heldout", "train")
@@ -66,8 +67,12 @@ def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None if not template else hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
 
 
-def prepare_prompts(path: Path, config: DrafterConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptSet:
+def prepare_prompts(
+    path: Path, config: DrafterConfig, tokenizer: PreTrainedTokenizerBase, seed: int, may_replace: bool = False
+) -> PromptSet:
     """The prompts of `config.drafter.prompts`, made and written to the directory `path`, or read from there.
+
+    `may_replace`: set aside what is there and was made with other settings, instead of refusing it.
 
     Of the rows in an order drawn from `seed`, the first are held out and the next train, as many as the config takes
     of either; a training row whose prompt is held out is left out. Rows that are empty or too long are left out with
@@ -93,6 +98,8 @@ def prepare_prompts(path: Path, config: DrafterConfig, tokenizer: PreTrainedToke
     }
     if section.responses == "given":  # of written answers these decide nothing that is here
         settings |= {"sequence_length": config.data.sequence_length, "block_size": config.drafter.block_size}
+    if may_replace and (path / "prompts.json").is_file() and _different(path, settings):
+        set_aside(path, "prompts")
     if not (path / "prompts.json").is_file():
         _write(path, _Reader(config, tokenizer).split(seed), settings)
     return _load(path, settings)
@@ -170,7 +177,7 @@ class _Reader:
 
     def _conversation(self, where: str, row: dict[str, Any] | UnusableRow, to_train: bool) -> Conversation:
         prompt = prompt_of(where, row, self.section.field)
-        assert isinstance(row, dict)
+        assert isinstance(row, dict)  # of others `prompt_of` has no prompt
         is_given = self.section.responses == "given"
         if isinstance(prompt, str) and self.section.as_chat:
             prompt = Chat([{"role": "user", "content": prompt}])
@@ -296,10 +303,15 @@ def _write(path: Path, splits: dict[str, list[Conversation]], settings: dict[str
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _different(path: Path, settings: dict[str, Any]) -> list[str]:
+    """Names of the settings that the prompts at `path` were not made with."""
+    facts = json.loads((path / "prompts.json").read_text(encoding="utf-8"))
+    return [name for name, value in settings.items() if facts.get(name) != value]
+
+
 def _load(path: Path, settings: dict[str, Any]) -> PromptSet:
     facts = json.loads((path / "prompts.json").read_text(encoding="utf-8"))
-    different = [name for name, value in settings.items() if facts.get(name) != value]
-    if different:
+    if different := _different(path, settings):
         raise ValueError(
             f"{path} holds prompts made with another {', '.join(different)}: choose another drafter.text or delete it"
         )

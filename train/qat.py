@@ -21,14 +21,16 @@ from typing import Literal
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from speedstack.eval.divergence import token_kl, token_nll, top1_matches
 from speedstack.quant.checkpoint import can_be_packed, check_export, export_model, weights_sha256
 from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.files import checkpoint_directory
+from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters, router_parameters
 from speedstack.quant.ptq import round_to_nearest
+from speedstack.runtime.target import warn_if_not_decodable
 from speedstack.train.attention import enable_blockwise_attention
 from speedstack.train.config import QatConfig
 from speedstack.train.corpus import corpus_for
@@ -63,22 +65,18 @@ class QatRecipe(Recipe):
 
     def build(self, world: World) -> nn.Module:
         section, data, stage = self.config.qat, self.config.data, self.config.distributed.zero_stage
-        _check_teacher(self.config)
+        _check_teacher(self.config, world)
         if section.start_from is not None:
             _check_same_architecture(section.model, section.start_from)
-        student = load_for_stage(section.start_from or section.model, torch.float32, stage, world)
-        self.tokenizer = load_tokenizer(section.model)
-        if len(self.tokenizer) > student.config.get_text_config().vocab_size:
-            raise ValueError(
-                f"the tokenizer of {section.model} has {len(self.tokenizer)} tokens, the model an embedding of "
-                f"{student.config.get_text_config().vocab_size}: they do not belong together"
-            )
+        vocab_size = read_config(section.model)[0].get_text_config().vocab_size
+        self.tokenizer = require_tokenizer(section.model, vocab_size)
         with world.main_first():
             corpus = corpus_for(data, self.tokenizer)
         self.world = world
         self.train = PackedWindows(corpus.train, data.sequence_length)
         self.heldout = PackedWindows(corpus.heldout, data.sequence_length)
 
+        student = load_for_stage(section.start_from or section.model, torch.float32, stage, world)
         self.teacher = load_for_stage(section.model, getattr(torch, section.teacher_dtype), stage, world)
         enable_autocast(self.teacher)
         nn.Module.to(self.teacher.requires_grad_(False).eval(), world.device)
@@ -153,8 +151,13 @@ class QatRecipe(Recipe):
         return self.flips.state() if self.flips is not None else {}
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        if self.flips is not None:
+        self.has_stepped = True
+        if self.flips is None:
+            return
+        try:
             self.flips.load_state(tensors)
+        except ValueError as error:  # they are looked at, not trained with
+            warnings.warn(f"{error}: flips between looks are counted anew", stacklevel=2)
 
     def export(self, model: nn.Module, path: Path) -> None:
         assert isinstance(model, PreTrainedModel)
@@ -176,8 +179,11 @@ def _trained_names(student: PreTrainedModel, trainable: Literal["experts", "all_
     return names - router_parameters(student).keys() if trainable == "all_but_router" else names
 
 
-def _check_teacher(config: QatConfig) -> None:
-    """Raises ValueError for a model whose divergence from itself is nothing to train on, and for windows beyond it."""
+def _check_teacher(config: QatConfig, world: World) -> None:
+    """Raises ValueError for a model whose divergence from itself is nothing to train on, and for windows beyond it.
+
+    Warns of one whose result our engine will not decode.
+    """
     section = config.qat
     model_config, codec = read_config(checkpoint_directory(section.model))
     if codec.is_packed and section.objective != "ce":
@@ -190,6 +196,8 @@ def _check_teacher(config: QatConfig) -> None:
         raise ValueError(
             f"data.sequence_length {config.data.sequence_length} exceeds the {max_length} positions of {section.model}"
         )
+    if world.is_main:
+        warn_if_not_decodable(model_config)
 
 
 def _check_same_architecture(model: Path, start_from: Path) -> None:
@@ -206,14 +214,6 @@ def _check_same_architecture(model: Path, start_from: Path) -> None:
             f"qat.start_from {start_from} is another architecture than qat.model {model}: {key} is "
             f"{theirs.get(key)!r} instead of {ours.get(key)!r}"
         )
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model directory. Raises ValueError where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} has no tokenizer that can be read: {' '.join(str(error).split())}") from error
 
 
 def qat(config: QatConfig, on_step: OnStep | None = None) -> RunResult:

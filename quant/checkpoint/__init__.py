@@ -7,10 +7,12 @@ linears    the tensors that are no routed experts
 directory  writes a directory that appears whole or not at all
 reader     reads a directory into fused tensors
 model      reads a directory into a transformers model
+tokenizer  reads a directory's tokenizer, if it has one
 source     opens a directory that is to be written again
 writer     writes it, with everything that is not changed as it was
 convert    turns a directory of one format into one of another
 export     writes a model that was changed in memory as the directory it came from
+generation which tokens end a text
 digest     names a directory's weights by their SHA-256
 """
 

@@ -172,7 +172,7 @@ def _check_known(fields: Fields, config_class: type[PreTrainedConfig]) -> None:
             continue
         if key in _HARD_WIRED.get(config_class.model_type, {}) or key in _generation_keys():
             continue
-        if key in dict(_SAME.get(config_class.model_type, ())).values() or key in _words(config_class):
+        if key in dict(_SAME.get(config_class.model_type, ())).values() or key in _words(config_class.__module__):
             continue
         near = _hint(key, own | _OLD_ROPE_KEYS)
         if _SIZE.search(key):
@@ -204,9 +204,9 @@ def _generation_keys() -> frozenset[str]:
 
 
 @cache
-def _words(config_class: type[PreTrainedConfig]) -> frozenset[str]:
+def _words(module: str) -> frozenset[str]:
     """Every word in the source of a family's configuration and model: a key that is none of them is not read."""
-    place = Path(str(sys.modules[config_class.__module__].__file__))
+    place = Path(str(sys.modules[module].__file__))
     files = (place, place.with_name(place.name.replace("configuration_", "modeling_")))
     return frozenset(word for file in files if file.is_file() for word in re.findall(r"\w+", file.read_text("utf-8")))
 

@@ -153,7 +153,7 @@ DIRTY = [
 @pytest.mark.parametrize("row", DIRTY)
 def test_one_row_that_cannot_be_used_is_left_out_and_named(row, tmp_path, chat_tokenizer):
     chats = [{"prompt": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "x"}]} for i in range(9)]
-    rows = [*TEXTS[:9], *chats, row]
+    rows: list[dict[str, Any]] = [*TEXTS[:9], *chats, row]
     with pytest.warns(UserWarning, match=r"1 of 19 rows of .*prompts\.jsonl cannot be used .*prompts\.jsonl line 19: "):
         prompts = prepare(tmp_path, chat_tokenizer, rows, responses="given")
     assert len(prompts.heldout) + len(prompts.train) == 18
@@ -164,7 +164,7 @@ def test_answers_of_any_spelling(tmp_path, chat_tokenizer):
     chat_tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls }}")
     first, second, third = ([{"role": "user", "content": f"say {i}"}] for i in range(3))
     call = {"name": "look", "arguments": "{}"}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": first, "response": [{"from": "gpt", "value": "it is 0"}]},
         {"prompt": second, "response": "it is 1"},
         {"prompt": [*third, {"role": "assistant", "content": None, "tool_calls": [call]}]},
@@ -255,6 +255,8 @@ def test_a_source_that_is_nowhere_is_one_line(tmp_path, tiny_tokenizer):
     [
         ({"field": "text"}, {}, "field needs source"),
         ({"source": "x", "heldout_split": "test"}, {}, "heldout_split needs heldout_source"),
+        ({"source": "x", "heldout_source": "y", "heldout_fraction": 0.5}, {}, "heldout_fraction is of source"),
+        ({"source": "x", "response_field": "answer"}, {}, "response_field has answers that are given"),
         ({"source": "x", "responses": "given"}, {"temperatures": [0.7]}, "answers that the target writes"),
     ],
 )

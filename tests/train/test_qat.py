@@ -243,6 +243,21 @@ def test_flips_are_recorded_and_survive_a_resume(
     shutil.rmtree(config.run_directory / "checkpoints" / "step-6")
     assert numbers(qat(config).path) == numbers(whole.path)
 
+    # Of looks nothing is trained: a checkpoint without any is continued from.
+    blind = make_qat_config(tmp_path / "blind", pretrained.export_path, **(options | {"qat__look_every": 0}))
+    shutil.copytree(whole.path, blind.run_directory)
+    shutil.rmtree(blind.run_directory / "export")
+    shutil.rmtree(blind.run_directory / "checkpoints" / "step-6")
+    manifest = blind.run_directory / "checkpoints" / "step-4" / "COMPLETE.json"
+    content = json.loads(manifest.read_text())
+    del content["files"]["recipe.safetensors"]
+    manifest.write_text(json.dumps(content))
+    (manifest.parent / "recipe.safetensors").unlink()
+    with pytest.warns(UserWarning, match="no record of flips .*: flips between looks are counted anew"):
+        seeing = qat(make_qat_config(tmp_path / "blind", pretrained.export_path, **options))
+    assert seeing.metrics["flips_since_start"] == last["flips_since_start"]
+    assert seeing.metrics["heldout_kl"] == last["heldout_kl"]
+
     silent = qat(make_qat_config(tmp_path / "silent", pretrained.export_path, **(options | {"qat__look_every": 0})))
     assert "oscillating" not in silent.metrics
     assert silent.metrics["heldout_kl"] == last["heldout_kl"], "looking changes nothing"

@@ -40,6 +40,7 @@ RELEASED: dict[str, dict[str, Any]] = {
     "qwen3_moe": QWEN3 | {"max_window_layers": 48, "rope_scaling": None, "decoder_sparse_step": 1},
     "minimax_m2": {
         "moe_intermediate_size": 8,
+        "intermediate_size": 8,
         "use_mtp": True,
         "num_mtp_modules": 3,
         "qk_norm_type": "per_layer",
@@ -60,7 +61,7 @@ def test_makers_keys_of_mimo_are_transformers() -> None:
 
 
 def test_both_spellings_in_one_file_must_agree() -> None:
-    saved = config_from_fields(MIMO_MAKERS).to_dict()
+    saved: dict[str, Any] = config_from_fields(MIMO_MAKERS).to_dict()
     both = MIMO_MAKERS | {key: saved[key] for key in ("layer_types", "mlp_layer_types", "rope_parameters")}
     assert config_from_fields(both).to_dict() == saved
     for changes, match in [
@@ -117,7 +118,12 @@ def test_what_would_be_ignored_is_refused_by_name(fields: dict[str, Any], match:
 
 @pytest.mark.parametrize("model_type", RELEASED)
 def test_keys_of_released_models_pass(model_type: str) -> None:
-    beside = {"architectures": ["X"], "auto_map": {"AutoModel": "x.Y"}, "_name_or_path": "x", "unsloth_version": "1"}
+    beside: dict[str, Any] = {
+        "architectures": ["X"],
+        "auto_map": {"AutoModel": "x.Y"},
+        "_name_or_path": "x",
+        "unsloth_version": "1",
+    }
     beside |= {"tokenizer_class": None, "temperature": 0.6, "do_sample": True, "use_cache": True, "my_note": "x"}
     config_from_fields({"model_type": model_type} | beside | RELEASED[model_type])
 
