@@ -40,11 +40,24 @@ YARN = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_pos
 # What has no single rotary embedding has no YaRN under these keys, and no release in FP8 blocks is known of the others.
 NO_YARN = ("deepseek_v4", "mimo_v2_flash")
 NO_FP8 = ("deepseek_v4", "gpt_oss")
+# Settings that change what is computed, away from their defaults.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"topk_method": "group_limited_greedy", "n_group": 2, "routed_scaling_factor": 2.5},
+    "deepseek_v3": {"n_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": False, "rope_interleave": False},
+    "deepseek_v4": {"routed_scaling_factor": 2.5, "swiglu_limit": 0.5, "rms_norm_eps": 1e-2},
+    "glm4_moe": {"attention_bias": True, "use_qk_norm": True, "n_group": 2, "norm_topk_prob": False},
+    "gpt_oss": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 5, "rms_norm_eps": 1e-2},
+    "mimo_v2_flash": {"routed_scaling_factor": 2.5, "attention_value_scale": None, "norm_topk_prob": False},
+    "mixtral": {"sliding_window": 5, "rms_norm_eps": 1e-2},
+    "olmoe": {"clip_qkv": 0.5, "norm_topk_prob": True},
+    "qwen2_moe": {"norm_topk_prob": True, "mlp_only_layers": [0], "qkv_bias": False},
+    "qwen3_moe": {"attention_bias": True, "norm_topk_prob": False, "decoder_sparse_step": 2, "mlp_only_layers": []},
+}
 
 
-def overrides(family: str) -> dict[str, Any]:
+def overrides(family: str, model: str) -> dict[str, Any]:
     """Fields of a family's tiny model beside those of the shared fixture."""
-    return OVERRIDES.get(family, _WIDE | _ROPE)
+    return OVERRIDES.get(family, _WIDE | _ROPE) | (SETTINGS[family] if model == "settings" else {})
 
 
 def save_tokenizer(path: Path) -> None:
@@ -121,6 +134,11 @@ def old_rope(fields: dict[str, Any]) -> dict[str, Any]:
         fields["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
     kind = scaling.pop("rope_type")
     return fields | {"rope_scaling": None if kind == "default" else {"type": kind} | scaling}
+
+
+def tied(fields: dict[str, Any]) -> dict[str, Any]:
+    """Another model where a head is stored that is not the embedding: transformers keeps it."""
+    return fields | {"tie_word_embeddings": True}
 
 
 def type_for_rope_type(fields: dict[str, Any]) -> dict[str, Any]:
@@ -219,6 +237,20 @@ def snapshot(path: Path) -> Path:
     return place
 
 
+def half(path: Path) -> None:
+    """float16 files under a config.json that says bfloat16."""
+    tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in stored(path).items()}
+    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    write_fields(path, read_fields(path) | {"dtype": "bfloat16"})
+
+
+def mixed(path: Path) -> None:
+    """Experts in bfloat16, all else in float32, and nothing said of it."""
+    tensors = {name: tensor.bfloat16() if ".experts." in name else tensor for name, tensor in stored(path).items()}
+    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    write_fields(path, no_dtype(read_fields(path)))
+
+
 def is_fp8(name: str, tensor: torch.Tensor) -> bool:
     """Whether the makers of released FP8 models quantize it: linear layers but the head and routers."""
     plain = ("embed", "lm_head", "norm", ".gate.", "shared_expert_gate")
@@ -266,7 +298,7 @@ def without_fp8(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a directory is written. `model`: which of the family's models it is: plain, yarn or fp8."""
+    """How a directory is written. `model`: which of the family's models it is, see `write_model`."""
 
     name: str
     fields: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = ()
@@ -286,6 +318,15 @@ class Spelling:
         return snapshot(out) if snapshot in self.files else out
 
 
+def write_model(model: str, plain: Path, path: Path) -> None:
+    """One of the models that share the weights of `plain`, or what they are rounded to."""
+    shutil.copytree(plain, path)
+    if model in ("half", "mixed", "fp8"):
+        {"half": half, "mixed": mixed, "fp8": fp8_blocks}[model](path)
+    else:
+        write_fields(path, {"yarn": yarn, "tied": tied}[model](read_fields(path)))
+
+
 def spellings(family: str) -> list[Spelling]:
     """All of a family's."""
     has_rope = family != "mimo_v2_flash"
@@ -297,6 +338,10 @@ def spellings(family: str) -> list[Spelling]:
         Spelling("torch_dtype", (torch_dtype,)),
         Spelling("no_dtype", (no_dtype,)),
         *(Spelling(key, (experts_key(key),)) for key in EXPERT_KEYS),
+        Spelling("settings", model="settings"),
+        Spelling("half", model="half"),
+        Spelling("mixed", model="mixed"),
+        Spelling("tied_with_head", model="tied"),
         Spelling("shards", files=(shards,)),
         Spelling("snapshot", files=(shards, snapshot)),
     ]

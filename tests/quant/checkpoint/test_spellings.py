@@ -4,6 +4,7 @@ Every family that has names, every spelling of `spellings`; see there. transform
 directory, in float32, is what all are compared with; its experts through `fake_quantize` for what is rounded.
 """
 
+import json
 import re
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, PreTrainedModel
 
+from speedstack.cli import main
 from speedstack.quant.checkpoint import convert, load_model
 from speedstack.quant.checkpoint.names import FAMILIES
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, MXFP4Tensor, dequantize, fake_quantize
@@ -69,16 +71,11 @@ class Models:
         """The directory that spellings are made of: for fp8 the one in FP8."""
         if (family, model) not in self._sources:
             path = self.root / f"{family}-{model}"
-            if model == "plain":
-                made = self._make_family(family, **sp.overrides(family))
-                made.save_pretrained(path)
+            if model in ("plain", "settings"):
+                self._make_family(family, **sp.overrides(family, model)).save_pretrained(path)
                 sp.save_tokenizer(path)
             else:
-                sp.shutil.copytree(self.source(family, "plain"), path)
-            if model == "yarn":
-                sp.write_fields(path, sp.yarn(sp.read_fields(path)))
-            if model == "fp8":
-                sp.fp8_blocks(path)
+                sp.write_model(model, self.source(family, "plain"), path)
             self._sources[family, model] = path
         return self._sources[family, model]
 
@@ -185,7 +182,9 @@ def assert_packed(out: Path, path: Path, reference: Reference) -> None:
             continue
         assert codes in found, f"{codes} is missing"
         packed = MXFP4Tensor(found[codes].flatten(-2) if codes.endswith("blocks") else found[codes], found[scales])
-        assert torch.equal(dequantize(packed, torch.float32), fake_quantize(values)), f"{name} is not rounded once"
+        assert torch.equal(dequantize(packed, torch.float32), fake_quantize(values.float())), (
+            f"{name} is not rounded once"
+        )
         left -= {codes, scales}
     assert not left, f"tensors from nowhere: {sorted(left)[:3]}"
 
@@ -247,3 +246,29 @@ def test_first_loss_of_qat(models: Models, family: str, spelling: Spelling, tmp_
         assert loss == pytest.approx(reference.loss, rel=1e-3)
 
     see(models, family, spelling, check)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("mimo_v2_flash", "makers"), ("qwen3_moe", "fused_old_snapshot"), ("deepseek_v3", "fp8_old_snapshot")],
+)
+def test_a_step_of_qat(models: Models, family: str, name: str, tmp_path: Path) -> None:
+    """The verb itself, on a spelling and on the canonical directory: the same figures and the same export."""
+    spelling = next(spelling for spelling in sp.spellings(family) if spelling.name == name)
+    path, reference = models.spelled(family, spelling), models.reference(family, spelling.model)
+    results = []
+    for number, model in enumerate((reference.path, path)):
+        options = {"qat.model": model, "data.corpus": models.corpus, "data.source": models.root / "text.jsonl"}
+        options |= {"data.heldout-fraction": 0.3, "data.sequence-length": 16, "data.eval-sequences": 2}
+        options |= {"run.name": f"job-{number}", "run.out": tmp_path, "run.device": "cpu", "run.precision": "float32"}
+        options |= {"loop.num-steps": 1, "loop.batch-size": 1, "loop.save-every": 0, "optim.name": "adamw"}
+        options |= {"run.wandb-mode": "disabled"}
+        assert main(["qat", *(text for key, value in options.items() for text in (f"--{key}", str(value)))]) == 0
+        lines = (tmp_path / f"job-{number}" / "metrics.jsonl").read_text().splitlines()
+        figures = [json.loads(line) for line in lines]
+        results.append((figures, sp.logits(load_model(tmp_path / f"job-{number}" / "export"))))
+    (expected, expected_logits), (found, found_logits) = results
+    for one, other in zip(expected, found, strict=True):
+        for key in ("loss", "heldout_kl", "heldout_loss"):
+            assert one.get(key) == pytest.approx(other.get(key), rel=1e-4)
+    assert_close(found_logits, expected_logits)
