@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 Mutation = Callable[[random.Random, Path], None]
-# How a directory has to be taken: read as if nothing had happened, or refused by every reader.
+# How a directory has to be taken: read as if nothing had happened; that or refused; or refused by every reader.
+# The rest may also be read as transformers does.
 MUST_BE_READ: set[str] = set()
+READ_OR_REFUSED: set[str] = set()
 MUST_BE_REFUSED: set[str] = set()
 MUTATIONS: dict[str, Mutation] = {}
 
@@ -67,6 +69,11 @@ def mutation(function: Mutation) -> Mutation:
 
 def must_be_read(function: Mutation) -> Mutation:
     MUST_BE_READ.add(function.__name__)
+    return mutation(function)
+
+
+def read_or_refused(function: Mutation) -> Mutation:
+    READ_OR_REFUSED.add(function.__name__)
     return mutation(function)
 
 
@@ -328,14 +335,14 @@ def config_in_another_encoding(rng: random.Random, path: Path) -> None:
     (path / CONFIG).write_bytes(rng.choice(kinds))
 
 
-@mutation
+@read_or_refused
 def dtype_is_rubbish(rng: random.Random, path: Path) -> None:
     key = rng.choice(["dtype", "torch_dtype"])
     value = rng.choice(["float99", 5, None, "torch.float32", "int8", "auto", ["float32"], "float16"])
     write_fields(path, {name: entry for name, entry in fields_of(path).items() if name != "dtype"} | {key: value})
 
 
-@mutation
+@read_or_refused
 def architectures_are_others(rng: random.Random, path: Path) -> None:
     kinds: list[Any] = [["LlamaForCausalLM"], [], None, "Qwen3MoeForCausalLM", ["NoSuchModel"], 3]
     write_fields(path, fields_of(path) | {"architectures": rng.choice(kinds)})
@@ -344,7 +351,7 @@ def architectures_are_others(rng: random.Random, path: Path) -> None:
 # The index
 
 
-@mutation
+@read_or_refused
 def index_lacks_entries(rng: random.Random, path: Path) -> None:
     index = index_of(path)
     for _ in range(rng.randint(1, 3)):
@@ -352,7 +359,7 @@ def index_lacks_entries(rng: random.Random, path: Path) -> None:
     write_index(path, index)
 
 
-@mutation
+@read_or_refused
 def index_names_another_shard(rng: random.Random, path: Path) -> None:
     index = index_of(path)
     name = pick(rng, index["weight_map"])
@@ -376,7 +383,7 @@ def index_names_a_missing_file(rng: random.Random, path: Path) -> None:
     write_index(path, index)
 
 
-@mutation
+@read_or_refused
 def index_has_more(rng: random.Random, path: Path) -> None:
     index = index_of(path)
     name = rng.choice(["model.layers.9.mlp.gate.weight", "lm_head.bias", "model.layers.0.self_attn.rotary.inv_freq"])
@@ -384,7 +391,7 @@ def index_has_more(rng: random.Random, path: Path) -> None:
     write_index(path, index)
 
 
-@mutation
+@read_or_refused
 def index_is_rubbish(rng: random.Random, path: Path) -> None:
     index = index_of(path)
     kinds: list[Any] = [
@@ -401,7 +408,7 @@ def index_is_rubbish(rng: random.Random, path: Path) -> None:
     write_index(path, rng.choice(kinds))
 
 
-@mutation
+@read_or_refused
 def index_is_cut_or_gone(rng: random.Random, path: Path) -> None:
     index_of(path)
     content = (path / INDEX).read_bytes()
@@ -430,7 +437,7 @@ def file_is_cut(rng: random.Random, path: Path) -> None:
     file.write_bytes(content[: rng.choice([0, 4, 8, 100, len(content) // 2, len(content) - 1])])
 
 
-@mutation
+@read_or_refused
 def file_is_longer(rng: random.Random, path: Path) -> None:
     file = rng.choice(shards_of(path))
     file.write_bytes(file.read_bytes() + b"\x00" * rng.choice([1, 64]))
@@ -530,7 +537,7 @@ def bytes_are_flipped(rng: random.Random, path: Path) -> None:
     file.write_bytes(content)
 
 
-@mutation
+@read_or_refused
 def shards_are_swapped(rng: random.Random, path: Path) -> None:
     if len(shards_of(path)) < 2:
         raise NotHere
@@ -553,7 +560,7 @@ def shard_of_another_model(rng: random.Random, path: Path) -> None:
     edit(rng.choice(shards_of(path)), change)
 
 
-@mutation
+@read_or_refused
 def tensor_in_two_shards(rng: random.Random, path: Path) -> None:
     """A stale copy of what the index says is elsewhere."""
     index = index_of(path)["weight_map"]
@@ -564,7 +571,7 @@ def tensor_in_two_shards(rng: random.Random, path: Path) -> None:
     edit(other, lambda tensors: tensors.update({name: torch.ones_like(tensor)}))
 
 
-@mutation
+@read_or_refused
 def file_beside_the_index(rng: random.Random, path: Path) -> None:
     """A shard that the index does not name, with copies of all tensors of another."""
     index_of(path)
@@ -666,6 +673,17 @@ def tensor_is_not_finite(rng: random.Random, path: Path) -> None:
     edit_any(rng, path, change)
 
 
+@must_be_refused
+def scale_is_nan(rng: random.Random, path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        names = [name for name in tensors if name.endswith(("weight_scale", "_scales"))]
+        if not names:
+            raise NotHere
+        tensors[pick(rng, names)].view(torch.uint8).view(-1)[rng.randrange(4)] = 255
+
+    edit_any(rng, path, change)
+
+
 def experts_in(tensors: dict[str, torch.Tensor]) -> list[str]:
     names = [name for name in tensors if ".experts." in name]
     if not names:
@@ -712,7 +730,7 @@ def only_a_pickle(rng: random.Random, path: Path) -> None:
 # Beside the model
 
 
-@mutation
+@read_or_refused
 def generation_config_is_rubbish(rng: random.Random, path: Path) -> None:
     kinds: list[Any] = [
         [],
@@ -730,7 +748,7 @@ def generation_config_is_rubbish(rng: random.Random, path: Path) -> None:
     (path / "generation_config.json").write_text(text)
 
 
-@mutation
+@read_or_refused
 def tokenizer_is_rubbish(rng: random.Random, path: Path) -> None:
     name = rng.choice(["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"])
     text = rng.choice(["", "{", "[]", "null", '{"model": {}}', '{"tokenizer_class": "NoSuchTokenizer"}', "{% if %}"])
