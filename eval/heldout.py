@@ -11,8 +11,8 @@ import datasets
 from transformers import AutoTokenizer
 
 from speedstack.eval.quality import heldout_windows
+from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.files import checkpoint_directory
-from speedstack.quant.checkpoint.reader import read_config
 
 
 def corpus_windows(corpus: str | Path, model: str | Path, window: int, num_tokens: int) -> list[list[int]]:

@@ -34,8 +34,8 @@ from speedstack.eval.heldout import corpus_windows
 from speedstack.eval.quality import stderr_over_windows
 from speedstack.eval.results import SensitivityResult, UnitSensitivity
 from speedstack.quant.checkpoint import load_model, weights_sha256
+from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.files import checkpoint_directory
-from speedstack.quant.checkpoint.reader import read_config
 from speedstack.quant.experts import contraction_last, weight_names
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule, fake_quantize
 from speedstack.quant.replay import DecoderLayers

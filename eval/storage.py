@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig
 
 from speedstack.eval.results import ExpertStorage, ModelSummary
 from speedstack.quant.checkpoint import load_checkpoint
+from speedstack.quant.checkpoint.config import build_skeleton, read_config
 from speedstack.quant.checkpoint.files import weight_files
-from speedstack.quant.checkpoint.reader import build_skeleton, read_config
 from speedstack.quant.formats import number_format
 from speedstack.quant.ptq import ModuleGroup, weights_of
 

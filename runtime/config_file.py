@@ -1,18 +1,18 @@
 """A model's shape from its config.json alone, without weights, and without a class in transformers where there is none.
 
-Engines read a transformers config (`spec.spec_from_config`). Plans and cost need less and must not guess more: keys
-without which the shape is unknown are asked for, where transformers would quietly put another model's in. The MiMo
-models of type `mimo_v2` (V2.5, V2.5-Pro) are read directly, with the names of their makers' configuration files.
+What transformers has a class for is read as everywhere (`quant.checkpoint.config`), but that keys without which the
+shape is unknown are asked for: here no weights contradict what a class would put in their place. The MiMo models of
+type `mimo_v2` (V2.5, V2.5-Pro) are read directly, with the names of their makers' configuration files.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from speedstack.quant.checkpoint.config import config_from_fields
+from speedstack.quant.checkpoint.files import CONFIG_FILE, read_json
 from speedstack.runtime.formats import WeightFormats, formats_from_fields
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec, spec_from_config
 
-CONFIG_FILE = "config.json"
 _COMMON = (
     "vocab_size",
     "hidden_size",
@@ -62,12 +62,7 @@ def read_model_config(path: Path) -> tuple[ModelSpec, WeightFormats]:
     file = path if path.is_file() else path / CONFIG_FILE
     if not file.is_file():
         raise ValueError(f"there is no {CONFIG_FILE} at {path}: give a model directory or a config.json")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON ({error}): download it again") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds a JSON {type(fields).__name__} instead of an object")
+    fields = read_json(file)
     try:
         return spec_from_fields(fields), formats_from_fields(fields)
     except ValueError as error:
@@ -85,24 +80,13 @@ def spec_from_fields(fields: dict[str, Any]) -> ModelSpec:
         missing.append(_NUM_EXPERTS[model_type][0])
     if missing:
         raise ValueError(f"a {model_type} configuration needs {', '.join(dict.fromkeys(missing))}")
-    if model_type == "mimo_v2" or (model_type == "mimo_v2_flash" and "hybrid_layer_pattern" in fields):
+    if model_type == "mimo_v2":
         return _mimo(fields)
-    return spec_from_config(_transformers_config(fields))
-
-
-def _transformers_config(fields: dict[str, Any]) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING
-
-    plain = {key: value for key, value in fields.items() if key != "quantization_config"}
-    try:
-        return CONFIG_MAPPING[fields["model_type"]].from_dict(plain)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"not a valid {fields['model_type']} configuration: {' '.join(str(error).split())}") from error
+    return spec_from_config(config_from_fields(fields))
 
 
 def _mimo(fields: dict[str, Any]) -> ModelSpec:
-    """MiMo-V2, V2.5 and V2.5-Pro by their makers' names (as in their vLLM and SGLang model files)."""
+    """MiMo-V2.5 and V2.5-Pro by their makers' names (as in their vLLM and SGLang model files)."""
     if fields.get("n_shared_experts"):
         raise ValueError(f"shared experts (n_shared_experts={fields['n_shared_experts']}) are not supported")
     if (fields.get("n_group") or 1) != 1:

@@ -118,18 +118,24 @@ def spec_from_config(config: Any) -> ModelSpec:
         )
     if config.hidden_act != "silu":
         raise ValueError(f"activation {config.hidden_act!r} is not supported by the runtime, only silu is")
-    if config.attention_bias and config.model_type != "gpt_oss":
-        raise ValueError("attention_bias=True is not supported by the runtime")
+    if config.attention_bias and config.model_type == "mimo_v2_flash":
+        raise ValueError("attention_bias=True is not supported by the runtime for mimo_v2_flash")
     eos = config.eos_token_id
-    return ModelSpec(
-        model_type=config.model_type,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        rms_norm_eps=config.rms_norm_eps,
-        max_position_embeddings=config.max_position_embeddings,
-        eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-        layers=readers[config.model_type](config),
-    )
+    try:
+        return ModelSpec(
+            model_type=config.model_type,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            rms_norm_eps=config.rms_norm_eps,
+            max_position_embeddings=config.max_position_embeddings,
+            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            layers=readers[config.model_type](config),
+        )
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"a field of this {config.model_type} configuration must be wrong or is missing: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _default_rope(parameters: dict[str, Any], where: str) -> float:
@@ -237,8 +243,10 @@ def _qwen3_moe_layers(config: Any) -> tuple[LayerSpec, ...]:
         qk_head_dim=head_dim,
         v_head_dim=head_dim,
         rotary_dim=head_dim,
-        rope_theta=_default_rope(config.rope_parameters, "attention"),
+        rope_theta=float(config.rope_parameters["rope_theta"]),
         has_qk_norm=True,
+        has_bias=config.attention_bias,
+        yarn=_yarn(config.rope_parameters),
     )
     moe = MoeSpec(
         num_experts=config.num_experts,

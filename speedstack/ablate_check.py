@@ -8,9 +8,9 @@ from speedstack.ablate_config import TRAINED, AblateConfig, RowSpec, drafter_con
 from speedstack.ablate_rows import predict
 from speedstack.eval.heldout import corpus_windows
 from speedstack.heldout import heldout_prompts
+from speedstack.quant.checkpoint.config import build_skeleton, read_config
 from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
 from speedstack.quant.checkpoint.names import hub_names
-from speedstack.quant.checkpoint.reader import build_skeleton, read_config
 from speedstack.quant.formats import fake_quantize, number_format
 from speedstack.quant.ptq import weights_of
 from speedstack.runtime.gpus import gpu_named

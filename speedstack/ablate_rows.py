@@ -14,8 +14,8 @@ from speedstack.eval.ablation import BUSY_CORES, AblationGrid, AblationRow, Serv
 from speedstack.eval.environment import describe_environment
 from speedstack.eval.storage import EXPERTS, bytes_in_format, directory_bytes, stored_dtype
 from speedstack.plan import StepConfig, make_plan
+from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.files import WeightFiles
-from speedstack.quant.checkpoint.reader import read_config
 from speedstack.quant.formats import number_format
 from speedstack.runtime.config_file import read_model_config
 from speedstack.runtime.formats import WeightFormat, WeightFormats, weight_format

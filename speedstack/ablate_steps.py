@@ -32,8 +32,8 @@ from speedstack.eval.timing import spread
 from speedstack.evaluate import make_task_data
 from speedstack.heldout import heldout_prompts
 from speedstack.quant.checkpoint import load_model
+from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.directory import new_directory
-from speedstack.quant.checkpoint.reader import read_config
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.quantize import CalibrationSection, QuantizeConfig, quantize
 from speedstack.runtime import Engine, Generation

@@ -81,8 +81,8 @@ def load_prompts(config: BenchConfig) -> list[PromptSet]:
     from transformers import AutoTokenizer
 
     from speedstack.eval.prompts import PromptLoader
+    from speedstack.quant.checkpoint.config import read_config
     from speedstack.quant.checkpoint.files import checkpoint_directory
-    from speedstack.quant.checkpoint.reader import read_config
     from speedstack.runtime.spec import spec_from_config
 
     section, target = config.prompts, checkpoint_directory(config.target)

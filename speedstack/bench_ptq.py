@@ -42,8 +42,8 @@ from speedstack.eval.ptq_rows import PtqMethod, PtqResult
 from speedstack.eval.quality import model_quality
 from speedstack.quant.calibration import GPTQ_SCALE_RULE, gptq_experts
 from speedstack.quant.checkpoint import load_model, weights_sha256
+from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
-from speedstack.quant.checkpoint.reader import read_config
 from speedstack.quant.gptq import DEFAULT_DAMPING
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule
 from speedstack.quant.ptq import round_to_nearest

@@ -106,8 +106,8 @@ def _convert_drafter(config: ConvertConfig) -> None:
     from speedstack.dflash.checkpoint import check_target, convert_drafter, load_config
     from speedstack.dflash.formats.format import Target
     from speedstack.quant.checkpoint import load_tensor, weights_sha256
+    from speedstack.quant.checkpoint.config import read_config
     from speedstack.quant.checkpoint.files import checkpoint_directory
-    from speedstack.quant.checkpoint.reader import read_config
 
     target, taken_over = Target(), None
     if config.target is not None:

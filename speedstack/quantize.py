@@ -141,8 +141,8 @@ def quantize(config: QuantizeConfig) -> None:
 
     from speedstack.eval.environment import describe_environment
     from speedstack.quant.checkpoint import check_extras, load_model, save_packed
+    from speedstack.quant.checkpoint.config import read_config
     from speedstack.quant.checkpoint.names import hub_names
-    from speedstack.quant.checkpoint.reader import read_config
     from speedstack.runtime.select import choose_device
     from speedstack.train.qat import load_tokenizer
 

@@ -33,7 +33,7 @@ from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.acceptance import measure_acceptance
 from speedstack.eval.results import AcceptanceResult
 from speedstack.quant.checkpoint import weights_sha256
-from speedstack.quant.checkpoint.reader import read_config
+from speedstack.quant.checkpoint.config import read_config
 from speedstack.runtime import Engine
 from speedstack.train.checkpoint import write_atomically
 from speedstack.train.config import DrafterConfig, config_hash

@@ -24,9 +24,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speedstack.eval.divergence import token_kl, token_nll, top1_matches
 from speedstack.quant.checkpoint import check_extras, save_packed, weights_sha256
+from speedstack.quant.checkpoint.config import read_config, tied_names
 from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
 from speedstack.quant.checkpoint.names import hub_names
-from speedstack.quant.checkpoint.reader import read_config, tied_names
 from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters, router_parameters
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.train.attention import enable_blockwise_attention

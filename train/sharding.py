@@ -19,8 +19,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from speedstack.quant.checkpoint import load_model
+from speedstack.quant.checkpoint.config import BAD_FIELDS, read_config, reason_of
 from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
-from speedstack.quant.checkpoint.reader import read_config
+from speedstack.quant.checkpoint.formats import Plain
+from speedstack.quant.checkpoint.linears import check_unquantized
 from speedstack.train.distributed import World
 
 
@@ -71,13 +73,20 @@ def load_for_stage(path: Path, dtype: torch.dtype, zero_stage: int, world: World
 
     path = checkpoint_directory(path)
     config, codec = read_config(path)
-    if codec.is_packed:
+    if codec is not Plain:
         raise ValueError(
-            f"{path} is packed: ZeRO-3 shards unquantized models only. `speedstack convert {path} --to plain` writes "
-            "one with the same values; or use distributed.zero_stage 2 or less"
+            f"{path} is in the format {codec.name}: ZeRO-3 shards unquantized models only. `speedstack convert {path} "
+            "--to plain` writes one with the same values; or use distributed.zero_stage 2 or less"
         )
-    with WeightFiles(path):
-        pass  # transformers' own errors for damaged files are not lines a user can act on.
+    # transformers' own errors for damaged files are not lines a user can act on.
+    with WeightFiles(path) as files:
+        check_unquantized(files)
+        if not files.is_as_transformers_wants:
+            raise ValueError(
+                f"{path} cannot be read under ZeRO-3, where transformers reads it: its index lacks metadata, or shards "
+                "hold copies of tensors that the index places elsewhere; download it again, or use "
+                "distributed.zero_stage 2 or less"
+            )
     # transformers looks for a living object of this class to know that it has to shard.
     marker = HfDeepSpeedConfig(_sharding_config(world))
     model_class: Any = AutoModelForCausalLM
@@ -85,9 +94,8 @@ def load_for_stage(path: Path, dtype: torch.dtype, zero_stage: int, world: World
         model, report = model_class.from_pretrained(
             path, config=config, dtype=torch.float32, experts_implementation="grouped_mm", output_loading_info=True
         )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: the weights do not fit the configuration: {reason}") from error
+    except BAD_FIELDS as error:
+        raise ValueError(f"{path}: the weights do not fit the configuration: {reason_of(error)}") from error
     finally:
         unset_hf_deepspeed_config()
         del marker

@@ -14,13 +14,14 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from speedstack.quant.checkpoint.config import build_skeleton, read_config, tied_names, unquantized_fields
 from speedstack.quant.checkpoint.directory import MAX_SHARD_BYTES, ShardWriter, check_apart, check_target, new_directory
 from speedstack.quant.checkpoint.files import (
     CONFIG_FILE,
@@ -49,14 +50,7 @@ from speedstack.quant.checkpoint.linears import (
     write_linear,
 )
 from speedstack.quant.checkpoint.names import HubNames, hub_names
-from speedstack.quant.checkpoint.reader import (
-    build_skeleton,
-    expert_weights,
-    read_config,
-    stored_names,
-    tied_names,
-    unquantized_fields,
-)
+from speedstack.quant.checkpoint.reader import expert_weights, stored_names
 from speedstack.quant.fp8 import HEAD_FIELD, TILE_SIZE, FP8Tensor
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, MXFP4Tensor, ScaleRule, quantize
 
@@ -117,6 +111,8 @@ def convert(
             f"{source} is packed, its codes and scales are moved as they are: scale_rule {scale_rule} is for rounding "
             "an unquantized source"
         )
+    if scale_rule is not None and codec_type is Plain:
+        raise ValueError(f"format {codec_type.name} rounds nothing: leave scale_rule {scale_rule} away")
     names = hub_names(str(fields.get("model_type")))
     check_family(source_type, names)
     check_family(codec_type, names)
@@ -138,11 +134,14 @@ def convert(
         head = names.of("lm_head.weight")
         if lm_head == "fp8":
             _check_head(files, source_type, codec_type, head, "lm_head.weight" in tied_names(skeleton))
-        codec = Plain(names, _plain_dtype(fields)) if codec_type is Plain else codec_type(names)
+        # Of fused experts transformers alone writes the names; other formats have those of `save_pretrained`.
+        written = hub_names(names.model_type) if names.is_native else names
+        codec = Plain(written, _plain_dtype(fields)) if codec_type is Plain else codec_type(written)
         with new_directory(out) as partial:
             to_round = {name for name in others if linears == "fp8" and is_fp8_linear(codec_type, name)}
             to_round |= {head} if lm_head == "fp8" else set()
-            job = _Job(files, source_codec, codec, scale_rule or DEFAULT_SCALE_RULE, to_round)
+            rename = written.of if names.is_native else str
+            job = _Job(files, source_codec, codec, scale_rule or DEFAULT_SCALE_RULE, to_round, rename)
             job.write(weights, others, partial, max_shard_bytes, on_progress or (lambda done, total: None))
             config = unquantized_fields(fields) | codec.config(plain_matrices(job.shapes, job.fp8_names))
             if head in job.fp8_names:
@@ -182,13 +181,20 @@ class _Job:
     """One conversion while it writes."""
 
     def __init__(
-        self, files: WeightFiles, source: Codec, target: Codec, scale_rule: ScaleRule, to_round: set[str]
+        self,
+        files: WeightFiles,
+        source: Codec,
+        target: Codec,
+        scale_rule: ScaleRule,
+        to_round: set[str],
+        rename: Callable[[str], str],
     ) -> None:
         self._files = files
         self._source = source
         self._target = target
         self._scale_rule: ScaleRule = scale_rule
         self._to_round = to_round
+        self._rename = rename
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.fp8_names: set[str] = set()
         self.num_dequantized = 0
@@ -204,20 +210,22 @@ class _Job:
         shards = ShardWriter(directory, max_shard_bytes)
         # Experts between the other tensors of their layer, as `save_pretrained` has them: loaders read shard by shard.
         items: list[str | ExpertWeight] = sorted([*weights, *others], key=_natural_key)
-        with self._target.open_sink(directory, weights, shards) as sink:
+        targets = {weight: replace(weight, module=self._rename(weight.module)) for weight in weights}
+        with self._target.open_sink(directory, list(targets.values()), shards) as sink:
             for done, item in enumerate(items):
                 on_progress(done, len(items))
                 if isinstance(item, str):
                     self._write_other(item, shards)
                 else:
-                    self._target.write(item, self._experts(item), sink)
+                    self._target.write(targets[item], self._experts(item), sink)
             shards.finish()
         on_progress(len(items), len(items))
 
-    def _experts(self, weight: ExpertWeight) -> Iterator[MXFP4Tensor]:
+    def _experts(self, weight: ExpertWeight) -> Iterator[Any]:
+        """MXFP4Tensors; for a plain target the values of an unquantized source, or of one in FP8."""
         for index in range(weight.num_experts):
             expert = self._source.read(self._files, weight, index)
-            if isinstance(expert, torch.Tensor):
+            if isinstance(expert, torch.Tensor) and not isinstance(self._target, Plain):
                 try:
                     expert = self._quantize(expert)
                 except ValueError as error:
@@ -232,6 +240,7 @@ class _Job:
         tensor = read_linear(self._files, type(self._source), name, self._files.shape(name))
         if name in self._to_round:
             tensor = to_fp8(tensor, type(self._target), name)
+        name = self._rename(name)
         stored = write_linear(tensor, type(self._target), name)
         self.num_dequantized += isinstance(tensor, FP8Tensor) and len(stored) == 1
         if len(stored) > 1:

@@ -7,6 +7,7 @@ as the process's memory.
 """
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +57,8 @@ def weight_files(path: str | Path) -> list[Path]:
     if (path / SINGLE_FILE).is_file():
         return [path / SINGLE_FILE]
     files = [path / name for name in sorted(set(_weight_map(path).values()))]
+    if not files:
+        raise ValueError(f"{path / INDEX_FILE} names no tensor: download it again")
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file} is missing although {INDEX_FILE} names it: download the shard again")
@@ -75,25 +78,50 @@ class WeightFiles:
     """All tensors of a directory by name. A context manager; tensors stay valid after it closes."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises ValueError as `weight_files` does, and for a truncated or corrupt file."""
+        """Raises ValueError as `weight_files` does, and for a truncated or corrupt file.
+
+        The index is the authority. `stale`: names of which a shard holds a copy that the index does not name.
+        `is_as_transformers_wants`: whether transformers' own reader sees the same tensors here.
+        """
         self.path = Path(path)
         self._handles: list[Any] = []
         self._handle_of: dict[str, Any] = {}
+        self.stale: list[str] = []
         self.used: set[str] = set()
-        for file in weight_files(path):
+        files = weight_files(path)
+        weight_map = {} if files[0].name == SINGLE_FILE else _weight_map(self.path)
+        for file in files:
             try:
                 handle, self._is_mapped = _open(file)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} is truncated or corrupt ({error}): write or download it again") from error
             self._handles.append(handle)
-            self._handle_of |= dict.fromkeys(handle.keys(), handle)
-        if not (self.path / SINGLE_FILE).is_file():
-            for name, file_name in _weight_map(self.path).items():
-                if name not in self._handle_of:
+            for name in handle.keys():  # noqa: SIM118 (no dictionary)
+                if weight_map.get(name, file.name) != file.name:
+                    self.stale.append(name)
+                elif name in self._handle_of:
                     raise ValueError(
-                        f"{self.path / file_name} lacks the tensor {name} although {INDEX_FILE} names it: "
-                        "download the shard again"
+                        f"{self.path} has the tensor {name} in two shards, and {INDEX_FILE} does not say which is "
+                        "meant: download the shards again"
                     )
+                else:
+                    self._handle_of[name] = handle
+        has_index = files[0].name != SINGLE_FILE
+        self.is_as_transformers_wants = not self.stale and (
+            not has_index or "metadata" in read_json(self.path / INDEX_FILE)
+        )
+        for name, file_name in weight_map.items():
+            if name not in self._handle_of:
+                raise ValueError(
+                    f"{self.path / file_name} lacks the tensor {name} although {INDEX_FILE} names it: "
+                    "download the shard again"
+                )
+        if self.stale:
+            warnings.warn(
+                f"{self.path} has copies of {len(self.stale)} tensors in shards that {INDEX_FILE} does not name for "
+                f"them, such as {self.stale[0]}: the copies are not read",
+                stacklevel=2,
+            )
 
     def __enter__(self) -> "WeightFiles":
         return self

@@ -9,8 +9,8 @@ and config.json says so (`fp8.HEAD_FIELD`), since the silence of these makers' f
 
 import torch
 
-from speedstack.quant.checkpoint.files import WeightFiles
-from speedstack.quant.checkpoint.formats.codec import Codec
+from speedstack.quant.checkpoint.files import CONFIG_FILE, WeightFiles
+from speedstack.quant.checkpoint.formats.codec import Codec, read_fp8
 from speedstack.quant.fp8 import TILE_SIZE, FP8Tensor, quantize_fp8
 
 # Linear layers of attention and of dense MLPs, by the last part of their module's name.
@@ -48,22 +48,24 @@ def other_names(files: WeightFiles, codec: type[Codec], expert_names: set[str]) 
     return kept
 
 
+def check_unquantized(files: WeightFiles) -> None:
+    """Raises ValueError for quantized tensors in a directory whose config.json names no quantization."""
+    for name in sorted(files.names()):
+        if files.dtype(name) in _QUANTIZED_DTYPES:
+            raise ValueError(
+                f"{files.path}: {name} is {files.dtype(name)} though {CONFIG_FILE} names no quantization: its "
+                "quantization_config is missing"
+            )
+
+
 def read_linear(files: WeightFiles, codec: type[Codec], name: str, shape: tuple[int, ...]) -> torch.Tensor | FP8Tensor:
     """One of `other_names`. Raises ValueError when it is missing or has another shape, and for FP8 that is NaN."""
-    tensor = files.get(name, shape)
+    if name not in files or files.dtype(name) != "F8_E4M3":
+        return files.get(name, shape)
     scales = scale_name(codec, name)
-    if tensor.dtype != torch.float8_e4m3fn:
-        return tensor
     if scales is None:
         raise ValueError(f"{files.path}: {name} is FP8, which the format that config.json names does not have")
-    tiles = tuple(-(-size // TILE_SIZE) for size in shape)
-    try:
-        fp8 = FP8Tensor(tensor, files.get(scales, tiles))
-        if fp8.has_nan():
-            raise ValueError("elements or scales are NaN or infinity: the checkpoint is damaged, download it again")
-        return fp8
-    except ValueError as error:
-        raise ValueError(f"{files.path}: {name}: {error}") from error
+    return read_fp8(files, name, scales, shape)
 
 
 def write_linear(tensor: torch.Tensor | FP8Tensor, codec: type[Codec], name: str) -> dict[str, torch.Tensor]:

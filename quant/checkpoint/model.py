@@ -7,8 +7,11 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from speedstack.quant.checkpoint.config import BAD_FIELDS, build_skeleton, read_config, reason_of
 from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
-from speedstack.quant.checkpoint.reader import build_skeleton, load_checkpoint, read_config
+from speedstack.quant.checkpoint.formats import Plain
+from speedstack.quant.checkpoint.linears import check_unquantized
+from speedstack.quant.checkpoint.reader import load_checkpoint
 from speedstack.quant.experts import contraction_last
 from speedstack.quant.mxfp4 import MXFP4Tensor
 
@@ -24,15 +27,19 @@ def load_model(
     path = checkpoint_directory(path)
     config, codec = read_config(path)
     skeleton = build_skeleton(config)
-    if codec.is_packed:
+    state_dict, source = None, None
+    if codec is not Plain:
         state_dict = {
             name: _values(skeleton, name, tensor, dtype) for name, tensor in load_checkpoint(path).tensors.items()
         }
-        source = None
     else:
         # transformers' own errors for damaged files are not lines a user can act on: open them all first.
-        with WeightFiles(path):
-            state_dict, source = None, path
+        with WeightFiles(path) as files:
+            check_unquantized(files)
+            if files.is_as_transformers_wants:
+                source = path
+            else:
+                state_dict = {name: files.get(name, files.shape(name)) for name in files.names()}
     # The automatic class cannot make a model of tensors in memory, its own class can.
     model_class: Any = type(skeleton)
     try:
@@ -44,9 +51,8 @@ def load_model(
             experts_implementation=experts_implementation,
             output_loading_info=True,
         )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: the weights do not fit the configuration: {reason}") from error
+    except BAD_FIELDS as error:
+        raise ValueError(f"{path}: the weights do not fit the configuration: {reason_of(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} tensors, such as {missing[0]}: is it a complete model?")

@@ -1,8 +1,8 @@
 """Tensor names of a family on disk, against the names of its transformers model.
 
-On disk every expert has three 2-D tensors; transformers fuses them on loading. Its own table of these conversions is
-private and bound to dense tensors, so the families we can pack are listed here, and a test compares each with what
-`save_pretrained` of the installed transformers writes. gpt-oss alone keeps its experts fused on disk.
+On disk every expert has three 2-D tensors, or a layer's are fused as in transformers, which fuses them on loading. Its
+own table of these conversions is private and bound to dense tensors, so the families we can pack are listed here, and a
+test compares each with what `save_pretrained` of the installed transformers writes. gpt-oss' are always fused on disk.
 """
 
 import re
@@ -21,6 +21,7 @@ class HubNames:
     renames: (transformers' part of a name, the part on disk), applied in this order.
     released: further renames, from what `save_pretrained` writes to what the family's makers released.
     is_fused: a layer's experts are one tensor, with gate and up rows taking turns and the contraction axis first.
+    is_native: names and fused experts are those of transformers' model, as `save_original_format=False` writes them.
     """
 
     model_type: str = ""
@@ -30,6 +31,7 @@ class HubNames:
     renames: tuple[tuple[str, str], ...] = ()
     released: tuple[tuple[str, str], ...] = ()
     is_fused: bool = False
+    is_native: bool = False
 
     def of(self, native_name: str) -> str:
         """The name on disk of a module or of a tensor that is not an expert weight."""
@@ -38,6 +40,11 @@ class HubNames:
     def as_released(self) -> "HubNames":
         """The names in the checkpoints of the family's makers."""
         return replace(self, renames=self.renames + self.released, released=())
+
+    def as_native(self) -> "HubNames":
+        """The names in transformers' model; of a family whose experts it fuses and does not transpose."""
+        assert not self.is_fused
+        return replace(self, renames=(), released=(), is_native=True)
 
     def parts(self, module: str, weight_name: str, index: int) -> list[str]:
         """Modules on disk of expert `index` of `module`, in the order in which transformers stacks their rows."""

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from speedstack.quant.checkpoint.config import read_config, tied_names
 from speedstack.quant.checkpoint.directory import MAX_SHARD_BYTES, ShardWriter, new_directory
 from speedstack.quant.checkpoint.files import WeightFiles
 from speedstack.quant.checkpoint.formats import Codec, default_format
 from speedstack.quant.checkpoint.linears import plain_matrices, read_linear
 from speedstack.quant.checkpoint.names import hub_names
-from speedstack.quant.checkpoint.reader import expert_weights, extra_names, read_config, tied_names
+from speedstack.quant.checkpoint.reader import expert_weights, extra_names
 from speedstack.quant.experts import contraction_last
 from speedstack.quant.fp8 import FP8Tensor
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, MXFP4Tensor, ScaleRule, quantize

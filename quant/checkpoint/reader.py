@@ -11,23 +11,19 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from speedstack.quant.checkpoint.files import CONFIG_FILE, WeightFiles, checkpoint_directory, read_json
-from speedstack.quant.checkpoint.formats import Codec, ExpertWeight, check_family, detect
-from speedstack.quant.checkpoint.linears import other_names, read_linear
+from speedstack.quant.checkpoint.config import build_skeleton, read_config, tied_names
+from speedstack.quant.checkpoint.files import CONFIG_FILE, WeightFiles, checkpoint_directory
+from speedstack.quant.checkpoint.formats import Codec, ExpertWeight, check_family
+from speedstack.quant.checkpoint.linears import other_names, read_linear, scale_name
 from speedstack.quant.checkpoint.names import HubNames, hub_names
 from speedstack.quant.experts import contraction_last, routed_experts, weight_names
 from speedstack.quant.fp8 import FP8Tensor
 from speedstack.quant.mxfp4 import BLOCK_SIZE, MXFP4Tensor
-
-# What transformers raises for fields of the right type with values that cannot be.
-_BAD_FIELDS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,7 @@ def load_checkpoint(path: str | Path, keep_fp8: bool = False) -> Checkpoint:
     fp8: dict[str, FP8Tensor] = {}
     with WeightFiles(path) as files:
         names = stored_names(files, names)
+        check_family(codec_type, names)
         codec = codec_type(names)
         for name, weight in expert_weights(skeleton, names).items():
             experts = skeleton.get_submodule(name.rpartition(".")[0])
@@ -102,51 +99,13 @@ def _plain(tensor: torch.Tensor | FP8Tensor) -> torch.Tensor:
     return tensor.dequantize(torch.bfloat16) if isinstance(tensor, FP8Tensor) else tensor
 
 
-def read_config(path: Path) -> tuple[PreTrainedConfig, type[Codec]]:
-    """The configuration without a trace of quantization, and the directory's format. Raises ValueError."""
-    fields = read_json(path / CONFIG_FILE)
-    model_type = fields.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise ValueError(f"{path / CONFIG_FILE}: transformers knows no model_type {model_type!r}")
-    codec = detect(path, fields)
-    try:
-        config = CONFIG_MAPPING[model_type].from_dict(unquantized_fields(fields))
-    except (StrictDataclassError, *_BAD_FIELDS) as error:
-        raise ValueError(f"{path / CONFIG_FILE} is not a valid {model_type} configuration: {_reason(error)}") from error
-    return config, codec
-
-
-def unquantized_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """config.json without what it says of quantization."""
-    return {key: value for key, value in fields.items() if key not in ("quantization_config", "expert_dtype")}
-
-
-def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model of a configuration, without memory for its weights.
-
-    Raises ValueError for one that transformers makes no model of.
-    """
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except _BAD_FIELDS as error:
-        raise ValueError(
-            f"transformers makes no model of this {config.model_type} configuration, a field of {CONFIG_FILE} must be "
-            f"wrong: {_reason(error)}"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """State-dict names that are another tensor and not stored, each with the name it is stored under."""
-    return dict(model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
-
-
 def stored_names(files: WeightFiles, names: HubNames) -> HubNames:
-    """The names that these files go by: those that `save_pretrained` writes, or the family's makers'."""
+    """The names that these files go by: those that `save_pretrained` writes, the family's makers', or the model's own.
+
+    The last are those of experts fused as in transformers, which few but transformers itself write.
+    """
+    if not names.is_fused and any(name.endswith(".experts.down_proj") for name in files.names()):
+        return names.as_native()
     released = names.as_released()
     return released if released.of("model.embed_tokens.weight") in files else names
 
@@ -179,7 +138,9 @@ def extra_names(files: WeightFiles) -> list[str]:
     expert_names = {name for weight in weights.values() for name in codec.tensor_names(weight)}
     own = {names.of(name) for name in model.state_dict() if name not in weights}
     tied = {names.of(name) for name in tied_names(model)}
-    lacking = sorted((own - tied | expert_names) - set(files.names()))
+    # Experts in FP8 checkpoints may be unquantized, and then have no scales.
+    scales = set() if codec.is_packed else {scale_name(codec_type, name) for name in expert_names}
+    lacking = sorted((own - tied | expert_names - scales) - set(files.names()))
     if lacking:
         raise ValueError(f"{files.path} lacks the tensor {lacking[0]}: is it a complete model of this {CONFIG_FILE}?")
     return sorted(set(other_names(files, codec_type, expert_names)) - own)
@@ -203,6 +164,8 @@ def _read_experts(
         assert isinstance(expert, torch.Tensor)
         if fused is None:
             fused = torch.empty(getattr(experts, weight.name).shape, dtype=expert.dtype)
+        elif expert.dtype != fused.dtype:
+            fused = fused.to(torch.promote_types(expert.dtype, fused.dtype))
         contraction_last(experts, fused)[index] = expert
     assert fused is not None
     return fused

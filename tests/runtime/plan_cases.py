@@ -39,6 +39,8 @@ QWEN3 = (
         MoeSpec(6, 3, 32, "softmax", has_correction_bias=False, renormalize=False),
     ),
 )
+# What its configuration may ask for besides: long contexts by YaRN, and biases, which come before the norms.
+QWEN3_LONG = replace(QWEN3[0].attention, has_bias=True, yarn=YarnSpec(4.0, 16, 32.0, 1.0, True, 1.14))
 GPT_OSS = (
     LayerSpec(
         AttentionSpec(
@@ -99,7 +101,7 @@ def dequantized(weights: ModelWeights) -> ModelWeights:
 
 CASES: dict[str, Callable[[], ModelWeights]] = {
     "mimo": lambda: build(MIMO, 72, False),
-    "qwen3-mxfp4": lambda: build(QWEN3, 96, True),
+    "qwen3-mxfp4": lambda: build((replace(QWEN3[0], attention=QWEN3_LONG),), 96, True),
     "gpt-oss-mxfp4": lambda: build(GPT_OSS, 64, True),
     "mimo-fp8-mxfp4": lambda: build(FP8, 288, True, vocab_size=150, has_fp8=True),
 }

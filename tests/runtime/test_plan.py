@@ -391,7 +391,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config\.json at"):
         read_model_config(tmp_path)
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         read_model_config(tmp_path)
     (tmp_path / "config.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(ValueError, match="JSON list instead of an object"):

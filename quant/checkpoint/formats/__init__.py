@@ -6,6 +6,7 @@ compressed_tensors   mxfp4-pack-quantized, the default export
 gpt_oss              gpt-oss' fused blocks and scales
 mimo                 Xiaomi's store_dtype mxfp4
 deepseek_v4          DeepSeek's expert_dtype fp4
+fp8                  FP8 in tiles, experts too; only read
 gguf                 llama.cpp's blocks, for the experts alone
 """
 
@@ -18,6 +19,7 @@ from speedstack.quant.checkpoint.files import CONFIG_FILE
 from speedstack.quant.checkpoint.formats.codec import Codec, ExpertWeight, Sink, Weight
 from speedstack.quant.checkpoint.formats.compressed_tensors import CompressedTensors
 from speedstack.quant.checkpoint.formats.deepseek_v4 import DeepSeekV4
+from speedstack.quant.checkpoint.formats.fp8 import FP8
 from speedstack.quant.checkpoint.formats.gguf import EXPERTS_FILE, Gguf
 from speedstack.quant.checkpoint.formats.gpt_oss import GptOss
 from speedstack.quant.checkpoint.formats.mimo import MiMo
@@ -38,8 +40,8 @@ __all__ = [
     "format_named",
 ]
 
-_CODECS: tuple[type[Codec], ...] = (CompressedTensors, GptOss, MiMo, DeepSeekV4, Gguf, Plain)
-FORMATS: dict[str, type[Codec]] = {codec.name: codec for codec in _CODECS}
+_CODECS: tuple[type[Codec], ...] = (CompressedTensors, GptOss, MiMo, DeepSeekV4, Gguf, FP8, Plain)
+FORMATS: dict[str, type[Codec]] = {codec.name: codec for codec in _CODECS if codec.is_written}
 
 
 def format_named(name: str) -> type[Codec]:
@@ -71,7 +73,7 @@ def detect(path: Path, config: dict[str, Any]) -> type[Codec]:
     assert quantization is not None
     found = " ".join(str(quantization[key]) for key in ("quant_method", "format") if quantization.get(key))
     raise ValueError(
-        f"{path} is quantized as {found or 'unknown'}: only unquantized weights and the MXFP4 formats "
+        f"{path} is quantized as {found or 'unknown'}: only unquantized weights, FP8 in tiles and the MXFP4 formats "
         f"{', '.join(name for name in FORMATS if name != Plain.name)} can be read"
     )
 

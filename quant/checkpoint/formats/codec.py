@@ -17,7 +17,7 @@ import torch
 
 from speedstack.quant.checkpoint.files import WeightFiles
 from speedstack.quant.checkpoint.names import HubNames
-from speedstack.quant.fp8 import TILE_SIZE
+from speedstack.quant.fp8 import TILE_SIZE, FP8Tensor
 from speedstack.quant.mxfp4 import BLOCK_SIZE, MXFP4Tensor
 
 Weight = torch.Tensor | MXFP4Tensor
@@ -48,11 +48,15 @@ class Sink(Protocol):
 
 
 class Codec(Protocol):
-    """One format. `name` is what --to takes; `linear_scale` the suffix and dtype of FP8 linears' scales, if any."""
+    """One format.
+
+    name: what `--to` takes, where `is_written`. linear_scale: the suffix and dtype of FP8 linears' scales, if any.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
     is_packed: ClassVar[bool]
+    is_written: ClassVar[bool]
     linear_scale: ClassVar[tuple[str, torch.dtype] | None]
     plain_linears: ClassVar[tuple[str, ...]]
 
@@ -83,7 +87,7 @@ class Codec(Protocol):
         """Where `write` puts the weights, all of which are announced here in the order of writing."""
 
     def write(self, weight: ExpertWeight, experts: Iterator[MXFP4Tensor], sink: Sink) -> None:
-        """Write the experts of a weight, in their order."""
+        """Write the experts of a weight, in their order. `Plain` takes unquantized ones too."""
 
     def config(self, ignored: list[str]) -> dict[str, Any]:
         """Fields of config.json, given the modules of all matrices that stay unquantized."""
@@ -101,6 +105,7 @@ class PerExpert:
     linear_scale: ClassVar[tuple[str, torch.dtype] | None] = None
     plain_linears: ClassVar[tuple[str, ...]] = ()
     is_packed: ClassVar[bool] = True
+    is_written: ClassVar[bool] = True
     name: ClassVar[str]
     title: ClassVar[str]
 
@@ -196,10 +201,27 @@ FP8_FIELDS: dict[str, Any] = {
 
 
 def check_tiles(quantization: dict[str, Any]) -> None:
-    """Raises ValueError for FP8 tiles of another size."""
+    """Raises ValueError for FP8 of another layout: other tiles, one scale a tensor or channel, other elements."""
     size = quantization.get("weight_block_size", [TILE_SIZE, TILE_SIZE])
     if size != [TILE_SIZE, TILE_SIZE]:
         raise ValueError(f"weight_block_size {size} is not supported: FP8 tiles are read as {TILE_SIZE} x {TILE_SIZE}")
+    if quantization.get("fmt", "e4m3") != "e4m3":
+        raise ValueError(f"fmt {quantization['fmt']!r} is not supported: FP8 elements are read as e4m3")
+
+
+def read_fp8(files: WeightFiles, name: str, scales: str, shape: tuple[int, ...]) -> FP8Tensor:
+    """The matrix `name` and the scales of its tiles. Raises ValueError for missing, damaged and misshapen ones."""
+    tensor = files.get(name, shape)
+    tiles = files.get(scales, tuple(-(-size // TILE_SIZE) for size in shape))
+    if tiles.dtype in (torch.bfloat16, torch.float16):  # as Qwen3's are
+        tiles = tiles.float()
+    try:
+        fp8 = FP8Tensor(tensor, tiles)
+        if fp8.has_nan():
+            raise ValueError("elements or scales are NaN or infinity: the checkpoint is damaged, download it again")
+        return fp8
+    except ValueError as error:
+        raise ValueError(f"{files.path}: {name}: {error}") from error
 
 
 # What safetensors calls the containers of two elements; both signs occur.

@@ -47,6 +47,7 @@ class Gguf:
     name: ClassVar[str] = "gguf"
     title: ClassVar[str] = "GGUF"
     is_packed: ClassVar[bool] = True
+    is_written: ClassVar[bool] = True
     linear_scale: ClassVar[tuple[str, torch.dtype] | None] = None
     plain_linears: ClassVar[tuple[str, ...]] = ()
 

@@ -32,6 +32,7 @@ class GptOss:
     name: ClassVar[str] = "gpt-oss"
     title: ClassVar[str] = "gpt-oss' blocks and scales"
     is_packed: ClassVar[bool] = True
+    is_written: ClassVar[bool] = True
     linear_scale: ClassVar[tuple[str, torch.dtype] | None] = None
     plain_linears: ClassVar[tuple[str, ...]] = ()
 

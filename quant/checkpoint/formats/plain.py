@@ -18,7 +18,8 @@ from speedstack.quant.mxfp4 import MXFP4Tensor, dequantize
 class Plain(PerExpert):
     """Every expert's projections as `<module>.<index>.<projection>.weight`; gpt-oss' fused and transposed.
 
-    `dtype` is what packed experts are written as: float32, or bfloat16, which holds them too.
+    Experts fused as in transformers are read and not written. `dtype` is what packed experts are written as: float32,
+    or bfloat16, which holds them too.
     """
 
     name: ClassVar[str] = "plain"
@@ -38,8 +39,12 @@ class Plain(PerExpert):
     def refusal(cls, names: HubNames) -> str | None:
         return None
 
+    @property
+    def _has_fused(self) -> bool:
+        return self.names.is_fused or self.names.is_native
+
     def find(self, files: WeightFiles) -> list[ExpertWeight]:
-        if not self.names.is_fused:
+        if not self._has_fused:
             return super().find(files)
         weights = []
         for name in files.names():
@@ -48,20 +53,23 @@ class Plain(PerExpert):
                 shape = files.shape(name)
                 if len(shape) != 3:
                     raise ValueError(f"{files.path}: {name} has shape {shape}, fused experts have three sizes")
-                num_experts, num_columns, num_rows = shape
+                num_experts, *sizes = shape
+                num_rows, num_columns = sizes if self.names.is_native else reversed(sizes)
                 weights.append(ExpertWeight(module, weight_name, num_experts, num_rows, num_columns))
         return weights
 
     def tensor_names(self, weight: ExpertWeight) -> Iterator[str]:
-        if self.names.is_fused:
+        if self._has_fused:
             yield f"{weight.module}.{weight.name}"
         else:
             yield from super().tensor_names(weight)
 
     def read(self, files: WeightFiles, weight: ExpertWeight, index: int) -> Weight:
-        if self.names.is_fused:
-            fused_shape = (weight.num_experts, weight.num_columns, weight.num_rows)
-            tensors = [files.get_row(f"{weight.module}.{weight.name}", index, fused_shape).T]
+        if self._has_fused:
+            sizes = (weight.num_rows, weight.num_columns)
+            fused_shape = (weight.num_experts, *(sizes if self.names.is_native else reversed(sizes)))
+            rows = files.get_row(f"{weight.module}.{weight.name}", index, fused_shape)
+            tensors = [rows if self.names.is_native else rows.T]
         else:
             parts = self.names.parts(weight.module, weight.name, index)
             shape = (weight.num_rows // len(parts), weight.num_columns)
@@ -72,9 +80,9 @@ class Plain(PerExpert):
                     f"{files.path}: {weight.module} holds {tensor.dtype} though config.json names no quantization: "
                     "its quantization_config is missing"
                 )
-        return tensors[0] if self.names.is_fused else self.names.join(tensors)
+        return tensors[0] if self._has_fused else self.names.join(tensors)
 
-    def write(self, weight: ExpertWeight, experts: Iterator[MXFP4Tensor], sink: Sink) -> None:
+    def write(self, weight: ExpertWeight, experts: Iterator[Weight], sink: Sink) -> None:
         if self.names.is_fused:
             fused = torch.empty((weight.num_experts, weight.num_columns, weight.num_rows), dtype=self.dtype)
             for index, expert in enumerate(experts):
@@ -90,7 +98,9 @@ class Plain(PerExpert):
     def config(self, ignored: list[str]) -> dict[str, Any]:
         return {}
 
-    def _values(self, expert: MXFP4Tensor, weight: ExpertWeight, index: int) -> torch.Tensor:
+    def _values(self, expert: Weight, weight: ExpertWeight, index: int) -> torch.Tensor:
+        if isinstance(expert, torch.Tensor):
+            return expert
         values = torch.empty(expert.shape, dtype=self.dtype)
         parts = (tensor.split(ROWS_AT_A_TIME) for tensor in (values, expert.codes, expert.scales))
         for rows, codes, scales in zip(*parts, strict=True):

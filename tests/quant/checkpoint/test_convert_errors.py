@@ -63,8 +63,15 @@ def test_already_there_and_quantized_otherwise(
 ) -> None:
     refuses(plain, "plain", "is in the format plain already")
     refuses(packed, "compressed-tensors", "is in the format compressed-tensors already")
-    edit_config(plain, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
-    refuses(plain, "mimo", "is quantized as fp8: only unquantized weights and the MXFP4 formats")
+    edit_config(plain, quantization_config={"quant_method": "gptq"})
+    refuses(plain, "mimo", "is quantized as gptq: only unquantized weights, FP8 in tiles and the MXFP4 formats")
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    edit_config(plain, quantization_config=fp8 | {"weight_block_size": [128, 64]})
+    refuses(plain, "mimo", r"config\.json: weight_block_size \[128, 64\] is not supported")
+    edit_config(plain, quantization_config=fp8 | {"fmt": "e5m2"})
+    refuses(plain, "mimo", r"config\.json: fmt 'e5m2' is not supported")
+    edit_config(plain, quantization_config=fp8 | {"store_dtype": "nvfp4"})
+    refuses(plain, "mimo", r"config\.json: store_dtype 'nvfp4' of FP8 checkpoints is not known")
     mimo = {"quant_method": "fp8", "store_dtype": "mxfp4"}
     edit_config(plain, quantization_config=mimo | {"weight_block_size": [64, 64]})
     refuses(plain, "gguf", r"config\.json: weight_block_size \[64, 64\] is not supported")

@@ -1,0 +1,110 @@
+"""What model a directory holds: transformers' configuration of it, from config.json and, for tied weights, the files.
+
+Every verb, the engine, plans and training read it here. transformers' own classes give the answer, after `spelling` has
+put the file into their words.
+"""
+
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from speedstack.quant.checkpoint.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, WeightFiles, read_json, weight_files
+from speedstack.quant.checkpoint.formats import Codec, detect
+from speedstack.quant.checkpoint.names import FAMILIES, HubNames
+from speedstack.quant.checkpoint.spelling import transformers_fields
+
+# What transformers raises for fields of the right type with values that cannot be.
+BAD_FIELDS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def read_config(path: Path) -> tuple[PreTrainedConfig, type[Codec]]:
+    """The configuration without a trace of quantization, and the directory's format.
+
+    `tie_word_embeddings` is what the files say: where a head other than the embedding is stored, it is not tied, and
+    that is warned of, as in transformers. Raises ValueError.
+    """
+    fields = read_json(path / CONFIG_FILE)
+    codec = detect(path, fields)
+    try:
+        config = config_from_fields(fields)
+    except ValueError as error:
+        raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
+    if config.tie_word_embeddings and _stores_another_head(path, config.model_type):
+        warnings.warn(
+            f"{path / CONFIG_FILE} says that the LM head is the embedding, and the files hold another one: it is read "
+            "as untied; set tie_word_embeddings to false",
+            stacklevel=2,
+        )
+        config.tie_word_embeddings = False
+    return config, codec
+
+
+def config_from_fields(fields: dict[str, Any]) -> PreTrainedConfig:
+    """transformers' configuration of a parsed config.json, quantization aside.
+
+    Raises ValueError, of one line without a file name, for one that transformers or we do not compute.
+    """
+    spelled = transformers_fields(unquantized_fields(fields))
+    model_type = spelled["model_type"]
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(spelled)
+    except (StrictDataclassError, *BAD_FIELDS) as error:
+        raise ValueError(f"not a valid {model_type} configuration: {reason_of(error)}") from error
+
+
+def unquantized_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """config.json without what it says of quantization."""
+    return {key: value for key, value in fields.items() if key not in ("quantization_config", "expert_dtype")}
+
+
+def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal language model of a configuration, without memory for its weights.
+
+    Raises ValueError for one that transformers makes no model of.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except BAD_FIELDS as error:
+        raise ValueError(
+            f"transformers makes no model of this {config.model_type} configuration, a field of {CONFIG_FILE} must be "
+            f"wrong: {reason_of(error)}"
+        ) from error
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """State-dict names that are another tensor and not stored, each with the name it is stored under."""
+    return dict(model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
+
+
+def reason_of(error: Exception) -> str:
+    """A foreign exception as a part of one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _stores_another_head(path: Path, model_type: str) -> bool:
+    """Whether a directory has an LM head that is not its embedding; one without weights has none."""
+    if not any((path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        return False
+    stamps = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(path))
+    return _heads_differ(path, model_type, stamps)
+
+
+@cache
+def _heads_differ(path: Path, model_type: str, stamps: tuple[tuple[Path, int, int], ...]) -> bool:
+    """`stamps`: what the answer holds for."""
+    names = FAMILIES.get(model_type, HubNames())
+    with WeightFiles(path) as files:
+        for each in (names, names.as_released()):
+            head, embedding = each.of("lm_head.weight"), each.of("model.embed_tokens.weight")
+            if head in files and embedding in files:
+                if (files.shape(head), files.dtype(head)) != (files.shape(embedding), files.dtype(embedding)):
+                    return True
+                shape = files.shape(head)
+                return not torch.equal(files.get(head, shape), files.get(embedding, shape))
+    return False
