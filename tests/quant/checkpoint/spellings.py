@@ -27,14 +27,15 @@ IDS = [3, 9, 27, 18, 54, 35, 42, 63, 62, 59, 50, 23, 6, 11, 33, 40, 57, 44, 5, 1
 
 # Sizes of more than one FP8 tile, the last of them partial.
 _WIDE = {"vocab_size": 64, "moe_intermediate_size": 160, "intermediate_size": 192, "max_position_embeddings": 256}
+_EXPERTS_ALONE = {"vocab_size": 64, "intermediate_size": 160, "max_position_embeddings": 256}
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v4": {"rope_theta": 5e4, "compress_rope_theta": 9e4, "partial_rotary_factor": 0.5},
     "glm4_moe": _WIDE | {"rope_parameters": _ROPE["rope_parameters"] | {"partial_rotary_factor": 0.25}},
-    "gpt_oss": _WIDE | _ROPE | {"intermediate_size": 160},
+    "gpt_oss": _EXPERTS_ALONE | _ROPE,
     "mimo_v2_flash": {"vocab_size": 64, "moe_intermediate_size": 160, "intermediate_size": 192},
-    "mixtral": _WIDE | _ROPE | {"intermediate_size": 160, "head_dim": 32},
-    "olmoe": _WIDE | _ROPE | {"intermediate_size": 160},
+    "mixtral": _EXPERTS_ALONE | _ROPE | {"head_dim": 32},
+    "olmoe": _EXPERTS_ALONE | _ROPE,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 8}
 # What has no single rotary embedding has no YaRN under these keys, and no release in FP8 blocks is known of the others.
