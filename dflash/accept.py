@@ -56,17 +56,14 @@ def walk_rounds(runs: Sequence[int], start: int = 0) -> list[int]:
 
 
 def survival(rounds: Sequence[Sequence[int]], num_proposals: int) -> list[float]:
-    """Share of rounds in which proposals 1 .. j were all accepted, of those that had j, for j = 1 .. num_proposals.
+    """Share of all rounds in which proposals 1 .. j stand in the text, for j = 1 .. num_proposals; no rounds, zeros.
 
-    `rounds`: tokens committed by each round of each sequence, as `walk_rounds` gives them. A round has no more
-    proposals than the text may still grow by, the target's own token left out.
+    `rounds`: tokens committed by each round of each sequence, as `walk_rounds` gives them. The last token of a round is
+    the target's own, whether a proposal would have been it or not, and nothing behind the end of a text counts: the
+    shares add up to tau - 1.
     """
-    accepted, drafted = [0] * num_proposals, [0] * num_proposals
-    for sequence in rounds:
-        num_left = sum(sequence)
-        for tokens in sequence:
-            for j in range(min(num_proposals, num_left - 1)):
-                drafted[j] += 1
-                accepted[j] += tokens > j + 1
-            num_left -= tokens
-    return [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)]
+    committed = [tokens for sequence in rounds for tokens in sequence]
+    return [
+        sum(tokens > j for tokens in committed) / len(committed) if committed else 0.0
+        for j in range(1, num_proposals + 1)
+    ]

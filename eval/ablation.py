@@ -107,7 +107,9 @@ class AblationGrid(Document):
                 cells[f"tokens_per_second_{name}"] = None if rate is None else getattr(rate, name)
             rows.append(cells)
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        rate_columns = [f"tokens_per_second_{name}" for name in ("median", "q1", "q3")]
+        columns = [name for name in AblationRow.model_fields if name not in ("tokens_per_second", "steps")]
+        writer = csv.DictWriter(text, fieldnames=[*columns, *rate_columns], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue()
@@ -118,6 +120,8 @@ class AblationGrid(Document):
 
     def table(self) -> str:
         """A Markdown table. Empty columns are left out; a row that failed ends in its error."""
+        if not self.rows:
+            return "No rows.\n"
         columns = list(zip(*[_cells(row) for row in self.rows], strict=True))
         shown = [(heading, column) for heading, column in zip(self._headings(), columns, strict=True) if any(column)]
         lines = [

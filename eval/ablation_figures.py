@@ -1,9 +1,12 @@
 """Figures of an ablation, in the style of `speedstack.eval.figures`: precision against divergence, score and tau.
 
 Colours are the quantized modules, markers the method, so that a point can be told on a printer and by a colour-blind
-reader; whiskers are 95 % intervals. A figure shows the rows that have its two figures, and none is drawn without any.
+reader; whiskers are 95 % intervals. A figure shows the rows that have its two figures; without any, its function
+raises `NothingToDraw`.
 """
 
+import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 
 import matplotlib
@@ -16,7 +19,7 @@ from matplotlib.ticker import AutoLocator, NullLocator, ScalarFormatter
 
 from speedstack.eval.ablation import AblationGrid, AblationRow
 from speedstack.eval.document import Z95
-from speedstack.eval.figures import COLOURS, MARKERS, STYLE, label_x, legend_above, new_axes
+from speedstack.eval.figures import COLOURS, MARKERS, STYLE, NothingToDraw, label_x, legend_above, new_axes
 
 _MODULES = ("experts", "attention", "lm_head", "all", "")
 _METHODS = ("rtn", "mse", "gptq", "qat-ce", "qad", "none")
@@ -29,29 +32,33 @@ NATS = "KL from full precision (millinats a token, log scale)"
 
 def ablation_figures(grid: AblationGrid) -> dict[str, Figure]:
     """All that the grid has rows for, by file name."""
-    drawn = {
-        "kl_by_bits": kl_by_bits(grid),
-        "kl_by_bytes": kl_by_bytes(grid),
-        "kl_by_speed": kl_by_speed(grid),
-        "score_by_bits": grid_score_by_bits(grid),
-        "tau_by_bits": tau_by_bits(grid),
+    functions = {
+        "kl_by_bits": kl_by_bits,
+        "kl_by_bytes": kl_by_bytes,
+        "kl_by_speed": kl_by_speed,
+        "score_by_bits": grid_score_by_bits,
+        "tau_by_bits": tau_by_bits,
     }
-    return {name: figure for name, figure in drawn.items() if figure is not None}
+    drawn = {}
+    for name, function in functions.items():
+        with contextlib.suppress(NothingToDraw):
+            drawn[name] = function(grid)
+    return drawn
 
 
-def kl_by_bits(grid: AblationGrid) -> Figure | None:
+def kl_by_bits(grid: AblationGrid) -> Figure:
     """KL of every quantized model over the bits that one of its quantized weights takes."""
     return _points(
         _with_kl(grid), lambda row: row.bits_per_weight, _kl, BITS, NATS, "95 % interval of the mean over windows"
     )
 
 
-def kl_by_bytes(grid: AblationGrid) -> Figure | None:
+def kl_by_bytes(grid: AblationGrid) -> Figure:
     """KL of every quantized model over the bytes of the whole model: what a format is worth where it is used."""
     return _linear_x(_points(_with_kl(grid), _megabytes, _kl, BYTES, NATS, "95 % interval of the mean over windows"))
 
 
-def kl_by_speed(grid: AblationGrid) -> Figure | None:
+def kl_by_speed(grid: AblationGrid) -> Figure:
     """KL over the predicted tokens/s of greedy decoding, filled points with a drafter: what divergence buys.
 
     The full-precision model, whose KL is 0, is a line: the tokens/s that it is predicted to decode without a drafter.
@@ -78,15 +85,14 @@ def kl_by_speed(grid: AblationGrid) -> Figure | None:
     )
 
 
-def _linear_x(figure: Figure | None) -> Figure | None:
-    if figure is not None:
-        (axes,) = figure.axes
-        axes.set_xscale("linear")
-        axes.xaxis.set_major_locator(AutoLocator())
+def _linear_x(figure: Figure) -> Figure:
+    (axes,) = figure.axes
+    axes.set_xscale("linear")
+    axes.xaxis.set_major_locator(AutoLocator())
     return figure
 
 
-def grid_score_by_bits(grid: AblationGrid) -> Figure | None:
+def grid_score_by_bits(grid: AblationGrid) -> Figure:
     """Score of every model over the bits that one of its quantized weights takes."""
     rows = [row for row in grid.models() if row.score is not None]
     return _points(
@@ -100,11 +106,11 @@ def grid_score_by_bits(grid: AblationGrid) -> Figure | None:
     )
 
 
-def tau_by_bits(grid: AblationGrid) -> Figure | None:
+def tau_by_bits(grid: AblationGrid) -> Figure:
     """Tokens a round over the target's precision: a line a drafter's target and temperature, methods by marker."""
-    rows = [row for row in grid.rows if row.tau is not None and row.modules in ("experts", "")]
+    rows = [row for row in grid.rows if row.tau is not None and row.bits_per_weight and row.modules in ("experts", "")]
     if not rows:
-        return None
+        raise NothingToDraw("no row has a drafter's tokens a round")
     keys = sorted({(row.temperature, row.drafter) for row in rows})
     # More lines than colours that are told apart: shades, from cold to hot.
     shades = [to_hex(colormaps["cividis"](index / len(keys))) for index in range(len(keys))]
@@ -121,6 +127,16 @@ def tau_by_bits(grid: AblationGrid) -> Figure | None:
         ]
         _finish(axes, rows, named, BITS, "tokens a round (tau)", "95 % interval over texts")
     return figure
+
+
+def _marker(method: str) -> str:
+    """The method's own, the last one for methods that came later."""
+    return MARKERS[_METHODS.index(method)] if method in _METHODS else MARKERS[-1]
+
+
+def _quantity(label: str) -> str:
+    """An axis' label without its unit."""
+    return label.partition(" (")[0].partition(",")[0]
 
 
 def _with_kl(grid: AblationGrid) -> list[AblationRow]:
@@ -145,20 +161,22 @@ def _points(
     log_y: bool = True,
     fills_drafted: bool = False,
     full_precision_x: float | None = None,
-) -> Figure | None:
-    rows = [row for row in rows if x_of(row) is not None]
+) -> Figure:
+    rows = [row for row in rows if x_of(row)]
     if not rows:
-        return None
+        raise NothingToDraw(f"no row has both {_quantity(y_label)} and {_quantity(x_label)}")
+    modules = dict.fromkeys((*_MODULES, *(row.modules for row in rows)))
+    colours = dict(zip(modules, itertools.cycle(COLOURS)))
     with matplotlib.rc_context(STYLE):
         figure, axes = new_axes(3.4)
         if log_y:
             axes.set_yscale("log")
         for row in rows:
             y, stderr = y_of(row)
-            colour = COLOURS[_MODULES.index(row.modules)]
-            _point(axes, row, x_of(row) or 0.0, y, stderr, colour, fills_drafted and row.drafter != "none")
-        modules = [name for name in _MODULES if any(row.modules == name for row in rows)]
-        named = [(name or "full precision", COLOURS[_MODULES.index(name)]) for name in modules]
+            filled = fills_drafted and row.drafter != "none"
+            _point(axes, row, x_of(row) or 0.0, y, stderr, colours[row.modules], filled)
+        shown = [name for name in modules if any(row.modules == name for row in rows)]
+        named = [(name or "full precision", colours[name]) for name in shown]
         lines = []
         if full_precision_x is not None:
             label = "full precision, undrafted"
@@ -174,7 +192,7 @@ def _point(
         x,
         y,
         yerr=None if stderr is None else Z95 * stderr,
-        fmt=MARKERS[_METHODS.index(row.method)],
+        fmt=_marker(row.method),
         color=colour,
         markerfacecolor=colour if is_filled else "none",
         markersize=5.5,
@@ -200,7 +218,8 @@ def _finish(
     axes.xaxis.set_minor_locator(NullLocator())
     label_x(axes, x_label, whiskers)
     axes.set_ylabel(y_label)
-    methods = [name for name in _METHODS if any(row.method == name for row in rows) and name != "none"]
+    methods = [name for name in dict.fromkeys((*_METHODS, *(row.method for row in rows)))]
+    methods = [name for name in methods if name != "none" and any(row.method == name for row in rows)]
     handles = [Line2D([], [], color=colour, linewidth=3, label=label) for label, colour in named]
     handles += [
         Line2D(
@@ -208,7 +227,7 @@ def _finish(
             [],
             color="black",
             linestyle="none",
-            marker=MARKERS[_METHODS.index(name)],
+            marker=_marker(name),
             markerfacecolor="none",
             label=name,
         )

@@ -4,6 +4,7 @@ Counted by the engine while it decodes: nothing is simulated, and the text is th
 committed / decode rounds with the target's bonus token included, so it is the number of times fewer the target runs.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -56,16 +57,23 @@ def acceptance_result(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> AcceptanceResult:
-    """The result of what was counted on sets of prompts. Raises ValueError as `summarize`."""
+    """The result of what was counted on sets of prompts; a set without a decode round is left out with a warning.
+
+    Raises ValueError when no round ran on any.
+    """
     everything = [entry for group in sets.values() for entry in group]
+    overall = summarize_stats("all prompts", everything)
+    measured = {name: group for name, group in sets.items() if any(entry.num_rounds for entry in group)}
+    for name in sets.keys() - measured.keys():
+        warnings.warn(f"no decode round ran on {name}: it has no acceptance", stacklevel=2)
     return AcceptanceResult(
         block_size=1 + max(len(entry.drafted_by_position) for entry in everything),
         strategy=asdict(strategy),
         temperature=temperature,
         seed=seed,
         max_new_tokens=max_new_tokens,
-        overall=summarize_stats("all prompts", everything),
-        sets=tuple(summarize_stats(name, group) for name, group in sets.items()),
+        overall=overall,
+        sets=tuple(summarize_stats(name, group) for name, group in measured.items()),
         environment=describe_environment(),
     )
 
@@ -83,12 +91,10 @@ def summarize_stats(name: str, generated: Sequence[GenerationStats]) -> Acceptan
     num_rounds = sum(entry.num_rounds for entry in stats)
     num_committed = sum(entry.num_round_tokens for entry in stats)
     num_positions = max(len(entry.drafted_by_position) for entry in stats)
-    accepted, drafted = [0] * num_positions, [0] * num_positions
+    accepted = [0] * num_positions
     for entry in stats:
         for i, count in enumerate(entry.accepted_by_position):
             accepted[i] += count
-        for i, count in enumerate(entry.drafted_by_position):
-            drafted[i] += count
     return AcceptanceSet(
         name=name,
         num_prompts=len(generated),
@@ -96,7 +102,7 @@ def summarize_stats(name: str, generated: Sequence[GenerationStats]) -> Acceptan
         num_committed=num_committed,
         acceptance_length=num_committed / num_rounds,
         mean_of_responses=sum(entry.acceptance_length for entry in stats) / len(stats),
-        survival=tuple(a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)),
+        survival=tuple(count / num_rounds for count in accepted),
         rows_per_token=sum(entry.num_rows for entry in stats) / num_committed,
         drafted_per_token=sum(entry.num_drafted for entry in stats) / num_committed,
     )

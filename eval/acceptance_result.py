@@ -11,9 +11,10 @@ class AcceptanceSet(Record):
     """Acceptance on one set of prompts.
 
     `acceptance_length` is tokens committed / decode rounds, the bonus token included (tau); `mean_of_responses` is the
-    same ratio a response, then averaged, as the DFlash paper reports it. `survival[i]` is the share of the rounds that
-    drafted position i + 1 in which the drafts up to it were all accepted. `rows_per_token` are rows of the target, and
-    `drafted_per_token` proposals made, a token committed; None in files written before they were counted.
+    same ratio a response, then averaged, as the DFlash paper reports it. `survival[i]` is the share of the rounds in
+    which the drafts up to position i + 1 were all accepted: the shares add up to tau - 1. (Files of 2026-11 have the
+    share of the rounds that drafted the position.) `rows_per_token` are rows of the target, and `drafted_per_token`
+    proposals made, a token committed; None in files written before they were counted.
     """
 
     name: str

@@ -2,7 +2,7 @@
 
     python -m speedstack.eval.bench_serving --target T --drafter D --prompts runs/demo/corpus --out results/x.json
 
-Prompts are the held-out part of a prepared corpus, or the field `prompt` (text or token ids) of a JSONL file. Every row
+Prompts are the held-out part of a prepared corpus, or those of a file, as `bench` reads it. Every row
 decodes the same prompts, one sequence at a time, past end-of-text tokens; its text is compared with that of the row
 without a drafter at the same temperature on the same backend, and a difference ends the run. Counts are of all prompts;
 repeats of the first few are timed with the rows interleaved, in a seeded order, and medians are reported.
@@ -25,10 +25,14 @@ from speedstack.dflash.checkpoint import load_drafter
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.acceptance import summarize
 from speedstack.eval.environment import describe_environment
-from speedstack.eval.prompts import HELDOUT, Prompt, PromptLoader, read_prompts, spaced
+from speedstack.eval.prompts import HELDOUT, PromptLoader
 from speedstack.eval.results import AcceptanceSet, Document, Environment, Record, Spread
 from speedstack.eval.timing import spread
+from speedstack.quant.checkpoint.config import read_config
+from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.runtime import Engine, Generation
+from speedstack.runtime.engine import DEFAULT_MAX_LENGTH
+from speedstack.runtime.spec import spec_from_config
 from speedstack.runtime.strategy import NGRAM, DraftStrategy
 
 Proposer = Literal["none", "drafter", "ngram"]
@@ -142,7 +146,7 @@ class Server:
         engine.set_strategy(way.strategy)
         return engine
 
-    def run(self, way: Way, prompt: Prompt, num_new_tokens: int, seed: int) -> Generation:
+    def run(self, way: Way, prompt: list[int], num_new_tokens: int, seed: int) -> Generation:
         """One sequence."""
         engine = self.engine(way)
         found: Generation = engine.generate(
@@ -154,7 +158,7 @@ class Server:
 def measure_serving(
     server: Server,
     ways: Sequence[Way],
-    prompt_sets: Mapping[str, Sequence[Prompt]],
+    prompt_sets: Mapping[str, Sequence[list[int]]],
     num_new_tokens: int,
     num_repeats: int,
     num_timed_prompts: int,
@@ -169,11 +173,11 @@ def measure_serving(
     if num_repeats < 0 or num_timed_prompts < 1 or num_reference_prompts < 1:
         raise ValueError("a serving bench needs at least one prompt to time, and one for the reference backend")
 
-    def sets_of(way: Way) -> dict[str, Sequence[Prompt]]:
+    def sets_of(way: Way) -> dict[str, Sequence[list[int]]]:
         count = num_reference_prompts if way.backend == REFERENCE else None
         return {name: group[:count] for name, group in prompt_sets.items()}
 
-    def timed_of(way: Way) -> list[Prompt]:
+    def timed_of(way: Way) -> list[list[int]]:
         prompts = [prompt for group in sets_of(way).values() for prompt in group]
         limit = min(num_timed_prompts, num_reference_prompts) if way.backend == REFERENCE else num_timed_prompts
         return prompts[:limit]
@@ -233,18 +237,16 @@ def _over_chain(index: int, ways: Sequence[Way], rates: Sequence[Sequence[float]
     return spread([tree / plain for tree, plain in zip(rates[index], rates[others[0]], strict=True)])
 
 
-def prompt_sets_of(source: Path, target: Path, num_prompts: int, num_tokens: int) -> dict[str, Sequence[Prompt]]:
-    """Set name -> prompts. Raises ValueError, one line, for what is neither a corpus nor a file of prompts."""
-    if source.is_dir():
-        from transformers import AutoTokenizer
+def prompt_sets_of(
+    source: Path, target: Path, num_prompts: int, num_tokens: int, max_tokens: int
+) -> dict[str, Sequence[list[int]]]:
+    """Set name -> prompts: of `num_tokens` of a corpus, or those of a file, of at most `max_tokens`.
 
-        tokenizer = AutoTokenizer.from_pretrained(target)
-        loader = PromptLoader(tokenizer, num_tokens, num_prompts, corpus=source, num_heldout_tokens=num_tokens)
-        return {entry.name: entry.prompts for entry in loader.load([HELDOUT])}
-    prompts = read_prompts(source)
-    if len(prompts) < num_prompts:
-        raise ValueError(f"{source} has {len(prompts)} prompts, {num_prompts} were asked for")
-    return {source.stem: spaced(prompts, num_prompts)}
+    Raises ValueError, one line, for what is neither a corpus nor a file of prompts.
+    """
+    tokenizer = require_tokenizer(target)
+    loader = PromptLoader(tokenizer, max_tokens, num_prompts, corpus=source, num_heldout_tokens=num_tokens)
+    return {entry.name: entry.prompts for entry in loader.load([HELDOUT if source.is_dir() else str(source)])}
 
 
 def table(result: ServingBench) -> str:
@@ -292,8 +294,14 @@ def main() -> None:
 
 def bench(arguments: argparse.Namespace) -> ServingBench:
     """The whole measurement. Raises ValueError as its parts do."""
+    window = spec_from_config(read_config(arguments.target)[0]).max_position_embeddings
+    max_length = arguments.max_length or min(window, DEFAULT_MAX_LENGTH)
     prompt_sets = prompt_sets_of(
-        arguments.prompts, arguments.target, arguments.num_prompts, arguments.num_prompt_tokens
+        arguments.prompts,
+        arguments.target,
+        arguments.num_prompts,
+        arguments.num_prompt_tokens,
+        max_length - arguments.num_new_tokens,
     )
     drafter = load_drafter(arguments.drafter)
     ways = ways_of(drafter.config.num_proposals, arguments.tree_budget)

@@ -5,11 +5,24 @@ Reading files and flags is the command line's business; a notebook builds these 
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from speedstack.eval.prompt_settings import ChatTemplateKwargs, PromptSettings
 
 DEMO_RUN = Path("runs/demo")
+
+
+def _checked_limit(limit: int | float) -> int | float:
+    if limit <= 0 or (isinstance(limit, float) and limit >= 1):
+        raise ValueError("expected a number of documents, or a share of them between 0 and 1")
+    return limit
+
+
+Limit = Annotated[int | float, AfterValidator(_checked_limit)]
+# An id is a number in YAML.
+TokenName = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 
 class VerbConfig(BaseModel):
@@ -30,7 +43,15 @@ class ModelConfig(VerbConfig):
 
 
 # Fields of `EvalConfig` that only one of its two measurements has.
-_SUITE_ONLY = ("data", "chat_template", "allow_code")
+_SUITE_ONLY = (
+    "data",
+    "include_path",
+    "chat_template",
+    "chat_template_kwargs",
+    "think_end_token",
+    "max_gen_toks",
+    "allow_code",
+)
 _HELDOUT_ONLY = ("tasks", "num_tokens", "window")
 
 
@@ -54,7 +75,9 @@ class EvalConfig(ModelConfig):
         ("heldout_perplexity", "next_line", "close_line"),
         description="lm-eval tasks: ours, made from the held-out part, or any name lm-eval itself knows.",
     )
-    limit: int | None = Field(None, ge=1, description="Documents a task at most; None: all.")
+    limit: Limit | None = Field(
+        None, description="Documents a task at most: so many, or a share of them between 0 and 1; None: all."
+    )
     num_tokens: int = Field(16384, ge=1, description="Held-out tokens of perplexity and divergence.")
     window: int = Field(256, ge=2, description="Tokens in one of their windows.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -67,7 +90,23 @@ class EvalConfig(ModelConfig):
         description="Suite: directory of local data sets, DATA/<data set>/<configuration or default>/<split>.jsonl or "
         ".parquet; those it lacks come from the Hugging Face Hub.",
     )
+    include_path: Path | None = Field(
+        None, description="Suite: a folder of your own lm-eval tasks (.yaml files), which the suite may name."
+    )
     chat_template: bool = Field(False, description="Suite: prompts in the chat template of the model's tokenizer.")
+    chat_template_kwargs: ChatTemplateKwargs = Field(
+        {}, description="Suite: variables for the chat template, as a JSON object: '{\"enable_thinking\": false}'."
+    )
+    think_end_token: TokenName | None = Field(
+        None,
+        description="Suite: what ends the thinking of a reasoning model, as text or the id of a token: '</think>'; "
+        "what follows it is scored.",
+    )
+    max_gen_toks: int | None = Field(
+        None,
+        ge=1,
+        description="Suite: tokens of a text at most, instead of each task's own; reasoning takes thousands.",
+    )
     allow_code: bool = Field(
         False,
         description="Suite: run the programs that the model writes, in processes without network but with your files.",
@@ -83,17 +122,19 @@ class EvalConfig(ModelConfig):
         for name in other:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is for an evaluation with {needs}")
+        if self.chat_template_kwargs and not self.chat_template:
+            raise ValueError("chat_template_kwargs are for the chat template: add --chat-template")
         return self
 
 
-class PromptsConfig(VerbConfig):
-    """What is decoded: sets of prompts by name."""
+class PromptsConfig(VerbConfig, PromptSettings):
+    """What is decoded: sets of prompts by name. `field` and the other settings of rows are of files and benchmarks."""
 
     sets: tuple[str, ...] = Field(
         ("heldout",),
         min_length=1,
         description="heldout (two sets, of the corpus), humaneval, mbpp, math-500, gsm8k, mt-bench, long (joined code "
-        "of the corpus), or the path of a .jsonl or .parquet file with a field `prompt`.",
+        "of the corpus), or a .jsonl, .json or .parquet file of prompts or chats, or a directory of such files.",
     )
     dir: Path | None = Field(
         None,
@@ -107,12 +148,16 @@ class PromptsConfig(VerbConfig):
     num_tokens: int = Field(64, ge=2, description="Tokens in a prompt of heldout.")
     long_tokens: int = Field(16384, ge=2, description="Tokens in a prompt of long, or as many as the model takes.")
     chat_template: bool = Field(
-        False, description="Benchmarks: prompts as a user's message, in the template of the model's tokenizer."
+        False,
+        description="Text prompts of benchmarks and files as a user's message, in the template of the model's "
+        "tokenizer, as chats are anyway.",
     )
 
     @model_validator(mode="after")
     def _fields_fit(self) -> "PromptsConfig":
-        benchmarks = {"dir": "a benchmark", "chat_template": "a benchmark or a file"}
+        benchmarks = {"dir": "a benchmark"} | dict.fromkeys(
+            ("chat_template", *PromptSettings.model_fields), "a benchmark or a file"
+        )
         needs = ({} if set(self.sets) - {"heldout", "long"} else benchmarks) | {
             field: name for field, name in (("num_tokens", "heldout"), ("long_tokens", "long")) if name not in self.sets
         }

@@ -76,7 +76,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"no result file at {path}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, an integer or a nesting without end
         raise ValueError(f"{path} is not a JSON file: {error}") from error
 
 

@@ -7,6 +7,7 @@ it, since `power.draw` is the mean of a second on GPUs since Ampere, and calls t
 no such meter here. A meter that fails ends the counting, not the measurement.
 """
 
+import contextlib
 import importlib
 import logging
 import shutil
@@ -21,6 +22,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SAMPLE_MS = 50
+FIRST_SAMPLE_SECONDS, CLOSE_SECONDS = 10.0, 5.0
 INSTANT_POWER, AVERAGE_POWER = "power.draw.instant", "power.draw"
 
 
@@ -70,7 +72,7 @@ class SmiMeter:
     """
 
     def __init__(self, uuid: str, program: str = "nvidia-smi", quantity: str = INSTANT_POWER) -> None:
-        """Raises OSError where the program does not start, ValueError where it prints no power."""
+        """Raises OSError where the program does not start, ValueError where it prints no power, or none in time."""
         self.source = f"nvidia-smi's {quantity} of the GPU every {SAMPLE_MS} ms, over whole calls"
         self._lock = threading.Lock()
         self._joules, self._watts, self._since = 0.0, 0.0, time.perf_counter()
@@ -87,13 +89,16 @@ class SmiMeter:
             text=True,
         )
         assert self._process.stdout is not None
-        first = self._process.stdout.readline()
-        try:
-            self._sample(float(first))
-        except ValueError:
-            self.close()
-            raise ValueError(f"nvidia-smi printed {first.strip()!r} as its power") from None
+        self._first: str | None = None
+        self._began = threading.Event()
         threading.Thread(target=self._follow, args=(self._process.stdout,), daemon=True).start()
+        # A driver that hangs lets nvidia-smi hang with it.
+        if not self._began.wait(FIRST_SAMPLE_SECONDS):
+            self.close()
+            raise ValueError(f"nvidia-smi printed nothing in {FIRST_SAMPLE_SECONDS:g} s")
+        if self._first is not None:
+            self.close()
+            raise ValueError(f"nvidia-smi printed {self._first.strip()!r} as its power")
 
     def joules(self) -> float:
         """See `Meter`. Raises ValueError when the program has ended, since there is no power to add any more."""
@@ -103,11 +108,21 @@ class SmiMeter:
             return self._joules + self._watts * (time.perf_counter() - self._since)
 
     def close(self) -> None:
-        """See `Meter`."""
-        self._process.terminate()
-        self._process.wait()
+        """See `Meter`. A process that does not end, because the driver holds it, is left to the system."""
+        for end in (self._process.terminate, self._process.kill):
+            end()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(CLOSE_SECONDS)
+                return
+        logger.warning("nvidia-smi does not end")
 
     def _follow(self, lines: IO[str]) -> None:
+        first = lines.readline()
+        try:
+            self._sample(float(first))
+        except ValueError:
+            self._first = first
+        self._began.set()
         for line in lines:
             try:
                 self._sample(float(line))
@@ -140,12 +155,9 @@ class EnergyCounter:
             return self.meter.joules()
         except Exception as error:  # NVMLError, of a package that may not be there
             logger.warning("energy is not counted any more: %s", error)
-            failed, self.meter = self.meter, None
             self.reason = f"the meter failed, joules are of the repeats before ({error})"
-            try:
-                failed.close()
-            except Exception as second:
-                logger.debug("closing it: %s", second)
+            failed, self.meter = self.meter, None
+            _close(failed)
             return None
 
     def __enter__(self) -> Self:
@@ -155,7 +167,15 @@ class EnergyCounter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self.meter is not None:
-            self.meter.close()
+            _close(self.meter)
+
+
+def _close(meter: Meter) -> None:
+    """What was measured is worth more than a meter that fails at its end."""
+    try:
+        meter.close()
+    except Exception as error:  # NVMLError, of a package that may not be there
+        logger.debug("closing the meter: %s", error)
 
 
 def _open(device: torch.device) -> tuple[Meter | None, str]:

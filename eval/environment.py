@@ -11,11 +11,15 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from speedstack.eval.failures import one_line
+from speedstack.eval.labels import printable
 
 if TYPE_CHECKING:
     from speedstack.eval.results import Environment
@@ -33,21 +37,20 @@ def describe_environment() -> "Environment":
 
 def environment_fields() -> dict[str, Any]:
     """The same as plain values: a machine that measures need not have what checks a schema."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "machine": platform.machine(),
         "operating_system": _operating_system(),
         "cpu_model": _cpu_model(),
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "num_threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": tuple(gpus),
+        "memory_bytes": _memory_bytes(),
+        "gpus": _gpus(),
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "packages": package_versions(PACKAGES),
         "git_sha": _git_sha(Path(__file__).resolve()),
         "command": command_line(),
         "thread_settings": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith(THREAD_SETTINGS)
+            name: printable(value) for name, value in sorted(os.environ.items()) if name.startswith(THREAD_SETTINGS)
         },
     }
 
@@ -58,14 +61,19 @@ def command_line() -> str | None:
     if spec is not None and spec.name.partition(".")[0] == "speedstack":
         name = spec.name.removesuffix(".__main__")
         program = ["speedstack"] if name == "speedstack" else ["python", "-m", name]
-    elif Path(sys.argv[0]).name == "speedstack":
+    elif sys.argv and Path(sys.argv[0]).name == "speedstack":
         program = ["speedstack"]
     else:
         return None
     if "TORCHELASTIC_RUN_ID" in os.environ:
         module = program[1:] if len(program) > 1 else ["-m", *program]
-        program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *module]
-    return shlex.join([*program, *sys.argv[1:]])
+        program = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), *module]
+    return printable(shlex.join([*program, *sys.argv[1:]]))
+
+
+def package_versions(names: Sequence[str]) -> dict[str, str]:
+    """Versions of those of the packages that are installed."""
+    return {name: version for name in names if (version := _version(name)) is not None}
 
 
 class LoadWatch:
@@ -107,6 +115,22 @@ def _own_seconds() -> float:
     return sum(os.times()[:4])
 
 
+def _memory_bytes() -> int:
+    """Of the machine; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return 0
+
+
+def _gpus() -> tuple[str, ...]:
+    """Names of the GPUs that torch sees. A driver that fails here has not failed the work, which may be a CPU's."""
+    try:
+        return tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    except RuntimeError as error:
+        return (f"unknown ({one_line(error)})",)
+
+
 def _operating_system() -> str:
     try:
         return platform.freedesktop_os_release()["PRETTY_NAME"]
@@ -117,10 +141,10 @@ def _operating_system() -> str:
 def _cpu_model() -> str:
     """The processor's marketing name; /proc has it on Linux, the platform module elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor() or "unknown"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "unknown"
 
 

@@ -2,7 +2,9 @@
 
 Black on white, in a column's width, in the colours of Okabe and Ito with markers beside them, so that they
 survive a printer and a colour-blind reader. Every axis names its unit, and a line below it says what whiskers are.
-The report draws its own (`speedstack.eval.plots`), which follow the page's theme. Nothing here touches pyplot.
+Where a result lacks all that a figure shows, its function raises `NothingToDraw`; a notebook goes on with `show` of
+`speedstack.eval.notebook`. The report draws its own (`speedstack.eval.plots`), which follow the page's theme. Nothing
+here touches pyplot.
 """
 
 import math
@@ -18,7 +20,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from speedstack.eval.compare import Comparison
 from speedstack.eval.document import Z95
-from speedstack.eval.results import AcceptanceResult, QualityResult, StageSummary, TimingResult
+from speedstack.eval.results import AcceptanceResult, AcceptanceSet, QualityResult, StageSummary, TimingResult
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -41,9 +43,15 @@ STYLE: dict[Any, Any] = {
 }
 
 
+class NothingToDraw(ValueError):
+    """A result has none of what a figure shows; the message says in one line what is missing."""
+
+
 def divergence(quality: QualityResult) -> Figure:
     """KL from the teacher of every method, in millinats a token; whiskers are 95 % intervals over windows."""
     entries = [entry for entry in quality.methods if entry.kl_to_teacher_nats is not None]
+    if not entries:
+        raise NothingToDraw(f"no model but {quality.teacher} was measured, hence no KL from it")
     with matplotlib.rc_context(STYLE):
         figure, axes = new_axes(0.8 + 0.36 * len(entries))
         for row, entry in enumerate(entries):
@@ -65,13 +73,18 @@ def divergence(quality: QualityResult) -> Figure:
 def score_by_bits(comparison: Comparison, task: str, bits: Mapping[str, float], names: Mapping[str, str]) -> Figure:
     """Score of `task` over the bits that an expert's weight takes; whiskers are 95 % intervals of the difference.
 
-    `bits` and `names` are by result, the baseline among them. Raises ValueError for a task that was not compared.
+    `bits` and `names` are by result, the baseline among them; a result without bits is named below the axis, one
+    without a name goes by its own. Raises NothingToDraw for a task that was not compared.
     """
     entry = next((entry for entry in comparison.metrics if entry.task == task), None)
     if entry is None:
-        raise ValueError(f"no task {task!r}; there are {', '.join(each.task for each in comparison.metrics)}")
-    points: list[tuple[str, float, float | None]] = [(comparison.baseline, entry.baseline, None)]
-    points += [(other.result, other.value, other.stderr) for other in entry.others]
+        raise NothingToDraw(f"no task {task!r}; there are {', '.join(each.task for each in comparison.metrics)}")
+    found: list[tuple[str, float, float | None]] = [(comparison.baseline, entry.baseline, None)]
+    found += [(other.result, other.value, other.stderr) for other in entry.others]
+    points = [point for point in found if point[0] in bits]
+    left_out = [result for result, _, _ in found if result not in bits]
+    if not points:
+        raise NothingToDraw(f"the bits of a weight are known of none of {', '.join(left_out)}")
     with matplotlib.rc_context(STYLE):
         figure, axes = new_axes(3.2)
         for index, (result, value, stderr) in enumerate(points):
@@ -83,13 +96,14 @@ def score_by_bits(comparison: Comparison, task: str, bits: Mapping[str, float], 
                 color=COLOURS[index % len(COLOURS)],
                 capsize=3,
                 markersize=6,
-                label=names[result],
+                label=names.get(result, result),
             )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
+        unknown = f"; not known of {', '.join(left_out)}" if left_out else ""
         label_x(
             axes,
-            "bits a weight of the experts, scales included (log scale)",
+            f"bits a weight of the experts, scales included (log scale){unknown}",
             "95 % interval of the difference from full precision",
         )
         axes.set_ylabel(f"{entry.metric.partition(',')[0]} (share of {entry.num_documents} documents)")
@@ -102,13 +116,18 @@ def suite_differences(comparison: Comparison, names: Mapping[str, str]) -> Figur
 
     Hollow markers are differences that may be chance.
     """
-    entries = [entry for entry in comparison.metrics if all(other.recovery is not None for other in entry.others)]
-    num_results = len(entries[0].others) if entries else 0
+    entries = [entry for entry in comparison.metrics if any(other.recovery is not None for other in entry.others)]
+    if not entries:
+        raise NothingToDraw("no task has a recovery: scores of 0, or metrics that do not say whether more is better")
+    num_results = max(len(entry.others) for entry in entries)
+    drawn: set[str] = set()
+    baseline = names.get(comparison.baseline, comparison.baseline)
     with matplotlib.rc_context(STYLE):
         figure, axes = new_axes(1.2 + 0.16 * num_results * len(entries))
         for row, entry in enumerate(entries):
             for index, other in enumerate(entry.others):
-                recovery = other.recovery or 0.0
+                if (recovery := other.recovery) is None:
+                    continue
                 # To first order, a relative error of the score is one of its ratio too.
                 error = Z95 * (other.stderr or 0.0) * recovery / abs(other.value) if other.value else 0.0
                 axes.errorbar(
@@ -120,13 +139,14 @@ def suite_differences(comparison: Comparison, names: Mapping[str, str]) -> Figur
                     markerfacecolor="white" if other.is_noise else None,
                     capsize=2.5,
                     markersize=5,
-                    label=names[other.result] if row == 0 else None,
+                    label=None if other.result in drawn else names.get(other.result, other.result),
                 )
+                drawn.add(other.result)
         axes.axvline(100, color="black", linewidth=0.8)
         name_rows(axes, [entry.task.removeprefix("speedstack_").replace("_", " ") for entry in entries])
         label_x(
             axes,
-            f"recovery (% of {names[comparison.baseline]}); hollow: p > {comparison.significance:g}",
+            f"recovery (% of {baseline}); hollow: p > {comparison.significance:g}",
             "95 % interval, paired over documents",
         )
         legend_above(axes)
@@ -137,7 +157,7 @@ def survival(acceptance: AcceptanceResult) -> Figure:
     """Share of rounds whose drafts up to a position were all accepted; bands are 95 % intervals over rounds."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_axes(2.7)
-        for index, one in enumerate(acceptance.sets):
+        for index, one in enumerate(_drafted_sets(acceptance)):
             shares = one.survival
             positions = list(range(1, len(shares) + 1))
             errors = [Z95 * math.sqrt(p * (1 - p) / max(1, one.num_rounds)) for p in shares]
@@ -163,7 +183,7 @@ def tokens_by_block(acceptance: AcceptanceResult) -> Figure:
     """Tokens a round if only the first k positions were drafted: one plus the sum of their survival."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_axes(2.7)
-        for index, one in enumerate(acceptance.sets):
+        for index, one in enumerate(_drafted_sets(acceptance)):
             expected = [1.0 + sum(one.survival[:k]) for k in range(len(one.survival) + 1)]
             errors = [
                 # The variance of a sum of nested indicators: a round's accepted count.
@@ -197,6 +217,8 @@ def tokens_by_block(acceptance: AcceptanceResult) -> Figure:
 def decode_rates(timing: TimingResult) -> Figure:
     """Tokens a second of every contestant: median and quartiles of the repeats."""
     entries = timing.contestants
+    if not entries:
+        raise NothingToDraw("no contestant ran")
     with matplotlib.rc_context(STYLE):
         figure, axes = new_axes(0.8 + 0.36 * len(entries))
         for row, entry in enumerate(entries):
@@ -204,7 +226,7 @@ def decode_rates(timing: TimingResult) -> Figure:
             axes.barh(
                 row,
                 rate.median,
-                xerr=[[rate.median - rate.q1], [rate.q3 - rate.median]],
+                xerr=_to_either_side(rate.median, rate.q1, rate.q3),
                 height=0.62,
                 color=COLOURS[0],
                 edgecolor="black",
@@ -222,7 +244,13 @@ def decode_rates(timing: TimingResult) -> Figure:
 
 def time_per_text(timing: TimingResult) -> Figure:
     """Where the time of one text goes: until its first token, and decoding the others. Medians; log scale."""
-    entries = timing.contestants
+    num_decoded = timing.num_new_tokens - 1
+    # An axis of logarithms has no place for what took no time.
+    entries = [
+        entry for entry in timing.contestants if entry.decode_tokens_per_second.q1 > 0 < entry.first_token_seconds.q1
+    ]
+    if not entries or num_decoded < 1:
+        raise NothingToDraw("no contestant decoded more than its first token")
     with matplotlib.rc_context(STYLE):
         figure, axes = new_axes(1.0 + 0.42 * len(entries))
         for index, part in enumerate(("first token", "all others")):
@@ -232,12 +260,11 @@ def time_per_text(timing: TimingResult) -> Figure:
                     one = entry.first_token_seconds
                     median, low, high = one.median, one.q1, one.q3
                 else:
-                    num_decoded = timing.num_new_tokens - 1
                     median, low, high = (num_decoded / value for value in (rate.median, rate.q3, rate.q1))
                 axes.errorbar(
                     1e3 * median,
                     row + 0.16 * (2 * index - 1),
-                    xerr=[[1e3 * (median - low)], [1e3 * (high - median)]],
+                    xerr=_to_either_side(1e3 * median, 1e3 * low, 1e3 * high),
                     fmt=MARKERS[index],
                     color=COLOURS[index],
                     capsize=2.5,
@@ -256,6 +283,8 @@ def time_per_text(timing: TimingResult) -> Figure:
 def stage_times(stages: Sequence[StageSummary]) -> Figure:
     """Seconds of every stage of a run that was timed; one run, so without whiskers."""
     timed = [stage for stage in stages if stage.seconds is not None]
+    if not timed:
+        raise NothingToDraw("no stage was timed")
     with matplotlib.rc_context(STYLE):
         figure, axes = new_axes(0.8 + 0.26 * len(timed))
         axes.barh(
@@ -278,6 +307,19 @@ def stage_times(stages: Sequence[StageSummary]) -> Figure:
         axes.margins(x=0.1)
         axes.set_xlabel("seconds (one run)")
     return figure
+
+
+def _drafted_sets(acceptance: AcceptanceResult) -> Sequence[AcceptanceSet]:
+    """The sets of prompts, or all of them together where they are not told apart, of which rounds were counted."""
+    found = [one for one in acceptance.sets or (acceptance.overall,) if one.survival]
+    if not found:
+        raise NothingToDraw("nothing was drafted")
+    return found
+
+
+def _to_either_side(value: float, low: float, high: float) -> list[list[float]]:
+    """Whiskers as matplotlib takes them. Rounding may put a value a hair outside of its own interval."""
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 
 def _variance_of_count(survival_shares: Sequence[float]) -> float:
@@ -312,6 +354,8 @@ def legend_above(axes: Axes, handles: Sequence[Line2D] | None = None) -> None:
     It has two columns where the labels leave room for them.
     """
     shown: Sequence[Any] = axes.get_legend_handles_labels()[0] if handles is None else handles
+    if not shown:
+        return
     labels = [str(handle.get_label()) for handle in shown]
     axes.legend(
         shown,

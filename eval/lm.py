@@ -11,17 +11,21 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jinja2
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
+from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from speedstack.eval.chat_template import check_template_kwargs
+from speedstack.eval.generation_kwargs import MAX_GEN_TOKS_KEYS, GenerationSettings, read_generation_kwargs
 from speedstack.eval.request_cache import RequestCache, request_key
+from speedstack.eval.task_loading import task_hash
 from speedstack.eval.team import Team
+from speedstack.eval.thinking import check_thinking, find_think_end
 from speedstack.eval.work import (
     Request,
     ScoreRequest,
@@ -35,8 +39,6 @@ from speedstack.runtime import Engine
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MAX_GEN_TOKS = 256
-GENERATION_KEYS = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"})
 EncodedPair = tuple[tuple[str, str], list[int], list[int]]
 
 
@@ -45,6 +47,7 @@ class TaskCounts:
     """What happened to a task's requests: `num_cached` were known, `num_shortened` lost the beginning of their context.
 
     Of generations that have stop strings, `num_unstopped` reached the length limit without one or an end-of-text token.
+    Of those that think before they answer, `num_without_answer` did not come to the end of it.
     Rounds and the tokens they committed are those of `speedstack.runtime.GenerationStats`.
     """
 
@@ -53,6 +56,7 @@ class TaskCounts:
     num_shortened: int = 0
     num_generations: int = 0
     num_unstopped: int = 0
+    num_without_answer: int = 0
     num_new_tokens: int = 0
     num_rounds: int = 0
     num_round_tokens: int = 0
@@ -62,10 +66,18 @@ class EngineLM(TemplateLM):
     """An lm-eval model over `engine`.
 
     `seed` is the sampling seed of every generation, plus the number of equal requests before it, so that samples of one
-    prompt differ; greedy tasks ignore it. `task_hashes` are part of the cache's keys, by
-    task name.
+    prompt differ; greedy tasks ignore it.
 
-    Raises ValueError when the engine has no tokenizer, or its tokenizer no end-of-text token.
+    `tasks` are the lm-eval tasks whose requests will come: none is answered before all their generation settings are
+    found good. `salts` has more, by task name, that keeps a task's answers apart in the cache; `drafting` is the
+    `drafting_key` of an engine whose answers are kept in files.
+
+    `chat_template_kwargs` are variables of the model's chat template. `think_end` ends the thinking of a model that
+    thinks before it answers, as text or as the id of a token (digits are one): what follows it is scored, and only
+    there do stop strings end an answer, as with lm-eval's vLLM adapter. `max_gen_toks` stands for that of every task.
+
+    Raises ValueError when the engine has no tokenizer, or its tokenizer no end-of-text token, for template variables
+    and an end of thinking that the model does not have, and for thinking that is asked for where nothing is generated.
     """
 
     def __init__(
@@ -75,6 +87,12 @@ class EngineLM(TemplateLM):
         progress: bool = True,
         cache: RequestCache | None = None,
         team: Team | None = None,
+        tasks: Sequence[Any] = (),
+        salts: Mapping[str, str] | None = None,
+        drafting: str = "",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        think_end: str | int | None = None,
+        max_gen_toks: int | None = None,
     ) -> None:
         super().__init__()
         if engine.tokenizer is None:
@@ -87,7 +105,12 @@ class EngineLM(TemplateLM):
         self.cache = RequestCache() if cache is None else cache
         self.team = Team() if team is None else team
         self.worker = Worker(engine, self.cache, progress)
-        self.task_hashes: Mapping[str, str] = {}
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        check_template_kwargs(self.tokenizer, self.chat_template_kwargs)
+        self.think_end = find_think_end(self.tokenizer, think_end)
+        check_thinking(self.chat_template_kwargs, self.think_end, tasks)
+        self._task_hashes = {task.task_name: task_hash(task) + (salts or {}).get(task.task_name, "") for task in tasks}
+        self._unchecked, self._drafting, self._max_gen_toks = list(tasks), drafting, max_gen_toks
         self.counts: dict[str, TaskCounts] = {}
 
     @property
@@ -136,6 +159,7 @@ class EngineLM(TemplateLM):
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
+                **self.chat_template_kwargs,
             )
 
         try:
@@ -149,6 +173,7 @@ class EngineLM(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(sum of log-probabilities, all greedy) of each continuation given its context."""
+        self._check_generations()
         encoded = [self._encode(*request.args) for request in requests]
         return self._score_pairs(encoded, [request.task_name or "" for request in requests])
 
@@ -158,6 +183,7 @@ class EngineLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, cut into disjoint windows when it is longer than the model's."""
+        self._check_generations()
         work: list[Request] = []
         for request in requests:
             windows = get_rolling_token_windows(
@@ -176,27 +202,25 @@ class EngineLM(TemplateLM):
 
         Raises ValueError for settings the engine does not have, and when `max_gen_toks` leaves no room for a prompt.
         """
+        self._check_generations()
         num_before: Counter[str] = Counter()
         work: list[WriteRequest] = []
         for request in requests:
             context, gen_kwargs = request.args
             task = request.task_name or ""
-            max_new_tokens, stop, temperature, top_p, top_k = self._generation_settings(gen_kwargs)
-            settings = [context, max_new_tokens, list(stop), temperature, top_p, top_k]
-            plain_key = request_key(self.task_hashes.get(task, ""), "generate", settings)
-            seed = 0 if temperature == 0.0 else self.seed + num_before[plain_key]
+            settings = self._generation_settings(gen_kwargs, task)
+            prompt = self._prompt(context, settings.max_gen_toks, task)
+            max_new_tokens = settings.num_new_tokens(len(prompt))
+            plain_key = request_key(
+                self._task_hashes.get(task, ""),
+                "generate",
+                [context, max_new_tokens, settings.stop, asdict(settings.sampling), self.think_end, self._drafting],
+            )
+            seed = 0 if settings.sampling.temperature == 0.0 else self.seed + num_before[plain_key]
             num_before[plain_key] += 1
+            key = request_key(plain_key, "seed", [seed])
             work.append(
-                WriteRequest(
-                    key=request_key(plain_key, "seed", [seed]),
-                    prompt=self._prompt(context, max_new_tokens, task),
-                    max_new_tokens=max_new_tokens,
-                    stop=stop,
-                    temperature=temperature,
-                    top_p=top_p,
-                    top_k=top_k,
-                    seed=seed,
-                )
+                WriteRequest(key, prompt, max_new_tokens, settings.stop, settings.sampling, seed, self.think_end)
             )
         tasks = [request.task_name or "" for request in requests]
         self._warn_of_shortened(tasks)
@@ -206,6 +230,7 @@ class EngineLM(TemplateLM):
                 task,
                 num_generations=1,
                 num_unstopped=int(one.finish_reason == "length" and bool(asked.stop)),
+                num_without_answer=int(one.has_thought is False),
                 num_new_tokens=one.num_new_tokens,
                 num_rounds=one.num_rounds,
                 num_round_tokens=one.num_round_tokens,
@@ -255,7 +280,7 @@ class EngineLM(TemplateLM):
     def _score_request(
         self, task: str, kind: str, asked: list[Any], pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> ScoreRequest:
-        key = request_key(self.task_hashes.get(task, ""), kind, asked)
+        key = request_key(self._task_hashes.get(task, ""), kind, asked)
         return ScoreRequest(key, tuple((tuple(context), tuple(more)) for context, more in pairs))
 
     def _answer(self, requests: Sequence[Request], tasks: Sequence[str]) -> list[Any]:
@@ -283,25 +308,32 @@ class EngineLM(TemplateLM):
             for request, answer in zip(part, share, strict=True)
         }
 
-    def _generation_settings(self, gen_kwargs: dict) -> tuple[int, tuple[str, ...], float, float, int]:
-        """(max_gen_toks, stop strings, temperature, top_p, top_k) of one request."""
-        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, DEFAULT_MAX_GEN_TOKS))
-        if unknown := sorted(set(kwargs) - GENERATION_KEYS):
-            raise ValueError(
-                f"unsupported generation setting {', '.join(unknown)}; known are {', '.join(sorted(GENERATION_KEYS))}"
-            )
-        max_gen_toks = kwargs["max_gen_toks"]
-        if not 0 < max_gen_toks < self.max_length:
-            raise ValueError(
-                f"max_gen_toks is {max_gen_toks}, but prompt and text share {self.max_length} tokens: lower it"
-            )
-        return (
-            max_gen_toks,
-            tuple(text for text in kwargs["until"] if text),
-            float(kwargs.get("temperature", 0.0)),
-            float(kwargs.get("top_p", 1.0)),
-            int(kwargs.get("top_k", 0)),
-        )
+    def _check_generations(self) -> None:
+        """Before the first request of an evaluation is answered: lm-eval has made those of all tasks by then."""
+        tasks, self._unchecked = self._unchecked, []
+        for task in tasks:
+            for instance in task.instances:
+                if instance.request_type == "generate_until":
+                    self._generation_settings(instance.args[1], task.task_name)
+
+    def _generation_settings(self, gen_kwargs: Mapping[str, Any], task: str) -> GenerationSettings:
+        """What one request asks for. Raises ValueError for what the engine cannot do, naming the task."""
+        whose = f"task {task}: " if task else ""
+        if self._max_gen_toks is not None:
+            lengths = {*MAX_GEN_TOKS_KEYS, "max_length"}
+            others = {name: value for name, value in gen_kwargs.items() if name not in lengths}
+            gen_kwargs = others | {"max_gen_toks": self._max_gen_toks}
+        try:
+            settings = read_generation_kwargs(gen_kwargs)
+        except ValueError as error:
+            raise ValueError(f"{whose}{error}") from error
+        for name in ("max_gen_toks", "max_length"):
+            if (getattr(settings, name) or 0) >= self.max_length + (name == "max_length"):
+                raise ValueError(
+                    f"{whose}{name} is {getattr(settings, name)}, but prompt and text share {self.max_length} tokens: "
+                    "lower it, or raise max_length of the engine"
+                )
+        return settings
 
     def _prompt(self, context: str, max_new_tokens: int, task: str) -> tuple[int, ...]:
         """Prompt ids that leave room for the text: the end of a long one, the prefix token for an empty one."""
@@ -333,4 +365,13 @@ class EngineLM(TemplateLM):
                     "limit; the model may not know the task's format",
                     task or "a task",
                     counts.num_generations,
+                )
+            if counts.num_without_answer:
+                logger.warning(
+                    "%s: %d of %d generations did not come to the end of thinking, %r, and are scored as they are: "
+                    "leave room for it with --max-gen-toks, or correct --think-end-token",
+                    task or "a task",
+                    counts.num_without_answer,
+                    counts.num_generations,
+                    self.think_end,
                 )

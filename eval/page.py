@@ -117,6 +117,15 @@ class Section:
             lambda block: block if block.command or block.source else replace(block, command=command)
         )
 
+    def of_run(self, name: str) -> "Section":
+        """The section with the name of what it is of on its headlines, which stand without its title."""
+        if not name:
+            return self
+        marked = (
+            replace(headline, detail=": ".join(filter(None, (name, headline.detail)))) for headline in self.headlines
+        )
+        return replace(self, headlines=tuple(marked))
+
     def _with_blocks(self, change: Callable[[Table | FigureBlock], Table | FigureBlock]) -> "Section":
         blocks = tuple(block if isinstance(block, Listing) else change(block) for block in self.blocks)
         return replace(self, blocks=blocks)

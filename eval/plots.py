@@ -323,6 +323,8 @@ def _legend_columns(labels: Sequence[str]) -> int:
 
 
 def _legend_above(axes: Axes) -> None:
+    if not axes.get_legend_handles_labels()[0]:
+        return
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(-0.02, 1.0),

@@ -4,11 +4,12 @@ Benchmarks come from files in a directory, or from the Hugging Face Hub; the fir
 later ones answer what a model said. Held-out prompts and long ones are made of a prepared corpus, which the model has
 not seen. Nothing here is random tokens: what a drafter guesses right of those says nothing.
 
-`read_rows` is the one reader of prompt files; training reads its prompts through it too.
+What rows hold is read as training reads it (`rows.py`, `chats.py`): a file that trained a drafter measures it too.
 """
 
 import json
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +17,19 @@ from typing import Any, TypeVar
 
 import datasets
 
+from speedstack.eval.chat_template import ChatTemplate
+from speedstack.eval.chats import Chat, checked_ids, prompt_of
 from speedstack.eval.local_data import FORMATS, data_place, split_files
+from speedstack.eval.prepared_corpus import corpus_part
+from speedstack.eval.prompt_settings import PromptSettings
+from speedstack.eval.rows import SUFFIXES, Row, RowTally, UnusableRow, read_rows
 from speedstack.eval.task_data import make_prompt_sets
 
 T = TypeVar("T")
-Prompt = str | list[int]
 Encode = Callable[[str], list[int]]
-Row = tuple[str, dict[str, Any]]  # where it stands, for errors; its fields
 
 HELDOUT, LONG = "heldout", "long"
-# What rows of benchmarks call their prompt, in the order in which they are looked for.
-FIELDS = ("prompt", "turns", "question", "problem", "text")
+_MAX_ROWS = 10_000  # of a set: more are thinned before they are encoded
 _PROGRAM = "Write a solution to the following problem and make sure that it passes the tests:\n```python\n{}\n```"
 _REASON = "{}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
@@ -75,7 +78,8 @@ class PromptLoader:
     """Sets by name, for one model. `max_tokens` is the longest prompt that leaves its window room for an answer.
 
     `corpus` is a prepared corpus, for `heldout` and `long`; `directory` has files of benchmarks. With `chat_template` a
-    benchmark's prompt is a user's message, in the template of the tokenizer.
+    benchmark's prompt is a user's message, in the template of the tokenizer, as chats are anyway. `settings` say how
+    rows are read.
     """
 
     tokenizer: Any
@@ -87,15 +91,21 @@ class PromptLoader:
     num_long_tokens: int = 16384
     chat_template: bool = False
     seed: int = 0
+    settings: PromptSettings = PromptSettings()  # noqa: RUF009  (frozen)
     _documents: dict[str, str] = field(default_factory=dict)
 
-    def load(self, names: Sequence[str]) -> list[PromptSet]:
-        """The sets of these names, in order; `heldout` is two. A name may be the path of a .jsonl or .parquet file.
+    def __post_init__(self) -> None:
+        self._template = ChatTemplate(self.tokenizer, self.settings.chat_template_kwargs)
 
-        Raises ValueError, one line, for an unknown name, for files that are not there or cannot be read, and for
-        fewer prompts than were asked for.
+    def load(self, names: Sequence[str]) -> list[PromptSet]:
+        """The sets of these names, in order; `heldout` is two. A name may be the path of a file or directory of rows.
+
+        Raises ValueError, one line, for an unknown name, for files that are not there or cannot be read, for more
+        unusable rows than are borne, for fewer prompts than were asked for, and for settings of chats without a chat.
         """
-        return [found for name in names for found in self._load(name)]
+        found = [found for name in names for found in self._load(name)]
+        self._template.check_used()
+        return found
 
     def _load(self, name: str) -> Iterator[PromptSet]:
         if name == HELDOUT:
@@ -110,11 +120,14 @@ class PromptLoader:
         elif name in BENCHMARKS:
             rows, source = benchmark_rows(name, self.directory)
             yield self._chosen(name, source, rows, BENCHMARKS[name].instruction)
-        elif Path(name).suffix in FORMATS:
+        elif Path(name).suffix in SUFFIXES or Path(name).is_dir():
             yield self._chosen(Path(name).stem, name, read_rows(Path(name)), "{}")
         else:
             known = ", ".join((HELDOUT, *BENCHMARKS, LONG))
-            raise ValueError(f"no prompt set {name!r}: there are {known}, or the path of a .jsonl or .parquet file")
+            raise ValueError(
+                f"no prompt set {name!r}: there are {known}, or the path of a {', '.join(SUFFIXES)} file, or of a "
+                "directory of them"
+            )
 
     def _held_length(self) -> int:
         if self.num_heldout_tokens > self.max_tokens:
@@ -134,30 +147,59 @@ class PromptLoader:
         )
         return PromptSet(LONG, f"held-out documents of {self.corpus}, joined", prompts, notes)
 
+    def read_file(self, file: Path) -> tuple[list[list[int]], tuple[str, ...]]:
+        """Token ids of all prompts of a file that fit, and notes on the others. Raises ValueError as `load`."""
+        fitting, notes = self._fitting(file.stem, str(file), read_rows(file), "{}")
+        self._template.check_used()
+        return fitting, notes
+
     def _chosen(self, name: str, source: str, rows: Sequence[Row], instruction: str) -> PromptSet:
         """Prompts from the whole set, evenly spaced: benchmarks grow harder, or change their subject, on the way."""
-        encoded = [self._ids(where, row, instruction) for where, row in rows]
-        fitting = [ids for ids in encoded if 0 < len(ids) <= self.max_tokens]
+        num_rendered, kwargs = self._template.num_rendered, self.settings.chat_template_kwargs
+        fitting, notes = self._fitting(name, source, rows, instruction)
         if len(fitting) < self.num_prompts:
             raise ValueError(
                 f"{source} has {len(fitting)} prompts of 1 to {self.max_tokens} tokens, "
-                f"{self.num_prompts} were asked for"
+                f"{self.num_prompts} were asked for{f' ({notes[0]})' if notes else ''}"
             )
-        left_out = len(encoded) - len(fitting)
-        notes = (f"{name}: {left_out} of {len(encoded)} prompts do not fit the model, and were left out",)
-        return PromptSet(name, source, spaced(fitting, self.num_prompts), notes if left_out else ())
+        if kwargs and self._template.num_rendered > num_rendered:
+            source = f"{source}, chat template with {json.dumps(kwargs)}"
+        return PromptSet(name, source, spaced(fitting, self.num_prompts), notes)
 
-    def _ids(self, where: str, row: dict[str, Any], instruction: str) -> list[int]:
-        prompt = prompt_of(where, row)
+    def _fitting(
+        self, name: str, source: str, rows: Sequence[Row], instruction: str
+    ) -> tuple[list[list[int]], tuple[str, ...]]:
+        notes = []
+        if len(rows) > _MAX_ROWS:
+            notes.append(f"{name}: {_MAX_ROWS} of {len(rows)} rows were looked at, evenly spaced")
+            rows = spaced(rows, _MAX_ROWS)
+        tally = RowTally(source, self.settings.max_unusable_fraction, len(rows))
+        encoded: list[list[int]] = []
+        for where, row in rows:
+            try:
+                encoded.append(self._ids(where, row, instruction))
+            except UnusableRow as error:
+                tally.unusable.append(error)
+        tally.check()
+        if tally.unusable:
+            warnings.warn(tally.summary(), stacklevel=2)
+            notes.append(f"{name}: {tally.summary()}")
+        fitting = [ids for ids in encoded if 0 < len(ids) <= self.max_tokens]
+        if left_out := len(encoded) - len(fitting):
+            notes.append(f"{name}: {left_out} of {len(encoded)} prompts do not fit the model, and were left out")
+        return fitting, tuple(notes)
+
+    def _ids(self, where: str, row: dict[str, Any] | UnusableRow, instruction: str) -> list[int]:
+        prompt = prompt_of(where, row, self.settings.field)
+        assert isinstance(row, dict)  # of others `prompt_of` has no prompt
         if isinstance(prompt, list):
-            return prompt
-        if not self.chat_template:
-            return self._encode(prompt)
-        content = prompt if "turns" in row else instruction.format(prompt)
-        if not self.tokenizer.chat_template:
-            raise ValueError("prompts.chat_template is set, and the target's tokenizer has no chat template")
-        messages = [{"role": "user", "content": content}]
-        return self._encode(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            return checked_ids(where, prompt, self.tokenizer)
+        if isinstance(prompt, str):
+            if not self.chat_template:
+                return self._encode(prompt)
+            content = prompt if "turns" in row else instruction.format(prompt)
+            prompt = Chat([{"role": "user", "content": content}])
+        return self._encode(self._template.prompt(where, prompt))
 
     def _encode(self, text: str) -> list[int]:
         return encode_text(self.tokenizer, text)
@@ -182,9 +224,7 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 def corpus_documents(corpus: Path) -> dict[str, str]:
     """Name -> text of a prepared corpus' held-out documents. Raises ValueError for a directory that is none."""
-    if not (corpus / "heldout").is_dir():
-        raise ValueError(f"{corpus} is not a prepared corpus: it has no held-out part")
-    heldout = datasets.load_from_disk(str(corpus / "heldout"))
+    heldout = corpus_part(corpus, "heldout", ("name", "text"))
     return dict(zip(heldout["name"], heldout["text"], strict=True))
 
 
@@ -244,68 +284,6 @@ def benchmark_rows(name: str, directory: Path | None) -> tuple[list[Row], str]:
     return [(f"{source}, row {number}", dict(row)) for number, row in enumerate(table, start=1)], source
 
 
-def read_prompts(file: Path) -> list[Prompt]:
-    """The prompt of every row of a .jsonl or .parquet file. Raises ValueError as `read_rows` and `prompt_of`."""
-    return [prompt_of(where, row) for where, row in read_rows(file)]
-
-
-def fitting_prompts(file: Path, tokenizer: Any, max_tokens: int) -> list[list[int]]:
-    """Token ids of the prompts of a file that have 1 to `max_tokens`; ValueError when none has."""
-    prompts = read_prompts(file)
-    encoded = [encode_text(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    fitting = [ids for ids in encoded if 0 < len(ids) <= max_tokens]
-    if not fitting:
-        raise ValueError(f"{file}: no prompt of {len(prompts)} has 1 to {max_tokens} tokens")
-    return fitting
-
-
 def spaced(items: Sequence[T], count: int) -> list[T]:
     """`count` of at least as many items, evenly spaced from the first on."""
     return [items[i * len(items) // count] for i in range(count)]
-
-
-def prompt_of(where: str, row: dict[str, Any]) -> Prompt:
-    """The prompt of a row: text, token ids, or the first of several turns. Raises ValueError naming the row."""
-    name = next((name for name in FIELDS if row.get(name) is not None), None)
-    if name is None:
-        raise ValueError(
-            f"{where} has none of the fields {', '.join(FIELDS)}; its fields are {', '.join(row) or 'none'}"
-        )
-    value = row[name]
-    if isinstance(value, list) and value and isinstance(value[0], str):
-        value = value[0]
-    is_ids = isinstance(value, list) and all(type(token) is int for token in value)
-    if not isinstance(value, str) and not is_ids:
-        raise ValueError(f"{where}: a prompt is text, a list of turns or a list of token ids, not {str(value)[:80]!r}")
-    return value  # type: ignore[no-any-return]
-
-
-def read_rows(file: Path) -> list[Row]:
-    """Rows of a .jsonl or .parquet file, each with where it stands.
-
-    Raises ValueError, one line, for a file that is not there or cannot be read, and for a line that is no JSON object.
-    """
-    if not file.is_file():
-        raise ValueError(f"no prompts at {file}: give a .jsonl or .parquet file")
-    if file.suffix == ".parquet":
-        try:
-            table = datasets.load_dataset("parquet", data_files=str(file), split="train")
-        except Exception as error:  # of pyarrow and datasets, which share no base class
-            raise ValueError(f"cannot read prompts {file}: {' '.join(str(error).split())}") from error
-        return [(f"{file} row {number}", dict(row)) for number, row in enumerate(table, start=1)]
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # a string may hold other line ends
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read prompts {file}: {error}") from error
-    rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file} line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{file} line {number} is not a JSON object")
-        rows.append((f"{file} line {number}", row))
-    return rows

@@ -6,6 +6,7 @@ dropped: nothing of size tokens x vocabulary is kept, and all models under test 
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from speedstack.eval.divergence import check_numbers, token_kl, token_nll, top1_
 from speedstack.eval.environment import describe_environment
 from speedstack.eval.lm import EngineLM
 from speedstack.eval.results import MethodQuality, QualityResult, TaskScore, to_plain
-from speedstack.eval.task_loading import PREFIX, TASK_NAMES, TaskLoader
+from speedstack.eval.task_loading import PREFIX, TASK_NAMES, TaskLoader, leaf_tasks
 from speedstack.runtime import Engine
 
 # The part of lm-eval's output that a result keeps; the rest is every request and every response.
@@ -60,14 +61,14 @@ def measure_quality(
     windows: Sequence[Sequence[int]],
     task_data: str | Path | None = None,
     tasks: Sequence[str] = TASK_NAMES,
-    limit: int | None = None,
+    limit: int | float | None = None,
     progress: bool = True,
 ) -> QualityResult:
     """Held-out perplexity of each engine, its divergence from `engines[teacher]`, and the scores of `tasks`.
 
     `windows` are id sequences of 2 tokens or more; `task_data` is the directory `make_tasks` wrote, None for no tasks;
-    `limit` caps the documents a task. Raises ValueError for a teacher that is not an engine, logits
-    that are not numbers, and as `run_tasks`.
+    `limit` caps the documents a task: so many, or a share of them between 0 and 1. Raises ValueError for a teacher that
+    is not an engine, logits that are not numbers, and as `run_tasks`.
     """
     if teacher not in engines:
         raise ValueError(f"teacher {teacher!r} is not among the engines: {', '.join(engines)}")
@@ -149,7 +150,7 @@ def run_tasks(
     engine: Engine,
     task_data: str | Path,
     tasks: Sequence[str] = TASK_NAMES,
-    limit: int | None = None,
+    limit: int | float | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """lm-eval's results of `tasks`, ours on the data in `task_data` or any that lm-eval has, as plain JSON types.
@@ -159,8 +160,9 @@ def run_tasks(
     """
     loader = TaskLoader(tasks, Path(task_data))
     items = [item for name in tasks for item in loader.load(name)]
+    lm = EngineLM(engine, progress=progress, tasks=[task for item in items for task in leaf_tasks(item)])
     output = lm_eval.simple_evaluate(
-        model=EngineLM(engine, progress=progress),
+        model=lm,
         tasks=items,
         task_manager=loader.manager,
         limit=limit,
@@ -172,25 +174,31 @@ def run_tasks(
 
 
 def task_scores(results: Mapping[str, Any]) -> tuple[TaskScore, ...]:
-    """One entry a metric from lm-eval's results; shares get the standard error sqrt(p (1 - p) / (n - 1))."""
+    """One entry a metric from lm-eval's results; shares get the standard error sqrt(p (1 - p) / (n - 1)).
+
+    A metric is named without its filter, unless a task has it through several.
+    """
     scores = []
     for task, metrics in results["results"].items():
         if task not in results["n-samples"]:  # a group; its members are listed themselves
             continue
         num_documents = int(results["n-samples"][task]["effective"])
-        for key, value in metrics.items():
+        found = {
+            key: value
+            for key, value in metrics.items()
+            # No filter in the name: "alias" and the like.
+            if "," in key and not key.partition(",")[0].endswith("_stderr") and isinstance(value, int | float)
+        }
+        num_filters = Counter(key.partition(",")[0] for key in found)
+        for key, value in found.items():
             metric, _, _ = key.partition(",")
-            if key == metric or metric.endswith("_stderr"):  # no filter in the name: "alias" and the like
-                continue
-            if not isinstance(value, int | float):
-                continue
             stderr = None
             if metric in ("acc", "acc_norm", "exact_match") and num_documents > 1:
                 stderr = math.sqrt(value * (1.0 - value) / (num_documents - 1))
             scores.append(
                 TaskScore(
                     task=task.removeprefix(PREFIX),
-                    metric=metric,
+                    metric=metric if num_filters[metric] == 1 else key,
                     value=value,
                     stderr=stderr,
                     higher_is_better=results["higher_is_better"].get(task, {}).get(metric),

@@ -57,9 +57,10 @@ def report_sections(report: Report, found: dict[str, list[Found[Any]]] | None = 
     for kind, results in found.items():
         shown += sections(kind, results)
     shown += [*run.memory(report), *run.training(report), *run.examples(report)]
-    # What names no file is of the run, and the run's first command made it. A command that gathered files made nothing.
-    command = next((command for command in report.commands if not command.startswith(GATHERING)), None)
-    return [section.made_by_run(command) for section in shown]
+    # What names no file is of the run, and the run's command made it. A command that gathered files made nothing, and
+    # which of several runs something is of is not known here.
+    commands = [command for command in report.commands if not command.startswith(GATHERING)]
+    return [section.made_by_run(commands[0] if len(commands) == 1 else None) for section in shown]
 
 
 def headlines(report: Report) -> list[Headline]:
@@ -77,7 +78,7 @@ def _found(report: Report) -> dict[str, list[Found[Any]]]:
     found: dict[str, list[Found[Any]]] = {kind: [] for kind in MODULES}
     for kind in ("quality", "acceptance", "timing"):
         if (own := getattr(report, kind)) is not None:
-            found[kind].append(_with_command("", own))
+            found[kind].append(_with_command(report.own_files.get(kind, ""), own))
     for attachment in report.attached:
         kind_or_none = kind_of(attachment.content)
         if kind_or_none not in MODULES:

@@ -2,22 +2,33 @@
 
 One directory a model; in it one file of JSON lines a process, appended to and never rewritten. A key is the SHA-256 of
 the task's hash and the request, so a changed prompt, setting or task misses and everything else hits. What decides a
-model's answers besides the request is in the directory's name: weights, config and tokenizer, dtype, backend, length.
+model's answers besides the request is in the directory's name: weights, config and tokenizer, dtype, backend, length,
+and the software that computes them.
+
+A generation is kept with how it was decoded, which the drafter decides: how the engine speculates is part of the key of
+generations (`drafting_key`), and not of log-likelihoods, which have no rounds.
 """
 
 import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from speedstack import __version__
 from speedstack.runtime import Engine
+from speedstack.runtime.strategy import NGRAM
 
 logger = logging.getLogger(__name__)
 
+# To be raised with every change of the code that changes what is answered, or how an answer is written down.
+ANSWERS_VERSION = 2
+SOFTWARE = ("torch", "transformers", "tokenizers", "lm_eval")
 # Files of a model directory that decide an answer, beside the weights.
-DECISIVE_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+DECISIVE_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
 
 
 class RequestCache:
@@ -72,15 +83,32 @@ def request_key(task_hash: str, kind: str, request: Sequence[Any]) -> str:
 def model_key(engine: Engine, directory: str | Path) -> str:
     """Hash of all that decides the answers of an engine over the model in `directory`, as a directory name.
 
-    The drafter is left out: it changes no answer.
+    The drafter is left out: it changes no answer. What it changes is in `drafting_key`.
     """
-    files = {
+    settings = [engine.backend_name, str(engine.dtype), engine.device.type, engine.max_length]
+    software = [ANSWERS_VERSION, __version__, *(version(name) for name in SOFTWARE)]
+    return _digest([engine.target_sha256, side_files(directory), settings, software])[:24]
+
+
+def side_files(directory: str | Path) -> dict[str, str]:
+    """SHA-256 by name of the files of a model directory that decide what it answers, beside the weights."""
+    return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(Path(directory).iterdir())
         if path.is_file() and path.suffix in DECISIVE_SUFFIXES
     }
-    settings = [engine.backend_name, str(engine.dtype), engine.device.type, engine.max_length]
-    return _digest([engine.target_sha256, files, settings])[:24]
+
+
+def drafting_key(engine: Engine, drafter: Path | None) -> str:
+    """Hash of all that decides in which rounds an engine generates, beside the text: the drafter, which was loaded from
+    `drafter`, and the strategy. Raises ValueError for an engine with a drafter where `drafter` is None.
+    """
+    if engine.num_drafts == 0:
+        return _digest(None)
+    if drafter is None:
+        raise ValueError("the engine has a drafter, and acceptance is kept by drafter: say where it was loaded from")
+    made_of = [engine.drafter_sha256, {} if str(drafter) == NGRAM else side_files(drafter)]
+    return _digest([made_of, engine.num_drafts, asdict(engine.strategy)])
 
 
 def _digest(content: Any) -> str:

@@ -239,7 +239,8 @@ class Attachment(Record):
 class Report(Document):
     """A whole run in one file; every part may be absent, so that a report can be made of what is finished.
 
-    `attached` are results of all other kinds, and those of a kind that the run has one of already.
+    `attached` are results of all other kinds, and those of a kind that the run has one of already; where those are, the
+    file of the run's own is in `own_files`, by kind. Of several runs with different models, `model` is the first's.
     """
 
     kind: Literal["report"] = "report"
@@ -249,12 +250,14 @@ class Report(Document):
     seed: int | None = None
     environment: Environment
     model: ModelSummary | None = None
+    other_models: tuple[ModelSummary, ...] = ()
     stages: tuple[StageSummary, ...] = ()
     curves: tuple[Curve, ...] = ()
     quality: QualityResult | None = None
     acceptance: AcceptanceResult | None = None
     timing: TimingResult | None = None
     attached: tuple[Attachment, ...] = ()
+    own_files: dict[str, str] = Field(default={}, description="kind -> file")
     storage: tuple[ExpertStorage, ...] = ()
     memory_bytes: dict[str, dict[str, int]] = Field(default={}, description="engine name -> part -> bytes")
     examples: tuple[Example, ...] = ()

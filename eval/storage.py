@@ -9,9 +9,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedConfig
-
 from speedstack.eval.results import ExpertStorage, ModelSummary
 from speedstack.quant.checkpoint import load_checkpoint
 from speedstack.quant.checkpoint.config import build_skeleton, read_config
@@ -81,28 +78,35 @@ def directory_bytes(path: str | Path) -> dict[str, int]:
     return sizes
 
 
-def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """The dtype of a checkpoint's weights as its config.json names it; float32 where it names none."""
-    dtype = config.dtype or torch.float32
-    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+def bytes_per_weight(path: str | Path) -> float:
+    """Bytes of a routed expert's weight in the files of directory `path`.
+
+    Raises ValueError for a model without routed experts, and as `weight_files` does.
+    """
+    skeleton = build_skeleton(read_config(Path(path))[0])
+    num_weights = sum(tensor.numel() for name, tensor in skeleton.state_dict().items() if EXPERTS in name)
+    if not num_weights:
+        raise ValueError(f"{path} holds no routed experts")
+    return sum(size for name, size in directory_bytes(path).items() if EXPERTS in name) / num_weights
 
 
 def bytes_in_format(
     path: str | Path, format_name: str, modules: ModuleGroup | Sequence[ModuleGroup]
 ) -> tuple[int, int]:
     """Bytes of the model in directory `path`, which is not packed, and of its routed experts, if the weights of
-    `modules` were stored in a number format and the others as they are.
+    `modules` were stored in a number format and the others as they are. Weights that are no experts' are taken to have
+    the dtype of those.
 
-    Raises ValueError as `weights_of` and `weight_files` do.
+    Raises ValueError as `weights_of` and `bytes_per_weight` do.
     """
-    chosen, config = number_format(format_name), read_config(Path(path))[0]
-    weights = weights_of(build_skeleton(config), modules)
+    chosen = number_format(format_name)
+    weights = weights_of(build_skeleton(read_config(Path(path))[0]), modules)
     stored = directory_bytes(path)
-    itemsize = stored_dtype(config).itemsize
+    num_bytes = bytes_per_weight(path)
     total = sum(stored.values())
     experts = sum(size for name, size in stored.items() if EXPERTS in name)
     for name, weight in weights.items():
-        difference = chosen.num_bytes(tuple(weight.shape)) - weight.numel() * itemsize
+        difference = chosen.num_bytes(tuple(weight.shape)) - round(weight.numel() * num_bytes)
         total += difference
         experts += difference if EXPERTS in name else 0
     return total, experts

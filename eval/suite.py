@@ -7,23 +7,27 @@ engine answers. Everything that an interrupted run was told is in its cache, and
 import difflib
 import importlib.resources
 import json
+import math
 import time
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import lm_eval
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from speedstack.eval.environment import describe_environment
+from speedstack.eval.headline import find_metric
 from speedstack.eval.lm import EngineLM
-from speedstack.eval.request_cache import RequestCache, model_key
+from speedstack.eval.own_tasks import read_own_tasks
+from speedstack.eval.pass_at_k import KS
+from speedstack.eval.request_cache import RequestCache, drafting_key, model_key
 from speedstack.eval.results import to_plain
 from speedstack.eval.sandbox import ISOLATION
 from speedstack.eval.suite_result import HeadlineMetric, SuiteBlock, SuiteResult, TaskDocuments, TaskRequests
-from speedstack.eval.task_loading import CODE_TASK_NAMES, TaskLoader, leaf_tasks, lm_eval_name, task_hash
+from speedstack.eval.task_loading import CODE_TASK_NAMES, TaskLoader, item_name, leaf_tasks
 from speedstack.eval.team import Team
 from speedstack.runtime import Engine
 
@@ -38,7 +42,9 @@ class SuiteTask(BaseModel):
 
     task: str
     num_fewshot: int | None = Field(None, ge=0, description="Examples before a question; None: the task's own number.")
-    metric: str | None = Field(None, description="Headline metric and filter, as lm-eval names them: 'acc,none'.")
+    metric: str | None = Field(
+        None, description="Headline metric as lm-eval names it, 'acc,none'; the filter may be left out if there is one."
+    )
     num_samples: int = Field(1, ge=1, description="Generations a document.")
     temperature: float = Field(0.0, ge=0, description="Of samples; 0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Of samples.")
@@ -51,6 +57,13 @@ class Suite(BaseModel):
 
     tasks: tuple[SuiteTask, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [entry.task for entry in self.tasks]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"task {twice[0]} is listed twice, and a result has one score of a task: drop one")
+        return self
+
     def without(self, names: Collection[str]) -> Self:
         """The suite without these tasks."""
         return self.model_copy(update={"tasks": tuple(entry for entry in self.tasks if entry.task not in names)})
@@ -61,15 +74,21 @@ class SuiteSettings:
     """How a suite is run.
 
     `task_data` is the directory that `make_tasks` wrote, for our tasks; `data` has local data sets for others';
-    `cache` is the directory of answers. `limit` caps the documents a task.
+    `include_path` is a folder of more tasks; `cache` is the directory of answers. `limit` caps the documents a task: so
+    many, or a share of them between 0 and 1. `max_gen_toks` stands for each task's own limit of a text.
+    `chat_template_kwargs` and `think_end_token` as for `EngineLM`.
     """
 
-    limit: int | None = None
+    limit: int | float | None = None
     task_data: Path | None = None
     data: Path | None = None
+    include_path: Path | None = None
     cache: Path | None = None
     seed: int = 0
     chat_template: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    think_end_token: str | int | None = None
+    max_gen_toks: int | None = None
     allow_code: bool = False
     progress: bool = True
 
@@ -97,7 +116,8 @@ def load_suite(name: str) -> tuple[str, Suite]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        place = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        raise ValueError(f"{path}: {place}{first['msg'].removeprefix('Value error, ')}") from error
 
 
 def cache_directory(parent: Path, engine: Engine, target: Path) -> Path:
@@ -116,22 +136,44 @@ def run_suite(
 ) -> SuiteResult:
     """Evaluate `engine`, which was loaded from `target` and `drafter`; on the main process of `team`.
 
-    Raises ValueError for a task nobody knows, data that is neither local nor to be had, and as the engine does. What
-    was answered by then is in the cache.
+    Raises ValueError for a task nobody knows, a metric that a task cannot report, data that is neither local nor to be
+    had, generation settings that the engine does not have, and as the engine does. What was answered by then is in the
+    cache.
     """
     settings, team = settings or SuiteSettings(), team or Team()
     started = time.perf_counter()
-    lm = EngineLM(engine, settings.seed, settings.progress, RequestCache(settings.cache, team.rank), team)
+    own = None if settings.include_path is None else read_own_tasks(settings.include_path)
     loader = TaskLoader(
-        [entry.task for entry in suite.tasks], settings.task_data, settings.data, allow_code=settings.allow_code
+        [entry.task for entry in suite.tasks], settings.task_data, settings.data, settings.allow_code, own
     )
     items: list[Any] = []
+    headline: list[HeadlineMetric] = []
+    source: dict[str, str] = {}
+    tasks: list[Any] = []
     for entry in suite.tasks:
-        loaded = loader.load(entry.task)
-        for task in (task for item in loaded for task in leaf_tasks(item)):
-            _configure(task, entry)
-            lm.task_hashes = {**lm.task_hashes, task.task_name: task_hash(task)}
-        items += loaded
+        for item in loader.load(entry.task):
+            metric = None if entry.metric is None else find_metric(item, entry.metric)
+            headline.append(HeadlineMetric(task=item_name(item), metric=metric, num_fewshot=entry.num_fewshot))
+            items.append(item)
+            for task in leaf_tasks(item):
+                if (other := source.setdefault(task.task_name, entry.task)) != entry.task:
+                    raise ValueError(f"suite {name}: {other} and {entry.task} share task {task.task_name}: drop one")
+                _configure(task, entry)
+                tasks.append(task)
+    is_own = {name for name, entry in source.items() if own is not None and {name, entry} & own.names}
+    lm = EngineLM(
+        engine,
+        settings.seed,
+        settings.progress,
+        RequestCache(settings.cache, team.rank),
+        team,
+        tasks,
+        {name: own.sha256 for name in is_own} if own is not None else {},
+        drafting_key(engine, drafter),
+        settings.chat_template_kwargs,
+        settings.think_end_token,
+        settings.max_gen_toks,
+    )
     output = lm_eval.simple_evaluate(
         model=lm,
         tasks=items,
@@ -149,10 +191,7 @@ def run_suite(
     plain = to_plain(output)
     block = SuiteBlock(
         suite=name,
-        headline=tuple(
-            HeadlineMetric(task=lm_eval_name(entry.task), metric=entry.metric, num_fewshot=entry.num_fewshot)
-            for entry in suite.tasks
-        ),
+        headline=tuple(headline),
         target=str(target),
         target_sha256=engine.target_sha256 or "",
         drafter=None if drafter is None else str(drafter),
@@ -165,7 +204,12 @@ def run_suite(
         batch_size=engine.max_batch_size,
         num_processes=team.size,
         limit=settings.limit,
+        include_path=None if own is None else str(own.directory),
+        include_path_sha256=None if own is None else own.sha256,
         chat_template=settings.chat_template,
+        chat_template_kwargs=dict(settings.chat_template_kwargs),
+        think_end_token=settings.think_end_token,
+        max_gen_toks=settings.max_gen_toks,
         seeds={"sampling": settings.seed} | {k: v for k, v in plain["config"].items() if k.endswith("_seed")},
         code_isolation=ISOLATION if any(entry.task in CODE_TASK_NAMES for entry in suite.tasks) else None,
         seconds=time.perf_counter() - started,
@@ -177,9 +221,12 @@ def run_suite(
 
 
 def _configure(task: Any, entry: SuiteTask) -> None:
-    """A task as the suite asks for it. Raises ValueError for samples of a task that does not generate."""
+    """A task as the suite asks for it. Raises ValueError for samples of a task that does not generate, or too few."""
     if entry.num_fewshot is not None:
         task.set_config("num_fewshot", entry.num_fewshot)
+    metric, _, _ = (entry.metric or "").partition(",")
+    if entry.task in CODE_TASK_NAMES and metric in {f"pass@{k}" for k in KS if k > entry.num_samples}:
+        raise ValueError(f"{metric} of {entry.task} needs so many samples: num_samples is {entry.num_samples}")
     if entry.num_samples == 1 and entry.temperature == 0.0:
         return
     if task.get_config("output_type") != "generate_until" or entry.task not in CODE_TASK_NAMES:
@@ -198,7 +245,7 @@ def _documents(samples: list[dict[str, Any]], higher_is_better: dict[str, Any]) 
     for sample in samples:
         for metric in sample["metrics"]:
             column = f"{metric},{sample['filter']}"
-            scores.setdefault(column, {})[sample["doc_id"]] = to_plain(sample[metric])
+            scores.setdefault(column, {})[sample["doc_id"]] = _score(to_plain(sample[metric]))
             hashes.setdefault(column, {})[sample["doc_id"]] = sample["doc_hash"]
     (first, *_) = hashes.values()
     order = sorted(first)
@@ -207,6 +254,14 @@ def _documents(samples: list[dict[str, Any]], higher_is_better: dict[str, Any]) 
         scores={column: tuple(values[doc_id] for doc_id in order) for column, values in scores.items()},
         higher_is_better={metric: better for metric, better in higher_is_better.items() if better is not None},
     )
+
+
+def _score(value: Any) -> Any:
+    """A document's score as a result keeps it: a finite number, several, or None for anything else."""
+    numbers = value if isinstance(value, list) else [value]
+    if not numbers or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        return None
+    return tuple(numbers) if isinstance(value, list) else value
 
 
 def _quantization(target: Path) -> str | None:

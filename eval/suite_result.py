@@ -1,9 +1,14 @@
 """The result file of a suite: lm-eval's own document, unchanged, with one more key that holds our block."""
 
+import difflib
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
+
+from pydantic import Field
 
 from speedstack.eval.document import Document, Environment, Record, read_json, write_whole
 
@@ -21,11 +26,12 @@ class HeadlineMetric(Record):
 class TaskDocuments(Record):
     """Every document's scores of one task, in the task's order; `doc_hashes` are lm-eval's.
 
-    A score is a number, or numbers that only their sums over documents make a metric of, as perplexity's.
+    A score is a number, or numbers that only their sums over documents make a metric of, as perplexity's; None for what
+    is neither, as a text that is compared with the others at the end.
     """
 
     doc_hashes: tuple[str, ...]
-    scores: dict[str, tuple[float | tuple[float, ...], ...]]
+    scores: dict[str, tuple[float | tuple[float, ...] | None, ...]]
     higher_is_better: dict[str, bool]
 
 
@@ -37,6 +43,7 @@ class TaskRequests(Record):
     num_shortened: int
     num_generations: int
     num_unstopped: int
+    num_without_answer: int = 0
     num_new_tokens: int
     num_rounds: int
     num_round_tokens: int
@@ -52,6 +59,8 @@ class SuiteBlock(Document):
 
     `quantization` is the format that the target's config names, None for none. `code_isolation` says what kept
     generated programs in; None where none was run. `num_cached` requests were known from an earlier run.
+    `include_path` is the folder of the user's own tasks, with the SHA-256 of its files. `max_gen_toks` stands for each
+    task's own; None: those. `limit` and `think_end_token` are as they were given.
     """
 
     kind: Literal["eval"] = "eval"
@@ -68,8 +77,13 @@ class SuiteBlock(Document):
     max_length: int
     batch_size: int
     num_processes: int
-    limit: int | None
+    limit: int | float | None
+    include_path: str | None = None
+    include_path_sha256: str | None = None
     chat_template: bool
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    think_end_token: str | int | None = None
+    max_gen_toks: int | None = None
     seeds: dict[str, int]
     code_isolation: str | None
     seconds: float
@@ -101,14 +115,64 @@ class SuiteResult:
         if not isinstance(content, dict) or BLOCK not in content:
             raise ValueError(f"{path} is no result of a suite: it has no part '{BLOCK}' (speedstack eval --suite)")
         lm_eval = {key: value for key, value in content.items() if key != BLOCK}
+        if not isinstance(lm_eval.get("results"), dict):
+            raise ValueError(f"{path} holds no scores: lm-eval's part 'results' is missing")
         return cls(lm_eval, SuiteBlock.check(content[BLOCK], path))
 
+    def scores(self, task: str, metric: str | None) -> list[tuple[str, str, float]]:
+        """(task, 'metric,filter', value) of what a task or group of the suite is reported by.
+
+        That is the metric, or without one all it has, and where a group has no score of its own, its members'. Empty
+        where lm-eval reported no such metric.
+        """
+        names = (
+            [metric]
+            if metric is not None
+            else [name for name in self.lm_eval["results"].get(task, ()) if _is_score(name)]
+        )
+        found = [(task, name, value) for name in names if (value := self.value(task, name)) is not None]
+        if found or metric is not None:
+            return found
+        members = self.lm_eval.get("group_subtasks", {}).get(task, ())
+        return [score for member in members for score in self.scores(member, None)]
+
+    def check_headline(self) -> None:
+        """Raises ValueError for a task or group without the metric that the suite names, with the nearest it has, and
+        where that is not a number.
+        """
+        for entry in self.block.headline:
+            if self.scores(entry.task, entry.metric):
+                continue
+            reported = self.lm_eval["results"].get(entry.task, {})
+            if entry.metric in reported:
+                raise ValueError(
+                    f"{entry.task} {entry.metric} is {reported[entry.metric]}: lm-eval made no number of it"
+                )
+            known = [name for task, name, _ in self.scores(entry.task, None) if task == entry.task]
+            raise ValueError(no_metric(entry.task, entry.metric or "any", known))
+
     def value(self, task: str, metric: str) -> float | None:
-        """lm-eval's value of a task's or group's metric, such as 'acc,none'; None where it has none."""
+        """lm-eval's value of a task's or group's metric, such as 'acc,none'; None where it has none that is a number."""
         value = self.lm_eval["results"].get(task, {}).get(metric)
-        return float(value) if isinstance(value, int | float) else None
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
     def stderr(self, task: str, metric: str) -> float | None:
         """lm-eval's standard error of it; None where it gives none."""
         name, _, filter_name = metric.partition(",")
         return self.value(task, f"{name}_stderr,{filter_name}")
+
+
+def no_metric(task: str, metric: str, known: Sequence[str]) -> str:
+    """What to say of a metric that a task or group has not, but others of the form 'metric,filter'."""
+    if not known:
+        return f"{task} has no metric '{metric}', and no score of its own: name tasks of it"
+    of_that_name = [name for name in known if name.partition(",")[0] == metric.partition(",")[0]]
+    near = (of_that_name or difflib.get_close_matches(metric, known, n=1, cutoff=0.3) or known)[0]
+    others = ", ".join(name for name in known if name != near)
+    return f"{task} has no metric '{metric}'; did you mean '{near}'?{f' It also has {others}' if others else ''}"
+
+
+def _is_score(name: str) -> bool:
+    """Whether lm-eval's entry of a task's results is a metric: it has a filter, and is no standard error."""
+    metric, comma, _ = name.partition(",")
+    return bool(comma) and not metric.endswith("_stderr")

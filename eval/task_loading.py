@@ -1,7 +1,9 @@
-"""lm-eval's task objects by name: ours from their YAML beside this file, any other from lm-eval.
+"""lm-eval's task objects by name: ours from their YAML beside this file, any other from lm-eval or a folder of the
+user's own.
 
 Ours win over lm-eval's of the same name: `humaneval` and `mbpp` are its prompts with a sandbox of ours around what the
-model wrote. Other tasks that run code would run it in this process, and are refused.
+model wrote. Other tasks that run code would run it in this process, and are refused. A folder's win over lm-eval's, as
+with lm-eval itself, and may not have the names of ours.
 """
 
 import difflib
@@ -16,6 +18,7 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from speedstack.eval.local_data import local_data
+from speedstack.eval.own_tasks import OwnTasks
 
 TASKS_DIR = Path(__file__).resolve().parent / "tasks"
 PREFIX = "speedstack_"
@@ -28,19 +31,32 @@ OUR_NAMES = (*TASK_NAMES, *TEACHER_TASK_NAMES, *CODE_TASK_NAMES)
 
 
 class TaskLoader:
-    """Loads tasks; reading lm-eval's own takes seconds and happens only when `names` has one of them.
+    """Loads tasks; reading lm-eval's own takes seconds and happens only when `names` has one of them, or a group of the
+    user's, which may.
 
-    `task_data` is the directory `make_tasks` wrote, `data` one of data sets as `speedstack.eval.local_data` describes.
+    `task_data` is the directory `make_tasks` wrote, `data` one of data sets as `speedstack.eval.local_data` describes,
+    `own` a folder of tasks. Raises ValueError for a name that nobody has, and for one of ours in the folder.
     """
 
     def __init__(
-        self, names: Sequence[str], task_data: Path | None = None, data: Path | None = None, allow_code: bool = False
+        self,
+        names: Sequence[str],
+        task_data: Path | None = None,
+        data: Path | None = None,
+        allow_code: bool = False,
+        own: OwnTasks | None = None,
     ) -> None:
-        self._task_data, self._data, self._allow_code = task_data, data, allow_code
+        self._task_data, self._data, self._allow_code, self._own = task_data, data, allow_code, own
+        ours = sorted(name for name in (own.names if own else ()) if name in OUR_NAMES or name.startswith(PREFIX))
+        if own is not None and ours:
+            raise ValueError(f"task {ours[0]} of {own.directory} has the name of one of ours: rename it")
         foreign = [name for name in names if name not in OUR_NAMES]
         # lm-eval reports each step at INFO; a caller that wants that sets the level itself.
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
-        self.manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=bool(foreign))
+        self.manager = TaskManager(
+            include_path=[str(TASKS_DIR), *([str(own.directory)] if own else [])],
+            include_defaults=any(own is None or name not in own.tasks for name in foreign),
+        )
         for name in foreign:
             if name not in self.manager.task_index:
                 near = difflib.get_close_matches(name, [*OUR_NAMES, *self.manager.task_index], n=3)
@@ -64,6 +80,12 @@ class TaskLoader:
                 loaded = self.manager.load([spec])
         except ImportError as error:
             raise ValueError(f"task {name} needs a package that is not installed: {error}") from error
+        except Exception as error:
+            # The YAML of a task is a program of its makers', and fails as it likes.
+            if self._own is None or name not in self._own.names:
+                raise
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(f"task {name} of {self._own.directory} cannot be loaded ({what})") from error
         for task in loaded["tasks"].values():
             if getattr(task, "UNSAFE_CODE", False) and name not in CODE_TASK_NAMES:
                 raise ValueError(
@@ -83,6 +105,11 @@ def lm_eval_name(name: str) -> str:
 def generation_settings(name: str) -> dict[str, Any]:
     """What one of our generating tasks asks lm-eval models for."""
     return yaml.safe_load((TASKS_DIR / f"{name}.yaml").read_text(encoding="utf-8"))["generation_kwargs"]
+
+
+def item_name(item: Any) -> str:
+    """The name of a task or group in lm-eval's results."""
+    return str(item.name if hasattr(item, "get_all_tasks") else item.task_name)
 
 
 def leaf_tasks(item: Any) -> list[Any]:

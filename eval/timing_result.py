@@ -50,8 +50,8 @@ class ContestantTiming(Record):
 
     `decode_tokens_per_second` counts the tokens after the first one and the time after it;
     `tokens_per_second` counts all of them over the whole call, prefill included.
-    `acceptance_length` is tokens a decode round; `survival[i]` the share of the rounds that proposed position i + 1 in
-    which the proposals up to it were all accepted. Both are for contestants that speculate.
+    `acceptance_length` is tokens a decode round; `survival[i]` as in `speedstack.eval.acceptance_result.AcceptanceSet`.
+    Both are for contestants that speculate.
     `joules_per_token` is of whole calls; `usd_per_million_tokens` follows from `tokens_per_second`, which is of one
     sequence at a time: a server that batches is cheaper.
     `prepare_seconds` is until the first call may come: weights read, arranged for the kernels, code compiled ahead.
@@ -118,9 +118,9 @@ class TimingResult(Document):
         return next((entry for entry in self.contestants if entry.name == name), None)
 
     def speedup(self, name: str, over: str) -> float | None:
-        """Ratio of median decode rates, None if either did not run."""
+        """Ratio of median decode rates, None if either did not run, or decoded nothing after its first tokens."""
         fast, slow = self.contestant(name), self.contestant(over)
-        if fast is None or slow is None:
+        if fast is None or slow is None or not slow.decode_tokens_per_second.median:
             return None
         return fast.decode_tokens_per_second.median / slow.decode_tokens_per_second.median
 

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm
 
 from speedstack.eval.request_cache import RequestCache
-from speedstack.runtime import Engine
+from speedstack.eval.thinking import strip_thinking
+from speedstack.runtime import Engine, Generation
+from speedstack.runtime.sampling import SamplingParams
 from speedstack.runtime.scoring import score_continuations
 
 # Engine calls of this many batches: long enough to keep a batch full, short enough for a progress bar to move, and for
@@ -31,29 +34,35 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class WriteRequest:
-    """Continue `prompt` up to a stop string. The answer is the fields of a `Written`."""
+    """Continue `prompt` up to a stop string. The answer is the fields of a `Written`.
+
+    `think_end`: as `speedstack.eval.thinking.find_think_end` gives it; what follows it is the answer.
+    """
 
     key: str
     prompt: tuple[int, ...]
     max_new_tokens: int
     stop: tuple[str, ...]
-    temperature: float
-    top_p: float
-    top_k: int
+    sampling: SamplingParams
     seed: int
+    think_end: str | int | None = None
 
     @property
     def settings(self) -> tuple[Any, ...]:
         """What requests must have in common to be decoded in one call."""
-        return (self.max_new_tokens, self.stop, self.temperature, self.top_p, self.top_k)
+        return (self.max_new_tokens, self.stop, self.sampling, self.think_end)
 
 
 @dataclass(frozen=True)
 class Written:
-    """A generation: its text up to a stop string, why it ended, and how it was decoded."""
+    """A generation: its text up to a stop string, why it ended, and how it was decoded.
+
+    `has_thought`: whether the end of thinking is in it; None where none is looked for.
+    """
 
     text: str
     finish_reason: str
+    has_thought: bool | None
     num_new_tokens: int
     num_rounds: int
     num_round_tokens: int
@@ -112,31 +121,33 @@ class Worker:
         generations = self.engine.generate(
             [list(request.prompt) for request in requests],
             max_new_tokens=first.max_new_tokens,
-            temperature=first.temperature,
-            top_p=first.top_p,
-            top_k=first.top_k,
+            temperature=first.sampling.temperature,
+            top_p=first.sampling.top_p,
+            top_k=first.sampling.top_k,
             seed=[request.seed for request in requests],
-            stop=first.stop,
+            # Thinking is full of what ends an answer, such as empty lines.
+            stop=() if first.think_end is not None else first.stop,
         )
         for request, generation in zip(requests, generations, strict=True):
-            written = Written(
-                text=cut_at_stop(generation.text, request.stop),
-                finish_reason=generation.finish_reason,
-                num_new_tokens=generation.stats.num_new_tokens,
-                num_rounds=generation.stats.num_rounds,
-                num_round_tokens=generation.stats.num_round_tokens,
-            )
-            self.cache.put(request.key, asdict(written))
+            self.cache.put(request.key, asdict(self._written(request, generation)))
+
+    def _written(self, request: WriteRequest, generation: Generation) -> Written:
+        text, has_thought = generation.text, None
+        if request.think_end is not None:
+            text, has_thought = strip_thinking(self.engine.tokenizer, generation.tokens, text, request.think_end)
+        answer = postprocess_generated_text(text, list(request.stop), None)
+        return Written(
+            text=answer,
+            finish_reason="stop" if len(answer) < len(text) else generation.finish_reason,
+            has_thought=has_thought,
+            num_new_tokens=generation.stats.num_new_tokens,
+            num_rounds=generation.stats.num_rounds,
+            num_round_tokens=generation.stats.num_round_tokens,
+        )
 
     def _bar(self, total: int, description: str) -> tqdm:
         # None: only on a terminal.
         return tqdm(total=total, desc=description, disable=None if self.progress else True, dynamic_ncols=True)
-
-
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first occurrence of any of the stop strings."""
-    ends = [position for position in (text.find(marker) for marker in stop) if position >= 0]
-    return text[: min(ends, default=len(text))]
 
 
 def split_for_scoring(requests: Sequence[ScoreRequest], num_parts: int) -> list[list[int]]:

@@ -1,7 +1,13 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -11,30 +17,29 @@
 # %% [markdown]
 # # Acceptance of a drafter
 #
-# How many of a block's drafted tokens the target keeps, from results that were measured before. `REPORT` is the report
-# of a demo, or anything `speedstack report` made of a run with a drafter.
+# How many of a block's drafted tokens the target keeps, from results that were measured before. `REPORT` is a run, a
+# result file or a report: the directory of a demo, `acceptance.json` of `speedstack bench` with a drafter, or anything
+# that `speedstack report` made. What it lacks, a line says in place of the figure.
 
 # %% tags=["parameters"]
 REPORT = "../results/2026-11-21-demo-tiny-intel.json"
 
 # %%
 # %matplotlib inline
-from speedstack.eval.figures import survival, tokens_by_block
-from speedstack.eval.results import Report
+from pathlib import Path
 
-acceptance = Report.load(REPORT).acceptance
-overall = acceptance.overall
-print(
-    f"{overall.acceptance_length:.2f} tokens a round over {overall.num_rounds} rounds, "
-    f"{overall.mean_of_responses:.2f} as the mean of {overall.num_prompts} texts; "
-    f"blocks of {acceptance.block_size}, temperature {acceptance.temperature:g}"
-)
+from speedstack.eval.figures import survival, tokens_by_block
+from speedstack.eval.notebook import acceptance_text, show
+from speedstack.gather import gather
+
+acceptance = gather([Path(REPORT)], title=REPORT).acceptance
+show(acceptance_text, acceptance)
 
 # %% [markdown]
 # ## How deep into a block do drafts survive?
 
 # %%
-survival(acceptance)
+show(survival, acceptance)
 
 # %% [markdown]
 # ## How long should a block be?
@@ -43,4 +48,4 @@ survival(acceptance)
 # target and give nothing.
 
 # %%
-tokens_by_block(acceptance)
+show(tokens_by_block, acceptance)

@@ -18,34 +18,39 @@
 # # Precision against accuracy
 #
 # What rounding the experts costs, from results that were measured before: this notebook reads and plots, it runs no
-# model. `REPORT` is the report of a demo, `COMPARISON` what `speedstack compare A.json B.json --out x.json` wrote, and
-# `GRID` the results.json of `speedstack ablate`.
+# model. `REPORT` is a run, a result file or a report (the directory of a demo, `quality.json` of `speedstack eval`, or
+# anything that `speedstack report` made), `COMPARISON` what `speedstack compare A.json B.json --out x.json` wrote, and
+# `GRID` the results.json of `speedstack ablate`; an empty string where there is none. What they lack, a line says in
+# place of the figure.
+#
+# Of the results that were compared, `NAMES` says how they are shown, and `BITS` what a weight of their experts takes;
+# both may have more than there are, and fewer.
 
 # %% tags=["parameters"]
 REPORT = "../results/2026-11-21-demo-tiny-intel.json"
 COMPARISON = "../results/2026-11-21-suite-offline-tiny.json"
 GRID = "../results/2026-11-21-ablation-tiny.json"
+TASK = "speedstack_same_text"
+NAMES = {
+    "MXFP4, rounded": "MXFP4, rounded to nearest",
+    "MXFP4, distilled": "MXFP4, distilled (QAD)",
+    "INT2, rounded": "INT2, bad on purpose",
+}
+BITS = {"full precision": 32.0, "MXFP4, rounded": 4.25, "MXFP4, distilled": 4.25, "INT2, rounded": 2.5}
 
 # %%
 # %matplotlib inline
-from IPython.display import Markdown
+from pathlib import Path
 
 from speedstack.eval.ablation import AblationGrid
 from speedstack.eval.ablation_figures import grid_score_by_bits, kl_by_bits, kl_by_bytes, kl_by_speed, tau_by_bits
 from speedstack.eval.compare import Comparison
 from speedstack.eval.figures import divergence, score_by_bits, suite_differences
-from speedstack.eval.results import Report
-from speedstack.quant.formats import number_format
+from speedstack.eval.notebook import comparison_table, grid_table, load, show
+from speedstack.gather import gather
 
-report, comparison, grid = Report.load(REPORT), Comparison.load(COMPARISON), AblationGrid.load(GRID)
-NAMES = {
-    "full precision": "full precision",
-    "MXFP4, rounded": "MXFP4, rounded to nearest",
-    "MXFP4, distilled": "MXFP4, distilled (QAD)",
-    "INT2, rounded": "INT2, bad on purpose",
-}
-mxfp4, int2 = (number_format(name).bits_per_weight for name in ("mxfp4", "int2_g32"))
-BITS = {"full precision": 32.0, "MXFP4, rounded": mxfp4, "MXFP4, distilled": mxfp4, "INT2, rounded": int2}
+report = gather([Path(REPORT)], title=REPORT)
+comparison, grid = load(Comparison, COMPARISON), load(AblationGrid, GRID)
 
 # %% [markdown]
 # ## How far is the quantized model from the one it was made of?
@@ -53,7 +58,7 @@ BITS = {"full precision": 32.0, "MXFP4, rounded": mxfp4, "MXFP4, distilled": mxf
 # KL divergence of the next-token distributions, on the same held-out text.
 
 # %%
-divergence(report.quality)
+show(divergence, report.quality)
 
 # %% [markdown]
 # ## How often does it write the same text?
@@ -61,7 +66,7 @@ divergence(report.quality)
 # Greedy continuations of held-out code, 32 tokens: the share that is word for word the full-precision model's.
 
 # %%
-score_by_bits(comparison, "speedstack_same_text", BITS, NAMES)
+show(score_by_bits, comparison, TASK, BITS, NAMES)
 
 # %% [markdown]
 # ## What of the scores is recovered, and what is chance?
@@ -70,10 +75,10 @@ score_by_bits(comparison, "speedstack_same_text", BITS, NAMES)
 # closing a line, where a lone colon is right half of the time. Divergence and same text are the measures to trust.
 
 # %%
-suite_differences(comparison, NAMES)
+show(suite_differences, comparison, NAMES)
 
 # %%
-Markdown(comparison.markdown())
+show(comparison_table, comparison)
 
 # %% [markdown]
 # ## Formats, modules and methods: the whole grid
@@ -82,23 +87,23 @@ Markdown(comparison.markdown())
 # are spared, and how the weights were chosen.
 
 # %%
-kl_by_bits(grid)
+show(kl_by_bits, grid)
 
 # %% [markdown]
 # Bits saved where there are few weights save few bytes.
 
 # %%
-kl_by_bytes(grid)
+show(kl_by_bytes, grid)
 
 # %% [markdown]
 # What the bytes buy in speed is the cost model's prediction; a drafter buys more than any format of a model this small,
 # whose steps are hand-offs rather than bytes. Tokens/s that were measured are in the table below.
 
 # %%
-kl_by_speed(grid)
+show(kl_by_speed, grid)
 
 # %%
-grid_score_by_bits(grid)
+show(grid_score_by_bits, grid)
 
 # %% [markdown]
 # ## Does a drafter notice the target's precision?
@@ -107,7 +112,7 @@ grid_score_by_bits(grid)
 # for those targets.
 
 # %%
-tau_by_bits(grid)
+show(tau_by_bits, grid)
 
 # %%
-Markdown(grid.table())
+show(grid_table, grid)

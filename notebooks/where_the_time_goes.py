@@ -1,7 +1,13 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -12,27 +18,28 @@
 # # Where the time goes
 #
 # Decoding speed against peers in the same run, and the stages of a whole demo, from results that were measured before.
+# `REPORT` is a run, a result file or a report: the directory of a demo, `timing.json` of `speedstack bench`, or
+# anything that `speedstack report` made. What it lacks, a line says in place of the figure.
 
 # %% tags=["parameters"]
 REPORT = "../results/2026-11-21-demo-tiny-intel.json"
 
 # %%
 # %matplotlib inline
-from speedstack.eval.figures import decode_rates, stage_times, time_per_text
-from speedstack.eval.results import Report
+from pathlib import Path
 
-report = Report.load(REPORT)
-timing = report.timing
-machine = timing.environment or report.environment
-print(f"{machine.cpu_model}, {machine.num_cores} cores, {timing.num_prompts} prompts, {timing.num_repeats} repeats")
-for name in ("engine + drafter", "transformers"):
-    print(f"{name} against engine: {timing.speedup(name, 'engine'):.2f}x")
+from speedstack.eval.figures import decode_rates, stage_times, time_per_text
+from speedstack.eval.notebook import show, timing_text
+from speedstack.gather import gather
+
+report = gather([Path(REPORT)], title=REPORT)
+show(timing_text, report.timing, report.environment)
 
 # %% [markdown]
 # ## How fast is decoding?
 
 # %%
-decode_rates(timing)
+show(decode_rates, report.timing)
 
 # %% [markdown]
 # ## What does a user wait for?
@@ -40,10 +47,10 @@ decode_rates(timing)
 # The first token takes the whole prompt through the model; the others come one by one, or a block at a time.
 
 # %%
-time_per_text(timing)
+show(time_per_text, report.timing)
 
 # %% [markdown]
 # ## What does a demo spend its time on?
 
 # %%
-stage_times(report.stages)
+show(stage_times, report.stages)

@@ -90,7 +90,7 @@ def gptq_experts(
 ) -> GptqReport:
     """Replace every routed expert weight of `model`, in place and in its own dtype, by MXFP4 values chosen by GPTQ.
 
-    The result is what `save_packed` with any scale rule stores. `batches` are calibration token ids, int64 [B, T];
+    The result is what `export_model` with any scale rule stores. `batches` are calibration token ids, int64 [B, T];
     `scale_rule` and `damping` are those of `gptq`; `on_layer` is told (layers done, layers) after each.
 
     Raises ValueError as `routed_experts`, `DecoderLayers` and `gptq` do, naming the weight, and for no batches. Weights

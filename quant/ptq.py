@@ -30,7 +30,7 @@ def round_to_nearest(
 ) -> tuple[str, ...]:
     """Replace weights, in place and in their own dtype, by their nearest values in a format; returns their names.
 
-    For experts in MXFP4 the result is what `save_packed` with the same rule stores. `scale_rule` is as in
+    For experts in MXFP4 the result is what `convert` with the same rule stores. `scale_rule` is as in
     `speedstack.quant.formats.fake_quantize`, `modules` as in `weights_of`. Nothing is changed when this raises.
 
     Raises ValueError as those two do, and for NaN or infinity, naming the weight.

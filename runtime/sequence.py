@@ -105,7 +105,11 @@ class RunningSequence:
         return draft
 
     def record_round(self, num_verified: int, depth: int, num_accepted: int, num_committed: int) -> None:
-        """Counts a round: nodes verified, so deep, how many of them stand, how many tokens `commit` added."""
+        """Counts a round: nodes verified, so deep, how many of them stand, how many tokens `commit` added.
+
+        Of a round that ends the text the last token added counts as the target's own, as in every other one, though
+        more proposals than those before it may stand.
+        """
         if self._budget:
             self._budget.record(num_verified, num_accepted)
         self.stats.num_rounds += 1
@@ -113,7 +117,7 @@ class RunningSequence:
         self.stats.num_rows += 1 + num_verified
         for i in range(depth):
             self.stats.drafted_by_position[i] += 1
-            self.stats.accepted_by_position[i] += i < num_accepted
+            self.stats.accepted_by_position[i] += i < num_committed - 1
 
     def take_rounds(self, rounds: Sequence[Round]) -> None:
         """Commits what was decoded without the host, up to the token that ends the sequence; it arrived all at once.

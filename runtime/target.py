@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from speedstack.quant.checkpoint import load_checkpoint, weights_sha256
+from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime.select import choose_device, choose_dtype
 from speedstack.runtime.spec import spec_from_config
 from speedstack.runtime.weights import ModelWeights, read_weights
@@ -30,8 +31,8 @@ def load_target(path: str | Path, device: str = "auto", dtype: str | torch.dtype
 
     See `Engine.from_pretrained`.
 
-    Raises ValueError, one line, for a directory that is broken, a model that the runtime does not know, and a device or
-    dtype that is not there.
+    Raises ValueError, one line, for a directory or a tokenizer that is broken, a model that the runtime does not know,
+    and a device or dtype that is not there.
     """
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, torch_device)
@@ -40,13 +41,4 @@ def load_target(path: str | Path, device: str = "auto", dtype: str | torch.dtype
     sha256 = weights_sha256(path)
     tied = bool(checkpoint.config.tie_word_embeddings)
     weights = read_weights(spec, {**checkpoint.tensors, **checkpoint.fp8}, torch_dtype, torch_device, tied)
-    return LoadedTarget(weights, sha256, _load_tokenizer(path))
-
-
-def _load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer beside a model, or None where there are no tokenizer files."""
-    if not any((Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path)
+    return LoadedTarget(weights, sha256, load_tokenizer(path))

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import tyro
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from speedstack.eval.config import DEMO_RUN, VerbConfig
+from speedstack.eval.config import DEMO_RUN, Limit, VerbConfig
 from speedstack.quant.formats import FORMATS, number_format
 from speedstack.quant.ptq import ModuleGroup
 from speedstack.train.config import (
@@ -229,7 +229,9 @@ class SuiteSection(VerbConfig):
     name: str | None = Field("offline", description="Suite, or its YAML file; None: rows have no score.")
     tasks: tuple[str, ...] = Field(("same_text",), description="Tasks of the suite that are run; none named: all.")
     score: str = Field("same_text", description="Task whose headline metric is the score.")
-    limit: int | None = Field(None, ge=1, description="Documents a task at most; None: all.")
+    limit: Limit | None = Field(
+        None, description="Documents a task at most: so many, or a share of them between 0 and 1; None: all."
+    )
     data: Path | None = Field(None, description="Directory of local data sets, as of the verb eval.")
     max_length: int | None = Field(None, ge=2, description="Positions of a sequence's buffers; None: the model's.")
     batch_size: int = Field(8, ge=1, description="Sequences decoded together.")

@@ -12,7 +12,7 @@ from speedstack.ablate_plan import EXPORTS, PlannedRow, Planner
 from speedstack.dflash.checkpoint import load_config as load_drafter_config
 from speedstack.eval.ablation import BUSY_CORES, AblationGrid, AblationRow, Served
 from speedstack.eval.environment import describe_environment
-from speedstack.eval.storage import EXPERTS, bytes_in_format, directory_bytes, stored_dtype
+from speedstack.eval.storage import EXPERTS, bytes_in_format, bytes_per_weight, directory_bytes
 from speedstack.plan import StepConfig, make_plan
 from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.files import WeightFiles
@@ -130,12 +130,13 @@ def _stored(planned: PlannedRow, config: AblateConfig, store: StepStore) -> dict
     total, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if EXPERTS in name)
     if served == "dequantized":
         total, experts = bytes_in_format(config.model, spec.format, spec.modules)  # type: ignore[arg-type]
-    dtype_bits = 8 * stored_dtype(read_config(config.model)[0]).itemsize
     return {
         "served": served,
         "model_bytes": total,
         "expert_bytes": experts,
-        "bits_per_weight": number_format(spec.format).bits_per_weight if spec.format else float(dtype_bits),
+        "bits_per_weight": number_format(spec.format).bits_per_weight
+        if spec.format
+        else 8 * bytes_per_weight(config.model),
     }
 
 

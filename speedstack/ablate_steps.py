@@ -25,15 +25,13 @@ from speedstack.eval.config import EvalConfig
 from speedstack.eval.environment import LoadWatch
 from speedstack.eval.heldout import corpus_windows
 from speedstack.eval.quality import model_quality, stderr_over_windows
-from speedstack.eval.storage import stored_dtype
 from speedstack.eval.suite import Suite, SuiteSettings, run_suite
 from speedstack.eval.task_loading import lm_eval_name
 from speedstack.eval.timing import spread
 from speedstack.evaluate import make_task_data
 from speedstack.heldout import heldout_prompts
-from speedstack.quant.checkpoint import load_model
-from speedstack.quant.checkpoint.config import read_config
-from speedstack.quant.checkpoint.directory import new_directory
+from speedstack.quant.checkpoint import export_model, load_model
+from speedstack.quant.checkpoint.source import stored_dtypes
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.quantize import CalibrationSection, QuantizeConfig, quantize
 from speedstack.runtime import Engine, Generation
@@ -43,7 +41,7 @@ from speedstack.step_store import Step
 from speedstack.train.config import DrafterConfig, QatConfig
 from speedstack.train.corpus import load_corpus
 from speedstack.train.drafter import train_drafter
-from speedstack.train.qat import load_tokenizer, qat
+from speedstack.train.qat import qat
 
 
 class _Job:
@@ -90,25 +88,19 @@ def run_step(step: Step, needs: Mapping[str, Path], directory: Path) -> dict[str
 def _quantize(job: _Job) -> dict[str, Any]:
     settings, export = job.settings, job.directory / EXPORTS["quantize"]
     if settings["is_packed"]:
-        calibration = {}
+        calibration: dict[str, Any] = {}
         if settings["method"] == "gptq":
             options = dict(settings["gptq"])
-            calibration = {"damping": options.pop("damping")}
+            calibration = {"device": job.device, "damping": options.pop("damping")}
             calibration["calibration"] = CalibrationSection(
                 source=job.places["corpus"], seed=settings["seed"], **options
             )
-        quantize(
-            QuantizeConfig(model=job.model, method=settings["method"], device=job.device, out=export, **calibration)
-        )
+        quantize(QuantizeConfig(model=job.model, method=settings["method"], out=export, **calibration))
         return {}
-    stored = stored_dtype(read_config(job.model)[0])
-    model = load_model(job.model, stored if stored in (torch.float32, torch.bfloat16) else torch.float32)
+    model = load_model(job.model, torch.bfloat16 if stored_dtypes(job.model) == {"BF16"} else torch.float32)
     torch.nn.Module.to(model, job.device)
-    round_to_nearest(model, settings["scale_rule"], settings["format"], settings["modules"])
-    tokenizer = load_tokenizer(job.model)
-    with new_directory(export) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    names = round_to_nearest(model, settings["scale_rule"], settings["format"], settings["modules"])
+    export_model(model, job.model, export, scale_rule=None, only=names)
     return {}
 
 
@@ -184,11 +176,12 @@ def _suite(job: _Job) -> dict[str, Any]:
         ),
     )
     result.save(job.directory / "suite.json")
+    result.check_headline()
     task = lm_eval_name(settings["score"])
-    (metric,) = (entry.metric for entry in result.block.headline if entry.task == task)
+    metric = next((entry.metric for entry in result.block.headline if entry.task == task), None)
     value = None if metric is None else result.value(task, metric)
-    if metric is None or value is None:
-        raise ValueError(f"lm-eval gave no {metric} of {task}")
+    if value is None:
+        raise ValueError(f"suite.score: {task} has no score of its own, it stands for several tasks: name one of them")
     return {"metric": metric, "score": value, "stderr": result.stderr(task, metric)}
 
 

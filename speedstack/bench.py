@@ -41,7 +41,7 @@ def bench(config: BenchConfig) -> None:
         torch.set_num_threads(config.num_threads)
     prompt_sets = load_prompts(config)
     for entry in prompt_sets:
-        print(f"{entry.name}: {_sizes(entry)} tokens, {entry.source}")
+        print("\n".join((f"{entry.name}: {_sizes(entry)} tokens, {entry.source}", *entry.notes)))
     written: set[Path] = set()
 
     def keep(timing: TimingResult, acceptance: AcceptanceResult | None) -> None:
@@ -78,23 +78,18 @@ def bench(config: BenchConfig) -> None:
 
 def load_prompts(config: BenchConfig) -> list[PromptSet]:
     """The sets that the config names, in tokens of its target. Raises ValueError, one line."""
-    from transformers import AutoTokenizer
-
     from speedstack.eval.prompts import PromptLoader
     from speedstack.quant.checkpoint.config import read_config
     from speedstack.quant.checkpoint.files import checkpoint_directory
+    from speedstack.quant.checkpoint.tokenizer import require_tokenizer
     from speedstack.runtime.spec import spec_from_config
 
     section, target = config.prompts, checkpoint_directory(config.target)
     window = spec_from_config(read_config(target)[0]).max_position_embeddings
     if window <= config.num_new_tokens:
         raise ValueError(f"num_new_tokens {config.num_new_tokens} leaves no room in the model's {window} positions")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(target, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{target} has no tokenizer that can be read: {' '.join(str(error).split())}") from error
     loader = PromptLoader(
-        tokenizer=tokenizer,
+        tokenizer=require_tokenizer(target),
         max_tokens=window - config.num_new_tokens,
         num_prompts=section.num_prompts,
         corpus=section.corpus,
@@ -103,6 +98,7 @@ def load_prompts(config: BenchConfig) -> list[PromptSet]:
         num_long_tokens=section.long_tokens,
         chat_template=section.chat_template,
         seed=config.seed,
+        settings=section,
     )
     return loader.load(section.sets)
 

@@ -75,7 +75,6 @@ _PATHS = frozenset({"data.corpus", "qat.model", "drafter.target", "drafter.text"
 # Of the drafter's settings, those that decide the text it is trained on.
 _TEXT_FIELDS = (
     "data.sequence_length",
-    "drafter.prompts",
     "drafter.num_sequences",
     "drafter.num_eval_sequences",
     "drafter.prompt_length",
@@ -100,7 +99,11 @@ class DemoStages:
         config = self.config
         data = self.pretrain_config.data.model_dump(mode="json", exclude={"corpus", "sequence_length"})
         drafter = _decisive(self.drafter_config)
-        text = {name: drafter[name] for name in _TEXT_FIELDS}
+        text = {
+            name: value
+            for name, value in drafter.items()
+            if name in _TEXT_FIELDS or name.startswith("drafter.prompts.")
+        }
         return [
             self._stage("corpus", self.run_corpus, data),
             self._stage("pretrain", self.run_pretrain, _decisive(self.pretrain_config), ("corpus",)),
@@ -142,13 +145,10 @@ class DemoStages:
 
     def run_ptq(self, advance: Advance) -> str:
         """Round the experts to MXFP4, the baseline that training has to beat."""
-        from transformers import AutoTokenizer
+        from speedstack.quant.checkpoint import convert
 
-        from speedstack.quant.checkpoint import load_model, save_packed
-
-        source = self.models[FULL]
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        save_packed(load_model(source), self.models[PTQ], tokenizer, self.config.qat.qat.scale_rule)
+        rule = self.config.qat.qat.scale_rule
+        convert(self.models[FULL], "compressed-tensors", self.models[PTQ], scale_rule=rule)
         return "expert weights rounded to the nearest MXFP4 value, no training"
 
     def run_qad(self, advance: Advance) -> str:

@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +33,9 @@ from speedstack.dflash.ngram import NgramIndex
 from speedstack.eval.acceptance import summarize
 from speedstack.eval.drafter_rows import AblationTimes, DraftedSet, DrafterAblation, DrafterRun
 from speedstack.eval.environment import describe_environment
-from speedstack.eval.prompts import fitting_prompts
+from speedstack.eval.prompts import PromptLoader
 from speedstack.quant.checkpoint import weights_sha256
+from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.runtime import Engine
 from speedstack.runtime.strategy import DraftStrategy
 from speedstack.step_times import added_times, first_times, time_steps
@@ -46,7 +48,6 @@ from speedstack.train.drafter_eval import GreedyText
 from speedstack.train.frozen_target import SharedTarget
 from speedstack.train.loop import run
 from speedstack.train.metrics import read_metrics
-from speedstack.train.qat import load_tokenizer
 from speedstack.train.trainer import make_trainer
 
 HELDOUT = "held-out"  # prompts sampled after as well; code prompts are decoded greedily alone
@@ -189,9 +190,15 @@ class Ablation:
         texts = {HELDOUT: GreedyText.of_windows(ids_NT, prompt_length)}
         if config.code_prompts is not None:
             engine = self._serving()
-            tokenizer = load_tokenizer(self.first.drafter.target)
+            tokenizer = require_tokenizer(self.first.drafter.target)
             room = length - config.num_new_tokens
-            prompts = fitting_prompts(config.code_prompts, tokenizer, room)[: config.num_code_prompts]
+            fitting, notes = PromptLoader(tokenizer, room, config.num_code_prompts).read_file(config.code_prompts)
+            prompts = fitting[: config.num_code_prompts]
+            if not prompts:
+                raise ValueError(f"{config.code_prompts} has no prompt of 1 to {room} tokens")
+            if len(prompts) < config.num_code_prompts:
+                said = "; ".join((f"{len(prompts)} of num_code_prompts {config.num_code_prompts} are there", *notes))
+                warnings.warn(f"{config.code_prompts}: {said}", stacklevel=2)
             written = engine.generate(prompts, max_new_tokens=config.num_new_tokens, ignore_eos=True)
             sequences = [prompt + generation.tokens for prompt, generation in zip(prompts, written, strict=True)]
             padded = [torch.tensor(sequence) for sequence in sequences]

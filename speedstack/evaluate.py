@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,9 +58,13 @@ def _evaluate_suite(config: EvalConfig, name: str) -> None:
                 limit=config.limit,
                 task_data=config.out / "tasks",
                 data=config.data,
+                include_path=config.include_path,
                 cache=cache,
                 seed=config.seed,
                 chat_template=config.chat_template,
+                chat_template_kwargs=config.chat_template_kwargs,
+                think_end_token=config.think_end_token,
+                max_gen_toks=config.max_gen_toks,
                 allow_code=config.allow_code,
             )
             result = run_suite(engine, config.target, config.drafter, name, suite, settings, team)
@@ -69,13 +72,14 @@ def _evaluate_suite(config: EvalConfig, name: str) -> None:
             team.dismiss()
     path = result.save(config.out / f"{name}.json")
     for entry in result.block.headline:
-        if entry.metric is not None and (value := result.value(entry.task, entry.metric)) is not None:
-            stderr = result.stderr(entry.task, entry.metric)
-            print(f"{entry.task} {entry.metric}: {value:.4f}{'' if stderr is None else f' +- {stderr:.4f}'}")
+        for task, metric, value in result.scores(entry.task, entry.metric):
+            stderr = result.stderr(task, metric)
+            print(f"{task} {metric}: {value:.4f}{'' if stderr is None else f' +- {stderr:.4f}'}")
     num_requests = sum(counts.num_requests for counts in result.block.requests.values())
     num_cached = sum(counts.num_cached for counts in result.block.requests.values())
     print(f"{num_requests} requests, {num_cached} of them answered before, in {result.block.seconds:.1f} s")
     print(f"written: {path}")
+    result.check_headline()
 
 
 def make_task_data(config: EvalConfig, tasks: set[str]) -> None:
@@ -92,8 +96,19 @@ def make_task_data(config: EvalConfig, tasks: set[str]) -> None:
     make_tasks(texts, config.out / "tasks", seed=config.seed, sizes=SUITE_SIZES)
     if tasks & set(TEACHER_TASK_NAMES):
         assert config.teacher is not None
-        teacher = EngineLM(_eval_engine(config, config.teacher))
-        write = partial(teacher.write, gen_kwargs=generation_settings("same_text"))
+        teacher = EngineLM(
+            _eval_engine(config, config.teacher),
+            chat_template_kwargs=config.chat_template_kwargs,
+            think_end=config.think_end_token,
+            max_gen_toks=config.max_gen_toks,
+        )
+
+        def write(contexts: list[str]) -> list[str]:
+            """As the models are asked that are compared with the teacher."""
+            if config.chat_template:
+                contexts = [teacher.apply_chat_template([{"role": "user", "content": text}]) for text in contexts]
+            return teacher.write(contexts, generation_settings("same_text"))
+
         make_same_text(texts, write, config.out / "tasks", NUM_SAME_TEXT, config.seed)
 
 

@@ -1,22 +1,31 @@
-"""One `Report` from whatever finished work is found: run directories, result files, a whole demo.
+"""One `Report` from whatever finished work is found: run directories, result files, a whole demo, several of them.
 
 Everything is read from disk, hence the demo's own report and `speedstack report` of its directory are one code path,
-and a half-finished demo can be reported too. Inputs are read in their order, a directory before the ones in it. Of the
-measurements that a run has one of, the first of a kind is the run's own, and all others are attached beside it; but a
-directory's own measurement stands for those of its kind in the runs inside it.
+and a half-finished demo can be reported too. Inputs are read in their order, a directory before the ones in it, and
+nothing twice. Of the measurements that a run has one of, the first of a kind is the run's own, and all others are
+attached beside it; but a directory's own measurement stands for those of its kind in the runs inside it.
+
+What several runs have each (curves, stages, models, memory, texts) is kept by the directory that it is of, and named by
+the end of that directory's path, as much of it as tells the runs apart. Files that cannot be read or are none of ours
+are an error where they were named, and a note where they were found in a directory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field
 
+from speedstack.curves import run_curves
 from speedstack.eval import sections
 from speedstack.eval.environment import describe_environment
+from speedstack.eval.labels import printable, short_names
 from speedstack.eval.report import utc_now
 from speedstack.eval.results import (
     Attachment,
@@ -31,19 +40,14 @@ from speedstack.eval.results import (
     read_json,
 )
 from speedstack.stages import RECORDS, read_records
-from speedstack.train.metrics import FILE_NAME, read_metrics
+from speedstack.train.metrics import FILE_NAME
 
 # Fields of a report that one measurement each has.
 OWN = ("quality", "acceptance", "timing")
 FACTS_KIND, REPORT_KIND = "facts", "report"
 FACTS_FILE, REPORT_FILE = "facts.json", "report.json"
-CROSS_ENTROPY = "cross-entropy (nats a token)"
-KL = "KL from the teacher (nats a token)"
-MIXTURE = "weighted cross-entropy and KL (nats a token)"
-WEIGHTED = "position-weighted cross-entropy (nats a token)"
-ACCEPTANCE = "acceptance length (tokens a round)"
-# What recipes call their loss is not one quantity: loss -> its axis, by what the run's config says it trained on.
-TRAIN_LOSS = {"pretrain": CROSS_ENTROPY, "kl": KL, "ce": CROSS_ENTROPY, "mix": MIXTURE, "drafter": WEIGHTED}
+# A run, or a stage of one, as the parts of its path.
+Place = tuple[str, ...]
 
 
 class Facts(Document):
@@ -59,171 +63,283 @@ class Facts(Document):
 def gather(inputs: Sequence[Path], title: str, **fields: Any) -> Report:
     """A report of everything below `inputs`; `fields` are set as they are (subtitle, seed, commands).
 
-    A report among the inputs gives what it holds. Results of kinds that no page shows, a plan say, are named in the
-    notes. Raises ValueError for an input that does not exist, a result file of another schema, and when nothing is
-    found.
+    A report among the inputs gives what it holds. Results of kinds that no page shows, a plan say, and files in
+    directories that cannot be read are named in the notes; so are inputs in which there is nothing.
+    Raises ValueError for an input that does not exist, a named file that is no result of this schema, and when nothing
+    is found; OSError as the file system does.
     """
     gathered = _Gathered()
     for path in inputs:
         if not path.exists():
             raise ValueError(f"nothing at {path}: give run directories or result files")
-        kinds_on_top: set[str | None] = set()
-        for file in _find(path):
-            content = None if file.name == FILE_NAME else read_json(file)
-            if content is None:
-                gathered.curves += run_curves(file.parent)
-            elif (kind := sections.kind_of(content)) in OWN and file.parent != path and kind in kinds_on_top:
-                continue
-            else:
-                gathered.add(file, content, is_named=file == path)
-                if file.parent == path:
-                    kinds_on_top.add(kind)
-        if path.is_dir():
-            gathered.stages += [
-                StageSummary(name=r.name, summary=r.summary, seconds=r.seconds) for r in read_records(path)
-            ]
+        num_before = gathered.num_found
+        if path.is_file():
+            gathered.add_named(path)
+        else:
+            # Demos in a directory are read as if they had been named: each has measurements of its own, and runs in it.
+            demos = [child for child in _children(path) if (child / RECORDS).is_dir()]
+            gathered.add_run(path, [child for child in _children(path) if child not in demos])
+            for demo in demos:
+                gathered.add_run(demo, _children(demo))
+            if gathered.num_found == num_before and (path / REPORT_FILE).is_file():
+                gathered.add_named(path / REPORT_FILE)
+        if gathered.num_found == num_before:
+            gathered.note(f"There is no result in {_shown(path)}")
     if gathered.is_empty:
-        hint = f" that a report shows; there are {', '.join(gathered.left_out)}" if gathered.left_out else ""
+        hint = f" that a report shows; there are {'; '.join(gathered.left_out)}" if gathered.left_out else ""
         raise ValueError(f"no finished run or result in {', '.join(map(str, inputs))}{hint}")
     return gathered.report(title, fields)
 
 
+def _children(directory: Path) -> list[Path]:
+    return sorted(child for child in directory.iterdir() if child.is_dir() and child.name != RECORDS)
+
+
+def _files(directory: Path) -> list[Path]:
+    """The metrics and the JSON files in a directory. A page made before is made of the files beside it."""
+    found = [file for file in directory.glob("*.json") if file.is_file() and file.name != REPORT_FILE]
+    metrics = [file for file in (directory / FILE_NAME,) if file.is_file()]
+    return metrics + sorted(found, key=lambda file: (file.name != FACTS_FILE, file.name))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A curve or a stage, where it is of, and the report that it was read from: None for the run's own directory."""
+
+    place: Place
+    content: Curve | StageSummary
+    report: Path | None = None
+
+
 class _Gathered:
-    """What was found so far; the first of what there can be one of stays."""
+    """What was found so far; of what a run has one of, the first stays. Warnings come when all is found.
+
+    `num_found` counts files, also those that were read before and those that are left out.
+    """
 
     def __init__(self) -> None:
-        self.parts: dict[str, Any] = {}
-        self.curves: list[Curve] = []
-        self.stages: list[StageSummary] = []
-        self.attached: list[Attachment] = []
-        self.reports: list[Report] = []
+        self.num_found = 0
+        self.notes: list[str] = []
         self.left_out: list[str] = []
+        self._own: dict[str, tuple[Path, Any]] = {}
+        self._parts: list[_Part] = []
+        self._facts: dict[Place, dict[str, Any]] = {}
+        self._attached: list[Attachment] = []
+        self._reports: list[Report] = []
+        self._read: set[Path] = set()
 
     @property
     def is_empty(self) -> bool:
-        return not (self.parts or self.curves or self.attached or self.stages)
+        """Whether there is nothing to show."""
+        return not (self._own or self._parts or self._facts or self._attached)
 
-    def add(self, file: Path, content: Any, is_named: bool) -> None:
-        """Take in a file's JSON. Raises ValueError for content that does not fit its kind, and for a file that was
-        named and is no result.
-        """
-        kind = sections.kind_of(content)
-        if kind == FACTS_KIND:
-            self._take_run(Facts.check(content, file))
-        elif kind == REPORT_KIND:
-            self._take_report(Report.check(content, file), file)
-        elif kind in sections.MODULES:
-            self._take_result(kind, sections.check(kind, content, str(file)), _shown(file), content)
-        elif kind is not None:
-            self.left_out.append(f"{_shown(file)} ({kind})")
-        elif is_named:
+    def note(self, text: str) -> None:
+        """Say something on the page and, as a warning, on the terminal."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def add_named(self, file: Path) -> None:
+        """Take in a file that was asked for. Raises ValueError where it is no result of a kind and schema of ours."""
+        if file.name == FILE_NAME:
+            self._add(file, None)
+            return
+        content = read_json(file)
+        if sections.kind_of(content) is None:
             raise ValueError(f"{file} is not a result file: it names no kind and schema version of ours")
+        self._add(file, content)
+
+    def add_run(self, directory: Path, inner: Sequence[Path]) -> None:
+        """Take in what is in a directory, then what is in those inside it, then the stages that its records name."""
+        kinds_on_top: set[str | None] = set()
+        for place in (directory, *inner):
+            for file in _files(place):
+                try:
+                    content = None if file.name == FILE_NAME else read_json(file)
+                    kind = sections.kind_of(content)
+                    if place == directory:
+                        kinds_on_top.add(kind)
+                    elif kind in OWN and kind in kinds_on_top:
+                        continue
+                    self._add(file, content)
+                except (ValueError, OSError) as error:
+                    self.num_found += 1
+                    self.left_out.append(" ".join(str(error).split()))
+        if (directory / RECORDS).is_dir() and self._is_new(directory / RECORDS):
+            for record in read_records(directory):
+                self.num_found += 1
+                stage = StageSummary(name=record.name, summary=record.summary, seconds=record.seconds)
+                self._parts.append(_Part((*_place(directory), record.name), stage))
 
     def report(self, title: str, fields: dict[str, Any]) -> Report:
         """All of it."""
-        notes = [note for report in self.reports for note in report.notes]
         if self.left_out:
-            notes.append(f"Not shown in this report: {', '.join(self.left_out)}")
-        commands = [command for report in self.reports for command in report.commands]
+            self.note(f"Not shown in this report: {'; '.join(self.left_out)}")
+        for note in self.notes:
+            warnings.warn(note, stacklevel=3)
+        notes = [*(note for report in self._reports for note in report.notes), *self.notes]
+        commands = [command for report in self._reports for command in report.commands]
         given: dict[str, Any] = {
-            "notes": (*fields.pop("notes", ()), *notes),
+            "notes": (*fields.pop("notes", ()), *dict.fromkeys(notes)),
             "commands": tuple(dict.fromkeys((*commands, *fields.pop("commands", ())))),
         }
-        if len(self.reports) == 1 and self.attached == list(self.reports[0].attached):
-            given |= {"subtitle": self.reports[0].subtitle, "seed": self.reports[0].seed}
+        if len(self._reports) == 1 and len(self._read) == 1:
+            given |= {"subtitle": self._reports[0].subtitle, "seed": self._reports[0].seed}
+        parts = self._named_parts()
+        beside = {sections.kind_of(attachment.content) for attachment in self._attached}
         return Report(
             title=title,
             created_utc=utc_now(),
             environment=self._environment(),
-            stages=tuple(self.stages),
-            curves=tuple(self.curves),
-            attached=tuple(self.attached),
-            **self.parts,
+            stages=tuple(part for part in parts if isinstance(part, StageSummary)),
+            curves=tuple(part for part in parts if isinstance(part, Curve)),
+            attached=tuple(self._attached),
+            own_files={kind: _shown(file) for kind, (file, _) in self._own.items() if kind in beside},
+            **{kind: result for kind, (_, result) in self._own.items()},
+            **self._named_facts(),
             **(given | fields),
         )
 
+    def _add(self, file: Path, content: Any) -> None:
+        """Take in a file, once; `content` is its JSON, None for metrics. Raises ValueError for a misfit."""
+        self.num_found += 1
+        if not self._is_new(file):
+            return
+        kind = sections.kind_of(content)
+        if file.name == FILE_NAME:
+            curves = run_curves(Path(os.path.abspath(file.parent)), self.note)
+            self._parts += [_Part(_place(file.parent), curve) for curve in curves]
+            if not curves:
+                self.left_out.append(f"{_shown(file)} (no losses yet)")
+        elif kind == FACTS_KIND:
+            self._take_facts(_place(file.parent), Facts.check(content, file))
+        elif kind == REPORT_KIND:
+            self._take_report(Report.check(content, file), file)
+        elif kind in sections.MODULES:
+            self._take_result(kind, sections.check(kind, content, str(file)), file, content)
+        elif kind is not None:
+            self.left_out.append(f"{_shown(file)} ({kind})")
+
+    def _is_new(self, path: Path) -> bool:
+        """Whether a file was not met before, under this or another name."""
+        resolved = path.resolve()
+        is_new = resolved not in self._read
+        self._read.add(resolved)
+        return is_new
+
+    def _take_facts(self, place: Place, facts: Facts | Report) -> None:
+        """The fields that a run has once; bytes are added to those of its other engines."""
+        known = self._facts.setdefault(place, {})
+        for name in ("model", "other_models", "storage", "examples"):
+            if value := getattr(facts, name, None):
+                known.setdefault(name, value)
+        if facts.memory_bytes:
+            known["memory_bytes"] = facts.memory_bytes | known.get("memory_bytes", {})
+
+    def _take_report(self, report: Report, file: Path) -> None:
+        self._reports.append(report)
+        place = _place(file.parent if file.name == REPORT_FILE else file.with_suffix(""))
+        self._take_facts(place, report)
+        # Reports of several runs were written once that have one name for all of them.
+        times = Counter[tuple[str, ...]]()
+        for content in (*report.stages, *report.curves):
+            key = (content.stage, content.label, content.quantity) if isinstance(content, Curve) else (content.name,)
+            times[key] += 1
+            name = key[0] if times[key] == 1 else f"{key[0]} ({times[key]})"
+            self._parts.append(_Part((*place, name), content, report=file))
+        for attachment in report.attached:
+            if attachment not in self._attached:
+                self._attached.append(attachment)
+        for kind in OWN:
+            if (result := getattr(report, kind)) is not None:
+                of_report = Path(report.own_files.get(kind, str(file)))
+                self._take_result(kind, result, of_report, result.model_dump(mode="json"), report.environment)
+
+    def _take_result(
+        self, kind: str, result: Any, file: Path, content: dict[str, Any], environment: Environment | None = None
+    ) -> None:
+        if kind not in OWN:
+            self._attached.append(Attachment(name=_shown(file), content=content))
+            return
+        own_file, own = self._own.setdefault(kind, (file, result))
+        # A report beside the file that it was made of has nothing new.
+        if own is not result and not (own == result and own_file.resolve().parent == file.resolve().parent):
+            if environment is not None and result.environment is None:
+                content = content | {"environment": environment.model_dump(mode="json")}
+            self._attached.append(Attachment(name=_shown(file), content=content))
+
+    def _named_parts(self) -> list[Curve | StageSummary]:
+        """Stages and curves under names that tell the runs apart."""
+        directories = [part for part in self._parts if part.report is None]
+        on_disk = {part.place for part in directories}
+        kept: list[tuple[Place, Curve | StageSummary]] = []
+        for part in self._parts:
+            place = part.place
+            if part.report is not None and place in on_disk:
+                # A report of the run as it is now says nothing new, one of the run as it was stands beside it.
+                if any((place, part.content) == (other.place, other.content) for other in directories):
+                    continue
+                place = (*place[:-1], f"{place[-1]} ({part.report.name})")
+            kept.append((place, part.content))
+        places = list(dict.fromkeys(place for place, _ in kept))
+        names = dict(zip(places, short_names(places), strict=True))
+        return [
+            content.model_copy(update={"stage" if isinstance(content, Curve) else "name": names[place]})
+            for place, content in kept
+        ]
+
+    def _named_facts(self) -> dict[str, Any]:
+        """Models, memory and texts of the runs; of several runs each is named."""
+        facts = {place: known for place, known in self._facts.items() if known}
+        if len(facts) < 2:
+            return next(iter(facts.values()), {})
+        names = dict(zip(facts, short_names(list(facts)), strict=True))
+        models = [
+            (names[place], model)
+            for place, known in facts.items()
+            for model in (known.get("model"), *known.get("other_models", ()))
+            if model is not None
+        ]
+        if len({model for _, model in models}) == 1:
+            models = [("", models[0][1])]
+        named = [model.model_copy(update={"name": f"{run}: {model.name}"}) if run else model for run, model in models]
+        return {
+            "model": named[0] if named else None,
+            "other_models": tuple(named[1:]),
+            "storage": tuple(
+                entry.model_copy(update={"place": f"{entry.place}, {names[place]}"})
+                for place, known in facts.items()
+                for entry in known.get("storage", ())
+            ),
+            "memory_bytes": {
+                f"{names[place]}: {engine}": parts
+                for place, known in facts.items()
+                for engine, parts in known.get("memory_bytes", {}).items()
+            },
+            "examples": tuple(
+                example.model_copy(update={"title": f"{names[place]}: {example.title}"})
+                for place, known in facts.items()
+                for example in known.get("examples", ())
+            ),
+        }
+
     def _environment(self) -> Environment:
         """A report may be made elsewhere, or later, than its figures were measured."""
-        own = [self.parts.get(kind) for kind in ("timing", "acceptance", "quality")]
-        measured = [sections.environment_of(result) for result in own if result is not None]
-        measured += [report.environment for report in self.reports]
-        for attachment in self.attached:
+        own = [self._own[kind][1] for kind in ("timing", "acceptance", "quality") if kind in self._own]
+        measured = [sections.environment_of(result) for result in own]
+        measured += [report.environment for report in self._reports]
+        for attachment in self._attached:
             kind = sections.kind_of(attachment.content)
             assert kind is not None
             measured.append(sections.environment_of(sections.check(kind, attachment.content, attachment.name)))
         return next((environment for environment in measured if environment is not None), describe_environment())
 
-    def _take_run(self, facts: Facts | Report) -> None:
-        """The fields that a run has once; bytes are added to those of other engines."""
-        for name in ("model", "storage", "examples"):
-            if value := getattr(facts, name):
-                self.parts.setdefault(name, value)
-        if facts.memory_bytes:
-            known = self.parts.get("memory_bytes", {})
-            self.parts["memory_bytes"] = known | {k: v for k, v in facts.memory_bytes.items() if k not in known}
 
-    def _take_report(self, report: Report, file: Path) -> None:
-        self.reports.append(report)
-        self._take_run(report)
-        self.curves += report.curves
-        self.stages += report.stages
-        self.attached += report.attached
-        for kind in OWN:
-            if (result := getattr(report, kind)) is not None:
-                self._take_result(kind, result, _shown(file), result.model_dump(mode="json"))
-
-    def _take_result(self, kind: str, result: Any, name: str, content: dict[str, Any]) -> None:
-        if kind in OWN and kind not in self.parts:
-            self.parts[kind] = result
-        else:
-            self.attached.append(Attachment(name=name, content=content))
-
-
-def run_curves(run_directory: Path) -> list[Curve]:
-    """What the metrics of a training run plot; the stage is the run's name."""
-    lines = read_metrics(run_directory)
-    recipe, loss = _recipe(run_directory)
-    metrics = {
-        ("train", "loss"): ("training", loss),
-        ("eval", "heldout_loss"): ("held-out", WEIGHTED if recipe == "drafter" else CROSS_ENTROPY),
-        ("eval", "heldout_kl"): ("held-out", KL),
-        ("eval", "acceptance_length"): ("held-out", ACCEPTANCE),
-    }
-    curves = []
-    for (kind, name), (label, quantity) in metrics.items():
-        points = [(line["step"], line[name]) for line in lines if line["kind"] == kind and name in line]
-        if points:
-            steps, values = zip(*points, strict=True)
-            curves.append(Curve(stage=run_directory.name, label=label, quantity=quantity, steps=steps, values=values))
-    return curves
-
-
-def _recipe(run_directory: Path) -> tuple[str, str]:
-    """The kind of the run and the axis of its training loss, from its config; metrics alone do not say."""
-    file = run_directory / "config.yaml"
-    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    kind = config.get("kind", "")
-    trained_on = config["qat"]["objective"] if kind == "qat" else kind
-    return kind, TRAIN_LOSS.get(trained_on, "training loss (nats a token)")
-
-
-def _find(path: Path) -> Iterator[Path]:
-    """Metrics and JSON files at `path`, or in it and then in the directories in it."""
-    if path.is_file():
-        yield path
-        return
-    # A page made before is made of the files beside it.
-    skipped = (REPORT_FILE,)
-    for directory in (path, *sorted(child for child in path.iterdir() if child.is_dir() and child.name != RECORDS)):
-        if (directory / FILE_NAME).is_file():
-            yield directory / FILE_NAME
-        yield from sorted(
-            (file for file in directory.glob("*.json") if file.name not in skipped),
-            key=lambda file: (file.name != FACTS_FILE, file.name),
-        )
+def _place(path: Path) -> Place:
+    """The parts of the absolute path, which says where "." is."""
+    return tuple(map(printable, Path(os.path.abspath(path)).parts))
 
 
 def _shown(file: Path) -> str:
     """A file's name on the page: below the working directory, where it is there."""
     resolved = file.resolve()
-    return str(resolved.relative_to(Path.cwd())) if resolved.is_relative_to(Path.cwd()) else str(file)
+    return printable(str(resolved.relative_to(Path.cwd())) if resolved.is_relative_to(Path.cwd()) else str(file))

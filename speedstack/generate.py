@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from speedstack.eval.config import ModelConfig
+from speedstack.eval.prompt_settings import ChatTemplateKwargs
 
 if TYPE_CHECKING:
     from speedstack.runtime import Generation
@@ -24,6 +25,12 @@ class GenerateConfig(ModelConfig):
 
     prompt: str = Field("", description="Text to continue; '-' reads it from stdin.")
     prompt_ids: tuple[int, ...] = Field((), description="Token ids to continue, instead of text.")
+    chat_template: bool = Field(
+        False, description="The prompt as a user's message, in the template of the model's tokenizer."
+    )
+    chat_template_kwargs: ChatTemplateKwargs = Field(
+        {}, description="Variables for the chat template, as a JSON object: '{\"enable_thinking\": false}'."
+    )
     max_new_tokens: int = Field(128, ge=1, description="Tokens generated at most.")
     temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: the probability mass kept.")
@@ -60,6 +67,10 @@ def generate(config: GenerateConfig) -> None:
     """Stream the continuation. Raises ValueError as `Engine` does, and for no prompt or two."""
     if bool(config.prompt) == bool(config.prompt_ids):
         raise ValueError("give one prompt: --prompt TEXT (or '-' for stdin), or --prompt-ids 1 2 3")
+    if config.chat_template and config.prompt_ids:
+        raise ValueError("chat_template is for text: give it as --prompt instead of --prompt-ids")
+    if config.chat_template_kwargs and not config.chat_template:
+        raise ValueError("chat_template_kwargs need --chat-template")
     from speedstack.runtime import Engine
 
     num_drafts = config.num_drafts
@@ -87,6 +98,8 @@ def generate(config: GenerateConfig) -> None:
         "stop": config.stop,
         "ignore_eos": config.ignore_eos,
     }
+    if config.chat_template:
+        text = _as_chat(text, engine.tokenizer, config.chat_template_kwargs)
     prompt = text or list(config.prompt_ids)
     if engine.tokenizer is None:
         generation = engine.generate(prompt, **options)
@@ -102,6 +115,15 @@ def generate(config: GenerateConfig) -> None:
     print(line, file=sys.stderr)
     parts = engine.memory_bytes().items()
     print("memory: " + ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in parts), file=sys.stderr)
+
+
+def _as_chat(text: str, tokenizer: Any, kwargs: dict[str, Any]) -> str:
+    from speedstack.eval.chat_template import ChatTemplate
+    from speedstack.eval.chats import Chat
+
+    if tokenizer is None:
+        raise ValueError("chat_template needs a tokenizer, and the target has no tokenizer files")
+    return ChatTemplate(tokenizer, kwargs).prompt("the prompt", Chat([{"role": "user", "content": text}]))
 
 
 def _stream(pieces: Generator[str, None, Generation]) -> Generation:

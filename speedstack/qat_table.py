@@ -13,15 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from speedstack.eval.document import read_json
+from speedstack.eval.labels import short_names
 from speedstack.eval.qat_rows import QatEvaluation, QatRun, QatRuns
 from speedstack.train.config import QatConfig, identity, read_config
-from speedstack.train.metrics import read_metrics
+from speedstack.train.metrics import FILE_NAME, read_metrics
 
 # A run's name and device say nothing about what it does, the seed is a column of its own, and the model is one.
 _NO_CHANGES = ("run.name", "run.out", "run.device", "run.seed", "qat.model")
@@ -65,9 +71,10 @@ def qat_table(directories: Sequence[Path]) -> QatRuns:
     for run in found[1:]:
         _check_comparable(first, run)
     rtn = next((run.rtn for run in found if run.rtn is not None), None)
+    names = _names(found)
     runs = [
         QatRun(
-            run=run.config.run.name,
+            run=name,
             changes={
                 name: value
                 for name, value in run.fields.items()
@@ -77,12 +84,12 @@ def qat_table(directories: Sequence[Path]) -> QatRuns:
             seed=run.config.run.seed,
             evaluations=run.evaluations,
             kl_over_rtn=None,
-            environment=json.loads((run.directory / "env.json").read_text(encoding="utf-8")),
+            environment=_environment(run.directory / "env.json"),
         )
-        for run in found
+        for name, run in zip(names, found, strict=True)
     ]
     notes: tuple[str, ...] = ()
-    if len(found) > 1 and (older := [run.config.run.name for run in found if run.corpus is None]):
+    if len(found) > 1 and (older := [name for name, run in zip(names, found, strict=True) if run.corpus is None]):
         notes = (
             f"No digest of the text was recorded by {', '.join(older)}: that it is the other runs' is known by the "
             "corpus' path and settings, and by the loss before the first step where there is one, not by its content.",
@@ -106,11 +113,35 @@ def _read(directory: Path) -> _Found:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(inputs, dict) or not isinstance(inputs.get("model"), str):
         raise ValueError(f"{path} does not say what model the run started from: was it written by a QAT run?")
-    return _Found(directory, config, inputs["model"], inputs.get("corpus"), tuple(map(_evaluation, lines)))
+    evaluations = tuple(_evaluation(line, directory / FILE_NAME) for line in lines)
+    return _Found(directory, config, inputs["model"], inputs.get("corpus"), evaluations)
 
 
-def _evaluation(line: dict[str, Any]) -> QatEvaluation:
-    return QatEvaluation(**{name: line.get(name) for name in QatEvaluation.model_fields})
+def _names(found: Sequence[_Found]) -> list[str]:
+    """The runs' names, or the ends of their paths where several runs have one name."""
+    names = [run.config.run.name for run in found]
+    if len(set(names)) == len(names):
+        return names
+    return short_names([Path(os.path.abspath(run.directory)).parts for run in found])
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    """What a run was started with; a run without the record is worth its row all the same."""
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _evaluation(line: dict[str, Any], path: Path) -> QatEvaluation:
+    try:
+        return QatEvaluation(**{name: line.get(name) for name in QatEvaluation.model_fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path}: the evaluation at step {line['step']}: {place}: {first['msg']}") from error
 
 
 def _over(run: QatRun, rtn: QatEvaluation | None) -> QatRun:

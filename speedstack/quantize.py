@@ -19,7 +19,7 @@ from speedstack.eval.results import Document, Environment, Record
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from speedstack.quant.calibration import GptqReport
     from speedstack.quant.mxfp4 import ScaleRule
@@ -32,8 +32,11 @@ class CalibrationSection(VerbConfig):
 
     source: str = Field(
         str(DEMO_RUN / "corpus"),
-        description="Prepared corpus (its training part is read), a .jsonl, .parquet or .txt file, a directory of such "
-        "files, or the name of a dataset on the Hugging Face Hub; with a column `text`.",
+        description="Prepared corpus (its training part is read), a .jsonl, .json, .parquet or .txt file, a directory "
+        "of such files, or the name of a dataset on the Hugging Face Hub; with a column `text`.",
+    )
+    max_unusable_fraction: float = Field(
+        0.0, ge=0, le=1, description="Part of the source's rows that may have no text; they are left out."
     )
     num_sequences: int = Field(128, ge=1, description="Sequences.")
     sequence_length: int = Field(256, ge=2, description="Tokens in each.")
@@ -59,11 +62,11 @@ class QuantizeConfig(VerbConfig):
         0.01, ge=0, description="gptq: added to the diagonal of the inputs' second moments, as a part of its mean."
     )
     calibration: CalibrationSection = Field(CalibrationSection(), description="Text for gptq.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device; auto takes CUDA if present.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="gptq: device; auto takes CUDA if present.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="dtype the model is loaded in: of computation and of the weights that stay unquantized; auto: the "
-        "model's own. bfloat16 rounds the experts of a float32 model before they are quantized.",
+        description="gptq: dtype the model is computed in; auto: bfloat16 if the files hold no routed expert in more, "
+        "else float32. What stays unquantized keeps the dtype of the files.",
     )
     out: Path = Field(Path("runs/quantize"), description="Directory for the packed model.")
 
@@ -76,11 +79,11 @@ class QuantizeConfig(VerbConfig):
 
     @property
     def unused_settings(self) -> tuple[str, ...]:
-        """Settings of calibration that differ from their defaults though the method has no calibration."""
+        """Settings that differ from their defaults and are of GPTQ alone, where the method is another."""
         if self.method == "gptq":
             return ()
         names = [f"calibration.{name}" for name in _changed(self.calibration)]
-        return (*(name for name in _changed(self) if name == "damping"), *names)
+        return (*(name for name in _changed(self) if name in ("damping", "device", "dtype")), *names)
 
     @model_validator(mode="after")
     def _rule_fits(self) -> QuantizeConfig:
@@ -128,100 +131,144 @@ def load_quantize_config(path: Path | None, overrides: Sequence[str]) -> Quantiz
 
 
 def quantize(config: QuantizeConfig) -> None:
-    """Write the packed model and its record. What the model's files hold besides the model goes along unquantized.
+    """Write the packed model and its record. Everything but the routed experts is copied from the model's directory.
 
-    Raises ValueError for a model that is missing, quantized already, broken or of a family that cannot be packed, for
-    missing or too little calibration text, and for an output directory that holds something else; OSError as
-    `save_packed` does. Whatever fails, `out` is as it was.
+    Experts are rounded once, from the dtype of the files. Raises ValueError for a model that is missing, packed
+    already, broken or of a family that cannot be packed, for missing or too little calibration text, for a dtype that
+    would round experts before they are quantized, and for an output directory that holds something else; OSError as
+    `convert` does. Whatever fails, `out` is as it was.
     """
-    _check_directories(config)
+    model_config = _check_directories(config)
     if config.unused_settings:
         warnings.warn(f"method {config.method} takes no {', '.join(config.unused_settings)}: not used", stacklevel=2)
-    import torch
-
-    from speedstack.eval.environment import describe_environment
-    from speedstack.quant.checkpoint import check_extras, load_model, save_packed
-    from speedstack.quant.checkpoint.config import read_config
-    from speedstack.quant.checkpoint.names import hub_names
-    from speedstack.runtime.select import choose_device
-    from speedstack.train.qat import load_tokenizer
-
-    device = choose_device(config.device)
-    tokenizer = load_tokenizer(config.model)
-    # Before the work: a family that cannot be packed, and text that is not there.
-    model_config = read_config(config.model)[0]
-    hub_names(model_config.model_type)
-    stored_dtype = getattr(model_config, "dtype", None) or torch.float32
-    dtype = stored_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{config.model} is stored as {dtype}, which MXFP4 is not rounded from: use --dtype float32")
-    if dtype == torch.bfloat16 and stored_dtype == torch.float32:
-        warnings.warn(
-            f"{config.model} is stored in float32: --dtype bfloat16 rounds its experts twice, to bfloat16 and to MXFP4",
-            stacklevel=2,
-        )
-    windows_NT = _calibration_windows(config, tokenizer, model_config) if config.method == "gptq" else None
-    check_extras(config.model)
-    model = load_model(config.model, dtype)
-    torch.nn.Module.to(model, device)
-
-    start = time.perf_counter()
-    report = None if windows_NT is None else _gptq(model, windows_NT, config)
-
-    def write_record(directory: Path) -> None:
-        result = QuantizeResult(
-            config=config.model_dump(mode="json"),
-            scale_rule=config.chosen_scale_rule,
-            seconds=time.perf_counter() - start,
-            num_calibration_tokens=0 if report is None else report.num_tokens,
-            experts=() if report is None else tuple(QuantizedExpert(**vars(entry)) for entry in report.experts),
-            environment=describe_environment(),
-        )
-        result.save(directory / RECORD_FILE)
-
-    rule = config.chosen_scale_rule
-    save_packed(model, config.out, tokenizer, rule, extras_from=config.model, add_files=write_record)
-    if report is not None:
-        print(
-            f"{len(report.experts)} matrices on {report.num_tokens} tokens: output error {report.error_ratio:.3f} of "
-            f"rounding to nearest; {report.num_borrowers} borrowed tokens, {report.num_fallbacks} rounded to nearest"
-        )
+    if config.method == "gptq":
+        _calibrate(config, model_config)
+    else:
+        _round(config, model_config)
     print(f"model: {config.out}")
     print(f"written: {config.out / RECORD_FILE}")
 
 
-def _check_directories(config: QuantizeConfig) -> None:
-    """What can be said without loading anything."""
+def _check_directories(config: QuantizeConfig) -> PreTrainedConfig:
+    """What can be said before the work. Returns the model's configuration."""
+    from speedstack.quant.checkpoint.config import read_config
     from speedstack.quant.checkpoint.directory import check_apart, check_place, check_target
-    from speedstack.quant.checkpoint.files import CONFIG_FILE, checkpoint_directory, read_json
+    from speedstack.quant.checkpoint.files import checkpoint_directory
+    from speedstack.quant.checkpoint.names import hub_names
 
-    quantization = read_json(checkpoint_directory(config.model) / CONFIG_FILE).get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ValueError(f"{config.model} is quantized already ({method}): give the model it was made from")
+    model_config, codec = read_config(checkpoint_directory(config.model))
+    if codec.is_packed:
+        raise ValueError(f"{config.model} is quantized already ({codec.name}): give the model it was made from")
     check_apart(config.model, config.out)
     check_target(config.out)
     check_place(config.out)
+    hub_names(model_config.model_type)
+    return model_config
 
 
-def _calibration_windows(
-    config: QuantizeConfig, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig
-) -> torch.Tensor:
+def _round(config: QuantizeConfig, model_config: PreTrainedConfig) -> None:
+    from tqdm import tqdm
+
+    from speedstack.quant.checkpoint import convert
+    from speedstack.quant.checkpoint.formats import default_format
+    from speedstack.quant.checkpoint.names import hub_names
+
+    start = time.perf_counter()
+    with tqdm(unit=" tensors", desc=config.method, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        convert(
+            config.model,
+            default_format(hub_names(model_config.model_type)).name,
+            config.out,
+            scale_rule=config.chosen_scale_rule,
+            on_progress=show,
+            add_files=lambda directory: _write_record(directory, config, start, None),
+        )
+
+
+def _calibrate(config: QuantizeConfig, model_config: PreTrainedConfig) -> None:
+    import torch
+
+    from speedstack.quant.checkpoint import check_export, export_model, load_model
+    from speedstack.quant.experts import expert_parameters
+    from speedstack.runtime.select import choose_device
+
+    device = choose_device(config.device)
+    windows_NT = _calibration_windows(config, model_config)
+    model = load_model(config.model, _computation_dtype(config))
+    check_export(model, config.model, is_packed=True)
+    torch.nn.Module.to(model, device)
+
+    start = time.perf_counter()
+    report = _gptq(model, windows_NT, config)
+    export_model(
+        model,
+        config.model,
+        config.out,
+        scale_rule=config.chosen_scale_rule,
+        only=expert_parameters(model),
+        add_files=lambda directory: _write_record(directory, config, start, report),
+    )
+    print(
+        f"{len(report.experts)} matrices on {report.num_tokens} tokens: output error {report.error_ratio:.3f} of "
+        f"rounding to nearest; {report.num_borrowers} borrowed tokens, {report.num_fallbacks} rounded to nearest"
+    )
+
+
+def _computation_dtype(config: QuantizeConfig) -> torch.dtype:
+    """A dtype that holds what the files hold of the experts, so that nothing but MXFP4 rounds them."""
+    import torch
+
+    from speedstack.quant.checkpoint.source import stored_dtypes
+
+    stored = stored_dtypes(config.model, ".experts.")
+    is_half = stored == {"BF16"}
+    if config.dtype == "bfloat16" and not is_half:
+        raise ValueError(
+            f"{config.model} has its experts in {' and '.join(sorted(stored))}: --dtype bfloat16 would round them "
+            "before they are quantized, use --dtype auto or float32"
+        )
+    return torch.float32 if config.dtype == "float32" or not is_half else torch.bfloat16
+
+
+def _write_record(directory: Path, config: QuantizeConfig, start: float, report: GptqReport | None) -> None:
+    from speedstack.eval.environment import describe_environment
+
+    result = QuantizeResult(
+        config=config.model_dump(mode="json"),
+        scale_rule=config.chosen_scale_rule,
+        seconds=time.perf_counter() - start,
+        num_calibration_tokens=0 if report is None else report.num_tokens,
+        experts=() if report is None else tuple(QuantizedExpert(**vars(entry)) for entry in report.experts),
+        environment=describe_environment(),
+    )
+    result.save(directory / RECORD_FILE)
+
+
+def _calibration_windows(config: QuantizeConfig, model_config: PreTrainedConfig) -> torch.Tensor:
     """Token ids, int64 [N, T], that the model can read."""
+    from speedstack.quant.checkpoint.tokenizer import require_tokenizer
     from speedstack.train.calibration import calibration_windows
 
     section, text_config = config.calibration, model_config.get_text_config()
-    if len(tokenizer) > text_config.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {config.model} has {len(tokenizer)} tokens, the model an embedding of "
-            f"{text_config.vocab_size}: they do not belong together"
-        )
+    tokenizer = require_tokenizer(config.model, text_config.vocab_size)
     max_length = getattr(text_config, "max_position_embeddings", None)
     if max_length is not None and section.sequence_length > max_length:
         raise ValueError(
             f"calibration.sequence_length {section.sequence_length} exceeds the model's {max_length} positions"
         )
-    return calibration_windows(section.source, tokenizer, section.num_sequences, section.sequence_length, section.seed)
+    return calibration_windows(
+        section.source,
+        tokenizer,
+        section.num_sequences,
+        section.sequence_length,
+        section.seed,
+        section.max_unusable_fraction,
+    )
 
 
 def _gptq(model: PreTrainedModel, windows_NT: torch.Tensor, config: QuantizeConfig) -> GptqReport:

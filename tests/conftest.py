@@ -121,7 +121,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: "Pr
 @pytest.fixture(scope="session")
 def tiny_packed_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: "PreTrainedTokenizerFast") -> Path:
     """The tiny model with its routed experts packed to MXFP4."""
-    from speedstack.quant.checkpoint import save_packed
+    from tests.packing import save_packed
 
     path = tmp_path_factory.mktemp("models") / "tiny-mxfp4"
     save_packed(build_tiny_model(), path, tokenizer=tiny_tokenizer)

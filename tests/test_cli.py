@@ -146,6 +146,28 @@ def test_generate_with_text_ids_and_drafter(
     assert "memory: embedding and LM head 0." in alone.err and "experts (MXFP4) 0." in alone.err
 
 
+def test_generate_as_a_chat(
+    tiny_packed_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Callable[..., str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_packed_dir, model)
+    base: list[object] = ["generate", "--target", model, "--device", "cpu", "--backend", "reference"]
+    base += ["--max-new-tokens", 6]
+    assert "has no chat template" in fails(*base, "--prompt", "x", "--chat-template")
+    template = "{% for m in messages %}def {{ m.content }}{% endfor %}{% if shout %}!{% endif %}"
+    (model / "chat_template.jinja").write_text(template)
+    texts = []
+    for arguments in (
+        ["--prompt", "f", "--chat-template", "--chat-template-kwargs", '{"shout": true}'],
+        ["--prompt", "def f!"],
+    ):
+        assert main([*map(str, base), *arguments]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert "need --chat-template" in fails(*base, "--prompt", "x", "--chat-template-kwargs", '{"shout": true}')
+    assert "chat_template is for text" in fails(*base, "--prompt-ids", 3, "--chat-template")
+
+
 def test_generate_prints_ids_where_there_is_no_tokenizer(
     tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from speedstack.cli import main
 from speedstack.eval.environment import describe_environment
 from speedstack.eval.ptq_rows import PtqResult
 from speedstack.eval.results import AcceptanceResult, AcceptanceSet, Report, TimingResult
-from speedstack.gather import CROSS_ENTROPY, KL, WEIGHTED, gather, run_curves
+from speedstack.gather import gather
 
 
 def timing(num_threads: int = 1, **fields: object) -> TimingResult:
@@ -130,22 +130,6 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "torn.json").write_text('{"kind": "tim', encoding="utf-8")
     assert "torn.json is not a JSON file" in refusal(capsys, tmp_path / "torn.json", "--out", out)
     assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("config", "training", "heldout"),
-    [
-        ("kind: pretrain", CROSS_ENTROPY, CROSS_ENTROPY),
-        ("{kind: qat, qat: {objective: kl}}", KL, CROSS_ENTROPY),
-        ("{kind: qat, qat: {objective: ce}}", CROSS_ENTROPY, CROSS_ENTROPY),
-        ("kind: drafter", WEIGHTED, WEIGHTED),
-    ],
-)
-def test_curves_name_what_their_recipe_trains_on(config: str, training: str, heldout: str, tmp_path: Path) -> None:
-    lines = [{"kind": "train", "step": 1, "loss": 2.0}, {"kind": "eval", "step": 1, "heldout_loss": 3.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
-    assert [(c.label, c.quantity) for c in run_curves(tmp_path)] == [("training", training), ("held-out", heldout)]
 
 
 def test_report_names_the_machine_that_was_timed(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from speedstack.eval import sections
 from speedstack.eval.qat_rows import QatRuns
 from speedstack.eval.sections import Found
-from speedstack.qat_table import main
+from speedstack.qat_table import main, qat_table
 from speedstack.train.config import QatConfig, dump_config
 
 CONFIG: dict[str, dict[str, Any]] = {"data": {"corpus": "corpus"}, "loop": {"num_steps": 20}, "qat": {"model": "model"}}
@@ -34,8 +34,8 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         config = QatConfig.model_validate(
             fields | {"run": {"name": name, "out": str(tmp_path)} | changed.get("run", {})}
         )
-        run = tmp_path / name
-        run.mkdir()
+        run = Path(config.run.out) / name
+        run.mkdir(parents=True)
         (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         inputs = {"model": model} | ({} if corpus is None else {"corpus": corpus})
         (run / "inputs.json").write_text(json.dumps(inputs), encoding="utf-8")
@@ -127,3 +127,24 @@ def test_a_run_that_did_not_record_its_text(
     (note,) = QatRuns.load(out).notes
     assert note.startswith("No digest of the text was recorded by old, old mse: ") and note in capsys.readouterr().out
     assert main([str(runs[1]), "--out", str(out)]) == 0 and not QatRuns.load(out).notes
+
+
+def test_runs_of_one_name_are_told_apart(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    runs = [make_run("tiny", kl, run={"out": str(tmp_path / place)}) for place, kl in (("adam", 0.1), ("muon", 0.2))]
+    assert [run.run for run in qat_table(runs).runs] == ["adam/tiny", "muon/tiny"]
+
+
+def test_a_run_without_its_environment_has_its_row(make_run: Callable[..., Path]) -> None:
+    run = make_run("base", 0.001)
+    (run / "env.json").write_text('{"python": ', encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"env\.json is not a JSON file"):
+        (row,) = qat_table([run]).runs
+    assert row.environment == {} and row.evaluations[-1].heldout_kl == 0.001
+
+
+def test_an_evaluation_that_is_no_number_is_named(make_run: Callable[..., Path]) -> None:
+    run = make_run("base", float("nan"))
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl: the evaluation at step 20: heldout_kl: Input should be a fin"
+    ):
+        qat_table([run])

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from speedstack.cli import main
 from speedstack.quant.checkpoint import load_checkpoint, load_model
+from speedstack.quant.checkpoint.tokenizer import tokenizer_files
 from speedstack.quant.experts import expert_parameters
 from speedstack.quant.mxfp4 import MXFP4Tensor, quantize
 from speedstack.quantize import QuantizeConfig, QuantizeResult
@@ -79,36 +80,87 @@ def test_gptq_from_a_file(
     assert engine.generate("def f(", max_new_tokens=4, ignore_eos=True).stats.num_new_tokens == 4
 
 
-def test_weights_that_stay_keep_their_dtype(tiny_model_dir: Path, tmp_path: Path) -> None:
-    load_model(tiny_model_dir, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
-    shutil.copy(tiny_model_dir / "tokenizer.json", tmp_path / "half")
-    shutil.copy(tiny_model_dir / "tokenizer_config.json", tmp_path / "half")
-    for dtype, expected in (("auto", torch.bfloat16), ("float32", torch.float32)):
-        command = ["quantize", str(tmp_path / "half"), "--method", "rtn", "--dtype", dtype]
-        assert main([*command, "--out", str(tmp_path / dtype)]) == 0
-        embeddings = load_checkpoint(tmp_path / dtype).tensors["model.embed_tokens.weight"]
-        assert isinstance(embeddings, torch.Tensor) and embeddings.dtype == expected
+@pytest.fixture
+def stored_in(tiny_model_dir: Path, tmp_path: Path) -> Callable[[torch.dtype, str | None], Path]:
+    """`stored_in(dtype, named)`: the tiny model in files of a dtype, under a config.json that names another or none."""
+
+    def make(dtype: torch.dtype, named: str | None) -> Path:
+        path = Path(shutil.copytree(tiny_model_dir, tmp_path / f"{dtype}-{named}"))
+        tensors = load_file(path / "model.safetensors")
+        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, path / "model.safetensors", {})
+        fields = json.loads((path / "config.json").read_text()) | {"dtype": named, "of_the_makers": True}
+        if named is None:
+            del fields["dtype"]
+        (path / "config.json").write_text(json.dumps(fields))
+        (path / "LICENSE").write_text("free")
+        return path
+
+    return make
 
 
-def test_a_float32_model_in_bfloat16_is_rounded_twice_and_said_to_be(tiny_model_dir: Path, tmp_path: Path) -> None:
-    command = [
-        "quantize",
-        str(tiny_model_dir),
-        "--method",
-        "rtn",
-        "--dtype",
-        "bfloat16",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    with pytest.warns(UserWarning, match="rounds its experts twice"):
-        assert main(command) == 0
-    tensors = load_checkpoint(tmp_path / "out").tensors
-    for name, parameter in expert_parameters(load_model(tiny_model_dir)).items():
-        stored, weight = tensors[name], parameter.detach()
-        assert isinstance(stored, MXFP4Tensor)
-        assert torch.equal(stored.codes, quantize(weight.bfloat16()).codes)
-        assert not torch.equal(stored.codes, quantize(weight).codes)
+FILES_AND_NAMES = [
+    (torch.float32, "bfloat16"),
+    (torch.float16, "bfloat16"),
+    (torch.float16, "float16"),
+    (torch.bfloat16, None),
+]
+
+
+@pytest.mark.parametrize(("dtype", "named"), FILES_AND_NAMES)
+def test_experts_are_rounded_once_and_the_rest_is_copied(
+    dtype: torch.dtype, named: str | None, stored_in: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    """The files' own dtype decides, not what config.json says of it."""
+    source = stored_in(dtype, named)
+    masters = load_model(source)  # float32 holds both
+    for method in ("rtn", "gptq"):
+        out = tmp_path / method
+        command = ["quantize", str(source), "--method", method, "--out", str(out)]
+        assert main([*command, *(["--calibration.source", str(text_file), *SMALL] if method == "gptq" else [])]) == 0
+        stored = load_checkpoint(out).tensors
+        for name, weight in expert_parameters(masters).items():
+            packed, rounded = stored[name], quantize(weight.detach())
+            assert isinstance(packed, MXFP4Tensor)
+            if method == "rtn":
+                assert torch.equal(packed.codes, rounded.codes) and torch.equal(packed.scales, rounded.scales)
+        before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+        others = {name: tensor for name, tensor in before.items() if ".experts." not in name}
+        assert all(after[name].dtype == dtype and torch.equal(after[name], tensor) for name, tensor in others.items())
+        assert {path.name for path in out.iterdir()} == {path.name for path in source.iterdir()} | {"quantize.json"}
+        for name in ("LICENSE", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            assert (out / name).read_bytes() == (source / name).read_bytes()
+        fields = json.loads((out / "config.json").read_text())
+        del fields["quantization_config"]
+        assert fields == json.loads((source / "config.json").read_text())
+
+
+def test_gptq_computes_in_a_dtype_that_holds_the_experts(
+    stored_in: Callable[..., Path],
+    text_file: Path,
+    fails: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from speedstack.quant import checkpoint
+
+    loaded: list[torch.dtype] = []
+
+    def noted(path: Path, dtype: torch.dtype) -> object:
+        loaded.append(dtype)
+        return load_model(path, dtype)
+
+    monkeypatch.setattr(checkpoint, "load_model", noted)
+    options = ["--calibration.source", str(text_file), *SMALL, "--out", str(tmp_path / "out")]
+    for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        source = stored_in(dtype, None)
+        assert main(["quantize", str(source), *options]) == 0
+        assert loaded.pop() == expected
+        if expected == torch.float32:
+            line = fails(source, "--dtype", "bfloat16", *options)
+            assert "--dtype bfloat16 would round them before they are quantized, use --dtype auto or float32" in line
+        else:
+            assert main(["quantize", str(source), *options, "--dtype", "float32"]) == 0
+            assert loaded.pop() == torch.float32
 
 
 def test_prediction_heads_go_along(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -117,6 +169,7 @@ def test_prediction_heads_go_along(tiny_model_dir: Path, tmp_path: Path) -> None
     shutil.copytree(tiny_model_dir, model)
     tensors = load_file(model / "model.safetensors")
     head = {f"model.mtp.0.mlp.experts.0.{part}_proj.weight": torch.randn(32, 64) for part in ("gate", "up")}
+    head["model.mtp.0.mlp.experts.0.down_proj.weight"] = torch.randn(64, 32)
     save_file(tensors | head, model / "model.safetensors", metadata={"format": "pt"})
     assert main(["quantize", str(model), "--method", "rtn", "--out", str(tmp_path / "out")]) == 0
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -141,7 +194,8 @@ def test_nan_is_refused_and_nothing_is_written(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_model_dir / name, bad)
     line = fails(bad, "--method", method, "--out", tmp_path / "out", "--calibration.source", text_file, *SMALL)
-    assert "model.layers.2.mlp.experts.down_proj: cannot quantize NaN" in line
+    where = "model.layers.2.mlp.experts.down_proj" if method == "gptq" else "model.layers.2.mlp.experts.3 (down_proj)"
+    assert f"{where}: cannot quantize NaN" in line
     assert [entry.name for entry in tmp_path.iterdir()] == ["bad"]
 
 
@@ -168,6 +222,9 @@ def test_a_tokenizer_of_another_model(
     (model / "tokenizer.json").unlink()
     (model / "tokenizer_config.json").unlink()
     assert "has no tokenizer" in fails(model, "--out", tmp_path / "out")
+    # Rounding reads no text; what the source lacks is not made up.
+    assert main(["quantize", str(model), "--method", "rtn", "--out", str(tmp_path / "out")]) == 0
+    assert tokenizer_files(tmp_path / "out") == []
 
 
 def test_places(fails: Callable[..., str], tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -191,8 +248,9 @@ def test_settings_that_contradict_or_do_nothing(
     fails: Callable[..., str], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     assert "choose method rtn" in fails(tiny_model_dir, "--method", "mse", "--scale-rule", "floor")
-    with pytest.warns(UserWarning, match=r"method rtn takes no damping, calibration\.seed: not used"):
+    with pytest.warns(UserWarning, match=r"method rtn takes no damping, device, dtype, calibration\.seed: not used"):
         settings = ["--method", "rtn", "--damping", "0.5", "--calibration.seed", "3"]
+        settings += ["--device", "cpu", "--dtype", "float32"]
         assert main(["quantize", str(tiny_model_dir), *settings, "--out", str(tmp_path / "out")]) == 0
     assert "greater than or equal to 0" in fails(tiny_model_dir, "--damping", "-1")
     assert "did you mean '--calibration.source'" in fails(tiny_model_dir, "--calibration.sorce", "x")

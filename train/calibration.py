@@ -13,26 +13,34 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from speedstack.train.corpus import load_corpus, load_documents, quiet_datasets, tokenize
+from speedstack.eval.prepared_corpus import reads_alike
+from speedstack.train.corpus import load_corpus, quiet_datasets, tokenize
 from speedstack.train.data import PackedWindows
+from speedstack.train.documents import load_documents
 
 # Documents and tokens drawn for each that is used, so that a sample comes from many documents.
 _SPREAD = 4
 
 
 def calibration_windows(
-    source: str, tokenizer: PreTrainedTokenizerBase, num_windows: int, sequence_length: int, seed: int
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    num_windows: int,
+    sequence_length: int,
+    seed: int,
+    max_unusable_fraction: float = 0.0,
 ) -> torch.Tensor:
     """Token ids, int64 [num_windows, sequence_length], a function of the arguments alone.
 
-    `source` is the directory of a prepared corpus, or any source that `load_documents` takes.
+    `source` is the directory of a prepared corpus, or any source that `load_documents` takes, of whose rows
+    `max_unusable_fraction` may have no text.
 
     Raises ValueError for a source that does not exist or has no text, for a corpus of another tokenizer, and for text
     too short for that many different windows.
     """
     if (Path(source) / "corpus.json").is_file():
         corpus = load_corpus(Path(source))
-        if corpus.tokenizer.get_vocab() != tokenizer.get_vocab():
+        if corpus.tokenizer.get_vocab() != tokenizer.get_vocab() or not reads_alike(corpus.heldout, tokenizer):
             raise ValueError(
                 f"the corpus {source} was tokenized with another tokenizer than the model's: give the text itself"
             )
@@ -40,7 +48,9 @@ def calibration_windows(
     else:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-text token to separate documents with: set its eos_token")
-        documents = _sample(load_documents(source), tokenizer, num_windows, sequence_length, seed)
+        documents = _sample(
+            load_documents(source, max_unusable_fraction), tokenizer, num_windows, sequence_length, seed
+        )
     windows = PackedWindows(documents, sequence_length)
     if len(windows) < num_windows:
         raise ValueError(

@@ -27,9 +27,21 @@ from speedstack.train.section import Precision, Section
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
-# Fields that may differ between the start of a run and its continuation: they change no number.
+# Fields that may differ between the start of a run and its continuation: nothing that is trained depends on them.
 _FREE_ON_RESUME = frozenset(
-    {"run.name", "run.out", "run.wandb_mode", "loop.log_every", "loop.save_every", "loop.keep_checkpoints"}
+    {
+        "run.name",
+        "run.out",
+        "run.wandb_mode",
+        "data.max_unusable_fraction",
+        "loop.log_every",
+        "loop.eval_every",
+        "loop.save_every",
+        "loop.keep_checkpoints",
+        "qat.look_every",
+        "drafter.num_served_prompts",
+        "drafter.prompts.max_unusable_fraction",
+    }
 )
 
 
@@ -62,8 +74,15 @@ class DataSection(Section):
     corpus: Path = Field(Path("runs/corpus"), description="Tokenized corpus; prepared there if it does not exist yet.")
     source: str = Field(
         "stdlib",
-        description="Text to tokenize: stdlib (the interpreter's standard library), a .jsonl, .parquet or .txt "
+        description="Text to tokenize: stdlib (the interpreter's standard library), a .jsonl, .json, .parquet or .txt "
         "file, a directory of such files, or the name of a dataset on the Hugging Face Hub; with a column `text`.",
+    )
+    max_unusable_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Part of the source's rows that may have no text (null, missing, a number, a broken line); they "
+        "are left out, and more of them end the job.",
     )
     vocab_size: int = Field(4096, ge=300, description="Vocabulary of the byte-level BPE tokenizer trained by pretrain.")
     heldout_fraction: float = Field(0.05, gt=0, lt=1, description="Fraction of the documents kept for evaluation.")
@@ -326,15 +345,22 @@ def dump_config(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def identity(config: JobConfig) -> dict[str, Any]:
-    """Every field that can change a number of the run, by dotted name."""
+def flat_config(config: JobConfig) -> dict[str, Any]:
+    """Every field by dotted name."""
+    return _flat(config, config.model_dump(mode="json"), "")
+
+
+def _flat(section: BaseModel, values: dict[str, Any], prefix: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for section, value in config.model_dump(mode="json").items():
-        if isinstance(value, dict):
-            flat.update({f"{section}.{key}": item for key, item in value.items()})
-        else:
-            flat[section] = value
-    return {key: value for key, value in flat.items() if key not in _FREE_ON_RESUME}
+    for key, value in values.items():
+        below = getattr(section, key)
+        flat |= _flat(below, value, f"{prefix}{key}.") if isinstance(below, BaseModel) else {f"{prefix}{key}": value}
+    return flat
+
+
+def identity(config: JobConfig) -> dict[str, Any]:
+    """Every field that can change what a run trains, by dotted name."""
+    return {key: value for key, value in flat_config(config).items() if key not in _FREE_ON_RESUME}
 
 
 def config_hash(config: JobConfig) -> str:

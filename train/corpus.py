@@ -15,8 +15,8 @@ import json
 import os
 import random
 import shutil
-import sysconfig
 import tempfile
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,16 +28,13 @@ import datasets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from speedstack.eval.prepared_corpus import check_name, corpus_part, reads_alike
+from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.train.config import DataSection
+from speedstack.train.documents import changed_file, describe_files, load_documents
 
+_SOURCE_FILE = "source.json"
 END_OF_TEXT, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
-
-# Directories of tests and of foreign packages; the modules of `encodings` are tables of characters, not code.
-_SKIPPED_DIRECTORIES = frozenset(
-    {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
-)
-_MIN_DOCUMENT_CHARACTERS = 200
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,7 @@ def prepare_corpus(
     *,
     source: str = "stdlib",
     heldout_fraction: float = 0.05,
+    max_unusable_fraction: float = 0.0,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Corpus:
     """Tokenize `source` into the directory `path`; a corpus that is already there is loaded.
@@ -65,13 +63,14 @@ def prepare_corpus(
         path: Corpus directory; it appears complete or not at all.
         vocab_size: Size of the BPE tokenizer trained here; ignored when `tokenizer` is given.
         seed: Seed of the split into training and held-out documents.
-        source: "stdlib", a .jsonl, .parquet or .txt file (of text: one document), a directory of such files, or a name
-            on the Hugging Face Hub.
+        source: Text, as `load_documents` takes it.
         heldout_fraction: Fraction of the documents, at least one, kept for evaluation.
+        max_unusable_fraction: Share of the source's rows that may have no text; they are left out with a warning.
         tokenizer: Tokenizer of the model that will read the corpus.
 
     Raises:
-        ValueError: `path` holds a corpus with other settings or something else, or the source has no usable text.
+        ValueError: `path` holds something else, or a corpus with other settings, of another tokenizer, or of a source
+            that has changed since; or the source has too little text, or more unusable rows.
         OSError: `path` cannot be written.
     """
     path = Path(path)
@@ -81,9 +80,11 @@ def prepare_corpus(
     else:
         settings["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
     if path.exists():
-        return _load_matching(path, settings)
-
-    train_rows, heldout_rows = _split(load_documents(source), heldout_fraction, seed)
+        return _load_matching(path, settings, tokenizer)
+    check_name(path)
+    files = describe_files(source)
+    documents = load_documents(source, max_unusable_fraction)
+    train_rows, heldout_rows = _split(documents, source, heldout_fraction, seed)
     if tokenizer is None:
         tokenizer = train_tokenizer((row["text"] for row in train_rows), vocab_size)
     if tokenizer.eos_token_id is None:
@@ -95,9 +96,18 @@ def prepare_corpus(
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".partial", dir=path.parent))
     try:
         with quiet_datasets():
-            tokenize(heldout_rows, tokenizer, keep_text=True).save_to_disk(str(temporary / "heldout"))
-            tokenize(train_rows, tokenizer, keep_text=False).save_to_disk(str(temporary / "train"))
+            for part, rows in (("heldout", heldout_rows), ("train", train_rows)):
+                written = temporary / "tokens.arrow"
+                tokens = tokenize(rows, tokenizer, keep_text=part == "heldout", file=written)
+                if not len(tokens):
+                    raise ValueError(f"no {part} document of {source} has a token: give more text")
+                tokens.save_to_disk(str(temporary / part))
+                written.unlink()
         tokenizer.save_pretrained(str(temporary / "tokenizer"))
+        if (changed := changed_file(source, files)) is not None:
+            raise ValueError(f"{source} was changed while it was read ({changed}): start again")
+        # Beside the settings, not among them: times say nothing of what a corpus holds.
+        (temporary / _SOURCE_FILE).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
         # `vocab_size` stays what was asked for, which little text does not always reach.
         settings |= {"num_tokens": len(tokenizer), "tokenizer_sha256": tokenizer_sha256(tokenizer)}
         (temporary / "corpus.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -116,12 +126,11 @@ def load_corpus(path: Path) -> Corpus:
     path = Path(path)
     if not (path / "corpus.json").is_file():
         raise ValueError(f"{path} is not a prepared corpus: choose a path that does not exist yet as data.corpus")
-    return Corpus(
-        path=path,
-        tokenizer=_load_tokenizer(path / "tokenizer"),
-        train=datasets.load_from_disk(str(path / "train")),
-        heldout=datasets.load_from_disk(str(path / "heldout")),
-    )
+    try:
+        tokenizer = require_tokenizer(path / "tokenizer")
+    except ValueError as error:
+        raise ValueError(f"{error}: delete the corpus to prepare it again") from error
+    return Corpus(path, tokenizer, corpus_part(path, "train"), corpus_part(path, "heldout"))
 
 
 def corpus_for(data: DataSection, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
@@ -132,6 +141,7 @@ def corpus_for(data: DataSection, tokenizer: PreTrainedTokenizerBase | None = No
         data.split_seed,
         source=data.source,
         heldout_fraction=data.heldout_fraction,
+        max_unusable_fraction=data.max_unusable_fraction,
         tokenizer=tokenizer,
     )
 
@@ -159,109 +169,97 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def load_documents(source: str) -> datasets.Dataset:
-    """Columns `name` and `text` of the documents, in an order that depends on nothing but the source.
-
-    `source` is as in `prepare_corpus`. Raises ValueError for one that is neither files nor a dataset that can be
-    fetched, and for one without text.
-    """
-    if source == "stdlib":
-        pairs = list(_standard_library())
-        return datasets.Dataset.from_dict({"name": [name for name, _ in pairs], "text": [text for _, text in pairs]})
-    loaded = load_table(source)
-    if "text" not in loaded.column_names:
-        raise ValueError(f"source {source} has no column 'text'; its columns are {', '.join(loaded.column_names)}")
-    names = [f"{Path(source).name}/{index}" for index in range(len(loaded))]
-    return loaded.select_columns(["text"]).add_column("name", names)
-
-
-def load_table(source: str, split: str = "train") -> datasets.Dataset:
-    """All columns of a .jsonl, .parquet or .txt file, a directory of such files, or a split of a dataset of the Hub.
-
-    Raises ValueError for a source that is neither files of one kind nor a dataset that can be fetched.
-    """
-    place = Path(source)
-    if place.exists():
-        files = sorted(file for file in ([place] if place.is_file() else place.rglob("*")) if file.suffix in _FORMATS)
-        # A README.txt beside the data is not data.
-        files = [file for file in files if file.suffix != ".txt"] or files
-        formats = {_FORMATS[file.suffix] for file in files}
-        if len(formats) != 1:
-            raise ValueError(
-                f"source {source}: expected .jsonl, .parquet or .txt files of one kind, found {len(files)}"
-            )
-        kind = formats.pop()
-        options = {"sample_by": "document"} if kind == "text" else {}
-        return datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
-    if place.suffix in _FORMATS or source.startswith(("/", "./", "../", "~")):
-        raise ValueError(f"there is no file or directory {source}")  # nor will the Hub have it, after many retries
-    try:
-        return datasets.load_dataset(source, split=split)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"source {source} is neither a file nor a dataset that can be fetched: {reason}") from error
-
-
-def _standard_library() -> Iterator[tuple[str, str]]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for file in sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).as_posix()):
-        relative = file.relative_to(root)
-        if _SKIPPED_DIRECTORIES.intersection(relative.parts):
-            continue
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError) as error:
-            warnings.warn(f"left {file} out of the corpus: {error}", stacklevel=2)
-            continue
-        if len(text) >= _MIN_DOCUMENT_CHARACTERS:
-            yield relative.as_posix(), text
-
-
 def _split(
-    documents: datasets.Dataset, heldout_fraction: float, seed: int
+    documents: datasets.Dataset, source: str, heldout_fraction: float, seed: int
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     if len(documents) < 2:
-        raise ValueError(f"the corpus has {len(documents)} documents; a train and a held-out split need at least 2")
+        raise ValueError(f"{source} has {len(documents)} documents; a train and a held-out split need at least 2")
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
     num_heldout = min(len(order) - 1, max(1, round(len(order) * heldout_fraction)))
     return documents.select(order[num_heldout:]), documents.select(order[:num_heldout])
 
 
-def tokenize(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, keep_text: bool) -> datasets.Dataset:
-    """Columns `name` and `input_ids` (int32), and `text` if it is kept; each document is closed by the separator."""
+def tokenize(
+    documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, keep_text: bool, file: Path | None = None
+) -> datasets.Dataset:
+    """Columns `name` and `input_ids` (int32), and `text` if it is kept; each document is closed by the separator.
 
-    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded]}
+    Documents without a token are left out, and special tokens that the text spells are those tokens; warnings count
+    them. The result is written to `file`, or held in memory.
+
+    Raises ValueError, one line, for text that the tokenizer cannot read.
+    """
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    empty: list[str] = []
+    spelled: list[tuple[str, int]] = []
+
+    def encode(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
+        kept: dict[str, list[Any]] = {column: [] for column in features}
+        for name, text, ids in zip(rows["name"], rows["text"], _encode(tokenizer, rows), strict=True):
+            if not ids:
+                empty.append(name)
+                continue
+            if not special.isdisjoint(ids):
+                spelled.append((name, next(token for token in ids if token in special)))
+            row = {"name": name, "text": text, "input_ids": [*ids, tokenizer.eos_token_id]}
+            for column, values in kept.items():
+                values.append(row[column])
+        return kept
 
     columns = {"name": datasets.Value("string")} | ({"text": datasets.Value("string")} if keep_text else {})
     features = datasets.Features({**columns, "input_ids": datasets.Sequence(datasets.Value("int32"))})
-    return documents.map(
+    tokens = documents.map(
         encode,
         batched=True,
         batch_size=256,
         features=features,
-        remove_columns=[] if keep_text else ["text"],
+        remove_columns=documents.column_names,
+        cache_file_name=None if file is None else str(file),
         # A stale cache entry would outlive a change of the tokenizer that its fingerprint does not see.
         load_from_cache_file=False,
+        new_fingerprint=uuid.uuid4().hex,
     )
+    if empty:
+        warnings.warn(
+            f"{len(empty)} of {len(documents)} documents are empty and left out, such as {empty[0]}", stacklevel=2
+        )
+    if spelled:
+        name, token = spelled[0]
+        warnings.warn(
+            f"{len(spelled)} of {len(documents)} documents spell special tokens, such as {name} "
+            f"{tokenizer.convert_ids_to_tokens(token)}: they are read as these tokens",
+            stacklevel=2,
+        )
+    return tokens
 
 
-def _load_matching(path: Path, settings: dict[str, Any]) -> Corpus:
+def _encode(tokenizer: PreTrainedTokenizerBase, rows: dict[str, list[str]]) -> list[list[int]]:
+    try:
+        return tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(
+            f"the tokenizer cannot read a document from {rows['name'][0]} on: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _load_matching(path: Path, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Corpus:
     corpus = load_corpus(path)
     stored = _read_object(path / "corpus.json")
+    way_out = "choose another data.corpus or delete it"
     different = [
         f"{key} {stored.get(key)} instead of {value}" for key, value in settings.items() if stored.get(key) != value
     ]
     if different:
-        raise ValueError(f"{path} is a corpus with {', '.join(different)}: choose another data.corpus or delete it")
+        raise ValueError(f"{path} is a corpus with {', '.join(different)}: {way_out}")
+    if tokenizer is not None and not (
+        reads_alike(corpus.heldout, tokenizer) and corpus.heldout[0]["input_ids"][-1] == tokenizer.eos_token_id
+    ):
+        raise ValueError(f"{path} is a corpus of a tokenizer that reads text differently: {way_out}")
+    described = _read_object(path / _SOURCE_FILE).get("files") if (path / _SOURCE_FILE).exists() else None
+    if (changed := changed_file(settings["source"], described)) is not None:
+        raise ValueError(f"{settings['source']} has changed since {path} was made of it ({changed}): {way_out}")
     return corpus
-
-
-def _load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    _read_object(path / "tokenizer.json")
-    return PreTrainedTokenizerFast.from_pretrained(str(path))
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -50,13 +50,17 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """Means over the processes, which all have to give the same keys in the same order."""
+    def mean(self, values: Mapping[str, float | None]) -> dict[str, float]:
+        """Means over the processes, which all have to give the same keys in the same order.
+
+        None is no value: a mean is over the processes that have one, and a key without any is left out.
+        """
         if self.size == 1 or not values:
-            return values
-        total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return dict(zip(values, (total / self.size).tolist(), strict=True))
+            return {key: value for key, value in values.items() if value is not None}
+        rows = [(0.0, 0) if value is None else (value, 1) for value in values.values()]
+        totals = torch.tensor(rows, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return {key: total / num for key, (total, num) in zip(values, totals.tolist(), strict=True) if num}
 
     def on_main(self, function: Callable[[], T]) -> T:
         """The result of `function()` on the main process, on every process; a ValueError or OSError likewise."""

@@ -17,6 +17,7 @@ Shape suffixes: B windows, T positions, A blocks a window or in all, J proposals
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from speedstack.dflash.accept import leading_run
-from speedstack.dflash.block import Blocks, layer_masks, make_blocks
+from speedstack.dflash.block import Blocks, layer_masks, make_blocks, sample_anchors
 from speedstack.dflash.checkpoint import load_drafter, save_drafter
 from speedstack.dflash.loss import BlockLoss, Objective, block_loss
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.acceptance import measure_acceptance
-from speedstack.eval.results import AcceptanceResult
+from speedstack.eval.results import AcceptanceResult, AcceptanceSet
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.quant.checkpoint.config import read_config
+from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.runtime import Engine
 from speedstack.train.checkpoint import write_atomically
 from speedstack.train.config import DrafterConfig, config_hash
@@ -44,6 +46,7 @@ from speedstack.train.drafter_eval import GreedyText, Simulated, simulate
 from speedstack.train.drafter_shape import draft_config
 from speedstack.train.drafter_text import (
     describe_text,
+    make_way_for,
     needed_corpus,
     read_split,
     serving_engine,
@@ -51,12 +54,19 @@ from speedstack.train.drafter_text import (
     write_splits,
 )
 from speedstack.train.drafter_windows import Windows, WindowStream
-from speedstack.train.features import FeatureSettings, StoredFeatures, holds_final, windows_sha256, write_features
+from speedstack.train.features import (
+    FeatureSettings,
+    StoredFeatures,
+    holds_final,
+    make_way,
+    windows_sha256,
+    write_features,
+)
 from speedstack.train.frozen_target import Features, FrozenTarget, LoadTarget, gather_final
 from speedstack.train.loop import OnStep, Recipe, RunResult, run
 from speedstack.train.packing import WrittenText
 from speedstack.train.precision import resolve_precision
-from speedstack.train.qat import load_tokenizer
+from speedstack.train.rundir import has_begun
 from speedstack.train.sharding import whole_weight
 
 
@@ -86,12 +96,13 @@ class DrafterRecipe(Recipe):
         self.device, self.world = world.device, world
         self.target_sha256 = weights_sha256(section.target)
         self.target_dtype = resolve_precision(section.target_dtype, world.device)
-        tokenizer = load_tokenizer(section.target)
+        target_config = read_config(section.target)[0].get_text_config()
+        tokenizer = require_tokenizer(section.target, target_config.vocab_size)
         with world.main_first():
             corpus = needed_corpus(self.config, tokenizer)
             splits = splits_of(self.config, tokenizer, corpus)
+            make_way_for(self.config, splits, self.target_sha256)
         self.has_corpus = corpus is not None
-        target_config = read_config(section.target)[0].get_text_config()
         self.draft_config = draft_config(self.config, target_config, tokenizer.mask_token_id, self.target_sha256)
         length = self.config.data.sequence_length
         corpus_windows = None if corpus is None else PackedWindows(corpus.train, length)
@@ -105,12 +116,13 @@ class DrafterRecipe(Recipe):
         needs_final = self.objective.is_soft or (section.features == "disk" and holds_final(self.features_path))
         self.target.tap(self.draft_config.target_layer_ids, with_final=needs_final)
         self.data_card = describe_text(self.config, splits)
-        self.heldout = GreedyText.of_sequences(texts["heldout"])
+        self.heldout = self._measurable(GreedyText.of_sequences(texts["heldout"]))
         self.by_document = section.prompts.source is not None
         self.written: WrittenText | None = None
         if "train" in texts:
             arrange = WrittenText.packed if self.by_document else WrittenText.of_continuations
             self.written = arrange(texts["train"], length)
+            _check_anchors(self.written)
         separator_id = None if corpus is None else int(tokenizer.eos_token_id)
         self.windows = WindowStream(self.config, corpus_windows, self.written, separator_id)
         self._keep_features()
@@ -147,21 +159,47 @@ class DrafterRecipe(Recipe):
             }
         return result.loss, metrics
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Loss and simulated acceptance on held-out text, and acceptance as served on a few of its prompts."""
+    def evaluate(self, model: nn.Module) -> dict[str, float | None]:
+        """Loss and simulated acceptance on held-out text, and acceptance as served on a few of its prompts.
+
+        Empty where no held-out answer can be measured.
+        """
+        if not self.heldout.lengths:
+            return {}
         simulated = self._simulated = self.simulate(model)
-        num_served = self.config.drafter.num_served_prompts
-        metrics = {"heldout_loss": simulated.loss, "acceptance_length": simulated.acceptance_length()}
-        for j, share in enumerate(simulated.survival(self.draft_config.num_proposals)):
+        num_served, num_proposals = self.config.drafter.num_served_prompts, self.draft_config.num_proposals
+        metrics: dict[str, float | None] = {
+            "heldout_loss": simulated.loss,
+            "acceptance_length": simulated.acceptance_length(),
+        }
+        for j, share in enumerate(simulated.survival(num_proposals)):
             metrics[f"accepted_at_{j + 1}"] = share
         if num_served and isinstance(model, DFlashDraftModel):
             metrics["tau_simulated"] = simulated.acceptance_length(num_served)
             for name, temperature in (("tau_served", 0.0), ("tau_served_t1", 1.0)):
-                served = self.serve(model, temperature).overall
-                metrics[name] = served.acceptance_length
-                for j, share in enumerate(served.survival):
-                    metrics[f"{name}_at_{j + 1}"] = share
+                served = self._served(model, name, temperature)
+                metrics[name] = None if served is None else served.acceptance_length
+                for j in range(num_proposals):
+                    metrics[f"{name}_at_{j + 1}"] = None if served is None else served.survival[j]
         return metrics
+
+    def _served(self, model: DFlashDraftModel, name: str, temperature: float) -> AcceptanceSet | None:
+        """What `serve` gives; None, said in a warning, where it gives nothing: no step depends on it."""
+        try:
+            return self.serve(model, temperature).overall
+        except (ValueError, torch.OutOfMemoryError) as error:
+            warnings.warn(f"{name} is not measured: {error}", stacklevel=2)
+            return None
+
+    def _measurable(self, heldout: GreedyText) -> GreedyText:
+        """Held-out text without the answers that say nothing of a drafter."""
+        kept = heldout.measurable()
+        num_short = len(heldout.lengths) - len(kept.lengths)
+        if num_short and self.world.is_main:
+            of = f"{num_short} of {len(heldout.lengths)} held-out answers have less than 2 tokens"
+            rest = "acceptance is measured on the others" if kept.lengths else "acceptance is not measured"
+            warnings.warn(f"{of}, so that nothing is drafted there: {rest}", stacklevel=2)
+        return kept
 
     def simulate(self, model: nn.Module, text: GreedyText | None = None) -> Simulated:
         """The rounds of greedy decoding on `text`, None for the held-out one, without decoding; and the loss."""
@@ -188,18 +226,23 @@ class DrafterRecipe(Recipe):
     def card(self, model: DFlashDraftModel) -> dict[str, Any]:
         """What a model card says of this training, and the acceptance on held-out text."""
         section, optim, loop = self.config.drafter, self.config.optim, self.config.loop
-        simulated = self._simulated or self.simulate(model)  # the last evaluation was of the finished drafter
         num_new = self.config.data.sequence_length - section.prompt_length
         written = self.written
         text_sha256 = (
             {"text SHA-256": windows_sha256(written.ids_NT, written.documents_NT)} if written is not None else {}
         )
+        measured: dict[str, Any] = {}
+        if self.heldout.lengths:
+            simulated = self._simulated or self.simulate(model)  # the last evaluation was of the finished drafter
+            measured = {
+                "measured": f"Greedy, {len(self.heldout.lengths)} held-out prompts, {num_new} new tokens"
+                f"{' at most' if self.by_document else ''}, simulated on the target's own text.",
+                "acceptance": {"held-out": round(simulated.acceptance_length(), 3)},
+            }
         return {
             "target": str(section.target),
             "data": self.data_card,
-            "measured": f"Greedy, {len(self.heldout.lengths)} held-out prompts, {num_new} new tokens"
-            f"{' at most' if self.by_document else ''}, simulated on the target's own text.",
-            "acceptance": {"held-out": round(simulated.acceptance_length(), 3)},
+            **measured,
             "training": {
                 "steps": loop.num_steps,
                 "windows a step": loop.batch_size,
@@ -294,6 +337,9 @@ class DrafterRecipe(Recipe):
             target_dtype=str(self.target_dtype).removeprefix("torch."),
             dtype=section.features_dtype,
         )
+        if section.features_path is None and not has_begun(self.config.run_directory):
+            with world.main_first():
+                make_way(self.features_path, settings)
         with self._bar("computing features", "window") as bar:
             bar.total = len(ids_NT)
             advance = _advance(bar)
@@ -312,6 +358,13 @@ class DrafterRecipe(Recipe):
 
     def _bar(self, what: str, unit: str) -> Any:
         return tqdm(desc=what, unit=unit, leave=False, disable=not (self.show_progress and self.world.is_main))
+
+
+def _check_anchors(text: WrittenText) -> None:
+    """Refuse text that no block can begin in: its loss would be 0 in every step."""
+    _, real_N1 = sample_anchors(text.documents_NT, text.predictable_NT, 1, torch.Generator())
+    if not real_N1.any():
+        raise ValueError("no block fits into the training text: every prompt and its answer have 2 tokens or less")
 
 
 def _check_zero_stage(config: DrafterConfig) -> None:
@@ -353,7 +406,8 @@ def train_drafter(config: DrafterConfig, on_step: OnStep | None = None) -> RunRe
     """Train, export, and confirm the acceptance length with the engine on all held-out prompts.
 
     A finished run is returned at once, an interrupted one resumes, its written text included. The engine's figures are
-    in `metrics` as `engine_acceptance_length` and stay in `acceptance.json` of the run directory.
+    in `metrics` as `engine_acceptance_length` and stay in `acceptance.json` of the run directory; where they cannot be
+    had, a warning says why, and the drafter is there.
 
     Raises ValueError for a target, corpus, text or combination of settings that does not fit; OSError for the disk.
     """
@@ -361,13 +415,22 @@ def train_drafter(config: DrafterConfig, on_step: OnStep | None = None) -> RunRe
     result = run(recipe, config, on_step)
     file = result.path / "acceptance.json"
     if config.drafter.architecture == "dflash" and not file.is_file() and int(os.environ.get("RANK", "0")) == 0:
-        engine = serving_engine(config, result.export_path)
-        tokenizer = load_tokenizer(config.drafter.target)
-        split = splits_of(config, tokenizer, needed_corpus(config, tokenizer))["heldout"]
-        prompts, sampling = {"held-out": split.prompt_lists()}, split.sampling
-        measured = measure_acceptance(engine, prompts, sampling.num_new_tokens, ignore_eos=not sampling.stops_at_eos)
-        write_atomically(file, measured.model_dump_json(indent=2) + "\n")
+        try:
+            write_atomically(file, _engine_acceptance(config, result.export_path).model_dump_json(indent=2) + "\n")
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            warnings.warn(
+                f"the drafter is at {result.export_path}; its acceptance is not measured: {error}", stacklevel=2
+            )
     if file.is_file():
         measured = AcceptanceResult.model_validate_json(file.read_text(encoding="utf-8"))
         result.metrics["engine_acceptance_length"] = measured.overall.acceptance_length
     return result
+
+
+def _engine_acceptance(config: DrafterConfig, drafter: Path) -> AcceptanceResult:
+    """Acceptance of the exported drafter on all held-out prompts, decoded greedily. Raises as its parts."""
+    engine = serving_engine(config, drafter)
+    tokenizer = require_tokenizer(config.drafter.target)
+    split = splits_of(config, tokenizer, needed_corpus(config, tokenizer))["heldout"]
+    prompts, sampling = {"held-out": split.prompt_lists()}, split.sampling
+    return measure_acceptance(engine, prompts, sampling.num_new_tokens, ignore_eos=not sampling.stops_at_eos)

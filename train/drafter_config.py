@@ -7,21 +7,19 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from speedstack.eval.prompt_settings import PromptSettings
 from speedstack.train.section import Precision, Section
 
 
-class PromptsSection(Section):
+class PromptsSection(Section, PromptSettings):
     """Where prompts come from, if not from the corpus, and who answers them."""
 
     source: str | None = Field(
         None,
-        description="A .jsonl or .parquet file, a directory of such files, or the name of a dataset on the Hugging "
-        "Face Hub, with a prompt in every row. None: prompts are pieces of the corpus.",
+        description="A .jsonl, .json or .parquet file, a directory of such files, or the name of a dataset on the "
+        "Hugging Face Hub, with a prompt in every row. None: prompts are pieces of the corpus.",
     )
     split: str = Field("train", min_length=1, description="Split of a dataset on the Hub; files have none.")
-    field: str = Field(
-        "prompt", min_length=1, description="Field of the prompt: text, or a list of messages with role and content."
-    )
     as_chat: bool = Field(
         False, description="Text is a user's message: the target's chat template goes round it, as round messages."
     )
@@ -52,6 +50,10 @@ class PromptsSection(Section):
             raise ValueError(f"{', '.join(unlike_default)} needs source: without one prompts are pieces of the corpus")
         if self.heldout_split is not None and self.heldout_source is None:
             raise ValueError("heldout_split needs heldout_source")
+        if self.heldout_source is not None and "heldout_fraction" in unlike_default:
+            raise ValueError("heldout_fraction is of source: with heldout_source nothing of it is held out")
+        if self.responses == "target" and "response_field" in unlike_default:
+            raise ValueError("response_field has answers that are given: set responses to given")
         return self
 
 
@@ -167,6 +169,8 @@ class DrafterSection(Section):
             raise ValueError("ce_weight, kl_weight and tv_weight are all 0: one has to be above")
         if self.prompts.responses == "given" and (any(self.temperatures) or self.top_p != 1):
             raise ValueError("temperatures and top_p are of answers that the target writes: prompts.responses is given")
+        if self.top_p != 1 and not any(self.temperatures):
+            raise ValueError("top_p is for temperatures above 0, and there is none")
         if any(temperature < 0 for temperature in self.temperatures):
             raise ValueError("temperatures must not be negative")
         return self

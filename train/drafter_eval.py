@@ -42,6 +42,17 @@ class GreedyText:
         ids_NT = torch.nn.utils.rnn.pad_sequence(list(sequences.ids), batch_first=True)
         return cls(ids_NT, list(sequences.prompt_lengths), [len(ids) for ids in sequences.ids])
 
+    def measurable(self) -> GreedyText:
+        """The sequences whose answer has a second token: the first one is the prefill's, which nothing drafts."""
+        kept = [
+            row
+            for row, (start, end) in enumerate(zip(self.prompt_lengths, self.lengths, strict=True))
+            if end >= start + 2
+        ]
+        return GreedyText(
+            self.ids_NT[kept], [self.prompt_lengths[row] for row in kept], [self.lengths[row] for row in kept]
+        )
+
     def prompts(self, num_prompts: int) -> list[list[int]]:
         """The first `num_prompts` prompts."""
         pairs = zip(self.ids_NT[:num_prompts].tolist(), self.prompt_lengths, strict=False)

@@ -15,12 +15,18 @@ def draft_config(
 ) -> DFlashConfig:
     """The drafter's shape for a target with the transformers config `target_config`.
 
-    Raises ValueError when no mask token is known, a tapped layer does not exist, or an option does not fit the target.
+    Raises ValueError when no mask token is known, windows exceed the target's positions, a tapped layer does not exist,
+    or an option does not fit the target.
     """
     section = config.drafter
     mask_token_id = tokenizer_mask_id if section.mask_token_id is None else section.mask_token_id
     if mask_token_id is None:
         raise ValueError("the target's tokenizer has no mask token: set drafter.mask_token_id to an unused id")
+    if config.data.sequence_length > target_config.max_position_embeddings:
+        raise ValueError(
+            f"data.sequence_length {config.data.sequence_length} exceeds the {target_config.max_position_embeddings} "
+            f"positions of {section.target}"
+        )
     num_target_layers = target_config.num_hidden_layers
     layer_type = "full_attention" if section.sliding_window is None else "sliding_attention"
     return DFlashConfig(

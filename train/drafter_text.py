@@ -19,13 +19,23 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from speedstack.quant.checkpoint import weights_sha256
+from speedstack.quant.checkpoint.config import read_config
+from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.runtime import Engine
 from speedstack.train.config import DrafterConfig
 from speedstack.train.corpus import Corpus, corpus_for
 from speedstack.train.packing import Sequences
 from speedstack.train.prompts import prepare_prompts
-from speedstack.train.qat import load_tokenizer
-from speedstack.train.selftext import Prompts, Sampling, continue_prompts, cut_prompts, load_text, num_sequences_of
+from speedstack.train.rundir import has_begun
+from speedstack.train.selftext import (
+    Prompts,
+    Sampling,
+    continue_prompts,
+    cut_prompts,
+    load_text,
+    make_way,
+    num_sequences_of,
+)
 
 # First keys of the random generators, so that no two uses share numbers; the recipe continues the count.
 TRAIN_PROMPTS, EVAL_PROMPTS, ORDER, ANCHORS = range(4)
@@ -51,9 +61,12 @@ def write_text(config: DrafterConfig, on_progress: OnProgress | None = None) -> 
     `on_progress(done, total)` counts sequences. Raises ValueError for prompts and settings that do not fit the target
     or the text that is there already; OSError for the disk.
     """
-    tokenizer = load_tokenizer(config.drafter.target)
+    target = config.drafter.target
+    tokenizer = require_tokenizer(target, read_config(target)[0].get_text_config().vocab_size)
     splits = splits_of(config, tokenizer, needed_corpus(config, tokenizer))
-    write_splits(config, splits, weights_sha256(config.drafter.target), on_progress)
+    target_sha256 = weights_sha256(target)
+    make_way_for(config, splits, target_sha256)
+    write_splits(config, splits, target_sha256, on_progress)
 
 
 def needed_corpus(config: DrafterConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus | None:
@@ -77,13 +90,26 @@ def splits_of(config: DrafterConfig, tokenizer: PreTrainedTokenizerBase, corpus:
             train_NP = cut_prompts(corpus.train, section.num_sequences, section.prompt_length, seed, TRAIN_PROMPTS)
             splits["train"] = Split(train_NP, sampled)
         return splits
-    prepared = prepare_prompts(text_path(config) / "prompts", config, tokenizer, seed)
+    prepared = prepare_prompts(text_path(config) / "prompts", config, tokenizer, seed, may_replace_text(config))
     chat = {"stops_at_eos": True, "chat_template_sha256": prepared.facts["chat_template_sha256"]}
     splits = {"heldout": Split([c.prompt for c in prepared.heldout], replace(greedy, **chat))}
     if section.written_fraction > 0:
         given = [c.response for c in prepared.train] if section.prompts.responses == "given" else None
         splits["train"] = Split([c.prompt for c in prepared.train], replace(sampled, **chat), given)
     return splits
+
+
+def may_replace_text(config: DrafterConfig) -> bool:
+    """Whether text that does not fit may be set aside: the run's own, and nothing was trained on it."""
+    return config.drafter.text is None and not has_begun(config.run_directory)
+
+
+def make_way_for(config: DrafterConfig, splits: dict[str, Split], target_sha256: str) -> None:
+    """Set aside written text of another config that a job left in the run directory before it trained."""
+    if may_replace_text(config):
+        for name, split in splits.items():
+            if split.given is None:
+                make_way(text_path(config) / name, target_sha256, split.prompts, split.sampling)
 
 
 def write_splits(
@@ -129,6 +155,7 @@ def read_split(config: DrafterConfig, name: str, split: Split, target_sha256: st
 def describe_text(config: DrafterConfig, splits: dict[str, Split]) -> str:
     """What a model card says of the training text."""
     section, data = config.drafter, config.data
+    kwargs = section.prompts.chat_template_kwargs
     num_new = data.sequence_length - section.prompt_length
     how = f"at temperature {', '.join(map(str, section.temperatures))}"
     if section.prompts.source is None:
@@ -147,6 +174,7 @@ def describe_text(config: DrafterConfig, splits: dict[str, Split]) -> str:
         written = (
             f"{num_train} prompts of {section.prompts.source}, {digest}, with answers that {whose}; "
             f"{len(splits['heldout'].prompts)} held-out prompts of {heldout}"
+            f"{f'; chat template with {json.dumps(kwargs)}' if kwargs else ''}"
         )
     return f"{written}; {section.written_fraction:.0%} of the windows, the others from the corpus {data.source}"
 

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from speedstack.train.checkpoint import write_atomically
+from speedstack.train.rundir import set_aside
 from speedstack.train.trainer import save_tensors
 
 WINDOWS_A_SHARD = 64
@@ -163,13 +164,23 @@ def holds_final(path: Path) -> bool:
     return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("with_final"))
 
 
+def make_way(path: Path, settings: FeatureSettings) -> None:
+    """Set aside features at `path` of anything else than `settings` say."""
+    file = path / "settings.json"
+    if file.is_file() and _different(file, settings):
+        set_aside(path, "features")
+
+
+def _different(file: Path, settings: FeatureSettings) -> list[str]:
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    return [name for name, value in _plain(settings).items() if stored.get(name) != value]
+
+
 def _check_settings(path: Path, settings: FeatureSettings) -> None:
     file = path / "settings.json"
     if not file.is_file():
         raise ValueError(f"{path} holds no features: {file.name} is missing")
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    different = [name for name, value in _plain(settings).items() if stored.get(name) != value]
-    if different:
+    if different := _different(file, settings):
         raise ValueError(
             f"{path} holds features with another {', '.join(different)}: choose another drafter.features_path or "
             "delete it"

@@ -78,7 +78,7 @@ class FlipWatch:
         }
 
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Continue from what `state` gave. Raises ValueError when it is of another model."""
+        """Continue from what `state` gave. Raises ValueError when it is of another model, or nothing."""
         num_looks = len({name.split(".")[1] for name in tensors})
         expected = {
             f"look.{index}.{name}.{part}": getattr(packed, part)
@@ -88,7 +88,7 @@ class FlipWatch:
         }
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if not num_looks or shapes != {name: tensor.shape for name, tensor in expected.items()}:
-            raise ValueError("the checkpoint's record of flips is of another model")
+            raise ValueError("the checkpoint has no record of flips that is of this model")
         moved = {name: tensor.to(expected[name].device) for name, tensor in tensors.items()}
         self._looks = [
             {

@@ -1,6 +1,6 @@
 """The one training loop. A recipe says what is trained on which loss; everything else is here.
 
-    for step: batch -> loss under autocast -> backward -> clipped update -> metrics -> evaluation -> checkpoint
+    for step: batch -> loss under autocast -> backward -> clipped update -> metrics -> checkpoint -> evaluation
 
 Resume is exact. Data are numbered examples (`data.py`), the learning rate is a function of the step, and the global
 random generators are seeded anew from (seed, step), so a checkpoint is parameters, optimizer state and a few counters.
@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
+from speedstack.eval.wandb_mirror import Mirror
 from speedstack.train.checkpoint import CheckpointStore
 from speedstack.train.config import JobConfig, config_hash
 from speedstack.train.data import generator
@@ -67,10 +68,11 @@ class Recipe(Protocol):
         Gradients have to flow through calls of `model` itself, which may be a DeepSpeed engine, not of its parts.
         """
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module) -> Mapping[str, float | None]:
         """Held-out metrics of this process's share of the data; the loop takes the mean over processes.
 
-        The module is in evaluation mode, gradients are off, and there is no autocast.
+        The module is in evaluation mode, gradients are off, and there is no autocast. None is what this share says
+        nothing of; all processes give the same keys.
         """
 
     def export(self, model: nn.Module, path: Path) -> None:
@@ -121,8 +123,8 @@ def run(recipe: Recipe, config: JobConfig, on_step: OnStep | None = None) -> Run
             steps already done when training starts. Without it a progress bar is shown.
 
     Raises:
-        ValueError: the run directory is another configuration's or another model's, or the data, model and config do
-            not fit together.
+        ValueError: the run directory is another configuration's or another model's, the data, model and config do not
+            fit together, or run.wandb_mode is online and wandb cannot be.
         DivergedError: the loss or the gradient norm is not finite.
         OSError: the run directory cannot be written or the disk is full; what is complete on disk stays complete.
     """
@@ -135,7 +137,22 @@ def _run(recipe: Recipe, config: JobConfig, world: World, on_step: OnStep | None
     export_path = directory / "export"
     if export_path.is_dir():
         return RunResult(directory, export_path, _last_evaluation(directory))
+    mirror = Mirror()
+    # Before there is work to lose: a recipe may write text, or features, for hours before it has a model.
+    world.on_main(lambda: mirror.start(config.run.wandb_mode, directory, config.model_dump(mode="json")))
+    with mirror:
+        return _build_and_train(recipe, config, world, on_step, directory, export_path, mirror)
 
+
+def _build_and_train(
+    recipe: Recipe,
+    config: JobConfig,
+    world: World,
+    on_step: OnStep | None,
+    directory: Path,
+    export_path: Path,
+    mirror: Mirror,
+) -> RunResult:
     torch.manual_seed(config.run.seed)
     module = recipe.build(world)
     world.on_main(lambda: add_inputs(directory, recipe.read_inputs()))
@@ -153,14 +170,7 @@ def _run(recipe: Recipe, config: JobConfig, world: World, on_step: OnStep | None
         trainer.load(store.path(first_step))
         recipe.load_state(load_recipe_tensors(store.path(first_step)))
 
-    log = None
-    if world.is_main:
-        log = MetricsLog(
-            directory,
-            resume_step=first_step,
-            wandb_mode=config.run.wandb_mode,
-            config=config.model_dump(mode="json"),
-        )
+    log = MetricsLog(directory, mirror, resume_step=first_step) if world.is_main else None
     try:
         _train(recipe, config, world, trainer, store, log, first_step, progress, on_step)
         store.wait()
@@ -199,9 +209,16 @@ def _train(
     )
     if on_step is not None and world.is_main:
         on_step(first_step, loop.num_steps, {})
+
+    def is_evaluated(step: int) -> bool:
+        return bool(loop.eval_every and step % loop.eval_every == 0) or step == loop.num_steps
+
     with bar:
-        if first_step == 0 and loop.eval_every:
-            _evaluate(recipe, world, trainer, log, 0, started)
+        # Of the first step; or of the checkpoint's, where what ended the run was its evaluation.
+        if is_evaluated(first_step) and not world.on_main(
+            lambda: log is not None and first_step in log.evaluated_steps
+        ):
+            _evaluate(recipe, world, trainer, log, first_step, started)
         for step in range(first_step, loop.num_steps):
             metrics = train_step(recipe, config, world, trainer, step)
             recipe.after_step(step + 1)
@@ -224,14 +241,15 @@ def _train(
             bar.update()
             if on_step is not None and world.is_main:
                 on_step(done, loop.num_steps, metrics)
-            if is_last or (loop.eval_every and done % loop.eval_every == 0):
+            # Before the evaluation: whatever ends that, the work is kept.
+            if is_last or (loop.save_every and done % loop.save_every == 0):
+                progress.elapsed_seconds = time.monotonic() - started
+                trainer.save(store, done, asdict(progress), recipe.state())
+            if is_evaluated(done):
                 evaluation_started = time.monotonic()
                 _evaluate(recipe, world, trainer, log, done, started)
                 # Throughput is of training; an evaluation must not dilute it.
                 interval_started += time.monotonic() - evaluation_started
-            if is_last or (loop.save_every and done % loop.save_every == 0):
-                progress.elapsed_seconds = time.monotonic() - started
-                trainer.save(store, done, asdict(progress), recipe.state())
 
 
 def train_step(recipe: Recipe, config: JobConfig, world: World, trainer: Trainer, step: int) -> dict[str, float]:

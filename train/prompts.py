@@ -1,7 +1,7 @@
 """Prompts of a drafter's training from a file or the Hugging Face Hub, as token ids, split and kept on disk.
 
-A prompt is text, or a chat: a list of messages, which the chat template of the target's tokenizer makes into text. The
-target answers it, or the set brings the answers. What was made of the source is kept beside the text that the target
+A prompt is text, token ids, or a chat, which the chat template of the target's tokenizer makes into text. The target
+answers it, or the set brings the answers. What was made of the source is kept beside the text that the target
 writes, with the digest of everything that decided it, and read from there ever after: a template may print today's
 date, and a stage that is resumed tomorrow must still continue the same prompts.
 
@@ -17,7 +17,6 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +27,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from speedstack.eval.prompts import Row, read_rows
+from speedstack.eval.chat_template import ChatTemplate
+from speedstack.eval.chats import Chat, Message, checked_ids, checked_text, messages_of, prompt_of
+from speedstack.eval.rows import Row, RowTally, UnusableRow, read_rows
 from speedstack.train.config import DrafterConfig
-from speedstack.train.corpus import load_table, quiet_datasets, tokenizer_sha256
+from speedstack.train.corpus import quiet_datasets, tokenizer_sha256
 from speedstack.train.data import generator
 from speedstack.train.drafter_config import PromptsSection
+from speedstack.train.rundir import set_aside
 from speedstack.train.trainer import save_tensors
 
 _SPLITS = ("heldout", "train")
@@ -55,8 +57,8 @@ class PromptSet:
     facts: dict[str, Any]
 
 
-class _Skipped(Exception):
-    """Why a row is left out and counted."""
+class _LeftOut(Exception):
+    """Why a row that can be used does not fit the settings."""
 
 
 def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -65,8 +67,12 @@ def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None if not template else hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
 
 
-def prepare_prompts(path: Path, config: DrafterConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptSet:
+def prepare_prompts(
+    path: Path, config: DrafterConfig, tokenizer: PreTrainedTokenizerBase, seed: int, may_replace: bool = False
+) -> PromptSet:
     """The prompts of `config.drafter.prompts`, made and written to the directory `path`, or read from there.
+
+    `may_replace`: set aside what is there and was made with other settings, instead of refusing it.
 
     Of the rows in an order drawn from `seed`, the first are held out and the next train, as many as the config takes
     of either; a training row whose prompt is held out is left out. Rows that are empty or too long are left out with
@@ -92,6 +98,8 @@ def prepare_prompts(path: Path, config: DrafterConfig, tokenizer: PreTrainedToke
     }
     if section.responses == "given":  # of written answers these decide nothing that is here
         settings |= {"sequence_length": config.data.sequence_length, "block_size": config.drafter.block_size}
+    if may_replace and (path / "prompts.json").is_file() and _different(path, settings):
+        set_aside(path, "prompts")
     if not (path / "prompts.json").is_file():
         _write(path, _Reader(config, tokenizer).split(seed), settings)
     return _load(path, settings)
@@ -103,152 +111,156 @@ class _Reader:
     def __init__(self, config: DrafterConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.section: PromptsSection = config.drafter.prompts
         self.config, self.tokenizer = config, tokenizer
-        self.skipped: Counter[str] = Counter()
+        self.template = ChatTemplate(tokenizer, self.section.chat_template_kwargs)
+        self.num_cut = 0  # given answers that are longer than a window has room for
 
     def split(self, seed: int) -> dict[str, list[Conversation]]:
         section, drafter = self.section, self.config.drafter
         assert section.source is not None
-        rows = self._rows(section.source, section.split)
+        rows, tally = self._rows(section.source, section.split)
         order = torch.randperm(len(rows), generator=generator(seed, len(_SPLITS))).tolist()
-        shuffled = [rows[i] for i in order]
+        stream = iter([rows[i] for i in order])
         if section.heldout_source is None:
             limit = min(drafter.num_eval_sequences, max(1, round(len(rows) * section.heldout_fraction)))
-            stream = iter(shuffled)
-            heldout = self._take(stream, limit, set(), to_train=False)
+            heldout = self._take(stream, limit, set(), tally, to_train=False)
         else:
-            apart = self._rows(section.heldout_source, section.heldout_split or section.split)
-            heldout = self._take(iter(apart), drafter.num_eval_sequences, set(), to_train=False)
-            stream = iter(shuffled)
+            limit = drafter.num_eval_sequences
+            apart, other = self._rows(section.heldout_source, section.heldout_split or section.split)
+            heldout = self._take(iter(apart), limit, set(), other, to_train=False)
+            _finish(other, limit, len(heldout), "num_eval_sequences", "evaluation")
+            limit = 0
         held = {tuple(conversation.prompt) for conversation in heldout}
-        train = self._take(stream, drafter.num_sequences, held, to_train=True) if drafter.written_fraction else []
-        counts = ", ".join(f"{number} {reason}" for reason, number in sorted(self.skipped.items()))
-        if not heldout or (drafter.written_fraction and not train):
-            what = "training" if heldout else "evaluation"
-            raise ValueError(f"{section.source} leaves no usable prompt for {what}{f': {counts}' if counts else ''}")
-        if counts:
-            warnings.warn(f"prompts of {section.source} left out: {counts}", stacklevel=2)
+        num_train = drafter.num_sequences if drafter.written_fraction else 0
+        train = self._take(stream, num_train, held, tally, to_train=True)
+        if not heldout:
+            _finish(tally, limit, 0, "num_eval_sequences", "evaluation")
+        _finish(tally, num_train, len(train), "num_sequences", "training")
+        self.template.check_used()
+        if self.num_cut:
+            length = self.config.data.sequence_length
+            warnings.warn(
+                f"{self.num_cut} given answers of {section.source} are cut: data.sequence_length {length} has no room "
+                "for all of them",
+                stacklevel=2,
+            )
         return {"heldout": heldout, "train": train}
 
-    def _rows(self, source: str, split: str) -> list[Row]:
-        """All rows, each checked to have the fields that are asked for."""
-        field = self.section.field
-        rows = list(_read_rows(source, split))
-        for where, row in rows:
-            with_answer = self.section.responses == "given" and isinstance(row.get(field), str)
-            needed = [field, self.section.response_field] if with_answer else [field]
-            absent = [name for name in needed if row.get(name) is None]
-            if absent:
-                raise ValueError(f"{where} has no field '{absent[0]}'; its fields are {', '.join(row) or 'none'}")
-        return rows
+    def _rows(self, source: str, split: str) -> tuple[list[Row], RowTally]:
+        with quiet_datasets():
+            rows = read_rows(source, split)
+        return rows, RowTally(source, self.section.max_unusable_fraction)
 
-    def _take(self, rows: Iterator[Row], limit: int, held: set[tuple[int, ...]], to_train: bool) -> list[Conversation]:
+    def _take(
+        self, rows: Iterator[Row], limit: int, held: set[tuple[int, ...]], tally: RowTally, to_train: bool
+    ) -> list[Conversation]:
         """The first `limit` usable conversations of `rows`; different prompts where they are to be held out."""
         taken: list[Conversation] = []
         seen: set[tuple[int, ...]] = set()
         # Not beyond the limit: the row after the last one is for the next split.
         while len(taken) < limit and (next_row := next(rows, None)) is not None:
-            where, row = next_row
+            tally.num_rows += 1
             try:
-                conversation = self._conversation(where, row, to_train)
-            except _Skipped as reason:
-                self.skipped[str(reason)] += 1
+                conversation = self._conversation(*next_row, to_train)
+            except UnusableRow as error:
+                tally.unusable.append(error)
+                continue
+            except _LeftOut as reason:
+                tally.left_out[str(reason)] += 1
                 continue
             key = tuple(conversation.prompt)
             if key in held or (not to_train and key in seen):
-                self.skipped["with a held-out prompt"] += 1
+                tally.left_out["with a held-out prompt"] += 1
                 continue
             seen.add(key)
             taken.append(conversation)
         return taken
 
-    def _conversation(self, where: str, row: dict[str, Any], to_train: bool) -> Conversation:
-        value = row[self.section.field]
+    def _conversation(self, where: str, row: dict[str, Any] | UnusableRow, to_train: bool) -> Conversation:
+        prompt = prompt_of(where, row, self.section.field)
+        assert isinstance(row, dict)  # of others `prompt_of` has no prompt
         is_given = self.section.responses == "given"
-        if isinstance(value, str):
-            if not value.strip():
-                raise _Skipped("empty")
-            answer = self._given_text(where, row) if is_given else None
-            if self.section.as_chat:
-                conversation = self._chat(where, [{"role": "user", "content": value}], answer)
-            else:
-                conversation = Conversation(self._encode(value), self._encode(answer) if answer is not None else [])
+        if isinstance(prompt, str) and self.section.as_chat:
+            prompt = Chat([{"role": "user", "content": prompt}])
+        if isinstance(prompt, Chat):
+            conversation = self._of_chat(where, prompt, row, is_given)
         else:
-            messages, answer = self._messages(where, value)
-            conversation = self._chat(where, messages, answer)
-        longest = self.config.drafter.prompt_length
-        if is_given and to_train:
-            longest = self.config.data.sequence_length - self.config.drafter.block_size
+            text = self._response(where, row) if is_given else ""
+            if not isinstance(text, str):
+                raise UnusableRow(where, f"'{self.section.response_field}' is not text")
+            if isinstance(prompt, str):
+                conversation = self._encoded(prompt, text)
+            else:
+                conversation = Conversation(checked_ids(where, prompt, self.tokenizer), self._encode(text))
+        window, block = self.config.data.sequence_length, self.config.drafter.block_size
+        longest = window - block if is_given and to_train else self.config.drafter.prompt_length
         if len(conversation.prompt) > longest:
-            raise _Skipped(f"longer than {longest} tokens")
-        if is_given and not conversation.response:
-            raise _Skipped("without an answer")
+            raise _LeftOut(f"longer than {longest} tokens")
+        if to_train and len(conversation.prompt) + len(conversation.response) > window:
+            self.num_cut += 1
         return conversation
 
-    def _messages(self, where: str, value: Any) -> tuple[list[dict[str, Any]], str | None]:
-        """Messages up to the answer, and the answer if it is to be kept."""
-        if not isinstance(value, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-        ):
-            raise ValueError(f"{where}: '{self.section.field}' is neither text nor messages with a role and content")
-        is_given = self.section.responses == "given"
-        ends_with_answer = bool(value) and value[-1]["role"] == "assistant"
-        if is_given and value and not ends_with_answer:
-            raise ValueError(f"{where}: the last message is not the assistant's, and responses are to be those given")
-        messages = value[:-1] if ends_with_answer else value
-        if not messages or not messages[-1]["content"].strip():
-            raise _Skipped("empty")
-        return messages, value[-1]["content"] if is_given else None
-
-    def _given_text(self, where: str, row: dict[str, Any]) -> str:
-        answer = row[self.section.response_field]
-        if not isinstance(answer, str):
-            raise ValueError(f"{where}: '{self.section.response_field}' is not text")
-        return answer
-
-    def _chat(self, where: str, messages: list[dict[str, Any]], answer: str | None) -> Conversation:
-        prompt = self._render(where, messages, add_generation_prompt=True)
-        if answer is None:
-            return Conversation(self._encode(prompt), [])
-        whole = self._render(where, [*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
-        if not whole.startswith(prompt):
-            raise ValueError(f"{where}: the chat template changes the prompt once an answer follows: give both as text")
-        response = self._encode(whole[len(prompt) :]) if answer.strip() else []
-        end = self.tokenizer.eos_token_id
+    def _of_chat(self, where: str, chat: Chat, row: dict[str, Any], is_given: bool) -> Conversation:
+        if is_given and chat.answer is None:
+            chat = chat.with_answer(self._answer(where, row))
+        prompt = self.template.prompt(where, chat)
+        if not is_given:
+            return self._encoded(prompt, "")
+        answer = chat.answer
+        assert answer is not None
+        if not answer["content"].strip() and len(answer) == 2:
+            raise UnusableRow(where, "the answer is empty")
+        conversation = self._encoded(prompt, self.template.answer(where, chat, prompt))
+        response, end = conversation.response, self.tokenizer.eos_token_id
         if end in response:  # templates go on with a line break, which no target writes after its end token
             response = response[: response.index(end) + 1]
-        return Conversation(self._encode(prompt), response)
+        return Conversation(conversation.prompt, response)
 
-    def _render(self, where: str, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        if not self.tokenizer.chat_template:
-            raise ValueError(
-                f"{where} is a chat, and the tokenizer of {self.config.drafter.target} has no chat template: "
-                "give prompts as text, or save the tokenizer with a chat_template"
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template is a program of its own, and raises what it likes
-            raise ValueError(f"{where}: the chat template refuses it: {' '.join(str(error).split())}") from error
-        assert isinstance(text, str)
-        return text
+    def _answer(self, where: str, row: dict[str, Any]) -> Message:
+        """The message that a row has beside a chat without one: text, or a list of one message."""
+        if row.get(self.section.response_field) is None:
+            raise UnusableRow(where, "the last message is not the assistant's, and responses are to be those given")
+        value = self._response(where, row)
+        made = messages_of(where, [{"role": "assistant", "content": value}] if isinstance(value, str) else value)
+        if len(made) != 1 or made[0]["role"] != "assistant":
+            raise UnusableRow(where, f"'{self.section.response_field}' is not one message of the assistant's")
+        return made[0]
+
+    def _response(self, where: str, row: dict[str, Any]) -> Any:
+        """What a row has as its answer: text that says something, or a list of messages."""
+        name = self.section.response_field
+        if row.get(name) is None:
+            raise UnusableRow(where, f"has no field '{name}'; its fields are {', '.join(row)}")
+        value = row[name]
+        if isinstance(value, str):
+            return checked_text(where, f"'{name}'", value)
+        if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+            return value
+        raise UnusableRow(where, f"'{name}' is not text")
+
+    def _encoded(self, prompt: str, answer: str) -> Conversation:
+        """The prompt in the tokens that a server makes of it, and the answer in those that follow them."""
+        ids = self._encode(prompt)
+        if not answer:
+            return Conversation(ids, [])
+        whole = self._encode(prompt + answer)
+        # Alone, tokenizers of whole words would begin an answer with a blank of their own.
+        return Conversation(ids, whole[len(ids) :] if whole[: len(ids)] == ids else self._encode(answer))
 
     def _encode(self, text: str) -> list[int]:
+        # A chat template writes the beginning of a text itself.
         return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
-def _read_rows(source: str, split: str) -> Iterator[Row]:
-    """Rows of a source; of a .jsonl a bad line is named."""
-    place = Path(source)
-    if place.exists() and split != "train":
-        raise ValueError(f"{place} is a file or directory, which has no split '{split}': leave prompts.split out")
-    if place.is_file() and place.suffix == ".jsonl":
-        yield from read_rows(place)
-        return
-    with quiet_datasets():
-        table = load_table(source, split)
-    for number, row in enumerate(table):
-        yield f"{source} row {number}", dict(row)
+def _finish(tally: RowTally, num_wanted: int, num_taken: int, name: str, what: str) -> None:
+    """Say what became of the rows of a source. Raises ValueError where too many or all of them are of no use."""
+    tally.check()
+    summary = tally.summary()
+    if num_wanted and not num_taken:
+        raise ValueError(f"{tally.source} leaves no usable prompt for {what}{f': {summary}' if summary else ''}")
+    if summary:
+        warnings.warn(summary, stacklevel=3)
+    if num_taken < num_wanted:
+        warnings.warn(f"{tally.source} gives {num_taken} of {num_wanted} prompts (drafter.{name})", stacklevel=3)
 
 
 def _files_sha256(source: str) -> str | None:
@@ -291,10 +303,15 @@ def _write(path: Path, splits: dict[str, list[Conversation]], settings: dict[str
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _different(path: Path, settings: dict[str, Any]) -> list[str]:
+    """Names of the settings that the prompts at `path` were not made with."""
+    facts = json.loads((path / "prompts.json").read_text(encoding="utf-8"))
+    return [name for name, value in settings.items() if facts.get(name) != value]
+
+
 def _load(path: Path, settings: dict[str, Any]) -> PromptSet:
     facts = json.loads((path / "prompts.json").read_text(encoding="utf-8"))
-    different = [name for name, value in settings.items() if facts.get(name) != value]
-    if different:
+    if different := _different(path, settings):
         raise ValueError(
             f"{path} holds prompts made with another {', '.join(different)}: choose another drafter.text or delete it"
         )

@@ -7,8 +7,9 @@ teach it something else. `qat.objective` has the alternatives for comparison. Ev
 post-training quantization, the baseline: rounding, or with `qat.start_from` whatever made those values. What is on the
 MXFP4 grid already stays on it under every scale rule, so that a student that starts from a packed model starts as it.
 
-The export is packed: its dequantized experts are, bit for bit, the weights the student was evaluated with. A family
-that no packed format is known for is exported as `save_pretrained` writes it, with the same values.
+The export is packed: its dequantized experts are, bit for bit, the weights the student was evaluated with. Of a family
+that no packed format is known for they are ordinary numbers of the same values. All else is as the model's directory
+has it.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from typing import Literal
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from speedstack.eval.divergence import token_kl, token_nll, top1_matches
-from speedstack.quant.checkpoint import check_extras, save_packed, weights_sha256
-from speedstack.quant.checkpoint.config import read_config, tied_names
-from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
-from speedstack.quant.checkpoint.names import hub_names
+from speedstack.quant.checkpoint import can_be_packed, check_export, export_model, weights_sha256
+from speedstack.quant.checkpoint.config import read_config
+from speedstack.quant.checkpoint.files import checkpoint_directory
+from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters, router_parameters
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.train.attention import enable_blockwise_attention
@@ -66,13 +67,9 @@ class QatRecipe(Recipe):
         _check_teacher(self.config)
         if section.start_from is not None:
             _check_same_architecture(section.model, section.start_from)
+        vocab_size = read_config(section.model)[0].get_text_config().vocab_size
+        self.tokenizer = require_tokenizer(section.model, vocab_size)
         student = load_for_stage(section.start_from or section.model, torch.float32, stage, world)
-        self.tokenizer = load_tokenizer(section.model)
-        if len(self.tokenizer) > student.config.get_text_config().vocab_size:
-            raise ValueError(
-                f"the tokenizer of {section.model} has {len(self.tokenizer)} tokens, the model an embedding of "
-                f"{student.config.get_text_config().vocab_size}: they do not belong together"
-            )
         with world.main_first():
             corpus = corpus_for(data, self.tokenizer)
         self.world = world
@@ -85,12 +82,12 @@ class QatRecipe(Recipe):
         # Kept for as long as the teacher is called: the engine's hooks gather what it needs.
         self._teacher_engine = shard_frozen(self.teacher, world) if stage == 3 else None
 
-        if _can_be_packed(student):
-            check_extras(section.model)
-        elif world.is_main:
+        is_packed = can_be_packed(student.config.model_type)
+        check_export(student, section.model, is_packed)
+        if not is_packed and world.is_main:
             warnings.warn(
                 f"no packed format is known for {student.config.model_type}: the export will have its experts' MXFP4 "
-                f"values in {student.dtype}",
+                "values as ordinary numbers",
                 stacklevel=2,
             )
         # The pull comes with every backward, of which an optimizer step has several.
@@ -153,27 +150,20 @@ class QatRecipe(Recipe):
         return self.flips.state() if self.flips is not None else {}
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        if self.flips is not None:
+        self.has_stepped = True
+        if self.flips is None:
+            return
+        try:
             self.flips.load_state(tensors)
+        except ValueError as error:  # they are looked at, not trained with
+            warnings.warn(f"{error}: flips between looks are counted anew", stacklevel=2)
 
     def export(self, model: nn.Module, path: Path) -> None:
         assert isinstance(model, PreTrainedModel)
-        scale_rule = self.config.qat.scale_rule
-        if _can_be_packed(model):
-            source = self.config.qat.model
-            save_packed(model, path, self.tokenizer, scale_rule, extras_from=source, dtypes_from=source)
-            return
-        round_to_nearest(model, scale_rule)
-        model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
-        with WeightFiles(self.config.qat.model) as before, WeightFiles(path) as after:
-            lost = sorted(set(before.names()) - set(after.names()) - tied_names(model).keys())
-        if lost:
-            warnings.warn(
-                f"{self.config.qat.model} has {len(lost)} tensors that {type(model).__name__} does not have, such as "
-                f"{lost[0]}: they are not in the export",
-                stacklevel=2,
-            )
+        section, is_packed = self.config.qat, can_be_packed(model.config.model_type)
+        if not is_packed:
+            round_to_nearest(model, section.scale_rule)
+        export_model(model, section.model, path, scale_rule=section.scale_rule if is_packed else None)
 
     @torch.no_grad()
     def _teacher_logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -218,22 +208,6 @@ def _check_same_architecture(model: Path, start_from: Path) -> None:
             f"qat.start_from {start_from} is another architecture than qat.model {model}: {key} is "
             f"{theirs.get(key)!r} instead of {ours.get(key)!r}"
         )
-
-
-def _can_be_packed(model: PreTrainedModel) -> bool:
-    try:
-        hub_names(model.config.model_type)
-    except ValueError:
-        return False
-    return True
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model directory. Raises ValueError where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} has no tokenizer that can be read: {' '.join(str(error).split())}") from error
 
 
 def qat(config: QatConfig, on_step: OnStep | None = None) -> RunResult:

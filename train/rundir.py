@@ -2,27 +2,31 @@
 
     <run.out>/<run.name>/  config.yaml  inputs.json  env.json  metrics.jsonl  checkpoints/  export/
 
-A run directory belongs to one configuration and to the weights and the text it started from. Starting the same again
-resumes it, or returns its result if it has finished; what would give other numbers is refused.
+A run directory belongs to one configuration and to the weights and the text it started from, once a step of training is
+on record. Starting the same again resumes it, or returns its result if it has finished; what would give other numbers
+is refused. A job that failed before leaves text and features to the next one; what does not fit that is set aside.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import platform
 import sys
 import warnings
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from speedstack.eval.environment import package_versions
 from speedstack.train.checkpoint import write_atomically
-from speedstack.train.config import JobConfig, dump_config, identity, read_config
+from speedstack.train.config import JobConfig, dump_config, flat_config, identity, read_config
+from speedstack.train.metrics import read_metrics
 
 _PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "safetensors", "tokenizers")
-# What a run leaves once training has started.
-_PROGRESS = ("metrics.jsonl", "checkpoints", "export")
 
 
 def open_run_directory(config: JobConfig, device: torch.device, inputs: dict[str, str]) -> Path:
@@ -38,10 +42,13 @@ def open_run_directory(config: JobConfig, device: torch.device, inputs: dict[str
     stored_path = directory / "config.yaml"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        # A job that failed before it wrote a line, for want of a model say, does not bind the next one.
-        if stored_path.is_file() and any((directory / name).exists() for name in _PROGRESS):
-            _check_same(config, stored_path)
+        # A job that failed before a step was on record, for want of a model say, does not bind the next one.
+        if stored_path.is_file() and has_begun(directory):
+            stored = _check_same(config, stored_path)
             inputs = _check_inputs(inputs, directory / "inputs.json") | inputs
+            if (directory / "export").exists():
+                _warn_of_unused(config, stored, directory)
+                return directory
         write_atomically(stored_path, dump_config(config))
         write_atomically(directory / "inputs.json", json.dumps(inputs, indent=2) + "\n")
         write_atomically(directory / "env.json", json.dumps(environment(device), indent=2) + "\n")
@@ -52,6 +59,26 @@ def open_run_directory(config: JobConfig, device: torch.device, inputs: dict[str
     return directory
 
 
+def has_begun(directory: Path) -> bool:
+    """Whether training in this run directory has left anything: an export, a checkpoint, or a step on record."""
+    return (
+        (directory / "export").exists()
+        or any((directory / "checkpoints").glob("step-*"))
+        or any(line["kind"] == "train" for line in read_metrics(directory))
+    )
+
+
+def set_aside(path: Path, what: str) -> None:
+    """Rename a directory that does not fit the run, and say so: what it holds may have taken long."""
+    aside = next(
+        place for number in itertools.count(1) if not (place := path.with_name(f"{path.name}-{number}")).exists()
+    )
+    os.replace(path, aside)
+    warnings.warn(
+        f"{path} holds {what} of another configuration, which has not trained: moved to {aside}", stacklevel=2
+    )
+
+
 def add_inputs(directory: Path, inputs: dict[str, str]) -> None:
     """Add to the inputs of the run in `directory`, before its first step, or check that they are those of then.
 
@@ -60,9 +87,8 @@ def add_inputs(directory: Path, inputs: dict[str, str]) -> None:
     Raises ValueError and OSError as `open_run_directory`.
     """
     path = directory / "inputs.json"
-    has_begun = any((directory / name).exists() for name in _PROGRESS)
     stored = json.loads(path.read_text(encoding="utf-8"))
-    if has_begun:
+    if has_begun(directory):
         _check_inputs({name: digest for name, digest in inputs.items() if name in stored}, path)
     elif inputs:
         write_atomically(path, json.dumps(stored | inputs, indent=2) + "\n")
@@ -72,7 +98,7 @@ def environment(device: torch.device) -> dict[str, object]:
     """What a result may depend on besides the configuration: versions, machine, threads, command."""
     return {
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in _PACKAGES},
+        "packages": package_versions(_PACKAGES),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "num_threads": torch.get_num_threads(),
@@ -80,18 +106,29 @@ def environment(device: torch.device) -> dict[str, object]:
     }
 
 
-def _check_same(config: JobConfig, stored_path: Path) -> None:
+def _check_same(config: JobConfig, stored_path: Path) -> JobConfig:
+    """The stored configuration, which differs from this one in nothing that is trained."""
     try:
-        stored = identity(read_config(type(config), stored_path))
+        stored = read_config(type(config), stored_path)
     except ValueError as error:
         raise ValueError(f"{stored_path.parent} belongs to another run ({error}): choose another run.name") from error
-    current = identity(config)
-    different = [f"{key} was {stored[key]}, is {current[key]}" for key in current if stored.get(key) != current[key]]
-    if different:
+    if different := _differences(identity(stored), identity(config)):
         raise ValueError(
             f"{stored_path.parent} holds a run with another configuration ({'; '.join(different)}): "
             "choose another run.name, or delete the directory"
         )
+    return stored
+
+
+def _warn_of_unused(config: JobConfig, stored: JobConfig, directory: Path) -> None:
+    """Of a finished run, settings that might have differed while it ran."""
+    if different := _differences(flat_config(stored), flat_config(config), without=("run.name", "run.out")):
+        warnings.warn(f"{directory} has finished, without what is new: {'; '.join(different)}", stacklevel=2)
+
+
+def _differences(stored: dict[str, Any], current: dict[str, Any], without: Sequence[str] = ()) -> list[str]:
+    different = [key for key in current if key not in without and stored.get(key) != current[key]]
+    return [f"{key} was {stored.get(key)}, is {current[key]}" for key in different]
 
 
 def _check_inputs(inputs: dict[str, str], stored_path: Path) -> dict[str, str]:

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 
 from speedstack.train.checkpoint import write_atomically
 from speedstack.train.data import generator
+from speedstack.train.rundir import set_aside
 from speedstack.train.trainer import save_tensors
 
 if TYPE_CHECKING:
@@ -208,14 +209,28 @@ def _settings(target_sha256: str, prompts: Prompts, sampling: Sampling) -> dict[
     return json.loads(json.dumps(settings))  # tuples become lists, as they come back from the file
 
 
+def make_way(path: Path, target_sha256: str, prompts: Prompts, sampling: Sampling) -> None:
+    """Set aside text at `path` that was made with other settings; settings that no text has followed are dropped."""
+    file = path / "settings.json"
+    if not file.is_file() or not _different(file, _settings(target_sha256, prompts, sampling)):
+        return
+    if any(path.glob("shard-*.safetensors")):
+        set_aside(path, "text")
+    else:
+        file.unlink()
+
+
+def _different(file: Path, settings: dict[str, object]) -> list[str]:
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    return [name for name, value in settings.items() if stored.get(name) != value]
+
+
 def _check_settings(path: Path, settings: dict[str, object]) -> None:
     """Raise ValueError when `path` holds text made with other settings than `settings`, or none at all."""
     file = path / "settings.json"
     if not file.is_file():
         raise ValueError(f"{path} holds no written text: {file.name} is missing")
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    different = [name for name, value in settings.items() if stored.get(name) != value]
-    if different:
+    if different := _different(file, settings):
         raise ValueError(
             f"{path} holds text generated with another {', '.join(different)}: choose another drafter.text or delete it"
         )

@@ -11,9 +11,9 @@ Modules are imported when a result of their kind is there: the schemas of some b
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from speedstack.eval.labels import short_file_names
 from speedstack.eval.page import Section
 from speedstack.eval.results import Environment
 from speedstack.eval.suite_result import BLOCK
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Found(Generic[T]):
-    """A result and where it was read; `name` is empty for the measurements of a run of our own."""
+    """A result and where it was read; `name` is empty for the measurements of the one run that a report is of."""
 
     name: str
     result: T
@@ -77,19 +77,28 @@ def environment_of(result: Any) -> Environment | None:
 
 def titled(title: str, one: Found[Any], found: Sequence[Found[Any]]) -> str:
     """The title, with a short name of the result when there are several of its kind."""
-    if len(found) == 1 or not one.name:
-        return title
-    parts = {other.name: Path(other.name).with_suffix("").parts for other in found if other.name}
-    for num_parts in range(1, max(map(len, parts.values())) + 1):
-        short = {name: "/".join(each[-num_parts:]) for name, each in parts.items()}
-        if len(set(short.values())) == len(short):
-            return f"{title}: {short[one.name]}"
-    return f"{title}: {one.name}"
+    name = _short_name(one, found)
+    return f"{title}: {name}" if name else title
 
 
 def each(title: str, found: Sequence[Found[T]], section: Callable[[T, str], Section]) -> list[Section]:
-    """A section a result, made by `section(result, title)`, with its command and file."""
-    return [section(one.result, titled(title, one, found)).made_by(one.command, one.name) for one in found]
+    """A section a result, made by `section(result, title)`, with its command and file.
+
+    Of several, headlines say which one they are of.
+    """
+    return [
+        section(one.result, titled(title, one, found)).made_by(one.command, one.name).of_run(_short_name(one, found))
+        for one in found
+    ]
+
+
+def _short_name(one: Found[Any], found: Sequence[Found[Any]]) -> str:
+    """What tells a result from the others of its kind; empty for one alone, and for that of the run itself."""
+    if len(found) == 1 or not one.name:
+        return ""
+    named = [other for other in found if other.name]
+    names = short_file_names([other.name for other in named])
+    return next(name for other, name in zip(named, names, strict=True) if other is one)
 
 
 def _module(kind: str) -> Any:

@@ -34,7 +34,7 @@ def _section(comparison: Comparison, title: str) -> Section:
     text = (
         f"Suite {comparison.suite}: every result against {comparison.baseline}, on the same documents. A difference "
         f"is called within noise when its p-value is above {comparison.significance:g}; several tasks are looked at, "
-        "and at that level one in " + f"{1 / comparison.significance:.0f} differs by chance."
+        f"and at that level {100 * comparison.significance:.2g} in a hundred differ by chance."
     )
     if comparison.left_out:
         text += f" Not all results have {', '.join(comparison.left_out)}: left out."

@@ -31,7 +31,7 @@ def _section(result: ConversionResult, title: str) -> Section:
             count(one.num_source_shards),
             Cell(format_bytes(one.max_shard_bytes), one.max_shard_bytes),
             Cell(format_bytes(one.peak_bytes), one.peak_bytes),
-            number(one.peak_shards, ".2f"),
+            number(one.peak_shards if one.max_shard_bytes else None, ".2f"),
             number(one.seconds, ".1f"),
         )
         for one in result.conversions

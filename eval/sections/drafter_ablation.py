@@ -33,7 +33,7 @@ def _section(ablation: DrafterAblation, title: str) -> Section:
     rows = [row for row in ablation.rows if ablation.of(row)]
     blocks: list[Block] = [_table(ablation, rows)]
     if rows:
-        blocks += [_tau_figure(ablation, rows), _survival_figure(ablation, rows)]
+        blocks += [_tau_figure(ablation, rows), *_survival_figures(ablation, rows)]
     text = (
         f"Every row was trained on the same text for {ablation.budget_seconds:g} seconds of optimizer steps, so that "
         "dear steps are fewer steps. The target's greedy text is replayed to simulate \u03c4; the engine measures it "
@@ -102,12 +102,14 @@ def _tau_figure(ablation: DrafterAblation, rows: Sequence[str]) -> FigureBlock:
     return FigureBlock(plots.dots("Acceptance length by drafter", rows, kept, label), "Each row's mean over its seeds.")
 
 
-def _survival_figure(ablation: DrafterAblation, rows: Sequence[str]) -> FigureBlock:
-    """Plain and the rows above it, or the first; more curves than six are a tangle."""
+def _survival_figures(ablation: DrafterAblation, rows: Sequence[str]) -> list[FigureBlock]:
+    """Plain and the rows above it, or the first; more curves than six are a tangle. None without curves."""
     order = sorted(rows, key=lambda row: (row != PLAIN, -_mean_tau(ablation, row)))
     curves = {row: _survival(ablation.of(row)) for row in order[:6] if _survival(ablation.of(row))}
+    if not curves:
+        return []
     svg = plots.survival_curves("Survival by drafter", curves)
-    return FigureBlock(svg, f"How far into a block drafts survive: {', '.join(curves)}; means over seeds.")
+    return [FigureBlock(svg, f"How far into a block drafts survive: {', '.join(curves)}; means over seeds.")]
 
 
 def _survival(runs: Sequence[DrafterRun]) -> list[float]:

@@ -23,23 +23,22 @@ def _section(result: LmBench, title: str) -> Section:
         f"{plural(result.num_threads, 'thread')}, {result.batch_size} sequences together, taking turns. The adapter "
         "runs the model under the fastest of transformers' experts implementations."
     )
-    figures = [
-        FigureBlock(
-            plots.dots(
-                "Speed against the adapter",
-                [f"{task.task} ({task.kind})" for task in result.tasks],
-                {
-                    contestant: [_speedup(task, contestant) for task in result.tasks]
-                    for contestant in dict.fromkeys(t.contestant for task in result.tasks for t in task.timings)
-                    if contestant != ADAPTER
-                },
-                f"times as fast as {ADAPTER} (whiskers: quartiles)",
-                reference=1.0,
-            ),
-            "Median times over the engine's; the dashed line is the adapter.",
-        )
-    ]
-    return Section(title, (text,), (_agreement(result), _speed(result), *figures), _headlines(result))
+    return Section(title, (text,), (_agreement(result), _speed(result), *_figures(result)), _headlines(result))
+
+
+def _figures(result: LmBench) -> list[FigureBlock]:
+    contestants = dict.fromkeys(t.contestant for task in result.tasks for t in task.timings if t.contestant != ADAPTER)
+    speedups = {name: [_speedup(task, name) for task in result.tasks] for name in contestants}
+    if not any(speedup is not None for row in speedups.values() for speedup in row):
+        return []
+    svg = plots.dots(
+        "Speed against the adapter",
+        [f"{task.task} ({task.kind})" for task in result.tasks],
+        speedups,
+        f"times as fast as {ADAPTER} (whiskers: quartiles)",
+        reference=1.0,
+    )
+    return [FigureBlock(svg, "Median times over the engine's; the dashed line is the adapter.")]
 
 
 def _agreement(result: LmBench) -> Table:
@@ -51,7 +50,7 @@ def _agreement(result: LmBench) -> Table:
             rows.append(
                 (
                     Cell(task.task, note=task.kind),
-                    Cell(f"{found.num_equal:,} of {task.num_requests:,}", found.num_equal / task.num_requests),
+                    Cell(f"{found.num_equal:,} of {task.num_requests:,}", found.num_equal / max(1, task.num_requests)),
                     number(found.max_difference_nats, ".1e"),
                     number(found.engine_error_nats, ".1e"),
                     number(found.adapter_error_nats, ".1e"),
@@ -101,7 +100,7 @@ def _speed(result: LmBench) -> Table:
 def _speedup(task: LmTask, contestant: str) -> tuple[float, float, float] | None:
     """Ratio of medians, and what it would be at the quartiles of the contestant's own times."""
     own = next((timing for timing in task.timings if timing.contestant == contestant), None)
-    if own is None:
+    if own is None or own.seconds.q1 <= 0:
         return None
     adapter = own.speedup * own.seconds.median
     return own.speedup, adapter / own.seconds.q3, adapter / own.seconds.q1
@@ -109,11 +108,12 @@ def _speedup(task: LmTask, contestant: str) -> tuple[float, float, float] | None
 
 def _headlines(result: LmBench) -> tuple[Headline, ...]:
     best = [
-        (task, max((t for t in task.timings if t.contestant != ADAPTER), key=lambda t: t.speedup))
+        (task, max((t for t in task.timings if t.contestant != ADAPTER), key=lambda t: t.speedup, default=None))
         for task in result.tasks
         if task.kind != "loglikelihood_rolling"
     ]
     return tuple(
         Headline(f"{timing.speedup:.2f}\u00d7", f"{task.kind}, {timing.contestant}, against {ADAPTER}", task.task)
         for task, timing in best
+        if timing is not None
     )

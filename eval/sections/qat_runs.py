@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from speedstack.eval import plots
 from speedstack.eval.page import (
+    MISSING,
     Block,
     Cell,
     Column,
@@ -50,12 +51,13 @@ def _section(result: QatRuns, title: str) -> Section:
     blocks: list[Block] = [
         Table(COLUMNS, tuple(_row(run) for run in result.runs), caption).without_empty_columns(),
     ]
-    measured = [run for run in result.runs if run.evaluations[-1].heldout_kl is not None]
+    last_kl = [(run.run, run.evaluations[-1].heldout_kl) for run in result.runs if run.evaluations]
+    measured = [(name, kl) for name, kl in last_kl if kl is not None]
     if measured:
         svg = plots.bars(
             "Divergence by run",
-            [run.run for run in measured],
-            [1e3 * (run.evaluations[-1].heldout_kl or 0.0) for run in measured],
+            [name for name, _ in measured],
+            [1e3 * kl for _, kl in measured],
             "KL from full precision (millinats a token; less is better)",
         )
         blocks.append(FigureBlock(svg, "Distance from the full-precision model at the end of each run."))
@@ -74,6 +76,8 @@ def _section(result: QatRuns, title: str) -> Section:
 
 
 def _row(run: QatRun) -> tuple[Cell, ...]:
+    if not run.evaluations:
+        return (Cell(run.run, note="never evaluated"), *[MISSING] * (len(COLUMNS) - 1))
     last = run.evaluations[-1]
     return (
         Cell(run.run, note=compact(run.changes)),

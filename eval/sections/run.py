@@ -35,7 +35,7 @@ def done(report: Report) -> list[Section]:
     """The model and the stages of the run."""
     if report.model is None and not report.stages:
         return []
-    paragraphs = (RECIPE,) if report.model is None else (RECIPE, _model_text(report.model))
+    models = () if report.model is None else (report.model, *report.other_models)
     blocks: list[Block] = []
     if report.stages:
         rows = tuple(
@@ -47,7 +47,7 @@ def done(report: Report) -> list[Section]:
             for stage in report.stages
         )
         blocks.append(Table((*words(("stage", "what it does")), Column("time")), rows))
-    return [Section("What was done", paragraphs, tuple(blocks), _headlines(report))]
+    return [Section("What was done", (RECIPE, *map(_model_text, models)), tuple(blocks), _headlines(report))]
 
 
 def memory(report: Report) -> list[Section]:
@@ -59,7 +59,7 @@ def memory(report: Report) -> list[Section]:
                 Cell(entry.place),
                 Cell(format_bytes(entry.packed_bytes), entry.packed_bytes),
                 Cell(format_bytes(entry.bf16_bytes), entry.bf16_bytes),
-                number(entry.ratio, ".4f"),
+                number(entry.ratio if entry.bf16_bytes else None, ".4f"),
             )
             for entry in report.storage
         )
@@ -77,13 +77,18 @@ def memory(report: Report) -> list[Section]:
 
 
 def training(report: Report) -> list[Section]:
-    """A figure a stage and quantity."""
-    thinned = [thin_curve(curve) for curve in report.curves]
-    blocks = []
-    for stage, quantity in dict.fromkeys((curve.stage, curve.quantity) for curve in thinned):
-        chosen = [curve for curve in thinned if (curve.stage, curve.quantity) == (stage, quantity)]
-        blocks.append(FigureBlock(plots.training_curves(chosen), f"Stage {stage}."))
-    return [Section("Training", (), tuple(blocks))] if blocks else []
+    """A figure a stage and quantity; stages of one name that several runs have share theirs."""
+    figures: dict[tuple[str, str], list[Curve]] = {}
+    for curve in report.curves:
+        if curve.steps:
+            run, _, stage = curve.stage.rpartition("/")
+            label = f"{run}: {curve.label}" if run else curve.label
+            named = thin_curve(curve).model_copy(update={"stage": stage, "label": label})
+            figures.setdefault((stage, curve.quantity), []).append(named)
+    blocks = tuple(
+        FigureBlock(plots.training_curves(curves), f"Stage {stage}.") for (stage, _), curves in figures.items()
+    )
+    return [Section("Training", (), blocks)] if blocks else []
 
 
 def examples(report: Report) -> list[Section]:
@@ -119,9 +124,9 @@ def _model_text(model: ModelSummary) -> str:
 
 
 def _headlines(report: Report) -> tuple[Headline, ...]:
-    if not report.storage:
+    first = next((entry for entry in report.storage if entry.bf16_bytes), None)
+    if first is None:
         return ()
-    first = report.storage[0]
     return (
         Headline(
             f"{100 * first.ratio:.1f}%",

@@ -1,9 +1,12 @@
 """Results of lm-eval suites: a section a suite, a column a model, and how the requests were answered."""
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from speedstack.eval import plots
 from speedstack.eval.document import Z95
+from speedstack.eval.labels import short_file_names, short_names
 from speedstack.eval.page import (
     MISSING,
     Block,
@@ -56,13 +59,11 @@ def _section(suite: str, found: Sequence[Found[SuiteResult]]) -> Section:
 
 
 def _labels(found: Sequence[Found[SuiteResult]]) -> list[str]:
-    """A short name a result: the model's directory as far as it tells results apart, else the file."""
-    targets = [one.result.block.target for one in found]
-    for num_parts in (1, 2, 3):
-        labels = ["/".join(target.rstrip("/").split("/")[-num_parts:]) for target in targets]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [one.name for one in found]
+    """A short name a result: the end of its model's directory where models differ, else that of its file."""
+    targets = [Path(one.result.block.target).parts for one in found]
+    if len(set(targets)) == len(targets):
+        return short_names(targets)
+    return short_file_names([one.name for one in found])
 
 
 def _score_row(headline: HeadlineMetric, found: Sequence[Found[SuiteResult]]) -> tuple[Cell, ...]:
@@ -75,6 +76,9 @@ def _score_row(headline: HeadlineMetric, found: Sequence[Found[SuiteResult]]) ->
             cells.append(MISSING)
             continue
         note = plural(_num_documents(one.result, headline.task), "document")
+        if not math.isfinite(value):
+            cells.append(Cell(str(value), note=note))
+            continue
         # A share is read in percent; other metrics (perplexities, bits) as they are.
         if stderr is not None and _is_share(one.result, headline.task, metric):
             cells.append(Cell(f"{100 * value:.2f} \u00b1 {100 * stderr:.2f}%", value, note))
@@ -96,7 +100,12 @@ def _figure(
         row: list[tuple[float, float, float] | None] = []
         for one in found:
             value, stderr = one.result.value(headline.task, metric), one.result.stderr(headline.task, metric)
-            if value is None or stderr is None or not _is_share(one.result, headline.task, metric):
+            if (
+                value is None
+                or stderr is None
+                or math.isnan(stderr)
+                or not _is_share(one.result, headline.task, metric)
+            ):
                 row.append(None)
             else:
                 row.append((100 * value, 100 * (value - Z95 * stderr), 100 * (value + Z95 * stderr)))

@@ -18,7 +18,7 @@ def sections(found: Sequence[Found[TimingResult]]) -> list[Section]:
 
 
 def _section(timing: TimingResult, title: str) -> Section:
-    lengths = sorted({min(timing.num_prompt_tokens), max(timing.num_prompt_tokens)})
+    lengths = sorted({min(timing.num_prompt_tokens, default=0), max(timing.num_prompt_tokens, default=0)})
     blocks: list[Block] = [_table(timing.contestants, "", timing.unavailable)]
     if timing.contestants:
         caption = "Tokens a second while decoding one sequence; higher is better."

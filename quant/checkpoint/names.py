@@ -46,6 +46,10 @@ class HubNames:
         assert not self.is_fused
         return replace(self, renames=(), released=(), is_native=True)
 
+    def as_written(self) -> "HubNames":
+        """The names to write tensors under that are called so: experts have a tensor each in all formats of ours."""
+        return hub_names(self.model_type) if self.is_native else self
+
     def parts(self, module: str, weight_name: str, index: int) -> list[str]:
         """Modules on disk of expert `index` of `module`, in the order in which transformers stacks their rows."""
         leaves = {"gate_up_proj": [self.gate, self.up], "down_proj": [self.down]}[weight_name]

@@ -102,9 +102,16 @@ def _plain(tensor: torch.Tensor | FP8Tensor) -> torch.Tensor:
 def stored_names(files: WeightFiles, names: HubNames) -> HubNames:
     """The names that these files go by: those that `save_pretrained` writes, the family's makers', or the model's own.
 
-    The last are those of experts fused as in transformers, which few but transformers itself write.
+    The last are those of experts fused as in transformers, which few but transformers itself write. Raises ValueError
+    for experts that are stored both ways.
     """
-    if not names.is_fused and any(name.endswith(".experts.down_proj") for name in files.names()):
+    fused = {name.rpartition(".")[0] for name in files.names() if name.endswith(".experts.down_proj")}
+    each = {match[1] for name in files.names() if (match := re.match(r"(.+\.experts)\.\d+\.", name))}
+    if fused & each:
+        raise ValueError(
+            f"{files.path} has {min(fused & each)} fused and one by one: take away those that are not meant"
+        )
+    if fused and not names.is_fused:
         return names.as_native()
     released = names.as_released()
     return released if released.of("model.embed_tokens.weight") in files else names

@@ -32,6 +32,8 @@ _COMPUTATIONAL = re.compile(
     "|window|sink|vocab|embed|emb|dim|rank|lora|glu|mlp|ffn|moe|kv|qk|softcap|logit|position|group|shared|dense|tie|clip"
     "|residual|multiplier|temperature|parallel|hybrid|pattern|freq|conv|mamba|ssm|memory|recurr|sparse|index"
 )
+# A size that is wrong is seen in the shapes of the tensors, but for these.
+_SIZE = re.compile(r"(?<!window)(?<!chunk)(?<!block)(?<!group)_(size|dim)$")
 # The number of a layer's routed experts, by family.
 _NUM_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 _ROPE_KEYS = {
@@ -173,6 +175,10 @@ def _check_known(fields: Fields, config_class: type[PreTrainedConfig]) -> None:
         if key in dict(_SAME.get(config_class.model_type, ())).values() or key in _words(config_class):
             continue
         near = _hint(key, own | _OLD_ROPE_KEYS)
+        if _SIZE.search(key):
+            near = _hint(key, own - fields.keys())
+            if not near:
+                continue
         if near or _COMPUTATIONAL.search(key):
             raise ValueError(
                 f"{config_class.__name__} of transformers does not read the key {key!r}{near}, which may change what "

@@ -76,7 +76,11 @@ def test_walk_rounds(runs, start, rounds):
     assert walk_rounds(runs, start) == rounds
 
 
-def test_survival_is_of_the_rounds_that_had_the_proposal():
-    # With 3 proposals a round: 8 tokens left allow 3, 4 left 3, 1 left none.
-    assert survival([[4, 3, 1]], 3) == [1.0, 1.0, 0.5]
+def test_survival_is_of_all_rounds_and_adds_up():
+    # With 3 proposals a round: the text ends in the second, after its second token.
+    assert survival([[4, 2], [3, 1, 1]], 3) == [3 / 5, 2 / 5, 1 / 5]
     assert survival([[1, 1], []], 3) == [0.0, 0.0, 0.0]
+    assert survival([], 2) == [0.0, 0.0]
+    rounds = [walk_rounds([5, 0, 2, 1, 3, 3, 0, 4][: 3 + i]) for i in range(6)]
+    committed = [tokens for sequence in rounds for tokens in sequence]
+    assert 1 + sum(survival(rounds, 5)) == pytest.approx(sum(committed) / len(committed))

@@ -28,6 +28,8 @@ from speedstack.eval.results import (
 )
 
 if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+
     from speedstack.runtime import Engine
 
 MODULES = ("argparse", "bisect", "calendar", "cmd", "configparser", "csv", "heapq", "queue", "shlex", "string")
@@ -66,6 +68,18 @@ def drafting_engine(tiny_model_dir: Path, tiny_drafter_dir: Path) -> "Engine":
     from speedstack.runtime import Engine
 
     return Engine.from_pretrained(tiny_model_dir, tiny_drafter_dir, backend="reference", device="cpu", max_batch_size=4)
+
+
+@pytest.fixture(scope="session")
+def hf_lm(tiny_model_dir: Path, engine: "Engine") -> "HFLM":
+    """lm-eval's Hugging Face adapter of the tiny model, in the engine's lengths."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, attn_implementation="eager").eval()
+    return HFLM(
+        pretrained=model, tokenizer=engine.tokenizer, backend="causal", max_length=engine.max_length, batch_size=1
+    )
 
 
 def _spread(median: float) -> Spread:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from speedstack.eval.acceptance import measure_acceptance, summarize
+from speedstack.eval.acceptance import acceptance_result, measure_acceptance, summarize
 from speedstack.runtime import Engine, Generation, GenerationStats
 from speedstack.runtime.strategy import DraftStrategy
 
@@ -36,6 +36,15 @@ def test_a_response_without_rounds_counts_in_no_rate() -> None:
     assert summarize("set", [generation([]), generation([1])]).mean_of_responses == 2.0
     with pytest.raises(ValueError, match="no decode round ran on set"):
         summarize("set", [generation([])])
+
+
+def test_a_set_without_rounds_is_left_out_and_said() -> None:
+    stats = {"short": [generation([]).stats], "long": [generation([2]).stats, generation([]).stats]}
+    with pytest.warns(UserWarning, match="no decode round ran on short"):
+        found = acceptance_result(stats, DraftStrategy(), 8)
+    assert [entry.name for entry in found.sets] == ["long"] and found.overall.num_prompts == 3
+    with pytest.raises(ValueError, match="no decode round ran on all prompts"):
+        acceptance_result({"short": stats["short"]}, DraftStrategy(), 8)
 
 
 def test_counts_of_a_real_drafter(drafting_engine: Engine) -> None:

@@ -13,7 +13,7 @@ from speedstack.eval.bench_serving import Server, ServingBench, Way, main, measu
 from speedstack.runtime import Generation
 from speedstack.runtime.strategy import DraftStrategy
 
-PROMPTS: dict[str, list[str | list[int]]] = {"a": [[5, 6, 7], [8, 9]], "b": [[10, 11, 12]]}
+PROMPTS: dict[str, list[list[int]]] = {"a": [[5, 6, 7], [8, 9]], "b": [[10, 11, 12]]}
 
 
 def test_rows_cover_every_strategy() -> None:
@@ -116,10 +116,10 @@ def test_result_file(
 
 def test_prompts_that_cannot_be_read(tmp_path: Path, tiny_packed_dir: Path) -> None:
     file = tmp_path / "prompts.jsonl"
-    with pytest.raises(ValueError, match="no prompts at"):
-        prompt_sets_of(file, tmp_path, 5, 64)
+    with pytest.raises(ValueError, match="there is no file or directory"):
+        prompt_sets_of(file, tiny_packed_dir, 5, 64, 200)
     file.write_text('{"prompt": "x"}\n')
-    with pytest.raises(ValueError, match="has 1 prompts, 5 were asked for"):
-        prompt_sets_of(file, tmp_path, 5, 64)
+    with pytest.raises(ValueError, match="has 1 prompts of 1 to 200 tokens, 5 were asked for"):
+        prompt_sets_of(file, tiny_packed_dir, 5, 64, 200)
     with pytest.raises(ValueError, match="not a prepared corpus"):
-        prompt_sets_of(tmp_path, tiny_packed_dir, 5, 64)
+        prompt_sets_of(tmp_path, tiny_packed_dir, 5, 64, 200)

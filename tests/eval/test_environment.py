@@ -43,6 +43,55 @@ def test_no_revision_outside_a_checkout_that_tracks_the_source(tmp_path: Path) -
     assert environment._git_sha(source) == head
 
 
+def test_what_cannot_be_read_ends_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No git, no PATH, a GPU driver that fails, a system that does not know its memory, no /proc."""
+
+    def fails(*arguments: object) -> str:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy\nCUDA kernel errors might be ...")
+
+    def unknown(name: str) -> int:
+        raise ValueError("unrecognized configuration name")
+
+    read_text = Path.read_text
+
+    def without_proc(path: Path, encoding: str | None = None, errors: str | None = None) -> str:
+        if path.is_relative_to("/proc"):
+            raise PermissionError(str(path))
+        return read_text(path, encoding, errors)
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", fails)
+    monkeypatch.setattr("os.sysconf", unknown)
+    monkeypatch.setattr(Path, "read_text", without_proc)
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "freedesktop_os_release", lambda: {})
+    monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-package-of-this-name"))
+    found = describe_environment()
+    assert found.gpus == ("unknown (RuntimeError: CUDA error: all CUDA-capable devices are busy)",)
+    assert (found.memory_bytes, found.git_sha, found.cpu_model) == (0, None, "unknown")
+    assert list(found.packages) == ["torch"] and found.operating_system == platform.system()
+
+
+def test_a_git_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangs(command: list[str], **options: object) -> None:
+        assert options["timeout"]
+        raise subprocess.TimeoutExpired(command, 10)
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    assert describe_environment().git_sha is None
+
+
+def test_arguments_that_are_no_text_can_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/bin/speedstack", "report", "caf\udce9"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setenv("OMP_PLACES", "\udcff")
+    found = describe_environment()
+    assert found.command == "speedstack report 'caf\\udce9'" and found.model_dump_json()
+    monkeypatch.setattr(sys, "argv", [])
+    assert command_line() is None
+
+
 @pytest.mark.parametrize(
     ("module", "arguments", "torchrun", "expected"),
     [

@@ -98,7 +98,7 @@ def test_vllm_is_stepped_and_its_rounds_counted(vllm: type[FakeLLM], tiny_packed
     first, second = standings.overall
     assert first.acceptance_length is None
     # Five tokens after the first, in two rounds; the second had room for one proposal.
-    assert second.acceptance_length == 5 / 2 and second.survival == (1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    assert second.acceptance_length == 5 / 2 and second.survival == (1.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0)
     requests = [request for request in plain.requests]
     assert len({request[0] for request in requests}) == 3
     _, prompt, params = requests[0]

@@ -1,15 +1,12 @@
 """The lm-eval adapter gives what lm-eval's own Hugging Face adapter gives on the same weights."""
 
 import logging
-from pathlib import Path
 
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM
 
 from speedstack.eval.lm import EngineLM
-from speedstack.eval.work import cut_at_stop
 from speedstack.runtime import Engine
 from speedstack.runtime.scoring import score_continuations
 
@@ -24,14 +21,6 @@ def requests(kind: str, *arguments: tuple) -> list[Instance]:
 @pytest.fixture(scope="module")
 def lm(engine: Engine) -> EngineLM:
     return EngineLM(engine, progress=False)
-
-
-@pytest.fixture(scope="module")
-def hf_lm(tiny_model_dir: Path, engine: Engine) -> HFLM:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, attn_implementation="eager").eval()
-    return HFLM(
-        pretrained=model, tokenizer=engine.tokenizer, backend="causal", max_length=engine.max_length, batch_size=1
-    )
 
 
 def test_loglikelihood_equals_the_hugging_face_adapter(lm: EngineLM, hf_lm: HFLM) -> None:
@@ -110,14 +99,16 @@ def test_long_prompts_keep_their_end_and_say_so(engine: Engine, caplog: pytest.L
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 4}, "unsupported generation setting num_beams; known are do_sample, max_gen_toks"),
+        ({"num_beams": 4}, "generation setting num_beams is 4, which the engine does not compute: drop it"),
         ({"max_gen_toks": 256}, "max_gen_toks is 256, but prompt and text share 256 tokens"),
+        ({"max_length": 257}, "max_length is 257, but prompt and text share 256 tokens"),
+        ({"max_length": 1}, "max_length 1 leaves no room after a prompt of 1 tokens: set max_gen_toks instead"),
         ({"max_gen_toks": 0}, "max_gen_toks is 0"),
     ],
 )
 def test_settings_the_engine_does_not_have_are_refused(lm: EngineLM, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        lm.generate_until(requests("generate_until", ("x", settings)), disable_tqdm=True)
+        lm.generate_until(requests("generate_until", ("x", {"max_gen_toks": 8} | settings)), disable_tqdm=True)
 
 
 def test_a_continuation_without_room_for_context_is_refused(lm: EngineLM) -> None:
@@ -135,12 +126,6 @@ def test_a_model_without_text_is_refused(engine: Engine, monkeypatch: pytest.Mon
     monkeypatch.setattr(engine, "tokenizer", None)
     with pytest.raises(ValueError, match="save a tokenizer into the model directory"):
         EngineLM(engine)
-
-
-def test_cut_at_stop_takes_the_first() -> None:
-    assert cut_at_stop("a\nb#c", ("#", "\n")) == "a"
-    assert cut_at_stop("abc", ("#",)) == "abc"
-    assert cut_at_stop("abc", ()) == "abc"
 
 
 def test_one_text_is_computed_once_however_often_it_is_asked(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

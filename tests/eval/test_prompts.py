@@ -8,15 +8,13 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from speedstack.eval import prompts
+from speedstack.eval.prompt_settings import PromptSettings
 from speedstack.eval.prompts import (
     BENCHMARKS,
     PromptLoader,
     benchmark_rows,
-    fitting_prompts,
     long_prompts,
-    prompt_of,
-    read_prompts,
-    read_rows,
     spaced,
 )
 
@@ -73,15 +71,14 @@ def test_parquet_and_a_file_of_ones_own(tmp_path: Path, tiny_tokenizer: PreTrain
 def test_prompts_are_from_the_whole_set_and_fit(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     assert spaced(list(range(10)), 4) == [0, 2, 5, 7]
     rows = [{"prompt": [number]} for number in range(8)]
-    file = write_lines(tmp_path / "mine.jsonl", {"prompt": [1] * 300}, *rows, {"prompt": ""})
+    file = write_lines(tmp_path / "mine.jsonl", {"prompt": [1] * 300}, *rows, {"prompt": "x = 1\n" * 90})
     (found,) = loader(tiny_tokenizer, num_prompts=4).load([str(file)])
     assert found.prompts == [[0], [2], [4], [6]]
     assert found.notes == ("mine: 2 of 10 prompts do not fit the model, and were left out",)
     with pytest.raises(ValueError, match="has 8 prompts of 1 to 200 tokens, 9 were asked for"):
         loader(tiny_tokenizer, num_prompts=9).load([str(file)])
-    assert fitting_prompts(file, tiny_tokenizer, 200) == [[number] for number in range(8)]
-    with pytest.raises(ValueError, match="no prompt of 10 has 1 to 0 tokens"):
-        fitting_prompts(file, tiny_tokenizer, 0)
+    fitting, notes = loader(tiny_tokenizer).read_file(file)
+    assert fitting == [[number] for number in range(8)] and notes == found.notes
 
 
 def test_chats_take_the_template_and_the_benchmarks_instruction(
@@ -89,7 +86,7 @@ def test_chats_take_the_template_and_the_benchmarks_instruction(
 ) -> None:
     write_lines(tmp_path / "humaneval.jsonl", {"prompt": "def f(x): ..."}, {"turns": ["Write {f}"]})
     options = {"directory": tmp_path, "chat_template": True}
-    with pytest.raises(ValueError, match="tokenizer has no chat template"):
+    with pytest.raises(ValueError, match=r"the tokenizer of .* has no chat template"):
         loader(tiny_tokenizer, **options).load(["humaneval"])
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
@@ -164,35 +161,54 @@ def test_names_and_places_that_are_not_there(tmp_path: Path, tiny_tokenizer: Pre
         loader(tiny_tokenizer).load(["long"])
     with pytest.raises(ValueError, match="is not a prepared corpus"):
         loader(tiny_tokenizer, corpus=tmp_path).load(["heldout"])
-    with pytest.raises(ValueError, match="no prompts at"):
+    with pytest.raises(ValueError, match="there is no file or directory"):
         loader(tiny_tokenizer).load([str(tmp_path / "none.jsonl")])
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("not json\n", "line 1 is not JSON"),
-        ('{"prompt": "x"}\n\n[1]\n', "line 3 is not a JSON object"),
-        ('{"answer": "x"}\n', "line 1 has none of the fields prompt, turns, .*; its fields are answer"),
-        ('{"prompt": 5}\n', "line 1: a prompt is text, a list of turns or a list of token ids, not '5'"),
-        ('{"prompt": [{"role": "user"}]}\n', "line 1: a prompt is text"),
-        ("\xff", "cannot read prompts"),
-    ],
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
 )
-def test_files_that_are_no_prompts_are_named(content: str, message: str, tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
-    file.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=message) as error:
-        read_prompts(file)
-    assert "\n" not in str(error.value) and str(file) in str(error.value)
 
 
-def test_rows_keep_line_ends_inside_strings_and_null_fields_are_passed_over(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8")
-    assert read_rows(file) == [(f"{file} line 1", {"prompt": "a\u2028b"})]
-    assert prompt_of("here", {"prompt": None, "turns": ["x"]}) == "x"
-    broken = tmp_path / "broken.parquet"
-    broken.write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match="cannot read prompts"):
-        read_rows(broken)
+def test_chats_that_train_a_drafter_are_prompts_up_to_the_answer(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = [{"from": "human", "value": "say 7"}, {"from": "gpt", "value": "it is 7"}]
+    file = write_lines(tmp_path / "dirty" / "a.jsonl", *[{"conversations": chat}] * 9, {"conversations": None})
+    with pytest.raises(ValueError, match="has no chat template"):
+        loader(tiny_tokenizer).load([str(file)])
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", TEMPLATE)
+    settings = PromptSettings(chat_template_kwargs={"enable_thinking": False})
+    with pytest.warns(
+        UserWarning, match=r"1 of 10 rows of .* cannot be used and were left out: .*a.jsonl line 10: has"
+    ):
+        (found,) = loader(tiny_tokenizer, settings=settings).load([str(tmp_path / "dirty")])
+    assert found.name == "dirty" and found.source.endswith('dirty, chat template with {"enable_thinking": false}')
+    assert "a.jsonl line 10" in found.notes[0]
+    assert {tiny_tokenizer.decode(ids) for ids in found.prompts} == {"<user>say 7<assistant><think></think>"}
+    with pytest.raises(ValueError, match=r"1 of 10 rows .* more than max_unusable_fraction 0\.05 bears: .* line 10"):
+        loader(tiny_tokenizer, settings=PromptSettings(max_unusable_fraction=0.05)).load([str(file)])
+
+
+def test_settings_of_chats_that_no_prompt_is_are_refused(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_lines(tmp_path / "mine.jsonl", {"prompt": "def f("}, {"prompt": "def g("})
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", TEMPLATE)
+    settings = PromptSettings(chat_template_kwargs={"enable_thinking": False})
+    with pytest.raises(ValueError, match="are for chats, and no prompt is one"):
+        loader(tiny_tokenizer, settings=settings).load([str(file)])
+    assert loader(tiny_tokenizer, settings=settings, chat_template=True).load([str(file)])
+    with pytest.raises(ValueError, match=r"has 'enable_thoughts', which the chat template of .* never reads"):
+        loader(tiny_tokenizer, settings=PromptSettings(chat_template_kwargs={"enable_thoughts": False}))
+
+
+def test_a_large_set_is_thinned_before_it_is_encoded(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "_MAX_ROWS", 5)
+    file = write_lines(tmp_path / "mine.jsonl", *[{"prompt": [number]} for number in range(20)])
+    (found,) = loader(tiny_tokenizer).load([str(file)])
+    assert found.prompts == [[0], [8]]
+    assert found.notes == ("mine: 5 of 20 rows were looked at, evenly spaced",)

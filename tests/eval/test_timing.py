@@ -120,14 +120,14 @@ def test_rounds_are_counted_once_a_prompt() -> None:
         stats = GenerationStats(
             num_rounds=2 * prompt[0],
             num_round_tokens=6,
-            drafted_by_position=[4, 2],
-            accepted_by_position=[3, 1],
+            drafted_by_position=[2, 2],
+            accepted_by_position=[1, 0],
         )
         return Sample(counting(prompt, num_new_tokens), [(0.1, 1), (0.2, num_new_tokens - 1)], 0.2, rounds=stats)
 
     standings = run_race([Contestant("a", "a", run), Contestant("b", "b", runner([], "b", 1.0))])
     found, without = standings.overall
-    assert found.acceptance_length == 12 / 6 and found.survival == (6 / 8, 2 / 4)
+    assert found.acceptance_length == 12 / 6 and found.survival == (2 / 6, 0.0)
     assert without.acceptance_length is None
     assert {name: list(sets) for name, sets in standings.rounds.items()} == {"a": ["a set"]}
     assert len(standings.rounds["a"]["a set"]) == 2

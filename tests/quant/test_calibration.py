@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from speedstack.quant import calibration
 from speedstack.quant.calibration import gptq_experts
-from speedstack.quant.checkpoint import load_checkpoint, save_packed
+from speedstack.quant.checkpoint import load_checkpoint
 from speedstack.quant.experts import contraction_last, expert_parameters, routed_experts, weight_names
 from speedstack.quant.gptq import gptq
 from speedstack.quant.mxfp4 import MXFP4Tensor, ScaleRule, quantize
 from speedstack.quant.ptq import round_to_nearest
+from tests.packing import save_packed
 
 MakeFamily = Callable[[str], PreTrainedModel]
 FAMILIES = ["mimo_v2_flash", "deepseek_v3", "gpt_oss", "mixtral", "qwen3_moe"]

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from speedstack.quant.checkpoint import load_model, save_packed
+from speedstack.quant.checkpoint import load_model
 from speedstack.quant.checkpoint.names import hub_names
 from speedstack.quant.experts import enable_fake_quant, expert_parameters, routed_experts, router_parameters
 from speedstack.quant.ptq import round_to_nearest
+from tests.packing import save_packed
 
 FAMILIES = [
     "deepseek_v2",

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from speedstack.dflash.accept import survival, walk_rounds
 from speedstack.dflash.checkpoint import load_drafter, save_drafter
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
+from speedstack.eval.acceptance import summarize
 from speedstack.quant.checkpoint import load_model, weights_sha256
 from speedstack.runtime import Engine
 from speedstack.runtime.backend import DraftRequest
@@ -121,6 +123,38 @@ def test_end_of_sequence_inside_a_block(plain: Engine, drafting: Engine, monkeyp
         result = engine.generate(PROMPTS[0], max_new_tokens=30)
         assert (result.finish_reason, result.tokens) == ("eos", tokens[: first + 1])
         assert result.stats.num_round_tokens == first  # the prompt's own pass yields one token more
+
+
+@pytest.mark.parametrize("ends_by", ["eos", "stop", "length"])
+def test_acceptance_is_the_simulations_and_adds_up_where_a_text_ends_inside_a_block(
+    plain: Engine, drafting: Engine, monkeypatch: pytest.MonkeyPatch, ends_by: str
+) -> None:
+    prompt = PROMPTS[3]
+    tokens = plain.generate(prompt, max_new_tokens=40, ignore_eos=True).tokens
+    options: dict[str, Any] = {"max_new_tokens": 19 if ends_by == "length" else 40}
+    if ends_by == "eos":
+        for engine in (plain, drafting):
+            spec = engine.spec.__class__(**{**vars(engine.spec), "eos_token_ids": (tokens[18], tokens[23])})
+            monkeypatch.setattr(engine, "spec", spec)
+    elif ends_by == "stop":
+        text = plain.tokenizer.decode(tokens[:21])
+        options["stop"] = [text[-3:]]
+
+    def num_right(position: int) -> int:
+        return (7 * position + 4) % 8
+
+    # The drafter goes on with the right tokens behind the end.
+    monkeypatch.setattr(drafting.backend, "draft", propose(drafting, [prompt + tokens], num_right))
+    found = drafting.generate(prompt, **options)
+    assert found.tokens == plain.generate(prompt, **options).tokens and found.finish_reason == ends_by
+    rounds = walk_rounds([num_right(len(prompt) + i) for i in range(len(found.tokens) - 1)])
+    assert rounds[-1] < 1 + num_right(len(prompt) + len(found.tokens) - 1 - rounds[-1]), "ends inside a block"
+    stats = found.stats
+    assert (stats.num_rounds, stats.num_round_tokens) == (len(rounds), sum(rounds))
+    assert stats.num_rounds + sum(stats.accepted_by_position) == stats.num_round_tokens
+    measured = summarize("set", [found])
+    assert measured.survival == tuple(survival([rounds], 7))
+    assert 1 + sum(measured.survival) == pytest.approx(measured.acceptance_length)
 
 
 def test_seeds_are_per_prompt_and_reproducible(plain: Engine) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from speedstack.dflash.checkpoint import load_drafter
-from speedstack.quant.checkpoint import convert, load_checkpoint, load_model, save_packed
+from speedstack.quant.checkpoint import convert, load_checkpoint, load_model
 from speedstack.quant.fp8 import FP8Tensor, quantize_fp8
 from speedstack.runtime import Engine
 from speedstack.runtime.config_file import read_model_config
@@ -25,6 +25,7 @@ from speedstack.runtime.phases import build_plan
 from speedstack.runtime.plan_backend import check_fp8, formats_of
 from speedstack.runtime.spec import spec_from_config
 from speedstack.runtime.weights import DenseWeights, ModelWeights, plain_matrix, read_weights
+from tests.packing import save_packed
 from tests.runtime.plan_cases import dequantized
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from speedstack.quant.checkpoint import load_checkpoint, load_model, save_packed
+from speedstack.quant.checkpoint import load_checkpoint, load_model
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime import Engine
 from speedstack.runtime.backend import Rows
@@ -17,6 +17,7 @@ from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.rotary import rotary_tables
 from speedstack.runtime.spec import ModelSpec, MoeSpec, YarnSpec, spec_from_config
 from speedstack.runtime.weights import read_weights
+from tests.packing import save_packed
 from tests.random_values import randomize
 
 NUM_TOKENS = 90  # more than five windows of 16; three prompt chunks of 32

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from speedstack.quant.checkpoint import save_packed
+from speedstack.quant.checkpoint import load_model
 from speedstack.runtime import Engine
+from tests.packing import save_packed
 from tests.random_values import randomize
 
 NUM_TOKENS = 70  # past the original length of the stretched embedding
@@ -60,8 +61,6 @@ def test_logits_equal_transformers(fields: dict[str, Any], ids: list[int], tmp_p
 def test_greedy_text_equals_transformers_with_packed_experts(ids: list[int], tmp_path: Path) -> None:
     """`auto` says that compiled kernels do not take the model, and decodes it all the same."""
     save_packed(build_model(attention_bias=True, rope_parameters=YARN), tmp_path / "packed")
-    from speedstack.quant.checkpoint import load_model
-
     model = load_model(tmp_path / "packed")
     theirs = model.generate(torch.tensor([ids[:20]]), max_new_tokens=40, do_sample=False)[0, 20:].tolist()
     engine = Engine.from_pretrained(tmp_path / "packed")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from speedstack.eval.released import MODELS, tiny_config
-from speedstack.quant.checkpoint import load_checkpoint, save_packed
+from speedstack.quant.checkpoint import load_checkpoint
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.cost import active_experts
 from speedstack.runtime.mixture import route
@@ -16,6 +16,7 @@ from speedstack.runtime.reference import rms_norm
 from speedstack.runtime.shapes import random_weights
 from speedstack.runtime.spec import MoeSpec, spec_from_config
 from speedstack.runtime.weights import DenseWeights, MoeWeights, read_weights
+from tests.packing import save_packed
 
 CPU = torch.device("cpu")
 

@@ -65,7 +65,7 @@ def test_refusals(corpus_path: Path, text_file: Path, tokenizer: PreTrainedToken
     with pytest.raises(ValueError, match="fewer than one window"):
         calibration_windows(str(text_file), tokenizer, 1, 100_000, seed=0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"expected \.jsonl, \.parquet or \.txt files"):
+    with pytest.raises(ValueError, match=r"empty has no \.jsonl, \.json, \.parquet or \.txt file"):
         calibration_windows(str(tmp_path / "empty"), tokenizer, 1, 8, seed=0)
     with pytest.raises(ValueError, match="there is no file or directory"):
         calibration_windows(str(tmp_path / "nowhere.jsonl"), tokenizer, 1, 8, seed=0)

@@ -8,11 +8,13 @@ from pydantic import BaseModel, ValidationError
 from speedstack.eval.config import BenchConfig
 from speedstack.train.config import (
     KINDS,
+    DrafterConfig,
     JobConfig,
     PretrainConfig,
     QatConfig,
     config_hash,
     dump_config,
+    identity,
     load_config,
     read_config,
 )
@@ -142,8 +144,40 @@ def test_hash_ignores_where_a_run_lies_and_nothing_else() -> None:
     reference = config_hash(PretrainConfig())
     assert config_hash(changed("run", name="x", out=Path("y"), wandb_mode="offline")) == reference
     assert config_hash(changed("loop", keep_checkpoints=9, save_every=1)) == reference
+    assert config_hash(changed("loop", eval_every=3)) == reference
     assert config_hash(changed("run", seed=1)) != reference
     assert config_hash(changed("optim", lr=0.5)) != reference
+
+
+def test_what_is_only_measured_binds_no_run() -> None:
+    def of(**drafter: object) -> JobConfig:
+        return DrafterConfig.model_validate({"drafter": drafter})
+
+    source: dict[str, object] = {"source": "x"}
+    first = of(prompts=source)
+    assert identity(of(prompts=source | {"max_unusable_fraction": 0.5}, num_served_prompts=0)) == identity(first)
+    other = identity(of(prompts=source | {"chat_template_kwargs": {"a": {"b": 1}}}))
+    assert {key for key, value in identity(first).items() if other[key] != value} == {
+        "drafter.prompts.chat_template_kwargs"
+    }
+
+
+def test_variables_of_a_chat_template_are_json_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("prompts: {sets: [mbpp], chat_template_kwargs: {effort: low}}")
+    assert load_config(BenchConfig, tmp_path / "job.yaml").prompts.chat_template_kwargs == {"effort": "low"}
+    flags = ["--prompts.sets", "mbpp", "--prompts.chat-template-kwargs"]
+    given = load_config(BenchConfig, tmp_path / "job.yaml", [*flags, '{"effort": ["low", 1]}'])
+    assert given.prompts.chat_template_kwargs == {"effort": ["low", 1]}
+    for text, message in (
+        ("{effort", "expected a JSON object such as"),
+        ("[1]", "valid dictionary"),
+        ('{"tools": []}', "'tools' is no variable of a chat template"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            load_config(BenchConfig, None, [*flags, text])
+        assert str(caught.value).startswith("prompts.chat_template_kwargs: ") and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="needs a benchmark or a file among"):
+        load_config(BenchConfig, None, ["--prompts.field", "question"])
 
 
 def test_the_mirror_is_offline_unless_asked_otherwise() -> None:

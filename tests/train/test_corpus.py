@@ -8,7 +8,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from speedstack.train.corpus import load_corpus, load_documents, load_table, prepare_corpus
+from speedstack.train.corpus import load_corpus, prepare_corpus
+from speedstack.train.documents import load_documents
 
 
 def test_split_is_by_document_and_complete(corpus_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_corrupt_files_are_named_in_one_line(corpus_path: Path, tmp_path: Path, 
     (path / name).unlink()
     if content is not None:
         (path / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"corpus.*{name if content else 'corpus'}") as caught:
+    with pytest.raises(ValueError, match=rf"corpus.*{Path(name).name if content else 'corpus'}") as caught:
         prepare_corpus(path, 300, source=str(corpus_path.parent / "source.jsonl"), heldout_fraction=0.2)
     assert "\n" not in str(caught.value)
 
@@ -91,7 +92,7 @@ def test_the_same_source_gives_the_same_corpus(corpus_path: Path, tmp_path: Path
 def test_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     source = tmp_path / "bad.jsonl"
     source.write_text(json.dumps({"body": "x"}) + "\n")
-    with pytest.raises(ValueError, match="no column 'text'; its columns are body"):
+    with pytest.raises(ValueError, match="line 1: no field 'text'; its fields are body"):
         prepare_corpus(tmp_path / "corpus", source=str(source))
     source.write_text(json.dumps({"text": "x"}) + "\n")
     with pytest.raises(ValueError, match="1 documents"):
@@ -103,7 +104,7 @@ def test_a_directory_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a prepared corpus"):
         prepare_corpus(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"expected \.jsonl, \.parquet or \.txt"):
+    with pytest.raises(ValueError, match=r"empty has no \.jsonl, \.json, \.parquet or \.txt file"):
         prepare_corpus(tmp_path / "new", source=str(tmp_path / "empty"))
 
 
@@ -111,7 +112,7 @@ def test_a_directory_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_missing_is_not_asked_for_on_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", None)
     with pytest.raises(ValueError, match=f"there is no file or directory {source}"):
-        load_table(source)
+        load_documents(source)
 
 
 def test_the_standard_library_is_found_without_its_tests() -> None:

@@ -1,6 +1,7 @@
 """Two processes on CPUs: the loop under DeepSpeed gives the losses of one process, and resumes."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from speedstack.quant.checkpoint import load_model
 from speedstack.train.config import PretrainConfig, QatConfig, dump_config
@@ -162,3 +164,14 @@ def test_cuda_without_a_gpu_is_refused() -> None:
     assert resolve_device("auto").type == "cpu"
     with pytest.raises(ValueError, match="torch sees no CUDA device"):
         resolve_device("cuda")
+
+
+def test_a_mean_is_over_the_processes_that_have_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_reduce(totals: torch.Tensor) -> None:
+        totals += torch.tensor([[5.0, 1.0], [1.0, 1.0], [0.0, 0.0], [float("nan"), 1.0]], dtype=torch.float64)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    world = World(rank=0, size=2, device=torch.device("cpu"))
+    mean = world.mean({"one": None, "both": 3.0, "none": None, "bad": 1.0})
+    assert (mean["one"], mean["both"]) == (5.0, 2.0) and math.isnan(mean["bad"]) and "none" not in mean
+    assert World(rank=0, size=1, device=torch.device("cpu")).mean({"a": None, "b": 1.0}) == {"b": 1.0}

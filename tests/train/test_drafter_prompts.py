@@ -11,7 +11,7 @@ import torch
 from speedstack.dflash.loss import BlockLoss
 from speedstack.eval.results import AcceptanceResult
 from speedstack.runtime import Engine
-from speedstack.train import drafter_eval, selftext
+from speedstack.train import drafter, drafter_eval, selftext
 from speedstack.train.config import DrafterConfig
 from speedstack.train.distributed import World
 from speedstack.train.drafter import DrafterRecipe, train_drafter
@@ -270,13 +270,123 @@ def test_an_interrupted_generation_loses_nothing(config, tmp_path, monkeypatch, 
 def test_text_of_another_temperature_or_template_is_refused(recipe_and_model, config, tmp_path, changed):
     with pytest.raises(ValueError, match="generated with another temperatures: choose another"):
         built(changed(config, drafter={"temperatures": [0.5]}))
-    with pytest.raises(ValueError, match="generated with another top_p"):
-        built(changed(config, drafter={"top_p": 0.5}))
+    with pytest.raises(ValueError, match="generated with another temperatures, top_p"):
+        built(changed(config, drafter={"top_p": 0.5, "temperatures": [0.5]}))
     model = tmp_path / "model"
     shutil.copytree(config.drafter.target, model)
     (model / "chat_template.jinja").write_text(TEMPLATE.replace("<assistant>", "<model>"))
     with pytest.raises(ValueError, match="made with another chat_template_sha256"):
         built(changed(config, drafter={"target": model}))
+
+
+def ending_at(config: DrafterConfig, path: Path, ends: Any, changed: Any, **drafter: Any) -> DrafterConfig:
+    """The job in `path`, for the same model with other end tokens: what is in `ends` of its vocabulary."""
+    shutil.copytree(config.drafter.target, path / "model")
+    file = path / "model" / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"eos_token_id": ends(range(content["vocab_size"]))}))
+    options = {"target": path / "model", "text": None, "num_eval_sequences": 8, "num_sequences": 12, **drafter}
+    prompts = config.drafter.prompts.model_dump() | {"heldout_fraction": 0.4}
+    return changed(
+        config,
+        run={"out": path},
+        loop={"num_steps": 2, "eval_every": 1, "save_every": 0},
+        drafter={"prompts": prompts} | options,
+    )
+
+
+def test_answers_of_one_token_are_left_out_of_what_is_measured(config, tmp_path, changed):
+    short = ending_at(config, tmp_path, lambda ids: list(ids[::2]), changed, num_served_prompts=3)
+    with pytest.warns(UserWarning, match=r"\d of 8 held-out answers have less than 2 tokens, so that .* on the others"):
+        result = train_drafter(short, on_step=lambda *_: None)
+    lines = read_metrics(result.path)
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [0, 1, 2]
+    assert {"tau_served", "tau_served_t1_at_3", "engine_acceptance_length"} <= result.metrics.keys()
+    assert result.metrics["acceptance_length"] == pytest.approx(result.metrics["engine_acceptance_length"])
+    card = json.loads((result.export_path / "card.json").read_text())
+    num_measured = int(card["measured"].split()[1])
+    assert 0 < num_measured < 8
+
+
+def test_nothing_to_measure_is_a_drafter_all_the_same(config, tmp_path, changed):
+    """Every answer is an end token; the text to train on is given."""
+    given = {"prompts": config.drafter.prompts.model_dump() | {"responses": "given"}}
+    mute = ending_at(config, tmp_path, list, changed, num_served_prompts=2, **given)
+    with pytest.warns(UserWarning) as caught:
+        result = train_drafter(mute, on_step=lambda *_: None)
+    said = "\n".join(str(warning.message) for warning in caught)
+    assert (
+        "held-out answers have less than 2 tokens, so that nothing is drafted there: acceptance is not measured" in said
+    )
+    assert f"the drafter is at {result.export_path}; its acceptance is not measured: no decode round ran" in said
+    assert result.metrics == {} and (result.export_path / "model.safetensors").is_file()
+    card = json.loads((result.export_path / "card.json").read_text())
+    assert "acceptance" not in card and "measured" not in card
+    # Later, the same command with a setting that only measures has the same drafter.
+    with pytest.warns(UserWarning, match="num_served_prompts was 2, is 0"):
+        assert train_drafter(changed(mute, drafter={"num_served_prompts": 0})).export_path == result.export_path
+
+
+def test_text_that_trains_nothing_is_refused(config, tmp_path, changed):
+    mute = ending_at(config, tmp_path, list, changed)
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps({"prompt": [i + 3]}) + "\n" for i in range(20)))
+    with pytest.raises(ValueError, match="no block fits into the training text"):
+        train_drafter(changed(mute, drafter={"prompts": {"source": str(tmp_path / "ids.jsonl")}}))
+
+
+def test_serving_that_fails_in_training_is_said_and_no_more(config, tmp_path, monkeypatch, changed):
+    def measure(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(drafter, "measure_acceptance", measure)
+    job = changed(config, run={"out": tmp_path}, loop={"num_steps": 1}, drafter={"num_served_prompts": 1})
+    with pytest.warns(UserWarning, match="tau_served_t1 is not measured: no room"):
+        result = train_drafter(job, on_step=lambda *_: None)
+    assert "tau_simulated" in result.metrics and "tau_served" not in result.metrics
+    assert result.export_path.is_dir() and not (result.path / "acceptance.json").exists()
+
+
+def test_a_job_that_did_not_train_leaves_its_text_to_the_next(config, tmp_path, monkeypatch, changed):
+    class Stop(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    options = {"text": None, "features": "disk", "num_sequences": 6, "num_eval_sequences": 2}
+    job = changed(config, run={"out": tmp_path}, loop={"num_steps": 1}, drafter=options)
+    with pytest.raises(Stop):
+        train_drafter(job, on_step=stop)
+    text = tmp_path / "run" / "text"
+    prompts, shard = text / "prompts" / "prompts.json", text / "train" / "shard-00000.safetensors"
+    written = shard.stat().st_mtime_ns
+    # What text does not depend on: it is used. Other temperatures: it is set aside, and so are its features.
+    with pytest.raises(Stop):
+        train_drafter(changed(job, optim={"lr": 0.01}), on_step=stop)
+    assert shard.stat().st_mtime_ns == written
+    repaired = changed(job, drafter={"temperatures": [0.7], "num_served_prompts": 1})
+    with pytest.warns(UserWarning) as caught:
+        result = train_drafter(repaired, on_step=lambda *_: None)
+    moved = [str(warning.message) for warning in caught if "moved to" in str(warning.message)]
+    assert [message.split(" holds ")[0] for message in moved] == [
+        str(text / "train"),
+        str(tmp_path / "run" / "features"),
+    ]
+    assert (text / "train-1" / shard.name).stat().st_mtime_ns == written
+    assert result.export_path.is_dir() and not (text / "prompts-1").exists() and prompts.is_file()
+    # Once it has trained, the run is bound to its text.
+    with pytest.raises(ValueError, match=r"another configuration .drafter\.prompt_length was 48, is 40"):
+        train_drafter(changed(repaired, drafter={"prompt_length": 40}), on_step=stop)
+
+
+def test_other_prompts_are_made_where_nothing_was_trained(config, tmp_path, changed):
+    job = changed(config, run={"out": tmp_path}, drafter={"text": None})
+    write_text(job)
+    (tmp_path / "run" / "text" / "train" / "shard-00000.safetensors").unlink()
+    with pytest.warns(UserWarning, match="prompts holds prompts of another configuration, which has not trained"):
+        write_text(changed(job, drafter={"prompt_length": 44}))
+    names = {place.name for place in (tmp_path / "run" / "text").iterdir()}
+    assert names == {"prompts", "prompts-1", "heldout", "heldout-1", "train"}  # of train there was no text
 
 
 @pytest.mark.dist

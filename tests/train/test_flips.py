@@ -117,5 +117,5 @@ def test_state_continues_the_record(model: PreTrainedModel) -> None:
     assert resumed.metrics()["oscillating"] == share(model)
     state = watch.state()
     state.popitem()
-    with pytest.raises(ValueError, match="of another model"):
+    with pytest.raises(ValueError, match="no record of flips that is of this model"):
         resumed.load_state(state)

@@ -206,6 +206,48 @@ def test_a_job_that_failed_before_training_does_not_bind_the_next(
     assert pretrain(make_pretrain_config(tmp_path)).export_path.is_dir()
 
 
+class Unmeasurable(Line):
+    """What cannot be evaluated at some step."""
+
+    def __init__(self, num_evaluations: int) -> None:
+        super().__init__()
+        self.num_evaluations = num_evaluations
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        self.num_evaluations -= 1
+        if self.num_evaluations < 0:
+            raise ValueError("nothing to measure")
+        return super().evaluate(model)
+
+
+def test_an_evaluation_that_fails_before_the_first_step_binds_nothing(
+    make_pretrain_config: MakeConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="nothing to measure"):
+        run(Unmeasurable(0), make_pretrain_config(tmp_path))
+    assert read_metrics(tmp_path / "job") == []
+    assert run(Line(model="b"), make_pretrain_config(tmp_path, optim__lr=0.5)).export_path.is_dir()
+
+
+def test_an_evaluation_that_fails_loses_no_step(make_pretrain_config: MakeConfig, tmp_path: Path) -> None:
+    whole = run(Line(), make_pretrain_config(tmp_path / "whole", loop__save_every=0))
+    config = make_pretrain_config(tmp_path, loop__save_every=0)
+    with pytest.raises(ValueError, match="nothing to measure"):
+        run(Unmeasurable(2), config)  # the last of three
+    steps: list[int] = []
+    resumed = run(Line(), config, on_step=lambda done, total, metrics: steps.append(done))
+    assert steps == [6] and resumed.metrics == whole.metrics
+    assert numbers(resumed.path) == numbers(whole.path)
+
+
+def test_settings_that_come_too_late_are_said(make_pretrain_config: MakeConfig, tmp_path: Path) -> None:
+    finished = run(Line(), make_pretrain_config(tmp_path))
+    stored = (finished.path / "config.yaml").read_bytes()
+    with pytest.warns(UserWarning, match="has finished, without what is new: loop.eval_every was 3, is 1$"):
+        assert run(Line(), make_pretrain_config(tmp_path, loop__eval_every=1)) == finished
+    assert (finished.path / "config.yaml").read_bytes() == stored
+
+
 def test_out_that_cannot_be_written_is_one_clear_error(make_pretrain_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write run directory .*; choose another run.out"):

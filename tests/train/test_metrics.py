@@ -1,13 +1,16 @@
 import json
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from speedstack.eval.wandb_mirror import Mirror
 from speedstack.train.metrics import FILE_NAME, MetricsLog, read_metrics
 
 
 def test_resume_cuts_the_record_back_to_the_checkpoint(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, resume_step=0)
+    log = MetricsLog(tmp_path, Mirror(), resume_step=0)
     for step in (1, 2, 3):
         log.write("train", step, {"loss": 1 / step})
     log.close()
@@ -15,7 +18,7 @@ def test_resume_cuts_the_record_back_to_the_checkpoint(tmp_path: Path) -> None:
     with (tmp_path / FILE_NAME).open("a") as file:
         file.write('{"kind": "train", "st')
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
-    log = MetricsLog(tmp_path, resume_step=2)
+    log = MetricsLog(tmp_path, Mirror(), resume_step=2)
     log.write("eval", 2, {"loss": 0.5})
     log.close()
     lines = [json.loads(line) for line in (tmp_path / FILE_NAME).read_text().splitlines()]
@@ -25,41 +28,34 @@ def test_resume_cuts_the_record_back_to_the_checkpoint(tmp_path: Path) -> None:
 
 def test_a_new_run_starts_an_empty_record(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_text('{"kind": "train", "step": 1}\n')
-    MetricsLog(tmp_path, resume_step=0).close()
+    MetricsLog(tmp_path, Mirror(), resume_step=0).close()
     assert read_metrics(tmp_path) == []
     assert read_metrics(tmp_path / "nowhere") == []
 
 
-def test_wandb_mirrors_the_record_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, object]] = []
+def test_lines_of_a_damaged_record_are_counted_and_left_out(tmp_path: Path) -> None:
+    """As a disk leaves it that was full for a while, and an editor, and another program."""
+    good = b'{"kind": "train", "step": 4, "loss": 1.0}\n'
+    bad = [b'{"kind": "tra' + good, b"\xff\xfe\n", b"[4]\n", b'{"kind": "train"}\n', b'{"kind": 1, "step": 4}\n', b"\n"]
+    (tmp_path / FILE_NAME).write_bytes(good + b"".join(bad) + good + b'{"kind": "train", "step": 5}')
+    expected = f"{tmp_path / FILE_NAME}: 6 of 8 lines, the first in line 2, are no JSON object with kind and step"
+    with pytest.warns(UserWarning, match="left out") as said:
+        assert [line["step"] for line in read_metrics(tmp_path)] == [4, 4]
+    assert [str(each.message).partition(": left")[0] for each in said] == [expected]
+    # A run goes on from such a record, which then is whole again.
+    with pytest.warns(UserWarning, match="6 of 8 lines"):
+        MetricsLog(tmp_path, Mirror(), resume_step=4).close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(read_metrics(tmp_path)) == 2
 
-    class Run:
-        def log(self, values: dict[str, float], step: int) -> None:
-            calls.append(("log", (values, step)))
 
-        def finish(self) -> None:
-            calls.append(("finish", None))
-
-    def init(**options: object) -> Run:
-        calls.append(("init", (options["mode"], options["group"])))
-        return Run()
-
-    monkeypatch.setattr("wandb.init", init)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    log = MetricsLog(tmp_path, resume_step=0, wandb_mode="offline", config={})
-    log.write("train", 3, {"loss": 2.0})
+def test_lines_are_mirrored(tmp_path: Path) -> None:
+    mirrored: list[Any] = []
+    mirror = Mirror()
+    mirror.log = lambda *line: mirrored.append(line)  # type: ignore[method-assign]
+    log = MetricsLog(tmp_path, mirror, resume_step=0)
+    log.write("train", 3, {"loss": 2.0, "grad_norm": 1.0})
+    log.write("eval", 3, {"heldout_loss": 4.0})
     log.close()
-    assert calls == [
-        ("init", ("offline", tmp_path.name)),
-        ("log", ({"train/loss": 2.0}, 3)),
-        ("finish", None),
-    ]
-
-
-def test_the_environment_switches_the_mirror_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def init(**options: object) -> None:
-        raise AssertionError("wandb was started")
-
-    monkeypatch.setattr("wandb.init", init)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    MetricsLog(tmp_path, resume_step=0, wandb_mode="offline").close()
+    assert mirrored == [({"train/loss": 2.0, "train/grad_norm": 1.0}, 3), ({"eval/heldout_loss": 4.0}, 3)]

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from speedstack.train.config import DrafterConfig
 from speedstack.train.prompts import PromptSet, prepare_prompts
@@ -40,6 +42,7 @@ CHAT = [{"messages": [{"role": "user", "content": "say 0"}, {"role": "assistant"
 
 
 def prepare(tmp_path: Path, tokenizer: Any, rows: list[dict[str, Any]] | Path, **options: Any) -> PromptSet:
+    tmp_path.mkdir(exist_ok=True)
     source = rows if isinstance(rows, Path) else lines(tmp_path / "prompts.jsonl", rows)
     drafter = options.pop("drafter", {})
     config = make_config({"source": str(source), **options}, **drafter)
@@ -57,7 +60,7 @@ def test_every_prompt_is_on_one_side(tmp_path, tiny_tokenizer):
 
 def test_held_out_prompts_of_another_file_are_not_trained_on(tmp_path, tiny_tokenizer):
     apart = lines(tmp_path / "apart.jsonl", [TEXTS[4], TEXTS[4], TEXTS[5], TEXTS[6]])
-    with pytest.warns(UserWarning, match="left out: 3 with a held-out prompt"):
+    with pytest.warns(UserWarning, match=r"apart\.jsonl left out: 1 with a held-out prompt"):
         prompts = prepare(tmp_path, tiny_tokenizer, TEXTS, heldout_source=str(apart))
     assert [tiny_tokenizer.decode(c.prompt) for c in prompts.heldout] == ["def f4(x):", "def f5(x):"]
     assert len(prompts.train) == 18
@@ -98,10 +101,13 @@ def test_a_given_answer_of_a_chat_ends_with_the_end_token(tmp_path, chat_tokeniz
 
 
 def test_empty_and_long_prompts_are_left_out_and_counted(tmp_path, tiny_tokenizer):
-    rows = [{"prompt": " \n"}, {"prompt": "x = 1\n" * 40}, {"prompt": ""}, *TEXTS[:4]]
-    with pytest.warns(UserWarning, match="left out: 2 empty, 1 longer than 30 tokens"):
+    rows = [{"prompt": " \n"}, {"prompt": "x = 1\n" * 40}, {"prompt": ""}, *TEXTS]
+    message = (
+        "2 of 23 rows of .* cannot be used .*: 'prompt' is empty .and 1 more.; of 23 rows .* out: 1 longer than 30 tok"
+    )
+    with pytest.warns(UserWarning, match=message):
         prompts = prepare(tmp_path, tiny_tokenizer, rows)
-    assert len(prompts.heldout) + len(prompts.train) == 4
+    assert len(prompts.heldout) + len(prompts.train) == 20
 
 
 def test_prompts_are_kept_as_they_were_made(tmp_path, chat_tokenizer):
@@ -130,32 +136,104 @@ def test_prompts_made_with_other_settings_are_refused(tmp_path, chat_tokenizer, 
     assert "\n" not in str(caught.value)
 
 
+DIRTY = [
+    {"prompt": None},
+    {"other": "x"},
+    {"prompt": 3},
+    {"prompt": [{"role": "critic", "content": "x"}]},
+    {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+    {"prompt": [100_000]},
+    {"prompt": "no answer"},
+    {"prompt": "x", "response": 1},
+    {"prompt": "x", "response": " "},
+    {"prompt": [{"role": "user", "content": "one"}]},
+]
+
+
+@pytest.mark.parametrize("row", DIRTY)
+def test_one_row_that_cannot_be_used_is_left_out_and_named(row, tmp_path, chat_tokenizer):
+    chats = [{"prompt": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "x"}]} for i in range(9)]
+    rows: list[dict[str, Any]] = [*TEXTS[:9], *chats, row]
+    with pytest.warns(UserWarning, match=r"1 of 19 rows of .*prompts\.jsonl cannot be used .*prompts\.jsonl line 19: "):
+        prompts = prepare(tmp_path, chat_tokenizer, rows, responses="given")
+    assert len(prompts.heldout) + len(prompts.train) == 18
+
+
+def test_answers_of_any_spelling(tmp_path, chat_tokenizer):
+    """Beside a prompt that is a chat, as one message or as text; and its last message is more than its content."""
+    chat_tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls }}")
+    first, second, third = ([{"role": "user", "content": f"say {i}"}] for i in range(3))
+    call = {"name": "look", "arguments": "{}"}
+    rows: list[dict[str, Any]] = [
+        {"prompt": first, "response": [{"from": "gpt", "value": "it is 0"}]},
+        {"prompt": second, "response": "it is 1"},
+        {"prompt": [*third, {"role": "assistant", "content": None, "tool_calls": [call]}]},
+        {"prompt": chat_tokenizer.encode("def f"), "response": "(x):"},
+    ]
+    prompts = prepare(tmp_path, chat_tokenizer, rows, responses="given")
+    texts = {chat_tokenizer.decode(c.response) for c in (*prompts.heldout, *prompts.train)}
+    end = chat_tokenizer.eos_token
+    assert texts == {f"it is 0{end}", f"it is 1{end}", f"[{{'name': 'look', 'arguments': {{}}}}]{end}", "(x):"}
+
+
+def test_an_answer_has_the_tokens_that_follow_its_prompt(tmp_path):
+    """A tokenizer of whole words begins every text that it is given with a blank."""
+    words = {"\u2581a": 0, "\u2581b": 1, "\u2581": 2, "b": 3, "a": 4, "?": 5}
+    raw = Tokenizer(models.BPE(vocab=words | {"x": 6}, merges=[("\u2581", "a"), ("\u2581", "b")], unk_token="x"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    rows = [{"prompt": f"a{'?' * i}", "response": "b b"} for i in range(1, 4)]
+    prompts = prepare(tmp_path, tokenizer, rows, responses="given")
+    assert all(c.response == [3, 1] and c.prompt[0] == 0 for c in (*prompts.heldout, *prompts.train))
+
+
+def test_less_than_asked_for_and_answers_that_are_cut_are_said(tmp_path, tiny_tokenizer):
+    rows = [row | {"response": " y = 2\n" * 40} for row in TEXTS]
+    with pytest.warns(UserWarning) as caught:
+        prompts = prepare(tmp_path, tiny_tokenizer, rows, responses="given")
+    said = [str(warning.message).removeprefix(str(tmp_path)) for warning in caught]
+    num_train = len(prompts.train)
+    assert f"/prompts.jsonl gives {num_train} of 100 prompts (drafter.num_sequences)" in said
+    assert any(text.startswith(f"{num_train} given answers of") and "sequence_length 64" in text for text in said)
+
+
+def test_variables_of_the_template_are_part_of_what_was_made(tmp_path, chat_tokenizer):
+    chat_tokenizer.chat_template = TEMPLATE + "{% if style is defined %}<{{ style }}>{% endif %}"
+    terse = prepare(tmp_path / "a", chat_tokenizer, TEXTS, as_chat=True, chat_template_kwargs={"style": "terse"})
+    assert chat_tokenizer.decode(terse.train[0].prompt).endswith("<assistant><terse>")
+    assert terse.facts["chat_template_kwargs"] == {"style": "terse"}
+    with pytest.raises(ValueError, match="made with another chat_template_kwargs: choose another"):
+        prepare(tmp_path / "a", chat_tokenizer, TEXTS, as_chat=True)
+    with pytest.raises(ValueError, match="for chats, and no prompt is one"):
+        prepare(tmp_path / "b", chat_tokenizer, TEXTS, chat_template_kwargs={"style": "terse"})
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
         ("", {}, "no usable prompt for evaluation"),
-        ('{"prompt": ""}\n', {}, "no usable prompt for evaluation: 1 empty"),
-        (json.dumps({"prompt": "x = 1\n" * 40}), {}, "no usable prompt for evaluation: 1 longer than 30 tokens"),
+        ('{"prompt": ""}\n', {}, r"1 of 1 rows of .* more than max_unusable_fraction 0\.1 bears: .* line 1: .* empty"),
+        ('{"prompt": ""}\n', {"max_unusable_fraction": 1.0}, "no usable prompt for evaluation: 1 of 1 rows .* line 1"),
+        (
+            json.dumps({"prompt": "x = 1\n" * 40}),
+            {},
+            "no usable prompt for evaluation: of 1 rows .* longer than 30 tokens",
+        ),
         ('{"prompt": "one"}\n', {}, "no usable prompt for training"),
-        ('{"prompt": "one"}\n\n{"text": "two"}\n', {}, r"line 3 has no field 'prompt'; its fields are text"),
-        ('{"prompt": "one"}\n{"prompt": \n', {}, "line 2 is not JSON"),
-        ("[1]\n", {}, "line 1 is not a JSON object"),
-        ('{"prompt": 3}\n', {}, "line 1: 'prompt' is neither text nor messages"),
-        ('{"prompt": [{"role": "user"}]}\n', {}, "line 1: 'prompt' is neither text nor messages"),
+        (
+            '{"prompt": "one"}\n\n{"a": "two"}\n',
+            {"field": "prompt"},
+            r"line 3: has no field 'prompt'; its fields are a",
+        ),
+        ('{"prompt": "one"}\n{"prompt": \n', {}, "line 2: not JSON"),
         (
             '{"prompt": [{"role": "user", "content": "one"}]}\n',
             {},
-            "is a chat, and .* has no chat template",
+            "the tokenizer of .* has no chat template",
         ),
         ('{"prompt": "one"}\n', {"as_chat": True}, "has no chat template"),
-        ('{"prompt": "one"}\n', {"responses": "given"}, "line 1 has no field 'response'"),
+        ('{"prompt": "one"}\n', {"responses": "given"}, "line 1: has no field 'response'"),
         ('{"prompt": "one"}\n', {"split": "test"}, "has no split 'test'"),
-        ('{"prompt": "one", "response": 1}\n', {"responses": "given"}, "line 1: 'response' is not text"),
-        (
-            '{"prompt": [{"role": "user", "content": "one"}]}\n',
-            {"responses": "given"},
-            "the last message is not the assistant's",
-        ),
     ],
 )
 def test_bad_prompts_are_one_line_and_leave_nothing(tmp_path, tiny_tokenizer, text, options, message):
@@ -177,6 +255,8 @@ def test_a_source_that_is_nowhere_is_one_line(tmp_path, tiny_tokenizer):
     [
         ({"field": "text"}, {}, "field needs source"),
         ({"source": "x", "heldout_split": "test"}, {}, "heldout_split needs heldout_source"),
+        ({"source": "x", "heldout_source": "y", "heldout_fraction": 0.5}, {}, "heldout_fraction is of source"),
+        ({"source": "x", "response_field": "answer"}, {}, "response_field has answers that are given"),
         ({"source": "x", "responses": "given"}, {"temperatures": [0.7]}, "answers that the target writes"),
     ],
 )

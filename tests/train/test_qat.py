@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from speedstack.eval.divergence import token_kl
 from speedstack.quant import grouped
 from speedstack.quant.calibration import gptq_experts
-from speedstack.quant.checkpoint import load_checkpoint, load_model, save_packed
+from speedstack.quant.checkpoint import load_checkpoint, load_model
 from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters, router_parameters
 from speedstack.quant.mxfp4 import MXFP4Tensor, ScaleRule, fake_quantize
 from speedstack.quant.ptq import round_to_nearest
@@ -24,6 +24,7 @@ from speedstack.train.metrics import read_metrics
 from speedstack.train.objective import forward_kl
 from speedstack.train.optim import build_optimizer
 from speedstack.train.qat import qat
+from tests.packing import save_packed
 
 MakeConfig = Callable[..., QatConfig]
 
@@ -92,23 +93,37 @@ def test_only_the_experts_have_moved(trained: RunResult, pretrained: RunResult) 
         assert torch.equal(tensor, after[name]) == (name not in experts), name
 
 
-def test_what_was_not_trained_is_exported_in_the_dtype_it_came_in(
+def test_what_was_not_trained_is_exported_as_it_came(
     pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path
 ) -> None:
     source = tmp_path / "bfloat16"
     shutil.copytree(pretrained.export_path, source)
     load_model(pretrained.export_path, dtype=torch.bfloat16).save_pretrained(source)
-    before = load_checkpoint(source).tensors
+    fields = json.loads((source / "config.json").read_text())
+    fields |= {"torch_dtype": fields.pop("dtype"), "of_the_makers": True}
+    (source / "config.json").write_text(json.dumps(fields))
+    (source / "LICENSE").write_text("free")
+    before = load_file(source / "model.safetensors")
     frozen = qat(make_qat_config(tmp_path / "a", source, loop__num_steps=1, loop__eval_every=0)).export_path
-    after = load_checkpoint(frozen)
-    assert after.config.dtype == torch.bfloat16
-    for name, tensor in after.tensors.items():
-        if not isinstance(tensor, MXFP4Tensor):
-            source_tensor = before[name]
-            assert isinstance(source_tensor, torch.Tensor)
-            assert tensor.dtype == source_tensor.dtype and torch.equal(tensor, source_tensor), name
-    trained = make_qat_config(tmp_path / "b", source, loop__num_steps=1, loop__eval_every=0, qat__trainable="all")
-    assert load_checkpoint(qat(trained).export_path).config.dtype == torch.float32
+    after = load_file(frozen / "model.safetensors")
+    for name in before.keys() & after.keys():
+        assert after[name].dtype == before[name].dtype and torch.equal(after[name], before[name]), name
+
+    config = make_qat_config(tmp_path / "b", source, loop__num_steps=1, loop__eval_every=0, qat__trainable="all")
+    trained = qat(config).export_path
+    for path, dtype in ((frozen, "bfloat16"), (trained, "float32")):
+        stored = json.loads((path / "config.json").read_text())
+        del stored["quantization_config"]
+        assert stored == fields | {"torch_dtype": dtype}
+        for name in ("LICENSE", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+            assert (path / name).read_bytes() == (source / name).read_bytes()
+    # What was evaluated is what is stored: float32 masters that bfloat16 does not hold.
+    masters = load_file(config.run_directory / "checkpoints" / "step-1" / "model.safetensors")
+    exported = load_checkpoint(trained).tensors
+    others = {name: tensor for name, tensor in exported.items() if not isinstance(tensor, MXFP4Tensor)}
+    assert others and all(
+        torch.equal(masters[name], tensor.float()) for name, tensor in others.items() if name in masters
+    )
 
 
 def test_evaluation_before_the_first_step_is_post_training_quantization(
@@ -228,6 +243,21 @@ def test_flips_are_recorded_and_survive_a_resume(
     shutil.rmtree(config.run_directory / "checkpoints" / "step-6")
     assert numbers(qat(config).path) == numbers(whole.path)
 
+    # Of looks nothing is trained: a checkpoint without any is continued from.
+    blind = make_qat_config(tmp_path / "blind", pretrained.export_path, **(options | {"qat__look_every": 0}))
+    shutil.copytree(whole.path, blind.run_directory)
+    shutil.rmtree(blind.run_directory / "export")
+    shutil.rmtree(blind.run_directory / "checkpoints" / "step-6")
+    manifest = blind.run_directory / "checkpoints" / "step-4" / "COMPLETE.json"
+    content = json.loads(manifest.read_text())
+    del content["files"]["recipe.safetensors"]
+    manifest.write_text(json.dumps(content))
+    (manifest.parent / "recipe.safetensors").unlink()
+    with pytest.warns(UserWarning, match="no record of flips .*: flips between looks are counted anew"):
+        seeing = qat(make_qat_config(tmp_path / "blind", pretrained.export_path, **options))
+    assert seeing.metrics["flips_since_start"] == last["flips_since_start"]
+    assert seeing.metrics["heldout_kl"] == last["heldout_kl"]
+
     silent = qat(make_qat_config(tmp_path / "silent", pretrained.export_path, **(options | {"qat__look_every": 0})))
     assert "oscillating" not in silent.metrics
     assert silent.metrics["heldout_kl"] == last["heldout_kl"], "looking changes nothing"
@@ -330,40 +360,31 @@ def test_other_families(
     family: str, make_qat_config: MakeConfig, random_model: Callable[[str, Path], Path], tmp_path: Path
 ) -> None:
     model = random_model(family, tmp_path / family)
+    load_model(model, dtype=torch.bfloat16).save_pretrained(model)
+    (model / "LICENSE").write_text("free")
+    head = {"model.mtp.0.eh_proj.weight": torch.randn(64, 128).half()}
+    weights = load_file(model / "model.safetensors") | head
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     result = qat(make_qat_config(tmp_path, model, loop__num_steps=3, optim__name="adamw", optim__lr=1e-3))
     assert result.metrics["heldout_kl"] > 0
     before, after = load_model(model), load_model(result.export_path)
     rounded = load_model(model)
     round_to_nearest(rounded)
     for name, weight in expert_parameters(after).items():
+        assert torch.equal(weight, fake_quantize(weight) if family != "gpt_oss" else fake_quantize(weight.mT).mT)
         assert not torch.equal(weight, expert_parameters(rounded)[name]), "trained beyond rounding"
     name = "model.embed_tokens.weight"
     assert torch.equal(before.get_parameter(name), after.get_parameter(name))
-
-
-def test_prediction_heads_go_along(pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(pretrained.export_path, model)
-    head = {"model.mtp.0.eh_proj.weight": torch.randn(64, 128)}
-    weights = load_file(model / "model.safetensors")
-    save_file(weights | head, model / "model.safetensors", metadata={"format": "pt"})
-    result = qat(make_qat_config(tmp_path, model, loop__num_steps=1))
-    stored = load_file(result.export_path / "model.safetensors")
-    assert all(torch.equal(stored[name], tensor) for name, tensor in head.items())
-
-
-@pytest.mark.filterwarnings("ignore:no packed format is known for minimax_m2")
-def test_prediction_heads_that_do_not_go_along_are_named(
-    make_qat_config: MakeConfig, random_model: Callable[[str, Path], Path], tmp_path: Path, recwarn: Any
-) -> None:
-    model = random_model("minimax_m2", tmp_path / "model")
-    qat(make_qat_config(tmp_path / "without", model, loop__num_steps=1))
-    assert not [entry for entry in recwarn if "not in the export" in str(entry.message)]
-    weights = load_file(model / "model.safetensors")
-    head = {"model.mtp.0.eh_proj.weight": torch.randn(64, 128)}
-    save_file(weights | head, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.warns(UserWarning, match=r"1 tensors .* such as model\.mtp\.0\.eh_proj\.weight: they are not in"):
-        qat(make_qat_config(tmp_path / "with", model, loop__num_steps=1))
+    # Everything else is as it came, prediction heads too.
+    exported = load_file(result.export_path / "model.safetensors")
+    for name, tensor in weights.items():
+        if ".experts." not in name or "bias" in name:
+            assert exported[name].dtype == tensor.dtype and torch.equal(exported[name], tensor), name
+    sizes = [(path / "model.safetensors").stat().st_size for path in (result.export_path, model)]
+    assert sizes[0] <= sizes[1]
+    fields = [json.loads((path / "config.json").read_text()) for path in (result.export_path, model)]
+    assert fields[1] == {key: value for key, value in fields[0].items() if key != "quantization_config"}
+    assert (result.export_path / "LICENSE").read_text() == "free"
 
 
 def test_a_start_of_another_architecture_is_refused(

@@ -58,15 +58,18 @@ def test_a_corpus_replaced_in_place_is_refused(
     assert json.loads(inputs.read_text(encoding="utf-8")) == {"model": recorded["model"]}
 
 
-def test_bad_models_are_refused(pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path) -> None:
+def test_bad_models_are_refused(
+    pretrained: RunResult, make_qat_config: MakeConfig, random_model: Callable[[str, Path], Path], tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="nowhere"):
         qat(make_qat_config(tmp_path / "a", tmp_path / "nowhere"))
-    broken = tmp_path / "broken"
-    shutil.copytree(pretrained.export_path, broken)
-    (broken / "tokenizer.json").unlink()
-    (broken / "tokenizer_config.json").unlink()
-    with pytest.raises(ValueError, match="has no tokenizer"):
-        qat(make_qat_config(tmp_path / "b", broken))
+    # For a directory of OLMoE without tokenizer files transformers would make a tokenizer up.
+    copy = Path(shutil.copytree(pretrained.export_path, tmp_path / "copy"))
+    for name, broken in {"b": copy, "e": random_model("olmoe", tmp_path / "olmoe")}.items():
+        (broken / "tokenizer.json").unlink()
+        (broken / "tokenizer_config.json").unlink()
+        with pytest.raises(ValueError, match="has no tokenizer"):
+            qat(make_qat_config(tmp_path / name, broken))
     with pytest.raises(ValueError, match=r"ce_weight 0\.5 is for objective mix: kl has no such weight"):
         make_qat_config(tmp_path / "d", pretrained.export_path, qat__ce_weight=0.5)
     length = load_model(pretrained.export_path).config.max_position_embeddings + 1

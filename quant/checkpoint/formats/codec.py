@@ -59,6 +59,7 @@ class Codec(Protocol):
     is_written: ClassVar[bool]
     linear_scale: ClassVar[tuple[str, torch.dtype] | None]
     plain_linears: ClassVar[tuple[str, ...]]
+    names: HubNames
 
     def __init__(self, names: HubNames) -> None: ...
 

@@ -131,6 +131,20 @@ def test_fused_experts_are_those_of_a_tensor_each(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_experts_stored_both_ways_are_refused(
+    make_family: Callable[[str], PreTrainedModel], stored: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    model = make_family("olmoe")
+    model.save_pretrained(tmp_path / "each")
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    both = {name: tensor for name, tensor in stored(tmp_path / "fused").items() if ".experts." in name}
+    add(tmp_path / "each" / "model.safetensors", both)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts fused and one by one"):
+        load_checkpoint(tmp_path / "each")
+    with pytest.raises(ValueError, match="weights do not fit the configuration"):
+        load_model(tmp_path / "each")
+
+
 def as_fp8(path: Path, kept: tuple[str, ...], edit_config: Callable[..., None]) -> dict[str, torch.Tensor]:
     """Store the projections of a directory in FP8, experts too, but those named; returns what they are then."""
     values, tensors = {}, {}

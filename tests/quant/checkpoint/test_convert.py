@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from speedstack.quant.checkpoint import FORMATS, convert, load_checkpoint, load_model, save_packed
+from speedstack.quant.checkpoint import FORMATS, convert, load_checkpoint, load_model
 from speedstack.quant.checkpoint.names import FAMILIES, hub_names
 from speedstack.quant.mxfp4 import MXFP4Tensor
+from tests.packing import save_packed
 
 MakeFamily = Callable[[str], PreTrainedModel]
 WEIGHTS = "model.safetensors"

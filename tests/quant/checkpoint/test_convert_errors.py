@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from speedstack.quant.checkpoint import convert, load_checkpoint, load_model, save_packed
+from speedstack.quant.checkpoint import convert, load_checkpoint, load_model
 from speedstack.quant.checkpoint.formats import detect
+from tests.packing import save_packed
 
 MakeFamily = Callable[[str], PreTrainedModel]
 WEIGHTS = "model.safetensors"

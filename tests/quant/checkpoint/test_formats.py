@@ -15,12 +15,13 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.utils.quantization_config import Mxfp4Config
 
-from speedstack.quant.checkpoint import convert, load_checkpoint, load_model, save_packed
+from speedstack.quant.checkpoint import convert, load_checkpoint, load_model
 from speedstack.quant.checkpoint.formats import FORMATS, check_family
 from speedstack.quant.checkpoint.formats.gguf import from_blocks, to_blocks
 from speedstack.quant.checkpoint.names import FAMILIES, hub_names
 from speedstack.quant.experts import contraction_last, expert_parameters
 from speedstack.quant.mxfp4 import MXFP4Tensor, dequantize, quantize
+from tests.packing import save_packed
 
 MakeFamily = Callable[[str], PreTrainedModel]
 IDS = torch.arange(2, 26).view(2, 12)

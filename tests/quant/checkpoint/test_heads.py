@@ -1,6 +1,7 @@
 """Heads for multi-token prediction: no layer of the model, so nothing rounds them, and nothing loses them."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from speedstack.quant.checkpoint import FORMATS, check_extras, convert, load_checkpoint, load_model, save_packed
+from speedstack.quant.checkpoint import FORMATS, check_export, convert, export_model, load_checkpoint, load_model
 
 PACKED = [name for name in FORMATS if name not in ("plain", "gpt-oss")]
 IGNORED = ("ignore", "ignored_layers", "modules_to_not_convert")
@@ -73,56 +74,59 @@ def quantization(path: Path) -> dict[str, Any]:
     return json.loads((path / "config.json").read_text())["quantization_config"]
 
 
-@pytest.mark.filterwarnings("ignore:.*tensors that MiMo.* does not have")
-def test_packing_a_model_takes_its_heads_along(
-    with_head: Path, head: dict[str, torch.Tensor], tmp_path: Path, stored: Callable[..., Any]
+def test_exporting_a_model_takes_its_heads_along(
+    with_head: Path, head: dict[str, torch.Tensor], tiny_packed_dir: Path, tmp_path: Path, stored: Callable[..., Any]
 ) -> None:
-    model = load_model(with_head)
-    save_packed(model, tmp_path / "without")
-    save_packed(model, tmp_path / "out", extras_from=with_head)
+    export_model(load_model(with_head), with_head, tmp_path / "out", scale_rule="even")
     assert has_head(tmp_path / "out", head)
-    assert stored(tmp_path / "out").keys() - stored(tmp_path / "without").keys() == head.keys()
+    assert stored(tmp_path / "out").keys() - stored(tiny_packed_dir).keys() == head.keys()
     matrices = {name.removesuffix(".weight") for name, tensor in head.items() if tensor.ndim == 2}
     assert matrices <= set(quantization(tmp_path / "out")["ignore"])
-    again = load_model(tmp_path / "out").state_dict()
-    without = load_model(tmp_path / "without").state_dict()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in without.items())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*tensors that MiMo.* does not have")
+        again = load_model(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in load_model(tiny_packed_dir).state_dict().items())
 
 
 def test_tied_heads_and_fp8_ones(
     make_family: Callable[[str], PreTrainedModel], tmp_path: Path, stored: Callable[..., Any]
 ) -> None:
-    """An output embedding that is the input's is no head that was forgotten; one in FP8 becomes bfloat16."""
+    """A copy of the embedding that is stored as the head stays one; a prediction head in FP8 becomes bfloat16."""
     model = make_family("qwen3_moe").bfloat16()
     model.save_pretrained(tmp_path / "plain")
     tensors = load_file(tmp_path / "plain" / "model.safetensors")
     assert "lm_head.weight" not in tensors
     tied = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     save_file(tied, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
-    save_packed(model, tmp_path / "packed", extras_from=tmp_path / "plain")
-    assert "lm_head.weight" not in stored(tmp_path / "packed")
+    model = load_model(tmp_path / "plain", dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.get_parameter("model.embed_tokens.weight")[3] = 1.5
+    export_model(model, tmp_path / "plain", tmp_path / "packed", scale_rule="even")
+    copies = [stored(tmp_path / "packed")[name] for name in ("lm_head.weight", "model.embed_tokens.weight")]
+    assert all(copy[3, 0] == 1.5 and copy.dtype == torch.bfloat16 for copy in copies) and torch.equal(*copies)
 
     convert(tmp_path / "packed", "deepseek-v4", tmp_path / "source")
     tensors = load_file(tmp_path / "source" / "model.safetensors")
     codes, scales = torch.randn(128, 128).to(torch.float8_e4m3fn), torch.full((1, 1), 2.0)
     tensors |= {"mtp.proj.weight": codes, "mtp.proj.scale": scales.to(torch.float8_e8m0fnu)}
     save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
-    save_packed(model, tmp_path / "out", extras_from=tmp_path / "source")
+    export_model(model, tmp_path / "source", tmp_path / "out", scale_rule="even")
     copied = stored(tmp_path / "out")
     assert torch.equal(copied["mtp.proj.weight"].float(), codes.float() * 2)
     assert "mtp.proj.scale" not in copied
 
 
 def test_heads_that_cannot_go_along_are_named(with_head: Path, tmp_path: Path) -> None:
+    model = load_model(with_head)
     tensors = load_file(with_head / "model.safetensors")
     name = "model.layers.3.mlp.experts.0.up_proj.weight"
     save_file(tensors | {name: tensors[name].to(torch.int8)}, with_head / "model.safetensors")
     with pytest.raises(ValueError, match=rf"{name} is I8, quantized and no routed expert"):
-        check_extras(with_head)
+        check_export(model, with_head, is_packed=True)
     with pytest.raises(ValueError, match=rf"{name} is I8"):
-        save_packed(load_model(with_head), tmp_path / "out", extras_from=with_head)
+        export_model(model, with_head, tmp_path / "out", scale_rule="even")
     assert not (tmp_path / "out").exists()
     tensors.pop("model.layers.1.mlp.experts.5.up_proj.weight")
     save_file(tensors, with_head / "model.safetensors")
     with pytest.raises(ValueError, match=r"lacks the tensor model\.layers\.1\.mlp\.experts\.5\.up_proj\.weight"):
-        check_extras(with_head)
+        check_export(model, with_head, is_packed=True)

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import MiMoV2FlashForCausalLM, PreTrainedModel
 
-from speedstack.quant.checkpoint import convert, load_checkpoint, save_packed
+from speedstack.quant.checkpoint import convert, load_checkpoint
 from speedstack.quant.fp8 import FP8Tensor, quantize_fp8
+from tests.packing import save_packed
 
 MakeFamily = Callable[[str], PreTrainedModel]
 WEIGHTS = "model.safetensors"

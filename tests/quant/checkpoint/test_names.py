@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from speedstack.quant.checkpoint import save_packed
 from speedstack.quant.checkpoint.names import FAMILIES, hub_names
+from tests.packing import save_packed
 
 
 def stored_names(path: Path) -> set[str]:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from speedstack.quant.checkpoint import load_checkpoint, load_model, load_tensor, save_packed, weights_sha256
+from speedstack.quant.checkpoint import load_checkpoint, load_model, load_tensor, weights_sha256
 from speedstack.quant.checkpoint.files import WeightFiles
 from speedstack.quant.checkpoint.names import FAMILIES
+from tests.packing import save_packed
 
 WEIGHTS = "model.safetensors"
 

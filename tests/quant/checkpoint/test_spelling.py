@@ -38,7 +38,14 @@ RELEASED: dict[str, dict[str, Any]] = {
     "olmoe": {"clip_qkv": None, "rope_scaling": None, "rope_theta": 1e4, "norm_topk_prob": False},
     "qwen2_moe": {"use_mrope": False, "max_window_layers": 28, "use_sliding_window": False, "qkv_bias": True},
     "qwen3_moe": QWEN3 | {"max_window_layers": 48, "rope_scaling": None, "decoder_sparse_step": 1},
-    "minimax_m2": {"use_mtp": True, "num_mtp_modules": 3, "qk_norm_type": "per_layer", "shared_intermediate_size": 0},
+    "minimax_m2": {
+        "moe_intermediate_size": 8,
+        "intermediate_size": 8,
+        "use_mtp": True,
+        "num_mtp_modules": 3,
+        "qk_norm_type": "per_layer",
+        "shared_intermediate_size": 0,
+    },
 }
 
 
@@ -83,7 +90,7 @@ def test_both_spellings_in_one_file_must_agree() -> None:
         (MIMO_MAKERS | {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling .* is not what a mimo"),
         (QWEN3 | {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not what a qwen3_moe model computes"),
         (QWEN3 | {"rope_thetta": 1e5}, r"does not read the key 'rope_thetta' \(did you mean 'rope_theta'\?\)"),
-        (QWEN3 | {"hiden_size": 32}, r"'hiden_size' \(did you mean 'hidden_size'\?\)"),
+        ({"model_type": "qwen3_moe", "hiden_size": 32}, r"'hiden_size' \(did you mean 'hidden_size'\?\)"),
         (QWEN3 | {"router_scale": 2.5}, "Qwen3MoeConfig of transformers does not read the key 'router_scale'"),
         (QWEN3 | {"final_logit_softcapping": 30.0}, "'final_logit_softcapping'"),
         (QWEN3 | {"num_experts": 8, "num_local_experts": 4}, "num_experts 8 and num_local_experts 4 contradict"),

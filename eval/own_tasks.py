@@ -1,0 +1,78 @@
+"""A folder of somebody's own lm-eval tasks: which names it has, and a digest of what it says.
+
+lm-eval takes the first of two tasks of one name, and passes over a file that is not YAML, without a word; here both are
+refused.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_IGNORED = frozenset({"__pycache__", ".ipynb_checkpoints"})
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose functions (`!function module.name`) stay unread."""
+
+
+_Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+@dataclass(frozen=True)
+class OwnTasks:
+    """`tasks` and `groups` are names. `sha256` is of all files below `directory`, helpers and data among them."""
+
+    directory: Path
+    tasks: frozenset[str]
+    groups: frozenset[str]
+    sha256: str
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of both."""
+        return self.tasks | self.groups
+
+
+def read_own_tasks(directory: Path) -> OwnTasks:
+    """The tasks in `directory`. Raises ValueError, one line, for a folder that is not there or has none, a file that
+    cannot be read, and a name that two files give.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"no folder of tasks at {directory}")
+    files = [
+        path
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and not _IGNORED & set(path.relative_to(directory).parts)
+    ]
+    origin: dict[str, Path] = {}
+    groups = set()
+    for path in files:
+        if path.suffix != ".yaml" or (found := _defined(path)) is None:
+            continue
+        kind, name = found
+        if name in origin:
+            raise ValueError(f"{origin[name]} and {path} both define {name}: rename one")
+        origin[name] = path
+        groups |= {name} if kind == "group" else set()
+    if not origin:
+        raise ValueError(f"{directory} holds no task: lm-eval reads .yaml files with a key task, or group")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(directory).as_posix()}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return OwnTasks(directory, frozenset(origin.keys() - groups), frozenset(groups), digest.hexdigest())
+
+
+def _defined(path: Path) -> tuple[str, str] | None:
+    """What a file defines, 'task' or 'group', and its name; None for one that others include."""
+    try:
+        content: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        return None
+    kind = "group" if "group" in content and "class" not in content else "task"
+    return (kind, content[kind]) if isinstance(content.get(kind), str) else None

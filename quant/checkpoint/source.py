@@ -1,0 +1,149 @@
+"""A model directory that is to be written again: opened, its tensors sorted, and checked against its config.json."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from speedstack.quant.checkpoint.config import build_skeleton, read_config, tied_names
+from speedstack.quant.checkpoint.files import CONFIG_FILE, WeightFiles, checkpoint_directory, read_json
+from speedstack.quant.checkpoint.formats import Codec, ExpertWeight, check_family
+from speedstack.quant.checkpoint.linears import other_names, read_linear
+from speedstack.quant.checkpoint.names import HubNames, hub_names
+from speedstack.quant.checkpoint.reader import expert_weights, stored_names
+from speedstack.quant.fp8 import FP8Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """An open directory.
+
+    fields: config.json as it is; config: what it means, without a trace of quantization; skeleton: its model, without
+        memory for the weights.
+    weights: the routed experts of the model's layers; none where the directory was opened whole.
+    heads: expert weights of an unquantized directory that are of no layer, such as those of multi-token prediction.
+    others: names of all tensors that are none of `weights`, nor the scales of another one.
+    """
+
+    files: WeightFiles
+    fields: dict[str, Any]
+    config: PreTrainedConfig
+    skeleton: PreTrainedModel
+    names: HubNames
+    codec: Codec
+    weights: list[ExpertWeight]
+    heads: list[ExpertWeight]
+    others: list[str]
+
+    @property
+    def path(self) -> Path:
+        return self.files.path
+
+    @property
+    def named_dtype(self) -> torch.dtype | None:
+        """What config.json calls the dtype, which need not be that of any file."""
+        dtype = self.config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else None
+
+    def other(self, name: str) -> torch.Tensor | FP8Tensor:
+        """One of `others`. Raises ValueError for FP8 that is NaN."""
+        return read_linear(self.files, type(self.codec), name, self.files.shape(name))
+
+    def whole(self) -> "Source":
+        """The same with no expert apart: all tensors are `others`. For unquantized directories."""
+        others = sorted(other_names(self.files, type(self.codec), set()), key=natural_key)
+        return replace(self, weights=[], heads=[], others=others)
+
+
+@contextmanager
+def open_by_expert(path: Path) -> Iterator[Source]:
+    """Open a directory of a family whose names are known, its routed experts apart from the rest.
+
+    Raises ValueError for a family or a format that is not known, and for anything missing, corrupt or inconsistent.
+    """
+    path = checkpoint_directory(path)
+    config, codec_type = read_config(path)
+    names = hub_names(config.model_type)
+    check_family(codec_type, names)
+    with WeightFiles(path) as files:
+        names = stored_names(files, names)
+        codec = codec_type(names)
+        weights = sorted(codec.find(files), key=natural_key)
+        if not weights:
+            raise ValueError(f"{path} has no routed experts that {codec.title} would name")
+        skeleton = build_skeleton(config)
+        heads = _outside(weights, expert_weights(skeleton, names)) if not codec.is_packed else []
+        weights = [weight for weight in weights if weight not in heads]
+        expert_names = {name for weight in weights for name in codec.tensor_names(weight)}
+        others = sorted(other_names(files, codec_type, expert_names), key=natural_key)
+        fields = read_json(path / CONFIG_FILE)
+        source = Source(files, fields, config, skeleton, names, codec, weights, heads, others)
+        _check_against_config(source)
+        yield source
+
+
+@contextmanager
+def open_whole(path: Path) -> Iterator[Source]:
+    """Open an unquantized directory of any family, no expert apart. Raises ValueError for damaged files."""
+    path = checkpoint_directory(path)
+    config, codec_type = read_config(path)
+    assert not codec_type.is_packed
+    fields, skeleton, names = read_json(path / CONFIG_FILE), build_skeleton(config), HubNames(config.model_type)
+    with WeightFiles(path) as files:
+        yield Source(files, fields, config, skeleton, names, codec_type(names), [], [], []).whole()
+
+
+def stored_dtypes(path: str | Path, part: str = "") -> set[str]:
+    """Dtypes, as safetensors spells them, of a directory's tensors of two sizes or more with `part` in their names.
+
+    Raises ValueError as `WeightFiles` does.
+    """
+    with WeightFiles(checkpoint_directory(path)) as files:
+        names = [name for name in files.names() if part in name and len(files.shape(name)) > 1]
+        return {files.dtype(name) for name in names}
+
+
+def natural_key(item: str | ExpertWeight) -> list[tuple[int, str]]:
+    """Sorts names, and layer 2 before layer 10."""
+    name = item if isinstance(item, str) else f"{item.module}.{item.name}"
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _outside(weights: list[ExpertWeight], of_model: dict[str, ExpertWeight]) -> list[ExpertWeight]:
+    """The expert weights in modules that the model does not have."""
+    modules = {weight.module for weight in of_model.values()}
+    return [weight for weight in weights if weight.module not in modules]
+
+
+def _check_against_config(source: Source) -> None:
+    """Raises ValueError when the model that config.json describes has tensors or shapes that the files have not."""
+    path, names, others = source.path, source.names, set(source.others)
+    expected_weights = expert_weights(source.skeleton, names)
+    found = {(weight.module, weight.name): weight for weight in source.weights}
+    for weight in expected_weights.values():
+        match = found.get((weight.module, weight.name))
+        if match is None:
+            raise ValueError(f"{path} lacks the experts {weight.module}.{weight.name}: is it a complete model?")
+        if match != weight:
+            sizes = [(item.num_experts, item.num_rows, item.num_columns) for item in (match, weight)]
+            raise ValueError(
+                f"{path}: the experts {weight.module}.{weight.name} have shape {sizes[0]}, {CONFIG_FILE} asks for "
+                f"{sizes[1]}: the weights and the configuration are of different models"
+            )
+    tied = tied_names(source.skeleton)
+    for native_name, tensor in source.skeleton.state_dict().items():
+        if native_name in expected_weights or native_name in tied:
+            continue
+        name = names.of(native_name)
+        if name not in others:
+            raise ValueError(f"{path} lacks the tensor {name}: is it a complete model of this {CONFIG_FILE}?")
+        if source.files.shape(name) != tuple(tensor.shape):
+            raise ValueError(
+                f"{path}: {name} has shape {source.files.shape(name)}, {CONFIG_FILE} asks for {tuple(tensor.shape)}: "
+                "the weights and the configuration are of different models"
+            )

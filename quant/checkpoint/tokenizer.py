@@ -1,0 +1,168 @@
+"""The tokenizer of a model directory: what its files say, never what a library would make up.
+
+transformers guesses: for a directory without tokenizer files it makes a tokenizer of one token up, without an error; it
+asks to run a checkpoint's own code; and a tokenizer.json goes through the class that the model's type suggests, which
+may split text differently or add tokens. Here such a tokenizer is refused, or said.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
+# What transformers' tokenizers are read from. A chat template alone is no tokenizer.
+_VOCABULARIES = (
+    TOKENIZER_FILE, "tokenizer.model*", "*tekken*.json", "*.tiktoken", "tiktoken.model", "vocab.json", "merges.txt",
+    "vocab.txt", "*.bpe.model", "spiece.model", "*.spm",
+)  # fmt: skip
+_SETTINGS = (SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json")
+
+_ORDINARY_TEXT = "The quick brown fox jumps over a lazy dog.\nIt has 12 lines, and 3 of them say: return x + 1\n"
+
+
+def tokenizer_files(path: str | Path) -> list[Path]:
+    """The files in the directory `path` that its tokenizer is read from, by name; empty where there is none."""
+    patterns = (*_VOCABULARIES, *_SETTINGS)
+    return sorted(file for file in Path(path).iterdir() if any(fnmatch(file.name, pattern) for pattern in patterns))
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the directory `path`; None where there is no tokenizer file at all.
+
+    No code of the directory is run. Warns of a tokenizer that can say next to nothing of ordinary text, and of what
+    transformers adds to tokenizer.json or reads differently.
+
+    Raises ValueError, one line, for a path that is no directory, for files that cannot be read or are not all there,
+    and for a tokenizer that needs code of its own.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"there is no directory {path} to read a tokenizer from")
+    files = tokenizer_files(path)
+    if not files:
+        return None
+    own = _read_own(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        ids = tokenizer.encode(_ORDINARY_TEXT, add_special_tokens=False)
+        own_ids = own.encode(_ORDINARY_TEXT, add_special_tokens=False).ids if own is not None else ids
+    # tokenizers raises bare Exception, and transformers trusts the types and keys in these files.
+    except Exception as error:
+        raise ValueError(f"{path} has no tokenizer that can be read: {_reason(path, files, error)}") from error
+    vocabulary = tokenizer.get_vocab()
+    if not vocabulary.keys() - tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{path} has no tokenizer that can be read: {', '.join(file.name for file in files)} give no token but "
+            f"special ones; put {TOKENIZER_FILE}, or the files it was made from, beside them"
+        )
+    for fault in (_loss(tokenizer, ids), _additions(path, tokenizer, own), _difference(tokenizer, ids == own_ids)):
+        if fault is not None:
+            warnings.warn(f"the tokenizer of {path} {fault}", stacklevel=2)
+    return tokenizer
+
+
+def require_tokenizer(path: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+    """As `load_tokenizer`, for ids that go into a model whose embedding has `vocab_size` rows, if that is known.
+
+    Raises ValueError too where there is no tokenizer file, and for a tokenizer with ids beyond the embedding.
+    """
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise ValueError(
+            f"{path} has no tokenizer: put {TOKENIZER_FILE} and {SETTINGS_FILE} of the model's tokenizer there"
+        )
+    largest = max(tokenizer.get_vocab().values())
+    if vocab_size is not None and largest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer of {path} has ids up to {largest}, the model an embedding of {vocab_size}: they do not "
+            "belong together"
+        )
+    return tokenizer
+
+
+def _read_own(path: Path) -> Tokenizer | None:
+    """What tokenizer.json says by itself."""
+    file = path / TOKENIZER_FILE
+    if not file.exists():
+        return None
+    try:
+        own = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # bare, from tokenizers
+        raise ValueError(
+            f"{path} has no tokenizer that can be read: {TOKENIZER_FILE} is broken ({_one_line(error)})"
+        ) from error
+    own.no_truncation()
+    own.no_padding()
+    return own
+
+
+def _reason(path: Path, files: list[Path], error: Exception) -> str:
+    names = [file.name for file in files]
+    if code := _own_code(path):
+        return (
+            f"it needs code of its own ({code}), which is not run; save the tokenizer as {TOKENIZER_FILE} and leave "
+            f"auto_map out of {SETTINGS_FILE}"
+        )
+    if not set(names) - set(_SETTINGS):
+        return f"it has {' and '.join(names)}, but no vocabulary; put {TOKENIZER_FILE} beside them"
+    if ("vocab.json" in names) != ("merges.txt" in names) and TOKENIZER_FILE not in names:
+        return f"of vocab.json and merges.txt one is missing ({_one_line(error)})"
+    if TOKENIZER_FILE not in names and any(name.endswith(".model") for name in names):
+        return f"{_one_line(error)}; a .model file needs the package sentencepiece or tiktoken, {TOKENIZER_FILE} none"
+    return f"{_one_line(error)}; it is made of {', '.join(names)}"
+
+
+def _own_code(path: Path) -> str | None:
+    """The class that `auto_map` names, if any."""
+    try:
+        auto_map: Any = json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8")).get("auto_map")
+    except (OSError, ValueError, AttributeError):  # what is wrong with the file is what transformers said of it
+        return None
+    named = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    return next((str(name) for name in named if name), None) if isinstance(named, list) else named
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"
+
+
+def _loss(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str | None:
+    """What is wrong with the ids of ordinary text."""
+    num_unknown = ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
+    if 2 * num_unknown > len(ids):
+        return f"does not know {num_unknown} of the {len(ids)} tokens of ordinary text: is it the model's?"
+    if len(set(ids)) < 2:
+        return f"makes {'one token' if ids else 'no token'} of all ordinary text: is it the model's?"
+    return None
+
+
+def _additions(path: Path, tokenizer: PreTrainedTokenizerBase, own: Tokenizer | None) -> str | None:
+    """Tokens that transformers' class for the model has by default, which the model has never seen."""
+    if own is None:
+        return None
+    known = own.get_vocab(with_added_tokens=True)
+    texts = [(path / name).read_text(encoding="utf-8") for name in _SETTINGS if (path / name).exists()]
+    for token in tokenizer.get_vocab().keys() - known.keys():
+        spellings = (json.dumps(token), json.dumps(token, ensure_ascii=False))
+        if not any(spelling in text for text in texts for spelling in spellings):
+            return (
+                f"has tokens that no file names, such as {token}: say in {SETTINGS_FILE} which special ones there are"
+            )
+    return None
+
+
+def _difference(tokenizer: PreTrainedTokenizerBase, is_same: bool) -> str | None:
+    if is_same:
+        return None
+    return (
+        f"reads text as transformers' {type(tokenizer).__name__} does, and {TOKENIZER_FILE} says otherwise: if that "
+        f"file is right, set tokenizer_class to PreTrainedTokenizerFast in {SETTINGS_FILE}"
+    )
