@@ -23,6 +23,8 @@ from speedstack.quant.mxfp4 import fake_quantize
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 TILE = 128
+# What the elements of FP8 in tiles are, as float32: their products with the scales, rounded to this.
+FP8_DTYPE = torch.float32
 IDS = [3, 9, 27, 18, 54, 35, 42, 63, 62, 59, 50, 23, 6, 11, 33, 40, 57, 44, 5, 15, 45, 8, 24, 10]
 
 # Sizes of more than one FP8 tile, the last of them partial.
@@ -285,13 +287,13 @@ def fp8_blocks(path: Path) -> None:
 
 
 def without_fp8(path: Path) -> None:
-    """The inverse: every element times its tile's scale, in float32."""
+    """The inverse: every element times its tile's scale."""
     tensors = load_file(path / WEIGHTS)
     for name in [name for name in tensors if name.endswith("_scale_inv")]:
         weight = name.removesuffix("_scale_inv")
         scales = tensors.pop(name).repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
         rows, columns = tensors[weight].shape
-        tensors[weight] = tensors[weight].float() * scales[:rows, :columns]
+        tensors[weight] = (tensors[weight].float() * scales[:rows, :columns]).to(FP8_DTYPE).float()
     (path / WEIGHTS).unlink()
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
     write_fields(path, {key: value for key, value in read_fields(path).items() if key != "quantization_config"})
