@@ -2,7 +2,9 @@
 
 A `TemplateLM`, so that the split of a (context, continuation) pair into tokens is lm-eval's own, and every choice that
 it leaves open is made as its Hugging Face adapter makes it: what begins a text without context, when a tokenizer adds
-special tokens, where a long text is cut. Scores compare with that adapter request by request.
+special tokens, where a long text is cut, that special tokens are no part of a generated text. Scores compare with that
+adapter request by request. A generated text is what continues its context, as vLLM's is: with tokenizers of whole words
+(SentencePiece) it begins with the space that the adapter, which decodes it alone, drops.
 
 To lm-eval there is always one process. Requests are shared out below it (`speedstack.eval.team`), not documents.
 """

@@ -8,8 +8,7 @@ Left out: paged buffers, prefix sharing and preemption; every sequence owns a sl
 """
 
 import copy
-import operator
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,16 @@ from speedstack.quant.checkpoint import weights_sha256
 from speedstack.runtime.backend import Backend, Rows
 from speedstack.runtime.budget import DraftBudget
 from speedstack.runtime.decoder import Decoder
+from speedstack.runtime.prompts import (
+    Prompt,
+    encode_text,
+    integer,
+    real,
+    seeds_for,
+    single_prompt,
+    split_prompts,
+    stop_strings,
+)
 from speedstack.runtime.proposer import DrafterProposer, NgramProposer, NoProposer, Proposer
 from speedstack.runtime.results import Generation, Score
 from speedstack.runtime.ring import MAX_ROWS
@@ -32,9 +41,9 @@ from speedstack.runtime.sequence import RunningSequence
 from speedstack.runtime.spec import ModelSpec
 from speedstack.runtime.strategy import NGRAM, DraftStrategy
 from speedstack.runtime.target import LoadedTarget, load_target
+from speedstack.runtime.text import TextStream
 from speedstack.runtime.weights import ModelWeights
 
-Prompt = str | list[int]
 DEFAULT_MAX_LENGTH = 4096
 
 
@@ -197,9 +206,10 @@ class Engine:
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
-        seed: int | Sequence[int] = 0,
-        stop: str | Sequence[str] = (),
+        seed: Any = 0,
+        stop: Any = (),
         ignore_eos: bool = False,
+        skip_special_tokens: bool = True,
     ) -> Any:
         """Continues one prompt, or each of a list.
 
@@ -207,27 +217,29 @@ class Engine:
         continuations of one prompt.
 
         Args:
-            prompts: text, token ids, or a list of either.
-            seed: one for all prompts, or one a prompt.
-            stop: strings that end a sequence; they are cut from the text, and their tokens are kept.
-            ignore_eos: go on past the end-of-sequence token, to `max_new_tokens`.
+            prompts: text, token ids [T] as a list, tuple, range, array or tensor, or what a tokenizer returned; several
+                are a list of these or an array [N, T]. Padding that an attention mask names is taken off. Text gets
+                what the tokenizer adds by itself, such as BOS, unless it begins with BOS (see `encode_text`).
+            temperature: 0 is greedy. Sampling defaults of the model's generation_config.json are not taken.
+            seed: one integer for all prompts, or one a prompt.
+            stop: string, or strings, that end a sequence; they are cut from the text, and their tokens are kept. They
+                may be special tokens. None is none.
+            ignore_eos: go on past end tokens, to `max_new_tokens`. End tokens are `spec.eos_token_ids`: of a directory
+                those of `end_token_ids`. The one that ends a sequence is in its tokens and not in its text.
+            skip_special_tokens: leave special tokens out of the text; all are in the tokens.
 
         Returns:
             A `Generation`, or a list of them in the order of the prompts.
 
         Raises:
-            ValueError: an empty prompt, ids outside the vocabulary, a prompt that does not fit the buffers, a sampling
-                parameter out of range, or logits that are not numbers.
+            ValueError: something else as a prompt, an empty one, ids outside the vocabulary, a prompt that does not fit
+                the buffers, a sampling parameter out of range, or logits that are not numbers.
         """
-        is_single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
-        listed = [prompts] if is_single else list(prompts)
-        seeds = [seed] * len(listed) if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(listed):
-            raise ValueError(f"{len(seeds)} seeds for {len(listed)} prompts: give one seed, or one a prompt")
-        params = SamplingParams(temperature, top_p, top_k)
+        listed, is_single = split_prompts(prompts, self.tokenizer)
+        params = _sampling_params(temperature, top_p, top_k)
         waiting = [
-            self._sequence(prompt, max_new_tokens, params, one_seed, stop, ignore_eos)
-            for prompt, one_seed in zip(listed, seeds, strict=True)
+            self._sequence(prompt, max_new_tokens, params, one_seed, stop, ignore_eos, skip_special_tokens)
+            for prompt, one_seed in zip(listed, seeds_for(seed, len(listed)), strict=True)
         ]
         for _ in self._run(list(waiting)):
             pass
@@ -236,89 +248,89 @@ class Engine:
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Any,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int = 0,
-        stop: str | Sequence[str] = (),
+        stop: Any = (),
         ignore_eos: bool = False,
+        skip_special_tokens: bool = True,
     ) -> Generator[str, None, Generation]:
         """Yields the text of `generate` as it is committed, piece by piece; returns its result. Needs a tokenizer."""
         if self.tokenizer is None:
             raise ValueError("stream yields text, and the target has no tokenizer files; use generate with token ids")
-        params = SamplingParams(temperature, top_p, top_k)
-        sequence = self._sequence(prompt, max_new_tokens, params, seed, stop, ignore_eos)
+        found, params = single_prompt(prompt, self.tokenizer), _sampling_params(temperature, top_p, top_k)
+        sequence = self._sequence(
+            found, max_new_tokens, params, integer("seed", seed), stop, ignore_eos, skip_special_tokens
+        )
         for _ in self._run([sequence]):
             piece = sequence.take_text()
             if piece:
                 yield piece
         return sequence.result()
 
-    def score(self, ids: list[int] | list[list[int]]) -> Any:
-        """Log-probabilities of ids[1:], each given all ids before it; a `Score`, or a list for a list of sequences."""
-        if ids and isinstance(ids[0], Sequence):
-            return [self._score(one) for one in ids]  # type: ignore[arg-type]
-        return self._score(ids)  # type: ignore[arg-type]
+    def score(self, prompts: Any) -> Any:
+        """Log-probabilities of all tokens but the first, each given those before it: a `Score`, or a list of them.
 
-    def logits(self, ids: list[int]) -> torch.Tensor:
-        """Float32 logits [len(ids), vocabulary] after each token."""
-        return torch.cat([logits.clone() for logits, _ in self._prefill_logits(ids)])
+        Takes prompts as `generate` does: one, or several.
+        """
+        listed, is_single = split_prompts(prompts, self.tokenizer)
+        scores = [self._score(self.encode(prompt)) for prompt in listed]
+        return scores[0] if is_single else scores
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def logits(self, prompt: Any) -> torch.Tensor:
+        """Float32 logits [T, vocabulary] after each of the prompt's T tokens; takes it as `stream` does."""
+        return torch.cat([logits.clone() for logits, _ in self._prefill_logits(self.encode(prompt))])
+
+    def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt, checked: not empty, all in the vocabulary, at most `max_length` of them."""
-        if isinstance(prompt, str):
+        found = single_prompt(prompt, self.tokenizer)
+        if isinstance(found, str):
             if self.tokenizer is None:
                 raise ValueError("the target has no tokenizer files; give token ids instead of text")
-            ids = self.tokenizer.encode(prompt, add_special_tokens=False)
-        else:
-            try:
-                ids = [operator.index(token) for token in prompt]
-            except TypeError:
-                raise ValueError("a prompt is text or a list of integer token ids") from None
-        if not ids:
+            found = encode_text(found, self.tokenizer)
+        if not found:
             raise ValueError("the prompt is empty; give at least one token")
-        bad = next((token for token in ids if not 0 <= token < self.spec.vocab_size), None)
+        bad = next((token for token in found if not 0 <= token < self.spec.vocab_size), None)
         if bad is not None:
             raise ValueError(f"token id {bad} is outside the vocabulary of {self.spec.vocab_size} tokens")
-        if len(ids) > self.max_length:
+        if len(found) > self.max_length:
             raise ValueError(
-                f"{len(ids)} tokens do not fit the buffers of {self.max_length} positions; raise max_length"
+                f"{len(found)} tokens do not fit the buffers of {self.max_length} positions; raise max_length"
             )
-        return ids
+        return found
 
     def _sequence(
         self,
         prompt: Prompt,
-        max_new_tokens: int,
+        max_new_tokens: Any,
         params: SamplingParams,
         seed: int,
-        stop: str | Sequence[str],
+        stop: Any,
         ignore_eos: bool,
+        skip_special_tokens: bool = True,
     ) -> RunningSequence:
-        ids = self.encode(prompt)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if len(ids) + max_new_tokens > self.max_length:
+        ids, num_new, stops = self.encode(prompt), integer("max_new_tokens", max_new_tokens), stop_strings(stop)
+        if num_new < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {num_new}")
+        if len(ids) + num_new > self.max_length:
             raise ValueError(
-                f"a prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} do not fit the buffers of "
+                f"a prompt of {len(ids)} tokens and max_new_tokens={num_new} do not fit the buffers of "
                 f"{self.max_length} positions; raise max_length or shorten either"
             )
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if stops and (self.tokenizer is None or "" in stops):
-            raise ValueError("stop strings need a tokenizer and must not be empty")
-        eos = () if ignore_eos else self.spec.eos_token_ids
+        if stops and self.tokenizer is None:
+            raise ValueError("stop strings need text, and the target has no tokenizer files")
         is_look_up = self._drafter == NGRAM
         cost = self.backend.round_cost.of_look_up if is_look_up else self.backend.round_cost
         return RunningSequence(
             ids,
-            max_new_tokens,
+            num_new,
             params,
             seed,
-            eos,
-            stops,
-            self.tokenizer,
+            () if ignore_eos else self.spec.eos_token_ids,
+            TextStream(self.tokenizer, stops, ids, skip_special_tokens) if self.tokenizer is not None else None,
             self.num_drafts,
             DraftBudget(self.num_drafts, cost) if self.strategy.is_adaptive else None,
             self.strategy.ngram_size if is_look_up else None,
@@ -356,7 +368,6 @@ class Engine:
             self._is_decoding = False
 
     def _prefill_logits(self, ids: list[int]) -> Iterator[tuple[torch.Tensor, list[int]]]:
-        ids = self.encode(ids)
         with self._alone():
             for start in range(0, len(ids), MAX_ROWS):
                 chunk = ids[start : start + MAX_ROWS]
@@ -378,6 +389,10 @@ class Engine:
         if -1 in greedy:
             raise ValueError("the target's logits are not numbers; the checkpoint is broken or its dtype overflows")
         return Score(torch.cat(logprobs), torch.tensor(greedy) == torch.tensor(ids[1:]))
+
+
+def _sampling_params(temperature: Any, top_p: Any, top_k: Any) -> SamplingParams:
+    return SamplingParams(real("temperature", temperature), real("top_p", top_p), integer("top_k", top_k))
 
 
 def _load_drafter(

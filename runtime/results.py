@@ -55,7 +55,11 @@ class GenerationStats:
 
 @dataclass
 class Generation:
-    """One sequence's new tokens. The text ends before a stop string; the tokens end with the one that completes it."""
+    """One sequence's new tokens, and the text that they add to the prompt's (see `speedstack.runtime.text`).
+
+    The text ends before a stop string or an end token, the tokens end with it. Special tokens are in the text only
+    where that was asked for.
+    """
 
     tokens: list[int]
     text: str

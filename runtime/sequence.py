@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from speedstack.dflash.ngram import NgramIndex
 from speedstack.dflash.tree import Draft
@@ -23,6 +23,7 @@ def not_numbers(position: int) -> ValueError:
 class RunningSequence:
     """State of one prompt's continuation. `slot` is the cache slot, -1 until the engine admits it.
 
+    `text`: what the tokens are decoded into, None for a target without a tokenizer.
     `num_drafts`: proposals a round at most; `budget` says how many of them are worth it, None for all; `ngram_size`: of
     the look-up that makes them, None for a drafter.
     """
@@ -34,8 +35,7 @@ class RunningSequence:
         params: SamplingParams,
         seed: int,
         eos_token_ids: Sequence[int],
-        stop: Sequence[str],
-        tokenizer: Any,
+        text: TextStream | None,
         num_drafts: int,
         budget: DraftBudget | None,
         ngram_size: int | None = None,
@@ -47,9 +47,9 @@ class RunningSequence:
         self.finish_reason: Literal["length", "eos", "stop"] | None = None
         self._num_prompt_tokens, self._max_new_tokens = len(prompt), max_new_tokens
         self._eos = frozenset(eos_token_ids)
-        self._text = TextStream(tokenizer, stop) if tokenizer is not None else None
+        self._text = text
         # Decoding a token costs as much as a small model's step: it waits until somebody looks.
-        self._has_stop, self._undecoded = bool(stop), list[int]()
+        self._undecoded: list[int] = []
         self._num_drafts = num_drafts
         self._ngram_size = ngram_size or 0
         self._ngrams = NgramIndex(ngram_size) if ngram_size is not None else None
@@ -151,7 +151,7 @@ class RunningSequence:
                 self.finish_reason = "eos"
             else:
                 self._undecoded.append(token)
-                if self._has_stop and self._decode().stopped:
+                if self._text is not None and self._text.has_stops and self._decode().stopped:
                     self.finish_reason = "stop"
                 if self.finish_reason is None and self.num_left == 0:
                     self.finish_reason = "length"

@@ -4,16 +4,21 @@ Engines that are built from one share its weights, as far as their backends comp
 backend arranges them for its kernels, and so has a copy of its own.
 """
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from speedstack.quant.checkpoint import load_checkpoint, weights_sha256
+from speedstack.quant.checkpoint.config import read_config
+from speedstack.quant.checkpoint.files import checkpoint_directory
+from speedstack.quant.checkpoint.generation import end_token_ids
 from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime.select import choose_device, choose_dtype
-from speedstack.runtime.spec import spec_from_config
+from speedstack.runtime.spec import ModelSpec, spec_from_config
 from speedstack.runtime.weights import ModelWeights, read_weights
 
 
@@ -36,9 +41,28 @@ def load_target(path: str | Path, device: str = "auto", dtype: str | torch.dtype
     """
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, torch_device)
+    # Before the weights: what cannot be decoded is said by its config.
+    spec = check_decodable(path)
+    tokenizer = load_tokenizer(path)
+    spec = replace(spec, eos_token_ids=end_token_ids(path, spec.vocab_size, tokenizer))
     checkpoint = load_checkpoint(path, keep_fp8=True)
-    spec = spec_from_config(checkpoint.config)
     sha256 = weights_sha256(path)
     tied = bool(checkpoint.config.tie_word_embeddings)
     weights = read_weights(spec, {**checkpoint.tensors, **checkpoint.fp8}, torch_dtype, torch_device, tied)
-    return LoadedTarget(weights, sha256, load_tokenizer(path))
+    return LoadedTarget(weights, sha256, tokenizer)
+
+
+def check_decodable(path: str | Path) -> ModelSpec:
+    """The spec that the config of a model directory says, before anything large is read.
+
+    Raises ValueError, one line, for a directory or config that is broken, and for a model that no backend decodes.
+    """
+    return spec_from_config(read_config(checkpoint_directory(path))[0])
+
+
+def warn_if_not_decodable(config: PreTrainedConfig) -> None:
+    """For work whose result others may serve: says before it that this runtime will not."""
+    try:
+        spec_from_config(config)
+    except ValueError as error:
+        warnings.warn(f"{error}: the result is for other engines, generate, eval and bench refuse it", stacklevel=2)

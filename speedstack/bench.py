@@ -79,13 +79,11 @@ def bench(config: BenchConfig) -> None:
 def load_prompts(config: BenchConfig) -> list[PromptSet]:
     """The sets that the config names, in tokens of its target. Raises ValueError, one line."""
     from speedstack.eval.prompts import PromptLoader
-    from speedstack.quant.checkpoint.config import read_config
-    from speedstack.quant.checkpoint.files import checkpoint_directory
     from speedstack.quant.checkpoint.tokenizer import require_tokenizer
-    from speedstack.runtime.spec import spec_from_config
+    from speedstack.runtime.target import check_decodable
 
-    section, target = config.prompts, checkpoint_directory(config.target)
-    window = spec_from_config(read_config(target)[0]).max_position_embeddings
+    section, target = config.prompts, config.target
+    window = check_decodable(target).max_position_embeddings
     if window <= config.num_new_tokens:
         raise ValueError(f"num_new_tokens {config.num_new_tokens} leaves no room in the model's {window} positions")
     loader = PromptLoader(

@@ -64,13 +64,16 @@ def convert(config: ConvertConfig) -> None:
 
     from speedstack.dflash.checkpoint import is_drafter
     from speedstack.quant.checkpoint import convert as run
+    from speedstack.quant.checkpoint.config import read_config
     from speedstack.quant.checkpoint.files import checkpoint_directory
+    from speedstack.runtime.target import warn_if_not_decodable
 
     if is_drafter(checkpoint_directory(config.source)):
         _check_used(config, _MODEL_SETTINGS, "drafter")
         _convert_drafter(config)
         return
     _check_used(config, _DRAFTER_SETTINGS, "model")
+    warn_if_not_decodable(read_config(config.source)[0])
 
     with tqdm(unit=" tensors", desc=f"to {config.to}", leave=False) as bar:
 

@@ -1,6 +1,7 @@
 """The `generate` verb: stream a continuation to stdout, and what it cost to stderr.
 
-The text alone goes to stdout, so that it can be piped. Batches, files of prompts and log-probabilities are left to the
+The text alone goes to stdout, so that it can be piped. It is greedy unless flags say otherwise: of the model's
+generation_config.json only the end tokens are taken. Batches, files of prompts and log-probabilities are left to the
 Python API (`speedstack.runtime.Engine`), which does them in three lines.
 """
 
@@ -32,12 +33,15 @@ class GenerateConfig(ModelConfig):
         {}, description="Variables for the chat template, as a JSON object: '{\"enable_thinking\": false}'."
     )
     max_new_tokens: int = Field(128, ge=1, description="Tokens generated at most.")
-    temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 is greedy.")
+    temperature: float = Field(
+        0.0, ge=0, description="Sampling temperature; 0 is greedy, whatever generation_config.json has."
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: the probability mass kept.")
     top_k: int = Field(0, ge=0, description="Most probable tokens kept; 0 keeps all.")
     seed: int = Field(0, ge=0, description="Seed of the sampling noise.")
     stop: tuple[str, ...] = Field((), description="Strings that end the text; they are not part of it.")
-    ignore_eos: bool = Field(False, description="Go on past the end-of-text token.")
+    ignore_eos: bool = Field(False, description="Go on past end-of-text tokens.")
+    skip_special_tokens: bool = Field(True, description="Leave special tokens, marks of a chat say, out of the text.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="dtype of everything but packed experts; auto: float32 on a CPU, bfloat16 on a GPU."
     )
@@ -97,10 +101,11 @@ def generate(config: GenerateConfig) -> None:
         "seed": config.seed,
         "stop": config.stop,
         "ignore_eos": config.ignore_eos,
+        "skip_special_tokens": config.skip_special_tokens,
     }
-    if config.chat_template:
-        text = _as_chat(text, engine.tokenizer, config.chat_template_kwargs)
     prompt = text or list(config.prompt_ids)
+    if config.chat_template:
+        prompt = _as_chat(text, engine.tokenizer, config.chat_template_kwargs)
     if engine.tokenizer is None:
         generation = engine.generate(prompt, **options)
         print(" ".join(map(str, generation.tokens)))
@@ -117,13 +122,15 @@ def generate(config: GenerateConfig) -> None:
     print("memory: " + ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in parts), file=sys.stderr)
 
 
-def _as_chat(text: str, tokenizer: Any, kwargs: dict[str, Any]) -> str:
+def _as_chat(text: str, tokenizer: Any, kwargs: dict[str, Any]) -> list[int]:
+    """Token ids: a template writes special tokens itself, and the tokenizer adds none."""
     from speedstack.eval.chat_template import ChatTemplate
     from speedstack.eval.chats import Chat
 
     if tokenizer is None:
         raise ValueError("chat_template needs a tokenizer, and the target has no tokenizer files")
-    return ChatTemplate(tokenizer, kwargs).prompt("the prompt", Chat([{"role": "user", "content": text}]))
+    written = ChatTemplate(tokenizer, kwargs).prompt("the prompt", Chat([{"role": "user", "content": text}]))
+    return list(tokenizer.encode(written, add_special_tokens=False))
 
 
 def _stream(pieces: Generator[str, None, Generation]) -> Generation:

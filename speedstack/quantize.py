@@ -155,6 +155,7 @@ def _check_directories(config: QuantizeConfig) -> PreTrainedConfig:
     from speedstack.quant.checkpoint.directory import check_apart, check_place, check_target
     from speedstack.quant.checkpoint.files import checkpoint_directory
     from speedstack.quant.checkpoint.names import hub_names
+    from speedstack.runtime.target import warn_if_not_decodable
 
     model_config, codec = read_config(checkpoint_directory(config.model))
     if codec.is_packed:
@@ -163,6 +164,7 @@ def _check_directories(config: QuantizeConfig) -> PreTrainedConfig:
     check_target(config.out)
     check_place(config.out)
     hub_names(model_config.model_type)
+    warn_if_not_decodable(model_config)
     return model_config
 
 

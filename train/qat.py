@@ -30,6 +30,7 @@ from speedstack.quant.checkpoint.files import checkpoint_directory
 from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters, router_parameters
 from speedstack.quant.ptq import round_to_nearest
+from speedstack.runtime.target import warn_if_not_decodable
 from speedstack.train.attention import enable_blockwise_attention
 from speedstack.train.config import QatConfig
 from speedstack.train.corpus import corpus_for
@@ -64,18 +65,18 @@ class QatRecipe(Recipe):
 
     def build(self, world: World) -> nn.Module:
         section, data, stage = self.config.qat, self.config.data, self.config.distributed.zero_stage
-        _check_teacher(self.config)
+        _check_teacher(self.config, world)
         if section.start_from is not None:
             _check_same_architecture(section.model, section.start_from)
         vocab_size = read_config(section.model)[0].get_text_config().vocab_size
         self.tokenizer = require_tokenizer(section.model, vocab_size)
-        student = load_for_stage(section.start_from or section.model, torch.float32, stage, world)
         with world.main_first():
             corpus = corpus_for(data, self.tokenizer)
         self.world = world
         self.train = PackedWindows(corpus.train, data.sequence_length)
         self.heldout = PackedWindows(corpus.heldout, data.sequence_length)
 
+        student = load_for_stage(section.start_from or section.model, torch.float32, stage, world)
         self.teacher = load_for_stage(section.model, getattr(torch, section.teacher_dtype), stage, world)
         enable_autocast(self.teacher)
         nn.Module.to(self.teacher.requires_grad_(False).eval(), world.device)
@@ -178,8 +179,11 @@ def _trained_names(student: PreTrainedModel, trainable: Literal["experts", "all_
     return names - router_parameters(student).keys() if trainable == "all_but_router" else names
 
 
-def _check_teacher(config: QatConfig) -> None:
-    """Raises ValueError for a model whose divergence from itself is nothing to train on, and for windows beyond it."""
+def _check_teacher(config: QatConfig, world: World) -> None:
+    """Raises ValueError for a model whose divergence from itself is nothing to train on, and for windows beyond it.
+
+    Warns of one whose result our engine will not decode.
+    """
     section = config.qat
     model_config, codec = read_config(checkpoint_directory(section.model))
     if codec.is_packed and section.objective != "ce":
@@ -192,6 +196,8 @@ def _check_teacher(config: QatConfig) -> None:
         raise ValueError(
             f"data.sequence_length {config.data.sequence_length} exceeds the {max_length} positions of {section.model}"
         )
+    if world.is_main:
+        warn_if_not_decodable(model_config)
 
 
 def _check_same_architecture(model: Path, start_from: Path) -> None:

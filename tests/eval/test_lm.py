@@ -1,5 +1,6 @@
 """The lm-eval adapter gives what lm-eval's own Hugging Face adapter gives on the same weights."""
 
+import copy
 import logging
 
 import pytest
@@ -67,6 +68,27 @@ def test_generation_equals_the_hugging_face_adapter(lm: EngineLM, hf_lm: HFLM) -
     assert ours == hf_lm.generate_until(requests("generate_until", *contexts), disable_tqdm=True)
     assert all("\n" not in text for text in ours[:2]) and "e" not in ours[2]
     assert any(ours)
+
+
+def test_special_tokens_are_left_out_as_the_hugging_face_adapter_leaves_them_out(
+    engine: Engine, hf_lm: HFLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Marks of a template or a channel, which here are some of the tokens that the model writes anyway."""
+    free = engine.generate("import os", max_new_tokens=12).tokens
+    tokenizer = copy.deepcopy(engine.tokenizer)
+    marks = [tokenizer.convert_ids_to_tokens(token) for token in dict.fromkeys(free[2:5])]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    for adapter in (engine, hf_lm):
+        monkeypatch.setattr(adapter, "tokenizer", tokenizer)
+    lm = EngineLM(engine, progress=False)
+    contexts = [
+        (text, {"until": until, "max_gen_toks": 12})
+        for text in ("import os", "def f(x):")
+        for until in ([], [marks[-1]], [tokenizer.decode(free[5:6])])
+    ]
+    ours = lm.generate_until(requests("generate_until", *contexts), disable_tqdm=True)
+    assert ours == hf_lm.generate_until(requests("generate_until", *contexts), disable_tqdm=True)
+    assert ours[0] and ours[0] != tokenizer.decode(free)
 
 
 def test_sampling_takes_temperature_and_seed(engine: Engine) -> None:

@@ -119,7 +119,7 @@ def test_fused_experts_are_those_of_a_tensor_each(
     model.save_pretrained(tmp_path / "each")
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
     assert any(name.endswith(".experts.gate_up_proj") for name in stored(tmp_path / "fused"))
-    expected, found = (load_checkpoint(tmp_path / name).tensors for name in ("each", "fused"))
+    expected, found = (dict[str, Any](load_checkpoint(tmp_path / name).tensors) for name in ("each", "fused"))
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
