@@ -6,15 +6,15 @@ correction is made for looking at several tasks: at a significance of 0.05 one t
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from speedstack.eval.document import Document, Environment, Record, write_whole
 from speedstack.eval.environment import command_line
-from speedstack.eval.suite_result import SuiteResult
+from speedstack.eval.suite_result import HeadlineMetric, SuiteResult
 
 # Resamples drawn at once: bounds memory for tasks of ten thousand documents.
 RESAMPLES_AT_ONCE = 128
@@ -118,7 +118,7 @@ def compare_results(
     """Compare each result, by label, with the first, on the tasks that all of them have.
 
     Raises ValueError for fewer than two results, another suite, no task in common, other settings of a task (examples,
-    chat template), and other documents.
+    generation, chat template), and other documents.
     """
     labels = list(results)
     if len(labels) < 2:
@@ -258,12 +258,14 @@ def _check_same_questions(a_label: str, a: SuiteResult, b_label: str, b: SuiteRe
     if not tasks:
         raise ValueError(f"there is no task that {a_label}, {b_label} and all others have")
     asked = [[entry for entry in result.block.headline if entry.task in tasks] for result in (a, b)]
-    if asked[0] != asked[1] or a.block.chat_template != b.block.chat_template:
+    leaves = list(dict.fromkeys(leaf for entry in asked[0] for leaf in _members(a, entry.task)))
+    ways = [_asked(a, asked[0], leaves), _asked(b, asked[1], leaves)]
+    if different := [name for name, value in ways[0].items() if value != ways[1][name]]:
         raise ValueError(
-            f"{a_label} and {b_label} were asked differently (metric, number of examples or chat template): "
-            "evaluate both with the same settings"
+            f"{a_label} and {b_label} were asked differently ({', '.join(different)}): evaluate both with the same "
+            "settings"
         )
-    for task in dict.fromkeys(leaf for entry in asked[0] for leaf in _members(a, entry.task)):
+    for task in leaves:
         documents, theirs = a.block.documents[task], b.block.documents.get(task)
         if theirs is None or theirs.doc_hashes != documents.doc_hashes:
             num_theirs = 0 if theirs is None else len(theirs.doc_hashes)
@@ -271,6 +273,23 @@ def _check_same_questions(a_label: str, a: SuiteResult, b_label: str, b: SuiteRe
                 f"{a_label} and {b_label} answered different documents of {task} ({len(documents.doc_hashes)} and "
                 f"{num_theirs}): evaluate both with the same --limit and data"
             )
+
+
+def _asked(result: SuiteResult, headline: Sequence[HeadlineMetric], leaves: Sequence[str]) -> dict[str, Any]:
+    """By name all that makes two results of the same documents answers to different questions."""
+    block, configs = result.block, result.lm_eval.get("configs", {})
+    return {
+        "metric or number of examples": headline,
+        "chat template": block.chat_template,
+        "chat template's variables": block.chat_template_kwargs,
+        "end of thinking": block.think_end_token,
+        "length of texts": block.max_gen_toks,
+        "own tasks": block.include_path_sha256 if set(leaves) & set(block.own_tasks) else None,
+        "version of a task": {leaf: result.lm_eval.get("versions", {}).get(leaf) for leaf in leaves},
+        "generation settings": {
+            leaf: [configs.get(leaf, {}).get(name) for name in ("generation_kwargs", "repeats")] for leaf in leaves
+        },
+    }
 
 
 def _members(result: SuiteResult, task: str) -> list[str]:
@@ -282,12 +301,11 @@ def _members(result: SuiteResult, task: str) -> list[str]:
 
 
 def _column(result: SuiteResult, task: str, metric: str) -> np.ndarray:
-    """Every document's score, [documents, columns]; none where a member has no such metric."""
-    tables = []
-    for member in _members(result, task):
-        scores = result.block.documents[member].scores.get(metric, ())
-        tables.append(np.array(scores, dtype=np.float64).reshape(len(scores), -1) if scores else np.zeros((0, 1)))
-    return np.concatenate(tables) if tables else np.zeros((0, 1))
+    """Every document's score, [documents, columns], NaN for one without; none where a member has no such metric."""
+    scores = [one for member in _members(result, task) for one in result.block.documents[member].scores.get(metric, ())]
+    rows = [score if isinstance(score, tuple) else (score,) for score in scores]
+    width = max(map(len, rows), default=1)
+    return np.array([row if row[0] is not None else (math.nan,) * width for row in rows], np.float64).reshape(-1, width)
 
 
 def _higher_is_better(result: SuiteResult, task: str, metric: str) -> bool | None:

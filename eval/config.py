@@ -14,13 +14,13 @@ from speedstack.eval.prompt_settings import ChatTemplateKwargs, PromptSettings
 DEMO_RUN = Path("runs/demo")
 
 
-def _checked_limit(limit: int | float) -> int | float:
-    if limit <= 0 or (isinstance(limit, float) and limit >= 1):
+def _checked_limit(limit: int | float | None) -> int | float | None:
+    if limit is not None and (limit <= 0 or (isinstance(limit, float) and limit >= 1)):
         raise ValueError("expected a number of documents, or a share of them between 0 and 1")
     return limit
 
 
-Limit = Annotated[int | float, AfterValidator(_checked_limit)]
+Limit = Annotated[int | float | None, AfterValidator(_checked_limit)]
 # An id is a number in YAML.
 TokenName = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
@@ -71,11 +71,13 @@ class EvalConfig(ModelConfig):
         "offline: adds the task same_text, how often the model writes word for word the same.",
     )
     corpus: Path = Field(DEMO_RUN / "corpus", description="Prepared corpus whose held-out part is read.")
-    tasks: tuple[str, ...] = Field(
-        ("heldout_perplexity", "next_line", "close_line"),
-        description="lm-eval tasks: ours, made from the held-out part, or any name lm-eval itself knows.",
+    tasks: tuple[str, ...] | None = Field(
+        None,
+        description="lm-eval tasks: ours (heldout_perplexity, next_line, close_line), made from the held-out part, or "
+        "any name lm-eval itself knows. None: ours, as far as the text has items for them; prose has none to close. "
+        "An empty list: none.",
     )
-    limit: Limit | None = Field(
+    limit: Limit = Field(
         None, description="Documents a task at most: so many, or a share of them between 0 and 1; None: all."
     )
     num_tokens: int = Field(16384, ge=1, description="Held-out tokens of perplexity and divergence.")

@@ -9,10 +9,12 @@ not taken.
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from speedstack.quant.checkpoint.files import read_json
 from speedstack.runtime.sampling import GREEDY, SamplingParams
 
 DEFAULT_MAX_GEN_TOKS = 256
@@ -129,6 +131,17 @@ def read_generation_kwargs(gen_kwargs: Mapping[str, Any]) -> GenerationSettings:
         else SamplingParams(temperature, float(known.get("top_p", 1.0)), 0 if top_k == -1 else top_k),
         max_length=known.get("max_length"),
     )
+
+
+def defaults_not_computed(directory: Path) -> dict[str, Any]:
+    """What a model's generation_config.json has transformers do to every text, and the engine does not do."""
+    file = directory / "generation_config.json"
+    fields = read_json(file) if file.is_file() else {}
+    return {
+        name: value
+        for name, value in fields.items()
+        if value is not None and name in _NEUTRAL and value not in _NEUTRAL[name]
+    }
 
 
 def _check_type(given: Mapping[str, Any], name: str, types: Any) -> None:

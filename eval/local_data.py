@@ -9,6 +9,7 @@ lm-eval offers no place to say so, group members least of all, hence for the tim
 through which they all ask is replaced.
 """
 
+import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,16 +24,22 @@ FORMATS = {".jsonl": "json", ".parquet": "parquet"}
 def local_data(directory: Path | None) -> Iterator[None]:
     """Within the block data sets come from `directory` where it has them, and from the Hub otherwise.
 
-    Raises ValueError, naming the files that would do, for a data set that neither has.
+    Raises ValueError for a file that cannot be read and, naming those that would do, for a data set that neither has.
     """
     load_from_hub = datasets.load_dataset
+
+    def read(file: Path) -> datasets.Dataset:
+        try:  # to `datasets` a path is a pattern
+            return load_from_hub(FORMATS[file.suffix], data_files=glob.escape(str(file)), split="train")
+        except Exception as error:  # of datasets and pyarrow, which share no base class
+            reason = error.__cause__ or error
+            raise ValueError(f"cannot read {file}: {' '.join(str(reason).split())}") from error
 
     def load(path: str, name: str | None = None, **options: Any) -> Any:
         if path in FORMATS.values():
             return load_from_hub(path, name, **options)
         if directory is not None and (files := split_files(directory, path, name)):
-            parts = {split: load_from_hub(FORMATS[file.suffix], data_files=str(file)) for split, file in files.items()}
-            return datasets.DatasetDict({split: part["train"] for split, part in parts.items()})
+            return datasets.DatasetDict({split: read(file) for split, file in files.items()})
         try:
             return load_from_hub(path, name, **options)
         # Whatever it was (no network, offline mode, a renamed or gated data set, a full disk), local files would do.

@@ -9,8 +9,8 @@ from speedstack.eval.ablation import AblationGrid
 from speedstack.eval.compare import Comparison
 from speedstack.eval.document import Document, Environment
 from speedstack.eval.figures import NothingToDraw
-from speedstack.eval.peers import ENGINE, ENGINE_DRAFTER, TRANSFORMERS
 from speedstack.eval.results import AcceptanceResult, TimingResult
+from speedstack.eval.timing_result import ENGINE, ENGINE_DRAFTER, TRANSFORMERS
 
 T = TypeVar("T")
 DocumentT = TypeVar("DocumentT", bound=Document)

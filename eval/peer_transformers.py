@@ -25,6 +25,7 @@ from speedstack.dflash.hf import to_transformers
 from speedstack.eval.document import Unavailable
 from speedstack.eval.failures import PEER_ERRORS, one_line
 from speedstack.eval.timing import Contestant, Sample
+from speedstack.eval.timing_result import TRANSFORMERS
 from speedstack.quant.checkpoint import load_model
 from speedstack.runtime import GenerationStats
 
@@ -32,7 +33,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 NAMES = {
-    "transformers": "transformers",
+    "transformers": TRANSFORMERS,
     "assisted": "transformers + drafter",
     "compiled": "transformers, compiled",
 }

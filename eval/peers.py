@@ -28,13 +28,12 @@ from speedstack.eval.peer_vllm import vllm_contestants
 from speedstack.eval.prompts import PromptSet
 from speedstack.eval.results import AcceptanceResult, SetTiming, TimingResult, Unavailable
 from speedstack.eval.timing import Contestant, Sample, Standings, race
+from speedstack.eval.timing_result import ENGINE, ENGINE_DRAFTER
 from speedstack.runtime import DraftStrategy, Engine
 from speedstack.runtime.strategy import NGRAM
 from speedstack.runtime.target import load_target
 from speedstack.runtime.weights import packed_parts
 
-ENGINE = "engine"
-ENGINE_DRAFTER = "engine + drafter"
 ENGINE_WHOLE_BLOCKS = "engine + drafter, whole blocks"
 ENGINE_LOOK_UP = "engine + look-up"
 TRANSFORMERS, TRANSFORMERS_DRAFTER, TRANSFORMERS_COMPILED = NAMES.values()

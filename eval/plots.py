@@ -265,7 +265,7 @@ def dots(
             )
         if reference is not None:
             axes.axvline(reference, color=INK, linewidth=0.9, linestyle="--")
-        if log:
+        if log and any(point is not None and point[0] > 0 for points in series.values() for point in points):
             axes.set_xscale("log")
         axes.set_yticks(range(len(names)), [_wrap(name, _label_width(len(names))) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)

@@ -7,6 +7,7 @@ engine answers. Everything that an interrupted run was told is in its cache, and
 import difflib
 import importlib.resources
 import json
+import logging
 import math
 import time
 from collections.abc import Collection, Mapping
@@ -19,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from speedstack.eval.environment import describe_environment
+from speedstack.eval.generation_kwargs import defaults_not_computed
 from speedstack.eval.headline import find_metric
 from speedstack.eval.lm import EngineLM
 from speedstack.eval.own_tasks import read_own_tasks
@@ -30,6 +32,8 @@ from speedstack.eval.suite_result import HeadlineMetric, SuiteBlock, SuiteResult
 from speedstack.eval.task_loading import CODE_TASK_NAMES, TaskLoader, item_name, leaf_tasks
 from speedstack.eval.team import Team
 from speedstack.runtime import Engine
+
+logger = logging.getLogger(__name__)
 
 # For metrics whose standard error has no formula.
 BOOTSTRAP_ITERATIONS = 1000
@@ -160,6 +164,13 @@ def run_suite(
                     raise ValueError(f"suite {name}: {other} and {entry.task} share task {task.task_name}: drop one")
                 _configure(task, entry)
                 tasks.append(task)
+    left_out = defaults_not_computed(target)
+    if left_out and any(task.OUTPUT_TYPE == "generate_until" for task in tasks):
+        logger.warning(
+            "generation_config.json of %s asks for %s, which transformers heeds in every text and the engine does not",
+            target,
+            ", ".join(f"{key} {value}" for key, value in left_out.items()),
+        )
     is_own = {name for name, entry in source.items() if own is not None and {name, entry} & own.names}
     lm = EngineLM(
         engine,
@@ -206,6 +217,7 @@ def run_suite(
         limit=settings.limit,
         include_path=None if own is None else str(own.directory),
         include_path_sha256=None if own is None else own.sha256,
+        own_tasks=tuple(sorted(is_own)),
         chat_template=settings.chat_template,
         chat_template_kwargs=dict(settings.chat_template_kwargs),
         think_end_token=settings.think_end_token,

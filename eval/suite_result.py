@@ -59,8 +59,8 @@ class SuiteBlock(Document):
 
     `quantization` is the format that the target's config names, None for none. `code_isolation` says what kept
     generated programs in; None where none was run. `num_cached` requests were known from an earlier run.
-    `include_path` is the folder of the user's own tasks, with the SHA-256 of its files. `max_gen_toks` stands for each
-    task's own; None: those. `limit` and `think_end_token` are as they were given.
+    `include_path` is the folder that `own_tasks` came from, with the SHA-256 of its files. `max_gen_toks` stands for
+    each task's own; None: those. `limit` and `think_end_token` are as they were given.
     """
 
     kind: Literal["eval"] = "eval"
@@ -80,6 +80,7 @@ class SuiteBlock(Document):
     limit: int | float | None
     include_path: str | None = None
     include_path_sha256: str | None = None
+    own_tasks: tuple[str, ...] = ()
     chat_template: bool
     chat_template_kwargs: dict[str, Any] = Field(default={})
     think_end_token: str | int | None = None
@@ -115,9 +116,10 @@ class SuiteResult:
         if not isinstance(content, dict) or BLOCK not in content:
             raise ValueError(f"{path} is no result of a suite: it has no part '{BLOCK}' (speedstack eval --suite)")
         lm_eval = {key: value for key, value in content.items() if key != BLOCK}
+        block = SuiteBlock.check(content[BLOCK], path)
         if not isinstance(lm_eval.get("results"), dict):
             raise ValueError(f"{path} holds no scores: lm-eval's part 'results' is missing")
-        return cls(lm_eval, SuiteBlock.check(content[BLOCK], path))
+        return cls(lm_eval, block)
 
     def scores(self, task: str, metric: str | None) -> list[tuple[str, str, float]]:
         """(task, 'metric,filter', value) of what a task or group of the suite is reported by.
@@ -152,7 +154,7 @@ class SuiteResult:
             raise ValueError(no_metric(entry.task, entry.metric or "any", known))
 
     def value(self, task: str, metric: str) -> float | None:
-        """lm-eval's value of a task's or group's metric, such as 'acc,none'; None where it has none that is a number."""
+        """lm-eval's value of a task's or group's metric, such as 'acc,none'; None where there is no such number."""
         value = self.lm_eval["results"].get(task, {}).get(metric)
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 

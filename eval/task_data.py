@@ -10,8 +10,9 @@ import itertools
 import json
 import random
 import re
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,25 +63,34 @@ def read_documents(paths: Sequence[str | Path], root: str | Path | None = None) 
 
 
 def make_tasks(
-    documents: Mapping[str, str], out_dir: str | Path, seed: int = 0, sizes: TaskSizes | None = None
+    documents: Mapping[str, str],
+    out_dir: str | Path,
+    seed: int = 0,
+    sizes: TaskSizes | None = None,
+    tasks: Collection[str] | None = None,
 ) -> dict[str, int]:
     """Write one JSON-lines file a task into `out_dir`; returns how many items each has.
 
-    Raises ValueError when the documents are too few or too short for a task to have any item.
+    `tasks` are those that are wanted; None: all that the documents have items for, which may be none, and a warning
+    names the others. Raises ValueError when the documents have no item for a task that is wanted.
     """
     sizes = sizes or TaskSizes()
     files = _source_files(documents)
-    items = {
-        "heldout_perplexity": list(_perplexity_items(files, seed, sizes)),
-        "next_line": list(_next_line_items(files, seed, sizes.num_next_line)),
-        "close_line": list(_close_line_items(files, seed, sizes.num_close_line)),
+    makers = {
+        "heldout_perplexity": lambda: _perplexity_items(files, seed, sizes),
+        "next_line": lambda: _next_line_items(files, seed, sizes.num_next_line),
+        "close_line": lambda: _close_line_items(files, seed, sizes.num_close_line),
     }
-    out_dir = Path(out_dir)
-    for name, rows in items.items():
-        if not rows:
-            raise ValueError(f"{len(files)} held-out documents give no item for task {name}: hold out more text")
-        _write_rows(out_dir / f"{name}.jsonl", rows)
-    return {name: len(rows) for name, rows in items.items()}
+    items = {name: list(make()) for name, make in makers.items() if tasks is None or name in tasks}
+    without = [name for name, rows in items.items() if not rows]
+    if without:
+        said = f"{len(files)} held-out documents give no item for task {' and '.join(without)}"
+        if tasks is not None:
+            raise ValueError(f"{said}: hold out more text, or leave the task out; close_line is of source code")
+        warnings.warn(f"{said}, which is not measured", stacklevel=2)
+    for name in items.keys() - without:
+        _write_rows(Path(out_dir) / f"{name}.jsonl", items[name])
+    return {name: len(rows) for name, rows in items.items() if rows}
 
 
 def make_same_text(
@@ -102,7 +112,7 @@ def make_same_text(
         return [i for i in range(MIN_CONTEXT_LINES, len(file.lines)) if file.lines[i - 1].strip()]
 
     places = itertools.islice(_spread_over_files(files, rng, num_items, candidates), num_items)
-    contexts = [(file.name, "\n".join(file.lines[_context_start(file.lines, i) : i]) + "\n") for file, i in places]
+    contexts = [(file.name, _context(file.lines, i)) for file, i in places]
     if not contexts:
         raise ValueError(f"{len(files)} held-out documents give no item for task same_text: hold out more text")
     texts = write([context for _, context in contexts])
@@ -124,24 +134,30 @@ def make_prompt_sets(
     """Two sets of `num_prompts` prompts of at most `num_tokens` ids: how a module opens, and a function to be written.
 
     "module opening" starts at a document's first token, after the separator `prefix_id` as in training; "function body"
-    ends right after a `def` line with the text before it. Raises ValueError when the documents give fewer prompts.
+    ends right after a `def` line with the text before it. Text that has no such line at all has no such set, and a
+    warning says so. Raises ValueError when the documents give fewer prompts.
     """
     files = _source_files(documents)
     rng = random.Random(f"prompts:{seed}")
     openings: list[list[int]] = []
     bodies: list[list[int]] = []
+    is_code = False
     for file in rng.sample(files, len(files)):
         if len(openings) < num_prompts:
             opening = [prefix_id, *encode(_limit_lines(file.lines, num_tokens * 8))][:num_tokens]
             if len(opening) == num_tokens:
                 openings.append(opening)
         headers = [i for i, line in enumerate(file.lines) if re.match(r"\s*def \w+\(.*\):$", line)]
+        is_code |= bool(headers)
         headers = [i for i in headers if i >= CONTEXT_LINES]
         if headers and len(bodies) < num_prompts:
             end = rng.choice(headers)
             context = "\n".join(file.lines[max(0, end - 4 * CONTEXT_LINES) : end + 1]) + "\n"
             bodies.append(encode(context)[-num_tokens:])
     sets = {"module opening": openings, "function body": bodies}
+    if openings and not is_code:
+        del sets["function body"]
+        warnings.warn(f"none of {len(files)} held-out documents has a function: no prompts end at one", stacklevel=2)
     for name, prompts in sets.items():
         if len(prompts) < num_prompts:
             raise ValueError(
@@ -164,7 +180,10 @@ def _source_files(documents: Mapping[str, str]) -> list[SourceFile]:
 
 
 def _limit_lines(lines: Sequence[str], max_chars: int) -> str:
-    """The first lines that fit into `max_chars`, each ended by a newline."""
+    """The first lines that fit into `max_chars`, each ended by a newline; where none does, the first one's beginning.
+
+    Prose may have a paragraph in a line.
+    """
     kept: list[str] = []
     num_chars = 0
     for line in lines:
@@ -172,6 +191,8 @@ def _limit_lines(lines: Sequence[str], max_chars: int) -> str:
         if num_chars > max_chars:
             break
         kept.append(line)
+    if not any(kept):
+        return next((line for line in lines if line), "")[:max_chars]
     return "".join(line + "\n" for line in kept)
 
 
@@ -182,6 +203,12 @@ def _context_start(lines: Sequence[str], end: int) -> int:
         start -= 1
         num_chars += len(lines[start]) + 1
     return start
+
+
+def _context(lines: Sequence[str], end: int) -> str:
+    """The lines from `_context_start` on, or the end of the line before where it is too long for one."""
+    start = _context_start(lines, end)
+    return ("\n".join(lines[start:end]) if start < end else lines[end - 1][-CONTEXT_CHARS:]) + "\n"
 
 
 def _perplexity_items(files: Sequence[SourceFile], seed: int, sizes: TaskSizes) -> Iterator[dict]:

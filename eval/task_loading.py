@@ -7,6 +7,7 @@ with lm-eval itself, and may not have the names of ours.
 """
 
 import difflib
+import glob
 import hashlib
 import json
 import logging
@@ -130,5 +131,7 @@ def _our_config(name: str, data_dir: Path | None) -> dict[str, Any]:
     data_file = (data_dir / f"{name}.jsonl").resolve()
     if not data_file.is_file():
         raise ValueError(f"no data of task {name} at {data_file}: write it with speedstack.eval.task_data.make_tasks")
-    config["dataset_kwargs"] = {"data_files": {"test": str(data_file)}, "cache_dir": str(data_file.parent / ".cache")}
+    # To `datasets` a path is a pattern.
+    pattern, cache = glob.escape(str(data_file)), str(data_file.parent / ".cache")
+    config["dataset_kwargs"] = {"data_files": {"test": pattern}, "cache_dir": cache}
     return config

@@ -21,6 +21,9 @@ from typing import Literal
 
 from speedstack.eval.document import Document, Environment, Record, Spread, Unavailable
 
+# Contestants whose ratios are what a race is about.
+ENGINE, ENGINE_DRAFTER, TRANSFORMERS = "engine", "engine + drafter", "transformers"
+
 
 class Identity(Record):
     """Whether a contestant's tokens are those of `reference`, and whether it promises so."""

@@ -8,8 +8,9 @@ type `mimo_v2` (V2.5, V2.5-Pro) are read directly, with the names of their maker
 from pathlib import Path
 from typing import Any
 
-from speedstack.quant.checkpoint.config import config_from_fields
+from speedstack.quant.checkpoint.config import config_from_fields, unquantized_fields
 from speedstack.quant.checkpoint.files import CONFIG_FILE, read_json
+from speedstack.quant.checkpoint.spelling import transformers_fields
 from speedstack.runtime.formats import WeightFormats, formats_from_fields
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec, spec_from_config
 
@@ -72,9 +73,11 @@ def read_model_config(path: Path) -> tuple[ModelSpec, WeightFormats]:
 def spec_from_fields(fields: dict[str, Any]) -> ModelSpec:
     """The spec of a parsed config.json. Raises ValueError as `read_model_config`, without the file's name."""
     model_type = fields.get("model_type")
-    if model_type not in _REQUIRED:
+    if not isinstance(model_type, str) or model_type not in _REQUIRED:
         known = ", ".join(sorted(_REQUIRED))
         raise ValueError(f"model type {model_type!r} is none that the runtime can plan for; it can for {known}")
+    if model_type != "mimo_v2":  # of which transformers has no class
+        fields = transformers_fields(unquantized_fields(fields))
     missing = [key for key in _REQUIRED[model_type] if fields.get(key) is None]
     if not any(fields.get(key) is not None for key in _NUM_EXPERTS[model_type]):
         missing.append(_NUM_EXPERTS[model_type][0])

@@ -66,6 +66,8 @@ def formats_from_fields(fields: dict[str, Any]) -> WeightFormats:
         if dtype not in ("bfloat16", "float16"):
             raise ValueError(f"weights of dtype {dtype!r} are not known to the plan; use bfloat16 or float32")
         return WeightFormats(router=router)
+    if not isinstance(quantization, dict):
+        raise ValueError("quantization_config is no object: download it again")
     method = quantization.get("quant_method")
     if method == "mxfp4" or (method == "compressed-tensors" and quantization.get("format") == "mxfp4-pack-quantized"):
         return WeightFormats(router=router, experts="mxfp4")
@@ -73,6 +75,8 @@ def formats_from_fields(fields: dict[str, Any]) -> WeightFormats:
         expert_dtype = quantization.get("expert_dtype", fields.get("expert_dtype"))
         is_mxfp4 = quantization.get("store_dtype") == "mxfp4" or expert_dtype in ("fp4", "mxfp4")
         ignored = quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or []
+        if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
+            raise ValueError(f"quantization_config lists no names of what is not quantized: {ignored!r}")
         paths = [path for name in ignored if _is_of_model(path := name.split("."), fields.get("num_hidden_layers"))]
         own = [path for path in paths if not any("expert" in segment for segment in path)]
 

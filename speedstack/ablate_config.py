@@ -229,7 +229,7 @@ class SuiteSection(VerbConfig):
     name: str | None = Field("offline", description="Suite, or its YAML file; None: rows have no score.")
     tasks: tuple[str, ...] = Field(("same_text",), description="Tasks of the suite that are run; none named: all.")
     score: str = Field("same_text", description="Task whose headline metric is the score.")
-    limit: Limit | None = Field(
+    limit: Limit = Field(
         None, description="Documents a task at most: so many, or a share of them between 0 and 1; None: all."
     )
     data: Path | None = Field(None, description="Directory of local data sets, as of the verb eval.")

@@ -16,6 +16,7 @@ left alone, and not used: rows are compared with each other, so one table is of 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,10 @@ import torch
 
 from speedstack.ablate_config import TRAINED, AblateConfig, RowSpec, drafter_config, qat_config
 from speedstack.eval.environment import describe_environment
+from speedstack.eval.request_cache import side_files
 from speedstack.eval.suite import Suite, load_suite
 from speedstack.eval.task_loading import TASK_NAMES, TEACHER_TASK_NAMES
 from speedstack.quant.checkpoint import weights_sha256
-from speedstack.quant.checkpoint.files import CONFIG_FILE
 from speedstack.quant.formats import number_format
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE
 from speedstack.runtime.select import choose_device
@@ -42,8 +43,8 @@ VERSIONS = {
     "drafter": 1,
     "quality": 1,
     "tasks": 1,
-    "suite": 1,
-    "acceptance": 1,
+    "suite": 2,
+    "acceptance": 2,
     "timing": 1,
 }
 # lm-eval decides the scores of a suite alone. What else is installed moves files and changes no number.
@@ -248,10 +249,9 @@ def _suite(config: AblateConfig) -> tuple[str, Suite] | None:
 
 
 def model_digest(path: Path) -> str:
-    """SHA-256 of a model directory's weights and its config.json."""
-    digest = hashlib.sha256(weights_sha256(path).encode())
-    digest.update((path / CONFIG_FILE).read_bytes())
-    return digest.hexdigest()
+    """SHA-256 of a model directory's weights, its configs, its tokenizer and its chat template."""
+    files = json.dumps(side_files(path), sort_keys=True)
+    return hashlib.sha256(f"{weights_sha256(path)}{files}".encode()).hexdigest()
 
 
 def tree_digest(path: Path) -> str:

@@ -31,7 +31,7 @@ from speedstack.eval.timing import spread
 from speedstack.evaluate import make_task_data
 from speedstack.heldout import heldout_prompts
 from speedstack.quant.checkpoint import export_model, load_model
-from speedstack.quant.checkpoint.source import stored_dtypes
+from speedstack.quant.checkpoint.source import value_dtypes
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.quantize import CalibrationSection, QuantizeConfig, quantize
 from speedstack.runtime import Engine, Generation
@@ -97,7 +97,7 @@ def _quantize(job: _Job) -> dict[str, Any]:
             )
         quantize(QuantizeConfig(model=job.model, method=settings["method"], out=export, **calibration))
         return {}
-    model = load_model(job.model, torch.bfloat16 if stored_dtypes(job.model) == {"BF16"} else torch.float32)
+    model = load_model(job.model, torch.bfloat16 if value_dtypes(job.model) == {"BF16"} else torch.float32)
     torch.nn.Module.to(model, job.device)
     names = round_to_nearest(model, settings["scale_rule"], settings["format"], settings["modules"])
     export_model(model, job.model, export, scale_rule=None, only=names)

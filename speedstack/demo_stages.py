@@ -180,13 +180,14 @@ class DemoStages:
         from speedstack.eval.quality import heldout_windows, measure_quality
         from speedstack.eval.storage import expert_storage, summarize_model
         from speedstack.eval.task_data import make_tasks
+        from speedstack.eval.task_loading import TASK_NAMES
         from speedstack.gather import Facts
         from speedstack.heldout import heldout_texts
 
         section, corpus = self.config.quality, self._corpus()
         prefix_id = corpus.tokenizer.eos_token_id
         windows = heldout_windows(corpus.heldout["input_ids"], section.window, section.num_tokens, prefix_id)
-        make_tasks(heldout_texts(corpus), self.out / "tasks", seed=self.config.seed)
+        make_tasks(heldout_texts(corpus), self.out / "tasks", self.config.seed, tasks=TASK_NAMES)
         engines = {name: self._engine(path) for name, path in self.models.items()}
         result = measure_quality(
             engines, FULL, windows, task_data=self.out / "tasks", limit=section.limit, progress=False

@@ -35,6 +35,7 @@ from speedstack.eval.drafter_rows import AblationTimes, DraftedSet, DrafterAblat
 from speedstack.eval.environment import describe_environment
 from speedstack.eval.prompts import PromptLoader
 from speedstack.quant.checkpoint import weights_sha256
+from speedstack.quant.checkpoint.digest import model_sha256
 from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.runtime import Engine
 from speedstack.runtime.strategy import DraftStrategy
@@ -123,6 +124,7 @@ class Ablation:
         config, file = self.config, self.config.out / "settings.json"
         code = None if config.code_prompts is None else hashlib.sha256(_read_bytes(config.code_prompts)).hexdigest()
         measured = {
+            "target_sha256": model_sha256(self.first.drafter.target),
             "num_prompts": config.num_prompts,
             "num_new_tokens": config.num_new_tokens,
             "code_prompts": code,
@@ -130,7 +132,8 @@ class Ablation:
             "ngram_size": config.ngram_size,
         }
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"measured": measured, "rows": {}}
-        changed = [name for name, value in measured.items() if known["measured"][name] != value]
+        # Directories that were begun before a name was noted have not got it.
+        changed = [name for name, value in measured.items() if known["measured"].get(name, value) != value]
         if changed:
             raise ValueError(f"{config.out} holds rows measured with another {', '.join(changed)}: choose another out")
         rows = {row: config_hash(config.row_config(row, 0)) for row in self.trained}
@@ -139,7 +142,7 @@ class Ablation:
             raise ValueError(
                 f"{config.out} holds a row {changed[0]} with other settings: rename it here, or choose another out"
             )
-        known["rows"] |= rows
+        known["measured"], known["rows"] = measured, known["rows"] | rows
         write_atomically(file, json.dumps(known, indent=2) + "\n")
 
     def _recipe(self, row: str) -> tuple[DrafterRecipe, torch.nn.Module]:

@@ -94,7 +94,7 @@ def make_task_data(config: EvalConfig, tasks: set[str]) -> None:
     if not tasks & {*TASK_NAMES, *TEACHER_TASK_NAMES}:
         return
     texts = heldout_texts(load_corpus(config.corpus))
-    make_tasks(texts, config.out / "tasks", seed=config.seed, sizes=SUITE_SIZES)
+    make_tasks(texts, config.out / "tasks", config.seed, SUITE_SIZES, tasks & set(TASK_NAMES))
     if tasks & set(TEACHER_TASK_NAMES):
         assert config.teacher is not None
         teacher = EngineLM(
@@ -142,7 +142,8 @@ def _eval_engine(config: EvalConfig, target: Path, drafter_path: Path | None = N
 
 
 def _evaluate_heldout(config: EvalConfig) -> None:
-    from speedstack.eval.quality import heldout_windows, measure_quality
+    from speedstack.eval.heldout import corpus_windows
+    from speedstack.eval.quality import measure_quality
     from speedstack.eval.task_data import make_tasks
     from speedstack.eval.task_loading import TASK_NAMES
     from speedstack.heldout import heldout_texts
@@ -154,16 +155,21 @@ def _evaluate_heldout(config: EvalConfig) -> None:
         )
     _check_models(config)
     corpus = load_corpus(config.corpus)
-    engines = {"target": _eval_engine(config, config.target, config.drafter)}
-    if config.teacher is not None:
-        engines["teacher"] = _eval_engine(config, config.teacher)
-    prefix_id = corpus.tokenizer.eos_token_id
-    windows = heldout_windows(corpus.heldout["input_ids"], config.window, config.num_tokens, prefix_id)
+    models = [config.target] if config.teacher is None else [config.teacher, config.target]
+    for model in models:
+        windows = corpus_windows(config.corpus, model, config.window, config.num_tokens)
     task_data = config.out / "tasks"
-    if set(config.tasks) & set(TASK_NAMES):
-        make_tasks(heldout_texts(corpus), task_data, seed=config.seed)
-    teacher = "teacher" if config.teacher is not None else "target"
-    result = measure_quality(engines, teacher, windows, task_data=task_data, tasks=config.tasks, limit=config.limit)
+    ours = None if config.tasks is None else set(config.tasks) & set(TASK_NAMES)
+    made = make_tasks(heldout_texts(corpus), task_data, config.seed, tasks=ours)
+    tasks = tuple(made) if config.tasks is None else config.tasks
+    engines = {"target": _eval_engine(config, config.target, config.drafter)}
+    teacher = "target"
+    if config.teacher is not None:
+        teacher = "teacher"
+        engines[teacher] = _eval_engine(config, config.teacher)
+    result = measure_quality(
+        engines, teacher, windows, task_data=task_data if tasks else None, tasks=tasks, limit=config.limit
+    )
     path = result.save(config.out / "quality.json")
     for entry in result.methods:
         print(f"{entry.method}: {entry.nll_nats:.4f} nats a token, perplexity {entry.perplexity:.3f}")

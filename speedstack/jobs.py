@@ -74,6 +74,9 @@ def compare(config: CompareConfig) -> None:
     from speedstack.eval.compare import compare_results
     from speedstack.eval.suite_result import SuiteResult
 
+    places = [path.resolve() for path in config.results]
+    if twice := [str(path) for path, place in zip(config.results, places, strict=True) if places.count(place) > 1]:
+        raise ValueError(f"compare takes different result files, and {' and '.join(twice)} are one")
     comparison = compare_results(
         {str(path): SuiteResult.load(path) for path in config.results},
         significance=config.significance,

@@ -225,9 +225,9 @@ def _computation_dtype(config: QuantizeConfig) -> torch.dtype:
     """A dtype that holds what the files hold of the experts, so that nothing but MXFP4 rounds them."""
     import torch
 
-    from speedstack.quant.checkpoint.source import stored_dtypes
+    from speedstack.quant.checkpoint.source import value_dtypes
 
-    stored = stored_dtypes(config.model, ".experts.")
+    stored = value_dtypes(config.model, ".experts.")
     is_half = stored == {"BF16"}
     if config.dtype == "bfloat16" and not is_half:
         raise ValueError(

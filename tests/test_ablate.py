@@ -245,6 +245,12 @@ def test_another_checkpoint_setting_or_software_makes_other_steps(
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
     assert changed(model=str(other)) == set(before)
+    # The same weights with other end tokens, or another tokenizer, answer otherwise.
+    side_files = {"generation_config.json": '{"eos_token_id": [0, 7]}', "chat_template.jinja": "{{ messages }}"}
+    for name, content in side_files.items():
+        again = shutil.copytree(tiny_model_dir, tmp_path / name)
+        (again / name).write_text(content)
+        assert changed(model=str(again)) == set(before)
     machine = describe_environment()
     for package, kinds in (("lm_eval", {"tasks", "suite"}), ("torch", set(before)), ("numpy", set())):
         packages = machine.packages | {package: "0.0.1"}

@@ -1,6 +1,7 @@
 """The ablation driver on the tiny packed model: every row once, interrupted and continued, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -210,6 +211,17 @@ def test_what_does_not_fit_is_one_line(config, tmp_path, change, message, capsys
     assert main([str(tmp_path / "changed.yaml")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("drafter_ablation: error: ") and message in error
+
+
+def test_rows_of_another_target_are_not_gone_on_with(config, tmp_path):
+    raw = yaml.safe_load(config.read_text())
+    base = yaml.safe_load(Path(raw["base"]).read_text())
+    target = shutil.copytree(base["drafter"]["target"], tmp_path / "model")
+    content = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(content | {"attention_value_scale": 1.0}))
+    ablation = Ablation(AblationConfig.model_validate(raw | {"common": {"drafter.target": str(target)}}))
+    with pytest.raises(ValueError, match="holds rows measured with another target_sha256"):
+        ablation._claim()
 
 
 def test_rows_that_are_not_there(config, capsys):

@@ -220,7 +220,7 @@ def test_what_a_directory_holds_besides_is_noted_and_warned_of(tmp_path: Path) -
         ('{"kind": "timing", "schema_version": 1, "device": NaN}', "x.json does not fit the timing schema: device:"),
         ('{"kind": "poem", "schema_version": 1}', "x.json (poem)"),
         ('{"kind": ["timing"], "schema_version": 1}', "x.json is not a result file"),
-        ('{"speedstack": {"kind": "eval", "schema_version": 1}}', "x.json holds no scores"),
+        ('{"speedstack": {"kind": "eval", "schema_version": 1}}', "x.json does not fit the eval schema: suite: Field"),
         ("[]", "x.json is not a result file"),
         ("", "x.json is not a JSON file"),
     ],

@@ -31,6 +31,7 @@ _MIN_DOCUMENT_CHARACTERS = 200
 _MAX_TEXT_BYTES = 2**31 - 2  # of one string in Arrow
 _BATCH_CHARACTERS, _BATCH_ROWS = 16 << 20, 10_000
 _TOO_LONG = "2 GiB of text or more"
+_NUM_NAMES = 8
 _HOPELESS = 1000  # unusable rows after which it is not worth reading on to count them all
 
 
@@ -154,7 +155,8 @@ def _read_text(file: Path) -> str | UnusableRow:
 
 def _text_of(where: str, row: dict[str, Any]) -> str | UnusableRow:
     if _COLUMN not in row:
-        return UnusableRow(where, f"no field '{_COLUMN}'; its fields are {', '.join(row) or 'none'}")
+        names = ", ".join(list(row)[:_NUM_NAMES]) or "none"
+        return UnusableRow(where, f"no field '{_COLUMN}'; its fields are {names}{' ...' * (len(row) > _NUM_NAMES)}")
     text = row[_COLUMN]
     if not isinstance(text, str):
         return UnusableRow(where, f"'{_COLUMN}' is {'null' if text is None else f'{type(text).__name__}, not text'}")

@@ -35,6 +35,7 @@ from speedstack.eval.acceptance import measure_acceptance
 from speedstack.eval.results import AcceptanceResult, AcceptanceSet
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.quant.checkpoint.config import read_config
+from speedstack.quant.checkpoint.digest import model_sha256
 from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.runtime import Engine
 from speedstack.runtime.target import check_decodable
@@ -98,21 +99,22 @@ class DrafterRecipe(Recipe):
         section = self.config.drafter
         self.device, self.world = world.device, world
         self.target_sha256 = weights_sha256(section.target)
+        self.model_sha256 = model_sha256(section.target)
         self.target_dtype = resolve_precision(section.target_dtype, world.device)
         target_config = read_config(section.target)[0].get_text_config()
         tokenizer = require_tokenizer(section.target, target_config.vocab_size)
         with world.main_first():
             corpus = needed_corpus(self.config, tokenizer)
             splits = splits_of(self.config, tokenizer, corpus)
-            make_way_for(self.config, splits, self.target_sha256)
+            make_way_for(self.config, splits, self.model_sha256)
         self.has_corpus = corpus is not None
         self.draft_config = draft_config(self.config, target_config, tokenizer.mask_token_id, self.target_sha256)
         length = self.config.data.sequence_length
         corpus_windows = None if corpus is None else PackedWindows(corpus.train, length)
         with self._bar("writing text", "seq") as bar:
-            write_splits(self.config, splits, self.target_sha256, _advance(bar), world.rank, world.size)
+            write_splits(self.config, splits, self.model_sha256, _advance(bar), world.rank, world.size)
         world.barrier()
-        texts = {name: read_split(self.config, name, split, self.target_sha256) for name, split in splits.items()}
+        texts = {name: read_split(self.config, name, split, self.model_sha256) for name, split in splits.items()}
         # Not before: the engine that writes text holds the target too.
         self.target = self._load_target(section.target, world.device, self.target_dtype)
         self.features_path = section.features_path or self.config.run_directory / "features"
@@ -333,7 +335,7 @@ class DrafterRecipe(Recipe):
             self.target.precompute(ids_NT, int(section.features_gib * 2**30), documents_NT)
             return
         settings = FeatureSettings(
-            target_sha256=self.target_sha256,
+            target_sha256=self.model_sha256,
             target_layer_ids=self.target.layer_ids,
             with_final=self.target.with_final,
             windows_sha256=windows_sha256(ids_NT, documents_NT),

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from speedstack.quant.checkpoint import weights_sha256
 from speedstack.quant.checkpoint.config import read_config
+from speedstack.quant.checkpoint.digest import model_sha256
 from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.runtime import Engine
 from speedstack.train.config import DrafterConfig
@@ -64,9 +64,9 @@ def write_text(config: DrafterConfig, on_progress: OnProgress | None = None) -> 
     target = config.drafter.target
     tokenizer = require_tokenizer(target, read_config(target)[0].get_text_config().vocab_size)
     splits = splits_of(config, tokenizer, needed_corpus(config, tokenizer))
-    target_sha256 = weights_sha256(target)
-    make_way_for(config, splits, target_sha256)
-    write_splits(config, splits, target_sha256, on_progress)
+    digest = model_sha256(target)
+    make_way_for(config, splits, digest)
+    write_splits(config, splits, digest, on_progress)
 
 
 def needed_corpus(config: DrafterConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus | None:

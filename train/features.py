@@ -1,9 +1,9 @@
 """Context features on disk: what a drafter's training reads of a frozen target, computed once.
 
 A directory of safetensors shards, one row a window of tokens, in the order of the windows. `settings.json` says whose
-features they are: the target's SHA-256, the tapped layers, the windows' SHA-256, the dtype the target computed in and
-the one they are stored in. A cache of anything else is refused. Shards appear whole or not at all; what is missing when
-a stage was interrupted is all that the next one computes; ranks share the shards.
+features they are: the SHA-256 of the target, its config included, the tapped layers, the windows' SHA-256, the dtype
+the target computed in and the one they are stored in. A cache of anything else is refused. Shards appear whole or not
+at all; what is missing when a stage was interrupted is all that the next one computes; ranks share the shards.
 
 Reading maps the files: rows come from the page cache, which all processes of a machine share, and nothing is loaded
 that is not asked for. They are thousands of times the size of the tokens: T x (taps + 1) x hidden values a window.

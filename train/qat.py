@@ -70,13 +70,13 @@ class QatRecipe(Recipe):
             _check_same_architecture(section.model, section.start_from)
         vocab_size = read_config(section.model)[0].get_text_config().vocab_size
         self.tokenizer = require_tokenizer(section.model, vocab_size)
-        student = load_for_stage(section.start_from or section.model, torch.float32, stage, world)
         with world.main_first():
             corpus = corpus_for(data, self.tokenizer)
         self.world = world
         self.train = PackedWindows(corpus.train, data.sequence_length)
         self.heldout = PackedWindows(corpus.heldout, data.sequence_length)
 
+        student = load_for_stage(section.start_from or section.model, torch.float32, stage, world)
         self.teacher = load_for_stage(section.model, getattr(torch, section.teacher_dtype), stage, world)
         enable_autocast(self.teacher)
         nn.Module.to(self.teacher.requires_grad_(False).eval(), world.device)

@@ -3,7 +3,8 @@
 Prompts are pieces of documents; the engine that will serve the target continues each of them, so that the labels are
 the very tokens a drafter has to foresee. Generating is the slow part, hence a stage of its own with its result on disk:
 shards appear whole or not at all, an interrupted stage goes on with the missing ones, and `settings.json` keeps one
-directory from ever mixing the texts of two targets, two sets of prompts or two temperatures. Ranks share the shards.
+directory from ever mixing the texts of two targets, or of one under two configs, two sets of prompts or two
+temperatures. Ranks share the shards.
 
 Pieces of documents are equally long and end-of-text does not stop them: what follows is the target's text as well.
 Prompts of a user are lists of any lengths, and an answer to one ends where the target ends it.

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from speedstack.eval import plots
 from speedstack.eval.page import MISSING, Block, Cell, Column, FigureBlock, Headline, Section, Table, number, plural
 from speedstack.eval.page import spread_cell as spread
-from speedstack.eval.peers import ENGINE, ENGINE_DRAFTER, TRANSFORMERS
 from speedstack.eval.results import ContestantTiming, Identity, TimingResult, Unavailable
 from speedstack.eval.sections import Found, each
+from speedstack.eval.timing_result import ENGINE, ENGINE_DRAFTER, TRANSFORMERS
 
 DOCUMENT = TimingResult
 

@@ -11,8 +11,8 @@ tokenizer  reads a directory's tokenizer, if it has one
 source     opens a directory that is to be written again
 writer     writes it, with everything that is not changed as it was
 convert    turns a directory of one format into one of another
-generation which tokens end a text, and how its makers sample
 export     writes a model that was changed in memory as the directory it came from
+generation which tokens end a text
 digest     names a directory's weights by their SHA-256
 """
 

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from speedstack.quant.checkpoint.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, WeightFiles, read_json, weight_files
 from speedstack.quant.checkpoint.formats import Codec, detect
 from speedstack.quant.checkpoint.names import FAMILIES, HubNames
-from speedstack.quant.checkpoint.spelling import transformers_fields
+from speedstack.quant.checkpoint.spelling import NUM_EXPERTS, transformers_fields
 
 # What transformers raises for fields of the right type with values that cannot be.
 BAD_FIELDS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -52,9 +52,20 @@ def config_from_fields(fields: dict[str, Any]) -> PreTrainedConfig:
     spelled = transformers_fields(unquantized_fields(fields))
     model_type = spelled["model_type"]
     try:
-        return CONFIG_MAPPING[model_type].from_dict(spelled)
+        config = CONFIG_MAPPING[model_type].from_dict(spelled)
     except (StrictDataclassError, *BAD_FIELDS) as error:
         raise ValueError(f"not a valid {model_type} configuration: {reason_of(error)}") from error
+    _check_top_k(config.get_text_config())
+    return config
+
+
+def _check_top_k(config: PreTrainedConfig) -> None:
+    """Raises ValueError for a choice of experts that would fail in the first forward."""
+    counts = (getattr(config, name, None) for name in NUM_EXPERTS)
+    num_experts = next((count for count in counts if isinstance(count, int)), None)
+    top_k = getattr(config, "num_experts_per_tok", None)
+    if num_experts and isinstance(top_k, int) and not 1 <= top_k <= num_experts:
+        raise ValueError(f"num_experts_per_tok {top_k} is no choice of {num_experts} experts: correct it")
 
 
 def unquantized_fields(fields: dict[str, Any]) -> dict[str, Any]:

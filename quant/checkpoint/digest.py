@@ -1,10 +1,10 @@
-"""SHA-256 of a model directory's weights: how a drafter says for which target it was trained."""
+"""SHA-256 of a model directory: of its weights, by which a drafter names its target, or of all it computes with."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from speedstack.quant.checkpoint.files import weight_files
+from speedstack.quant.checkpoint.files import CONFIG_FILE, weight_files
 from speedstack.quant.checkpoint.formats import EXPERTS_FILE
 
 
@@ -23,4 +23,17 @@ def weights_sha256(path: str | Path, beside: Sequence[str] = ()) -> str:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
+    return digest.hexdigest()
+
+
+def model_sha256(path: str | Path) -> str:
+    """Hex digest of what decides what a model computes, and where its texts end: weights, config, generation config.
+
+    What was made with a model (text, features, scores) is of that model alone: the same weights under another config,
+    with another rope scaling for one, are another. Raises ValueError as `weights_sha256`.
+    """
+    digest = hashlib.sha256(weights_sha256(path).encode())
+    for name in (CONFIG_FILE, "generation_config.json"):
+        file = Path(path) / name
+        digest.update(f"\0{name}\0".encode() + (file.read_bytes() if file.is_file() else b""))
     return digest.hexdigest()

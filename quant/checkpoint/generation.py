@@ -1,11 +1,10 @@
-"""What a model directory says of generation: the tokens that end a text, and how its makers sample.
+"""What a model directory says of generation: the tokens that end a text.
 
 End tokens are those at which others stop. transformers' `generate` takes them from generation_config.json, and from
 config.json where that says nothing; vLLM, SGLang and lm-eval's Hugging Face adapter add the tokenizer's own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,6 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from speedstack.quant.checkpoint.files import CONFIG_FILE, read_json
 
 EOS_KEY = "eos_token_id"
-
-
-@dataclass(frozen=True)
-class SamplingDefaults:
-    """How a model's makers sample, as far as generation_config.json says so; None where it does not.
-
-    `top_k` 0 and `top_p` 1.0 keep every token.
-    """
-
-    do_sample: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
 
 
 def end_token_ids(path: str | Path, vocab_size: int, tokenizer: Any = None) -> tuple[int, ...]:
@@ -44,29 +30,6 @@ def end_token_ids(path: str | Path, vocab_size: int, tokenizer: Any = None) -> t
             f"vocabulary of {vocab_size} tokens: they do not belong together"
         )
     return tuple(sorted({*found, *(() if own is None else (own,))}))
-
-
-def sampling_defaults(path: str | Path) -> SamplingDefaults:
-    """How the makers of the model in the directory `path` sample.
-
-    Raises ValueError, one line with file and key, for values that nothing can be sampled with.
-    """
-    if not _has_generation_config(Path(path)):
-        return SamplingDefaults()
-    file = Path(path) / GENERATION_CONFIG_NAME
-    fields = read_json(file)
-    do_sample = fields.get("do_sample")
-    if not (do_sample is None or isinstance(do_sample, bool)):
-        raise _malformed(file, "do_sample", do_sample, "true or false")
-    temperature, top_p = _number(file, fields, "temperature"), _number(file, fields, "top_p")
-    if temperature is not None and not 0.0 <= temperature < float("inf"):
-        raise _malformed(file, "temperature", temperature, "a number from 0 on")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise _malformed(file, "top_p", top_p, "a number above 0, at most 1")
-    top_k = fields.get("top_k")
-    if not (top_k is None or (_is_integer(top_k) and top_k >= -1)):
-        raise _malformed(file, "top_k", top_k, "a number of tokens, 0 or -1 for all")
-    return SamplingDefaults(do_sample, temperature, None if top_k is None else max(top_k, 0), top_p)
 
 
 def _has_generation_config(path: Path) -> bool:
@@ -92,15 +55,6 @@ def _end_tokens_of(file: Path, vocab_size: int) -> Sequence[int]:
             "remove it"
         )
     return ids
-
-
-def _number(file: Path, fields: dict[str, Any], key: str) -> float | None:
-    value = fields.get(key)
-    if value is None:
-        return None
-    if not (_is_integer(value) or isinstance(value, float)):
-        raise _malformed(file, key, value, "a number")
-    return float(value)
 
 
 def _is_integer(value: Any) -> bool:

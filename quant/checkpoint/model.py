@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from speedstack.quant.checkpoint.config import BAD_FIELDS, build_skeleton, read_config, reason_of
-from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
+from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory, read_json
 from speedstack.quant.checkpoint.formats import Plain
 from speedstack.quant.checkpoint.linears import check_unquantized
 from speedstack.quant.checkpoint.reader import load_checkpoint
@@ -40,6 +40,8 @@ def load_model(
                 source = path
             else:
                 state_dict = {name: files.get(name, files.shape(name)) for name in files.names()}
+    if (path / GENERATION_CONFIG_NAME).is_file():
+        read_json(path / GENERATION_CONFIG_NAME)  # which transformers takes for an object
     # The automatic class cannot make a model of tensors in memory, its own class can.
     model_class: Any = type(skeleton)
     try:

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from speedstack.quant.checkpoint.config import build_skeleton, read_config, tied_names
 from speedstack.quant.checkpoint.files import CONFIG_FILE, WeightFiles, checkpoint_directory
 from speedstack.quant.checkpoint.formats import Codec, ExpertWeight, check_family
-from speedstack.quant.checkpoint.linears import other_names, read_linear, scale_name
+from speedstack.quant.checkpoint.linears import read_linear
 from speedstack.quant.checkpoint.names import HubNames, hub_names
 from speedstack.quant.experts import contraction_last, routed_experts, weight_names
 from speedstack.quant.fp8 import FP8Tensor
@@ -129,28 +129,6 @@ def expert_weights(model: PreTrainedModel, names: HubNames) -> dict[str, ExpertW
                 )
             weights[f"{experts_name}.{weight_name}"] = ExpertWeight(names.of(experts_name), weight_name, *shape)
     return weights
-
-
-def extra_names(files: WeightFiles) -> list[str]:
-    """Names of tensors that the model of config.json does not have, sorted: heads for multi-token prediction.
-
-    Raises ValueError when one of them is quantized, and when the model's own are not stored under the names of its
-    family, so that the others cannot be told from them.
-    """
-    config, codec_type = read_config(files.path)
-    model = build_skeleton(config)
-    names = stored_names(files, hub_names(config.model_type))
-    codec = codec_type(names)
-    weights = expert_weights(model, names)
-    expert_names = {name for weight in weights.values() for name in codec.tensor_names(weight)}
-    own = {names.of(name) for name in model.state_dict() if name not in weights}
-    tied = {names.of(name) for name in tied_names(model)}
-    # Experts in FP8 checkpoints may be unquantized, and then have no scales.
-    scales = set() if codec.is_packed else {scale_name(codec_type, name) for name in expert_names}
-    lacking = sorted((own - tied | expert_names - scales) - set(files.names()))
-    if lacking:
-        raise ValueError(f"{files.path} lacks the tensor {lacking[0]}: is it a complete model of this {CONFIG_FILE}?")
-    return sorted(set(other_names(files, codec_type, expert_names)) - own)
 
 
 def _read_experts(

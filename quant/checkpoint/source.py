@@ -72,6 +72,7 @@ def open_by_expert(path: Path) -> Iterator[Source]:
     check_family(codec_type, names)
     with WeightFiles(path) as files:
         names = stored_names(files, names)
+        check_family(codec_type, names)
         codec = codec_type(names)
         weights = sorted(codec.find(files), key=natural_key)
         if not weights:
@@ -98,14 +99,14 @@ def open_whole(path: Path) -> Iterator[Source]:
         yield Source(files, fields, config, skeleton, names, codec_type(names), [], [], []).whole()
 
 
-def stored_dtypes(path: str | Path, part: str = "") -> set[str]:
-    """Dtypes, as safetensors spells them, of a directory's tensors of two sizes or more with `part` in their names.
+def value_dtypes(path: str | Path, part: str = "") -> set[str]:
+    """Dtypes, as safetensors spells them, of an unquantized directory's matrices with `part` in their names.
 
-    Raises ValueError as `WeightFiles` does.
+    FP8 in tiles counts as BF16, which holds what it stands for. Raises ValueError as `open_whole`.
     """
-    with WeightFiles(checkpoint_directory(path)) as files:
-        names = [name for name in files.names() if part in name and len(files.shape(name)) > 1]
-        return {files.dtype(name) for name in names}
+    with open_whole(Path(path)) as source:
+        names = [name for name in source.others if part in name and len(source.files.shape(name)) > 1]
+        return {"BF16" if source.files.dtype(name) == "F8_E4M3" else source.files.dtype(name) for name in names}
 
 
 def natural_key(item: str | ExpertWeight) -> list[tuple[int, str]]:

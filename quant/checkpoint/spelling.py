@@ -35,7 +35,7 @@ _COMPUTATIONAL = re.compile(
 # A size that is wrong is seen in the shapes of the tensors, but for these.
 _SIZE = re.compile(r"(?<!window)(?<!chunk)(?<!block)(?<!group)_(size|dim)$")
 # The number of a layer's routed experts, by family.
-_NUM_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
+NUM_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 _ROPE_KEYS = {
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
     *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor"),
@@ -120,8 +120,8 @@ def _check_same(fields: Fields, first: str, second: str) -> None:
 def _with_num_experts(fields: Fields, config_class: type[PreTrainedConfig]) -> Fields:
     """The number of experts under the name that the family's class has, whichever of the usual three a file uses."""
     names = _own_keys(config_class)
-    own = [name for name in _NUM_EXPERTS if name in names]
-    others = [name for name in _NUM_EXPERTS if name not in names and fields.get(name) is not None]
+    own = [name for name in NUM_EXPERTS if name in names]
+    others = [name for name in NUM_EXPERTS if name not in names and fields.get(name) is not None]
     if not own or not others:
         return fields
     for other in others:
@@ -172,7 +172,7 @@ def _check_known(fields: Fields, config_class: type[PreTrainedConfig]) -> None:
             continue
         if key in _HARD_WIRED.get(config_class.model_type, {}) or key in _generation_keys():
             continue
-        if key in dict(_SAME.get(config_class.model_type, ())).values() or key in _words(config_class):
+        if key in dict(_SAME.get(config_class.model_type, ())).values() or key in _words(config_class.__module__):
             continue
         near = _hint(key, own | _OLD_ROPE_KEYS)
         if _SIZE.search(key):
@@ -204,9 +204,9 @@ def _generation_keys() -> frozenset[str]:
 
 
 @cache
-def _words(config_class: type[PreTrainedConfig]) -> frozenset[str]:
+def _words(module: str) -> frozenset[str]:
     """Every word in the source of a family's configuration and model: a key that is none of them is not read."""
-    place = Path(str(sys.modules[config_class.__module__].__file__))
+    place = Path(str(sys.modules[module].__file__))
     files = (place, place.with_name(place.name.replace("configuration_", "modeling_")))
     return frozenset(word for file in files if file.is_file() for word in re.findall(r"\w+", file.read_text("utf-8")))
 

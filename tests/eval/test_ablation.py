@@ -10,8 +10,16 @@ from matplotlib.lines import Line2D
 
 from speedstack.eval import environment
 from speedstack.eval.ablation import AblationGrid, AblationRow
-from speedstack.eval.ablation_figures import ablation_figures
+from speedstack.eval.ablation_figures import (
+    ablation_figures,
+    grid_score_by_bits,
+    kl_by_bits,
+    kl_by_bytes,
+    kl_by_speed,
+    tau_by_bits,
+)
 from speedstack.eval.environment import LoadWatch, describe_environment
+from speedstack.eval.figures import NothingToDraw
 from speedstack.eval.results import Spread
 
 RATE = Spread(median=100.4, q1=90, q3=110, minimum=80, maximum=120, num_repeats=3)
@@ -97,6 +105,32 @@ def test_figures_say_what_they_show(grid: AblationGrid, tmp_path: Path) -> None:
     (line,) = speed_lines(grid.model_copy(update={"rows": (drafted_full, full, *grid.rows[1:])}))
     assert line.get_xdata() == [450.0, 450.0] and line.get_linestyle() == ":"
     assert ablation_figures(grid.model_copy(update={"rows": grid.rows[5:]})) == {}
+
+
+def test_rows_of_later_axes_are_drawn(grid: AblationGrid) -> None:
+    """A method and modules that the figures do not know yet, of a newer grid."""
+    later = row("later", method="awq", modules="router", bits_per_weight=6.0, kl_nats=0.002, score=0.5)
+    figures = ablation_figures(grid.model_copy(update={"rows": (*grid.rows, later)}))
+    legend = figures["kl_by_bits"].axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["experts", "all", "router", "rtn", "awq"]
+
+
+def test_a_grid_without_figures_says_what_is_missing(grid: AblationGrid, tmp_path: Path) -> None:
+    failed = grid.model_copy(update={"rows": grid.rows[5:]})
+    for draw, message in (
+        (kl_by_bits, "no row has both KL from full precision and bits a quantized weight"),
+        (kl_by_bytes, "no row has both KL from full precision and bytes of the whole model"),
+        (kl_by_speed, "no row has both KL from full precision and tokens/s on H200"),
+        (grid_score_by_bits, "no row has both same_text exact_match and bits a quantized weight"),
+        (tau_by_bits, "no row has a drafter's tokens a round"),
+    ):
+        with pytest.raises(NothingToDraw, match=message):
+            draw(failed)
+    empty = grid.model_copy(update={"rows": ()})
+    assert empty.table() == "No rows.\n" and ablation_figures(empty) == {}
+    whole = grid.save_csv(tmp_path / "whole.csv").read_text(encoding="utf-8").splitlines()
+    assert empty.save_csv(tmp_path / "empty.csv").read_text(encoding="utf-8").splitlines() == whole[:1]
 
 
 def speed_lines(grid: AblationGrid) -> list[Line2D]:

@@ -136,6 +136,51 @@ def test_groups_pool_the_documents_of_their_members() -> None:
     assert (entry.num_documents, entry.test, entry.baseline) == (5, "McNemar", 0.6)
 
 
+def test_documents_without_a_number_get_no_test() -> None:
+    odd = result({"t:acc": [1.0, 0.0, 1.0], "p:bits_per_byte": [(-3.0, 4.0), (-5.0, 4.0), (-4.0, 5.0)]})
+    block = odd.block.model_copy(
+        update={
+            "documents": {
+                task: TaskDocuments.model_validate(
+                    documents.model_dump()
+                    | {"scores": {m: (*scores[:-1], None) for m, scores in documents.scores.items()}}
+                )
+                for task, documents in odd.block.documents.items()
+            }
+        }
+    )
+    holed = SuiteResult(odd.lm_eval, block)
+    for entry in compare_results({"a": holed, "b": holed}).metrics:
+        assert (entry.num_documents, entry.test) == (3, None)
+
+
+@pytest.mark.parametrize(
+    ("block", "lm_eval", "named"),
+    [
+        ({"chat_template_kwargs": {"enable_thinking": False}}, {}, "chat template's variables"),
+        ({"think_end_token": "</think>"}, {}, "end of thinking"),
+        ({"max_gen_toks": 512}, {}, "length of texts"),
+        ({"include_path_sha256": "1", "own_tasks": ("t",)}, {}, "own tasks"),
+        ({}, {"versions": {"t": 2.0}}, "version of a task"),
+        ({}, {"configs": {"t": {"generation_kwargs": {"temperature": 0.5}}}}, "generation settings"),
+        ({}, {"configs": {"t": {"repeats": 4}}}, "generation settings"),
+    ],
+)
+def test_results_that_were_asked_otherwise_are_refused(
+    block: dict[str, Any], lm_eval: dict[str, Any], named: str
+) -> None:
+    a, b = result({"t:acc": [1.0, 0.0]}), result({"t:acc": [1.0, 0.0]}, **block)
+    b.lm_eval.update(lm_eval)
+    with pytest.raises(ValueError, match=rf"a and b were asked differently \({named}\)"):
+        compare_results({"a": a, "b": b})
+
+
+def test_a_folder_of_tasks_matters_to_its_own_alone() -> None:
+    a = result({"t:acc": [1.0, 0.0]})
+    b = result({"t:acc": [1.0, 0.0]}, include_path_sha256="1", own_tasks=("u",))
+    assert compare_results({"a": a, "b": b}).metrics
+
+
 def test_what_does_not_compare_is_named() -> None:
     a = result({"t:acc": [1.0, 0.0]})
     with pytest.raises(ValueError, match="a is of suite made up, b of suite other"):

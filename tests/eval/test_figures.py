@@ -1,5 +1,6 @@
 """Figures for papers: every axis says what it shows, every measured point has its whisker, legends name all series."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 from speedstack.eval import figures
 from speedstack.eval.compare import ComparedMetric, Comparison, Difference
 from speedstack.eval.environment import describe_environment
-from speedstack.eval.results import Report
+from speedstack.eval.results import Report, Spread, StageSummary
 
 NAMES = {"a": "full precision", "b": "rounded"}
 
@@ -100,6 +101,75 @@ def test_accepted_tokens_have_the_variance_of_their_distribution() -> None:
     assert figures._variance_of_count((0.5, 0.3)) == pytest.approx(0.2 + 4 * 0.3 - mean**2)
 
 
-def test_a_task_that_was_not_compared_is_named() -> None:
-    with pytest.raises(ValueError, match="no task 'three'; there are one, two"):
-        figures.score_by_bits(comparison(), "three", {}, {})
+def test_what_there_is_nothing_of_is_named_in_a_line(made_up_report: Report) -> None:
+    quality, acceptance, timing = made_up_report.quality, made_up_report.acceptance, made_up_report.timing
+    assert quality and acceptance and timing
+    one = comparison()
+    unrecovered = [
+        entry.model_copy(update={"others": tuple(o.model_copy(update={"recovery": None}) for o in entry.others)})
+        for entry in one.metrics
+    ]
+    undrafted = acceptance.overall.model_copy(update={"survival": ()})
+    stopped = [
+        entry.model_copy(
+            update={"decode_tokens_per_second": Spread(median=0, q1=0, q3=0, minimum=0, maximum=0, num_repeats=1)}
+        )
+        for entry in timing.contestants
+    ]
+    lacking: list[tuple[Callable[[], object], str]] = [
+        (lambda: figures.divergence(quality.model_copy(update={"methods": quality.methods[:1]})), "but full precision"),
+        (lambda: figures.score_by_bits(one, "three", {}, {}), "no task 'three'; there are one, two"),
+        (lambda: figures.score_by_bits(one, "two", {"c": 4.0}, {}), "known of none of a, b"),
+        (
+            lambda: figures.suite_differences(one.model_copy(update={"metrics": tuple(unrecovered)}), {}),
+            "no task has a rec",
+        ),
+        (lambda: figures.suite_differences(one.model_copy(update={"metrics": ()}), {}), "no task has a recovery"),
+        (lambda: figures.survival(acceptance.model_copy(update={"sets": (undrafted,)})), "nothing was drafted"),
+        (
+            lambda: figures.tokens_by_block(acceptance.model_copy(update={"sets": (), "overall": undrafted})),
+            "was drafted",
+        ),
+        (lambda: figures.decode_rates(timing.model_copy(update={"contestants": ()})), "no contestant ran"),
+        (lambda: figures.time_per_text(timing.model_copy(update={"num_new_tokens": 1})), "more than its first token"),
+        (
+            lambda: figures.time_per_text(timing.model_copy(update={"contestants": tuple(stopped)})),
+            "more than its first",
+        ),
+        (lambda: figures.stage_times([StageSummary(name="qat", summary="")]), "no stage was timed"),
+    ]
+    for draw, message in lacking:
+        with pytest.raises(figures.NothingToDraw, match=message):
+            draw()
+
+
+def test_results_that_nobody_named_go_by_their_own_names() -> None:
+    first, second = comparison().metrics
+    none = tuple(other.model_copy(update={"recovery": None}) for other in first.others)
+    partly = comparison().model_copy(update={"metrics": (first.model_copy(update={"others": none}), second)})
+    for figure, label in (
+        (figures.score_by_bits(comparison(), "one", {"b": 4.25}, {}), "not known of a"),
+        (figures.suite_differences(partly, {}), "recovery (% of a)"),
+    ):
+        legend = figure.axes[0].get_legend()
+        assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["b"]
+        assert label in figure.axes[0].get_xlabel().replace("\n", " ")
+
+
+def test_acceptance_of_no_sets_is_that_of_all_prompts(made_up_report: Report) -> None:
+    assert made_up_report.acceptance
+    alone = made_up_report.acceptance.model_copy(update={"sets": ()})
+    assert whiskers(figures.survival(alone)) == 1
+
+
+def test_one_repeat_has_whiskers_of_no_length(made_up_report: Report) -> None:
+    timing = made_up_report.timing
+    assert timing
+    once = Spread(median=3.3, q1=3.3, q3=3.3, minimum=3.3, maximum=3.3, num_repeats=1)
+    # Rounding may put a quartile beyond its median.
+    beyond = once.model_copy(update={"q1": 3.3000000000000003, "q3": 3.2999999999999994})
+    for rate in (once, beyond):
+        update = {"decode_tokens_per_second": rate, "first_token_seconds": rate}
+        entries = tuple(entry.model_copy(update=update) for entry in timing.contestants)
+        for draw in (figures.decode_rates, figures.time_per_text):
+            draw(timing.model_copy(update={"contestants": entries})).draw_without_rendering()

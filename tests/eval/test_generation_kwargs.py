@@ -1,10 +1,12 @@
 """Generation settings of tasks: read as lm-eval and transformers mean them, refused where they would change a text."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from speedstack.eval.generation_kwargs import read_generation_kwargs
+from speedstack.eval.generation_kwargs import defaults_not_computed, read_generation_kwargs
 from speedstack.runtime.sampling import GREEDY, SamplingParams
 
 NEUTRAL: list[dict[str, Any]] = [
@@ -80,3 +82,16 @@ def test_lengths_and_stops_have_all_their_names() -> None:
 def test_what_would_change_a_text_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_generation_kwargs(settings)
+
+
+def test_what_a_models_own_config_would_do_is_known(tmp_path: Path) -> None:
+    assert defaults_not_computed(tmp_path) == {}
+    fields = {
+        "repetition_penalty": 1.05,
+        "num_beams": 1,
+        "temperature": 0.6,
+        "eos_token_id": [1],
+        "bad_words_ids": None,
+    }
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields | {"no_repeat_ngram_size": 3}))
+    assert defaults_not_computed(tmp_path) == {"repetition_penalty": 1.05, "no_repeat_ngram_size": 3}

@@ -1,10 +1,13 @@
 """Sections of every kind of result: complete, in words that are the result's, drawn from the committed results too."""
 
+import itertools
 import json
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
+from pydantic import BaseModel
 
 from speedstack.eval import sections
 from speedstack.eval.ablation import AblationGrid, AblationRow
@@ -14,6 +17,7 @@ from speedstack.eval.page import MISSING, Cell, Column, FigureBlock, Section, Ta
 from speedstack.eval.results import (
     ConversionCost,
     ConversionResult,
+    Environment,
     SensitivityResult,
     UnitSensitivity,
 )
@@ -77,6 +81,47 @@ def test_only_results_have_a_kind() -> None:
     assert [kind_of(content) for content in others] == [None] * len(others)
 
 
+def sparsest(kind: Any, num_levels: int, number: int, has_optional: bool) -> Any:
+    """A value of a field's type with as little in it as fits: collections of one item down to `num_levels`, of none
+    below; every number is `number`; what may be None is, unless `has_optional`.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Environment:
+        return describe_environment()
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        values = {
+            name: sparsest(field.annotation, num_levels, number, has_optional)
+            for name, field in kind.model_fields.items()
+        }
+        return kind.model_validate(values)
+    if origin is Literal:
+        return arguments[0]
+    if origin in (Union, UnionType):
+        some = next(each for each in arguments if each is not NoneType)
+        return sparsest(some, num_levels, number, has_optional) if has_optional or NoneType not in arguments else None
+    if origin is tuple and Ellipsis not in arguments:
+        return tuple(sparsest(each, num_levels, number, has_optional) for each in arguments)
+    if origin in (tuple, list):
+        return [sparsest(arguments[0], num_levels - 1, number, has_optional)] if num_levels else []
+    if origin is dict:
+        made = [sparsest(each, num_levels - 1, number, has_optional) for each in arguments] if num_levels else []
+        return {made[0]: made[1]} if made else {}
+    return {Any: {}, str: "", bool: False, int: number, float: float(number)}[kind]
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_the_sparsest_result_of_a_kind_is_shown(kind: str) -> None:
+    """No contestant, no score, no repeat, nothing but zeros: a page all the same."""
+    document = sections._module(kind).DOCUMENT
+    for num_levels, (number, has_optional) in itertools.product((0, 1, 2), ((0, False), (0, True), (1, True))):
+        if document is SuiteResult:
+            result: Any = SuiteResult({"results": {}}, sparsest(SuiteBlock, num_levels, number, has_optional))
+        else:
+            result = sparsest(document, num_levels, number, has_optional)
+        (*_, shown) = sections.sections(kind, [Found("", result)])
+        assert shown.title and shown.paragraphs
+
+
 def test_titles_tell_results_of_one_kind_apart() -> None:
     one, other = Found("runs/a/timing.json", None), Found("runs/b/timing.json", None)
     assert titled("Speed", one, [one]) == "Speed"
@@ -134,6 +179,32 @@ def suite_result(target: str, value: float, limit: int | None = None) -> SuiteRe
         },
     }
     return SuiteResult(lm_eval, block)
+
+
+def test_a_suite_without_scores_is_refused() -> None:
+    content = {BLOCK: suite_result("models/tiny", 0.5).block.model_dump(mode="json"), "results": None}
+    with pytest.raises(ValueError, match=r"x\.json holds no scores: lm-eval's part 'results' is missing"):
+        SuiteResult.check(content, "x.json")
+
+
+def test_suites_of_one_model_are_columns_of_their_files() -> None:
+    """With another drafter each, say; two files of one name are two columns too."""
+    files = ("x/offline.json", "y/offline.json", "y/offline.json")
+    found = [Found(name, suite_result("models/tiny", 0.5 + 0.1 * i)) for i, name in enumerate(files)]
+    (shown,) = sections.sections("eval", found)
+    titles = [column.title for column in tables([shown])[0].columns]
+    assert titles[-3:] == ["x/offline", "y/offline", "y/offline (2)"]
+    svg = next(block.svg for block in shown.blocks if isinstance(block, FigureBlock))
+    assert all(title in svg for title in titles[-3:])
+
+
+def test_a_score_that_is_no_number_is_shown_as_what_it_is() -> None:
+    result = suite_result("models/tiny", float("nan"))
+    result.lm_eval["results"]["heldout"]["word_perplexity,none"] = float("inf")
+    (shown,) = sections.sections("eval", [Found("x.json", result)])
+    cells = [row[-1] for row in tables([shown])[0].rows]
+    assert [(cell.text, cell.value) for cell in cells] == [("nan", None), ("inf", None)]
+    assert not any(isinstance(block, FigureBlock) for block in shown.blocks)
 
 
 def test_suite_is_a_column_a_model() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from lm_eval.tasks import TaskManager
 
 from speedstack.eval.lm import EngineLM
 from speedstack.eval.quality import run_tasks
-from speedstack.eval.request_cache import RequestCache, model_key, request_key
+from speedstack.eval.request_cache import RequestCache, drafting_key, model_key, request_key
 from speedstack.eval.suite import (
     Suite,
     SuiteSettings,
@@ -27,6 +28,7 @@ from speedstack.eval.suite_result import SuiteResult
 from speedstack.eval.task_data import TaskSizes, make_same_text, make_tasks
 from speedstack.eval.task_loading import generation_settings
 from speedstack.runtime import Engine
+from speedstack.runtime.strategy import DraftStrategy
 
 SIZES = TaskSizes(num_perplexity_documents=2, perplexity_chars=300, num_next_line=4, num_close_line=3)
 OFFLINE = Suite(
@@ -167,7 +169,11 @@ def test_a_killed_evaluation_asks_only_the_rest(
 
 
 def test_cache_survives_torn_lines_and_keeps_models_apart(
-    engine: Engine, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    engine: Engine,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     RequestCache(tmp_path, rank=1).put("a", [1.5, True])
     with (tmp_path / "answers-1.jsonl").open("a") as file:
@@ -190,6 +196,37 @@ def test_cache_survives_torn_lines_and_keeps_models_apart(
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"attention_value_scale": 1.0}))
     assert model_key(engine, copy) != model_key(engine, tiny_model_dir)
+    # So it is when other software answers.
+    before = model_key(engine, copy)
+    with monkeypatch.context() as patch:
+        patch.setattr("speedstack.eval.request_cache.ANSWERS_VERSION", 0)
+        assert model_key(engine, copy) != before
+    monkeypatch.setattr("speedstack.eval.request_cache.version", lambda name: "0.0.1")
+    assert model_key(engine, copy) != before
+
+
+def test_acceptance_is_kept_by_drafter_and_strategy(
+    engine: Engine, drafting_engine: Engine, tiny_model_dir: Path, tiny_drafter_dir: Path, tmp_path: Path
+) -> None:
+    look_up = Engine.from_pretrained(tiny_model_dir, "ngram", backend="reference", device="cpu")
+    keys = [drafting_key(engine, None), drafting_key(look_up, Path("ngram"))]
+    keys.append(drafting_key(drafting_engine, tiny_drafter_dir))
+    # The same weights, which propose less.
+    shorter = shutil.copytree(tiny_drafter_dir, tmp_path / "shorter")
+    content = json.loads((shorter / "config.json").read_text())
+    (shorter / "config.json").write_text(json.dumps(content | {"block_size": 4}))
+    keys.append(drafting_key(drafting_engine, shorter))
+    before = drafting_engine.strategy
+    try:
+        for strategy in (DraftStrategy(2), DraftStrategy(noise="shared"), DraftStrategy(tree_budget=9)):
+            drafting_engine.set_strategy(strategy)
+            keys.append(drafting_key(drafting_engine, tiny_drafter_dir))
+    finally:
+        drafting_engine.set_strategy(before)
+    assert len(set(keys)) == len(keys) == 7
+    assert drafting_key(drafting_engine, tiny_drafter_dir) == keys[2]
+    with pytest.raises(ValueError, match="acceptance is kept by drafter: say where it was loaded from"):
+        drafting_key(drafting_engine, None)
 
 
 SHARED = """

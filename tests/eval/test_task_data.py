@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from speedstack.eval.task_data import TaskSizes, make_prompt_sets, make_tasks, read_documents
+from speedstack.eval.task_data import TaskSizes, make_prompt_sets, make_same_text, make_tasks, read_documents
 
 SIZES = TaskSizes(num_perplexity_documents=6, perplexity_chars=500, num_next_line=40, num_close_line=30)
 
@@ -64,8 +64,9 @@ def test_no_document_dominates(documents: dict[str, str], tmp_path: Path) -> Non
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="1 held-out documents give no item for task next_line"):
-        make_tasks({"a.py": "x = 1\n"}, tmp_path)
+    with pytest.raises(ValueError, match="1 held-out documents give no item for task next_line and close_line"):
+        make_tasks({"a.py": "x = 1\n"}, tmp_path, tasks=("heldout_perplexity", "next_line", "close_line"))
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="give 0 of 2 prompts"):
         make_prompt_sets({"a.py": "x = 1\n"}, lambda text: list(text.encode()), 2, 16, prefix_id=0)
 
@@ -79,6 +80,43 @@ def test_prompts_are_long_enough_and_start_where_they_say(documents: dict[str, s
     for body in sets["function body"]:
         assert len(body) == 48
         assert bytes(body).decode().rstrip("\n").splitlines()[-1].endswith("):")
+
+
+PARAGRAPH = "The harbour lay still, and the boats knocked against each other in the dark. " * 40
+LETTERS = {f"letter {n}": f"Dear {n},\n\n{PARAGRAPH}\n\n{PARAGRAPH}\n\n{PARAGRAPH}\nYours" for n in range(3)}
+
+
+def test_prose_has_the_tasks_that_it_has_items_for(tmp_path: Path) -> None:
+    documents = {name: text.partition("\n\n")[2] for name, text in LETTERS.items()}
+    with pytest.warns(UserWarning, match="3 held-out documents give no item for task next_line and close_line"):
+        assert make_tasks(documents, tmp_path, sizes=SIZES) == {"heldout_perplexity": 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["heldout_perplexity.jsonl"]
+    # A paragraph in a line is longer than an item, and cut.
+    assert {item["text"] for item in read_items(tmp_path, "heldout_perplexity")} == {PARAGRAPH[:500]}
+    assert make_tasks(documents, tmp_path / "one", sizes=SIZES, tasks=["heldout_perplexity"]) == {
+        "heldout_perplexity": 3
+    }
+    with pytest.raises(ValueError, match="no item for task next_line: hold out more text, or leave the task out"):
+        make_tasks(documents, tmp_path / "two", sizes=SIZES, tasks=["heldout_perplexity", "next_line"])
+    assert not (tmp_path / "two").exists()
+
+
+def test_contexts_of_prose_are_not_empty(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def write(contexts: list[str]) -> list[str]:
+        asked.extend(contexts)
+        return contexts
+
+    assert make_same_text(LETTERS, write, tmp_path, num_items=6) == 6
+    assert all(len(context) == 901 and PARAGRAPH.rstrip().endswith(context.rstrip()) for context in asked)
+
+
+def test_prompts_of_prose_end_at_no_function() -> None:
+    documents = {name: text.partition("\n\n")[2] for name, text in LETTERS.items()}
+    with pytest.warns(UserWarning, match="none of 3 held-out documents has a function"):
+        sets = make_prompt_sets(documents, lambda text: list(text.encode()), 2, 48, prefix_id=256)
+    assert sets == {"module opening": [[256, *PARAGRAPH.encode()[:47]]] * 2}
 
 
 def test_read_documents(tmp_path: Path) -> None:

@@ -374,6 +374,7 @@ def test_mimo_flash_reads_alike_by_both_names() -> None:
         ("qwen3-30b-a3b", {"num_experts": None}, "qwen3_moe configuration needs num_experts$"),
         ("gpt-oss-20b", {"hidden_size": None, "vocab_size": None}, "needs vocab_size, hidden_size$"),
         ("gpt-oss-20b", {"num_local_experts": None}, "needs num_local_experts$"),
+        ("gpt-oss-20b", {"model_type": ["gpt_oss"]}, r"model type \['gpt_oss'\] is none"),
         ("mimo-v2.5-pro", {"moe_layer_freq": [0, 1]}, "moe_layer_freq 2, not 70"),
         ("mimo-v2.5-pro", {"n_shared_experts": 1}, "n_shared_experts=1"),
         ("mimo-v2.5-pro", {"n_group": 8}, "n_group=8"),
@@ -385,6 +386,21 @@ def test_mimo_flash_reads_alike_by_both_names() -> None:
 def test_what_cannot_be_planned_is_refused_by_name(name: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         spec_from_fields(fields_of(name) | changes)
+
+
+def test_number_of_experts_under_another_name() -> None:
+    fields = fields_of("gpt-oss-20b")
+    renamed = {key: value for key, value in fields.items() if key != "num_local_experts"}
+    assert spec_from_fields(renamed | {"n_routed_experts": fields["num_local_experts"]}) == spec_from_fields(fields)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [["mxfp4"], {"quant_method": "fp8", "ignored_layers": {"a": 1}}, {"quant_method": "fp8", "ignored_layers": [3]}],
+)
+def test_quantization_that_is_none_is_refused(quantization: Any) -> None:
+    with pytest.raises(ValueError, match="quantization_config"):
+        formats_from_fields(fields_of("gpt-oss-20b") | {"quantization_config": quantization})
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:

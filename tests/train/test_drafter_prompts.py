@@ -274,6 +274,10 @@ def test_text_of_another_temperature_or_template_is_refused(recipe_and_model, co
         built(changed(config, drafter={"top_p": 0.5, "temperatures": [0.5]}))
     model = tmp_path / "model"
     shutil.copytree(config.drafter.target, model)
+    # The same weights, whose texts end elsewhere.
+    (model / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    with pytest.raises(ValueError, match="generated with another target_sha256"):
+        built(changed(config, drafter={"target": model}))
     (model / "chat_template.jinja").write_text(TEMPLATE.replace("<assistant>", "<model>"))
     with pytest.raises(ValueError, match="made with another chat_template_sha256"):
         built(changed(config, drafter={"target": model}))

@@ -88,7 +88,7 @@ class Codec(Protocol):
         """Where `write` puts the weights, all of which are announced here in the order of writing."""
 
     def write(self, weight: ExpertWeight, experts: Iterator[MXFP4Tensor], sink: Sink) -> None:
-        """Write the experts of a weight, in their order. `Plain` takes unquantized ones too."""
+        """Write the experts of a weight, in their order."""
 
     def config(self, ignored: list[str]) -> dict[str, Any]:
         """Fields of config.json, given the modules of all matrices that stay unquantized."""

@@ -15,6 +15,7 @@ import torch
 from speedstack.quant.checkpoint.files import WeightFiles
 from speedstack.quant.checkpoint.formats.codec import ExpertWeight, PerExpert, Weight, check_tiles, read_fp8
 from speedstack.quant.checkpoint.names import HubNames
+from speedstack.quant.mxfp4 import MXFP4Tensor
 
 
 class FP8(PerExpert):
@@ -58,7 +59,7 @@ class FP8(PerExpert):
             raise ValueError(f"{files.path}: {name} is {tensor.dtype}, which is neither FP8 in tiles nor unquantized")
         return tensor
 
-    def write(self, weight: ExpertWeight, experts: Iterator[Weight], sink: object) -> None:
+    def write(self, weight: ExpertWeight, experts: Iterator[MXFP4Tensor], sink: object) -> None:
         raise AssertionError("a format that is only read")
 
     def config(self, ignored: list[str]) -> dict[str, Any]:

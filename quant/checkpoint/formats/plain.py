@@ -82,7 +82,7 @@ class Plain(PerExpert):
                 )
         return tensors[0] if self._has_fused else self.names.join(tensors)
 
-    def write(self, weight: ExpertWeight, experts: Iterator[Weight], sink: Sink) -> None:
+    def write(self, weight: ExpertWeight, experts: Iterator[MXFP4Tensor], sink: Sink) -> None:
         if self.names.is_fused:
             fused = torch.empty((weight.num_experts, weight.num_columns, weight.num_rows), dtype=self.dtype)
             for index, expert in enumerate(experts):
@@ -98,9 +98,7 @@ class Plain(PerExpert):
     def config(self, ignored: list[str]) -> dict[str, Any]:
         return {}
 
-    def _values(self, expert: Weight, weight: ExpertWeight, index: int) -> torch.Tensor:
-        if isinstance(expert, torch.Tensor):
-            return expert
+    def _values(self, expert: MXFP4Tensor, weight: ExpertWeight, index: int) -> torch.Tensor:
         values = torch.empty(expert.shape, dtype=self.dtype)
         parts = (tensor.split(ROWS_AT_A_TIME) for tensor in (values, expert.codes, expert.scales))
         for rows, codes, scales in zip(*parts, strict=True):

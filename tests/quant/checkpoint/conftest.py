@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from speedstack.quant.checkpoint import convert
+from speedstack.quant.fp8 import quantize_fp8
 
 WEIGHTS = "model.safetensors"
 
@@ -65,6 +66,35 @@ def edit_weights() -> Callable[[Path, Callable[[dict[str, torch.Tensor]], object
         save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
 
     return edit
+
+
+@pytest.fixture(scope="session")
+def as_fp8(
+    edit_config: Callable[..., None], edit_weights: Callable[..., None]
+) -> Callable[..., dict[str, torch.Tensor]]:
+    """`as_fp8(path, *kept)`: store the projections in FP8, experts too, but those with a part of `kept` in their names.
+
+    Returns what they are then, bfloat16 by name.
+    """
+
+    def store(path: Path, *kept: str) -> dict[str, torch.Tensor]:
+        values: dict[str, torch.Tensor] = {}
+
+        def change(tensors: dict[str, torch.Tensor]) -> None:
+            for name, tensor in list(tensors.items()):
+                if not name.endswith("proj.weight") or any(part in name for part in kept):
+                    continue
+                fp8 = quantize_fp8(tensor.float())
+                tensors[name], tensors[f"{name}_scale_inv"] = fp8.codes_OI, fp8.scales_PQ
+                scales = fp8.scales_PQ.repeat_interleave(128, 0)[: tensor.shape[0]].repeat_interleave(128, 1)
+                values[name] = (fp8.codes_OI.float() * scales[:, : tensor.shape[1]]).bfloat16()
+
+        edit_weights(path, change)
+        quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+        edit_config(path, quantization_config=quantization | {"activation_scheme": "dynamic"})
+        return values
+
+    return store
 
 
 @pytest.fixture(scope="session")

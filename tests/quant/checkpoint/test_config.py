@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from speedstack.quant.checkpoint import convert, load_checkpoint, load_model
 from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.files import WeightFiles
-from speedstack.quant.fp8 import quantize_fp8
 from speedstack.runtime import Engine
 
 IDS = list(range(3, 40))
@@ -120,7 +119,7 @@ def test_fused_experts_are_those_of_a_tensor_each(
     model.save_pretrained(tmp_path / "each")
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
     assert any(name.endswith(".experts.gate_up_proj") for name in stored(tmp_path / "fused"))
-    expected, found = (load_checkpoint(tmp_path / name).tensors for name in ("each", "fused"))
+    expected, found = (dict[str, Any](load_checkpoint(tmp_path / name).tensors) for name in ("each", "fused"))
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -145,29 +144,11 @@ def test_experts_stored_both_ways_are_refused(
         load_model(tmp_path / "each")
 
 
-def as_fp8(path: Path, kept: tuple[str, ...], edit_config: Callable[..., None]) -> dict[str, torch.Tensor]:
-    """Store the projections of a directory in FP8, experts too, but those named; returns what they are then."""
-    values, tensors = {}, {}
-    for name, tensor in load_file(path / "model.safetensors").items():
-        if not name.endswith("proj.weight") or any(part in name for part in kept):
-            tensors[name] = tensor
-            continue
-        fp8 = quantize_fp8(tensor.float())
-        tensors[name], tensors[f"{name}_scale_inv"] = fp8.codes_OI, fp8.scales_PQ
-        scales = fp8.scales_PQ.repeat_interleave(128, 0)[: tensor.shape[0]].repeat_interleave(128, 1)
-        values[name] = (fp8.codes_OI.float() * scales[:, : tensor.shape[1]]).bfloat16()
-    (path / "model.safetensors").unlink()
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-    edit_config(path, quantization_config=quantization | {"activation_scheme": "dynamic"})
-    return values
-
-
 def test_fp8_experts_are_the_values_that_the_plain_directory_has(
-    plain: Path, tmp_path: Path, stored: Callable[[Path], Any], edit_config: Callable[..., None]
+    plain: Path, tmp_path: Path, stored: Callable[[Path], Any], as_fp8: Callable[..., dict[str, torch.Tensor]]
 ) -> None:
     """MiMo-V2-Flash as released: all projections in FP8 but those of the attention's output."""
-    values = as_fp8(plain, ("o_proj", "experts.3."), edit_config)
+    values = as_fp8(plain, "o_proj", "experts.3.")
     convert(plain, "plain", tmp_path / "bf16")
     bf16 = stored(tmp_path / "bf16")
     assert all(torch.equal(bf16[name], value) for name, value in values.items())
@@ -187,9 +168,9 @@ def test_fp8_experts_are_the_values_that_the_plain_directory_has(
 
 
 def test_damaged_fp8_is_refused(
-    plain: Path, edit_config: Callable[..., None], edit_weights: Callable[..., Any]
+    plain: Path, edit_config: Callable[..., None], edit_weights: Callable[..., Any], as_fp8: Callable[..., Any]
 ) -> None:
-    as_fp8(plain, (), edit_config)
+    as_fp8(plain)
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
     with WeightFiles(plain) as files:
         scales = files.get(f"{name}_scale_inv", (1, 1))

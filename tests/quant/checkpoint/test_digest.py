@@ -1,12 +1,14 @@
-"""The digest that ties a drafter to its target."""
+"""The digests that tie a drafter, and what a model made, to their model."""
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from speedstack.quant.checkpoint import convert, weights_sha256
+from speedstack.quant.checkpoint.digest import model_sha256
 
 
 def test_is_the_sha256_of_the_files(tmp_path: Path) -> None:
@@ -27,6 +29,24 @@ def test_follows_the_weights_alone(tiny_packed_dir: Path, tmp_path: Path) -> Non
     content[-1] ^= 1
     (copy / "model.safetensors").write_bytes(content)
     assert weights_sha256(copy) != weights_sha256(tiny_packed_dir)
+
+
+def test_a_model_is_its_weights_and_configs(tiny_model_dir: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_model_dir, tmp_path / "copy"))
+    before = model_sha256(copy)
+    (copy / "README.md").write_text("a model")
+    assert before == model_sha256(copy) == model_sha256(tiny_model_dir)
+    digests = {before}
+    for name, key, value in (
+        ("config.json", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("config.json", "attention_value_scale", 1.0),
+        ("generation_config.json", "eos_token_id", [0, 5]),
+    ):
+        file = copy / name
+        content = json.loads(file.read_text()) if file.is_file() else {}
+        file.write_text(json.dumps(content | {key: value}))
+        digests.add(model_sha256(copy))
+    assert len(digests) == 4 and weights_sha256(copy) == weights_sha256(tiny_model_dir)
 
 
 @pytest.mark.filterwarnings("ignore:experts.gguf holds the routed experts alone")

@@ -1,6 +1,7 @@
 """A directory that is written again: what a loader of the source reads, a loader of the result finds."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from speedstack.quant.checkpoint import can_be_packed, check_export, convert, export_model, load_checkpoint, load_model
 from speedstack.quant.checkpoint.formats import default_format
 from speedstack.quant.checkpoint.names import hub_names
+from speedstack.quant.checkpoint.source import value_dtypes
 from speedstack.quant.experts import contraction_last, expert_parameters
 from speedstack.quant.mxfp4 import MXFP4Tensor, quantize
 from speedstack.quant.ptq import round_to_nearest
@@ -122,11 +124,9 @@ def test_what_did_not_change_is_the_source_s(
 
 
 @pytest.mark.filterwarnings("ignore:.*tensors that .* does not have")
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if can_be_packed(name)])
 def test_convert_copies_as_much(model_type: str, make_family: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:
     """Rounded from the files' own dtype, whatever config.json says of it."""
-    if not can_be_packed(model_type):
-        pytest.skip("has no packed format")
     for dtype, named in ((torch.float32, "bfloat16"), (torch.float16, "bfloat16"), (torch.bfloat16, None)):
         path = tmp_path / str(dtype)
         source, out = make_source(path, make_family(model_type), dtype), path / "out"
@@ -187,6 +187,19 @@ def test_a_checkpoint_that_names_no_dtype(qwen: Path, tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path / "wider").dtype == torch.float32
 
 
+def test_float32_files_under_another_name(make_family: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:
+    """What is not changed may be called bfloat16 as it was; trained values that this would round may not."""
+    source = make_source(tmp_path / "source", make_family("olmoe"), torch.float32)
+    (source / "config.json").write_text(json.dumps(read_config(source) | {"torch_dtype": "bfloat16"}))
+    model = load_model(source)
+    export_model(model, source, tmp_path / "same", scale_rule="even")
+    assert read_config(tmp_path / "same")["torch_dtype"] == "bfloat16"
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight").mul_(1.1)
+    export_model(model, source, tmp_path / "trained", scale_rule="even")
+    assert read_config(tmp_path / "trained")["torch_dtype"] == "float32"
+
+
 @pytest.mark.filterwarnings("ignore:.*tensors that .* does not have")
 def test_mxfp4_values_beyond_float16(make_family: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:
     """bfloat16 holds them in as many bytes, and no loader may then take the model for float16."""
@@ -238,6 +251,77 @@ def test_unquantized_export_keeps_the_source_s_names(
         with pytest.raises(ValueError, match=f"lacks the tensor {lost}"):
             attempt()
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("scale_rule", [None, "even"])
+def test_a_stored_copy_of_a_tied_weight_changes_with_it(scale_rule: Any, qwen: Path, tmp_path: Path) -> None:
+    tensors = weights_of(qwen)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    (qwen / "model.safetensors").unlink()
+    save_file(tensors, qwen / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(qwen)
+    with torch.no_grad():
+        model.get_parameter("model.embed_tokens.weight")[3] = 1.5
+    export_model(model, qwen, tmp_path / "out", scale_rule=scale_rule)
+    copies = [weights_of(tmp_path / "out")[name] for name in ("lm_head.weight", "model.embed_tokens.weight")]
+    assert torch.equal(*copies) and copies[0][3, 0] == 1.5
+
+
+def test_a_head_of_its_own_makes_the_result_untied(qwen: Path, tmp_path: Path) -> None:
+    """Whatever the source's flag says; a loader that believes the flag would lose the head."""
+    tensors = weights_of(qwen)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    (qwen / "model.safetensors").unlink()
+    save_file(tensors, qwen / "model.safetensors", metadata={"format": "pt"})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* files hold another one")
+        export_model(load_model(qwen), qwen, tmp_path / "exported", scale_rule="even")
+        convert(qwen, "compressed-tensors", tmp_path / "converted")
+    assert read_config(qwen)["tie_word_embeddings"] is True
+    for name in ("exported", "converted"):
+        assert read_config(tmp_path / name) == read_config(qwen) | {"tie_word_embeddings": False}
+        assert same_bits(others_of(tmp_path / name), others_of(qwen))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
+def test_fused_experts_are_packed_one_by_one(
+    model_type: str, make_family: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    """Under the names that loaders of the packed format know; everything else as it is."""
+    model = make_family(model_type).bfloat16()
+    model.save_pretrained(tmp_path / "each")
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    for name in ("each", "fused"):
+        convert(tmp_path / name, "compressed-tensors", tmp_path / f"{name}-converted")
+        export_model(load_model(tmp_path / name), tmp_path / name, tmp_path / f"{name}-exported", scale_rule="even")
+    expected = weights_of(tmp_path / "each-converted")
+    assert any(name.endswith("weight_packed") for name in expected)
+    for name in ("each-exported", "fused-converted", "fused-exported"):
+        assert same_bits(weights_of(tmp_path / name), expected)
+
+
+def test_fp8_sources(
+    make_family: Callable[[str], PreTrainedModel], as_fp8: Callable[..., dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """What FP8 stands for is bfloat16, which is no change; what is trained beyond that is."""
+    make_family("qwen3_moe").bfloat16().save_pretrained(tmp_path / "source")
+    kept = weights_of(tmp_path / "source")
+    values = as_fp8(tmp_path / "source", "o_proj", "experts.2.")
+    assert value_dtypes(tmp_path / "source", ".experts.") == {"BF16"}
+    model = load_model(tmp_path / "source")
+    check_export(model, tmp_path / "source", is_packed=True)
+    export_model(model, tmp_path / "source", tmp_path / "out", scale_rule="even")
+    convert(tmp_path / "source", "compressed-tensors", tmp_path / "converted")
+    assert same_bits(weights_of(tmp_path / "out"), weights_of(tmp_path / "converted"))
+    others = others_of(tmp_path / "out")
+    assert others.keys() == {name for name in kept if ".experts." not in name}
+    assert all(torch.equal(tensor, values.get(name, kept[name])) for name, tensor in others.items())
+    assert read_config(tmp_path / "out") == read_config(tmp_path / "source")
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.self_attn.q_proj.weight").mul_(1 + 2**-12)
+    export_model(model, tmp_path / "source", tmp_path / "trained", scale_rule="even")
+    assert weights_of(tmp_path / "trained")["model.layers.1.self_attn.q_proj.weight"].dtype == torch.float32
+    assert read_config(tmp_path / "trained")["dtype"] == "float32"
 
 
 def test_sources_that_cannot_be_read_or_would_be_deleted(qwen: Path, tmp_path: Path) -> None:

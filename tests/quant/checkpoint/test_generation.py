@@ -1,4 +1,4 @@
-"""End tokens and sampling defaults of a directory: what transformers' `generate` takes, and the tokenizer's own."""
+"""End tokens of a directory: what transformers' `generate` takes, and the tokenizer's own."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from speedstack.quant.checkpoint.generation import SamplingDefaults, end_token_ids, sampling_defaults
+from speedstack.quant.checkpoint.generation import end_token_ids
 
 VOCAB_SIZE = 64
 ABSENT: Any = object()
@@ -89,35 +89,3 @@ def test_malformed_end_tokens_are_named(file: str, value: Any, tmp_path: Path) -
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'</s>', whose id 64 is outside the model's vocabulary of 64"):
         end_token_ids(write(tmp_path, 7), VOCAB_SIZE, tokenizer(VOCAB_SIZE))
-
-
-def test_sampling_defaults(tmp_path: Path) -> None:
-    assert sampling_defaults(write(tmp_path, 7, None)) == SamplingDefaults()
-    assert sampling_defaults(write(tmp_path, 7)) == SamplingDefaults()
-    write(tmp_path, 7, 7, do_sample=True, temperature=1, top_k=20, top_p=0.95, repetition_penalty=1.05)
-    assert sampling_defaults(tmp_path) == SamplingDefaults(True, 1.0, 20, 0.95)
-    write(tmp_path, 7, 7, do_sample=None, temperature=None, top_k=-1, top_p=None)
-    assert sampling_defaults(tmp_path) == SamplingDefaults(top_k=0)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("do_sample", "yes"),
-        ("do_sample", 1),
-        ("temperature", "0.6"),
-        ("temperature", -0.1),
-        ("temperature", float("nan")),
-        ("temperature", True),
-        ("top_p", 0),
-        ("top_p", 1.5),
-        ("top_p", [0.9]),
-        ("top_k", 20.0),
-        ("top_k", -2),
-    ],
-)
-def test_malformed_sampling_defaults_are_named(key: str, value: Any, tmp_path: Path) -> None:
-    write(tmp_path, 7, 7, **{key: value})
-    with pytest.raises(ValueError, match=f"{tmp_path}/generation_config.json: {key} is "):
-        sampling_defaults(tmp_path)
-    assert end_token_ids(tmp_path, VOCAB_SIZE) == (7,)

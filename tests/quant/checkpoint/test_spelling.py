@@ -61,7 +61,7 @@ def test_makers_keys_of_mimo_are_transformers() -> None:
 
 
 def test_both_spellings_in_one_file_must_agree() -> None:
-    saved = config_from_fields(MIMO_MAKERS).to_dict()
+    saved: dict[str, Any] = config_from_fields(MIMO_MAKERS).to_dict()
     both = MIMO_MAKERS | {key: saved[key] for key in ("layer_types", "mlp_layer_types", "rope_parameters")}
     assert config_from_fields(both).to_dict() == saved
     for changes, match in [
@@ -118,7 +118,12 @@ def test_what_would_be_ignored_is_refused_by_name(fields: dict[str, Any], match:
 
 @pytest.mark.parametrize("model_type", RELEASED)
 def test_keys_of_released_models_pass(model_type: str) -> None:
-    beside = {"architectures": ["X"], "auto_map": {"AutoModel": "x.Y"}, "_name_or_path": "x", "unsloth_version": "1"}
+    beside: dict[str, Any] = {
+        "architectures": ["X"],
+        "auto_map": {"AutoModel": "x.Y"},
+        "_name_or_path": "x",
+        "unsloth_version": "1",
+    }
     beside |= {"tokenizer_class": None, "temperature": 0.6, "do_sample": True, "use_cache": True, "my_note": "x"}
     config_from_fields({"model_type": model_type} | beside | RELEASED[model_type])
 
@@ -134,8 +139,15 @@ def test_what_transformers_saves_passes_unchanged(model_type: str) -> None:
     [("qwen2_moe", "num_local_experts"), ("mimo_v2_flash", "num_experts"), ("olmoe", "n_routed_experts")],
 )
 def test_number_of_experts_under_any_of_its_names(model_type: str, key: str) -> None:
-    config: Any = config_from_fields({"model_type": model_type, key: 5})
+    fields = {"model_type": model_type, key: 5, "num_experts_per_tok": 2}
+    config: Any = config_from_fields(fields)
     assert 5 in (getattr(config, "num_experts", None), getattr(config, "n_routed_experts", None))
     own = "n_routed_experts" if model_type == "mimo_v2_flash" else "num_experts"
     with pytest.raises(ValueError, match=f"{own} 6 and {key} 5 contradict"):
-        config_from_fields({"model_type": model_type, key: 5, own: 6})
+        config_from_fields(fields | {own: 6})
+
+
+def test_a_choice_of_experts_that_cannot_be_is_refused() -> None:
+    for top_k in (0, -1, 7):
+        with pytest.raises(ValueError, match=f"num_experts_per_tok {top_k} is no choice of 6 experts"):
+            config_from_fields({"model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": top_k})
