@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.digest import model_sha256
+from speedstack.quant.checkpoint.generation import end_token_ids
 from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.runtime import Engine
 from speedstack.train.config import DrafterConfig
@@ -90,7 +91,11 @@ def splits_of(config: DrafterConfig, tokenizer: PreTrainedTokenizerBase, corpus:
             train_NP = cut_prompts(corpus.train, section.num_sequences, section.prompt_length, seed, TRAIN_PROMPTS)
             splits["train"] = Split(train_NP, sampled)
         return splits
-    prepared = prepare_prompts(text_path(config) / "prompts", config, tokenizer, seed, may_replace_text(config))
+    vocab_size = read_config(section.target)[0].get_text_config().vocab_size
+    end_ids = end_token_ids(section.target, vocab_size, tokenizer)
+    prepared = prepare_prompts(
+        text_path(config) / "prompts", config, tokenizer, seed, end_ids, may_replace_text(config)
+    )
     chat = {"stops_at_eos": True, "chat_template_sha256": prepared.facts["chat_template_sha256"]}
     splits = {"heldout": Split([c.prompt for c in prepared.heldout], replace(greedy, **chat))}
     if section.written_fraction > 0:

@@ -68,10 +68,16 @@ def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def prepare_prompts(
-    path: Path, config: DrafterConfig, tokenizer: PreTrainedTokenizerBase, seed: int, may_replace: bool = False
+    path: Path,
+    config: DrafterConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    end_ids: Sequence[int] = (),
+    may_replace: bool = False,
 ) -> PromptSet:
     """The prompts of `config.drafter.prompts`, made and written to the directory `path`, or read from there.
 
+    `end_ids`: tokens, besides the tokenizer's own, that end the target's texts, and so a given answer of a chat.
     `may_replace`: set aside what is there and was made with other settings, instead of refusing it.
 
     Of the rows in an order drawn from `seed`, the first are held out and the next train, as many as the config takes
@@ -97,19 +103,24 @@ def prepare_prompts(
         "text_seed": seed,
     }
     if section.responses == "given":  # of written answers these decide nothing that is here
-        settings |= {"sequence_length": config.data.sequence_length, "block_size": config.drafter.block_size}
+        settings |= {
+            "sequence_length": config.data.sequence_length,
+            "block_size": config.drafter.block_size,
+            "end_ids": sorted(end_ids),
+        }
     if may_replace and (path / "prompts.json").is_file() and _different(path, settings):
         set_aside(path, "prompts")
     if not (path / "prompts.json").is_file():
-        _write(path, _Reader(config, tokenizer).split(seed), settings)
+        _write(path, _Reader(config, tokenizer, end_ids).split(seed), settings)
     return _load(path, settings)
 
 
 class _Reader:
     """Rows of a source to conversations."""
 
-    def __init__(self, config: DrafterConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: DrafterConfig, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
         self.section: PromptsSection = config.drafter.prompts
+        self.end_ids = {*end_ids, tokenizer.eos_token_id}
         self.config, self.tokenizer = config, tokenizer
         self.template = ChatTemplate(tokenizer, self.section.chat_template_kwargs)
         self.num_cut = 0  # given answers that are longer than a window has room for
@@ -192,9 +203,11 @@ class _Reader:
             else:
                 conversation = Conversation(checked_ids(where, prompt, self.tokenizer), self._encode(text))
         window, block = self.config.data.sequence_length, self.config.drafter.block_size
-        longest = window - block if is_given and to_train else self.config.drafter.prompt_length
+        longest, why = self.config.drafter.prompt_length, "drafter.prompt_length"
+        if is_given and to_train:
+            longest, why = window - block, "data.sequence_length less drafter.block_size"
         if len(conversation.prompt) > longest:
-            raise _LeftOut(f"longer than {longest} tokens")
+            raise _LeftOut(f"longer than {longest} tokens ({why})")
         if to_train and len(conversation.prompt) + len(conversation.response) > window:
             self.num_cut += 1
         return conversation
@@ -210,10 +223,10 @@ class _Reader:
         if not answer["content"].strip() and len(answer) == 2:
             raise UnusableRow(where, "the answer is empty")
         conversation = self._encoded(prompt, self.template.answer(where, chat, prompt))
-        response, end = conversation.response, self.tokenizer.eos_token_id
-        if end in response:  # templates go on with a line break, which no target writes after its end token
-            response = response[: response.index(end) + 1]
-        return Conversation(conversation.prompt, response)
+        response = conversation.response
+        # Templates go on with a line break, which no target writes after its end token.
+        end = next((place + 1 for place, token in enumerate(response) if token in self.end_ids), None)
+        return Conversation(conversation.prompt, response[:end])
 
     def _answer(self, where: str, row: dict[str, Any]) -> Message:
         """The message that a row has beside a chat without one: text, or a list of one message."""

@@ -286,9 +286,8 @@ def test_text_of_another_temperature_or_template_is_refused(recipe_and_model, co
 def ending_at(config: DrafterConfig, path: Path, ends: Any, changed: Any, **drafter: Any) -> DrafterConfig:
     """The job in `path`, for the same model with other end tokens: what is in `ends` of its vocabulary."""
     shutil.copytree(config.drafter.target, path / "model")
-    file = path / "model" / "config.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps(content | {"eos_token_id": ends(range(content["vocab_size"]))}))
+    vocab_size = json.loads((path / "model" / "config.json").read_text())["vocab_size"]
+    (path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends(range(vocab_size))}))
     options = {"target": path / "model", "text": None, "num_eval_sequences": 8, "num_sequences": 12, **drafter}
     prompts = config.drafter.prompts.model_dump() | {"heldout_fraction": 0.4}
     return changed(

@@ -100,6 +100,18 @@ def test_a_given_answer_of_a_chat_ends_with_the_end_token(tmp_path, chat_tokeniz
     assert sorted(chat_tokenizer.decode(c.prompt).count("it is 0") for c in both) == [0, 1]
 
 
+def test_a_given_answer_ends_with_whichever_token_ends_the_targets(tmp_path, chat_tokenizer):
+    chat_tokenizer.chat_template = TEMPLATE.replace("{{ eos_token }}", "<|pad|>")
+    (tmp_path / "file.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHAT * 2))
+    config = make_config({"source": str(tmp_path / "file.jsonl"), "responses": "given", "heldout_fraction": 0.9})
+    config = config.model_copy(update={"drafter": config.drafter.model_copy(update={"written_fraction": 0.0})})
+    for end_ids, end in (((), "<|pad|>\n"), ((1, 7), "<|pad|>")):
+        prompts = prepare_prompts(tmp_path / str(len(end_ids)), config, chat_tokenizer, 0, end_ids)
+        assert chat_tokenizer.decode(prompts.heldout[0].response) == f"it is 0{end}"
+    with pytest.raises(ValueError, match="made with another end_ids"):
+        prepare_prompts(tmp_path / "0", config, chat_tokenizer, 0, (1, 7))
+
+
 def test_empty_and_long_prompts_are_left_out_and_counted(tmp_path, tiny_tokenizer):
     rows = [{"prompt": " \n"}, {"prompt": "x = 1\n" * 40}, {"prompt": ""}, *TEXTS]
     message = (
@@ -142,7 +154,7 @@ DIRTY = [
     {"prompt": 3},
     {"prompt": [{"role": "critic", "content": "x"}]},
     {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
-    {"prompt": [100_000]},
+    {"prompt": [100_000], "response": "x"},
     {"prompt": "no answer"},
     {"prompt": "x", "response": 1},
     {"prompt": "x", "response": " "},
