@@ -222,7 +222,7 @@ def test_a_teacher_is_asked_as_those_are_that_are_compared_with_it(
     """In the chat template and with their limit: else nobody writes what it wrote."""
     model = shutil.copytree(tiny_model_dir, tmp_path / "model")
     (model / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}{{ style }}")
-    texts = {f"{name.__name__}.py": Path(name.__file__).read_text() for name in (bisect, heapq)}
+    texts = {f"{name.__name__}.py": Path(str(name.__file__)).read_text() for name in (bisect, heapq)}
     monkeypatch.setattr("speedstack.train.corpus.load_corpus", lambda path: None)
     monkeypatch.setattr("speedstack.heldout.heldout_texts", lambda corpus: texts)
     monkeypatch.setattr("speedstack.eval.task_data.NUM_SAME_TEXT", 2)
