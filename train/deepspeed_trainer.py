@@ -25,7 +25,7 @@ from speedstack.train.config import JobConfig
 from speedstack.train.distributed import World
 from speedstack.train.optim import build_optimizer, set_learning_rate
 from speedstack.train.precision import resolve_precision
-from speedstack.train.sharding import gathered
+from speedstack.train.sharding import gathered, zero_optimization
 from speedstack.train.trainer import save_recipe_tensors
 
 _TAG = "deepspeed"
@@ -105,7 +105,7 @@ def engine_config(config: JobConfig, world: World, num_micro_batches: int) -> di
         "train_micro_batch_size_per_gpu": config.loop.batch_size // (world.size * num_micro_batches),
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": config.optim.grad_clip,
-        "zero_optimization": {"stage": config.distributed.zero_stage},
+        "zero_optimization": zero_optimization(config.distributed.zero_stage),
         # "Untested" is every optimizer that is not DeepSpeed's own, torch.optim.AdamW included.
         "zero_allow_untested_optimizer": True,
         # An empty list of modules keeps the exchange of gradients in float32.

@@ -113,6 +113,8 @@ def join_world(config: JobConfig) -> Iterator[World]:
         import deepspeed
 
         deepspeed.utils.logger.setLevel("WARNING")
+        # It warns of having no leaf modules, which is what `zero_optimization` asks for.
+        deepspeed.utils.logger.addFilter(lambda record: "leaf module" not in record.getMessage())
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, timeout=_TIMEOUT, verbose=False)
         # Once a process and not once a job: DeepSpeed holds on to the groups of the first job.

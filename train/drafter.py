@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from speedstack.dflash.accept import leading_run
 from speedstack.dflash.block import Blocks, layer_masks, make_blocks, sample_anchors
 from speedstack.dflash.checkpoint import load_drafter, save_drafter
-from speedstack.dflash.loss import BlockLoss, Objective, block_loss
+from speedstack.dflash.loss import ABSENT, BlockLoss, Objective, block_loss, offset_weights
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.acceptance import measure_acceptance
 from speedstack.eval.results import AcceptanceResult, AcceptanceSet
@@ -55,7 +56,7 @@ from speedstack.train.drafter_text import (
     splits_of,
     write_splits,
 )
-from speedstack.train.drafter_windows import Windows, WindowStream
+from speedstack.train.drafter_windows import Batch, StepWeights, Windows, WindowStream
 from speedstack.train.features import (
     FeatureSettings,
     StoredFeatures,
@@ -134,7 +135,9 @@ class DrafterRecipe(Recipe):
         self._heads: dict[torch.dtype, Tensor] = {}
         self._engine: Engine | None = None
         self._simulated: Simulated | None = None
-        return self.make_model().to(world.device)
+        model = self.make_model().to(world.device)
+        self._weights = StepWeights(self.windows, self.config.loop.batch_size, partial(self._weight, model))
+        return model
 
     def make_model(self) -> nn.Module:
         """The drafter with its first weights, on the CPU."""
@@ -148,13 +151,17 @@ class DrafterRecipe(Recipe):
             )
         return model
 
-    def batch(self, indices: Sequence[int]) -> Windows:
+    def batch(self, indices: Sequence[int]) -> Batch:
         """Windows of the examples with these numbers: written ones spread evenly among those of the corpus."""
-        return self.windows.batch(indices).to(self.device)
+        return Batch(self.windows.batch(indices).to(self.device), indices[0] // self.config.loop.batch_size)
 
-    def loss(self, model: Callable[..., Any], batch: Windows) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted loss of the blocks; metrics: share of right tokens right after an anchor, mean tau."""
-        result, valid_AJ = self.blocks_loss(model, batch)
+    def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted loss of the blocks; metrics: share of right tokens right after an anchor, mean tau.
+
+        Its mean over the batches of a step is the loss over all of the step's windows, of which some have fewer tokens
+        to predict than others. (With D-PACE's weights, which are the drafter's own, it is that but for the confidence.)
+        """
+        result, valid_AJ = self.blocks_loss(model, batch.windows)
         with torch.no_grad():
             whole_A = valid_AJ.all(-1)
             num_whole = whole_A.sum().clamp_min(1)
@@ -162,7 +169,7 @@ class DrafterRecipe(Recipe):
                 "first_accuracy": result.correct_AJ[:, 0].sum() / valid_AJ[:, 0].sum().clamp_min(1),
                 "block_acceptance": 1 + (leading_run(result.correct_AJ) * whole_A).sum() / num_whole,
             }
-        return result.loss, metrics
+        return result.loss * self._weights.share(batch), metrics
 
     def evaluate(self, model: nn.Module) -> dict[str, float | None]:
         """Loss and simulated acceptance on held-out text, and acceptance as served on a few of its prompts.
@@ -191,7 +198,8 @@ class DrafterRecipe(Recipe):
     def _served(self, model: DFlashDraftModel, name: str, temperature: float) -> AcceptanceSet | None:
         """What `serve` gives; None, said in a warning, where it gives nothing: no step depends on it."""
         try:
-            return self.serve(model, temperature).overall
+            served = self.serve(model, temperature)
+            return None if served is None else served.overall
         except (ValueError, torch.OutOfMemoryError) as error:
             warnings.warn(f"{name} is not measured: {error}", stacklevel=2)
             return None
@@ -211,14 +219,18 @@ class DrafterRecipe(Recipe):
         text = self.heldout if text is None else text
         return simulate(text, lambda windows: self.blocks_loss(model, windows.to(self.device)))
 
-    def serve(self, model: DFlashDraftModel, temperature: float) -> AcceptanceResult:
-        """Acceptance of the running drafter on this process's share of the prompts to serve, decoded by the engine."""
+    def serve(self, model: DFlashDraftModel, temperature: float) -> AcceptanceResult | None:
+        """Acceptance of the running drafter on this process's share of the prompts to serve, decoded by the engine.
+
+        None where there are more processes than prompts and this one has none.
+        """
+        section, world = self.config.drafter, self.world
+        share = self.heldout.prompts(section.num_served_prompts)[world.rank :: world.size]
+        if not share:
+            return None
         if self._engine is None:
             self._engine = serving_engine(self.config)
         self._engine.set_drafter(model)
-        section, world = self.config.drafter, self.world
-        prompts = self.heldout.prompts(section.num_served_prompts)
-        share = prompts[world.rank :: world.size] or prompts[:1]
         num_new_tokens = self.config.data.sequence_length - section.prompt_length
         return measure_acceptance(
             self._engine, {"held-out": share}, num_new_tokens, temperature, ignore_eos=not self.by_document
@@ -312,6 +324,15 @@ class DrafterRecipe(Recipe):
     def features(self, windows: Windows) -> Features:
         """The target's features of `windows`; documents in one window do not see each other."""
         return self.target.features(windows.ids_BT, windows.documents_BT)
+
+    def _weight(self, module: nn.Module, windows: Windows) -> Tensor:
+        """Sum of the offset weights of all that `module` predicts of `windows`."""
+        blocks = self.blocks(windows)
+        counts_BAJ = blocks.valid_BAJ
+        if self.draft_config.draft_vocab_size is not None:
+            assert isinstance(module, DFlashDraftModel)
+            counts_BAJ = counts_BAJ & (module.draft_ids(blocks.labels_BAJ) != ABSENT)
+        return (counts_BAJ * offset_weights(counts_BAJ.shape[-1], self.config.drafter.gamma, self.device)).sum()
 
     def product_dtype(self) -> torch.dtype:
         """dtype of this step's products with the LM head."""

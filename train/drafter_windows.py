@@ -1,5 +1,8 @@
 """Training windows of a drafter: text the target wrote, corpus windows among it, and the anchors of their blocks.
 
+Windows differ in how much there is to predict. A step's loss is a mean over all of it, however the step is cut into
+batches of processes and micro-batches: `StepWeights` knows what part each batch has.
+
 All of a window, its anchors included, is a function of (seed, number of the example): nothing is saved to resume, and
 any process can make any window.
 
@@ -8,8 +11,9 @@ Shape suffixes: B windows, T positions, A anchors a window, N written windows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +37,13 @@ class Windows:
 
     def to(self, device: torch.device) -> Windows:
         return Windows(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+class Batch(NamedTuple):
+    """Windows of a step, all or some of them, and the number of the step."""
+
+    windows: Windows
+    step: int
 
 
 class WindowStream:
@@ -97,3 +108,28 @@ class WindowStream:
             ids = self.written.ids_NT[self.written.predictable_NT]
         counts_V = torch.bincount(ids, minlength=vocab_size)
         return counts_V.sort(descending=True, stable=True).indices[:size].sort().values
+
+
+class StepWeights:
+    """How much the batches of a step weigh: those of all processes, one after the other in each.
+
+    Args:
+        stream: of the windows.
+        batch_size: windows of a step.
+        weigh: the weight of what is predicted of some windows, a scalar on the device that it makes of them.
+    """
+
+    def __init__(self, stream: WindowStream, batch_size: int, weigh: Callable[[Windows], Tensor]) -> None:
+        self.stream, self.batch_size, self.weigh = stream, batch_size, weigh
+        self._step, self._weight = -1, torch.zeros(())
+
+    def share(self, batch: Batch) -> Tensor | float:
+        """The weight of `batch` as a multiple of the mean over the batches of its step."""
+        size = len(batch.windows.ids_BT)
+        if size == self.batch_size:
+            return 1.0
+        if self._step != batch.step:
+            whole = self.stream.batch(range(batch.step * self.batch_size, (batch.step + 1) * self.batch_size))
+            self._step, self._weight = batch.step, self.weigh(whole.to(batch.windows.ids_BT.device))
+        least = torch.finfo(self._weight.dtype).tiny
+        return self.weigh(batch.windows) / self._weight.clamp_min(least) * (self.batch_size / size)

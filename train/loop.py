@@ -59,6 +59,10 @@ class Recipe(Protocol):
         Frozen companions (a teacher, a target model) belong to the recipe, not into the module.
         """
 
+    def set_training(self, module: nn.Module) -> None:
+        """Put the module into the mode it is trained in."""
+        module.train()
+
     def batch(self, indices: Sequence[int]) -> Any:
         """The training examples with these numbers, on the device, as `loss` wants them: a pure function."""
 
@@ -156,7 +160,8 @@ def _build_and_train(
     torch.manual_seed(config.run.seed)
     module = recipe.build(world)
     world.on_main(lambda: add_inputs(directory, recipe.read_inputs()))
-    trainer = make_trainer(module.train(), config, world)
+    recipe.set_training(module)
+    trainer = make_trainer(module, config, world)
     store = CheckpointStore(
         directory / "checkpoints",
         num_kept=config.loop.keep_checkpoints,
@@ -287,7 +292,7 @@ def _evaluate(
     trainer.module.eval()
     with torch.no_grad():
         metrics = world.mean(recipe.evaluate(trainer.module))
-    trainer.module.train()
+    recipe.set_training(trainer.module)
     if log is not None:
         log.write("eval", step, {**metrics, "elapsed_seconds": time.monotonic() - started})
 

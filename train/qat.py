@@ -84,7 +84,7 @@ class QatRecipe(Recipe):
         self._teacher_engine = shard_frozen(self.teacher, world) if stage == 3 else None
 
         is_packed = can_be_packed(student.config.model_type)
-        check_export(student, section.model, is_packed)
+        world.on_main(lambda: check_export(student, section.model, is_packed))
         if not is_packed and world.is_main:
             warnings.warn(
                 f"no packed format is known for {student.config.model_type}: the export will have its experts' MXFP4 "
@@ -105,6 +105,13 @@ class QatRecipe(Recipe):
         student = nn.Module.to(student, world.device)
         self.flips = FlipWatch(student, section.scale_rule) if section.look_every else None
         return student
+
+    def set_training(self, module: nn.Module) -> None:
+        # What a model does in training alone (dropout, noise in its router) is neither the teacher's nor of use here.
+        module.eval()
+        for submodule in module.modules():
+            if getattr(submodule, "gradient_checkpointing", False):
+                submodule.training = True  # of this module alone: transformers checkpoints in training only
 
     def batch(self, indices: Sequence[int]) -> torch.Tensor:
         return self.train.examples(self.config.run.seed, indices).to(self.world.device)

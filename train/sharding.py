@@ -1,14 +1,16 @@
 """Models whose parameters ZeRO-3 keeps in parts, one on every process.
 
-A model that is trained, or that teaches, under ZeRO-3 is sharded from the moment its parameters exist: transformers
-builds it under DeepSpeed's `zero.Init`, and the main process alone reads the weights and hands them out. So no process
-ever holds more than one tensor besides its share, the main process the files' tensors in host memory besides.
+A model that is trained, or that teaches, under ZeRO-3 is read by the main process alone, into host memory, and handed
+out tensor by tensor. So a device never holds more than one tensor besides its share, and the model is what one process
+would have read: transformers has a way to load in parts too, with another reader, for which some names, ties and dtypes
+come out different.
 
-Left out: sharding packed checkpoints, which transformers cannot load that way.
+Left out: reading in parts. The main process has the whole model in host memory for the time of the loading.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from speedstack.quant.checkpoint import load_model
-from speedstack.quant.checkpoint.config import BAD_FIELDS, read_config, reason_of
-from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
-from speedstack.quant.checkpoint.formats import Plain
-from speedstack.quant.checkpoint.linears import check_unquantized
 from speedstack.train.distributed import World
 
 
@@ -63,50 +61,31 @@ def whole_weight(linear: nn.Linear) -> torch.Tensor:
 
 
 def load_for_stage(path: Path, dtype: torch.dtype, zero_stage: int, world: World) -> PreTrainedModel:
-    """`load_model`, or under ZeRO-3 the same weights in parts. In eval mode; parameters have `dtype`.
+    """`load_model(path, dtype)`, under ZeRO-3 in parts: every parameter and buffer has the same value and dtype.
 
-    Raises ValueError as `load_model`, and under ZeRO-3 for a packed model.
+    In eval mode. Raises ValueError as `load_model`, on all processes.
     """
     if zero_stage < 3:
         return load_model(path, dtype=dtype)
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+    import deepspeed
 
-    path = checkpoint_directory(path)
-    config, codec = read_config(path)
-    if codec is not Plain:
-        raise ValueError(
-            f"{path} is in the format {codec.name}: ZeRO-3 shards unquantized models only. `speedstack convert {path} "
-            "--to plain` writes one with the same values; or use distributed.zero_stage 2 or less"
-        )
-    # transformers' own errors for damaged files are not lines a user can act on.
-    with WeightFiles(path) as files:
-        check_unquantized(files)
-        if not files.is_as_transformers_wants:
-            raise ValueError(
-                f"{path} cannot be read under ZeRO-3, where transformers reads it: its index lacks metadata, or shards "
-                "hold copies of tensors that the index places elsewhere; download it again, or use "
-                "distributed.zero_stage 2 or less"
-            )
-    # transformers looks for a living object of this class to know that it has to shard.
-    marker = HfDeepSpeedConfig(_sharding_config(world))
-    model_class: Any = AutoModelForCausalLM
-    try:
-        model, report = model_class.from_pretrained(
-            path, config=config, dtype=torch.float32, experts_implementation="grouped_mm", output_loading_info=True
-        )
-    except BAD_FIELDS as error:
-        raise ValueError(f"{path}: the weights do not fit the configuration: {reason_of(error)}") from error
-    finally:
-        unset_hf_deepspeed_config()
-        del marker
-    missing = sorted(set(report["missing_keys"]) - set(model._tied_weights_keys or {}))
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} tensors, such as {missing[0]}: is it a complete model?")
-    for parameter in model.parameters():
-        # Not by loading in `dtype`: that would round buffers too, which routers need in float32.
-        parameter.data = parameter.data.to(dtype)
-        parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)
-    return model.eval()
+    loaded: list[PreTrainedModel] = []
+
+    def load() -> tuple[PreTrainedModel, list[torch.Size]]:
+        model = load_model(path, dtype=dtype)
+        loaded.append(model)
+        empty = {id(p): nn.Parameter(p.new_empty(0), p.requires_grad) for p in model.parameters()}
+        return copy.deepcopy(model, empty), [parameter.shape for parameter in model.parameters()]
+
+    model, shapes = world.on_main(load)
+    if world.is_main:
+        model = loaded[0]
+    for parameter, shape in zip(model.parameters(), shapes, strict=True):
+        if not world.is_main:
+            parameter.data = parameter.new_empty(shape, device=world.device)
+        # Sends out what the main process has and keeps a part of it. One at a time: each is freed before the next.
+        deepspeed.zero.Init(module=nn.ParameterList([parameter]))
+    return model
 
 
 def shard_frozen(model: PreTrainedModel, world: World) -> Any:
@@ -117,14 +96,22 @@ def shard_frozen(model: PreTrainedModel, world: World) -> Any:
     """
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(model=model, config=_sharding_config(world), dist_init_required=False)
+    config = {
+        "train_batch_size": world.size,
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero_optimization(3),
+        "steps_per_print": 2**31,
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
     return engine
 
 
-def _sharding_config(world: World) -> dict[str, Any]:
-    return {
-        "train_batch_size": world.size,
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3},
-        "steps_per_print": 2**31,
-    }
+def zero_optimization(stage: int) -> dict[str, Any]:
+    """DeepSpeed's section of that name.
+
+    No module is a leaf. DeepSpeed makes the Mixture-of-Experts blocks of the families it knows leaves, so that
+    processes whose tokens choose other experts gather the same parameters. Here the experts of a layer are one module
+    with one grouped product, whatever is chosen; and the gradients of a leaf are reduced by a hook on its inputs, which
+    runs before there are any where nothing below the leaf is trained.
+    """
+    return {"stage": stage, "leaf_module": {"classes": [], "names": [], "name_suffixes": []}}

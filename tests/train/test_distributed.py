@@ -40,8 +40,8 @@ def check_loading(path, config):
             for (name, parameter), expected in zip(sharded.named_parameters(), whole.parameters(), strict=True):
                 num_elements = parameter.numel()
                 with gathered([parameter]):
-                    values_match = torch.equal(parameter.float(), expected.float())
-                    if not (is_sharded(parameter) and num_elements == 0 and parameter.dtype == dtype and values_match):
+                    same = parameter.dtype == expected.dtype and torch.equal(parameter, expected)
+                    if not (is_sharded(parameter) and num_elements == 0 and same):
                         wrong.append(name)
             expected = dict(whole.named_buffers())
             wrong += [name for name, buffer in sharded.named_buffers() if not torch.equal(buffer, expected[name])]
