@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("speedstack", "torch", "transformers", "datasets", "deepspeed", "lm_eval", "safetensors", "triton", "numpy")
 THREAD_SETTINGS = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")
+# Which scikit-learn sets when it is imported, and with which nothing runs otherwise.
+_SET_BY_IMPORTS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
 
 
 def describe_environment() -> "Environment":
@@ -50,7 +52,9 @@ def environment_fields() -> dict[str, Any]:
         "git_sha": _git_sha(Path(__file__).resolve()),
         "command": command_line(),
         "thread_settings": {
-            name: printable(value) for name, value in sorted(os.environ.items()) if name.startswith(THREAD_SETTINGS)
+            name: printable(value)
+            for name, value in sorted(os.environ.items())
+            if name.startswith(THREAD_SETTINGS) and name not in _SET_BY_IMPORTS
         },
     }
 
