@@ -133,15 +133,11 @@ def compare_results(
         if headline.task not in shared:
             continue
         metric = headline.metric or _first_metric(first, headline.task)
-        value = first.value(headline.task, metric)
-        if value is None:
-            raise ValueError(f"{labels[0]} has no metric {metric!r} of {headline.task}")
+        value = _value(labels[0], first, headline.task, metric)
         table = _column(first, headline.task, metric)
         others = []
         for label in labels[1:]:
-            other_value = results[label].value(headline.task, metric)
-            if other_value is None:
-                raise ValueError(f"{label} has no metric {metric!r} of {headline.task}")
+            other_value = _value(label, results[label], headline.task, metric)
             other_table = _column(results[label], headline.task, metric)
             test, stderr, p = _paired_test(metric, table, other_table, value, other_value, num_resamples, seed)
             better = _higher_is_better(first, headline.task, metric)
@@ -290,6 +286,14 @@ def _asked(result: SuiteResult, headline: Sequence[HeadlineMetric], leaves: Sequ
             leaf: [configs.get(leaf, {}).get(name) for name in ("generation_kwargs", "repeats")] for leaf in leaves
         },
     }
+
+
+def _value(label: str, result: SuiteResult, task: str, metric: str) -> float:
+    value = result.value(task, metric)
+    if value is None or not math.isfinite(value):
+        what = f"has no metric {metric!r} of {task}" if value is None else f"has {value} for {metric!r} of {task}"
+        raise ValueError(f"{label} {what}")
+    return value
 
 
 def _members(result: SuiteResult, task: str) -> list[str]:

@@ -45,7 +45,6 @@ class ModelConfig(VerbConfig):
 # Fields of `EvalConfig` that only one of its two measurements has.
 _SUITE_ONLY = (
     "data",
-    "include_path",
     "chat_template",
     "chat_template_kwargs",
     "think_end_token",
@@ -93,7 +92,7 @@ class EvalConfig(ModelConfig):
         ".parquet; those it lacks come from the Hugging Face Hub.",
     )
     include_path: Path | None = Field(
-        None, description="Suite: a folder of your own lm-eval tasks (.yaml files), which the suite may name."
+        None, description="A folder of your own lm-eval tasks (.yaml files), which the suite, or tasks, may name."
     )
     chat_template: bool = Field(False, description="Suite: prompts in the chat template of the model's tokenizer.")
     chat_template_kwargs: ChatTemplateKwargs = Field(

@@ -20,6 +20,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from speedstack.eval.labels import numbered
 from speedstack.eval.results import AcceptanceResult, Curve, QualityResult, TimingResult
 
 INK, GRID = "#010203", "#040506"
@@ -132,7 +133,9 @@ def task_scores_by_method(quality: QualityResult, metrics: Mapping[str, str]) ->
 def acceptance_by_position(acceptance: AcceptanceResult) -> str:
     """Share of rounds in which the drafts up to each position were all accepted, overall and for each prompt set."""
     groups = [acceptance.overall, *(acceptance.sets if len(acceptance.sets) > 1 else ())]
-    curves = {f"{group.name} (\u03c4 {group.acceptance_length:.2f})": group.survival for group in groups}
+    # A set may have the name that all of them together go by.
+    labels = numbered([f"{group.name} (\u03c4 {group.acceptance_length:.2f})" for group in groups])
+    curves = {label: group.survival for label, group in zip(labels, groups, strict=True)}
     return survival_curves("Acceptance by draft position", curves)
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from speedstack.eval.divergence import check_numbers, token_kl, token_nll, top1_matches
 from speedstack.eval.environment import describe_environment
 from speedstack.eval.lm import EngineLM
+from speedstack.eval.own_tasks import read_own_tasks
 from speedstack.eval.results import MethodQuality, QualityResult, TaskScore, to_plain
 from speedstack.eval.task_loading import PREFIX, TASK_NAMES, TaskLoader, leaf_tasks
 from speedstack.runtime import Engine
@@ -63,15 +64,19 @@ def measure_quality(
     tasks: Sequence[str] = TASK_NAMES,
     limit: int | float | None = None,
     progress: bool = True,
+    include_path: Path | None = None,
 ) -> QualityResult:
     """Held-out perplexity of each engine, its divergence from `engines[teacher]`, and the scores of `tasks`.
 
     `windows` are id sequences of 2 tokens or more; `task_data` is the directory `make_tasks` wrote, None for no tasks;
-    `limit` caps the documents a task: so many, or a share of them between 0 and 1. Raises ValueError for a teacher that
-    is not an engine, logits that are not numbers, and as `run_tasks`.
+    `limit` caps the documents a task: so many, or a share of them between 0 and 1; `include_path` is a folder of more
+    tasks. Raises ValueError for a teacher that is not an engine, logits that are not numbers, and as `run_tasks`.
     """
     if teacher not in engines:
         raise ValueError(f"teacher {teacher!r} is not among the engines: {', '.join(engines)}")
+    own = None if include_path is None else read_own_tasks(include_path)
+    # Before anything is computed: what nobody knows by name is said here.
+    loader = None if task_data is None else TaskLoader(tasks, Path(task_data), own=own)
     nll: dict[str, list[torch.Tensor]] = {name: [] for name in engines}
     kl: dict[str, list[torch.Tensor]] = {name: [] for name in engines}
     matches: dict[str, list[torch.Tensor]] = {name: [] for name in engines}
@@ -89,9 +94,9 @@ def measure_quality(
             matches[name].append(top1_matches(teacher_TV, logits_TV))
     raw: dict[str, dict[str, Any]] = {}
     scores: dict[str, tuple[TaskScore, ...]] = {name: () for name in engines}
-    if task_data is not None:
+    if loader is not None:
         for name, engine in engines.items():
-            raw[name] = run_tasks(engine, task_data, tasks, limit=limit, progress=progress)
+            raw[name] = _run_tasks(engine, loader, tasks, limit, progress)
             scores[name] = task_scores(raw[name])
     methods = []
     for name in engines:
@@ -110,7 +115,15 @@ def measure_quality(
                 tasks=scores[name],
             )
         )
-    return QualityResult(teacher=teacher, methods=tuple(methods), lm_eval=raw, environment=describe_environment())
+    return QualityResult(
+        teacher=teacher,
+        methods=tuple(methods),
+        limit=limit,
+        include_path=None if own is None else str(own.directory),
+        include_path_sha256=None if own is None else own.sha256,
+        lm_eval=raw,
+        environment=describe_environment(),
+    )
 
 
 @torch.no_grad()
@@ -158,7 +171,12 @@ def run_tasks(
     Raises ValueError for a task nobody knows, and for a directory that lacks the data of one of ours. What lm-eval's
     own tasks need (data sets to download, for most) is between them and the network.
     """
-    loader = TaskLoader(tasks, Path(task_data))
+    return _run_tasks(engine, TaskLoader(tasks, Path(task_data)), tasks, limit, progress)
+
+
+def _run_tasks(
+    engine: Engine, loader: TaskLoader, tasks: Sequence[str], limit: int | float | None, progress: bool
+) -> dict[str, Any]:
     items = [item for name in tasks for item in loader.load(name)]
     lm = EngineLM(engine, progress=progress, tasks=[task for item in items for task in leaf_tasks(item)])
     output = lm_eval.simple_evaluate(

@@ -88,11 +88,17 @@ class MethodQuality(Record):
 
 
 class QualityResult(Document):
-    """Quality of several models on the same held-out text, and lm-eval's own results of each, unchanged."""
+    """Quality of several models on the same held-out text, and lm-eval's own results of each, unchanged.
+
+    `limit` as it was given; `include_path`: a folder of the user's own tasks, with the SHA-256 of its files.
+    """
 
     kind: Literal["quality"] = "quality"
     teacher: str
     methods: tuple[MethodQuality, ...]
+    limit: int | float | None = None
+    include_path: str | None = None
+    include_path_sha256: str | None = None
     lm_eval: dict[str, dict[str, Any]] = Field(default={})
     environment: Environment | None = None
 

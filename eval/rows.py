@@ -18,6 +18,8 @@ from typing import Any
 SUFFIXES = (".jsonl", ".json", ".parquet")
 # Of a directory one kind is read. Data sets bring .json files that describe them, and a README.txt.
 _PREFERENCE = (".parquet", ".jsonl", ".json", ".txt")
+# What a prepared corpus is known by, in its directory.
+CORPUS_FILE = "corpus.json"
 _NUM_EXAMPLES = 3
 _BATCH_ROWS = 256
 
@@ -134,6 +136,9 @@ def _files_of(directory: Path, suffixes: Sequence[str]) -> list[Path]:
         for entry in directory.rglob("*")
         if not any(part.startswith(".") for part in entry.relative_to(directory).parts)
     )
+    # A corpus that was prepared from a directory, inside of it.
+    prepared = {entry.parent for entry in entries if entry.name == CORPUS_FILE} - {directory}
+    entries = [entry for entry in entries if not prepared & {entry, *entry.parents}]
     lost = [entry for entry in entries if entry.is_symlink() and not entry.exists()]
     if lost:
         raise ValueError(f"{lost[0]} is a link to nothing: download or remove it")

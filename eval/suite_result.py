@@ -125,14 +125,12 @@ class SuiteResult:
         """(task, 'metric,filter', value) of what a task or group of the suite is reported by.
 
         That is the metric, or without one all it has, and where a group has no score of its own, its members'. Empty
-        where lm-eval reported no such metric.
+        where lm-eval reported no such metric, or no finite number.
         """
-        names = (
-            [metric]
-            if metric is not None
-            else [name for name in self.lm_eval["results"].get(task, ()) if _is_score(name)]
-        )
-        found = [(task, name, value) for name in names if (value := self.value(task, name)) is not None]
+        reported = self.lm_eval["results"].get(task, {})
+        names = [metric] if metric is not None else [name for name in reported if _is_score(name)]
+        values = {name: self.value(task, name) for name in names}
+        found = [(task, name, value) for name, value in values.items() if value is not None and math.isfinite(value)]
         if found or metric is not None:
             return found
         members = self.lm_eval.get("group_subtasks", {}).get(task, ())
@@ -154,14 +152,15 @@ class SuiteResult:
             raise ValueError(no_metric(entry.task, entry.metric or "any", known))
 
     def value(self, task: str, metric: str) -> float | None:
-        """lm-eval's value of a task's or group's metric, such as 'acc,none'; None where there is no such number."""
+        """lm-eval's value of a task's or group's metric, such as 'acc,none', NaN included; None where it has none."""
         value = self.lm_eval["results"].get(task, {}).get(metric)
-        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+        return float(value) if isinstance(value, int | float) else None
 
     def stderr(self, task: str, metric: str) -> float | None:
-        """lm-eval's standard error of it; None where it gives none."""
+        """lm-eval's standard error of it; None where it gives no finite one."""
         name, _, filter_name = metric.partition(",")
-        return self.value(task, f"{name}_stderr,{filter_name}")
+        stderr = self.value(task, f"{name}_stderr,{filter_name}")
+        return stderr if stderr is not None and math.isfinite(stderr) else None
 
 
 def no_metric(task: str, metric: str, known: Sequence[str]) -> str:

@@ -180,7 +180,7 @@ def _suite(job: _Job) -> dict[str, Any]:
     task = lm_eval_name(settings["score"])
     metric = next((entry.metric for entry in result.block.headline if entry.task == task), None)
     value = None if metric is None else result.value(task, metric)
-    if value is None:
+    if metric is None or value is None:
         raise ValueError(f"suite.score: {task} has no score of its own, it stands for several tasks: name one of them")
     return {"metric": metric, "score": value, "stderr": result.stderr(task, metric)}
 

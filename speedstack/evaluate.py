@@ -168,7 +168,13 @@ def _evaluate_heldout(config: EvalConfig) -> None:
         teacher = "teacher"
         engines[teacher] = _eval_engine(config, config.teacher)
     result = measure_quality(
-        engines, teacher, windows, task_data=task_data if tasks else None, tasks=tasks, limit=config.limit
+        engines,
+        teacher,
+        windows,
+        task_data=task_data if tasks else None,
+        tasks=tasks,
+        limit=config.limit,
+        include_path=config.include_path,
     )
     path = result.save(config.out / "quality.json")
     for entry in result.methods:

@@ -241,7 +241,8 @@ class _Gathered:
         self._take_facts(place, report)
         # Reports of several runs were written once that have one name for all of them.
         times = Counter[tuple[str, ...]]()
-        for content in (*report.stages, *report.curves):
+        contents: list[Curve | StageSummary] = [*report.stages, *report.curves]
+        for content in contents:
             key = (content.stage, content.label, content.quantity) if isinstance(content, Curve) else (content.name,)
             times[key] += 1
             name = key[0] if times[key] == 1 else f"{key[0]} ({times[key]})"

@@ -1,5 +1,7 @@
 """The verbs `eval` and `compare`: what they take, what they leave, and how they refuse."""
 
+import bisect
+import heapq
 import json
 import shutil
 from pathlib import Path
@@ -7,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from speedstack.cli import main
+from speedstack.eval.config import EvalConfig
 from speedstack.eval.results import QualityResult
-from speedstack.evaluate import load_eval_config
+from speedstack.evaluate import load_eval_config, make_task_data
 from speedstack.jobs import load_compare_config
 from speedstack.quant.checkpoint.tokenizer import require_tokenizer
+from speedstack.runtime import Engine
 from speedstack.train.corpus import prepare_corpus
 
 
@@ -204,9 +208,38 @@ def test_own_tasks_of_a_reasoning_model_are_measured_and_recorded(
         (["--limit", "1.5"], "limit: expected a number of documents, or a share of them between 0 and 1 (got 1.5)"),
         (["--limit", "0"], "limit: expected a number of documents"),
         (["--limit", "-0.5"], "limit: expected a number of documents"),
-        (["--include-path", "nowhere"], "include_path is for an evaluation with a suite"),
+        (["--max-gen-toks", "9"], "max_gen_toks is for an evaluation with a suite"),
         (["--think-end-token", "</think>"], "think_end_token is for an evaluation with a suite"),
     ],
 )
 def test_flags_of_suites_are_checked(capsys: pytest.CaptureFixture, flags: list[str], message: str) -> None:
     assert message in error_of(capsys, "eval", "M", *flags)
+
+
+def test_a_teacher_is_asked_as_those_are_that_are_compared_with_it(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the chat template and with their limit: else nobody writes what it wrote."""
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}{{ style }}")
+    texts = {f"{name.__name__}.py": Path(str(name.__file__)).read_text() for name in (bisect, heapq)}
+    monkeypatch.setattr("speedstack.train.corpus.load_corpus", lambda path: None)
+    monkeypatch.setattr("speedstack.heldout.heldout_texts", lambda corpus: texts)
+    monkeypatch.setattr("speedstack.eval.task_data.NUM_SAME_TEXT", 2)
+    config = EvalConfig(
+        suite="offline",
+        teacher=model,
+        device="cpu",
+        backend="reference",
+        chat_template=True,
+        chat_template_kwargs={"style": "terse"},
+        max_gen_toks=5,
+        out=tmp_path / "out",
+    )
+    make_task_data(config, {"same_text"})
+    rows = [json.loads(line) for line in (tmp_path / "out" / "tasks" / "same_text.jsonl").read_text().splitlines()]
+    engine = Engine.from_pretrained(model, backend="reference", device="cpu")
+    assert len(rows) == 2
+    for row in rows:
+        asked = engine.tokenizer.encode(f"<{row['context']}>terse")[-(engine.max_length - 5) :]
+        assert row["text"] == engine.generate(asked, max_new_tokens=5).text != ""

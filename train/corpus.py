@@ -29,6 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from speedstack.eval.prepared_corpus import check_name, corpus_part, reads_alike
+from speedstack.eval.rows import CORPUS_FILE
 from speedstack.quant.checkpoint.tokenizer import require_tokenizer
 from speedstack.train.config import DataSection
 from speedstack.train.documents import changed_file, describe_files, load_documents
@@ -110,7 +111,7 @@ def prepare_corpus(
         (temporary / _SOURCE_FILE).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
         # `vocab_size` stays what was asked for, which little text does not always reach.
         settings |= {"num_tokens": len(tokenizer), "tokenizer_sha256": tokenizer_sha256(tokenizer)}
-        (temporary / "corpus.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (temporary / CORPUS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         temporary.chmod(0o755)
         os.replace(temporary, path)
     finally:
@@ -124,7 +125,7 @@ def load_corpus(path: Path) -> Corpus:
     Raises ValueError, one line, where there is none, and for a file of it that cannot be read.
     """
     path = Path(path)
-    if not (path / "corpus.json").is_file():
+    if not (path / CORPUS_FILE).is_file():
         raise ValueError(f"{path} is not a prepared corpus: choose a path that does not exist yet as data.corpus")
     try:
         tokenizer = require_tokenizer(path / "tokenizer")
@@ -245,7 +246,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, rows: dict[str, list[str]]) -> l
 
 def _load_matching(path: Path, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Corpus:
     corpus = load_corpus(path)
-    stored = _read_object(path / "corpus.json")
+    stored = _read_object(path / CORPUS_FILE)
     way_out = "choose another data.corpus or delete it"
     different = [
         f"{key} {stored.get(key)} instead of {value}" for key, value in settings.items() if stored.get(key) != value

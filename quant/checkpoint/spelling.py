@@ -43,10 +43,11 @@ _ROPE_KEYS = {
 }
 # Keys that transformers moves into `rope_parameters`, whatever the family.
 _OLD_ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
-# What transformers' classes have hard-wired: of each key the values that mean that, beside null.
+# What transformers' classes have hard-wired: of each key, or each entry of it, the values that mean that, beside null.
 _HARD_WIRED: dict[str, dict[str, tuple[Any, ...]]] = {
     "deepseek_v2": {"scoring_func": ("softmax",), "moe_layer_freq": (1,)},
     "deepseek_v3": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
+    "deepseek_v4": {"topk_method": ("noaux_tc",)},
     "glm4_moe": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
     "gpt_oss": {"partial_rotary_factor": (1,)},
     "mimo_v2_flash": {
@@ -65,6 +66,11 @@ _HARD_WIRED: dict[str, dict[str, tuple[Any, ...]]] = {
         "qk_norm_type": ("per_layer",),
         "use_routing_bias": (True,),
         "shared_intermediate_size": (0,),
+        "shared_moe_mode": ("sigmoid",),
+        "attn_type_list": (1,),
+        "layernorm_full_attention_beta": (1,),
+        "layernorm_linear_attention_beta": (1,),
+        "layernorm_mlp_beta": (1,),
     },
     "mixtral": {"partial_rotary_factor": (1,)},
     "olmoe": {"partial_rotary_factor": (1,)},
@@ -106,7 +112,8 @@ def transformers_fields(fields: Fields) -> Fields:
 def _check_hard_wired(fields: Fields, model_type: str) -> None:
     for key, values in _HARD_WIRED.get(model_type, {}).items():
         value = fields.get(key)
-        if value is not None and not any(value is each or value == each for each in values):
+        entries = value if isinstance(value, list) else [value]
+        if value is not None and any(entry not in values for entry in entries):
             allowed = " or ".join([*map(repr, values), "null"])
             raise ValueError(f"{key} {value!r} is not what a {model_type} model computes here, which is {allowed}")
 
@@ -235,6 +242,7 @@ def _mimo_v2_flash(fields: Fields) -> Fields:
         put(key, [names[int(entry)] for entry in pattern], source)
     rope = {key: found.pop(key, None) for key in ("rope_theta", "swa_rope_theta", "partial_rotary_factor")}
     if any(value is not None for value in rope.values()):
+        _drop_flat_rope(found)
         lacking = [key for key, value in rope.items() if value is None]
         if lacking and found.get("rope_parameters") is None:
             raise ValueError(f"a rotary embedding needs {lacking[0]} beside the keys of it that are there")
@@ -255,6 +263,15 @@ def _mimo_v2_flash(fields: Fields) -> Fields:
             "transformers computes mimo_v2_flash"
         )
     return found
+
+
+def _drop_flat_rope(found: Fields) -> None:
+    """Take away the rotary embedding of one kind of layer, which older files have beside the makers' keys."""
+    given = found.get("rope_parameters")
+    if isinstance(given, Mapping) and not any(isinstance(part, Mapping) for part in given.values()):
+        if given.get("rope_type", given.get("type", "default")) != "default":
+            raise ValueError(f"rope_parameters {given!r} are not what a mimo_v2_flash model computes here")
+        del found["rope_parameters"]
 
 
 def _mimo_rope(found: Fields, rope: Fields, put: Callable[[str, Any, str], None]) -> None:

@@ -1,8 +1,9 @@
 """Writes a model directory as another one, from which everything comes that is not changed.
 
 A tensor that nobody changes keeps its bytes and its name, or is FP8 that the new format has not; config.json keeps its
-fields as they are spelled, but for what it says of quantization; the other files are copied. So what a loader of the
-source reads, a loader of the result finds. Memory holds one shard and at most one fused weight of one layer.
+fields as they are spelled, but for what it says of quantization, and transformers' fields are added where the makers'
+are all that it has; the other files are copied. So what a loader of the source reads, a loader of the result finds.
+Memory holds one shard and at most one fused weight of one layer.
 """
 
 import copy
@@ -22,6 +23,7 @@ from speedstack.quant.checkpoint.files import CONFIG_FILE, INDEX_FILE, ReadError
 from speedstack.quant.checkpoint.formats import Codec, ExpertWeight
 from speedstack.quant.checkpoint.linears import plain_matrices, write_linear
 from speedstack.quant.checkpoint.source import Source, natural_key
+from speedstack.quant.checkpoint.spelling import transformers_fields
 from speedstack.quant.fp8 import HEAD_FIELD, FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor
 
@@ -73,7 +75,10 @@ class Writer:
 
         is_widened: tensors have values that the dtype which config.json names would round, so it names float32.
         """
-        config = copy.deepcopy(unquantized_fields(self._source.fields)) | _tied_field(self._source)
+        own = unquantized_fields(self._source.fields)
+        # Makers' keys that transformers' class does not read stay, and its own stand beside them.
+        others = {key: value for key, value in transformers_fields(own).items() if key not in own}
+        config = copy.deepcopy(own | others) | _tied_field(self._source)
         if is_widened:
             _name_float32(config)
         config |= self._target.config(plain_matrices(self.shapes, self.fp8_names))

@@ -191,6 +191,10 @@ def test_what_does_not_compare_is_named() -> None:
         compare_results({"a": a, "b": result({"t:acc": [1.0, 0.0]}, chat_template=True)})
     with pytest.raises(ValueError, match="two different results"):
         compare_results({"a": a})
+    broken = result({"t:acc": [1.0, 0.0]})
+    broken.lm_eval["results"]["t"]["acc,none"] = math.nan
+    with pytest.raises(ValueError, match="b has nan for 'acc,none' of t"):
+        compare_results({"a": a, "b": broken})
 
 
 def test_tasks_that_one_result_lacks_are_left_out_and_named() -> None:

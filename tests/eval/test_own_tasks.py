@@ -11,6 +11,8 @@ from lm_eval.tasks import TaskManager
 
 from speedstack.eval.compare import compare_results
 from speedstack.eval.own_tasks import read_own_tasks
+from speedstack.eval.quality import measure_quality
+from speedstack.eval.results import QualityResult
 from speedstack.eval.suite import Suite, SuiteSettings, SuiteTask, load_suite, run_suite
 from speedstack.eval.suite_result import SuiteResult
 from speedstack.runtime import Engine
@@ -214,6 +216,26 @@ def test_a_share_of_the_documents_is_lm_evals(
         result = run(engine, tiny_model_dir, folder, ("pick", "acc_norm"), limit=limit)
         assert len(result.block.documents["pick"].doc_hashes) == num_documents
         assert SuiteResult.load(result.save(tmp_path / "r.json")).block.limit == limit
+
+
+def test_without_a_suite_they_are_scored_too(
+    engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = ("pick", "echo")
+    result = measure_quality({"m": engine}, "m", [[1, 2, 3]], tmp_path, tasks, 0.4, progress=False, include_path=folder)
+    assert (result.limit, result.include_path) == (0.4, str(folder)) and result.include_path_sha256 is not None
+    scores = {(score.task, score.metric): score.num_documents for score in result.method("m").tasks}
+    # Of one metric through two filters neither stands for the other.
+    assert scores == {
+        ("pick", "acc"): 2,
+        ("pick", "acc_norm"): 2,
+        ("echo", "exact_match,first-word"): 2,
+        ("echo", "exact_match,whole"): 2,
+    }
+    assert QualityResult.load(result.save(tmp_path / "quality.json")) == result
+    monkeypatch.setattr(engine.backend, "step", None)  # nothing is computed before a typing error is said
+    with pytest.raises(ValueError, match="no task 'pcik'; near names: pick"):
+        measure_quality({"m": engine}, "m", [[1, 2]], tmp_path, ("pcik",), progress=False, include_path=folder)
 
 
 def test_one_limit_of_texts_stands_for_all(engine: Engine, tiny_model_dir: Path, folder: Path) -> None:

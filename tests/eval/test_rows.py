@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from speedstack.eval.rows import RowTally, UnusableRow, read_rows
+from speedstack.eval.rows import CORPUS_FILE, RowTally, UnusableRow, read_rows, source_files
 
 ROWS = [{"prompt": "a\u2028b", "n": 1}, {"prompt": None, "n": 2}]
 
@@ -95,3 +95,13 @@ def test_a_tally_counts_names_and_bears_a_share() -> None:
     with pytest.raises(ValueError, match=r"8 of 19 rows of f cannot be used, more than max_unusable_fraction 0\.4"):
         tally.check()
     assert RowTally("f", 0.0, 3).summary() == ""
+
+
+def test_a_corpus_that_was_prepared_inside_a_directory_is_none_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
+    corpus = tmp_path / "deep" / "corpus"
+    datasets.Dataset.from_dict({"input_ids": [[1]]}).save_to_disk(str(corpus / "train"))
+    with pytest.raises(ValueError, match="is a dataset as save_to_disk"):
+        source_files(tmp_path)
+    (corpus / CORPUS_FILE).write_text("{}")
+    assert source_files(tmp_path) == [tmp_path / "text.jsonl"]

@@ -119,11 +119,22 @@ def test_no_windows(model: PreTrainedModel) -> None:
         measure_sensitivity(model, [])
 
 
+def save_corpus(path: Path, ids: list[list[int]], tokenizer: PreTrainedTokenizerFast) -> None:
+    """A prepared corpus as far as it is read here; texts are those of the ids."""
+    documents = {"input_ids": ids, "text": [tokenizer.decode(each[:-1]) for each in ids]}
+    datasets.Dataset.from_dict(documents).save_to_disk(str(path / "heldout"))
+    tokenizer.save_pretrained(path / "tokenizer")
+
+
 def test_command(
-    tiny_model_dir: Path, tiny_packed_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: Path,
+    tiny_packed_dir: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    documents = datasets.Dataset.from_dict({"input_ids": [[*range(3, 100), 0], [*range(200, 300), 0]]})
-    documents.save_to_disk(str(tmp_path / "corpus" / "heldout"))
+    texts = ["def dedent(text):\n    return text\n" * 8, "import re\n\nclass TextWrapper:\n" * 8]
+    save_corpus(tmp_path / "corpus", [[*tiny_tokenizer.encode(text), 0] for text in texts], tiny_tokenizer)
     command = [str(tiny_model_dir), "--corpus", str(tmp_path / "corpus"), "--out", str(tmp_path / "out")]
     assert main([*command, "--window", "33", "--num-tokens", "100", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
@@ -161,21 +172,21 @@ def test_a_corpus_of_another_model(
 ) -> None:
     """Ids beyond the embedding, and ids within it that mean other tokens."""
 
-    def refused(largest: int, match: str, window: int = 9) -> None:
-        shutil.rmtree(tmp_path / "corpus" / "heldout", ignore_errors=True)
-        documents = datasets.Dataset.from_dict({"input_ids": [[5, 6, largest, 0]]})
-        documents.save_to_disk(str(tmp_path / "corpus" / "heldout"))
+    bare = shutil.copytree(tiny_model_dir, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+
+    def refused(model: Path, largest: int, match: str, window: int = 9) -> None:
+        shutil.rmtree(tmp_path / "corpus", ignore_errors=True)
+        save_corpus(tmp_path / "corpus", [[5, 6, largest, 0]], tiny_tokenizer)
+        if model == tiny_model_dir:
+            file = tmp_path / "corpus" / "tokenizer" / "tokenizer.json"
+            fields = json.loads(file.read_text(encoding="utf-8"))
+            vocabulary = fields["model"]["vocab"]
+            vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+            file.write_text(json.dumps(fields), encoding="utf-8")
         with pytest.raises(ValueError, match=match) as caught:
-            sensitivity(tiny_model_dir, tmp_path / "corpus", window=window, device="cpu")
+            sensitivity(model, tmp_path / "corpus", window=window, device="cpu")
         assert "\n" not in str(caught.value)
 
-    refused(512, "has the token 512, .* an embedding of 512")
-    refused(511, "a window of 257 tokens exceeds the 256 positions", window=257)
-    tiny_tokenizer.save_pretrained(tmp_path / "corpus" / "tokenizer")
-    refused(512, "has the token 512")
-    file = tmp_path / "corpus" / "tokenizer" / "tokenizer.json"
-    fields = json.loads(file.read_text(encoding="utf-8"))
-    vocabulary = fields["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    file.write_text(json.dumps(fields), encoding="utf-8")
-    refused(511, "was tokenized with another tokenizer than that of")
+    refused(bare, 512, "has the token 512, .* an embedding of 512")
+    refused(bare, 511, "a window of 257 tokens exceeds the 256 positions", window=257)
+    refused(tiny_model_dir, 511, "was tokenized with another tokenizer than that of")

@@ -56,7 +56,8 @@ def test_the_answer_is_the_hugging_face_adapters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     thought, text, rest = split_at(engine, tokens, end)
-    think_end: str | int = {"id": tokens[end], "digits": str(tokens[end]), "text": text}[form]
+    forms: dict[str, str | int] = {"id": tokens[end], "digits": str(tokens[end]), "text": text}
+    think_end = forms[form]
     answer = rest.lstrip()
     # A stop string that the thinking has not: with one that it has, the Hugging Face adapter would score the thinking.
     pieces = [answer[i : i + 2] for i in range(1, len(answer) - 1)]

@@ -69,15 +69,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="session")
-def make_family(make_tiny_model: Callable[..., PreTrainedModel]) -> Callable[[str], PreTrainedModel]:
-    """`make_family(model_type)`: a float32 model in eval mode; the same weights at every call."""
+def make_family(make_tiny_model: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
+    """`make_family(model_type, **overrides)`: a float32 model in eval mode; the same weights at every call.
 
-    def make(model_type: str) -> PreTrainedModel:
+    `overrides` replace single fields of its configuration.
+    """
+
+    def make(model_type: str, **overrides: Any) -> PreTrainedModel:
         if model_type == "mimo_v2_flash":
-            return make_tiny_model()
+            return make_tiny_model(**overrides)
         from transformers import AutoConfig
 
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **FAMILIES[model_type]))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(FAMILIES[model_type] | overrides)))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in model.parameters():

@@ -1,9 +1,12 @@
-"""Fixtures of several files about drafting."""
+"""Fixtures of several files: about drafting, and about Triton's interpreter."""
 
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -39,3 +42,26 @@ def weights(tiny_packed_dir: Path) -> ModelWeights:
     # The compiled backend drafts with matrices in bfloat16; here they hold nothing that rounding would change.
     found.lm_head_VD = plain_matrix(found.lm_head_VD, torch.float32).bfloat16().float()
     return found
+
+
+@pytest.fixture(autouse=True, scope="session")
+def rows_of_interpreted_products_are_alike() -> Iterator[None]:
+    """Under Triton's interpreter a product is NumPy's, and in BLAS the bits of a row depend on its place in a block.
+
+    On a GPU they do not, and without BLAS neither: kernels promise so, and are tested for it.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    class NumPy:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(numpy, name)
+
+        def matmul(self, a: Any, b: Any, dtype: Any = None) -> Any:
+            return numpy.einsum("...ik,...kj->...ij", a, b, dtype=dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "np", NumPy())
+        yield

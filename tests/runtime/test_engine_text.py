@@ -117,8 +117,9 @@ def test_a_text_goes_on_from_its_prompt(engine: Engine, monkeypatch: pytest.Monk
 
 def test_every_call_takes_every_kind_of_prompt(engine: Engine) -> None:
     expected = engine.generate(PROMPT, max_new_tokens=4).tokens
+    numbers: dict[str, Any] = {"max_new_tokens": np.int64(4), "temperature": np.float32(0)}
     for prompt in (tuple(PROMPT), np.array(PROMPT), torch.tensor(PROMPT), {"input_ids": PROMPT}):
-        assert engine.generate(prompt, max_new_tokens=np.int64(4), temperature=np.float32(0)).tokens == expected
+        assert engine.generate(prompt, **numbers).tokens == expected
         assert read(engine, prompt, max_new_tokens=4)[1].tokens == expected
         assert len(engine.score(prompt).logprobs) == 3 and engine.logits(prompt).shape == (4, 512)
     for batch in (torch.tensor([PROMPT]), {"input_ids": [PROMPT], "attention_mask": [[1] * 4]}, [np.array(PROMPT)]):

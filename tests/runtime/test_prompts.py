@@ -76,7 +76,8 @@ def test_a_batch_of_one_and_of_none() -> None:
     for batch in (torch.tensor([IDS]), np.array([IDS]), [IDS], {"input_ids": [IDS], "attention_mask": [[1, 1, 1]]}):
         assert split_prompts(batch) == ([IDS], False) and single_prompt(batch) == IDS
     assert split_prompts([]) == ([], False) and single_prompt([]) == []
-    for empty in (torch.tensor([], dtype=torch.long), np.array([], dtype=int), {"input_ids": [], "attention_mask": []}):
+    nothing: list[Any] = [torch.tensor([], dtype=torch.long), np.array([], dtype=int), {"input_ids": []}]
+    for empty in (*nothing, {"input_ids": [], "attention_mask": []}):
         assert split_prompts(empty) == ([[]], True)
     assert split_prompts([[], "x"]) == ([[], "x"], False)
 

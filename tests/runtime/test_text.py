@@ -138,6 +138,20 @@ def test_a_broken_character_at_the_end_is_shown() -> None:
     assert stream.take(is_last=False) == "" and stream.take(is_last=True) == REPLACEMENT
 
 
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "expected"),
+    [
+        ("é".encode()[:1], "é".encode()[1:], "é"),
+        ("é".encode()[:1], b"b", "b"),  # what was broken is in the prompt's text
+        ("🙂".encode()[:3], [256, *"🙂".encode()[3:]], "🙂"),
+        ("x�".encode(), b"b", "b"),
+        ("x�".encode(), "�b".encode(), "�b"),
+    ],
+)
+def test_a_character_that_the_prompt_begins(prompt: bytes, tokens: Sequence[int], expected: str) -> None:
+    assert read(TextStream(Bytes(), (), list(prompt)), list(tokens)) == expected
+
+
 def test_a_possible_stop_string_is_held_back() -> None:
     taken, stream = pieces("x\n\n# y", stop=("\n\ndef", "!"))
     assert taken == ["x", "", "", "\n\n#", " ", "y"]

@@ -214,7 +214,7 @@ def read_fp8(files: WeightFiles, name: str, scales: str, shape: tuple[int, ...])
     """The matrix `name` and the scales of its tiles. Raises ValueError for missing, damaged and misshapen ones."""
     tensor = files.get(name, shape)
     tiles = files.get(scales, tuple(-(-size // TILE_SIZE) for size in shape))
-    if tiles.dtype in (torch.bfloat16, torch.float16):  # as Qwen3's are
+    if tiles.dtype == torch.bfloat16:  # as Qwen3's are
         tiles = tiles.float()
     try:
         fp8 = FP8Tensor(tensor, tiles)

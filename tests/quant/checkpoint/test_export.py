@@ -267,6 +267,28 @@ def test_a_stored_copy_of_a_tied_weight_changes_with_it(scale_rule: Any, qwen: P
     assert torch.equal(*copies) and copies[0][3, 0] == 1.5
 
 
+def test_transformers_keys_stand_beside_makers_keys(plain: Path, tmp_path: Path) -> None:
+    """Which of them a loader reads, it finds; transformers would take defaults for the others without a word."""
+    fields = read_config(plain)
+    ropes = fields.pop("rope_parameters")
+    fields |= {"rope_theta": ropes["full_attention"]["rope_theta"], "partial_rotary_factor": 0.5}
+    fields |= {"swa_rope_theta": ropes["sliding_attention"]["rope_theta"], "layernorm_epsilon": 3e-5}
+    fields["hybrid_layer_pattern"] = [int(kind == "sliding_attention") for kind in fields.pop("layer_types")]
+    fields["moe_layer_freq"] = [int(kind == "sparse") for kind in fields.pop("mlp_layer_types")]
+    fields.pop("rms_norm_eps", None)
+    (plain / "config.json").write_text(json.dumps(fields))
+    model = load_model(plain)
+    convert(plain, "mimo", tmp_path / "converted")
+    export_model(model, plain, tmp_path / "exported", scale_rule="even")
+    for name in ("converted", "exported"):
+        written = read_config(tmp_path / name)
+        assert {key: written[key] for key in fields} == fields
+        theirs = AutoConfig.from_pretrained(tmp_path / name)
+        for key in ("rope_parameters", "layer_types", "mlp_layer_types", "rms_norm_eps"):
+            assert getattr(theirs, key) == getattr(model.config, key), key
+        assert load_model(tmp_path / name).config.to_dict().keys() == model.config.to_dict().keys()
+
+
 def test_a_head_of_its_own_makes_the_result_untied(qwen: Path, tmp_path: Path) -> None:
     """Whatever the source's flag says; a loader that believes the flag would lose the head."""
     tensors = weights_of(qwen)

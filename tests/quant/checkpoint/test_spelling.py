@@ -41,6 +41,10 @@ RELEASED: dict[str, dict[str, Any]] = {
     "minimax_m2": {
         "moe_intermediate_size": 8,
         "intermediate_size": 8,
+        "attn_type_list": [1, 1],
+        "layernorm_mlp_beta": 1.0,
+        "shared_moe_mode": "sigmoid",
+        "mlp_intermediate_size": 8,
         "use_mtp": True,
         "num_mtp_modules": 3,
         "qk_norm_type": "per_layer",
@@ -58,6 +62,18 @@ def test_makers_keys_of_mimo_are_transformers() -> None:
     ropes = config.rope_parameters
     assert [ropes[each]["rope_theta"] for each in ("full_attention", "sliding_attention")] == [3e5, 7e3]
     assert {ropes[each]["partial_rotary_factor"] for each in ropes} == {0.25}
+
+
+def test_makers_keys_of_mimo_beside_the_rotary_embedding_of_one_kind_of_layer() -> None:
+    flat = {"rope_theta": 3e5, "partial_rotary_factor": 0.25, "rope_type": "default"}
+    assert (
+        config_from_fields(MIMO_MAKERS | {"rope_parameters": flat}).to_dict()
+        == config_from_fields(MIMO_MAKERS).to_dict()
+    )
+    with pytest.raises(ValueError, match="needs swa_rope_theta"):
+        config_from_fields(MIMO_MAKERS | {"rope_parameters": flat, "swa_rope_theta": None})
+    with pytest.raises(ValueError, match="are not what a mimo_v2_flash model computes"):
+        config_from_fields(MIMO_MAKERS | {"rope_parameters": flat | {"rope_type": "linear", "factor": 2.0}})
 
 
 def test_both_spellings_in_one_file_must_agree() -> None:
@@ -105,6 +121,7 @@ def test_both_spellings_in_one_file_must_agree() -> None:
             "rope_parameters .* and rope_scaling .* contradict",
         ),
         ({"model_type": "gpt_oss", "num_experts_per_tok": 4, "experts_per_token": 8}, "and experts_per_token 8 contra"),
+        ({"model_type": "minimax_m2", "attn_type_list": [1, 0]}, r"attn_type_list \[1, 0\] is not what a minimax_m2"),
         ({"model_type": "deepseek_v3", "scoring_func": "softmax"}, "scoring_func 'softmax' is not what a deepseek_v3"),
         ({"model_type": "olmoe", "num_experts_per_token": 8}, "did you mean 'num_experts_per_tok'"),
         ({"model_type": ["qwen3_moe"]}, r"transformers knows no model_type \['qwen3_moe'\]"),
