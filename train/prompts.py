@@ -81,17 +81,18 @@ def prepare_prompts(
     `may_replace`: set aside what is there and was made with other settings, instead of refusing it.
 
     Of the rows in an order drawn from `seed`, the first are held out and the next train, as many as the config takes
-    of either; a training row whose prompt is held out is left out. Rows that are empty or too long are left out with
-    one warning that counts them.
+    of either; a training row whose prompt is held out is left out. Rows that are too long, and those that cannot be
+    used, are left out with one warning that counts them; another says where there are fewer than asked for.
 
-    Raises ValueError, one line, for a source that cannot be read, a row without the field, messages that the template
-    does not take, a tokenizer without one, no usable prompt, and when `path` holds prompts made with other settings;
-    OSError when it cannot be written.
+    Raises ValueError, one line, for a source that cannot be read, more unusable rows than the config bears, a tokenizer
+    without a chat template where there are chats, no usable prompt, and when `path` holds prompts made with other
+    settings; OSError when it cannot be written.
     """
     section = config.drafter.prompts
     assert section.source is not None
     settings: dict[str, Any] = {
-        **section.model_dump(mode="json"),
+        **section.model_dump(mode="json", exclude={"max_unusable_fraction"}),
+        "chat_template_kwargs": section.chat_template_kwargs or None,  # as where there was no such setting
         "source_sha256": _files_sha256(section.source),
         "heldout_source_sha256": section.heldout_source and _files_sha256(section.heldout_source),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),

@@ -209,6 +209,11 @@ def test_less_than_asked_for_and_answers_that_are_cut_are_said(tmp_path, tiny_to
     assert any(text.startswith(f"{num_train} given answers of") and "sequence_length 64" in text for text in said)
 
 
+def test_how_much_dirt_is_borne_decides_nothing_that_is_kept(tmp_path, tiny_tokenizer):
+    first = prepare(tmp_path, tiny_tokenizer, TEXTS)
+    assert prepare(tmp_path, tiny_tokenizer, TEXTS, max_unusable_fraction=0.5) == first
+
+
 def test_variables_of_the_template_are_part_of_what_was_made(tmp_path, chat_tokenizer):
     chat_tokenizer.chat_template = TEMPLATE + "{% if style is defined %}<{{ style }}>{% endif %}"
     terse = prepare(tmp_path / "a", chat_tokenizer, TEXTS, as_chat=True, chat_template_kwargs={"style": "terse"})
