@@ -23,8 +23,8 @@ from speedstack.quant.mxfp4 import fake_quantize
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 TILE = 128
-# What the elements of FP8 in tiles are: their products with the scales in float32, rounded to this, which is what makers'
-# scripts write and what transformers holds of such a model in bfloat16.
+# What the elements of FP8 in tiles are: their products with the scales in float32, rounded to this: what the makers'
+# scripts write, and what transformers holds of such a model in bfloat16.
 FP8_DTYPE = torch.bfloat16
 IDS = [3, 9, 27, 18, 54, 35, 42, 63, 62, 59, 50, 23, 6, 11, 33, 40, 57, 44, 5, 15, 45, 8, 24, 10]
 
