@@ -309,7 +309,7 @@ def test_mutated_corpora(part: int, tiny_model_dir: Path, tmp_path: Path, capsys
             said = capsys.readouterr().err
             assert said.count("speedstack: error: ") == 1 and "Traceback" not in said and not out.exists(), where
             continue
-        assert found == texts, where
+        assert texts is not None and found == texts, where
         num_read += 1
         if len(texts) >= 2 and num_read % 3 == 0:
             check_corpus(tmp_path / f"corpus-{number}", source, texts)

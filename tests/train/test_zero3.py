@@ -40,7 +40,8 @@ def models(corpus_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """A directory of each family, with the corpus's tokenizer."""
     root = tmp_path_factory.mktemp("families")
     tokenizer = load_corpus(corpus_path).tokenizer
-    paths = {}
+    paths: dict[str, Path] = {}
+    config: Any
     for family in [*FAMILIES, "minimax_m2"]:
         if family == "mimo_v2_flash":
             config = build_tiny_config(vocab_size=300)

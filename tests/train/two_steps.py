@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -41,7 +41,11 @@ def two_steps(config: JobConfig, world: World) -> list[dict[str, float]] | str:
 
 
 def _started(config: JobConfig, world: World) -> tuple[Recipe, Trainer]:
-    recipe: Any = QatRecipe(config) if isinstance(config, QatConfig) else make_recipe(config, show_progress=False)
+    recipe: Any = (
+        QatRecipe(config)
+        if isinstance(config, QatConfig)
+        else make_recipe(cast(DrafterConfig, config), show_progress=False)
+    )
     torch.manual_seed(config.run.seed)
     module = recipe.build(world)
     recipe.set_training(module)

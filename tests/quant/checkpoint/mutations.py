@@ -231,7 +231,9 @@ def edit_rope(rng: random.Random, path: Path, change: Callable[[dict[str, Any]],
 @mutation
 def rope_type_is_another(rng: random.Random, path: Path) -> None:
     kinds = ["linear", "dynamic", "llama3", "longrope", "yarn", "proportional", "foo", None, 3]
-    more = rng.choice([{}, {"factor": 2.0}, {"factor": 4.0, "original_max_position_embeddings": 8}, {"factor": "two"}])
+    several: list[dict[str, Any]] = [{}, {"factor": 2.0}, {"factor": "two"}]
+    several.append({"factor": 4.0, "original_max_position_embeddings": 8})
+    more = rng.choice(several)
     edit_rope(rng, path, lambda rope: rope.update({"rope_type": rng.choice(kinds)} | more))
 
 
@@ -254,7 +256,8 @@ def rope_key_removed_or_misspelt(rng: random.Random, path: Path) -> None:
 @mutation
 def rope_spelled_twice(rng: random.Random, path: Path) -> None:
     """Old keys beside the new ones, with other values."""
-    old = [{"rope_theta": 777.0}, {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"partial_rotary_factor": 0.25}]
+    old: list[dict[str, Any]] = [{"rope_theta": 777.0}, {"partial_rotary_factor": 0.25}]
+    old.append({"rope_scaling": {"type": "linear", "factor": 2.0}})
     write_fields(path, fields_of(path) | rng.choice(old))
 
 

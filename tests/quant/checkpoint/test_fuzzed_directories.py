@@ -84,7 +84,8 @@ def changes(before: Path, after: Path) -> str:
 def oracle(path: Path) -> torch.Tensor | None:
     """transformers' logits; None where it fails, or would go on with weights that are not there."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model_class: Any = AutoModelForCausalLM
+        model, report = model_class.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
         return None if report["missing_keys"] else sp.logits(model.eval())

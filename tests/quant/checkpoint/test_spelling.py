@@ -80,12 +80,13 @@ def test_both_spellings_in_one_file_must_agree() -> None:
     saved: dict[str, Any] = config_from_fields(MIMO_MAKERS).to_dict()
     both = MIMO_MAKERS | {key: saved[key] for key in ("layer_types", "mlp_layer_types", "rope_parameters")}
     assert config_from_fields(both).to_dict() == saved
-    for changes, match in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"layer_types": ["full_attention"] * 3}, "layer_types .* and hybrid_layer_pattern contradict"),
         ({"mlp_layer_types": ["sparse"] * 3}, "mlp_layer_types .* and moe_layer_freq contradict"),
         ({"swa_rope_theta": 9e3}, r"swa_rope_theta and rope_parameters\.sliding_attention contradict"),
         ({"rms_norm_eps": 1e-6}, "rms_norm_eps 1e-06 and layernorm_epsilon contradict"),
-    ]:
+    ]
+    for changes, match in cases:
         with pytest.raises(ValueError, match=match):
             config_from_fields(both | changes)
 

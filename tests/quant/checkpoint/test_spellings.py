@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -213,7 +214,9 @@ def test_convert(models: Models, family: str, spelling: Spelling, tmp_path: Path
     see(models, family, spelling, check)
 
 
-@pytest.mark.parametrize(("family", "spelling"), [cell for cell in CELLS if cell.values[1].model == "fp8"])
+@pytest.mark.parametrize(
+    ("family", "spelling"), [cell for cell in CELLS if cast(Spelling, cell.values[1]).model == "fp8"]
+)
 def test_convert_fp8_to_plain(models: Models, family: str, spelling: Spelling, tmp_path: Path) -> None:
     def check(path: Path, reference: Reference) -> None:
         convert(path, "plain", tmp_path / "out")
@@ -260,7 +263,11 @@ def test_a_step_of_qat(models: Models, family: str, name: str, tmp_path: Path) -
     path, reference = models.spelled(family, spelling), models.reference(family, spelling.model)
     results = []
     for number, model in enumerate((reference.path, path)):
-        options = {"qat.model": model, "data.corpus": models.corpus, "data.source": models.root / "text.jsonl"}
+        options: dict[str, Any] = {
+            "qat.model": model,
+            "data.corpus": models.corpus,
+            "data.source": models.root / "text.jsonl",
+        }
         options |= {"data.heldout-fraction": 0.3, "data.sequence-length": 16, "data.eval-sequences": 2}
         options |= {"run.name": f"job-{number}", "run.out": tmp_path, "run.device": "cpu", "run.precision": "float32"}
         options |= {"loop.num-steps": 1, "loop.batch-size": 1, "loop.save-every": 0, "optim.name": "adamw"}
