@@ -93,7 +93,7 @@ def convert(
     check_apart(source, out)
     check_target(out)
     with open_by_expert(source) as opened:
-        num_weights = len(opened.weights)
+        num_weights, num_others = len(opened.weights), len(opened.others)
         if not (source_type.is_packed or codec_type.is_packed):
             opened = opened.whole()
         kept = _linears_kept(opened.files, codec_type, opened.others) if linears == "fp8" else []
@@ -116,7 +116,7 @@ def convert(
             writer.finish(is_widened=source_type.is_packed and codec_type is Plain and _has_float16(opened))
             if add_files is not None:
                 add_files(partial)
-        heads, others, names = opened.heads, opened.others, opened.names
+        heads = opened.heads
     if heads:
         warnings.warn(
             f"{len(heads)} expert weights of {source} are of no layer that {CONFIG_FILE} counts, such as "
@@ -129,7 +129,7 @@ def convert(
             f"{kept[0]}: they stay as they are",
             stacklevel=2,
         )
-    if head in writer.fp8_names:
+    if names.of("lm_head.weight") in writer.fp8_names:
         warnings.warn(
             f"the LM head is in FP8, which speedstack reads: most loaders of {codec.title} take it unquantized only",
             stacklevel=2,
@@ -143,7 +143,7 @@ def convert(
             "are: they are rounded to bfloat16",
             stacklevel=2,
         )
-    return Conversion(source_type.name, codec_type.name, num_weights, len(others), writer.num_dequantized)
+    return Conversion(source_type.name, codec_type.name, num_weights, num_others, writer.num_dequantized)
 
 
 def _experts(source: Source, weight: ExpertWeight, scale_rule: ScaleRule) -> Iterator[MXFP4Tensor]:
