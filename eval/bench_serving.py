@@ -29,7 +29,7 @@ from speedstack.eval.prompts import HELDOUT, PromptLoader
 from speedstack.eval.results import AcceptanceSet, Document, Environment, Record, Spread
 from speedstack.eval.timing import spread
 from speedstack.quant.checkpoint.config import read_config
-from speedstack.quant.checkpoint.tokenizer import require_tokenizer
+from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine, Generation
 from speedstack.runtime.engine import DEFAULT_MAX_LENGTH
 from speedstack.runtime.spec import spec_from_config
@@ -244,7 +244,7 @@ def prompt_sets_of(
 
     Raises ValueError, one line, for what is neither a corpus nor a file of prompts.
     """
-    tokenizer = require_tokenizer(target)
+    tokenizer = load_tokenizer(target)
     loader = PromptLoader(tokenizer, max_tokens, num_prompts, corpus=source, num_heldout_tokens=num_tokens)
     return {entry.name: entry.prompts for entry in loader.load([HELDOUT if source.is_dir() else str(source)])}
 

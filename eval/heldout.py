@@ -10,7 +10,7 @@ from speedstack.eval.prepared_corpus import corpus_part, reads_alike
 from speedstack.eval.quality import heldout_windows
 from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.files import checkpoint_directory
-from speedstack.quant.checkpoint.tokenizer import load_tokenizer, require_tokenizer
+from speedstack.quant.checkpoint.tokenizer import find_tokenizer, load_tokenizer
 
 
 def corpus_windows(corpus: str | Path, model: str | Path, window: int, num_tokens: int) -> list[list[int]]:
@@ -25,7 +25,7 @@ def corpus_windows(corpus: str | Path, model: str | Path, window: int, num_token
     max_window = getattr(config, "max_position_embeddings", None)
     if max_window is not None and window > max_window:
         raise ValueError(f"a window of {window} tokens exceeds the {max_window} positions of {model}")
-    theirs, ours = require_tokenizer(corpus / "tokenizer"), load_tokenizer(model)
+    theirs, ours = load_tokenizer(corpus / "tokenizer"), find_tokenizer(model)
     if ours is not None and (theirs.get_vocab() != ours.get_vocab() or not reads_alike(heldout, ours)):
         raise ValueError(f"the corpus {corpus} was tokenized with another tokenizer than that of {model}")
     documents = heldout["input_ids"]

@@ -16,7 +16,7 @@ from speedstack.quant.checkpoint import load_checkpoint, weights_sha256
 from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.files import checkpoint_directory
 from speedstack.quant.checkpoint.generation import end_token_ids
-from speedstack.quant.checkpoint.tokenizer import load_tokenizer
+from speedstack.quant.checkpoint.tokenizer import find_tokenizer
 from speedstack.runtime.select import choose_device, choose_dtype
 from speedstack.runtime.spec import ModelSpec, spec_from_config
 from speedstack.runtime.weights import ModelWeights, read_weights
@@ -43,7 +43,7 @@ def load_target(path: str | Path, device: str = "auto", dtype: str | torch.dtype
     torch_dtype = choose_dtype(dtype, torch_device)
     # Before the weights: what cannot be decoded is said by its config.
     spec = check_decodable(path)
-    tokenizer = load_tokenizer(path)
+    tokenizer = find_tokenizer(path)
     spec = replace(spec, eos_token_ids=end_token_ids(path, spec.vocab_size, tokenizer))
     checkpoint = load_checkpoint(path, keep_fp8=True)
     sha256 = weights_sha256(path)

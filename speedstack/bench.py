@@ -79,7 +79,7 @@ def bench(config: BenchConfig) -> None:
 def load_prompts(config: BenchConfig) -> list[PromptSet]:
     """The sets that the config names, in tokens of its target. Raises ValueError, one line."""
     from speedstack.eval.prompts import PromptLoader
-    from speedstack.quant.checkpoint.tokenizer import require_tokenizer
+    from speedstack.quant.checkpoint.tokenizer import load_tokenizer
     from speedstack.runtime.target import check_decodable
 
     section, target = config.prompts, config.target
@@ -87,7 +87,7 @@ def load_prompts(config: BenchConfig) -> list[PromptSet]:
     if window <= config.num_new_tokens:
         raise ValueError(f"num_new_tokens {config.num_new_tokens} leaves no room in the model's {window} positions")
     loader = PromptLoader(
-        tokenizer=require_tokenizer(target),
+        tokenizer=load_tokenizer(target),
         max_tokens=window - config.num_new_tokens,
         num_prompts=section.num_prompts,
         corpus=section.corpus,

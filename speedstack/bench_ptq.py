@@ -44,7 +44,7 @@ from speedstack.quant.calibration import GPTQ_SCALE_RULE, gptq_experts
 from speedstack.quant.checkpoint import load_model, weights_sha256
 from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
-from speedstack.quant.checkpoint.tokenizer import require_tokenizer
+from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.quant.gptq import DEFAULT_DAMPING
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule
 from speedstack.quant.ptq import round_to_nearest
@@ -166,7 +166,7 @@ def compare(
         ways += [_rounding(directory, place, rule) for rule in rules]
         for one in gptq:
             sizes = (one.num_sequences, one.sequence_length, one.seed)
-            ids_NT = calibration_windows(str(corpus), require_tokenizer(directory, vocab_size), *sizes)
+            ids_NT = calibration_windows(str(corpus), load_tokenizer(directory, vocab_size), *sizes)
             ways.append(_gptq(directory, place, one, ids_NT))
         ways += [_export(name, path, place) for name, path in exports.items()]
         for way in ways:

@@ -36,7 +36,7 @@ from speedstack.eval.environment import describe_environment
 from speedstack.eval.prompts import PromptLoader
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.quant.checkpoint.digest import model_sha256
-from speedstack.quant.checkpoint.tokenizer import require_tokenizer
+from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
 from speedstack.runtime.strategy import DraftStrategy
 from speedstack.step_times import added_times, first_times, time_steps
@@ -193,7 +193,7 @@ class Ablation:
         texts = {HELDOUT: GreedyText.of_windows(ids_NT, prompt_length)}
         if config.code_prompts is not None:
             engine = self._serving()
-            tokenizer = require_tokenizer(self.first.drafter.target)
+            tokenizer = load_tokenizer(self.first.drafter.target)
             room = length - config.num_new_tokens
             fitting, notes = PromptLoader(tokenizer, room, config.num_code_prompts).read_file(config.code_prompts)
             prompts = fitting[: config.num_code_prompts]

@@ -253,11 +253,11 @@ def _write_record(directory: Path, config: QuantizeConfig, start: float, report:
 
 def _calibration_windows(config: QuantizeConfig, model_config: PreTrainedConfig) -> torch.Tensor:
     """Token ids, int64 [N, T], that the model can read."""
-    from speedstack.quant.checkpoint.tokenizer import require_tokenizer
+    from speedstack.quant.checkpoint.tokenizer import load_tokenizer
     from speedstack.train.calibration import calibration_windows
 
     section, text_config = config.calibration, model_config.get_text_config()
-    tokenizer = require_tokenizer(config.model, text_config.vocab_size)
+    tokenizer = load_tokenizer(config.model, text_config.vocab_size)
     max_length = getattr(text_config, "max_position_embeddings", None)
     if max_length is not None and section.sequence_length > max_length:
         raise ValueError(

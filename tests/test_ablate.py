@@ -32,7 +32,7 @@ from speedstack.eval.heldout import corpus_windows
 from speedstack.eval.quality import model_quality
 from speedstack.eval.storage import directory_bytes
 from speedstack.quant.checkpoint import load_model
-from speedstack.quant.checkpoint.tokenizer import require_tokenizer
+from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.step_pool import OnStep, describe
 from speedstack.step_store import Step, StepStore
@@ -63,7 +63,7 @@ def corpus(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for module in (bisect, fnmatch, glob, heapq, json.decoder, json.encoder, shlex, textwrap):
         text = Path(str(module.__file__)).read_text(encoding="utf-8")
         (directory / f"{module.__name__}.txt").write_text(text, encoding="utf-8")
-    tokenizer = require_tokenizer(tiny_model_dir)
+    tokenizer = load_tokenizer(tiny_model_dir)
     return prepare_corpus(directory / "corpus", source=str(directory), heldout_fraction=0.5, tokenizer=tokenizer).path
 
 

@@ -14,7 +14,7 @@ from speedstack.cli import main as speedstack
 from speedstack.eval.divergence import token_kl
 from speedstack.eval.heldout import corpus_windows
 from speedstack.quant.checkpoint import load_model, weights_sha256
-from speedstack.quant.checkpoint.tokenizer import require_tokenizer
+from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.stages import exclusive
 from speedstack.train.corpus import prepare_corpus
@@ -29,7 +29,7 @@ def corpus(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     directory = tmp_path_factory.mktemp("corpus")
     for part, text in enumerate(Path(__file__).read_text(encoding="utf-8").split("\n\n\n")):
         (directory / f"{part}.txt").write_text(text, encoding="utf-8")
-    tokenizer = require_tokenizer(tiny_model_dir)
+    tokenizer = load_tokenizer(tiny_model_dir)
     return prepare_corpus(directory / "corpus", source=str(directory), heldout_fraction=0.3, tokenizer=tokenizer).path
 
 

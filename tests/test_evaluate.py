@@ -13,7 +13,7 @@ from speedstack.eval.config import EvalConfig
 from speedstack.eval.results import QualityResult
 from speedstack.evaluate import load_eval_config, make_task_data
 from speedstack.jobs import load_compare_config
-from speedstack.quant.checkpoint.tokenizer import require_tokenizer
+from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
 from speedstack.train.corpus import prepare_corpus
 
@@ -69,7 +69,7 @@ def test_prose_is_measured_as_far_as_it_can_be(
     paragraph = "It was late, and the rain had not stopped since noon; nobody spoke of the way home. " * 30
     source = tmp_path / "prose.jsonl"
     source.write_text("".join(json.dumps({"text": f"{n}. {paragraph}\n\n{paragraph}"}) + "\n" for n in range(6)))
-    tokenizer = require_tokenizer(tiny_model_dir)
+    tokenizer = load_tokenizer(tiny_model_dir)
     prepare_corpus(tmp_path / "corpus", source=str(source), heldout_fraction=0.4, tokenizer=tokenizer)
     model = ["eval", str(tiny_model_dir), "--device", "cpu", "--backend", "reference", "--corpus"]
     model += [str(tmp_path / "corpus"), "--window", "16", "--num-tokens", "40", "--limit", "1", "--out", str(tmp_path)]
@@ -100,7 +100,7 @@ def test_a_corpus_of_another_tokenizer_is_not_measured(
     (tmp_path / "texts").mkdir()
     for number in range(3):
         (tmp_path / "texts" / f"{number}.txt").write_text("import textwrap\n" * 20, encoding="utf-8")
-    prepare_corpus(tmp_path / "corpus", source=str(tmp_path / "texts"), tokenizer=require_tokenizer(tiny_model_dir))
+    prepare_corpus(tmp_path / "corpus", source=str(tmp_path / "texts"), tokenizer=load_tokenizer(tiny_model_dir))
     line = error_of(capsys, "eval", str(model), "--corpus", str(tmp_path / "corpus"), "--window", "16")
     assert "was tokenized with another tokenizer than that of" in line
 

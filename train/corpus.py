@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from speedstack.eval.prepared_corpus import check_name, corpus_part, reads_alike
 from speedstack.eval.rows import CORPUS_FILE
-from speedstack.quant.checkpoint.tokenizer import require_tokenizer
+from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.train.config import DataSection
 from speedstack.train.documents import changed_file, describe_files, load_documents
 
@@ -128,7 +128,7 @@ def load_corpus(path: Path) -> Corpus:
     if not (path / CORPUS_FILE).is_file():
         raise ValueError(f"{path} is not a prepared corpus: choose a path that does not exist yet as data.corpus")
     try:
-        tokenizer = require_tokenizer(path / "tokenizer")
+        tokenizer = load_tokenizer(path / "tokenizer")
     except ValueError as error:
         raise ValueError(f"{error}: delete the corpus to prepare it again") from error
     return Corpus(path, tokenizer, corpus_part(path, "train"), corpus_part(path, "heldout"))

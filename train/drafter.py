@@ -37,7 +37,7 @@ from speedstack.eval.results import AcceptanceResult, AcceptanceSet
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.digest import model_sha256
-from speedstack.quant.checkpoint.tokenizer import require_tokenizer
+from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
 from speedstack.runtime.target import check_decodable
 from speedstack.train.checkpoint import write_atomically
@@ -103,7 +103,7 @@ class DrafterRecipe(Recipe):
         self.model_sha256 = model_sha256(section.target)
         self.target_dtype = resolve_precision(section.target_dtype, world.device)
         target_config = read_config(section.target)[0].get_text_config()
-        tokenizer = require_tokenizer(section.target, target_config.vocab_size)
+        tokenizer = load_tokenizer(section.target, target_config.vocab_size)
         with world.main_first():
             corpus = needed_corpus(self.config, tokenizer)
             splits = splits_of(self.config, tokenizer, corpus)
@@ -456,7 +456,7 @@ def train_drafter(config: DrafterConfig, on_step: OnStep | None = None) -> RunRe
 def _engine_acceptance(config: DrafterConfig, drafter: Path) -> AcceptanceResult:
     """Acceptance of the exported drafter on all held-out prompts, decoded greedily. Raises as its parts."""
     engine = serving_engine(config, drafter)
-    tokenizer = require_tokenizer(config.drafter.target)
+    tokenizer = load_tokenizer(config.drafter.target)
     split = splits_of(config, tokenizer, needed_corpus(config, tokenizer))["heldout"]
     prompts, sampling = {"held-out": split.prompt_lists()}, split.sampling
     return measure_acceptance(engine, prompts, sampling.num_new_tokens, ignore_eos=not sampling.stops_at_eos)

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.digest import model_sha256
 from speedstack.quant.checkpoint.generation import end_token_ids
-from speedstack.quant.checkpoint.tokenizer import require_tokenizer
+from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
 from speedstack.train.config import DrafterConfig
 from speedstack.train.corpus import Corpus, corpus_for
@@ -63,7 +63,7 @@ def write_text(config: DrafterConfig, on_progress: OnProgress | None = None) -> 
     or the text that is there already; OSError for the disk.
     """
     target = config.drafter.target
-    tokenizer = require_tokenizer(target, read_config(target)[0].get_text_config().vocab_size)
+    tokenizer = load_tokenizer(target, read_config(target)[0].get_text_config().vocab_size)
     splits = splits_of(config, tokenizer, needed_corpus(config, tokenizer))
     digest = model_sha256(target)
     make_way_for(config, splits, digest)

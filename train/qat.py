@@ -27,7 +27,7 @@ from speedstack.eval.divergence import token_kl, token_nll, top1_matches
 from speedstack.quant.checkpoint import can_be_packed, check_export, export_model, weights_sha256
 from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.files import checkpoint_directory
-from speedstack.quant.checkpoint.tokenizer import require_tokenizer
+from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters, router_parameters
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.runtime.target import warn_if_not_decodable
@@ -69,7 +69,7 @@ class QatRecipe(Recipe):
         if section.start_from is not None:
             _check_same_architecture(section.model, section.start_from)
         vocab_size = read_config(section.model)[0].get_text_config().vocab_size
-        self.tokenizer = require_tokenizer(section.model, vocab_size)
+        self.tokenizer = load_tokenizer(section.model, vocab_size)
         with world.main_first():
             corpus = corpus_for(data, self.tokenizer)
         self.world = world

@@ -33,7 +33,7 @@ def tokenizer_files(path: str | Path) -> list[Path]:
     return sorted(file for file in Path(path).iterdir() if any(fnmatch(file.name, pattern) for pattern in patterns))
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in the directory `path`; None where there is no tokenizer file at all.
 
     No code of the directory is run. Warns of a tokenizer that can say next to nothing of ordinary text, and of what
@@ -68,12 +68,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def require_tokenizer(path: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
-    """As `load_tokenizer`, for ids that go into a model whose embedding has `vocab_size` rows, if that is known.
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+    """As `find_tokenizer`, for ids that go into a model whose embedding has `vocab_size` rows, if that is known.
 
     Raises ValueError too where there is no tokenizer file, and for a tokenizer with ids beyond the embedding.
     """
-    tokenizer = load_tokenizer(path)
+    tokenizer = find_tokenizer(path)
     if tokenizer is None:
         raise ValueError(
             f"{path} has no tokenizer: put {TOKENIZER_FILE} and {SETTINGS_FILE} of the model's tokenizer there"

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from speedstack.quant.checkpoint.tokenizer import load_tokenizer, require_tokenizer, tokenizer_files
+from speedstack.quant.checkpoint.tokenizer import find_tokenizer, load_tokenizer, tokenizer_files
 
 FAMILIES = ("olmoe", "gpt_oss", "deepseek_v3", "mixtral", "glm4_moe", "qwen3_5_moe", "gemma3", "no_such_family")
 
@@ -26,9 +26,9 @@ def model_directory(path: Path, family: str, **files: object) -> Path:
 def test_no_files_mean_no_tokenizer(family: str, tmp_path: Path) -> None:
     directory = model_directory(tmp_path / "model", family, generation_config={}, index={})
     (directory / "chat_template.jinja").write_text("{{ messages }}")
-    assert load_tokenizer(directory) is None
+    assert find_tokenizer(directory) is None
     with pytest.raises(ValueError, match=r"has no tokenizer: put tokenizer\.json"):
-        require_tokenizer(directory)
+        load_tokenizer(directory)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -37,7 +37,7 @@ def test_settings_without_a_vocabulary_make_no_tokenizer(family: str, settings: 
     added = {"100": {"content": "<|im_end|>", "special": True}, "101": {"content": "<tool>", "special": False}}
     settings = settings | {"eos_token": "<|im_end|>", "added_tokens_decoder": added}
     with pytest.raises(ValueError, match="has no tokenizer that can be read") as error:
-        load_tokenizer(model_directory(tmp_path / "model", family, tokenizer_config=settings))
+        find_tokenizer(model_directory(tmp_path / "model", family, tokenizer_config=settings))
     assert "\n" not in str(error.value)
 
 
@@ -51,7 +51,7 @@ def saved(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
 def test_what_was_saved_is_read(saved: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tokenizer = require_tokenizer(saved, 512)
+        tokenizer = load_tokenizer(saved, 512)
     assert tokenizer.get_vocab() == tiny_tokenizer.get_vocab()
     assert tokenizer.eos_token_id == tiny_tokenizer.eos_token_id
     assert [file.name for file in tokenizer_files(saved)] == ["tokenizer.json", "tokenizer_config.json"]
@@ -63,17 +63,17 @@ def test_vocabulary_and_merges(saved: Path, tiny_tokenizer: PreTrainedTokenizerF
         (saved / name).unlink()
     (saved / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
     with pytest.raises(ValueError, match=r"of vocab\.json and merges\.txt one is missing"):
-        load_tokenizer(saved)
+        find_tokenizer(saved)
     merges = "".join(f"{' '.join(pair)}\n" for pair in model["merges"])
     (saved / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
     text = "def wrap(text): return the text"
-    ids = require_tokenizer(saved).encode(text, add_special_tokens=False)
+    ids = load_tokenizer(saved).encode(text, add_special_tokens=False)
     assert ids == tiny_tokenizer.encode(text, add_special_tokens=False)
 
 
 def test_too_many_tokens_for_the_model(saved: Path) -> None:
     with pytest.raises(ValueError, match="ids up to 511, the model an embedding of 511: they do not belong together"):
-        require_tokenizer(saved, 511)
+        load_tokenizer(saved, 511)
 
 
 def _write(name: str, text: str) -> Callable[[Path], object]:
@@ -115,7 +115,7 @@ def _sentencepiece(directory: Path) -> None:
 def test_broken_files(break_it: Callable[[Path], object], said: str, saved: Path) -> None:
     break_it(saved)
     with pytest.raises(ValueError, match="has no tokenizer that can be read") as error:
-        load_tokenizer(saved)
+        find_tokenizer(saved)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -126,13 +126,13 @@ def test_code_of_the_directory_is_not_run(auto_map: object, saved: Path, monkeyp
     model_directory(saved, "no_such_family", tokenizer_config={"tokenizer_class": "Own", "auto_map": auto_map})
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     with pytest.raises(ValueError, match=r"needs code of its own \(own_tokenizer\.Own\), which is not run"):
-        load_tokenizer(saved)
+        find_tokenizer(saved)
     assert not ran.exists()
 
 
 def test_no_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no directory"):
-        load_tokenizer(tmp_path / "absent")
+        find_tokenizer(tmp_path / "absent")
 
 
 def _of_words(path: Path, words: list[str], unknown: str | None) -> Path:
@@ -146,14 +146,14 @@ def _of_words(path: Path, words: list[str], unknown: str | None) -> Path:
 
 def test_a_tokenizer_that_loses_the_text_is_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"does not know \d+ of the \d+ tokens of ordinary text"):
-        load_tokenizer(_of_words(tmp_path / "words", ["</s>", "[UNK]", "the", "dog", "1"], "[UNK]"))
+        find_tokenizer(_of_words(tmp_path / "words", ["</s>", "[UNK]", "the", "dog", "1"], "[UNK]"))
     with pytest.raises(ValueError, match="has no tokenizer that can be read"):
-        load_tokenizer(_of_words(tmp_path / "none", ["</s>", "the", "dog", "1"], None))
+        find_tokenizer(_of_words(tmp_path / "none", ["</s>", "the", "dog", "1"], None))
     tokenizer = Tokenizer(models.BPE({"</s>": 0, "x": 1}, []))
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path / "x")
     with pytest.warns(UserWarning, match="makes one token of all ordinary text"):
-        load_tokenizer(model_directory(tmp_path / "x", "olmoe"))
+        find_tokenizer(model_directory(tmp_path / "x", "olmoe"))
 
 
 def test_what_transformers_adds_or_changes_is_said(saved: Path, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_what_transformers_adds_or_changes_is_said(saved: Path, tmp_path: Path) 
     fields["pre_tokenizer"]["add_prefix_space"] = True
     (bare / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
     with pytest.warns(UserWarning) as caught:
-        load_tokenizer(model_directory(bare, "olmoe"))
+        find_tokenizer(model_directory(bare, "olmoe"))
     said = [str(warning.message) for warning in caught]
     assert any("has tokens that no file names, such as <|padding|>" in line for line in said), said
     assert any("reads text as transformers' GPTNeoXTokenizer does" in line for line in said), said
