@@ -127,8 +127,9 @@ def test_text_after_a_prompt_that_is_not_known_begins_with_its_space(tokenizer: 
 def test_special_tokens_alone_are_no_text() -> None:
     tokenizer = sentencepiece()
     end, words = tokenizer.eos_token_id, tokenizer.encode("is Paris.", add_special_tokens=False)
-    stream = TextStream(tokenizer, ("never",), words[:1])
-    assert read(stream, [end] * 50 + words[1:] + [end]) == " Paris."
+    for prompt in (words[:1], words[:1] + [end] * 20):
+        stream = TextStream(tokenizer, ("never",), prompt)
+        assert read(stream, [end] * 50 + words[1:] + [end]) == " Paris."
 
 
 def test_a_broken_character_at_the_end_is_shown() -> None:
