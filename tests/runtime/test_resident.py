@@ -30,9 +30,9 @@ from tests.runtime.plan_cases import (
     CASES,
     NUM_ROWS,
     SMALL_CASES,
+    assert_buffers_close,
     check_caches,
     check_text,
-    naming,
     prefilled,
     rows_of,
 )
@@ -90,8 +90,7 @@ def test_every_buffer_of_every_step_equals_the_reference(case: str, num_programs
         expected = expected_buffers(reference, rows)
         assert watch.seen.keys() == expected.keys()
         for name, found in watch.seen.items():
-            # float32 sums of up to 96 terms in another order, through at most two layers of values up to about 10
-            torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=3e-5, msg=naming(f"{step} {name}"))
+            assert_buffers_close(found, expected[name], f"{step} {name}")
         assert torch.equal(logits_RV, watch.seen["lm_head"]) and best == expected["lm_head"].argmax(-1).tolist()
     check_caches(backend, reference)
     assert backend.next_step == 3 and not any(watch.left.values())
