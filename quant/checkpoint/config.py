@@ -56,16 +56,30 @@ def config_from_fields(fields: dict[str, Any]) -> PreTrainedConfig:
     except (StrictDataclassError, *BAD_FIELDS) as error:
         raise ValueError(f"not a valid {model_type} configuration: {reason_of(error)}") from error
     _check_top_k(config.get_text_config())
+    _check_kinds_of_rope(config.get_text_config())
     return config
 
 
 def _check_top_k(config: PreTrainedConfig) -> None:
     """Raises ValueError for a choice of experts that would fail in the first forward."""
+    if config.is_heterogeneous:  # each layer has its own
+        return
     counts = (getattr(config, name, None) for name in NUM_EXPERTS)
     num_experts = next((count for count in counts if isinstance(count, int)), None)
     top_k = getattr(config, "num_experts_per_tok", None)
     if num_experts and isinstance(top_k, int) and not 1 <= top_k <= num_experts:
         raise ValueError(f"num_experts_per_tok {top_k} is no choice of {num_experts} experts: correct it")
+
+
+def _check_kinds_of_rope(config: PreTrainedConfig) -> None:
+    """Raises ValueError for rotary embeddings by kind of layer where the class has one for all: it drops them."""
+    given = getattr(config, "rope_parameters", None) or {}
+    parts = [key for key, part in given.items() if isinstance(part, dict)]
+    if parts and not config.nested_rope_parameter_keys(given):
+        raise ValueError(
+            f"rope_parameters.{parts[0]} is not read: a {config.model_type} model has one rotary embedding, whose keys "
+            "stand in rope_parameters itself"
+        )
 
 
 def unquantized_fields(fields: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from speedstack.quant.checkpoint import load_checkpoint, load_model, load_tensor, weights_sha256
+from speedstack.quant.checkpoint import convert, load_checkpoint, load_model, load_tensor, weights_sha256
 from speedstack.quant.checkpoint.files import WeightFiles
 from speedstack.quant.checkpoint.names import FAMILIES
 from tests.packing import save_packed
@@ -140,6 +140,73 @@ def test_broken_index(make_tiny_model: Callable[..., PreTrainedModel], tmp_path:
     fails(path, "has no weight_map", everyone)
     index.write_text("{")
     fails(path, r"index\.json is not valid JSON", everyone)
+
+
+@pytest.mark.parametrize("place", ["./{}", "weights/{}"])
+def test_shards_are_where_the_index_says(
+    place: str, make_family: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    model = make_family("mixtral")
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    index = tmp_path / "model.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    fields["weight_map"] = {name: place.format(file) for name, file in fields["weight_map"].items()}
+    index.write_text(json.dumps(fields))
+    (tmp_path / "weights").mkdir()
+    for shard in sorted(tmp_path.glob("*.safetensors")):
+        shard.rename(tmp_path / place.format(shard.name))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, tensor in load_checkpoint(tmp_path).tensors.items():
+        assert isinstance(tensor, torch.Tensor) and torch.equal(tensor, theirs[name])
+    fields["weight_map"] |= {"model.norm.weight": "../elsewhere.safetensors"}
+    index.write_text(json.dumps(fields))
+    fails(tmp_path, r"names \.\./elsewhere\.safetensors, which is not in the directory")
+
+
+def test_one_file_beside_shards(make_family: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    """transformers reads the one, vLLM and SGLang what the index names; an index of the one file alone is no matter."""
+    make_family("olmoe").save_pretrained(tmp_path / "whole")
+    make_family("olmoe").save_pretrained(tmp_path, max_shard_size="60KB")
+    shutil.copy(tmp_path / "whole" / WEIGHTS, tmp_path / WEIGHTS)
+    fails(tmp_path, r"has model\.safetensors and model\.safetensors\.index\.json with shards such as model-00001")
+    index = tmp_path / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, WEIGHTS)}))
+    load_checkpoint(tmp_path)
+
+
+def test_a_link_to_nothing_is_said(plain: Path) -> None:
+    (plain / WEIGHTS).unlink()
+    (plain / WEIGHTS).symlink_to("../../blobs/0123")
+    fails(plain, r"model\.safetensors is a link to nothing: download it again")
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_of_two_tied_tensors_the_head_alone_is_stored(
+    family: str,
+    make_family: Callable[..., PreTrainedModel],
+    edit_weights: Callable[..., Any],
+    stored: Callable[[Path], dict[str, torch.Tensor]],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "model"
+    make_family(family, tie_word_embeddings=True).save_pretrained(path)
+    embedding = load_checkpoint(path).tensors["model.embed_tokens.weight"]
+    assert isinstance(embedding, torch.Tensor)
+    edit_weights(path, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    convert(path, "gpt-oss" if family == "gpt_oss" else "compressed-tensors", tmp_path / "packed")
+    assert "model.embed_tokens.weight" not in stored(tmp_path / "packed")
+    for place in (path, tmp_path / "packed"):
+        checkpoint, loaded = load_checkpoint(place).tensors, load_model(place).state_dict()
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            found = checkpoint[name]
+            assert isinstance(found, torch.Tensor) and torch.equal(found, embedding)
+            assert torch.equal(loaded[name], found) and torch.equal(load_tensor(place, name), found)
+
+
+def test_float64_is_no_missing_quantization(plain: Path, edit_weights: Callable[..., Any]) -> None:
+    edit_weights(plain, lambda tensors: tensors.update({name: each.double() for name, each in tensors.items()}))
+    fails(plain, r"experts holds torch\.float64: store it in float32, bfloat16 or float16", (load_checkpoint,))
 
 
 def test_missing_tensors(plain: Path, packed: Path, edit_weights: Callable[..., Any]) -> None:
