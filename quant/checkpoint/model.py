@@ -22,11 +22,17 @@ def load_model(
     """The model of a directory, on the CPU and in eval mode, its packed experts dequantized to `dtype`.
 
     float32 and bfloat16 hold MXFP4 values exactly. Unquantized directories of any family that transformers loads work;
-    packed ones of those that `load_checkpoint` reads. Raises ValueError as `load_checkpoint` does.
+    packed ones of those that `load_checkpoint` reads. Raises ValueError as `load_checkpoint` does, and for a family
+    whose experts do not go through transformers' registry of implementations.
     """
     path = checkpoint_directory(path)
     config, codec = read_config(path)
     skeleton = build_skeleton(config)
+    if experts_implementation != "eager" and not skeleton._can_set_experts_implementation():
+        raise ValueError(
+            f"{path}: the experts of {type(skeleton).__name__} do not go through transformers' registry of "
+            "implementations, which all work on experts here does: no other directory of this family can be used either"
+        )
     state_dict, source = None, None
     if codec is not Plain:
         state_dict = {

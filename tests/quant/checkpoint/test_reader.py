@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from speedstack.quant.checkpoint import convert, load_checkpoint, load_model, load_tensor, weights_sha256
 from speedstack.quant.checkpoint.files import WeightFiles
@@ -100,6 +100,14 @@ def test_families_without_names_load_as_models(make_family: Callable[[str], PreT
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
     fails(tmp_path, "tensor names of model_type 'minimax_m2' are not known", (load_checkpoint,))
+
+
+def test_a_family_whose_experts_have_one_implementation(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "intermediate_size_mlp": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2}
+    config = CONFIG_MAPPING["llama4_text"](vocab_size=16, pad_token_id=None, **sizes, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    fails(tmp_path, "experts of Llama4ForCausalLM do not go through transformers' registry", (load_model,))
 
 
 def test_missing_files(plain: Path) -> None:
