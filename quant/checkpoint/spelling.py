@@ -167,7 +167,7 @@ def _dtypes(fields: Fields) -> Fields:
 def _check_hard_wired(fields: Fields, model_type: str) -> None:
     for key, values in _HARD_WIRED.get(model_type, {}).items():
         value = fields.get(key)
-        entries = value if isinstance(value, list) else [value]
+        entries = value if isinstance(value, list) and value else [value]
         if value is not None and any(entry not in values for entry in entries):
             allowed = " or ".join([*map(repr, values), "null"])
             raise ValueError(f"{key} {value!r} is not what a {model_type} model computes here, which is {allowed}")
@@ -218,14 +218,14 @@ def _check_rope(fields: Fields, config_class: type[PreTrainedConfig]) -> None:
                 f"{key} {fields[key]!r} and {parameters[key]!r} of the rotary embedding contradict each other: correct "
                 "one of the two"
             )
-    _check_theta(fields, "rope_theta")
+    _check_rotary_numbers(fields, "")
 
 
 def _check_rotary_embedding(part: Fields, where: str, config_class: type[PreTrainedConfig]) -> None:
     """Of one kind of layer."""
     _check_numbers(part)
     _check_same(part, "rope_type", "type")
-    _check_theta(part, f"{where}.rope_theta")
+    _check_rotary_numbers(part, f"{where}.")
     kind = part.get("rope_type") or part.get("type") or "default"
     for key, value in part.items():
         if key not in _ROPE_KEYS and key not in _words(config_class.__module__):
@@ -238,10 +238,12 @@ def _check_rotary_embedding(part: Fields, where: str, config_class: type[PreTrai
             )
 
 
-def _check_theta(part: Fields, where: str) -> None:
-    theta = part.get("rope_theta")
-    if theta is not None and (not isinstance(theta, int | float) or not 0 < theta < math.inf):
-        raise ValueError(f"{where} is {theta!r} and should be a number above 0: correct it")
+def _check_rotary_numbers(part: Fields, where: str) -> None:
+    for key, largest in (("rope_theta", math.inf), ("partial_rotary_factor", 1)):
+        value = part.get(key)
+        if value is not None and (not isinstance(value, int | float) or not 0 < value <= largest):
+            most = "" if largest == math.inf else f" and at most {largest}"
+            raise ValueError(f"{where}{key} is {value!r} and should be a number above 0{most}: correct it")
 
 
 def _check_known(fields: Fields, config_class: type[PreTrainedConfig]) -> None:
@@ -344,7 +346,7 @@ def _mimo_v2_flash(fields: Fields) -> Fields:
             raise ValueError(f"sliding_window_size is no integer: {before!r}")
         found["sliding_window"] = before + 1
     num_kv_heads, swa_num_kv_heads = found.get("num_key_value_heads"), found.pop("swa_num_key_value_heads", None)
-    if swa_num_kv_heads is not None and num_kv_heads is not None and swa_num_kv_heads != 2 * num_kv_heads:
+    if swa_num_kv_heads is not None and isinstance(num_kv_heads, int) and swa_num_kv_heads != 2 * num_kv_heads:
         raise ValueError(
             f"swa_num_key_value_heads {swa_num_kv_heads} is not twice num_key_value_heads {num_kv_heads}, as "
             "transformers computes mimo_v2_flash"
