@@ -212,6 +212,23 @@ def test_of_two_tied_tensors_the_head_alone_is_stored(
             assert torch.equal(loaded[name], found) and torch.equal(load_tensor(place, name), found)
 
 
+@pytest.mark.parametrize("others", [torch.float32, torch.float16])
+def test_experts_of_several_dtypes_keep_their_values(
+    others: torch.dtype, make_family: Callable[..., PreTrainedModel], edit_weights: Callable[..., Any], tmp_path: Path
+) -> None:
+    make_family("glm4_moe").save_pretrained(tmp_path)
+
+    def mix(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            if ".experts." in name:
+                tensors[name] = tensors[name].to(torch.bfloat16 if ".experts.0." in name else others)
+
+    edit_weights(tmp_path, mix)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    for name, tensor in load_checkpoint(tmp_path).tensors.items():
+        assert isinstance(tensor, torch.Tensor) and torch.equal(tensor.float(), theirs[name]), name
+
+
 def test_float64_is_no_missing_quantization(plain: Path, edit_weights: Callable[..., Any]) -> None:
     edit_weights(plain, lambda tensors: tensors.update({name: each.double() for name, each in tensors.items()}))
     fails(plain, r"experts holds torch\.float64: store it in float32, bfloat16 or float16", (load_checkpoint,))
