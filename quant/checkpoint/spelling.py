@@ -239,7 +239,7 @@ def _check_rotary_embedding(part: Fields, where: str, config_class: type[PreTrai
 
 
 def _check_rotary_numbers(part: Fields, where: str) -> None:
-    for key, largest in (("rope_theta", math.inf), ("partial_rotary_factor", 1)):
+    for key, largest in (("rope_theta", math.inf), ("partial_rotary_factor", 1), ("factor", math.inf)):
         value = part.get(key)
         if value is not None and (not isinstance(value, int | float) or not 0 < value <= largest):
             most = "" if largest == math.inf else f" and at most {largest}"

@@ -392,7 +392,7 @@ def test_mimo_flash_reads_alike_by_both_names() -> None:
             "partial_rotary_factor is '12' and should be a number above 0",
         ),
         ("qwen3-30b-a3b", {"moe_intermediate_size": 0}, "gives intermediate_size 0, which should be a whole number"),
-        ("qwen3-30b-a3b", {"num_hidden_layers": 0}, "the configuration has no layers"),
+        ("qwen3-30b-a3b", {"num_hidden_layers": 0}, "num_hidden_layers 0 is no model"),
         ("gpt-oss-20b", {"max_position_embeddings": -1}, "gives max_position_embeddings -1"),
         ("mimo-v2.5-pro", {"scoring_func": "softmax"}, "scoring_func 'softmax'"),
         ("mimo-v2.5-pro", {"sliding_window_size": None, "sliding_window": None}, "needs sliding_window_size"),

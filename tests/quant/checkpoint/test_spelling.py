@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from speedstack.quant.checkpoint.config import config_from_fields
+from speedstack.quant.checkpoint.config import build_skeleton, config_from_fields
 from speedstack.quant.checkpoint.names import FAMILIES
 from speedstack.quant.checkpoint.spelling import _HARD_WIRED, transformers_fields
 
@@ -218,6 +218,37 @@ def test_a_choice_of_experts_that_cannot_be_is_refused() -> None:
     for top_k in (0, -1, 7):
         with pytest.raises(ValueError, match=f"num_experts_per_tok {top_k} is no choice of 6 experts"):
             config_from_fields({"model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": top_k})
+
+
+GROUPS: dict[str, Any] = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"model_type": "glm4_moe"} | GROUPS | {"topk_group": 5}, "topk_group 5 of n_group 4 is no choice of groups"),
+        ({"model_type": "deepseek_v2"} | GROUPS | {"topk_group": 0}, "topk_group 0 of n_group 4 is no choice"),
+        ({"model_type": "deepseek_v3"} | GROUPS | {"n_group": 3}, "topk_group 2 of n_group 3 .* of 8 experts"),
+        ({"model_type": "deepseek_v3"} | GROUPS | {"num_experts_per_tok": 6}, "num_experts_per_tok 6 is more than"),
+        ({"model_type": "mixtral", "num_key_value_heads": 5}, "num_attention_heads 32 are not shared evenly by"),
+        ({"model_type": "olmoe", "num_key_value_heads": 0}, "not shared evenly by num_key_value_heads 0"),
+        ({"model_type": "qwen2_moe", "num_hidden_layers": 0}, "num_hidden_layers 0 is no model"),
+        ({"model_type": "gpt_oss", "sliding_window": None}, "sliding_window None is no number of tokens"),
+        ({"model_type": "gpt_oss", "sliding_window": -8}, "sliding_window -8 is no number of tokens"),
+        ({"model_type": "olmoe", "rms_norm_eps": -1e-5}, "rms_norm_eps -1e-05 is below 0"),
+        ({"model_type": "olmoe", "rope_scaling": {"type": "linear", "factor": -2.0}}, "rope_scaling.factor is -2.0"),
+    ],
+)
+def test_numbers_that_compute_nothing_are_refused(fields: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        config_from_fields(fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_padding_token_outside_the_vocabulary_is_one_line() -> None:
+    fields = {"model_type": "mixtral", "vocab_size": 64, "pad_token_id": 99}
+    with pytest.raises(ValueError, match=r"makes no model of this mixtral configuration.*Padding_idx"):
+        build_skeleton(config_from_fields(fields))
 
 
 @pytest.mark.parametrize("model_type", ["olmoe", "qwen3_moe"])
