@@ -110,6 +110,15 @@ def test_a_family_whose_experts_have_one_implementation(tmp_path: Path) -> None:
     fails(tmp_path, "experts of Llama4ForCausalLM do not go through transformers' registry", (load_model,))
 
 
+@pytest.mark.parametrize("fields", [{"max_new_tokens": -1}, {"watermarking_config": 5}])
+def test_generation_settings_that_cannot_be_are_not_blamed_on_the_weights(
+    fields: dict[str, Any], plain: Path, packed: Path
+) -> None:
+    for path in (plain, packed):
+        (path / "generation_config.json").write_text(json.dumps(fields))
+        fails(path, r"generation_config\.json is not valid \(.*\): correct or remove it", (load_model,))
+
+
 def test_missing_files(plain: Path) -> None:
     both = (load_checkpoint, load_model)
     fails(plain / "nowhere", "no model directory at .*/nowhere", (*both, weights_sha256))
