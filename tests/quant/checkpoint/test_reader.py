@@ -238,6 +238,20 @@ def test_experts_of_several_dtypes_keep_their_values(
         assert isinstance(tensor, torch.Tensor) and torch.equal(tensor.float(), theirs[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.int8, torch.uint8])
+def test_elements_of_another_quantization_are_no_values(
+    dtype: torch.dtype, plain: Path, packed: Path, edit_weights: Callable[..., Any]
+) -> None:
+    """Beside packed experts too, and beside a scale that nothing says how to use."""
+    name = "model.layers.1.self_attn.k_proj.weight"
+    for path in (plain, packed):
+        edit_weights(
+            path, lambda tensors: tensors.update({name: tensors[name].to(dtype), f"{name}_scale": torch.ones(1)})
+        )
+        fails(path, rf"{name} is (F8_E5M2|I8|U8)(, quantized| though)")
+        fails(path, rf"{name} is (F8_E5M2|I8|U8), quantized", (lambda path: load_tensor(path, name),))
+
+
 def test_float64_is_no_missing_quantization(plain: Path, edit_weights: Callable[..., Any]) -> None:
     edit_weights(plain, lambda tensors: tensors.update({name: each.double() for name, each in tensors.items()}))
     fails(plain, r"experts holds torch\.float64: store it in float32, bfloat16 or float16", (load_checkpoint,))
