@@ -52,7 +52,7 @@ def load_model(
     try:
         model, report = model_class.from_pretrained(
             source,
-            config=config,
+            config=skeleton.config,
             state_dict=state_dict,
             dtype=dtype,
             experts_implementation=experts_implementation,

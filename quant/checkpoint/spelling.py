@@ -208,7 +208,7 @@ def _check_rope(fields: Fields, config_class: type[PreTrainedConfig]) -> None:
         if nested and flat:
             raise ValueError(f"{name} has {min(flat)!r} beside an object for each kind of layer: move it into these")
         for where, part in nested or [(name, value)]:
-            _check_rotary_embedding(part, where, config_class)
+            _check_rotary_embedding(dict(part), where, config_class)
             _check_hard_wired(dict(part), model_type)
     _check_same(fields, "rope_parameters", "rope_scaling")
     parameters = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
