@@ -199,7 +199,8 @@ def test_a_language_model_that_is_a_part(tmp_path: Path) -> None:
     sizes |= {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}
     sizes |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "layer_types": ["full_attention"]}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    config = CONFIG_MAPPING["qwen3_5_moe"](text_config=sizes, vision_config=vision)
+    config_class: Any = CONFIG_MAPPING["qwen3_5_moe"]
+    config = config_class(text_config=sizes, vision_config=vision)
     source = tmp_path / "source"
     AutoModelForImageTextToText.from_config(config).bfloat16().save_pretrained(source)
     fields = read_config(source)

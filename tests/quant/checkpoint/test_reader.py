@@ -110,7 +110,8 @@ def test_a_family_whose_experts_have_one_implementation(tmp_path: Path) -> None:
         "num_hidden_layers": 1,
     }
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2}
-    config = CONFIG_MAPPING["llama4_text"](vocab_size=16, pad_token_id=None, **sizes, **heads)
+    config_class: Any = CONFIG_MAPPING["llama4_text"]
+    config = config_class(vocab_size=16, pad_token_id=None, **sizes, **heads)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     fails(tmp_path, "experts of Llama4ForCausalLM do not go through transformers' registry", (load_model,))
 
