@@ -18,8 +18,8 @@ from speedstack.runtime.assemble import Assembler, Buffers
 from speedstack.runtime.backend import DraftRequest
 from speedstack.runtime.budget import RoundCost, compiled_cost
 from speedstack.runtime.module_drafter import draft_scores
-from speedstack.runtime.panels import LANES, panels
-from speedstack.runtime.program import EMBED, LINEAR, Program, Records, Runner, records_of
+from speedstack.runtime.panels import BFLOAT16, LANES, Panels, panels, unpacked
+from speedstack.runtime.program import LINEAR, Program, Records, Runner, records_of
 from speedstack.runtime.ring import MAX_ROWS, ring_length
 from speedstack.runtime.weights import DenseWeights, DrafterWeights, read_drafter
 
@@ -50,7 +50,7 @@ class CompiledDrafter:
         self,
         model: DFlashDraftModel,
         embedding_VD: torch.Tensor,
-        lm_head_VD: torch.Tensor,
+        lm_head: Panels,
         features_RC: torch.Tensor,
         num_slots: int,
         max_length: int,
@@ -63,14 +63,21 @@ class CompiledDrafter:
         self._first_slot = 0 if config.sample_from_anchor else 1
         self.context, self._block = Program(part="drafter"), Program(part="drafter")
         self._caches: list[torch.Tensor] = []
-        self._assemble(weights, embedding_VD, model.draft_head(lm_head_VD), features_RC)
+        self._assemble(weights, embedding_VD, self._draft_head(lm_head), features_RC)
         self._set_markov(weights)
         self._block_records = records_of(self._block)
         self._whole: dict[int, Records] = {}  # by number of drafts
         self._parts: dict[int, list[tuple[Records, range]]] = {}
 
+    def _draft_head(self, lm_head: Panels) -> Panels:
+        """The target's LM head, or its rows for a pruned vocabulary, in bfloat16: a draft reads all for a few rows."""
+        if self.model.d2t is None and lm_head.format == BFLOAT16:
+            return lm_head
+        head_UD = self.model.draft_head(unpacked(lm_head, self.model.config.vocab_size))
+        return panels(head_UD.to(torch.bfloat16))
+
     def _assemble(
-        self, weights: DrafterWeights, embedding_VD: torch.Tensor, head_UD: torch.Tensor, features_RC: torch.Tensor
+        self, weights: DrafterWeights, embedding_VD: torch.Tensor, head: Panels, features_RC: torch.Tensor
     ) -> None:
         config, b, eps = self.model.config, self._buffers, weights.spec.rms_norm_eps
         # A draft block is written behind the context, up to block_size - 1 positions past the last committed one.
@@ -89,15 +96,14 @@ class CompiledDrafter:
 
         # A block's keys and values lie past the context and are overwritten when rows commit.
         assembler = self._assembler(self._block)
-        self._block.add(EMBED, [D, config.mask_token_id], (), [embedding_VD, b.hidden, weights.mask_embedding_D])
+        assembler.add_embedding(embedding_VD, config.mask_token_id, weights.mask_embedding_D)
         for layer, spec, cache in zip(weights.layers, specs, caches, strict=True):
             attention, dense = layer.attention, layer.mlp
             assert isinstance(attention.qkv_OD, torch.Tensor) and isinstance(dense, DenseWeights)
             assembler.add_qkv(attention.norm_D, attention.qkv_OD, attention, spec, eps, cache, has_queries=True)
             assembler.add_attention(attention, spec, cache, spec.ahead)
             assembler.add_dense(dense, eps)
-        # A draft reads every weight for a few rows, so bytes are its cost: the LM head is a copy in bfloat16.
-        assembler.add_head(weights.norm_D, panels(head_UD.to(torch.bfloat16)), eps)
+        assembler.add_head(weights.norm_D, head, eps)
 
     def _set_markov(self, weights: DrafterWeights) -> None:
         self._markov_w1_VR, self._markov_w2 = None, None

@@ -1,17 +1,17 @@
 """The CPU backend: the step as a program of fused C++ operations, run by one call a step.
 
-The program is data, an array of operation records with pointers, built once from the model spec; the kernels walk it
-with one thread team (see kernels/decode_cpu.cpp, which also says why a row's bits depend on nothing but the row). The
+The program is data, an array of operation records with pointers, built once from the model spec; a team of threads
+claims the work of one operation after another (see kernels/decode_cpu.cpp, which also says why a row's bits depend on
+nothing but the row). The
 reference backend is its oracle. PyTorch calls cost microseconds each, hundreds of them a step: for a model whose
 weights a CPU reads in a tenth of a millisecond that would be most of the time.
 
 Left out: activations other than float32, and sizes that are not multiples of 16 (32 for packed experts' contraction
-axes); such models are refused by name. Packed experts stay MXFP4. Matrices in FP8 are held in bfloat16, which has all
-their values: twice the bytes, and a warning says so.
+axes); such models are refused by name. Packed experts stay MXFP4, and what a checkpoint has in bfloat16 stays so.
+Matrices in FP8 are held in bfloat16, which has all their values: twice the bytes, and a warning says so.
 """
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -25,8 +25,8 @@ from speedstack.runtime.backend import DraftRequest, Rounds, Rows
 from speedstack.runtime.budget import PYTORCH_BESIDE_COMPILED, RoundCost, compiled_cost
 from speedstack.runtime.compiled_drafter import CompiledDrafter, why_not_compiled
 from speedstack.runtime.module_drafter import ModuleDrafter
-from speedstack.runtime.panels import LANES, panels, unpacked
-from speedstack.runtime.program import EMBED, Program, Runner, records_of
+from speedstack.runtime.panels import LANES, holds_bfloat16, panels, unpacked
+from speedstack.runtime.program import Program, Runner, records_of
 from speedstack.runtime.ring import MAX_ROWS
 from speedstack.runtime.spec import MoeSpec
 from speedstack.runtime.weights import ModelWeights
@@ -37,15 +37,6 @@ logger = logging.getLogger("speedstack.runtime")
 def check_supported(weights: ModelWeights) -> None:
     """Raises ValueError, naming the size, when the kernels cannot take the model."""
     spec = weights.spec
-    for layer in spec.layers:
-        absent = {
-            "biases": layer.attention.has_bias or (isinstance(layer.mlp, MoeSpec) and layer.mlp.has_bias),
-            "YaRN": layer.attention.yarn is not None,
-            "clamped SwiGLU": isinstance(layer.mlp, MoeSpec) and layer.mlp.swiglu_limit is not None,
-        }
-        if any(absent.values()):
-            named = ", ".join(name for name, is_asked in absent.items() if is_asked)
-            raise ValueError(f"backend 'cpu' has no {named} (model type {spec.model_type}); use backend='reference'")
     multiples = [("hidden_size", spec.hidden_size, 32)]
     for layer in spec.layers:
         a = layer.attention
@@ -71,16 +62,13 @@ class CpuBackend:
         self, weights: ModelWeights, drafter: DFlashDraftModel | None, num_slots: int, max_length: int
     ) -> None:
         check_supported(weights)
-        if os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE" and torch.get_num_threads() > 1:
-            logger.warning(
-                "backend cpu: with OMP_WAIT_POLICY=PASSIVE threads sleep between operations, which made decoding of a "
-                "small model five times slower: unset it, or use one thread"
-            )
         started = time.perf_counter()
         self.spec, self.num_slots, self.max_length = weights.spec, num_slots, max_length
         self._runner = Runner()
         self._buffers = Buffers.of(weights.spec.hidden_size, weights.spec.layers, weights.spec.vocab_size)
         self._embedding_VD = weights.embedding_VD.contiguous()
+        if holds_bfloat16(self._embedding_VD):
+            self._embedding_VD = self._embedding_VD.to(torch.bfloat16)
         self._target, self._caches, self._layer_ends = Program(), list[torch.Tensor](), list[int]()
         self._lm_head = panels(weights.lm_head_VD)
         self._assemble(weights)
@@ -90,7 +78,7 @@ class CpuBackend:
 
     def _assemble(self, weights: ModelWeights) -> None:
         spec, assembler = self.spec, Assembler(self._target, self._buffers, self.num_slots, self.max_length)
-        self._target.add(EMBED, [spec.hidden_size], (), [self._embedding_VD, self._buffers.hidden])
+        assembler.add_embedding(self._embedding_VD)
         for layer, layer_spec in zip(weights.layers, spec.layers, strict=True):
             assembler.add_layer(layer, layer_spec, spec.rms_norm_eps)
             self._layer_ends.append(len(self._target.ops) - 1)
@@ -110,16 +98,17 @@ class CpuBackend:
             self._features_RC = torch.zeros(MAX_ROWS, config.num_taps * D)
             for tap, layer in enumerate(config.target_layer_ids):
                 taps[self._layer_ends[layer]] = self._features_RC[:, tap * D : (tap + 1) * D]
-            lm_head_VD = unpacked(self._lm_head, self.spec.vocab_size)
             reason = why_not_compiled(drafter)
             if reason is None:
                 self.drafter = CompiledDrafter(
-                    drafter, self._embedding_VD, lm_head_VD, self._features_RC, self.num_slots, self.max_length
+                    drafter, self._embedding_VD, self._lm_head, self._features_RC, self.num_slots, self.max_length
                 )
                 after = [self.drafter.context]
             else:
                 logger.warning("backend cpu: compiled kernels for the target, PyTorch for the drafter: %s", reason)
-                self.drafter = ModuleDrafter(drafter, self._embedding_VD, lm_head_VD, self.num_slots, self.max_length)
+                lm_head_VD = unpacked(self._lm_head, self.spec.vocab_size)
+                embedding_VD = self._embedding_VD.float()
+                self.drafter = ModuleDrafter(drafter, embedding_VD, lm_head_VD, self.num_slots, self.max_length)
         self._target.tap(taps)
         self._records = records_of(self._target, *after)
 
