@@ -18,83 +18,116 @@ struct Query {
     int lo, hi;
 };
 
+// What of a block's positions a query sees.
+struct Visible {
+    int from, to;
+    Visible(const Query& query, int block)
+        : from(std::max(query.lo - block * LANES, 0)), to(std::min(query.hi - block * LANES, LANES - 1)) {}
+};
+
+// Independent sums that hide the latency of a multiply-add.
+constexpr int CHAINS = 8;
+
+// Scores of B blocks of 16 keys from `block` on, masked where a query does not see them; keeps the peaks.
+template <int Q, int B>
+inline void score_blocks(const Op& op, const Query* query, const float* k, int block, float* scores, int64_t stride,
+                         vf (&peak)[Q]) {
+    const int dk = op.i[2], num_blocks = op.i[4];
+    const float* keys[B];
+    vf s[Q][B * VECTORS];
+    for (int b = 0; b < B; b++) keys[b] = k + int64_t((block + b) % num_blocks) * dk * LANES;
+    for (int g = 0; g < Q; g++)
+        for (int n = 0; n < B * VECTORS; n++) s[g][n] = vf{};
+    for (int d = 0; d < dk; d++)
+        for (int n = 0; n < B * VECTORS; n++) {
+            const vf kd = load(keys[n / VECTORS] + d * LANES + n % VECTORS * W);
+            for (int g = 0; g < Q; g++) s[g][n] = mul_add(kd, splat(query[g].q[d]), s[g][n]);
+        }
+    const vi lane = lane_numbers();
+    for (int n = 0; n < B * VECTORS; n++) {
+        const vi position = lane + (block * LANES + n * W);
+        for (int g = 0; g < Q; g++) {
+            const vi visible = (vi)(position >= query[g].lo) & (vi)(position <= query[g].hi);
+            const vf masked = visible ? s[g][n] * op.f[0] : splat(-INFINITY);
+            peak[g] = masked > peak[g] ? masked : peak[g];
+            store(scores + g * stride + n * W, masked);
+        }
+    }
+}
+
+// Sums of values by probability, of D vectors of a head from `d` on, over all blocks in ascending order of position.
+template <int Q, int D>
+inline void weigh_values(const Op& op, const Query* query, const float* v, int first, int last, const float* scores,
+                         int64_t stride, const float (&total)[Q], int d) {
+    const int dv = op.i[3], num_blocks = op.i[4];
+    vf acc[Q][D];
+    for (int g = 0; g < Q; g++)
+        for (int n = 0; n < D; n++) acc[g][n] = vf{};
+    for (int block = first; block <= last; block++) {
+        const float* values = v + int64_t(block % num_blocks) * LANES * dv + d;
+        const float* s = scores + (block - first) * LANES;
+        const Visible all(query[0], block);
+        bool is_shared = true;
+        for (int g = 1; g < Q; g++) {
+            const Visible its(query[g], block);
+            is_shared &= its.from == all.from && its.to == all.to;
+        }
+        if (is_shared) {
+            for (int j = all.from; j <= all.to; j++)
+                for (int n = 0; n < D; n++) {
+                    const vf vj = load(values + int64_t(j) * dv + n * W);
+                    for (int g = 0; g < Q; g++) acc[g][n] = mul_add(vj, splat(s[g * stride + j]), acc[g][n]);
+                }
+            continue;
+        }
+        for (int g = 0; g < Q; g++) {
+            const Visible its(query[g], block);
+            for (int j = its.from; j <= its.to; j++)
+                for (int n = 0; n < D; n++)
+                    acc[g][n] = mul_add(load(values + int64_t(j) * dv + n * W), splat(s[g * stride + j]), acc[g][n]);
+        }
+    }
+    for (int g = 0; g < Q; g++)
+        for (int n = 0; n < D; n++) store(query[g].out + d + n * W, acc[g][n] / total[g]);
+}
+
 // Softmax attention of Q queries that share a key/value head of one sequence. A position that only others see is masked
 // in the scores and skipped in the sum, so company changes no bit, whatever lies there.
 template <int Q>
-inline void attend(const Op& op, const Query* query, const float* k, const float* v, Worker& me) {
-    const int dk = op.i[2], dv = op.i[3], num_blocks = op.i[4];
-    const float scale = op.f[0];
+void attend(const Op& op, const Query* query, const float* k, const float* v, Worker& me) {
+    constexpr int B = std::max(1, CHAINS / (Q * VECTORS)), D = std::max(1, CHAINS / Q);
+    const int dv = op.i[3];
     int lo = query[0].lo, hi = query[0].hi;
     for (int g = 1; g < Q; g++) lo = std::min(lo, query[g].lo), hi = std::max(hi, query[g].hi);
-    const int first = lo / LANES, last = hi / LANES, stride = (last - first + 1) * LANES;
-    float* scores = me.reserve(int64_t(Q) * stride);
-    const vi lane = lane_numbers();
+    const int first = lo / LANES, last = hi / LANES;
+    const int64_t stride = int64_t(last - first + 1) * LANES;
+    float* scores = me.reserve(Q * stride);
     vf peak[Q];
     for (int g = 0; g < Q; g++) peak[g] = splat(-INFINITY);
-    for (int block = first; block <= last; block++) {
-        const float* keys = k + int64_t(block % num_blocks) * dk * LANES;
-        vf s[Q][VECTORS];
-        for (int g = 0; g < Q; g++)
-            for (int n = 0; n < VECTORS; n++) s[g][n] = vf{};
-        for (int d = 0; d < dk; d++)
-            for (int n = 0; n < VECTORS; n++) {
-                const vf kd = load(keys + d * LANES + n * W);
-                for (int g = 0; g < Q; g++) s[g][n] = mul_add(kd, splat(query[g].q[d]), s[g][n]);
-            }
-        for (int n = 0; n < VECTORS; n++) {
-            const vi position = lane + (block * LANES + n * W);
-            for (int g = 0; g < Q; g++) {
-                const vi visible = (vi)(position >= query[g].lo) & (vi)(position <= query[g].hi);
-                const vf masked = visible ? s[g][n] * scale : splat(-INFINITY);
-                peak[g] = masked > peak[g] ? masked : peak[g];
-                store(scores + int64_t(g) * stride + (block - first) * LANES + n * W, masked);
-            }
-        }
-    }
+    int block = first;
+    for (; block + B - 1 <= last; block += B)
+        score_blocks<Q, B>(op, query, k, block, scores + (block - first) * LANES, stride, peak);
+    for (; block <= last; block++)
+        score_blocks<Q, 1>(op, query, k, block, scores + (block - first) * LANES, stride, peak);
     float total[Q];
     for (int g = 0; g < Q; g++) {
         float top = query[g].sink ? *query[g].sink : -INFINITY;
         for (int l = 0; l < W; l++) top = std::max(top, float(peak[g][l]));
         vf sum[VECTORS] = {};
-        for (int block = first; block <= last; block++)
+        for (float* s = scores + g * stride; s < scores + (g + 1) * stride; s += LANES)
             for (int n = 0; n < VECTORS; n++) {
-                float* s = scores + int64_t(g) * stride + (block - first) * LANES + n * W;
-                const vf masked = load(s);
+                const vf masked = load(s + n * W);
                 const vf e = masked == splat(-INFINITY) ? vf{} : exp_lanes(masked - top);
                 sum[n] += e;
-                store(s, e);
+                store(s + n * W, e);
             }
         for (int n = 1; n < VECTORS; n++) sum[0] += sum[n];
         total[g] = sum_lanes(sum[0]);
         if (query[g].sink) total[g] += exp_lanes(splat(*query[g].sink - top))[0];
     }
-    for (int d = 0; d < dv; d += W) {
-        vf acc[Q];
-        for (int g = 0; g < Q; g++) acc[g] = vf{};
-        for (int block = first; block <= last; block++) {
-            const float* values = v + (int64_t(block % num_blocks) * LANES) * dv + d;
-            const float* s = scores + (block - first) * LANES;
-            int from[Q], to[Q];
-            bool is_shared = true;
-            for (int g = 0; g < Q; g++) {
-                from[g] = std::max(query[g].lo - block * LANES, 0);
-                to[g] = std::min(query[g].hi - block * LANES, LANES - 1);
-                is_shared &= from[g] == from[0] && to[g] == to[0];
-            }
-            if (is_shared) {
-                for (int j = from[0]; j <= to[0]; j++) {
-                    const vf vj = load(values + int64_t(j) * dv);
-                    for (int g = 0; g < Q; g++)
-                        acc[g] = mul_add(vj, splat(s[int64_t(g) * stride + j]), acc[g]);
-                }
-            } else {
-                for (int g = 0; g < Q; g++)
-                    for (int j = from[g]; j <= to[g]; j++)
-                        acc[g] = mul_add(load(values + int64_t(j) * dv), splat(s[int64_t(g) * stride + j]), acc[g]);
-            }
-        }
-        for (int g = 0; g < Q; g++) store(query[g].out + d, acc[g] / total[g]);
-    }
+    int d = 0;
+    for (; d + D * W <= dv; d += D * W) weigh_values<Q, D>(op, query, v, first, last, scores, stride, total, d);
+    for (; d < dv; d += W) weigh_values<Q, 1>(op, query, v, first, last, scores, stride, total, d);
 }
 
 template <int Q>
