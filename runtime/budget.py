@@ -6,8 +6,8 @@ drafting, how often this sequence's recent proposals were right; after it, the d
 the number with the most expected tokens a unit of time is taken. Whatever is chosen, the text is the same: only rows
 that would be thrown away are saved.
 
-What a round costs is the backend's to say, for the drafter it has: from constants and sizes and not from measurements
-of the running machine, so that the rounds of a seeded run are the same every time.
+What a round costs is the backend's to say, for the drafter it has. One that measures it on the running machine makes
+other rounds on another; the text is the same on all.
 """
 
 from collections.abc import Sequence

@@ -16,7 +16,6 @@ from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
 from speedstack.runtime.assemble import Assembler, Buffers
 from speedstack.runtime.backend import DraftRequest
-from speedstack.runtime.budget import RoundCost, compiled_cost
 from speedstack.runtime.module_drafter import draft_scores
 from speedstack.runtime.panels import BFLOAT16, LANES, Panels, panels, unpacked
 from speedstack.runtime.program import LINEAR, Program, Records, Runner, records_of
@@ -146,17 +145,11 @@ class CompiledDrafter:
             total += self._markov_w1_VR.nbytes + self._markov_w2.nbytes
         return total
 
-    def round_cost(self, step_bytes: float) -> RoundCost:
-        """See `Backend.round_cost`; `step_bytes`: what a step of the target reads for one row."""
-        both = self.context.weight_bytes["drafter"] + self._block.weight_bytes["drafter"]
-        correction = self._markov_w2.nbytes if self._markov_w2 is not None else 0
-        return compiled_cost(both / step_bytes, correction / step_bytes)
-
     def cache_bytes(self) -> int:
         """Bytes of all contexts."""
         return sum(cache.nbytes for cache in self._caches)
 
-    def draft(self, runner: Runner, requests: Sequence[DraftRequest], num_drafts: int) -> list[Draft]:
+    def draft(self, runner: Runner, requests: Sequence[DraftRequest], num_drafts: int, num_threads: int) -> list[Draft]:
         """See `Backend.draft`."""
         drafts: list[Draft] = []
         if num_drafts not in self._whole:
@@ -166,9 +159,9 @@ class CompiledDrafter:
             group = requests[start : start + at_once]
             rows = self._rows(group, num_drafts)
             if any(request.noise is not None for request in group):
-                self._sample(runner, rows, group, num_drafts)
+                self._sample(runner, rows, group, num_drafts, num_threads)
             else:
-                runner.run(self._whole[num_drafts], *rows)
+                runner.run(self._whole[num_drafts], *rows, num_threads)
             drafts += [self._read(slice(i * num_drafts, (i + 1) * num_drafts)) for i in range(len(group))]
         return drafts
 
@@ -184,11 +177,13 @@ class CompiledDrafter:
             rows.key_ends.extend([request.position + num_rows] * num_rows)  # a block is not causal
         return rows
 
-    def _sample(self, runner: Runner, rows: BlockRows, requests: Sequence[DraftRequest], num_drafts: int) -> None:
+    def _sample(
+        self, runner: Runner, rows: BlockRows, requests: Sequence[DraftRequest], num_drafts: int, num_threads: int
+    ) -> None:
         """Part by part: proposals of requests with noise are drawn before the depth after them is corrected."""
-        runner.run(self._block_records, *rows)
+        runner.run(self._block_records, *rows, num_threads)
         for records, depths in self._parts[num_drafts]:
-            runner.run(records, *rows)
+            runner.run(records, *rows, num_threads)
             for depth in depths:
                 for i, request in enumerate(requests):
                     if request.noise is not None:

@@ -22,8 +22,8 @@ from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
 from speedstack.runtime.assemble import Assembler, Buffers
 from speedstack.runtime.backend import DraftRequest, Rounds, Rows
-from speedstack.runtime.budget import PYTORCH_BESIDE_COMPILED, RoundCost, compiled_cost
 from speedstack.runtime.compiled_drafter import CompiledDrafter, why_not_compiled
+from speedstack.runtime.cpu_speed import SMALL_STEP_ROWS, ThreadChoice, median_seconds, round_cost
 from speedstack.runtime.module_drafter import ModuleDrafter
 from speedstack.runtime.panels import LANES, holds_bfloat16, panels, unpacked
 from speedstack.runtime.program import Program, Runner, records_of
@@ -57,6 +57,7 @@ class CpuBackend:
     rows_a_step: int | None = None
     no_trees_because: str | None = "its kernels write keys and values at a row's position, which siblings would share"
     rounds: Rounds | None = None
+    has_measured_cost = True
 
     def __init__(
         self, weights: ModelWeights, drafter: DFlashDraftModel | None, num_slots: int, max_length: int
@@ -73,6 +74,9 @@ class CpuBackend:
         self._lm_head = panels(weights.lm_head_VD)
         self._assemble(weights)
         self.drafter: CompiledDrafter | ModuleDrafter | None = None
+        self._threads = ThreadChoice(torch.get_num_threads())
+        self._records = records_of(self._target)
+        self._measure_steps()
         self.set_drafter(drafter)
         self.prepare_seconds = time.perf_counter() - started
 
@@ -111,19 +115,30 @@ class CpuBackend:
                 self.drafter = ModuleDrafter(drafter, embedding_VD, lm_head_VD, self.num_slots, self.max_length)
         self._target.tap(taps)
         self._records = records_of(self._target, *after)
+        self.round_cost = round_cost(self._step_seconds, (), 0)
+        if drafter is not None:
+            self._measure_drafts(drafter.config.num_proposals)
 
-    @property
-    def round_cost(self) -> RoundCost:
-        if isinstance(self.drafter, ModuleDrafter):
-            return PYTORCH_BESIDE_COMPILED
-        return compiled_cost() if self.drafter is None else self.drafter.round_cost(self._step_bytes())
+    def _measure_steps(self) -> None:
+        """Which number of threads is best, and what rows cost; writes to positions that nothing has been written to."""
+        for _ in self._threads.trials():
+            self._try_step(1)
+        self._step_seconds = median_seconds(lambda: self._try_step(1), lambda: self._try_step(SMALL_STEP_ROWS))
+        self._threads.row_cost = round_cost(self._step_seconds, (), 0).row
 
-    def _step_bytes(self) -> float:
-        """Bytes of weights that a step reads for one row: of the experts those that are chosen."""
-        moes = [layer.mlp for layer in self.spec.layers if isinstance(layer.mlp, MoeSpec)]
-        chosen = sum(moe.top_k for moe in moes) / max(1, sum(moe.num_experts for moe in moes))
-        parts = self._target.weight_bytes.items()
-        return sum(size * (chosen if part.startswith("experts") else 1.0) for part, size in parts)
+    def _measure_drafts(self, num_drafts: int) -> None:
+        request = DraftRequest(0, 0, self._trial_position(num_drafts + 1))
+        shortest, longest = (lambda count=count: self.draft([request], count) for count in (1, num_drafts))
+        self.round_cost = round_cost(self._step_seconds, median_seconds(shortest, longest), num_drafts)
+
+    def _try_step(self, num_rows: int) -> None:
+        num_rows, first = min(num_rows, self.max_length), self._trial_position(num_rows)
+        tokens = [self.spec.vocab_size * row // num_rows for row in range(num_rows)]
+        rows = Rows(tokens, [0] * num_rows, list(range(first, first + num_rows)))
+        self.step(rows, range(num_rows))
+
+    def _trial_position(self, num_rows: int) -> int:
+        return max(0, min(self.max_length - num_rows, 128))
 
     def weight_bytes(self) -> dict[str, int]:
         parts = dict(self._target.weight_bytes)
@@ -150,12 +165,21 @@ class CpuBackend:
         return torch.cat([logits for logits, _ in parts]), [token for _, best in parts for token in best]
 
     def _step_chunk(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
-        num_logits = len(logit_rows)
+        num_rows, num_logits = len(rows.tokens), len(logit_rows)
         key_ends = [position + 1 for position in rows.positions]
-        self._runner.run(self._records, rows.tokens, rows.slots, rows.positions, key_ends, logit_rows)
+        num_threads = self._num_threads(num_rows)
+        started = time.perf_counter()
+        self._runner.run(self._records, rows.tokens, rows.slots, rows.positions, key_ends, logit_rows, num_threads)
+        self._threads.record(num_rows, time.perf_counter() - started)
         if isinstance(self.drafter, ModuleDrafter):
             self.drafter.write(self._features_RC[: len(rows.tokens)], rows.slots, rows.positions)
         return self._buffers.logits[:num_logits, : self.spec.vocab_size], self._buffers.best[:num_logits].tolist()
+
+    def _num_threads(self, num_rows: int) -> int:
+        """As many as help, and at most as many as PyTorch has."""
+        if torch.get_num_threads() != self._threads.most:
+            self._threads = ThreadChoice(torch.get_num_threads())
+        return self._threads.next(num_rows)
 
     def commit(self, rows: Sequence[int]) -> None:
         raise AssertionError("the engine asks for no trees here")
@@ -163,6 +187,7 @@ class CpuBackend:
     def draft(self, requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:
         assert tree_budget is None, "the engine asks for no trees here"
         if isinstance(self.drafter, CompiledDrafter):
-            return self.drafter.draft(self._runner, requests, num_drafts)
+            num_threads = self._num_threads(num_drafts * len(requests))
+            return self.drafter.draft(self._runner, requests, num_drafts, num_threads)
         assert self.drafter is not None
         return self.drafter.draft(requests, num_drafts)

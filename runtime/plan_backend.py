@@ -100,6 +100,7 @@ class PlanBackend:
     no_trees_because: str | None = "its kernels write keys and values at a row's position, which siblings would share"
     rounds: Rounds | None = None
     plans_drafters = False  # whether plans have phases for those that can (`drafter_spec.why_not_planned`)
+    has_measured_cost = False
     round_cost = compiled_cost()  # not measured on a GPU
     plan: Plan
     memory: Memory

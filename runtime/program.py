@@ -122,6 +122,7 @@ class Runner:
         positions: Sequence[int],
         key_ends: Sequence[int],
         logit_rows: Sequence[int],
+        num_threads: int,
     ) -> None:
         """Runs all operations on up to MAX_ROWS rows."""
         arrays, num_rows, num_logits = self._arrays, len(tokens), len(logit_rows)
@@ -131,5 +132,5 @@ class Runner:
         arrays["key_end"][:num_rows] = key_ends
         arrays["logit_row"][:num_logits] = logit_rows
         self._rows.num_rows, self._rows.num_logit_rows = num_rows, num_logits
-        status = self._kernels.speedstack_run(records, len(records), ctypes.byref(self._rows), torch.get_num_threads())
+        status = self._kernels.speedstack_run(records, len(records), ctypes.byref(self._rows), num_threads)
         assert status == 0, f"operation {status - 1} of the program has an unknown kind, or there are too many"

@@ -102,6 +102,7 @@ class ReferenceBackend:
     no_trees_because: str | None = None
     rounds: Rounds | None = None
     rows_a_step: int | None = None
+    has_measured_cost = False
     round_cost = IN_PYTORCH
 
     def __init__(
