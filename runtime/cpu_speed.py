@@ -1,7 +1,8 @@
 """How fast the CPU kernels are on this machine: how many threads help a step, and what a round of drafts costs.
 
 Both are measured on the model at hand, when the backend is made. Other work on the machine changes how many threads
-help: when steps become much slower than they were, the numbers are tried again, on the steps that are asked for anyway.
+help: when steps become much slower or faster than they were, the numbers are tried again, on the steps that are asked
+for anyway.
 None of it changes a bit of what is computed.
 """
 
@@ -17,7 +18,7 @@ SMALL_STEP_ROWS = 8
 _TRIALS = 3
 # More threads have to save so much of a step's time: beside other work each is one more that may have to be waited for.
 _WORTH = 0.05
-_SLOWER, _RECENT_STEPS = 1.6, 16
+_CHANGE, _RECENT_STEPS = 1.5, 16
 
 
 def thread_counts(most: int) -> list[int]:
@@ -64,8 +65,10 @@ class ThreadChoice:
                 self._choose()
             return
         self._recent.append(seconds)
-        if len(self._recent) == _RECENT_STEPS and statistics.median(self._recent) > _SLOWER * self._usual:
-            self._begin()
+        if len(self._recent) == _RECENT_STEPS:
+            change = statistics.median(self._recent) / self._usual
+            if not 1.0 / _CHANGE < change < _CHANGE:
+                self._begin()
 
     def _begin(self) -> None:
         self._times = {count: [] for count in self._counts}
