@@ -78,18 +78,30 @@ class Buffers:
 
 
 class Assembler:
-    """Appends a model's operations to `program`; `caches` are the key/value rings made on the way."""
+    """Appends a model's operations to `program`; `caches` are the key/value rings made on the way, in `kv_dtype`.
 
-    def __init__(self, program: Program, buffers: Buffers, num_slots: int, max_length: int) -> None:
-        self.program, self.buffers = program, buffers
+    to_int8: the matrices of attention and dense MLPs in eight bits; see `panels`.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        buffers: Buffers,
+        num_slots: int,
+        max_length: int,
+        to_int8: bool = False,
+        kv_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.program, self.buffers, self._to_int8, self._kv_dtype = program, buffers, to_int8, kv_dtype
         self.caches: list[torch.Tensor] = []
         self._num_slots, self._max_length = num_slots, max_length
 
     def new_cache(self, spec: AttentionSpec, length: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Keys, values and the number of blocks of a ring of `length` positions for every slot."""
         blocks = length // POSITIONS_PER_BLOCK
-        keys = torch.zeros(self._num_slots, spec.num_kv_heads, blocks, spec.qk_head_dim, LANES)
-        values = torch.zeros(self._num_slots, spec.num_kv_heads, length, spec.v_head_dim)
+        slots = (self._num_slots, spec.num_kv_heads)
+        keys = torch.zeros(*slots, blocks, spec.qk_head_dim, LANES, dtype=self._kv_dtype)
+        values = torch.zeros(*slots, length, spec.v_head_dim, dtype=self._kv_dtype)
         self.caches += [keys, values]
         return keys, values, blocks
 
@@ -110,12 +122,15 @@ class Assembler:
         heads = spec.num_heads if has_queries else 0
         self.program.add(
             QKV,
-            [norm_D.shape[0], heads, spec.num_kv_heads, spec.qk_head_dim, spec.v_head_dim, 2 * cos.shape[-1], blocks],
+            [
+                *(norm_D.shape[0], heads, spec.num_kv_heads, spec.qk_head_dim, spec.v_head_dim),
+                *(2 * cos.shape[-1], blocks, int(keys.dtype == torch.bfloat16)),
+            ],
             [eps, spec.value_scale],
             [
                 b.hidden if has_queries else b.context,
                 norm_D,
-                panels(projection_OD),
+                panels(projection_OD, to_int8=self._to_int8),
                 b.query,
                 keys,
                 values,
@@ -141,12 +156,16 @@ class Assembler:
         b, (keys, values, blocks) = self.buffers, cache
         self.program.add(
             ATTENTION,
-            [spec.num_heads, spec.num_kv_heads, spec.qk_head_dim, spec.v_head_dim, blocks, spec.window or 0, reach],
+            [
+                *(spec.num_heads, spec.num_kv_heads, spec.qk_head_dim, spec.v_head_dim),
+                *(blocks, spec.window or 0, reach, int(keys.dtype == torch.bfloat16)),
+            ],
             [spec.softmax_scale],
             [b.query, keys, values, weights.sinks_N, b.attended],
         )
         D, width = weights.output_DO.shape
-        output: list[torch.Tensor | Panels | None] = [b.attended, panels(weights.output_DO), b.hidden]
+        output_panels = panels(weights.output_DO, to_int8=self._to_int8)
+        output: list[torch.Tensor | Panels | None] = [b.attended, output_panels, b.hidden]
         self.program.add(LINEAR, [width, D, 1, 0], (), [*output, None, weights.output_bias_D])
 
     def add_embedding(
@@ -174,9 +193,10 @@ class Assembler:
     def add_dense(self, mlp: DenseWeights, eps: float) -> None:
         """Norm and SwiGLU, added to the hidden states."""
         b, (D, F) = self.buffers, mlp.down_DF.shape
-        gate_up = panels(mlp.gate_up_FD, is_gate_up=True)
+        gate_up = panels(mlp.gate_up_FD, is_gate_up=True, to_int8=self._to_int8)
+        down = panels(mlp.down_DF, to_int8=self._to_int8)
         self.program.add(GATE_UP, [D, F], [eps], [b.hidden, mlp.norm_D, gate_up, b.dense])
-        self.program.add(LINEAR, [F, D, 1], (), [b.dense, panels(mlp.down_DF), b.hidden])
+        self.program.add(LINEAR, [F, D, 1], (), [b.dense, down, b.hidden])
 
     def add_moe(self, mlp: MoeWeights, spec: MoeSpec, eps: float) -> None:
         """Norm, router and the chosen experts, added to the hidden states."""

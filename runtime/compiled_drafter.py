@@ -17,7 +17,7 @@ from speedstack.dflash.tree import Draft
 from speedstack.runtime.assemble import Assembler, Buffers
 from speedstack.runtime.backend import DraftRequest
 from speedstack.runtime.module_drafter import draft_scores
-from speedstack.runtime.panels import BFLOAT16, LANES, Panels, panels, unpacked
+from speedstack.runtime.panels import FLOAT32, LANES, Panels, panels, unpacked
 from speedstack.runtime.program import LINEAR, Program, Records, Runner, records_of
 from speedstack.runtime.ring import MAX_ROWS, ring_length
 from speedstack.runtime.weights import DenseWeights, DrafterWeights, read_drafter
@@ -53,8 +53,10 @@ class CompiledDrafter:
         features_RC: torch.Tensor,
         num_slots: int,
         max_length: int,
+        kv_dtype: torch.dtype,
     ) -> None:
         self.model, config = model, model.config
+        self._kv_dtype = kv_dtype
         weights = read_drafter(model)
         self._buffers = Buffers.of(config.hidden_size, list(weights.spec.layers), config.num_draft_tokens)
         self._num_slots, self._max_length = num_slots, max_length
@@ -70,7 +72,7 @@ class CompiledDrafter:
 
     def _draft_head(self, lm_head: Panels) -> Panels:
         """The target's LM head, or its rows for a pruned vocabulary, in bfloat16: a draft reads all for a few rows."""
-        if self.model.d2t is None and lm_head.format == BFLOAT16:
+        if self.model.d2t is None and lm_head.format != FLOAT32:
             return lm_head
         head_UD = self.model.draft_head(unpacked(lm_head, self.model.config.vocab_size))
         return panels(head_UD.to(torch.bfloat16))
@@ -136,7 +138,7 @@ class CompiledDrafter:
         self._parts[num_drafts] = [(records_of(program), depths) for program, depths in parts]
 
     def _assembler(self, program: Program) -> Assembler:
-        return Assembler(program, self._buffers, self._num_slots, self._max_length)
+        return Assembler(program, self._buffers, self._num_slots, self._max_length, kv_dtype=self._kv_dtype)
 
     def weight_bytes(self) -> int:
         """Bytes of all matrices."""

@@ -14,6 +14,7 @@ Matrices in FP8 are held in bfloat16, which has all their values: twice the byte
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -50,6 +51,35 @@ def check_supported(weights: ModelWeights) -> None:
         raise ValueError("backend 'cpu' computes in float32 on the CPU; use backend='reference' for other dtypes")
 
 
+@dataclass(frozen=True)
+class HeldAs:
+    """How weights and buffers are held where that is a choice between bytes and precision.
+
+    `dense_dtype`: matrices of attention, dense MLPs and LM head; None is as they are stored, `int8` is eight bits in
+    blocks of 32 with a bfloat16 scale. `kv_dtype`: key/value buffers; None is float32. Raises ValueError for others.
+    """
+
+    dense_dtype: str | None = None
+    kv_dtype_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dense_dtype not in (None, "int8"):
+            raise ValueError(f"dense_dtype {self.dense_dtype!r} is not supported; use 'int8', or None: as stored")
+        if self.kv_dtype_name not in (None, "float32", "bfloat16"):
+            raise ValueError(f"kv_dtype {self.kv_dtype_name!r} is not supported; use 'float32' or 'bfloat16'")
+
+    @property
+    def has_int8(self) -> bool:
+        return self.dense_dtype == "int8"
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.kv_dtype_name == "bfloat16" else torch.float32
+
+
+AS_STORED = HeldAs()
+
+
 class CpuBackend:
     """The compiled program for one model and drafter; see the module."""
 
@@ -60,7 +90,12 @@ class CpuBackend:
     has_measured_cost = True
 
     def __init__(
-        self, weights: ModelWeights, drafter: DFlashDraftModel | None, num_slots: int, max_length: int
+        self,
+        weights: ModelWeights,
+        drafter: DFlashDraftModel | None,
+        num_slots: int,
+        max_length: int,
+        held: HeldAs = AS_STORED,
     ) -> None:
         check_supported(weights)
         started = time.perf_counter()
@@ -71,7 +106,8 @@ class CpuBackend:
         if holds_bfloat16(self._embedding_VD):
             self._embedding_VD = self._embedding_VD.to(torch.bfloat16)
         self._target, self._caches, self._layer_ends = Program(), list[torch.Tensor](), list[int]()
-        self._lm_head = panels(weights.lm_head_VD)
+        self._held = held
+        self._lm_head = panels(weights.lm_head_VD, to_int8=held.has_int8)
         self._assemble(weights)
         self.drafter: CompiledDrafter | ModuleDrafter | None = None
         self._threads = ThreadChoice(torch.get_num_threads())
@@ -81,7 +117,8 @@ class CpuBackend:
         self.prepare_seconds = time.perf_counter() - started
 
     def _assemble(self, weights: ModelWeights) -> None:
-        spec, assembler = self.spec, Assembler(self._target, self._buffers, self.num_slots, self.max_length)
+        spec, held, sizes = self.spec, self._held, (self.num_slots, self.max_length)
+        assembler = Assembler(self._target, self._buffers, *sizes, held.has_int8, held.kv_dtype)
         assembler.add_embedding(self._embedding_VD)
         for layer, layer_spec in zip(weights.layers, spec.layers, strict=True):
             assembler.add_layer(layer, layer_spec, spec.rms_norm_eps)
@@ -104,8 +141,9 @@ class CpuBackend:
                 taps[self._layer_ends[layer]] = self._features_RC[:, tap * D : (tap + 1) * D]
             reason = why_not_compiled(drafter)
             if reason is None:
+                sizes = (self.num_slots, self.max_length)
                 self.drafter = CompiledDrafter(
-                    drafter, self._embedding_VD, self._lm_head, self._features_RC, self.num_slots, self.max_length
+                    drafter, self._embedding_VD, self._lm_head, self._features_RC, *sizes, self._held.kv_dtype
                 )
                 after = [self.drafter.context]
             else:

@@ -20,6 +20,7 @@ from speedstack.dflash.model import DFlashDraftModel
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.runtime.backend import Backend, Rows
 from speedstack.runtime.budget import DraftBudget
+from speedstack.runtime.cpu import HeldAs
 from speedstack.runtime.decoder import Decoder
 from speedstack.runtime.prompts import (
     Prompt,
@@ -59,6 +60,8 @@ class Engine:
         max_length: int | None = None,
         max_batch_size: int = 8,
         strategy: DraftStrategy | None = None,
+        dense_dtype: str | None = None,
+        kv_dtype: str | None = None,
     ) -> None:
         """See `from_pretrained`; this takes weights that are already in memory."""
         spec = weights.spec
@@ -83,7 +86,8 @@ class Engine:
         model = drafter if isinstance(drafter, DFlashDraftModel) else None
         (strategy or DraftStrategy()).num_per_round(drafter)
         has_trees = strategy is not None and strategy.tree_budget is not None
-        self.backend: Backend = make_backend(backend, weights, model, max_batch_size, self.max_length, has_trees)
+        held = HeldAs(dense_dtype, kv_dtype)
+        self.backend: Backend = make_backend(backend, weights, model, max_batch_size, self.max_length, has_trees, held)
         self._plan(drafter, strategy or self._default_strategy(drafter))
 
     @classmethod
@@ -99,6 +103,8 @@ class Engine:
         num_drafts: int | Literal["adaptive", "all"] | None = None,
         draft_noise: Literal["none", "shared"] = "none",
         tree_budget: int | None = None,
+        dense_dtype: Literal["int8"] | None = None,
+        kv_dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> "Engine":
         """Loads a target, and a drafter that was trained for it, from directories.
 
@@ -121,6 +127,9 @@ class Engine:
             draft_noise: `shared` proposes what the drafter would sample with the target's own noise; see
                 `DraftStrategy`. Greedy decoding has no noise: there it changes nothing.
             tree_budget: verify a tree of so many proposals a round instead of a chain; `reference` backend only.
+            dense_dtype: `int8` holds attention, dense MLPs and LM head in eight bits, in blocks of 32, for machines
+                whose memory binds; it changes logits a little. None: as stored. `cpu` backend only.
+            kv_dtype: of key/value buffers; `bfloat16` halves them and changes logits a little. `cpu` backend only.
 
         Raises:
             ValueError: with one line that says what is wrong and what would be right.
@@ -129,7 +138,7 @@ class Engine:
         loaded = load_target(target, device, dtype)
         is_default = num_drafts is None and strategy == DraftStrategy()
         chosen = None if is_default else strategy
-        return cls.from_target(loaded, drafter, backend, max_length, max_batch_size, chosen)
+        return cls.from_target(loaded, drafter, backend, max_length, max_batch_size, chosen, dense_dtype, kv_dtype)
 
     @classmethod
     def from_target(
@@ -140,11 +149,14 @@ class Engine:
         max_length: int | None = None,
         max_batch_size: int = 8,
         strategy: DraftStrategy | None = None,
+        dense_dtype: Literal["int8"] | None = None,
+        kv_dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> "Engine":
         """As `from_pretrained`, of a target in memory: engines of one target share its weights."""
         w = target.weights
         model, sha256 = _load_drafter(drafter, w.spec, target.sha256, w.embedding_VD.dtype, w.embedding_VD.device)
-        engine = cls(w, model, target.tokenizer, backend, max_length, max_batch_size, strategy)
+        options = (backend, max_length, max_batch_size, strategy, dense_dtype, kv_dtype)
+        engine = cls(w, model, target.tokenizer, *options)
         engine.target_sha256, engine.drafter_sha256 = target.sha256, sha256
         return engine
 

@@ -20,9 +20,11 @@ from speedstack.runtime.kernels.build import load_kernels
 from speedstack.runtime.weights import Linear, Weight, plain_matrix
 
 LANES = 16
-FLOAT32, BFLOAT16, MXFP4 = range(3)
-# Chunks of codes that follow a chunk of scales, and the blocks whose scales that is.
-_CODES_A_GROUP, _BLOCKS_A_GROUP = 16, 4
+FLOAT32, BFLOAT16, MXFP4, INT8 = range(4)
+# Chunks of codes that follow a chunk of scales.
+_CODES_A_GROUP = 16
+_BLOCK = 32  # k that share a scale
+_LARGEST_INT8 = 127
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,24 @@ class Panels:
         return self.data.nbytes
 
 
-def panels(weight: Weight | Linear, is_gate_up: bool = False) -> Panels:
-    """[..., N, K] in panels. `is_gate_up`: the gate rows, then as many up rows; their panels come out alternating."""
+def panels(weight: Weight | Linear, is_gate_up: bool = False, to_int8: bool = False) -> Panels:
+    """[..., N, K] in panels.
+
+    is_gate_up: the gate rows, then as many up rows; their panels come out alternating.
+    to_int8: rounded to eight bits in blocks of 32 inputs, where K is whole blocks; never what is packed already.
+    """
     arrange = _interleaved if is_gate_up else _transposed
     if isinstance(weight, MXFP4Tensor):
-        return Panels(MXFP4, _with_scales(_codes(arrange(_words(weight.codes))), arrange(_scale_words(weight.scales))))
+        return Panels(
+            MXFP4, _with_scales(_codes(arrange(_words(weight.codes))), arrange(_scale_words(weight.scales, 4)))
+        )
     if isinstance(weight, FP8Tensor):
         weight = plain_matrix(weight, torch.bfloat16)
-    elif weight.dtype == torch.float32 and weight.shape[-1] % 2 == 0 and holds_bfloat16(weight):
+    if to_int8 and weight.shape[-1] % _BLOCK == 0:
+        codes_NK, scales_NB = int8_blocks(weight)
+        codes_PCL = arrange(codes_NK).unflatten(-2, (-1, 4)).flatten(-2).view(torch.int32)
+        return Panels(INT8, _with_scales(codes_PCL, arrange(_scale_words(scales_NB, 2))))
+    if weight.dtype == torch.float32 and weight.shape[-1] % 2 == 0 and holds_bfloat16(weight):
         weight = weight.to(torch.bfloat16)
     if weight.dtype == torch.bfloat16:
         return Panels(BFLOAT16, arrange(_words(weight)))
@@ -58,8 +70,29 @@ def holds_bfloat16(weight: torch.Tensor) -> bool:
     return all(not bool((part.contiguous().view(torch.int32) & 0xFFFF).any()) for part in rows)
 
 
+def int8_blocks(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, int8 [N, K] from -127 to 127, and scales, bfloat16 [N, K/32]: code times scale is nearest the weight.
+
+    Raises ValueError for values that are not finite.
+    """
+    w_NBK = weight_NK.float().unflatten(-1, (-1, _BLOCK))
+    scales_NB = (w_NBK.abs().amax(-1) / _LARGEST_INT8).to(torch.bfloat16)
+    if not bool(scales_NB.isfinite().all()):
+        raise ValueError("a matrix has values that are not finite, which eight bits cannot hold: keep it as stored")
+    divisors_NB = torch.where(scales_NB == 0, 1.0, scales_NB.float())
+    codes_NBK = (w_NBK / divisors_NB[..., None]).round().clamp(-_LARGEST_INT8, _LARGEST_INT8)
+    return codes_NBK.to(torch.int8).flatten(-2), scales_NB
+
+
 def unpacked(matrix: Panels, num_outputs: int) -> torch.Tensor:
-    """The [N, K] matrix that `panels` arranged, in float32; of MXFP4 none."""
+    """The values [N, K] that the kernels multiply by, in float32; not of MXFP4."""
+    if matrix.format == INT8:
+        codes_PCL, scales_PGL = _without_scales(matrix.data)
+        codes_PKL = codes_PCL.contiguous().view(torch.int8).unflatten(-1, (4, LANES)).flatten(-3, -2)
+        scales_PGLB = scales_PGL.contiguous().view(torch.bfloat16).unflatten(-1, (LANES, 2))
+        scales_PBL = scales_PGLB.transpose(-1, -2).flatten(-3, -2)[:, : codes_PKL.shape[1] // _BLOCK]
+        w_PKL = codes_PKL.float() * scales_PBL.float().repeat_interleave(_BLOCK, 1)
+        return w_PKL.transpose(-1, -2).flatten(0, 1)[:num_outputs].contiguous()
     assert matrix.format in (FLOAT32, BFLOAT16)
     w_NK = matrix.data.transpose(-1, -2).flatten(0, 1)[:num_outputs].contiguous()
     return w_NK if matrix.format == FLOAT32 else w_NK.view(torch.bfloat16).float()
@@ -69,8 +102,8 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.int32)
 
 
-def _scale_words(scales_NB: torch.Tensor) -> torch.Tensor:
-    return _words(torch.nn.functional.pad(scales_NB, (0, -scales_NB.shape[-1] % _BLOCKS_A_GROUP)))
+def _scale_words(scales_NB: torch.Tensor, num_a_word: int) -> torch.Tensor:
+    return _words(torch.nn.functional.pad(scales_NB, (0, -scales_NB.shape[-1] % num_a_word)))
 
 
 def _transposed(w_NC: torch.Tensor) -> torch.Tensor:
@@ -102,3 +135,10 @@ def _with_scales(codes_PCL: torch.Tensor, scales_PGL: torch.Tensor) -> torch.Ten
     padded = torch.nn.functional.pad(codes_PCL, (0, 0, 0, padding)).unflatten(-2, (-1, _CODES_A_GROUP))
     joined = torch.cat([scales_PGL[..., None, :], padded], dim=-2).flatten(-3, -2)
     return joined[..., :num_chunks, :].contiguous()
+
+
+def _without_scales(data_PCL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    num_chunks, size = data_PCL.shape[-2], _CODES_A_GROUP + 1
+    padded = torch.nn.functional.pad(data_PCL, (0, 0, 0, -num_chunks % size)).unflatten(-2, (-1, size))
+    codes_PCL = padded[..., 1:, :].flatten(-3, -2)[..., : num_chunks - padded.shape[-3], :]
+    return codes_PCL, padded[..., 0, :]

@@ -45,6 +45,12 @@ class GenerateConfig(ModelConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="dtype of everything but packed experts; auto: float32 on a CPU, bfloat16 on a GPU."
     )
+    dense_dtype: Literal["int8"] | None = Field(
+        None, description="int8: attention, dense MLPs and LM head in eight bits (CPU); None: as stored."
+    )
+    kv_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="dtype of the key/value buffers (CPU); None: float32."
+    )
     max_length: int | None = Field(None, ge=2, description="Positions of the sequence's buffers; None: the model's.")
     drafter: Path | None = Field(
         None, description="Directory of a DFlash drafter trained for the target, or ngram: prompt look-up; None: none."
@@ -88,6 +94,8 @@ def generate(config: GenerateConfig) -> None:
         num_drafts=config.num_drafts,
         draft_noise=config.draft_noise,
         tree_budget=config.tree_budget,
+        dense_dtype=config.dense_dtype,
+        kv_dtype=config.kv_dtype,
     )
     text = sys.stdin.read() if config.prompt == "-" else config.prompt
     options: dict[str, Any] = {

@@ -29,18 +29,18 @@ struct Visible {
 constexpr int CHAINS = 8;
 
 // Scores of B blocks of 16 keys from `block` on, masked where a query does not see them; keeps the peaks.
-template <int Q, int B>
-inline void score_blocks(const Op& op, const Query* query, const float* k, int block, float* scores, int64_t stride,
+template <int Q, int B, class T>
+inline void score_blocks(const Op& op, const Query* query, const T* k, int block, float* scores, int64_t stride,
                          vf (&peak)[Q]) {
     const int dk = op.i[2], num_blocks = op.i[4];
-    const float* keys[B];
+    const T* keys[B];
     vf s[Q][B * VECTORS];
     for (int b = 0; b < B; b++) keys[b] = k + int64_t((block + b) % num_blocks) * dk * LANES;
     for (int g = 0; g < Q; g++)
         for (int n = 0; n < B * VECTORS; n++) s[g][n] = vf{};
     for (int d = 0; d < dk; d++)
         for (int n = 0; n < B * VECTORS; n++) {
-            const vf kd = load(keys[n / VECTORS] + d * LANES + n % VECTORS * W);
+            const vf kd = load_values(keys[n / VECTORS] + d * LANES + n % VECTORS * W);
             for (int g = 0; g < Q; g++) s[g][n] = mul_add(kd, splat(query[g].q[d]), s[g][n]);
         }
     const vi lane = lane_numbers();
@@ -56,15 +56,15 @@ inline void score_blocks(const Op& op, const Query* query, const float* k, int b
 }
 
 // Sums of values by probability, of D vectors of a head from `d` on, over all blocks in ascending order of position.
-template <int Q, int D>
-inline void weigh_values(const Op& op, const Query* query, const float* v, int first, int last, const float* scores,
+template <int Q, int D, class T>
+inline void weigh_values(const Op& op, const Query* query, const T* v, int first, int last, const float* scores,
                          int64_t stride, const float (&total)[Q], int d) {
     const int dv = op.i[3], num_blocks = op.i[4];
     vf acc[Q][D];
     for (int g = 0; g < Q; g++)
         for (int n = 0; n < D; n++) acc[g][n] = vf{};
     for (int block = first; block <= last; block++) {
-        const float* values = v + int64_t(block % num_blocks) * LANES * dv + d;
+        const T* values = v + int64_t(block % num_blocks) * LANES * dv + d;
         const float* s = scores + (block - first) * LANES;
         const Visible all(query[0], block);
         bool is_shared = true;
@@ -75,7 +75,7 @@ inline void weigh_values(const Op& op, const Query* query, const float* v, int f
         if (is_shared) {
             for (int j = all.from; j <= all.to; j++)
                 for (int n = 0; n < D; n++) {
-                    const vf vj = load(values + int64_t(j) * dv + n * W);
+                    const vf vj = load_values(values + int64_t(j) * dv + n * W);
                     for (int g = 0; g < Q; g++) acc[g][n] = mul_add(vj, splat(s[g * stride + j]), acc[g][n]);
                 }
             continue;
@@ -84,7 +84,7 @@ inline void weigh_values(const Op& op, const Query* query, const float* v, int f
             const Visible its(query[g], block);
             for (int j = its.from; j <= its.to; j++)
                 for (int n = 0; n < D; n++)
-                    acc[g][n] = mul_add(load(values + int64_t(j) * dv + n * W), splat(s[g * stride + j]), acc[g][n]);
+                    acc[g][n] = mul_add(load_values(values + int64_t(j) * dv + n * W), splat(s[g * stride + j]), acc[g][n]);
         }
     }
     for (int g = 0; g < Q; g++)
@@ -93,8 +93,8 @@ inline void weigh_values(const Op& op, const Query* query, const float* v, int f
 
 // Softmax attention of Q queries that share a key/value head of one sequence. A position that only others see is masked
 // in the scores and skipped in the sum, so company changes no bit, whatever lies there.
-template <int Q>
-void attend(const Op& op, const Query* query, const float* k, const float* v, Worker& me) {
+template <int Q, class T>
+void attend(const Op& op, const Query* query, const T* k, const T* v, Worker& me) {
     constexpr int B = std::max(1, CHAINS / (Q * VECTORS)), D = std::max(1, CHAINS / Q);
     const int dv = op.i[3];
     int lo = query[0].lo, hi = query[0].hi;
@@ -121,8 +121,7 @@ void attend(const Op& op, const Query* query, const float* k, const float* v, Wo
                 sum[n] += e;
                 store(s + n * W, e);
             }
-        for (int n = 1; n < VECTORS; n++) sum[0] += sum[n];
-        total[g] = sum_lanes(sum[0]);
+        total[g] = sum_panel(sum);
         if (query[g].sink) total[g] += exp_lanes(splat(*query[g].sink - top))[0];
     }
     int d = 0;
@@ -130,8 +129,8 @@ void attend(const Op& op, const Query* query, const float* k, const float* v, Wo
     for (; d < dv; d += W) weigh_values<Q, 1>(op, query, v, first, last, scores, stride, total, d);
 }
 
-template <int Q>
-inline const Query* attend_all(const Op& op, const Query* next, int& num, const float* k, const float* v, Worker& me) {
+template <int Q, class T>
+inline const Query* attend_all(const Op& op, const Query* next, int& num, const T* k, const T* v, Worker& me) {
     for (; num >= Q; num -= Q, next += Q) attend<Q>(op, next, k, v, me);
     if constexpr (Q > 1) return attend_all<Q / 2>(op, next, num, k, v, me);
     return next;
@@ -154,8 +153,8 @@ inline int attention_items(const Op& op, const Rows& rows, int) {
     return num * op.i[1];
 }
 
-// One key/value head of a run of rows.
-inline void attention(const Item& at) {
+template <class T>
+inline void attention_of(const Item& at) {
     const Op& op = at.op;
     const Rows& rows = at.rows;
     const int num_heads = op.i[0], num_kv_heads = op.i[1], dk = op.i[2], dv = op.i[3], num_blocks = op.i[4],
@@ -166,8 +165,7 @@ inline void attention(const Item& at) {
     RowRun run = next_run(op, rows, 0);
     for (int n = at.item / num_kv_heads; n > 0; n--) run = next_run(op, rows, run.end);
     const int64_t kv = int64_t(rows.slot[run.begin]) * num_kv_heads + kv_head;
-    const float* k = (const float*)op.p[1] + kv * num_blocks * LANES * dk;
-    const float* v = (const float*)op.p[2] + kv * num_blocks * LANES * dv;
+    const T *k = (const T*)op.p[1] + kv * num_blocks * LANES * dk, *v = (const T*)op.p[2] + kv * num_blocks * LANES * dv;
     Query queries[QUERIES];
     int num = 0;
     for (int r = run.begin; r < run.end; r++)
@@ -179,4 +177,12 @@ inline void attention(const Item& at) {
             if (num == QUERIES) attend_all<QUERIES>(op, queries, num, k, v, at.me);
         }
     attend_all<QUERIES>(op, queries, num, k, v, at.me);
+}
+
+// One key/value head of a run of rows; the buffers are float32, or bfloat16.
+inline void attention(const Item& at) {
+    if (at.op.i[7])
+        attention_of<uint16_t>(at);
+    else
+        attention_of<float>(at);
 }

@@ -3,7 +3,7 @@
 // Row invariance is built in. Every output element is one accumulation over the contraction axis in ascending order, in
 // one lane of a vector (see matmul.h). Attention walks keys in ascending blocks of 16 absolute positions. Nothing is
 // split over threads along a reduction, so the bits depend neither on the number of threads nor on who computes what.
-// Between instruction sets they may differ: sums over a row's lanes, of a norm for example, have an order of their own.
+// Sums over a row are made in 16 lanes and then by halves, on every instruction set alike: all give the same bits.
 //
 // Left out: activations in anything but float32, and head or hidden sizes that are not multiples of 16; the Python side
 // refuses those by name.

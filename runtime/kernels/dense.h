@@ -36,8 +36,8 @@ inline void embed(const Item& at) {
 
 inline int qkv_items(const Op& op, const Rows&, int) { return op.i[1] + 2 * op.i[2]; }
 
-// Norm, projection (and bias), QK-norm, rotary embedding and cache append of one query, key or value head.
-inline void qkv(const Item& at) {
+template <class T>
+inline void qkv_of(const Item& at) {
     const Op& op = at.op;
     const Rows& rows = at.rows;
     const int D = op.i[0], num_heads = op.i[1], num_kv_heads = op.i[2], dk = op.i[3], dv = op.i[4], rotary = op.i[5],
@@ -61,8 +61,8 @@ inline void qkv(const Item& at) {
         const int lane = position % LANES;
         if (is_value) {
             const int64_t kv = slot * num_kv_heads + head - num_qk;
-            float* out = (float*)op.p[5] + ((kv * num_blocks + block) * LANES + lane) * dv;
-            for (int d = 0; d < dv; d += W) store(out + d, load(v + d) * value_scale);
+            T* out = (T*)op.p[5] + ((kv * num_blocks + block) * LANES + lane) * dv;
+            for (int d = 0; d < dv; d++) store_value(out + d, v[d] * value_scale);
             continue;
         }
         if (head_norm) rms_norm(v, head_norm, dk, eps, v);
@@ -77,10 +77,19 @@ inline void qkv(const Item& at) {
             std::memcpy((float*)op.p[3] + (int64_t(r) * num_heads + head) * dk, v, sizeof(float) * dk);
         } else {
             const int64_t kv = slot * num_kv_heads + head - num_heads;
-            float* out = (float*)op.p[4] + (kv * num_blocks + block) * dk * LANES + lane;
-            for (int d = 0; d < dk; d++) out[d * LANES] = v[d];
+            T* out = (T*)op.p[4] + (kv * num_blocks + block) * dk * LANES + lane;
+            for (int d = 0; d < dk; d++) store_value(out + d * LANES, v[d]);
         }
     }
+}
+
+// Norm, projection (and bias), QK-norm, rotary embedding and cache append of one query, key or value head; the buffers
+// are float32, or bfloat16.
+inline void qkv(const Item& at) {
+    if (at.op.i[7])
+        qkv_of<uint16_t>(at);
+    else
+        qkv_of<float>(at);
 }
 
 inline Columns linear_columns(const Op& op, int num_threads) {

@@ -56,9 +56,13 @@ inline void argmax(const Item& at) {
     }
     out[r] = num_bad || peak[best] == -INFINITY ? -1 : where[best];
     if (!probability) return;
-    vf total = vf{};
-    for (int n = 0; n < V; n += W) total += (vi)(lane + n < V) ? exp_lanes(load(row + n) - peak[best]) : vf{};
-    probability[r] = 1.0f / sum_lanes(total);
+    vf total[VECTORS] = {};
+    for (int n = 0; n < V; n += LANES)
+        for (int v = 0; v < VECTORS; v++) {
+            const vf e = exp_lanes(load(row + n + v * W) - peak[best]);
+            total[v] += (vi)(lane + (n + v * W) < V) ? e : vf{};
+        }
+    probability[r] = 1.0f / sum_panel(total);
 }
 
 inline Columns markov_columns(const Op& op, int num_threads) {

@@ -1,8 +1,8 @@
 // Matrix products: rows of float32 activations by panels of weights.
 //
 // Every output element is one accumulation over the contraction axis in ascending order, in one lane of a vector. With
-// MXFP4 it is one accumulation a block of 32, whose sum is scaled and added: scales are powers of two, so that this is
-// as exact as scaling the weights, and takes a multiplication less a weight. Whichever of the two ways below computes an
+// formats that have scales it is one accumulation a block of 32, whose sum is scaled and added: as exact as scaling the
+// weights, and a multiplication less a weight. Whichever of the two ways below computes an
 // element, and beside whichever others, its bits are the same.
 //
 // A few rows: values are decoded into registers and used at once ("fused"). Many: a block of a panel or two is decoded
@@ -20,17 +20,17 @@ constexpr int MAX_STEP_ROWS = 64;
 // decoding is two instructions, and doing it again for every eight rows is faster than going through the cache.
 #if ISA_AVX512
 constexpr int FUSED_ROWS = 8, STAGED_PANELS = 2, STAGED_ROWS = 12;
-constexpr bool STAGES_MXFP4 = false;
+constexpr bool STAGES_SCALED = false;
 #else
 constexpr int FUSED_ROWS = 4, STAGED_PANELS = 1, STAGED_ROWS = 6;
-constexpr bool STAGES_MXFP4 = true;
+constexpr bool STAGES_SCALED = true;
 #endif
 
-// Panels of a fused tile: accumulators that hide the latency of a multiply-add. One panel of MXFP4 is read in one
-// stream, which prefetchers like best, and its blocks are independent sums already.
+// Panels of a fused tile: accumulators that hide the latency of a multiply-add. One panel is read in one stream, which
+// prefetchers like best, and where there are scales its blocks are independent sums already.
 constexpr int fused_panels(int format, int rows) {
-    if (W == 16) return format == MXFP4 ? 1 : rows == 1 ? 8 : rows <= 4 ? 4 : 2;
-    if (format == MXFP4) return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+    if (W == 16) return has_scales(format) ? 1 : rows == 1 ? 8 : rows <= 4 ? 4 : 2;
+    if (has_scales(format)) return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
     return rows == 1 ? 4 : rows == 2 ? 2 : 1;
 }
 
@@ -63,26 +63,26 @@ inline void fused_bfloat16(const Panels& w, const float* const* x, vf (&acc)[R][
     }
 }
 
-template <int R, int P>
-inline void fused_mxfp4(const Panels& w, const float* const* x, vf (&acc)[R][P * VECTORS]) {
+template <int FORMAT, int R, int P>
+inline void fused_blocks(const Panels& w, const float* const* x, vf (&acc)[R][P * VECTORS]) {
     const int64_t stride = w.panel_bytes();
     for (int block = 0; block < w.K / BLOCK; block++) {
         vf sum[R][P * VECTORS];
         for (int r = 0; r < R; r++)
             for (int v = 0; v < P * VECTORS; v++) sum[r][v] = vf{};
-        const uint8_t* codes = mxfp4_codes(w.data, block);
+        const uint8_t* codes = block_codes<FORMAT>(w.data, block);
 #pragma GCC unroll 1
-        for (int k = 0; k < BLOCK; k += DECODED) {
+        for (int k = 0; k < BLOCK; k += decoded_k(FORMAT)) {
             const int at = block * BLOCK + k;
-            const uint8_t* chunk = codes + k / 8 * CHUNK_BYTES;
-            for (int p = 0; p < P; p++) __builtin_prefetch(chunk + p * stride + PREFETCH_BYTES);
+            for (int p = 0; p < P; p++)
+                __builtin_prefetch(codes + p * stride + k / chunk_k(FORMAT) * CHUNK_BYTES + PREFETCH_BYTES);
             for (int v = 0; v < P * VECTORS; v++)
-                decode_e2m1(chunk + v / VECTORS * stride, v % VECTORS, k % 8 / DECODED, [&](int j, vf wk) {
+                decode<FORMAT>(codes + v / VECTORS * stride, k, v % VECTORS, [&](int j, vf wk) {
                     for (int r = 0; r < R; r++) sum[r][v] = mul_add(wk, splat(x[r][at + j]), sum[r][v]);
                 });
         }
         for (int v = 0; v < P * VECTORS; v++) {
-            const vf scale = mxfp4_scale(w.data + v / VECTORS * stride, block, v % VECTORS);
+            const vf scale = block_scale<FORMAT>(w.data + v / VECTORS * stride, block, v % VECTORS);
             for (int r = 0; r < R; r++) acc[r][v] = mul_add(sum[r][v], scale, acc[r][v]);
         }
     }
@@ -98,7 +98,7 @@ inline void fused_tile(const Panels& w, const float* const* x, float* const* y, 
     else if constexpr (FORMAT == BFLOAT16)
         fused_bfloat16<R, P>(w, x, acc);
     else
-        fused_mxfp4<R, P>(w, x, acc);
+        fused_blocks<FORMAT, R, P>(w, x, acc);
     for (int r = 0; r < R; r++)
         for (int v = 0; v < P * VECTORS; v++) store(y[r] + column + v * W, acc[r][v]);
 }
@@ -117,26 +117,21 @@ inline void fused_rows(const Panels& w, int num_panels, int num_rows, const floa
     if constexpr (R > 1) fused_rows<FORMAT, R - 1>(w, num_panels, num_rows, x, y);
 }
 
-// Values of k from `first` to `end` of a panel as float32 [k][16], scales left out.
+// Values of k from `first` to `end` of a panel as float32 [k][16], scales left out; where there are scales, of a block.
+template <int FORMAT>
 inline void decode_panel(const Panels& w, int first, int end, float* out) {
-    switch (w.format) {
-        case BFLOAT16:
-            for (int k = first; k < end; k += 2, out += 2 * LANES)
-                for (int v = 0; v < VECTORS; v++) {
-                    const vi word = load_words(w.data + int64_t(k / 2) * CHUNK_BYTES + v * W * 4);
-                    store(out + v * W, (vf)(word << 16));
-                    store(out + LANES + v * W, (vf)(word & int32_t(0xFFFF0000)));
-                }
-            break;
-        case MXFP4: {
-            const uint8_t* codes = mxfp4_codes(w.data, first / BLOCK);
-            for (int k = 0; k < BLOCK; k += DECODED)
-                for (int v = 0; v < VECTORS; v++)
-                    decode_e2m1(codes + k / 8 * CHUNK_BYTES, v, k % 8 / DECODED,
-                                [&](int j, vf wk) { store(out + (k + j) * LANES + v * W, wk); });
-            break;
-        }
-        default: break;
+    if constexpr (FORMAT == BFLOAT16) {
+        for (int k = first; k < end; k += 2, out += 2 * LANES)
+            for (int v = 0; v < VECTORS; v++) {
+                const vi word = load_words(w.data + int64_t(k / 2) * CHUNK_BYTES + v * W * 4);
+                store(out + v * W, (vf)(word << 16));
+                store(out + LANES + v * W, (vf)(word & int32_t(0xFFFF0000)));
+            }
+    } else {
+        const uint8_t* codes = block_codes<FORMAT>(w.data, first / BLOCK);
+        for (int k = 0; k < BLOCK; k += decoded_k(FORMAT))
+            for (int v = 0; v < VECTORS; v++)
+                decode<FORMAT>(codes, k, v, [&](int j, vf wk) { store(out + (k + j) * LANES + v * W, wk); });
     }
 }
 
@@ -177,7 +172,7 @@ inline void staged_rows(int num_rows, const float* const* w, const vf* scale, in
 
 template <int FORMAT, int P>
 void staged_panels(const Panels& w, int num_rows, const float* const* x, float* const* y, int column) {
-    constexpr int STEP = FORMAT == MXFP4 ? BLOCK : 2 * BLOCK;
+    constexpr int STEP = has_scales(FORMAT) ? BLOCK : 2 * BLOCK;
     alignas(64) float buffer[P][STEP * LANES];
     for (int first = 0; first < w.K; first += STEP) {
         const int end = std::min(first + STEP, w.K);
@@ -189,18 +184,18 @@ void staged_panels(const Panels& w, int num_rows, const float* const* x, float* 
             if constexpr (FORMAT == FLOAT32)
                 values[p] = (const float*)panel.data + int64_t(first) * LANES;
             else
-                decode_panel(panel, first, end, buffer[p]);
-            if constexpr (FORMAT == MXFP4)
+                decode_panel<FORMAT>(panel, first, end, buffer[p]);
+            if constexpr (has_scales(FORMAT))
                 for (int v = 0; v < VECTORS; v++)
-                    scale[p * VECTORS + v] = mxfp4_scale(panel.data, first / BLOCK, v);
+                    scale[p * VECTORS + v] = block_scale<FORMAT>(panel.data, first / BLOCK, v);
         }
-        staged_rows<STAGED_ROWS, P, FORMAT == MXFP4>(num_rows, values, scale, first, end, !first, x, y, column);
+        staged_rows<STAGED_ROWS, P, has_scales(FORMAT)>(num_rows, values, scale, first, end, !first, x, y, column);
     }
 }
 
 template <int FORMAT>
 inline void matmul_as(const Panels& w, int num_panels, int num_rows, const float* const* x, float* const* y) {
-    if (num_rows > FUSED_ROWS && (FORMAT != MXFP4 || STAGES_MXFP4)) {
+    if (num_rows > FUSED_ROWS && (!has_scales(FORMAT) || STAGES_SCALED)) {
         int panel = 0;
         for (; panel + STAGED_PANELS <= num_panels; panel += STAGED_PANELS)
             staged_panels<FORMAT, STAGED_PANELS>(w.at(panel), num_rows, x, y, panel * LANES);
@@ -218,6 +213,7 @@ inline void matmul(const Panels& w, int num_panels, int num_rows, const float* c
     switch (w.format) {
         case FLOAT32: return matmul_as<FLOAT32>(w, num_panels, num_rows, x, y);
         case BFLOAT16: return matmul_as<BFLOAT16>(w, num_panels, num_rows, x, y);
-        default: return matmul_as<MXFP4>(w, num_panels, num_rows, x, y);
+        case MXFP4: return matmul_as<MXFP4>(w, num_panels, num_rows, x, y);
+        default: return matmul_as<INT8>(w, num_panels, num_rows, x, y);
     }
 }

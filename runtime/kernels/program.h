@@ -44,8 +44,7 @@ inline void rms_norm(const float* x, const float* weight, int D, float eps, floa
     vf square[VECTORS] = {};
     for (int d = 0; d < D; d += LANES)
         for (int v = 0; v < VECTORS; v++) square[v] = mul_add(load(x + d + v * W), load(x + d + v * W), square[v]);
-    for (int v = 1; v < VECTORS; v++) square[0] += square[v];
-    const float inverse = 1.0f / std::sqrt(sum_lanes(square[0]) / D + eps);
+    const float inverse = 1.0f / std::sqrt(sum_panel(square) / D + eps);
     for (int d = 0; d < D; d += W) store(y + d, load(x + d) * inverse * load(weight + d));
 }
 

@@ -63,22 +63,39 @@ inline vf mul_add(vf a, vf b, vf c) {
 #endif
 }
 
+// Values of key/value buffers, which are float32 or bfloat16.
+inline vf load_values(const float* p) { return load(p); }
+inline vf load_values(const uint16_t* p) {
+#if ISA_AVX512
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif ISA_AVX2
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+    return (vf)vshll_n_u16(vld1_u16(p), 16);
+#endif
+}
+inline void store_value(float* p, float x) { *p = x; }
+inline void store_value(uint16_t* p, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    // To the nearest, ties to even; what is not a number stays none.
+    *p = uint16_t(x != x ? (bits >> 16) | 64 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
 inline vi lane_numbers() {
     vi v;
     for (int l = 0; l < W; l++) v[l] = l;
     return v;
 }
 
-// Of the lanes of all vectors of a panel, pairwise by halves.
-inline float sum_lanes(vf v) {
-    float lanes[W];
-    store(lanes, v);
-    for (int width = W / 2; width > 0; width /= 2)
+// The sum of a panel's 16 lanes, by halves: the same order whatever the width of a vector.
+inline float sum_panel(const vf (&v)[VECTORS]) {
+    float lanes[LANES];
+    for (int n = 0; n < VECTORS; n++) store(lanes + n * W, v[n]);
+    for (int width = LANES / 2; width > 0; width /= 2)
         for (int lane = 0; lane < width; lane++) lanes[lane] += lanes[lane + width];
     return lanes[0];
 }
-
-inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
 // exp: 2^n * p(r), |r| <= ln(2)/2, degree-6 minimax-like polynomial (Cephes expf), about 1 ulp.
 inline vf exp_lanes(vf x) {

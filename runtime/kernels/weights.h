@@ -7,17 +7,25 @@
 //             chunk for every 8 k. With AVX-512 a word a lane holds eight codes, lowest nibble lowest k. Elsewhere bytes
 //             are in the order in which a table look-up of 16 bytes and an interleaving of bytes give whole vectors:
 //             of four outputs 16 bytes, byte 2e + (k & 1) + 8 * (k / 2) of output e, k + 4 in the upper nibble.
+//   INT8      for every 64 k (fewer at the end) a chunk of scales, 16 words of the two blocks' bfloat16 scales, then a
+//             chunk for every 4 k: 16 bytes a k
 // runtime/panels.py writes these layouts.
 
 #pragma once
 
 #include "simd.h"
 
-enum Format : int32_t { FLOAT32 = 0, BFLOAT16 = 1, MXFP4 = 2 };
+enum Format : int32_t { FLOAT32 = 0, BFLOAT16 = 1, MXFP4 = 2, INT8 = 3 };
 
 constexpr int CHUNK_BYTES = 64;
-constexpr int BLOCK = 32;         // k that share a scale (OCP MX v1.0, 5.2)
-constexpr int SCALE_GROUP = 128;  // k whose scales share a chunk
+constexpr int BLOCK = 32;         // k that share a scale, of MXFP4 (OCP MX v1.0, 5.2) and of INT8
+constexpr int GROUP_CHUNKS = 16;  // chunks of codes that follow a chunk of scales
+
+constexpr bool has_scales(int format) { return format >= MXFP4; }
+// k in a chunk of codes, or of values.
+constexpr int chunk_k(int format) {
+    return format == MXFP4 ? 8 : format == INT8 ? 4 : format == BFLOAT16 ? 2 : 1;
+}
 
 struct Panels {
     int32_t format;
@@ -25,33 +33,38 @@ struct Panels {
     const uint8_t* data;
 
     int64_t panel_bytes() const {
-        const int64_t groups = (K + SCALE_GROUP - 1) / SCALE_GROUP;
-        return CHUNK_BYTES * (format == FLOAT32 ? K : format == BFLOAT16 ? K / 2 : K / 8 + groups);
+        const int64_t chunks = K / chunk_k(format);
+        return CHUNK_BYTES * (chunks + (has_scales(format) ? (chunks + GROUP_CHUNKS - 1) / GROUP_CHUNKS : 0));
     }
     Panels at(int64_t panel) const { return {format, K, data + panel * panel_bytes()}; }
 };
 
-// Where the codes of an MXFP4 block begin in its panel, and where its group's scales are.
-inline const uint8_t* mxfp4_codes(const uint8_t* panel, int block) {
-    return panel + CHUNK_BYTES * (block * (BLOCK / 8) + block / (SCALE_GROUP / BLOCK) + 1);
+// Where the codes of a block begin in its panel, and the scales of its group.
+template <int FORMAT>
+inline const uint8_t* block_codes(const uint8_t* panel, int block) {
+    constexpr int CHUNKS = BLOCK / chunk_k(FORMAT), BLOCKS = GROUP_CHUNKS / CHUNKS;
+    return panel + CHUNK_BYTES * (int64_t(block) * CHUNKS + block / BLOCKS + 1);
 }
-inline const uint8_t* mxfp4_scales(const uint8_t* panel, int block) {
-    const int group = block / (SCALE_GROUP / BLOCK);
-    return panel + CHUNK_BYTES * group * (SCALE_GROUP / 8 + 1);
+template <int FORMAT>
+inline const uint8_t* block_scales(const uint8_t* panel, int block) {
+    constexpr int BLOCKS = GROUP_CHUNKS / (BLOCK / chunk_k(FORMAT));
+    return panel + CHUNK_BYTES * int64_t(block / BLOCKS) * (GROUP_CHUNKS + 1);
 }
 
 // The scales of a block, for the outputs of one vector.
-inline vf mxfp4_scale(const uint8_t* panel, int block, int vector) {
-    const int shift = 8 * (block % (SCALE_GROUP / BLOCK));
-    vi b = (load_words(mxfp4_scales(panel, block) + vector * W * 4) >> shift) & 255;
+template <int FORMAT>
+inline vf block_scale(const uint8_t* panel, int block, int vector) {
+    const vi word = load_words(block_scales<FORMAT>(panel, block) + vector * W * 4);
+    if constexpr (FORMAT == INT8) return (vf)(block % 2 ? word & int32_t(0xFFFF0000) : word << 16);
+    const vi b = (word >> (8 * (block % 4))) & 255;
     vi bits = b << 23;
     bits = b == 0 ? vi{} + 0x00400000 : bits;    // 2^-127 is a subnormal float
     bits = b == 255 ? vi{} + 0x7FC00000 : bits;  // NaN
     return (vf)bits;
 }
 
-// How many k of a chunk of codes are decoded at once: with few registers half a chunk, so that nothing is spilled.
-constexpr int DECODED = W == 16 ? 8 : 4;
+// How many k are decoded at once: with few registers half a chunk of MXFP4, so that nothing is spilled.
+constexpr int decoded_k(int format) { return format == MXFP4 && W == 16 ? 8 : 4; }
 
 // Calls use(j, value) for the values of k = j, ascending, of a part of a chunk, for the outputs of one vector.
 // The E2M1 values of the sixteen codes: OCP MX v1.0, 5.3.3.
@@ -62,7 +75,7 @@ inline __attribute__((always_inline)) void decode_e2m1(const uint8_t* chunk, [[m
     const __m512 table = _mm512_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f,
                                         -4.f, -6.f);
     const __m512i word = (__m512i)load_words(chunk);
-    for (int j = 0; j < DECODED; j++) use(j, (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(word, 4 * j), table));
+    for (int j = 0; j < 8; j++) use(j, (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(word, 4 * j), table));
 #elif ISA_AVX2
     // A value's bfloat16 in two bytes, each looked up by the code.
     const __m256i upper = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, -128,
@@ -94,4 +107,32 @@ inline __attribute__((always_inline)) void decode_e2m1(const uint8_t* chunk, [[m
     use(2, (vf)vshlq_n_u32(second, 16));
     use(3, (vf)vandq_u32(second, top));
 #endif
+}
+
+// The same of a chunk of INT8 codes.
+template <class Use>
+inline __attribute__((always_inline)) void decode_int8(const uint8_t* chunk, int vector, const Use& use) {
+    for (int j = 0; j < 4; j++) {
+        const uint8_t* codes = chunk + j * LANES + vector * W;
+#if ISA_AVX512
+        use(j, (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)codes))));
+#elif ISA_AVX2
+        use(j, (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)codes))));
+#else
+        int32_t four;
+        std::memcpy(&four, codes, 4);
+        const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+        use(j, (vf)vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))));
+#endif
+    }
+}
+
+// Calls use(j, value) for the values of decoded_k(FORMAT) k from `k` of a block on, of one vector.
+template <int FORMAT, class Use>
+inline __attribute__((always_inline)) void decode(const uint8_t* codes, int k, int vector, const Use& use) {
+    const uint8_t* chunk = codes + k / chunk_k(FORMAT) * CHUNK_BYTES;
+    if constexpr (FORMAT == MXFP4)
+        decode_e2m1(chunk, vector, k % chunk_k(MXFP4) / decoded_k(MXFP4), use);
+    else
+        decode_int8(chunk, vector, use);
 }
