@@ -78,4 +78,4 @@ def test_cost_of_a_round_in_steps_of_one_row() -> None:
     assert vars(found) == pytest.approx({"draft": 0.45, "draft_token": 0.08, "row": 0.2})
     # A machine that is never twice the same measures no negative costs.
     assert round_cost((2.0, 1.9), (1.0, 0.5), 7) == RoundCost(0.5, 0.0, 0.0)
-    assert round_cost((1.0, 2.4), (), 0) == RoundCost(0.0, 0.0, pytest.approx(0.2))
+    assert vars(round_cost((1.0, 2.4), (), 0)) == pytest.approx({"draft": 0.0, "draft_token": 0.0, "row": 0.2})
