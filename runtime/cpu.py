@@ -47,7 +47,7 @@ def check_supported(weights: ModelWeights) -> None:
     for name, value, multiple in multiples:
         if value % multiple:
             raise ValueError(f"backend 'cpu' needs a {name} that is a multiple of {multiple}, not {value}")
-    if weights.embedding_VD.dtype != torch.float32 or weights.embedding_VD.device.type != "cpu":
+    if weights.dtype != torch.float32 or weights.embedding_VD.device.type != "cpu":
         raise ValueError("backend 'cpu' computes in float32 on the CPU; use backend='reference' for other dtypes")
 
 
@@ -103,7 +103,7 @@ class CpuBackend:
         self._runner = Runner()
         self._buffers = Buffers.of(weights.spec.hidden_size, weights.spec.layers, weights.spec.vocab_size)
         self._embedding_VD = weights.embedding_VD.contiguous()
-        if holds_bfloat16(self._embedding_VD):
+        if self._embedding_VD.dtype == torch.float32 and holds_bfloat16(self._embedding_VD):
             self._embedding_VD = self._embedding_VD.to(torch.bfloat16)
         self._target, self._caches, self._layer_ends = Program(), list[torch.Tensor](), list[int]()
         self._held = held

@@ -80,7 +80,7 @@ class Engine:
         self.target_sha256: str | None = None
         self.drafter_sha256: str | None = None
         self.spec: ModelSpec = spec
-        self.dtype: torch.dtype = weights.embedding_VD.dtype
+        self.dtype: torch.dtype = weights.dtype
         self.device: torch.device = weights.embedding_VD.device
         self._has_default_strategy = strategy is None
         model = drafter if isinstance(drafter, DFlashDraftModel) else None
@@ -154,7 +154,7 @@ class Engine:
     ) -> "Engine":
         """As `from_pretrained`, of a target in memory: engines of one target share its weights."""
         w = target.weights
-        model, sha256 = _load_drafter(drafter, w.spec, target.sha256, w.embedding_VD.dtype, w.embedding_VD.device)
+        model, sha256 = _load_drafter(drafter, w.spec, target.sha256, w.dtype, w.embedding_VD.device)
         options = (backend, max_length, max_batch_size, strategy, dense_dtype, kv_dtype)
         engine = cls(w, model, target.tokenizer, *options)
         engine.target_sha256, engine.drafter_sha256 = target.sha256, sha256

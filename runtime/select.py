@@ -73,6 +73,7 @@ def make_backend(
         else:
             logger.info("backend %s: cpu, compiled kernels", name)
             return backend
+    weights = weights.widened()
     if held != AS_STORED:
         raise ValueError("dense_dtype and kv_dtype are options of backend 'cpu'; others compute in the engine's dtype")
     for kind in (GraphBackend, ResidentBackend):
