@@ -14,9 +14,9 @@ from speedstack.runtime.kernels.build import load_kernels
 from speedstack.runtime.panels import Panels
 from speedstack.runtime.ring import MAX_ROWS
 
-NUM_INTEGERS, NUM_FLOATS, NUM_POINTERS = 11, 4, 12
+NUM_INTEGERS, NUM_FLOATS, NUM_POINTERS = 12, 4, 12
 
-EMBED, QKV, ATTENTION, LINEAR, GATE_UP, ROUTER, EXPERT_GATE_UP, EXPERT_DOWN, LM_HEAD, ARGMAX, MARKOV = range(11)
+EMBED, QKV, ATTENTION, LINEAR, GATE_UP, ROUTER, CHOOSE, EXPERT_GATE_UP, EXPERT_DOWN, LM_HEAD, ARGMAX, MARKOV = range(12)
 
 # Where an operation that can be tapped keeps the tap's stride and pointer.
 _TAPS = {LINEAR: (3, 3), EXPERT_DOWN: (4, 5)}
@@ -73,8 +73,6 @@ class Program:
             if isinstance(tensor, Panels):
                 op.i[NUM_INTEGERS - 1] = tensor.format
                 self.weight_bytes[self.part] = self.weight_bytes.get(self.part, 0) + tensor.nbytes
-                if tensor.scales is not None:
-                    op.p[NUM_POINTERS - 1] = self._keep(tensor.scales)
                 tensor = tensor.data
             op.p[index] = self._keep(tensor)
         self.ops.append(op)
@@ -124,6 +122,7 @@ class Runner:
         positions: Sequence[int],
         key_ends: Sequence[int],
         logit_rows: Sequence[int],
+        num_threads: int,
     ) -> None:
         """Runs all operations on up to MAX_ROWS rows."""
         arrays, num_rows, num_logits = self._arrays, len(tokens), len(logit_rows)
@@ -133,5 +132,5 @@ class Runner:
         arrays["key_end"][:num_rows] = key_ends
         arrays["logit_row"][:num_logits] = logit_rows
         self._rows.num_rows, self._rows.num_logit_rows = num_rows, num_logits
-        status = self._kernels.speedstack_run(records, len(records), ctypes.byref(self._rows), torch.get_num_threads())
-        assert status == 0, f"operation {status - 1} of the program has an unknown kind"
+        status = self._kernels.speedstack_run(records, len(records), ctypes.byref(self._rows), num_threads)
+        assert status == 0, f"operation {status - 1} of the program has an unknown kind, or there are too many"
