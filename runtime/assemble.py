@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from speedstack.runtime.panels import LANES, MXFP4, Panels, panels
+from speedstack.runtime.panels import LANES, Panels, panels
 from speedstack.runtime.program import (
     ARGMAX,
     ATTENTION,
@@ -28,7 +28,7 @@ from speedstack.runtime.program import (
 from speedstack.runtime.ring import MAX_ROWS, POSITIONS_PER_BLOCK, ring_length
 from speedstack.runtime.rotary import rotary_tables
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, MoeSpec
-from speedstack.runtime.weights import MXFP4_PART, AttentionWeights, DenseWeights, LayerWeights, Linear, MoeWeights
+from speedstack.runtime.weights import AttentionWeights, DenseWeights, LayerWeights, Linear, MoeWeights
 
 UNBOUNDED = 1 << 30  # as many positions as there are
 
@@ -212,7 +212,7 @@ class Assembler:
             [b.router, mlp.correction_bias_E, b.choice, b.choice_weight],
         )
         gate_up, down = panels(mlp.gate_up_EID, is_gate_up=True), panels(mlp.down_EDI)
-        self.program.part = f"experts{MXFP4_PART}" if gate_up.format == MXFP4 else "experts"
+        self.program.part = "experts"
         limit = spec.swiglu_limit
         self.program.add(
             EXPERT_GATE_UP,

@@ -72,7 +72,9 @@ class CompiledDrafter:
 
     def _draft_head(self, lm_head: Panels) -> Panels:
         """The target's LM head, or its rows for a pruned vocabulary, in bfloat16: a draft reads all for a few rows."""
+        self._shared_bytes = 0
         if self.model.d2t is None and lm_head.format != FLOAT32:
+            self._shared_bytes = lm_head.nbytes
             return lm_head
         head_UD = self.model.draft_head(unpacked(lm_head, self.model.config.vocab_size))
         return panels(head_UD.to(torch.bfloat16))
@@ -141,8 +143,8 @@ class CompiledDrafter:
         return Assembler(program, self._buffers, self._num_slots, self._max_length, kv_dtype=self._kv_dtype)
 
     def weight_bytes(self) -> int:
-        """Bytes of all matrices."""
-        total = self.context.weight_bytes["drafter"] + self._block.weight_bytes["drafter"]
+        """Bytes of all matrices but those of the target."""
+        total = sum(sum(program.weight_bytes.values()) for program in (self.context, self._block)) - self._shared_bytes
         if self._markov_w1_VR is not None and self._markov_w2 is not None:
             total += self._markov_w1_VR.nbytes + self._markov_w2.nbytes
         return total

@@ -8,7 +8,7 @@ weights a CPU reads in a tenth of a millisecond that would be most of the time.
 
 Left out: activations other than float32, and sizes that are not multiples of 16 (32 for packed experts' contraction
 axes); such models are refused by name. Packed experts stay MXFP4, and what a checkpoint has in bfloat16 stays so.
-Matrices in FP8 are held in bfloat16, which has all their values: twice the bytes, and a warning says so.
+Matrices in FP8 stay in FP8, but for those with elements that are no numbers, which are held in bfloat16.
 """
 
 import logging
@@ -26,13 +26,15 @@ from speedstack.runtime.backend import DraftRequest, Rounds, Rows
 from speedstack.runtime.compiled_drafter import CompiledDrafter, why_not_compiled
 from speedstack.runtime.cpu_speed import SMALL_STEP_ROWS, ThreadChoice, median_seconds, round_cost
 from speedstack.runtime.module_drafter import ModuleDrafter
-from speedstack.runtime.panels import LANES, holds_bfloat16, panels, unpacked
+from speedstack.runtime.panels import FP8, INT8, LANES, holds_bfloat16, panels, unpacked
 from speedstack.runtime.program import Program, Runner, records_of
 from speedstack.runtime.ring import MAX_ROWS
 from speedstack.runtime.spec import MoeSpec
 from speedstack.runtime.weights import ModelWeights
 
 logger = logging.getLogger("speedstack.runtime")
+
+EMBEDDING_PART = "embedding and LM head"
 
 
 def check_supported(weights: ModelWeights) -> None:
@@ -123,10 +125,8 @@ class CpuBackend:
         for layer, layer_spec in zip(weights.layers, spec.layers, strict=True):
             assembler.add_layer(layer, layer_spec, spec.rms_norm_eps)
             self._layer_ends.append(len(self._target.ops) - 1)
-        self._target.part = "embedding and LM head"
-        if weights.num_fp8():
-            message = "backend cpu: %d matrices in FP8 are held in bfloat16, its kernels read no FP8"
-            logger.warning(message, weights.num_fp8())
+        # A head in a format of its own is named apart from the embedding, which is a table.
+        self._target.part = "LM head" if self._lm_head.format in (FP8, INT8) else EMBEDDING_PART
         assembler.add_head(weights.norm_D, self._lm_head, spec.rms_norm_eps)
         assembler.add_best(spec.vocab_size)
         self._caches = assembler.caches
@@ -180,7 +180,7 @@ class CpuBackend:
 
     def weight_bytes(self) -> dict[str, int]:
         parts = dict(self._target.weight_bytes)
-        parts["embedding and LM head"] += self._embedding_VD.nbytes
+        parts[EMBEDDING_PART] = parts.get(EMBEDDING_PART, 0) + self._embedding_VD.nbytes
         return parts | ({"drafter": self.drafter.weight_bytes()} if self.drafter is not None else {})
 
     def cache_bytes(self) -> int:

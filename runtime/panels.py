@@ -1,8 +1,7 @@
 """Weights in the order that the CPU kernels read them: panels of 16 outputs (see kernels/weights.h).
 
 [N, K] becomes [N/16, chunks, 16] words of 32 bits: a chunk of 16 words holds one contraction position of float32, two
-of bfloat16 or eight of MXFP4, for the panel's 16 outputs. Bits are moved, never changed, but for FP8, which the kernels
-do not read: it becomes bfloat16, which has all its values.
+of bfloat16, four of FP8 or eight of MXFP4, for the panel's 16 outputs. Bits are moved, never changed.
 
 A float32 matrix that holds nothing but values of bfloat16, as one from a bfloat16 checkpoint does, is moved as
 bfloat16: half the bytes, the same products.
@@ -14,13 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from speedstack.quant.fp8 import FP8Tensor
+from speedstack.quant.fp8 import ELEMENT_DTYPE, TILE_SIZE, FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.kernels.build import load_kernels
 from speedstack.runtime.weights import Linear, Weight, plain_matrix
 
 LANES = 16
-FLOAT32, BFLOAT16, MXFP4, INT8 = range(4)
+FLOAT32, BFLOAT16, MXFP4, INT8, FP8 = range(5)
 # Chunks of codes that follow a chunk of scales.
 _CODES_A_GROUP = 16
 _BLOCK = 32  # k that share a scale
@@ -51,11 +50,13 @@ def panels(weight: Weight | Linear, is_gate_up: bool = False, to_int8: bool = Fa
             MXFP4, _with_scales(_codes(arrange(_words(weight.codes))), arrange(_scale_words(weight.scales, 4)))
         )
     if isinstance(weight, FP8Tensor):
+        if not to_int8 and weight.shape[-1] % _BLOCK == 0 and not weight.has_nan():
+            codes_PCL = _byte_words(arrange(weight.codes_OI.view(torch.int8)))
+            return Panels(FP8, _with_scales(codes_PCL, arrange(_fp8_scale_words(weight))))
         weight = plain_matrix(weight, torch.bfloat16)
     if to_int8 and weight.shape[-1] % _BLOCK == 0:
         codes_NK, scales_NB = int8_blocks(weight)
-        codes_PCL = arrange(codes_NK).unflatten(-2, (-1, 4)).flatten(-2).view(torch.int32)
-        return Panels(INT8, _with_scales(codes_PCL, arrange(_scale_words(scales_NB, 2))))
+        return Panels(INT8, _with_scales(_byte_words(arrange(codes_NK)), arrange(_scale_words(scales_NB, 2))))
     if weight.dtype == torch.float32 and weight.shape[-1] % 2 == 0 and holds_bfloat16(weight):
         weight = weight.to(torch.bfloat16)
     if weight.dtype == torch.bfloat16:
@@ -86,12 +87,18 @@ def int8_blocks(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def unpacked(matrix: Panels, num_outputs: int) -> torch.Tensor:
     """The values [N, K] that the kernels multiply by, in float32; not of MXFP4."""
-    if matrix.format == INT8:
+    if matrix.format in (INT8, FP8):
         codes_PCL, scales_PGL = _without_scales(matrix.data)
-        codes_PKL = codes_PCL.contiguous().view(torch.int8).unflatten(-1, (4, LANES)).flatten(-3, -2)
-        scales_PGLB = scales_PGL.contiguous().view(torch.bfloat16).unflatten(-1, (LANES, 2))
-        scales_PBL = scales_PGLB.transpose(-1, -2).flatten(-3, -2)[:, : codes_PKL.shape[1] // _BLOCK]
-        w_PKL = codes_PKL.float() * scales_PBL.float().repeat_interleave(_BLOCK, 1)
+        dtype = torch.int8 if matrix.format == INT8 else ELEMENT_DTYPE
+        codes_PKL = codes_PCL.contiguous().view(dtype).unflatten(-1, (4, LANES)).flatten(-3, -2).float()
+        if matrix.format == INT8:
+            scales_PGLB = scales_PGL.contiguous().view(torch.bfloat16).unflatten(-1, (LANES, 2))
+            scales_PBL = scales_PGLB.transpose(-1, -2).flatten(-3, -2).float()
+        else:
+            scales_PBL = scales_PGL.contiguous().view(torch.float32).repeat_interleave(2, 1)
+        w_PKL = codes_PKL * scales_PBL.repeat_interleave(_BLOCK, 1)[:, : codes_PKL.shape[1]]
+        if matrix.format == FP8:
+            w_PKL = w_PKL.to(torch.bfloat16).float()
         return w_PKL.transpose(-1, -2).flatten(0, 1)[:num_outputs].contiguous()
     assert matrix.format in (FLOAT32, BFLOAT16)
     w_NK = matrix.data.transpose(-1, -2).flatten(0, 1)[:num_outputs].contiguous()
@@ -100,6 +107,19 @@ def unpacked(matrix: Panels, num_outputs: int) -> torch.Tensor:
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.int32)
+
+
+def _byte_words(codes_PKL: torch.Tensor) -> torch.Tensor:
+    """Bytes of four contraction positions a chunk."""
+    return codes_PKL.unflatten(-2, (-1, 4)).flatten(-2).view(torch.int32)
+
+
+def _fp8_scale_words(weight: FP8Tensor) -> torch.Tensor:
+    """Float32 scales of every output and group of chunks of codes, [N, G], as words."""
+    num_outputs, num_inputs = weight.shape
+    scales_NQ = weight.scales_PQ.float().repeat_interleave(weight.tile_rows, 0)[:num_outputs]
+    num_groups = -(-num_inputs // (4 * _CODES_A_GROUP))
+    return _words(scales_NQ.repeat_interleave(TILE_SIZE // (4 * _CODES_A_GROUP), 1)[:, :num_groups])
 
 
 def _scale_words(scales_NB: torch.Tensor, num_a_word: int) -> torch.Tensor:

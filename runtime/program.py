@@ -11,13 +11,16 @@ import numpy as np
 import torch
 
 from speedstack.runtime.kernels.build import load_kernels
-from speedstack.runtime.panels import Panels
+from speedstack.runtime.panels import FP8, INT8, MXFP4, Panels
 from speedstack.runtime.ring import MAX_ROWS
+from speedstack.runtime.weights import FP8_PART, INT8_PART, MXFP4_PART
 
 NUM_INTEGERS, NUM_FLOATS, NUM_POINTERS = 12, 4, 12
 
 EMBED, QKV, ATTENTION, LINEAR, GATE_UP, ROUTER, CHOOSE, EXPERT_GATE_UP, EXPERT_DOWN, LM_HEAD, ARGMAX, MARKOV = range(12)
 
+# What follows the name of a part whose matrix is in one of these formats.
+_PART_OF = {MXFP4: MXFP4_PART, FP8: FP8_PART, INT8: INT8_PART}
 # Where an operation that can be tapped keeps the tap's stride and pointer.
 _TAPS = {LINEAR: (3, 3), EXPERT_DOWN: (4, 5)}
 
@@ -72,7 +75,8 @@ class Program:
                 continue
             if isinstance(tensor, Panels):
                 op.i[NUM_INTEGERS - 1] = tensor.format
-                self.weight_bytes[self.part] = self.weight_bytes.get(self.part, 0) + tensor.nbytes
+                part = self.part + _PART_OF.get(tensor.format, "")
+                self.weight_bytes[part] = self.weight_bytes.get(part, 0) + tensor.nbytes
                 tensor = tensor.data
             op.p[index] = self._keep(tensor)
         self.ops.append(op)

@@ -26,14 +26,14 @@ logger = logging.getLogger("speedstack.runtime")
 Weight = torch.Tensor | MXFP4Tensor
 Linear = torch.Tensor | FP8Tensor
 # What follows a part's name in `nbytes_by_part` and in backends' `weight_bytes` where it is stored in this format.
-MXFP4_PART, FP8_PART = " (MXFP4)", " (FP8)"
+MXFP4_PART, FP8_PART, INT8_PART = " (MXFP4)", " (FP8)", " (int8)"
 WeightT = TypeVar("WeightT", torch.Tensor, MXFP4Tensor, Weight)
 OwnerT = TypeVar("OwnerT", "AttentionWeights", "DenseWeights | MoeWeights", "ModelWeights")
 
 
 def packed_parts(parts: Iterable[str]) -> list[str]:
-    """Those of the parts of `nbytes_by_part` or `weight_bytes` that are in MXFP4 or FP8."""
-    return [part for part in parts if part.endswith((MXFP4_PART, FP8_PART))]
+    """Those of the parts of `nbytes_by_part` or `weight_bytes` that are in MXFP4, FP8 or int8."""
+    return [part for part in parts if part.endswith((MXFP4_PART, FP8_PART, INT8_PART))]
 
 
 def plain_matrix(weight: Linear, dtype: torch.dtype) -> torch.Tensor:

@@ -1,7 +1,7 @@
 // Matrix products: rows of float32 activations by panels of weights.
 //
 // Every output element is one accumulation over the contraction axis in ascending order, in one lane of a vector. With
-// formats that have scales it is one accumulation a block of 32, whose sum is scaled and added: as exact as scaling the
+// MXFP4 and INT8 it is one accumulation a block of 32, whose sum is scaled and added: as exact as scaling the
 // weights, and a multiplication less a weight. Whichever of the two ways below computes an
 // element, and beside whichever others, its bits are the same.
 //
@@ -67,9 +67,12 @@ template <int FORMAT, int R, int P>
 inline void fused_blocks(const Panels& w, const float* const* x, vf (&acc)[R][P * VECTORS]) {
     const int64_t stride = w.panel_bytes();
     for (int block = 0; block < w.K / BLOCK; block++) {
-        vf sum[R][P * VECTORS];
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < P * VECTORS; v++) sum[r][v] = vf{};
+        vf sum[R][P * VECTORS], scale[P * VECTORS];
+        for (int v = 0; v < P * VECTORS; v++) {
+            for (int r = 0; r < R; r++) sum[r][v] = sums_blocks(FORMAT) ? vf{} : acc[r][v];
+            if constexpr (!sums_blocks(FORMAT))
+                scale[v] = block_scale<FORMAT>(w.data + v / VECTORS * stride, block, v % VECTORS);
+        }
         const uint8_t* codes = block_codes<FORMAT>(w.data, block);
 #pragma GCC unroll 1
         for (int k = 0; k < BLOCK; k += decoded_k(FORMAT)) {
@@ -77,13 +80,16 @@ inline void fused_blocks(const Panels& w, const float* const* x, vf (&acc)[R][P 
             for (int p = 0; p < P; p++)
                 __builtin_prefetch(codes + p * stride + k / chunk_k(FORMAT) * CHUNK_BYTES + PREFETCH_BYTES);
             for (int v = 0; v < P * VECTORS; v++)
-                decode<FORMAT>(codes + v / VECTORS * stride, k, v % VECTORS, [&](int j, vf wk) {
+                decode<FORMAT>(codes + v / VECTORS * stride, k, v % VECTORS, scale[v], [&](int j, vf wk) {
                     for (int r = 0; r < R; r++) sum[r][v] = mul_add(wk, splat(x[r][at + j]), sum[r][v]);
                 });
         }
         for (int v = 0; v < P * VECTORS; v++) {
-            const vf scale = block_scale<FORMAT>(w.data + v / VECTORS * stride, block, v % VECTORS);
-            for (int r = 0; r < R; r++) acc[r][v] = mul_add(sum[r][v], scale, acc[r][v]);
+            // Read here: with few registers nothing but the sums is held over a block.
+            if constexpr (sums_blocks(FORMAT))
+                scale[v] = block_scale<FORMAT>(w.data + v / VECTORS * stride, block, v % VECTORS);
+            for (int r = 0; r < R; r++)
+                acc[r][v] = sums_blocks(FORMAT) ? mul_add(sum[r][v], scale[v], acc[r][v]) : sum[r][v];
         }
     }
 }
@@ -117,7 +123,8 @@ inline void fused_rows(const Panels& w, int num_panels, int num_rows, const floa
     if constexpr (R > 1) fused_rows<FORMAT, R - 1>(w, num_panels, num_rows, x, y);
 }
 
-// Values of k from `first` to `end` of a panel as float32 [k][16], scales left out; where there are scales, of a block.
+// Values of k from `first` to `end` of a panel as float32 [k][16]; where there are scales, of a block. Those of formats
+// that sum blocks are left out.
 template <int FORMAT>
 inline void decode_panel(const Panels& w, int first, int end, float* out) {
     if constexpr (FORMAT == BFLOAT16) {
@@ -129,9 +136,11 @@ inline void decode_panel(const Panels& w, int first, int end, float* out) {
             }
     } else {
         const uint8_t* codes = block_codes<FORMAT>(w.data, first / BLOCK);
+        vf scale[VECTORS];
+        for (int v = 0; v < VECTORS; v++) scale[v] = block_scale<FORMAT>(w.data, first / BLOCK, v);
         for (int k = 0; k < BLOCK; k += decoded_k(FORMAT))
             for (int v = 0; v < VECTORS; v++)
-                decode<FORMAT>(codes, k, v, [&](int j, vf wk) { store(out + (k + j) * LANES + v * W, wk); });
+                decode<FORMAT>(codes, k, v, scale[v], [&](int j, vf wk) { store(out + (k + j) * LANES + v * W, wk); });
     }
 }
 
@@ -185,11 +194,11 @@ void staged_panels(const Panels& w, int num_rows, const float* const* x, float* 
                 values[p] = (const float*)panel.data + int64_t(first) * LANES;
             else
                 decode_panel<FORMAT>(panel, first, end, buffer[p]);
-            if constexpr (has_scales(FORMAT))
+            if constexpr (sums_blocks(FORMAT))
                 for (int v = 0; v < VECTORS; v++)
                     scale[p * VECTORS + v] = block_scale<FORMAT>(panel.data, first / BLOCK, v);
         }
-        staged_rows<STAGED_ROWS, P, has_scales(FORMAT)>(num_rows, values, scale, first, end, !first, x, y, column);
+        staged_rows<STAGED_ROWS, P, sums_blocks(FORMAT)>(num_rows, values, scale, first, end, !first, x, y, column);
     }
 }
 
@@ -214,6 +223,7 @@ inline void matmul(const Panels& w, int num_panels, int num_rows, const float* c
         case FLOAT32: return matmul_as<FLOAT32>(w, num_panels, num_rows, x, y);
         case BFLOAT16: return matmul_as<BFLOAT16>(w, num_panels, num_rows, x, y);
         case MXFP4: return matmul_as<MXFP4>(w, num_panels, num_rows, x, y);
-        default: return matmul_as<INT8>(w, num_panels, num_rows, x, y);
+        case INT8: return matmul_as<INT8>(w, num_panels, num_rows, x, y);
+        default: return matmul_as<FP8>(w, num_panels, num_rows, x, y);
     }
 }

@@ -9,22 +9,26 @@
 //             of four outputs 16 bytes, byte 2e + (k & 1) + 8 * (k / 2) of output e, k + 4 in the upper nibble.
 //   INT8      for every 64 k (fewer at the end) a chunk of scales, 16 words of the two blocks' bfloat16 scales, then a
 //             chunk for every 4 k: 16 bytes a k
+//   FP8       for every 64 k (fewer at the end) a chunk of float32 scales, then a chunk of E4M3 codes for every 4 k; a
+//             value is their product in float32 rounded to bfloat16, as everywhere
 // runtime/panels.py writes these layouts.
 
 #pragma once
 
 #include "simd.h"
 
-enum Format : int32_t { FLOAT32 = 0, BFLOAT16 = 1, MXFP4 = 2, INT8 = 3 };
+enum Format : int32_t { FLOAT32 = 0, BFLOAT16 = 1, MXFP4 = 2, INT8 = 3, FP8 = 4 };
 
 constexpr int CHUNK_BYTES = 64;
 constexpr int BLOCK = 32;         // k that share a scale, of MXFP4 (OCP MX v1.0, 5.2) and of INT8
 constexpr int GROUP_CHUNKS = 16;  // chunks of codes that follow a chunk of scales
 
 constexpr bool has_scales(int format) { return format >= MXFP4; }
+// Whether a block is summed before it is scaled; a value of FP8 is rounded after it is scaled.
+constexpr bool sums_blocks(int format) { return format == MXFP4 || format == INT8; }
 // k in a chunk of codes, or of values.
 constexpr int chunk_k(int format) {
-    return format == MXFP4 ? 8 : format == INT8 ? 4 : format == BFLOAT16 ? 2 : 1;
+    return format == MXFP4 ? 8 : has_scales(format) ? 4 : format == BFLOAT16 ? 2 : 1;
 }
 
 struct Panels {
@@ -55,6 +59,7 @@ inline const uint8_t* block_scales(const uint8_t* panel, int block) {
 template <int FORMAT>
 inline vf block_scale(const uint8_t* panel, int block, int vector) {
     const vi word = load_words(block_scales<FORMAT>(panel, block) + vector * W * 4);
+    if constexpr (FORMAT == FP8) return (vf)word;
     if constexpr (FORMAT == INT8) return (vf)(block % 2 ? word & int32_t(0xFFFF0000) : word << 16);
     const vi b = (word >> (8 * (block % 4))) & 255;
     vi bits = b << 23;
@@ -127,12 +132,41 @@ inline __attribute__((always_inline)) void decode_int8(const uint8_t* chunk, int
     }
 }
 
-// Calls use(j, value) for the values of decoded_k(FORMAT) k from `k` of a block on, of one vector.
+// The same of a chunk of FP8 codes, none of them NaN: products with `scale`, rounded to bfloat16. An E4M3 code's bits are
+// those of a float16 of 2^-8 its value, subnormal ones too (OCP FP8, table 1).
+template <class Use>
+inline __attribute__((always_inline)) void decode_fp8(const uint8_t* chunk, int vector, vf scale, const Use& use) {
+    for (int j = 0; j < 4; j++) {
+        const uint8_t* codes = chunk + j * LANES + vector * W;
+#if ISA_AVX512
+        const __m256i wide = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)codes)), 8);
+        const __m256i half = _mm256_and_si256(_mm256_srai_epi16(wide, 1), _mm256_set1_epi16(int16_t(0xBFFF)));
+        const vf value = (vf)_mm512_cvtph_ps(half);
+#elif ISA_AVX2
+        const __m128i wide = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)codes)), 8);
+        const __m128i half = _mm_and_si128(_mm_srai_epi16(wide, 1), _mm_set1_epi16(int16_t(0xBFFF)));
+        const vf value = (vf)_mm256_cvtph_ps(half);
+#else
+        uint32_t four;
+        std::memcpy(&four, codes, 4);
+        const int16x4_t wide = vreinterpret_s16_u16(vget_low_u16(vshll_n_u8(vreinterpret_u8_u32(vdup_n_u32(four)), 8)));
+        const int16x4_t half = vand_s16(vshr_n_s16(wide, 1), vdup_n_s16(int16_t(0xBFFF)));
+        const vf value = (vf)vcvt_f32_f16(vreinterpret_f16_s16(half));
+#endif
+        const vi bits = (vi)(value * (scale * 256.0f));
+        use(j, (vf)((bits + 0x7FFF + (bits >> 16 & 1)) & int32_t(0xFFFF0000)));
+    }
+}
+
+// Calls use(j, value) for the values of decoded_k(FORMAT) k from `k` of a block on, of one vector. `scale` is the
+// block's; values of formats that sum blocks come without it.
 template <int FORMAT, class Use>
-inline __attribute__((always_inline)) void decode(const uint8_t* codes, int k, int vector, const Use& use) {
+inline __attribute__((always_inline)) void decode(const uint8_t* codes, int k, int vector, vf scale, const Use& use) {
     const uint8_t* chunk = codes + k / chunk_k(FORMAT) * CHUNK_BYTES;
     if constexpr (FORMAT == MXFP4)
         decode_e2m1(chunk, vector, k % chunk_k(MXFP4) / decoded_k(MXFP4), use);
-    else
+    else if constexpr (FORMAT == INT8)
         decode_int8(chunk, vector, use);
+    else
+        decode_fp8(chunk, vector, scale, use);
 }

@@ -1,4 +1,4 @@
-"""Weights in eight bits and key/value buffers in bfloat16, on the compiled CPU backend."""
+"""How the compiled CPU backend holds weights and key/value buffers: as stored, in eight bits, in bfloat16."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from speedstack.quant.checkpoint import load_model
+from speedstack.quant.fp8 import FP8Tensor
 from speedstack.runtime import Engine
-from speedstack.runtime.panels import INT8, int8_blocks, panels, unpacked
+from speedstack.runtime.panels import BFLOAT16, FP8, INT8, int8_blocks, panels, unpacked
 from speedstack.runtime.target import load_target
 
 PROMPTS = [[5, 9, 200, 31], list(range(60, 130)), [7] * 20]
@@ -28,6 +29,22 @@ def test_eight_bits_are_the_nearest_of_a_block(num_outputs: int, num_inputs: int
     assert matrix.nbytes < 1.13 * -(-num_outputs // 16) * 16 * num_inputs
 
 
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(256, 128), (40, 96), (200, 320), (130, 64)])
+def test_fp8_is_what_it_dequantizes_to(num_outputs: int, num_inputs: int) -> None:
+    """Every code but NaN, subnormal ones too, under scales that are no powers of two, in partial tiles."""
+    generator = torch.Generator().manual_seed(0)
+    codes_NK = torch.randint(0, 256, (num_outputs, num_inputs), generator=generator, dtype=torch.uint8)
+    codes_NK[(codes_NK & 0x7F) == 0x7F] = 1
+    tiles = (-(-num_outputs // 128), -(-num_inputs // 128))
+    weight = FP8Tensor(codes_NK.view(torch.float8_e4m3fn), torch.rand(tiles, generator=generator) + 0.01)
+    matrix = panels(weight)
+    expected_NK = weight.dequantize(torch.bfloat16).float()
+    assert matrix.format == FP8 and torch.equal(unpacked(matrix, num_outputs), expected_NK)
+    codes_NK[0, 0] = 0x7F
+    held = panels(weight)
+    assert held.format == BFLOAT16 and bool(unpacked(held, num_outputs)[0, 0].isnan())
+
+
 def test_what_eight_bits_cannot_hold() -> None:
     assert panels(torch.randn(16, 48), to_int8=True).format != INT8  # no whole blocks
     with pytest.raises(ValueError, match="not finite, which eight bits cannot hold"):
@@ -36,7 +53,7 @@ def test_what_eight_bits_cannot_hold() -> None:
 
 @pytest.mark.parametrize(
     ("options", "part"),
-    [({"dense_dtype": "int8"}, "attention"), ({"kv_dtype": "bfloat16"}, "KV cache")],
+    [({"dense_dtype": "int8"}, "attention (int8)"), ({"kv_dtype": "bfloat16"}, "KV cache")],
     ids=["int8", "bfloat16 buffers"],
 )
 def test_fewer_bytes_change_logits_a_little_and_keep_every_promise(
@@ -44,7 +61,7 @@ def test_fewer_bytes_change_logits_a_little_and_keep_every_promise(
 ) -> None:
     exact = Engine.from_pretrained(tiny_packed_dir, backend="cpu", max_length=192)
     plain = Engine.from_pretrained(tiny_packed_dir, backend="cpu", max_length=192, **options)
-    assert plain.memory_bytes()[part] < 0.6 * exact.memory_bytes()[part]
+    assert plain.memory_bytes()[part] < 0.6 * exact.memory_bytes()[part.removesuffix(" (int8)")]
     expected_TV, found_TV = (engine.logits(PROMPTS[1]).log_softmax(-1) for engine in (exact, plain))
     divergence = (expected_TV.exp() * (expected_TV - found_TV)).sum(-1).mean()
     # Random weights are steep, and a row whose experts change counts for much; wrong values diverge by more than one.
