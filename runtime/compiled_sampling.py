@@ -47,7 +47,7 @@ class CompiledSampler:
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, count = ctypes.c_void_p, ctypes.c_int64
         self._sample = library.speedstack_sample
-        self._sample.argtypes = (pointer, count, count, pointer, ctypes.c_int32, pointer, pointer, pointer, pointer)
+        self._sample.argtypes = (pointer, count, count, pointer, count, pointer, count)
         self._sample.restype = None
         self.num_ambiguous = 0
 
@@ -70,7 +70,7 @@ class CompiledSampler:
             A token a row, NOT_WANTED, or AMBIGUOUS: `sampling.sample` has to decide, and drafts after it were not
             looked at.
         """
-        assert logits_WV.dtype == torch.float32 and logits_WV.device.type == "cpu" and logits_WV.stride(1) == 1
+        assert logits_WV.dtype == torch.float32 and logits_WV.is_cpu and logits_WV.stride(1) == 1
         vocab_size = logits_WV.shape[1]
         records = b"".join(
             _RECORD.pack(
@@ -84,13 +84,14 @@ class CompiledSampler:
             )
             for draw, first, count in sequences
         )
-        chosen = array("i", [NOT_WANTED]) * len(tokens)
-        # The arrays are kept until the call is over.
-        rows = [array("i", values) for values in (tokens, parents, positions)]
-        pointers = [values.buffer_info()[0] for values in (*rows, chosen)]
-        self._sample(logits_WV.data_ptr(), logits_WV.stride(0), vocab_size, records, len(sequences), *pointers)
+        num_rows = len(tokens)
+        # Of each row its token, parent and position, and room for the token after it
+        rows = array("i", (*tokens, *parents, *positions, *tokens))
+        address, _ = rows.buffer_info()
+        self._sample(logits_WV.data_ptr(), logits_WV.stride(0), vocab_size, records, len(sequences), address, num_rows)
+        chosen = rows[3 * num_rows :].tolist()
         self.num_ambiguous += chosen.count(AMBIGUOUS)
-        return chosen.tolist()
+        return chosen
 
 
 @cache

@@ -19,6 +19,7 @@ Legend: V vocabulary, R rows.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -60,7 +61,7 @@ class SamplingParams:
         if self.top_k < 0:
             raise ValueError(f"top_k must be >= 0 (0 keeps every token), got {self.top_k}")
 
-    @property
+    @cached_property
     def top_p_share(self) -> int:
         """Top-p in units of 2**-24, at least one; 0, and not 2**24, keeps every token."""
         return max(1, round(self.top_p * 2**SHARE_BITS)) % 2**SHARE_BITS
