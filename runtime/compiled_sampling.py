@@ -1,8 +1,8 @@
 """Calls `kernels/sampling.cpp`: the tokens that `sampling.sample` gives, for the rows of a round at once.
 
 PyTorch's logarithms differ in the last bits from build to build: what they give cannot be computed elsewhere, but can
-be bounded. A token that is the largest within these bounds is the one; where two are too close, which happens in about
-one of 100,000 rows, the caller asks the definition.
+be bounded. A token that is the largest within these bounds is the one; where two are too close, which happens in a few
+rows of a million, the caller asks the definition.
 
 Legend: V vocabulary, W rows with logits.
 """
