@@ -9,7 +9,7 @@ import platform
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -223,7 +223,7 @@ def test_temperatures_that_float32_does_not_hold(sampler: CompiledSampler) -> No
     assert choose(sampler, logits_V.expand(20, 30), SamplingParams(3e38), range(20)) == wanted
 
 
-def engine_texts(target: Path, make_drafter: MakeDrafter, options: dict[str, float]) -> list[list[list[int]]]:
+def engine_texts(target: Path, make_drafter: MakeDrafter, options: dict[str, Any]) -> list[list[list[int]]]:
     """Of all prompts together, without drafts, with a chain and, on the backend that has them, with a tree."""
     found = []
     for backend in ("cpu", "reference"):
