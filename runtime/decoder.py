@@ -13,6 +13,7 @@ import torch
 from speedstack.dflash.accept import accept
 from speedstack.dflash.tree import Draft
 from speedstack.runtime.backend import Backend, Draw, Rounds, RoundsRequest, Rows
+from speedstack.runtime.compiled_sampling import NOT_WANTED, CompiledSampler, SampledRows, load_sampler
 from speedstack.runtime.deal import deal, neighbours
 from speedstack.runtime.proposer import Proposer
 from speedstack.runtime.ring import MAX_ROWS
@@ -40,6 +41,9 @@ class Decoder:
 
     def prefill(self, sequence: RunningSequence) -> None:
         """Computes a prompt, chunk by chunk, and commits the first new token. Raises ValueError as `round`."""
+        draw = self._host_draw(sequence)
+        sampled = [SampledRows(draw, 0, 1)] if draw is not None else []
+        self._sampler(sampled)  # which may have to be compiled, before the clock starts
         started = time.perf_counter()
         ids = sequence.tokens
         for start in range(0, len(ids), MAX_ROWS):
@@ -52,7 +56,8 @@ class Decoder:
             rows = Rows(chunk, [sequence.slot] * len(chunk), positions, draws=draws)
             logits_WV, best = self._backend.step(rows, [len(chunk) - 1] if is_last else [])
         noise = NoiseTable(self._vocab_size, self._device)
-        token = self._choose(sequence, logits_WV[0], best[0], len(ids), noise)
+        drawn = self._draw(logits_WV, sampled, ids[-1:], [-1], [len(ids) - 1], noise)
+        token = self._choose(sequence, logits_WV[0], best[0], drawn[0], len(ids), noise)
         sequence.stats.prefill_seconds = time.perf_counter() - started
         sequence.commit([token])
 
@@ -85,7 +90,7 @@ class Decoder:
         parents: list[int] = []
         anchors: list[int] = []
         draws: list[Draw | None] = []
-        noise_keys: list[tuple[int, int, int]] = []
+        sampled: list[SampledRows] = []
         for sequence, draft in zip(sequences, drafts, strict=True):
             anchor, start, depths = len(tokens), len(sequence.tokens) - 1, draft.depths()
             anchors.append(anchor)
@@ -95,17 +100,18 @@ class Decoder:
             parents += [-1, *(anchor + 1 + parent for parent in draft.parents)]
             is_drawn_there = self._is_drawn_there(sequence)
             draws += [sequence.draw() if is_drawn_there else None] * (1 + len(draft.tokens))
-            if sequence.params.temperature > 0.0 and not is_drawn_there:
-                noise_keys += [sequence.noise_key(start + 1 + i) for i in range(max(depths, default=0) + 1)]
+            draw = self._host_draw(sequence)
+            if draw is not None:
+                sampled.append(SampledRows(draw, anchor, 1 + len(draft.tokens)))
         rows = Rows(tokens, slots, positions, parents if self._has_trees else None, draws if any(draws) else None)
         logits_WV, best = self._backend.step(rows, range(len(tokens)))
-        noise.rows(noise_keys)  # drawn together, whatever of it the rounds below come to use
+        drawn = self._draw(logits_WV, sampled, tokens, parents, positions, noise)
         kept: list[int] = []
         for sequence, draft, anchor in zip(sequences, drafts, anchors, strict=True):
 
             def target_token(node: int, sequence: RunningSequence = sequence, anchor: int = anchor) -> int:
                 row = anchor + 1 + node
-                return self._choose(sequence, logits_WV[row], best[row], positions[row] + 1, noise)
+                return self._choose(sequence, logits_WV[row], best[row], drawn[row], positions[row] + 1, noise)
 
             accepted, chosen = accept(draft, target_token)
             kept += [anchor, *(anchor + 1 + node for node in accepted)]
@@ -128,12 +134,45 @@ class Decoder:
         """Whether the backend draws the sequence's tokens: always the same one, so that a text has one sampler."""
         return self._backend.rounds is not None and sequence.draw() is not None
 
+    def _host_draw(self, sequence: RunningSequence) -> Draw | None:
+        """How the host chooses the sequence's tokens; None where the backend does, and greedily."""
+        return None if self._is_drawn_there(sequence) else sequence.draw()
+
+    def _sampler(self, sampled: Sequence[SampledRows]) -> CompiledSampler | None:
+        return load_sampler() if sampled and self._device.type == "cpu" else None
+
+    def _draw(
+        self,
+        logits_WV: torch.Tensor,
+        sampled: Sequence[SampledRows],
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        positions: Sequence[int],
+        noise: NoiseTable,
+    ) -> list[int]:
+        """What compiled code draws after each row: see `CompiledSampler.choose`; without it, nothing."""
+        sampler = self._sampler(sampled)
+        if sampler is not None:
+            return sampler.choose(logits_WV, sampled, tokens, parents, positions)
+        # Noise is drawn together, whatever of it the rows come to use.
+        of_rows = ((draw, positions[first : first + count]) for draw, first, count in sampled)
+        noise.rows([(draw.seed, draw.sequence, position + 1) for draw, its in of_rows for position in its])
+        return [NOT_WANTED] * len(tokens)
+
     def _choose(
-        self, sequence: RunningSequence, logits_V: torch.Tensor, best: int, position: int, noise: NoiseTable
+        self,
+        sequence: RunningSequence,
+        logits_V: torch.Tensor,
+        best: int,
+        drawn: int,
+        position: int,
+        noise: NoiseTable,
     ) -> int:
-        """The token at `position`, given the logits that predict it and what the backend says of them."""
+        """The token at `position`, given the logits that predict it, what the backend says of them, and `_draw`."""
         if best < 0:
             raise not_numbers(position)
         if sequence.params.temperature == 0.0 or self._is_drawn_there(sequence):
             return best
+        if drawn >= 0:
+            return drawn
         return sample(logits_V, noise.rows([sequence.noise_key(position)])[0], sequence.params)

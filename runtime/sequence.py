@@ -43,6 +43,7 @@ class RunningSequence:
         self.tokens = list(prompt)
         self.params, self.seed = params, seed
         self.key = sequence_key(prompt)
+        self._draw = None if params.temperature == 0.0 else Draw(seed, self.key, params)
         self.slot = -1
         self.finish_reason: Literal["length", "eos", "stop"] | None = None
         self._num_prompt_tokens, self._max_new_tokens = len(prompt), max_new_tokens
@@ -84,9 +85,8 @@ class RunningSequence:
         return self.seed, self.key, position
 
     def draw(self) -> Draw | None:
-        """How a backend that samples by itself chooses tokens; None is greedily."""
-        greedy = self.params.temperature == 0.0
-        return None if greedy else Draw(self.seed, self.key, self.params)
+        """How tokens are drawn; None is greedily."""
+        return self._draw
 
     def rounds_request(self) -> RoundsRequest:
         """For rounds without the host: this sequence to its end."""

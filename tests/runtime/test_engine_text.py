@@ -27,7 +27,7 @@ def engine(tiny_packed_dir: Path) -> Engine:
 def script(engine: Engine, tokens: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the engine write these tokens, whatever its model says."""
 
-    def choose(sequence: RunningSequence, logits_V: torch.Tensor, best: int, position: int, noise: object) -> int:
+    def choose(sequence: RunningSequence, *row: object) -> int:
         return tokens[sequence.stats.num_new_tokens]
 
     monkeypatch.setattr(engine._decoder, "_choose", choose)
