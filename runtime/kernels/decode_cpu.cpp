@@ -11,8 +11,9 @@
 // Layouts of weights: weights.h. Keys are [slot, kv head, block of 16 positions, qk head dim, 16]; values
 // [slot, kv head, position, v head dim]. Both are rings of whole blocks: absolute block b lies at b % num_blocks.
 
-#include <unistd.h>
+#include <pthread.h>
 
+#include <atomic>
 #include <vector>
 
 #include "attention.h"
@@ -48,14 +49,21 @@ constexpr int NUM_KINDS = sizeof OPERATIONS / sizeof *OPERATIONS;
 struct Process {
     Team team;
     std::vector<Worker> workers;
-    pid_t pid = getpid();
 };
 
-// A child of a fork has none of its parent's threads. Never destroyed: threads may sleep in it when the process ends.
+// Never destroyed: threads may sleep in it when the process ends.
+std::atomic<Process*> current{nullptr};
+
+// A child of a fork has none of its parent's threads, and its lock may be one that a thread held which is not there.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { current = nullptr; });
+
 Process& process() {
-    static Process* one = new Process;
-    if (one->pid != getpid()) one = new Process;
-    return *one;
+    Process* here = current.load();
+    if (here) return *here;
+    Process* mine = new Process;
+    if (current.compare_exchange_strong(here, mine)) return *mine;
+    delete mine;  // another thread was faster, and this one's has done nothing yet
+    return *here;
 }
 
 }  // namespace
