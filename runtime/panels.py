@@ -1,14 +1,18 @@
 """Weights in the order that the CPU kernels read them: panels of 16 outputs (see kernels/weights.h).
 
 [N, K] becomes [N/16, chunks, 16] words of 32 bits: a chunk of 16 words holds one contraction position of float32, two
-of bfloat16, four of FP8 or eight of MXFP4, for the panel's 16 outputs. Bits are moved, never changed.
+of bfloat16, four of FP8 or in eight bits, or eight of MXFP4, for the panel's 16 outputs. Bits are moved, never changed.
 
 A float32 matrix that holds nothing but values of bfloat16, as one from a bfloat16 checkpoint does, is moved as
 bfloat16: half the bytes, the same products.
 
+The order of MXFP4's codes is one that the instruction set of the kernels reads fast, so that there are two of them, and
+kernels run nothing that was packed for others.
+
 Legend: N outputs, K inputs (the contraction axis), F the SwiGLU width, P panels, C chunks, L lanes, G scale groups.
 """
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -19,16 +23,34 @@ from speedstack.runtime.kernels.build import load_kernels
 from speedstack.runtime.weights import Linear, Weight, plain_matrix
 
 LANES = 16
-FLOAT32, BFLOAT16, MXFP4, INT8, FP8 = range(5)
+FLOAT32, BFLOAT16, MXFP4_WORDS, MXFP4_BYTES, INT8, FP8 = range(6)
 # Chunks of codes that follow a chunk of scales.
 _CODES_A_GROUP = 16
 _BLOCK = 32  # k that share a scale
 _LARGEST_INT8 = 127
 
 
+class Matrices(ctypes.Structure):
+    """What is packed; mirrors the struct of kernels/pack.h."""
+
+    _fields_ = (
+        ("format", ctypes.c_int32),
+        ("is_gate_up", ctypes.c_int32),
+        ("num_matrices", ctypes.c_int64),
+        ("N", ctypes.c_int64),
+        ("K", ctypes.c_int64),
+        ("values", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("panels", ctypes.c_void_p),
+    )
+
+
 @dataclass(frozen=True)
 class Panels:
-    """One weight matrix, or a stack of them, for the kernels. `format` is the enum of the C++ source."""
+    """One weight matrix, or a stack of them, for the kernels. `format` is the enum of the C++ source.
+
+    `data`: float32 or int32 words [..., P, C, 16].
+    """
 
     format: int
     data: torch.Tensor
@@ -43,25 +65,45 @@ def panels(weight: Weight | Linear, is_gate_up: bool = False, to_int8: bool = Fa
 
     is_gate_up: the gate rows, then as many up rows; their panels come out alternating.
     to_int8: rounded to eight bits in blocks of 32 inputs, where K is whole blocks; never what is packed already.
+
+    Raises ValueError where the kernels cannot be built (see `load_kernels`), or eight bits cannot hold a value.
     """
-    arrange = _interleaved if is_gate_up else _transposed
     if isinstance(weight, MXFP4Tensor):
-        return Panels(
-            MXFP4, _with_scales(_codes(arrange(_words(weight.codes))), arrange(_scale_words(weight.scales, 4)))
-        )
+        format = load_kernels().speedstack_mxfp4_format()
+        return _packed(format, weight.shape[-1], weight.codes, weight.scales, is_gate_up)
     if isinstance(weight, FP8Tensor):
         if not to_int8 and weight.shape[-1] % _BLOCK == 0 and not weight.has_nan():
-            codes_PCL = _byte_words(arrange(weight.codes_OI.view(torch.int8)))
-            return Panels(FP8, _with_scales(codes_PCL, arrange(_fp8_scale_words(weight))))
+            return _packed(FP8, weight.shape[-1], weight.codes_OI, _fp8_scales(weight), is_gate_up)
         weight = plain_matrix(weight, torch.bfloat16)
     if to_int8 and weight.shape[-1] % _BLOCK == 0:
-        codes_NK, scales_NB = int8_blocks(weight)
-        return Panels(INT8, _with_scales(_byte_words(arrange(codes_NK)), arrange(_scale_words(scales_NB, 2))))
+        return _packed(INT8, weight.shape[-1], *int8_blocks(weight), is_gate_up)
     if weight.dtype == torch.float32 and weight.shape[-1] % 2 == 0 and holds_bfloat16(weight):
         weight = weight.to(torch.bfloat16)
-    if weight.dtype == torch.bfloat16:
-        return Panels(BFLOAT16, arrange(_words(weight)))
-    return Panels(FLOAT32, arrange(weight))
+    format = BFLOAT16 if weight.dtype == torch.bfloat16 else FLOAT32
+    return _packed(format, weight.shape[-1], weight, None, is_gate_up)
+
+
+def _packed(
+    format: int, num_inputs: int, values_NK: torch.Tensor, scales_NG: torch.Tensor | None, is_gate_up: bool
+) -> Panels:
+    kernels, num_outputs = load_kernels(), values_NK.shape[-2]
+    assert not is_gate_up or num_outputs % (2 * LANES) == 0
+    shape = (*values_NK.shape[:-2], -(-num_outputs // LANES), kernels.speedstack_panel_bytes(format, num_inputs) // 64)
+    data_PCL = torch.empty(*shape, LANES, dtype=torch.float32 if format == FLOAT32 else torch.int32)
+    values, scales = values_NK.contiguous(), None if scales_NG is None else scales_NG.contiguous()
+    matrices = Matrices(
+        format=format,
+        is_gate_up=is_gate_up,
+        num_matrices=values.shape[:-2].numel(),
+        N=num_outputs,
+        K=num_inputs,
+        values=values.data_ptr(),
+        scales=None if scales is None else scales.data_ptr(),
+        panels=data_PCL.data_ptr(),
+    )
+    status = kernels.speedstack_pack(ctypes.byref(matrices), ctypes.sizeof(matrices), torch.get_num_threads())
+    assert status == 0, "kernels and panels disagree about what is packed"
+    return Panels(format, data_PCL)
 
 
 def holds_bfloat16(weight: torch.Tensor) -> bool:
@@ -105,56 +147,12 @@ def unpacked(matrix: Panels, num_outputs: int) -> torch.Tensor:
     return w_NK if matrix.format == FLOAT32 else w_NK.view(torch.bfloat16).float()
 
 
-def _words(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.int32)
-
-
-def _byte_words(codes_PKL: torch.Tensor) -> torch.Tensor:
-    """Bytes of four contraction positions a chunk."""
-    return codes_PKL.unflatten(-2, (-1, 4)).flatten(-2).view(torch.int32)
-
-
-def _fp8_scale_words(weight: FP8Tensor) -> torch.Tensor:
-    """Float32 scales of every output and group of chunks of codes, [N, G], as words."""
+def _fp8_scales(weight: FP8Tensor) -> torch.Tensor:
+    """Float32 scales of every output and group of chunks of codes, [N, G]."""
     num_outputs, num_inputs = weight.shape
     scales_NQ = weight.scales_PQ.float().repeat_interleave(weight.tile_rows, 0)[:num_outputs]
     num_groups = -(-num_inputs // (4 * _CODES_A_GROUP))
-    return _words(scales_NQ.repeat_interleave(TILE_SIZE // (4 * _CODES_A_GROUP), 1)[:, :num_groups])
-
-
-def _scale_words(scales_NB: torch.Tensor, num_a_word: int) -> torch.Tensor:
-    return _words(torch.nn.functional.pad(scales_NB, (0, -scales_NB.shape[-1] % num_a_word)))
-
-
-def _transposed(w_NC: torch.Tensor) -> torch.Tensor:
-    """[..., N, C] to [..., ceil(N/16), C, 16], zero rows added."""
-    padding = -w_NC.shape[-2] % LANES
-    padded = torch.nn.functional.pad(w_NC, (0, 0, 0, padding)) if padding else w_NC
-    return padded.unflatten(-2, (-1, LANES)).transpose(-1, -2).contiguous()
-
-
-def _interleaved(w_FC: torch.Tensor) -> torch.Tensor:
-    gate, up = _transposed(w_FC).chunk(2, dim=-3)
-    return torch.stack([gate, up], dim=-3).flatten(-4, -3).contiguous()
-
-
-def _codes(words_PCL: torch.Tensor) -> torch.Tensor:
-    """Words of eight codes a lane as the loaded kernels look them up: as they are, or in the order of bytes."""
-    if load_kernels().speedstack_lanes() == LANES:
-        return words_PCL
-    # Byte j of a lane: code j in the lower, code j + 4 in the upper nibble; then [four lanes, pair, lane, j of a pair].
-    bytes_PCL4 = torch.stack([(words_PCL >> 4 * j & 15) | (words_PCL >> 12 + 4 * j & 240) for j in range(4)], dim=-1)
-    grouped = bytes_PCL4.to(torch.uint8).unflatten(-2, (4, 4)).unflatten(-1, (2, 2)).transpose(-3, -2)
-    return grouped.contiguous().flatten(-4).view(torch.int32)
-
-
-def _with_scales(codes_PCL: torch.Tensor, scales_PGL: torch.Tensor) -> torch.Tensor:
-    """Every group's chunk of scales before its chunks of codes."""
-    num_chunks = codes_PCL.shape[-2] + scales_PGL.shape[-2]
-    padding = -codes_PCL.shape[-2] % _CODES_A_GROUP
-    padded = torch.nn.functional.pad(codes_PCL, (0, 0, 0, padding)).unflatten(-2, (-1, _CODES_A_GROUP))
-    joined = torch.cat([scales_PGL[..., None, :], padded], dim=-2).flatten(-3, -2)
-    return joined[..., :num_chunks, :].contiguous()
+    return scales_NQ.repeat_interleave(TILE_SIZE // (4 * _CODES_A_GROUP), 1)[:, :num_groups]
 
 
 def _without_scales(data_PCL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

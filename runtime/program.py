@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from speedstack.runtime.kernels.build import load_kernels
-from speedstack.runtime.panels import FP8, INT8, MXFP4, Panels
+from speedstack.runtime.panels import FP8, INT8, MXFP4_BYTES, MXFP4_WORDS, Panels
 from speedstack.runtime.ring import MAX_ROWS
 from speedstack.runtime.weights import FP8_PART, INT8_PART, MXFP4_PART
 
@@ -20,7 +20,7 @@ NUM_INTEGERS, NUM_FLOATS, NUM_POINTERS = 12, 4, 12
 EMBED, QKV, ATTENTION, LINEAR, GATE_UP, ROUTER, CHOOSE, EXPERT_GATE_UP, EXPERT_DOWN, LM_HEAD, ARGMAX, MARKOV = range(12)
 
 # What follows the name of a part whose matrix is in one of these formats.
-_PART_OF = {MXFP4: MXFP4_PART, FP8: FP8_PART, INT8: INT8_PART}
+_PART_OF = {MXFP4_WORDS: MXFP4_PART, MXFP4_BYTES: MXFP4_PART, FP8: FP8_PART, INT8: INT8_PART}
 # Where an operation that can be tapped keeps the tap's stride and pointer.
 _TAPS = {LINEAR: (3, 3), EXPERT_DOWN: (4, 5)}
 
@@ -137,4 +137,6 @@ class Runner:
         arrays["logit_row"][:num_logits] = logit_rows
         self._rows.num_rows, self._rows.num_logit_rows = num_rows, num_logits
         status = self._kernels.speedstack_run(records, len(records), ctypes.byref(self._rows), num_threads)
-        assert status == 0, f"operation {status - 1} of the program has an unknown kind, or there are too many"
+        assert status != -1, "the program has more operations than the kernels take"
+        assert status != -2, "weights were packed for the kernels of another instruction set"
+        assert status == 0, f"operation {status - 1} of the program has an unknown kind"

@@ -1,4 +1,5 @@
-"""Compiles a C++ source for this machine and loads it; the result is cached by source, flags, compiler and CPU.
+"""Compiles a C++ source and loads it; the result is cached by source, flags and compiler, and where it is compiled for
+the machine at hand (-march=native) by its CPU.
 
 Plain C symbols and ctypes: no torch headers, so a build takes seconds, works for any torch, and needs nothing but a C++
 compiler with OpenMP. The cache is `$SPEEDSTACK_CACHE`, else `$XDG_CACHE_HOME/speedstack`, else `~/.cache/speedstack`.
@@ -58,7 +59,8 @@ def load_library(
     texts = [path.read_text(encoding="utf-8") for path in (source, *headers)]
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-        identity = "\n".join([*texts, " ".join(flags), compiler, version, _cpu_identity()])
+        made_for = _cpu_identity() if "-march=native" in flags else platform.machine()
+        identity = "\n".join([*texts, " ".join(flags), compiler, version, made_for])
         library = cache_dir() / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
         if not library.exists():
             _compile(compiler, source, flags, library, needed_by)
@@ -72,7 +74,7 @@ def load_library(
 
 
 def _cpu_identity() -> str:
-    # -march=native code must not be reused on another CPU that shares the cache directory.
+    # Native code must not be reused on another CPU that shares the cache directory.
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

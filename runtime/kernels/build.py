@@ -11,11 +11,11 @@ from speedstack.quant.kernels.build import load_library
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
 HEADERS = (
     *("simd.h", "weights.h", "matmul.h", "program.h", "team.h"),
-    *("attention.h", "dense.h", "experts.h", "head.h"),
+    *("attention.h", "dense.h", "experts.h", "head.h", "pack.h"),
 )
 # No -march=native: what is built is what was asked for, and a set that the machine has beside its best can be tested.
-# No -ffast-math: it would let the compiler reorder sums whose order results rest on.
-FLAGS = ("-O3", "-std=c++20", "-pthread", "-shared", "-fPIC")
+# No -ffast-math, no contraction: a sum's order and where it is rounded are in the source, the same on every set.
+FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-pthread", "-shared", "-fPIC")
 # Best first, with what /proc/cpuinfo has to name.
 INSTRUCTION_SETS = {
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"),
@@ -47,7 +47,7 @@ def choose_set() -> str:
     if not wanted:
         return available[0]
     if wanted not in available:
-        raise ValueError(f"{VARIABLE}={wanted!r}: this machine has {' and '.join(available)}")
+        raise ValueError(f"{VARIABLE}={wanted!r}: this machine has {' and '.join(available)}; name one, or unset it")
     return wanted
 
 

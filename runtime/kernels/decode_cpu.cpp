@@ -11,14 +11,16 @@
 // Layouts of weights: weights.h. Keys are [slot, kv head, block of 16 positions, qk head dim, 16]; values
 // [slot, kv head, position, v head dim]. Both are rings of whole blocks: absolute block b lies at b % num_blocks.
 
-#include <unistd.h>
+#include <pthread.h>
 
+#include <atomic>
 #include <vector>
 
 #include "attention.h"
 #include "dense.h"
 #include "experts.h"
 #include "head.h"
+#include "pack.h"
 #include "team.h"
 
 namespace {
@@ -48,14 +50,21 @@ constexpr int NUM_KINDS = sizeof OPERATIONS / sizeof *OPERATIONS;
 struct Process {
     Team team;
     std::vector<Worker> workers;
-    pid_t pid = getpid();
 };
 
-// A child of a fork has none of its parent's threads. Never destroyed: threads may sleep in it when the process ends.
+// Never destroyed: threads may sleep in it when the process ends.
+std::atomic<Process*> current{nullptr};
+
+// A child of a fork has none of its parent's threads, and its lock may be one that a thread held which is not there.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { current = nullptr; });
+
 Process& process() {
-    static Process* one = new Process;
-    if (one->pid != getpid()) one = new Process;
-    return *one;
+    Process* here = current.load();
+    if (here) return *here;
+    Process* mine = new Process;
+    if (current.compare_exchange_strong(here, mine)) return *mine;
+    delete mine;  // another thread was faster, and this one's has done nothing yet
+    return *here;
 }
 
 }  // namespace
@@ -65,14 +74,30 @@ extern "C" {
 // What the caller must agree with before it passes a pointer.
 int speedstack_layout() { return int(sizeof(Op) * 1000 + sizeof(Rows)); }
 
-// Vector lanes that the kernels are made for: of the layouts of weights.h, 16 takes words and others take bytes.
-int speedstack_lanes() { return W; }
+// The format of MXFP4 panels that these kernels write and read.
+int speedstack_mxfp4_format() { return MXFP4; }
 
-// 0, or one more than the number of the operation whose kind is unknown; -1: more operations than a program may have.
+// Bytes of sixteen outputs' weights.
+int speedstack_panel_bytes(int format, int K) { return int(Panels{format, int(K), nullptr}.panel_bytes()); }
+
+// Writes panels (see pack.h). 1: the caller has another layout of `Matrices`, or other kernels' format.
+int speedstack_pack(const Matrices* matrices, int size, int num_threads) {
+    const Matrices& m = *matrices;
+    if (size != int(sizeof m) || m.format == OTHER_MXFP4) return 1;
+    process().team.run(
+        1, num_threads, [] {}, [&](int) { return int(m.num_matrices * panels_a_matrix(m)); },
+        [&](int, int panel, int) { pack_panel(m, panel); });
+    return 0;
+}
+
+// 0, or one more than the number of the operation whose kind is unknown; -1: more operations than a program may have;
+// -2: weights that were packed for another instruction set.
 int speedstack_run(const Op* ops, int num_ops, const Rows* rows, int num_threads) {
     if (num_ops > Team::MAX_OPERATIONS) return -1;
-    for (int n = 0; n < num_ops; n++)
+    for (int n = 0; n < num_ops; n++) {
         if (ops[n].kind < 0 || ops[n].kind >= NUM_KINDS) return n + 1;
+        if (format_of(ops[n]) == OTHER_MXFP4) return -2;
+    }
     Process& here = process();
     here.team.run(
         num_ops, num_threads,

@@ -30,9 +30,11 @@ struct Rows {
 };
 }
 
-// The weights of an operation; their format is its last integer.
+// The format of an operation's weights: its last integer.
+inline int32_t format_of(const Op& op) { return op.i[11]; }
+
 inline Panels weights_of(const Op& op, int pointer, int K) {
-    return {op.i[11], K, (const uint8_t*)op.p[pointer]};
+    return {format_of(op), K, (const uint8_t*)op.p[pointer]};
 }
 
 // RMSNorm; a null weight copies.

@@ -11,14 +11,15 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 inline void pause_a_little() { _mm_pause(); }
 #else
-inline void pause_a_little() { __asm__ volatile("yield"); }
+// `yield` does nothing on most cores that have no second thread; this takes about as long as x86's pause.
+inline void pause_a_little() { __asm__ volatile("isb" ::: "memory"); }
 #endif
 
 class Team {
@@ -27,8 +28,12 @@ class Team {
     // How long a thread looks for news before it sleeps: about 20 and 100 microseconds.
     static constexpr int SPINS_IN_A_STEP = 500, SPINS_BETWEEN_STEPS = 2500;
 
+    // The number before the first step's: 32 bits that wrap, of which nothing but the difference counts.
+    explicit Team(uint32_t step = 0) : published_(step), step_(step) {}
+
     // Calls work(operation, item, thread) for all items of operation 0, then of operation 1, and so on; this thread is
-    // number 0 and does its part. `begin()` and `num_items(operation)` are called before anything runs.
+    // number 0 and does its part. `begin()` and `num_items(operation)` are called before anything runs. Where the system
+    // gives no more threads those that there are do the work.
     template <class Begin, class NumItems, class Work>
     void run(int num_operations, int num_threads, const Begin& begin, const NumItems& num_items, const Work& work) {
         std::lock_guard<std::mutex> lock(mutex_);
@@ -37,14 +42,15 @@ class Team {
         const uint64_t step = ++step_;
         for (int n = 0; n < num_operations; n++) {
             // In this order: who still has the last step's tag fails on the counter before it sees the new number.
-            counters_[n].next.store(step << 32);
-            counters_[n].done.store(step << 32);
-            counters_[n].num_items.store(num_items(n));
+            // (Release: a full fence for each of hundreds of operations would cost as much as some of them.)
+            counters_[n].next.store(step << 32, std::memory_order_release);
+            counters_[n].done.store(step << 32, std::memory_order_release);
+            counters_[n].num_items.store(num_items(n), std::memory_order_release);
         }
         call_ = [](const void* work, int n, int item, int thread) { (*(const Work*)work)(n, item, thread); };
         work_ = &work;
         num_operations_.store(num_operations);
-        num_threads_.store(num_threads);
+        if (num_threads_.exchange(num_threads) != num_threads) num_threads_.notify_all();
         published_.store(step_);
         if (num_threads > 1 && num_asleep_.load()) published_.notify_all();
         take_part(step, 0);
@@ -61,28 +67,32 @@ class Team {
     static uint32_t count_of(uint64_t counter) { return uint32_t(counter); }
 
     void start(int num_workers) {
-        while (int(workers_.size()) < num_workers) {
-            const int thread = int(workers_.size()) + 1;
-            workers_.emplace_back([this, thread] { serve(thread); });
-            workers_.back().detach();
-        }
+        for (; num_workers_ < num_workers; num_workers_++) try {
+                std::thread([this, thread = num_workers_ + 1] { serve(thread); }).detach();
+            } catch (const std::system_error&) {
+                return;
+            }
     }
 
     void serve(int thread) {
-        uint32_t seen = 0;
+        uint32_t seen = published_.load() - 1;
         for (;;) {
+            // Those that are more than wanted sleep until that changes: they neither spin nor are woken for each step.
+            for (int wanted = num_threads_.load(); thread >= wanted; wanted = num_threads_.load())
+                num_threads_.wait(wanted);
             uint32_t now = published_.load();
             for (int spin = 0; now == seen && spin < SPINS_BETWEEN_STEPS; spin++) {
                 pause_a_little();
                 now = published_.load();
             }
-            while (now == seen) {
+            if (now == seen) {
                 num_asleep_++;
                 published_.wait(seen);
                 num_asleep_--;
-                now = published_.load();
+                continue;
             }
             seen = now;
+            // Asked again: a step for fewer threads may have come, which has no place for this one.
             if (thread < num_threads_.load()) take_part(seen, thread);
         }
     }
@@ -100,11 +110,13 @@ class Team {
         for (;;) {
             uint64_t next = counter.next.load();
             if (step_of(next) != step) return false;
-            if (count_of(next) >= counter.num_items.load()) return true;
+            // This step's if an item is got. Not to be read again after it is done: the step may be over by then.
+            const uint32_t all = counter.num_items.load();
+            if (count_of(next) >= all) return true;
             if (!counter.next.compare_exchange_weak(next, next + 1)) continue;
             call_(work_, n, int(count_of(next)), thread);
             const uint64_t done = counter.done.fetch_add(1) + 1;
-            if (count_of(done) == counter.num_items.load() && counter.num_waiting.load()) counter.done.notify_all();
+            if (count_of(done) == all && counter.num_waiting.load()) counter.done.notify_all();
         }
     }
 
@@ -125,12 +137,14 @@ class Team {
         }
     }
 
+    // What only `run` touches, what is written once a step, and what sleeping threads count in: a line each.
     std::mutex mutex_;
-    std::unique_ptr<Counter[]> counters_{new Counter[MAX_OPERATIONS]};
-    std::vector<std::thread> workers_;
-    std::atomic<uint32_t> published_{0}, num_asleep_{0};
+    const std::unique_ptr<Counter[]> counters_{new Counter[MAX_OPERATIONS]};
+    int num_workers_ = 0;
+    alignas(64) std::atomic<uint32_t> published_;
     std::atomic<int> num_operations_{0}, num_threads_{0};
-    uint32_t step_ = 0;
+    uint32_t step_;
     void (*call_)(const void*, int, int, int) = nullptr;
     const void* work_ = nullptr;
+    alignas(64) std::atomic<uint32_t> num_asleep_{0};
 };

@@ -4,26 +4,30 @@
 //   float32   a chunk a k: 16 values
 //   bfloat16  a chunk two k: 16 words, k in the lower half and k + 1 in the upper
 //   MXFP4     for every 128 k (fewer at the end) a chunk of scales, 16 words of the four blocks' E8M0 bytes, then a
-//             chunk for every 8 k. With AVX-512 a word a lane holds eight codes, lowest nibble lowest k. Elsewhere bytes
-//             are in the order in which a table look-up of 16 bytes and an interleaving of bytes give whole vectors:
-//             of four outputs 16 bytes, byte 2e + (k & 1) + 8 * (k / 2) of output e, k + 4 in the upper nibble.
+//             chunk for every 8 k. With AVX-512 (words) a word a lane holds eight codes, lowest nibble lowest k. Elsewhere
+//             (bytes) they are in the order in which a table look-up of 16 bytes and an interleaving of bytes give whole
+//             vectors: of four outputs 16 bytes, byte 2e + (k & 1) + 8 * (k / 2) of output e, k + 4 in the upper nibble.
 //   INT8      for every 64 k (fewer at the end) a chunk of scales, 16 words of the two blocks' bfloat16 scales, then a
 //             chunk for every 4 k: 16 bytes a k
 //   FP8       for every 64 k (fewer at the end) a chunk of float32 scales, then a chunk of E4M3 codes for every 4 k; a
 //             value is their product in float32 rounded to bfloat16, as everywhere
-// runtime/panels.py writes these layouts.
+// pack.h writes these layouts.
 
 #pragma once
 
 #include "simd.h"
 
-enum Format : int32_t { FLOAT32 = 0, BFLOAT16 = 1, MXFP4 = 2, INT8 = 3, FP8 = 4 };
+// Mirrored by runtime/panels.py.
+enum Format : int32_t { FLOAT32 = 0, BFLOAT16 = 1, MXFP4_WORDS = 2, MXFP4_BYTES = 3, INT8 = 4, FP8 = 5 };
+
+// The layout that is read here, and the one that kernels for other instruction sets read.
+constexpr Format MXFP4 = W == LANES ? MXFP4_WORDS : MXFP4_BYTES, OTHER_MXFP4 = W == LANES ? MXFP4_BYTES : MXFP4_WORDS;
 
 constexpr int CHUNK_BYTES = 64;
 constexpr int BLOCK = 32;         // k that share a scale, of MXFP4 (OCP MX v1.0, 5.2) and of INT8
 constexpr int GROUP_CHUNKS = 16;  // chunks of codes that follow a chunk of scales
 
-constexpr bool has_scales(int format) { return format >= MXFP4; }
+constexpr bool has_scales(int format) { return format == MXFP4 || format == INT8 || format == FP8; }
 // Whether a block is summed before it is scaled; a value of FP8 is rounded after it is scaled.
 constexpr bool sums_blocks(int format) { return format == MXFP4 || format == INT8; }
 // k in a chunk of codes, or of values.
