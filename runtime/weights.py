@@ -11,7 +11,7 @@ Legend: D hidden, N heads, H head dim, F dense intermediate, E experts, I expert
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,7 +28,6 @@ Linear = torch.Tensor | FP8Tensor
 # What follows a part's name in `nbytes_by_part` and in backends' `weight_bytes` where it is stored in this format.
 MXFP4_PART, FP8_PART, INT8_PART = " (MXFP4)", " (FP8)", " (int8)"
 WeightT = TypeVar("WeightT", torch.Tensor, MXFP4Tensor, Weight)
-OwnerT = TypeVar("OwnerT", "AttentionWeights", "DenseWeights | MoeWeights", "ModelWeights")
 
 
 def packed_parts(parts: Iterable[str]) -> list[str]:
@@ -141,7 +140,7 @@ class ModelWeights(Layers):
         Itself where there is none; all others are shared with these.
         """
 
-        def wide(owner: OwnerT) -> OwnerT:
+        def wide(owner: Any) -> Any:
             narrow = {
                 name: value.to(self.dtype)
                 for name, value in vars(owner).items()
