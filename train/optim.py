@@ -79,8 +79,8 @@ class Muon(torch.optim.Optimizer):
                     if group["weight_decay"]:
                         parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     scale = max(1.0, num_rows / num_columns) ** 0.5
-                    matrices = parameter.view(-1, num_rows, num_columns)
-                    matrices.add_(_as_parameter(part, parameter, group), alpha=-group["lr"] * scale)
+                    part = _as_parameter(part, parameter, group).reshape(parameter.shape)
+                    parameter.add_(part, alpha=-group["lr"] * scale)
 
     def _nesterov(self, parameter: torch.Tensor, group: dict[str, Any], out: torch.Tensor) -> None:
         """Take the gradient into the momentum, and write Nesterov's update into `out`, [..., rows, columns]."""
@@ -89,7 +89,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-        torch.lerp(parameter.grad.view(out.shape), momentum.view(out.shape), group["momentum"], out=out)
+        torch.lerp(parameter.grad.reshape(out.shape), momentum.reshape(out.shape), group["momentum"], out=out)
 
     def _adamw_step(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
         for parameter in parameters:
