@@ -24,6 +24,8 @@ from speedstack.quant.mxfp4 import MXFP4Tensor, ScaleRule, dequantize, fake_quan
 
 # Weights quantized at once: bounds the temporaries, which are several times a float32 copy of them.
 _MAX_PART_ELEMENTS = 2**26
+# So many rows `torch.sum` adds up one after the other, whatever their length; of more it may make partial sums.
+_MAX_SUMMED_IN_ORDER = 4
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,11 @@ def _places(order_S: torch.Tensor, num_choices: int) -> torch.Tensor:
     return places_S.view(-1, num_choices)
 
 
+def _is_cpu_float32(x: torch.Tensor) -> bool:
+    """Whether `embedding_bag` adds up rows of `x` one after the other, without a copy of them first."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
 class _Gather(torch.autograd.Function):
     """x [T, H] to the rows of its pairs, [S, H].
 
@@ -116,16 +123,18 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x_TH: torch.Tensor, order_S: torch.Tensor, num_choices: int) -> torch.Tensor:
         ctx.save_for_backward(order_S)
         ctx.num_choices = num_choices
-        return x_TH[order_S // num_choices]
+        return x_TH.index_select(0, order_S // num_choices)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (order_S,) = ctx.saved_tensors
         places_TJ = _places(order_S, ctx.num_choices).sort(dim=-1).values
-        grad_TH = grad_SH[places_TJ[:, 0]]
+        if _is_cpu_float32(grad_SH):
+            return F.embedding_bag(places_TJ, grad_SH, mode="sum"), None, None
+        grad_TH = grad_SH.index_select(0, places_TJ[:, 0])
         for choice in range(1, ctx.num_choices):
-            grad_TH += grad_SH[places_TJ[:, choice]]
+            grad_TH += grad_SH.index_select(0, places_TJ[:, choice])
         return grad_TH, None, None
 
 
@@ -139,13 +148,16 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, x_SH: torch.Tensor, order_S: torch.Tensor, num_choices: int) -> torch.Tensor:
         ctx.save_for_backward(order_S)
         ctx.num_choices = num_choices
-        return x_SH[_places(order_S, num_choices)].sum(dim=1)
+        places_TJ = _places(order_S, num_choices)
+        if _is_cpu_float32(x_SH) and num_choices <= _MAX_SUMMED_IN_ORDER:
+            return F.embedding_bag(places_TJ, x_SH, mode="sum")
+        return x_SH.index_select(0, places_TJ.flatten()).unflatten(0, places_TJ.shape).sum(dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (order_S,) = ctx.saved_tensors
-        return grad_TH[order_S // ctx.num_choices], None, None
+        return grad_TH.index_select(0, order_S // ctx.num_choices), None, None
 
 
 class _GroupedLinear(torch.autograd.Function):

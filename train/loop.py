@@ -31,6 +31,7 @@ from speedstack.train.checkpoint import CheckpointStore
 from speedstack.train.config import JobConfig, config_hash
 from speedstack.train.data import generator
 from speedstack.train.distributed import World, join_world
+from speedstack.train.memory import keep_freed_memory
 from speedstack.train.metrics import MetricsLog, read_metrics
 from speedstack.train.optim import learning_rate_factor
 from speedstack.train.precision import resolve_config, resolve_precision
@@ -157,6 +158,8 @@ def _build_and_train(
     export_path: Path,
     mirror: Mirror,
 ) -> RunResult:
+    if world.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.run.seed)
     module = recipe.build(world)
     world.on_main(lambda: add_inputs(directory, recipe.read_inputs()))

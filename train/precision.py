@@ -75,7 +75,10 @@ def widened(model: nn.Module) -> Iterator[None]:
 
 def is_bfloat16_faster(device: torch.device) -> bool:
     """Whether matrix products on `device` are faster in bfloat16 than in float32."""
-    return device.type != "cpu" or _is_fast_cpu()
+    if device.type != "cpu":
+        return True
+    # ATEN_CPU_CAPABILITY holds PyTorch to fewer instructions than the CPU has, and so does a build without them.
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and _is_fast_cpu()
 
 
 @cache

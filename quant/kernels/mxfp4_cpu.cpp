@@ -1,25 +1,35 @@
 // MXFP4 on a CPU in one pass over memory: what speedstack/quant/mxfp4.py defines, bit for bit.
 //
-// A block of 32 elements is two vectors of 16 lanes, in GCC vector extensions instead of intrinsics: AVX-512, AVX2 or
-// NEON by the target. Arithmetic is that of the reference, on magnitudes instead of signed values; build it without
-// contraction (-ffp-contract=off), because the squared errors of `mse` must be rounded before they are added.
+// A block of 32 elements is two, four or eight vectors of as many lanes as the target has (AVX-512, AVX2, NEON), in GCC
+// vector extensions instead of intrinsics. Vectors wider than the target's registers work too, but GCC shuffles and
+// converts them one lane at a time. Arithmetic is that of the reference, on magnitudes instead of signed values; build it
+// without contraction (-ffp-contract=off), because the squared errors of `mse` must be rounded before they are added.
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace {
 
 constexpr int BLOCK_SIZE = 32;
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int NUM_VECTORS = BLOCK_SIZE / LANES;
 
-typedef int32_t v16i __attribute__((vector_size(64)));
-typedef float v16f __attribute__((vector_size(64)));
-typedef float v8f __attribute__((vector_size(32)));
-typedef double v8d __attribute__((vector_size(64)));
-typedef uint16_t v16h __attribute__((vector_size(32)));
-typedef uint8_t v16b __attribute__((vector_size(16)));
-typedef uint64_t v8q __attribute__((vector_size(64)));
-typedef uint8_t v8b __attribute__((vector_size(8)));
+// Vectors of LANES words, of half as many double words, and of as many smaller numbers.
+typedef int32_t vint __attribute__((vector_size(4 * LANES)));
+typedef float vfloat __attribute__((vector_size(4 * LANES)));
+typedef double vdouble __attribute__((vector_size(4 * LANES)));
+typedef uint64_t vlong __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vshort __attribute__((vector_size(2 * LANES)));
+typedef float half_vfloat __attribute__((vector_size(2 * LANES)));
+typedef uint8_t vbyte __attribute__((vector_size(LANES)));
+typedef uint8_t half_vbyte __attribute__((vector_size(LANES / 2)));
 
 enum Rule { FLOOR, RCEIL, EVEN, MSE };
 
@@ -40,29 +50,48 @@ inline To bit_cast(From from) {
     std::memcpy(&to, &from, sizeof to);
     return to;
 }
-inline v16i min16(v16i a, v16i b) { return a < b ? a : b; }
-inline v16i max16(v16i a, v16i b) { return a > b ? a : b; }
+inline vint min(vint a, vint b) { return a < b ? a : b; }
+inline vint max(vint a, vint b) { return a > b ? a : b; }
+
+template <int distance, typename V, int... lane>
+inline V swapped_lanes(V v, std::integer_sequence<int, lane...>) {
+    return __builtin_shufflevector(v, v, (lane ^ distance)...);
+}
+// Every lane has the lane that is `distance`, a power of two, away from it.
+template <int distance, typename V>
+inline V swapped(V v) {
+    return swapped_lanes<distance>(v, std::make_integer_sequence<int, sizeof(V) / sizeof(v[0])>());
+}
+// Combines the low half of the lanes with the high half until one is left, in lane 0.
+template <int num_lanes, typename V, typename Combine>
+inline V folded(V v, Combine combine) {
+    if constexpr (num_lanes == 1) {
+        return v;
+    } else {
+        return folded<num_lanes / 2>(combine(v, swapped<num_lanes / 2>(v)), combine);
+    }
+}
 
 struct Float32 {
     using type = float;
-    static v16i load(const float* p) {
-        v16i bits;
+    static vint load(const float* p) {
+        vint bits;
         std::memcpy(&bits, p, sizeof bits);
         return bits;
     }
-    static void store(float* p, v16i bits) { std::memcpy(p, &bits, sizeof bits); }
+    static void store(float* p, vint bits) { std::memcpy(p, &bits, sizeof bits); }
 };
 
 struct BFloat16 {
     using type = uint16_t;
-    static v16i load(const uint16_t* p) {
-        v16h halves;
+    static vint load(const uint16_t* p) {
+        vshort halves;
         std::memcpy(&halves, p, sizeof halves);
-        return __builtin_convertvector(halves, v16i) << 16;
+        return __builtin_convertvector(halves, vint) << 16;
     }
     // MXFP4 values have at most two significant bits: cutting the low half off is exact.
-    static void store(uint16_t* p, v16i bits) {
-        const v16h halves = __builtin_convertvector((bits >> 16) & 0xFFFF, v16h);
+    static void store(uint16_t* p, vint bits) {
+        const vshort halves = __builtin_convertvector((bits >> 16) & 0xFFFF, vshort);
         std::memcpy(p, &halves, sizeof halves);
     }
 };
@@ -74,79 +103,81 @@ inline float power_of_two(int scale) {
 }
 
 struct Block {
-    v16i sign[2];
-    v16f magnitude[2];
+    vint sign[NUM_VECTORS];
+    vfloat magnitude[NUM_VECTORS];
 };
 
 template <typename T>
 inline Block load_block(const typename T::type* w) {
     Block block;
-    for (int half = 0; half < 2; half++) {
-        const v16i bits = T::load(w + half * LANES);
-        block.sign[half] = bits & SIGN_BIT;
-        block.magnitude[half] = bit_cast<v16f>(bits & MAGNITUDE_BITS);
+    for (int i = 0; i < NUM_VECTORS; i++) {
+        const vint bits = T::load(w + i * LANES);
+        block.sign[i] = bits & SIGN_BIT;
+        block.magnitude[i] = bit_cast<vfloat>(bits & MAGNITUDE_BITS);
     }
     return block;
 }
 
 // Bits of the largest magnitude. Bits of magnitudes order as integers, NaN above infinity.
 inline int32_t amax_bits(const Block& block) {
-    v16i m = max16(bit_cast<v16i>(block.magnitude[0]), bit_cast<v16i>(block.magnitude[1]));
-    m = max16(m, __builtin_shufflevector(m, m, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    m = max16(m, __builtin_shufflevector(m, m, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-    m = max16(m, __builtin_shufflevector(m, m, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-    m = max16(m, __builtin_shufflevector(m, m, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-    return m[0];
+    vint m = bit_cast<vint>(block.magnitude[0]);
+    for (int i = 1; i < NUM_VECTORS; i++) m = max(m, bit_cast<vint>(block.magnitude[i]));
+    return folded<LANES>(m, max)[0];
 }
 
 // What rounding one vector to a grid gives: the code needs the sum and the magic number, the value their difference.
 struct Rounded {
-    v16i binade;
-    v16f magic, sum;
+    vint binade;
+    vfloat magic, sum;
 };
 
-inline Rounded round_to_grid(v16f magnitude, float inverse_scale) {
-    const v16f y = magnitude * inverse_scale;
+inline Rounded round_to_grid(vfloat magnitude, float inverse_scale) {
+    const vfloat y = magnitude * inverse_scale;
     Rounded r;
-    r.binade = max16(bit_cast<v16i>(y) & INFINITY_BITS, v16i{} + ONE_BITS);
-    r.magic = bit_cast<v16f>(r.binade + MAGIC_BITS);
+    r.binade = max(bit_cast<vint>(y) & INFINITY_BITS, vint{} + ONE_BITS);
+    r.magic = bit_cast<vfloat>(r.binade + MAGIC_BITS);
     r.sum = y + r.magic;
     return r;
 }
 
-inline v16f value_of(const Rounded& r, float scale) {
-    const v16f y = r.sum - r.magic;
-    return (y > E2M1_MAX ? v16f{} + E2M1_MAX : y) * scale;
+inline vfloat value_of(const Rounded& r, float scale) {
+    const vfloat y = r.sum - r.magic;
+    return (y > E2M1_MAX ? vfloat{} + E2M1_MAX : y) * scale;
 }
 
 // Steps from the binade's zero, plus two codes for every binade above [1, 2).
-inline v16i code_of(const Rounded& r) {
-    const v16i steps = bit_cast<v16i>(r.sum) - bit_cast<v16i>(r.magic);
-    return min16(steps + (r.binade >> 22) - (ONE_BITS >> 22), v16i{} + 7);
+inline vint code_of(const Rounded& r) {
+    const vint steps = bit_cast<vint>(r.sum) - bit_cast<vint>(r.magic);
+    return min(steps + (r.binade >> 22) - (ONE_BITS >> 22), vint{} + 7);
 }
 
-// Squared errors of eight lanes, in float64.
-inline v8d squares(v16f value, v16f magnitude, int half) {
-    const auto eight = [half](v16f v) {
-        const v8f lanes = half ? __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)
-                               : __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
-        return __builtin_convertvector(lanes, v8d);
-    };
-    const v8d error = eight(value) - eight(magnitude);
+template <int first, int... lane>
+inline vdouble widened(vfloat v, std::integer_sequence<int, lane...>) {
+    const half_vfloat lanes = __builtin_shufflevector(v, v, (first + lane)...);
+    return __builtin_convertvector(lanes, vdouble);
+}
+
+// Squared errors of the LANES / 2 lanes from `first` on, in float64.
+template <int first>
+inline vdouble squares(vfloat value, vfloat magnitude) {
+    constexpr std::make_integer_sequence<int, LANES / 2> lanes;
+    const vdouble error = widened<first>(value, lanes) - widened<first>(magnitude, lanes);
     return error * error;
 }
 
 // Summed over the reference's tree: always the low half plus the high half.
 inline double squared_error(const Block& block, int scale) {
     const float inverse_scale = power_of_two(2 * 127 - scale), scale_value = power_of_two(scale);
-    const v16f low = value_of(round_to_grid(block.magnitude[0], inverse_scale), scale_value);
-    const v16f high = value_of(round_to_grid(block.magnitude[1], inverse_scale), scale_value);
-    v8d sum = (squares(low, block.magnitude[0], 0) + squares(high, block.magnitude[1], 0)) +
-              (squares(low, block.magnitude[0], 1) + squares(high, block.magnitude[1], 1));
-    sum += __builtin_shufflevector(sum, sum, 4, 5, 6, 7, 0, 1, 2, 3);
-    sum += __builtin_shufflevector(sum, sum, 2, 3, 0, 1, 6, 7, 4, 5);
-    sum += __builtin_shufflevector(sum, sum, 1, 0, 3, 2, 5, 4, 7, 6);
-    return sum[0];
+    vdouble sums[2 * NUM_VECTORS];
+    for (int i = 0; i < NUM_VECTORS; i++) {
+        const vfloat value = value_of(round_to_grid(block.magnitude[i], inverse_scale), scale_value);
+        sums[2 * i] = squares<0>(value, block.magnitude[i]);
+        sums[2 * i + 1] = squares<LANES / 2>(value, block.magnitude[i]);
+    }
+    for (int num_left = NUM_VECTORS; num_left > 0; num_left /= 2) {
+        for (int i = 0; i < num_left; i++) sums[i] += sums[i + num_left];
+    }
+    return folded<LANES / 2>(sums[0], [](vdouble a, vdouble b) { return a + b; })[0];
 }
 
 inline int clamp_scale(int scale) { return scale < 0 ? 0 : scale > MAX_SCALE ? MAX_SCALE : scale; }
@@ -173,13 +204,13 @@ void fake_quantize_block(const typename T::type* w, typename T::type* out) {
     const Block block = load_block<T>(w);
     const int scale = scale_byte<rule>(block);
     if (scale == NAN_SCALE) {
-        for (int half = 0; half < 2; half++) T::store(out + half * LANES, v16i{} + NAN_BITS);
+        for (int i = 0; i < NUM_VECTORS; i++) T::store(out + i * LANES, vint{} + NAN_BITS);
         return;
     }
-    for (int half = 0; half < 2; half++) {
-        const Rounded r = round_to_grid(block.magnitude[half], power_of_two(2 * 127 - scale));
-        const v16f value = value_of(r, power_of_two(scale));
-        T::store(out + half * LANES, bit_cast<v16i>(value) | block.sign[half]);
+    for (int i = 0; i < NUM_VECTORS; i++) {
+        const Rounded r = round_to_grid(block.magnitude[i], power_of_two(2 * 127 - scale));
+        const vfloat value = value_of(r, power_of_two(scale));
+        T::store(out + i * LANES, bit_cast<vint>(value) | block.sign[i]);
     }
 }
 
@@ -189,43 +220,45 @@ void quantize_block(const typename T::type* w, uint8_t* codes, uint8_t* scale_ou
     const int scale = scale_byte<rule>(block);
     *scale_out = static_cast<uint8_t>(scale);
     const float inverse_scale = scale == NAN_SCALE ? 0.0f : power_of_two(2 * 127 - scale);
-    for (int half = 0; half < 2; half++) {
-        const v16i code = code_of(round_to_grid(block.magnitude[half], inverse_scale)) | ((block.sign[half] >> 28) & 8);
-        const v8q pairs = bit_cast<v8q>(code);  // lanes 2i and 2i + 1 in the low and the high word
-        const v8b bytes = __builtin_convertvector((pairs | (pairs >> 28)) & 0xFF, v8b);
-        std::memcpy(codes + half * sizeof bytes, &bytes, sizeof bytes);
+    for (int i = 0; i < NUM_VECTORS; i++) {
+        const vint code = code_of(round_to_grid(block.magnitude[i], inverse_scale)) | ((block.sign[i] >> 28) & 8);
+        const vlong pairs = bit_cast<vlong>(code);  // lanes 2i and 2i + 1 in the low and the high word
+        const half_vbyte bytes = __builtin_convertvector((pairs | (pairs >> 28)) & 0xFF, half_vbyte);
+        std::memcpy(codes + i * sizeof bytes, &bytes, sizeof bytes);
     }
 }
 
 // Bits of the float32 values of codes 0 to 15 under a scale.
-inline v16i value_bits(v16i code, float scale) {
-    const v16i index = code & 7;
-    const v16i zero_or_half = -index & 0x3F000000;
-    const v16i normal = (index << 22) + (ONE_BITS - (2 << 22));
-    const v16f value = bit_cast<v16f>(index < 2 ? zero_or_half : normal) * scale;
-    return bit_cast<v16i>(value) | (code << 28 & SIGN_BIT);
+inline vint value_bits(vint code, float scale) {
+    const vint index = code & 7;
+    const vint zero_or_half = -index & 0x3F000000;
+    const vint normal = (index << 22) + (ONE_BITS - (2 << 22));
+    const vfloat value = bit_cast<vfloat>(index < 2 ? zero_or_half : normal) * scale;
+    return bit_cast<vint>(value) | (code << 28 & SIGN_BIT);
 }
 
 inline void dequantize_block(const uint8_t* codes, uint8_t scale_byte, float* out) {
-    v16b bytes;
-    std::memcpy(&bytes, codes, sizeof bytes);
-    const v16i pairs = __builtin_convertvector(bytes, v16i);
     const float scale = power_of_two(scale_byte);
-    const v16i low = value_bits(pairs & 15, scale), high = value_bits(pairs >> 4, scale);
-    Float32::store(out, __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
-    Float32::store(
-        out + LANES, __builtin_shufflevector(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+    for (int i = 0; i < NUM_VECTORS; i++) {
+        half_vbyte bytes;
+        std::memcpy(&bytes, codes + i * sizeof bytes, sizeof bytes);
+        const vlong pairs = __builtin_convertvector(bytes, vlong);
+        // The even element's code ends the low word, the odd one's the high word.
+        Float32::store(out + i * LANES, value_bits(bit_cast<vint>(pairs | pairs << 28) & 15, scale));
+    }
 }
 
 inline void dequantize_block(const uint8_t* codes, uint8_t scale_byte, uint16_t* out) {
-    v16b bytes;
-    std::memcpy(&bytes, codes, sizeof bytes);
-    const v16i pairs = __builtin_convertvector(bytes, v16i);
     const float scale = power_of_two(scale_byte);
-    // Two bfloat16 of a byte are one word: the even element in its low half. The values of the codes fill two bytes.
-    const v16i low = value_bits(pairs & 15, scale), high = value_bits(pairs >> 4, scale);
-    const v16i words = ((low >> 16) & 0xFFFF) | (high & ~0xFFFF);
-    std::memcpy(out, &words, sizeof words);
+    for (int i = 0; i < NUM_VECTORS / 2; i++) {
+        vbyte bytes;
+        std::memcpy(&bytes, codes + i * sizeof bytes, sizeof bytes);
+        const vint pairs = __builtin_convertvector(bytes, vint);
+        // Two bfloat16 of a byte are one word: the even element in its low half. Values of codes fill two bytes.
+        const vint low = value_bits(pairs & 15, scale), high = value_bits(pairs >> 4, scale);
+        const vint words = ((low >> 16) & 0xFFFF) | (high & ~0xFFFF);
+        std::memcpy(out + 2 * i * LANES, &words, sizeof words);
+    }
 }
 
 template <typename Body>

@@ -73,6 +73,31 @@ def test_output_and_gradients_are_those_of_the_plain_way(
     assert_same_bits(run(experts, experts_forward, form, dtype), run(experts, plain_experts_forward, form, dtype))
 
 
+@pytest.mark.parametrize("num_choices", [1, 3, 4, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_pairs_are_added_up_as_indexing_adds_them(dtype: torch.dtype, num_choices: int) -> None:
+    """Bit for bit, on several threads too: first row first in the gradient, `torch.sum` in the forward."""
+    generator = torch.Generator().manual_seed(0)
+    # 100 columns: torch.sum makes partial sums of the last four of them.
+    x_TH, x_SH = (torch.randn(n, 100, generator=generator).to(dtype) for n in (50, 50 * num_choices))
+    _, order_S = torch.sort(torch.randint(6, (50 * num_choices,), generator=generator))
+    places_TJ = order_S.argsort().view(50, num_choices)
+
+    rows_SH = grouped._Gather.apply(x_TH.requires_grad_(True), order_S, num_choices)
+    assert torch.equal(rows_SH, x_TH[order_S // num_choices])
+    rows_SH.backward(x_SH)
+    by_place_TJ = places_TJ.sort(dim=-1).values
+    expected_TH = x_SH[by_place_TJ[:, 0]]
+    for choice in range(1, num_choices):
+        expected_TH = expected_TH + x_SH[by_place_TJ[:, choice]]
+    assert x_TH.grad is not None and torch.equal(x_TH.grad, expected_TH)
+
+    sums_TH = grouped._Sum.apply(x_SH.requires_grad_(True), order_S, num_choices)
+    assert torch.equal(sums_TH, x_SH[places_TJ].sum(dim=1))
+    sums_TH.backward(x_TH.detach())
+    assert x_SH.grad is not None and torch.equal(x_SH.grad, x_TH[order_S // num_choices])
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activation_checkpointing(experts: nn.Module, dtype: torch.dtype, use_reentrant: bool) -> None:

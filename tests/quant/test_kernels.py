@@ -6,6 +6,7 @@ that has TRITON_INTERPRET set.
 
 import importlib.util
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -37,11 +38,24 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(params=["cpu", "triton"] if INTERPRETED or torch.cuda.is_available() else ["cpu"], scope="module")
+# The source has vectors of 16, 8 or 4 lanes, by what is compiled for.
+NARROWER = {"cpu, 8 lanes": "x86-64-v3", "cpu, 4 lanes": "x86-64-v2"} if platform.machine() == "x86_64" else {}
+KERNELS = ["cpu", *NARROWER, *(["triton"] if INTERPRETED or torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=KERNELS, scope="module")
 def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
-    if request.param == "cpu":
-        assert mxfp4_cpu.load_kernels() is not None, "the tests need a C++ compiler, as the README says"
-        yield mxfp4_cpu
+    if request.param.startswith("cpu"):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if request.param in NARROWER:
+                if "x86-64-v3" in NARROWER[request.param] and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+                    pytest.skip("this CPU has no AVX2")
+                flags = [flag.replace("native", NARROWER[request.param]) for flag in mxfp4_cpu.FLAGS]
+                monkeypatch.setattr(mxfp4_cpu, "FLAGS", flags)
+            mxfp4_cpu.load_kernels.cache_clear()
+            assert mxfp4_cpu.load_kernels() is not None, "the tests need a C++ compiler, as the README says"
+            yield mxfp4_cpu
+        mxfp4_cpu.load_kernels.cache_clear()
         return
     pytest.importorskip("triton", reason="triton is not installed: its kernels are not tested")
     from speedstack.quant.kernels import mxfp4_triton

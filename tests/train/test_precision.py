@@ -26,6 +26,14 @@ def test_bfloat16_is_taken_where_it_is_known_to_be_faster(
     assert _is_fast_cpu(cpuinfo) is expected
 
 
+def test_a_cpu_held_to_fewer_instructions_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("speedstack.train.precision._is_fast_cpu", lambda: True)
+    for capability, expected in (("AVX512", True), ("AVX2", False), ("DEFAULT", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert is_bfloat16_faster(torch.device("cpu")) is expected
+    assert is_bfloat16_faster(torch.device("cuda"))
+
+
 def test_a_cpu_that_cannot_be_read_computes_in_float32(tmp_path: Path) -> None:
     assert _is_fast_cpu(tmp_path / "absent") is False
 
