@@ -37,12 +37,13 @@ IN_PYTORCH = RoundCost(draft=0.05, draft_token=0.004, row=0.012)
 COMPILED = RoundCost(draft=0.45, draft_token=0.08, row=0.2)
 
 
-# Weight of past rounds after one more round: about the last five count.
-_MEMORY = 0.8
-# What is believed before the first round: four proposals in five right, worth two observations.
+# Weight of a sequence's past rounds after one more round: about the last five count. Of all sequences': the last fifty.
+_MEMORY, _LONG_MEMORY = 0.8, 0.98
+# What is believed before the first round of all: four proposals in five right, worth two observations.
 _PRIOR_RIGHT, _PRIOR_WRONG = 1.6, 0.4
-# After so many rounds without a draft the text may have become easy again: try.
-_ROUNDS_TO_RETRY = 8
+# After so many rounds without a draft the text may have become easy again: try. Twice as many after every try that
+# says no, so that where drafts never pay they cost next to nothing.
+_ROUNDS_TO_RETRY, _MOST_ROUNDS_TO_RETRY = 8, 128
 
 
 def num_worth(chances: Sequence[float], base_cost: float, token_cost: float) -> int:
@@ -64,22 +65,42 @@ def num_worth(chances: Sequence[float], base_cost: float, token_cost: float) -> 
     return best
 
 
+class DraftHistory:
+    """What rounds of all sequences that are sampled alike taught of a drafter; a new sequence begins with it."""
+
+    def __init__(self) -> None:
+        self.right, self.wrong = _PRIOR_RIGHT, _PRIOR_WRONG
+        self.rounds_to_retry = _ROUNDS_TO_RETRY
+
+    @property
+    def chance(self) -> float:
+        """How often a proposal was right if those before it were."""
+        return self.right / (self.right + self.wrong)
+
+    def record(self, num_right: int, is_wrong: bool) -> None:
+        self.right = self.right * _LONG_MEMORY + num_right
+        self.wrong = self.wrong * _LONG_MEMORY + is_wrong
+
+
 class DraftBudget:
     """One sequence's choice of how much to draft and verify; `limit` is the most that the drafter proposes."""
 
-    def __init__(self, limit: int, cost: RoundCost) -> None:
-        self._limit, self._cost = limit, cost
-        self._right, self._wrong = _PRIOR_RIGHT, _PRIOR_WRONG
+    def __init__(self, limit: int, cost: RoundCost, history: DraftHistory | None = None) -> None:
+        self._limit, self._cost, self._history = limit, cost, history or DraftHistory()
+        believed = _PRIOR_RIGHT + _PRIOR_WRONG
+        self._right, self._wrong = believed * self._history.chance, believed * (1.0 - self._history.chance)
         self._num_skipped = 0
-        self._has_drafted = False
+        self._has_drafted = self._is_retry = False
 
     def num_to_draft(self) -> int:
         """Proposals worth asking for, judged by what was right lately."""
+        count = self._num_that_pay()
+        self._is_retry = count == 0 and self._num_skipped >= self._history.rounds_to_retry
+        return (self._limit + 1) // 2 if self._is_retry else count
+
+    def _num_that_pay(self) -> int:
         chance = self._right / (self._right + self._wrong)
-        count = num_worth([chance] * self._limit, self._cost.draft, self._cost.draft_token + self._cost.row)
-        if count == 0 and self._num_skipped >= _ROUNDS_TO_RETRY:
-            count = (self._limit + 1) // 2
-        return count
+        return num_worth([chance] * self._limit, self._cost.draft, self._cost.draft_token + self._cost.row)
 
     def num_to_verify(self, probabilities: Sequence[float]) -> int:
         """Leading proposals worth verifying, judged by the drafter's probabilities; drafting is paid for by now."""
@@ -93,6 +114,13 @@ class DraftBudget:
             self._num_skipped += 1
             return
         self._num_skipped = 0
-        self._right = self._right * _MEMORY + num_accepted
         # A draft that was not worth verifying was paid for as well: it counts as wrong.
-        self._wrong = self._wrong * _MEMORY + (num_accepted < num_verified or num_verified == 0)
+        is_wrong = num_accepted < num_verified or num_verified == 0
+        self._right = self._right * _MEMORY + num_accepted
+        self._wrong = self._wrong * _MEMORY + is_wrong
+        history = self._history
+        history.record(num_accepted, is_wrong)
+        if self._num_that_pay():
+            history.rounds_to_retry = _ROUNDS_TO_RETRY
+        elif self._is_retry:
+            history.rounds_to_retry = min(2 * history.rounds_to_retry, _MOST_ROUNDS_TO_RETRY)

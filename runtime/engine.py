@@ -19,7 +19,7 @@ from speedstack.dflash.checkpoint import MASK_EMBEDDING_NAME, check_target, load
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.runtime.backend import Backend, Rows
-from speedstack.runtime.budget import DraftBudget
+from speedstack.runtime.budget import DraftBudget, DraftHistory
 from speedstack.runtime.cpu import HeldAs
 from speedstack.runtime.decoder import Decoder
 from speedstack.runtime.prompts import (
@@ -200,6 +200,7 @@ class Engine:
             raise ValueError(refuse_trees(self.backend))
         rounds = rounds_for(self.backend, drafter, strategy)  # which may fail, and then nothing has changed
         self._drafter, self.strategy, self.num_drafts = drafter, strategy, num_drafts
+        self._histories: dict[SamplingParams, DraftHistory] = {}
         proposer: Proposer = DrafterProposer(self.backend, strategy)
         if drafter is None or drafter == NGRAM:
             proposer = NoProposer() if drafter is None else NgramProposer()
@@ -347,6 +348,7 @@ class Engine:
             raise ValueError("stop strings need text, and the target has no tokenizer files")
         is_look_up = self._drafter == NGRAM
         cost = self.backend.round_cost.of_look_up if is_look_up else self.backend.round_cost
+        history = self._histories.setdefault(params, DraftHistory())
         return RunningSequence(
             ids,
             num_new,
@@ -355,7 +357,7 @@ class Engine:
             () if ignore_eos else self.spec.eos_token_ids,
             TextStream(self.tokenizer, stops, ids, skip_special_tokens) if self.tokenizer is not None else None,
             self.num_drafts,
-            DraftBudget(self.num_drafts, cost) if self.strategy.is_adaptive else None,
+            DraftBudget(self.num_drafts, cost, history) if self.strategy.is_adaptive else None,
             self.strategy.ngram_size if is_look_up else None,
         )
 

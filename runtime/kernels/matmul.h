@@ -5,8 +5,9 @@
 // weights, and a multiplication less a weight. Whichever of the two ways below computes an
 // element, and beside whichever others, its bits are the same.
 //
-// A few rows: values are decoded into registers and used at once ("fused"). Many: a block of a panel or two is decoded
-// into the first-level cache and multiplied by all rows from there ("staged").
+// "Fused": values are decoded into registers and used at once, for as many rows as registers hold sums of; more rows do
+// it again. "Staged", where decoding is dear and registers are few: a block is decoded into the first-level cache and
+// multiplied by all rows from there.
 
 #pragma once
 
@@ -16,36 +17,41 @@
 
 constexpr int MAX_STEP_ROWS = 64;
 
-// Rows that are computed at once, chosen by the number of vector registers: 32, 16 or 32 narrow ones. With AVX-512
-// decoding is two instructions, and doing it again for every eight rows is faster than going through the cache.
-#if ISA_AVX512
-constexpr int FUSED_ROWS = 8, STAGED_PANELS = 2, STAGED_ROWS = 12;
-constexpr bool STAGES_SCALED = false;
-#else
-constexpr int FUSED_ROWS = 4, STAGED_PANELS = 1, STAGED_ROWS = 6;
-constexpr bool STAGES_SCALED = true;
-#endif
+// Measured by numbers of rows on AVX2 and AVX-512; NEON has 32 registers of four lanes.
+constexpr int STAGED_ROWS = 6;
+constexpr bool is_staged(int format, int rows) { return has_scales(format) && W < 16 && rows > 3; }
 
-// Panels of a fused tile: accumulators that hide the latency of a multiply-add. One panel is read in one stream, which
-// prefetchers like best, and where there are scales its blocks are independent sums already.
+constexpr int fused_rows(int format) { return W == 16 ? 8 : has_scales(format) ? 3 : 6; }
+
+// Panels of a fused tile: accumulators that hide the latency of a multiply-add, and as many streams as panels, which
+// prefetchers follow; one panel's is asked for ahead. Where there are scales its blocks are independent sums already.
 constexpr int fused_panels(int format, int rows) {
     if (W == 16) return has_scales(format) ? 1 : rows == 1 ? 8 : rows <= 4 ? 4 : 2;
-    if (has_scales(format)) return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+    if (has_scales(format)) return rows == 1 ? 4 : 2;
     return rows == 1 ? 4 : rows == 2 ? 2 : 1;
 }
 
-// Bytes ahead of the codes that are read that are asked for.
-constexpr int PREFETCH_BYTES = 1024;
+// How far ahead of what is read.
+constexpr int PREFETCH_BYTES = 2048;
+
+// acc[r][v] += w[v] * x[r][k]: one load of an activation serves all vectors.
+template <int R, int N>
+inline __attribute__((always_inline)) void add_products(const vf (&w)[N], const float* const* x, int k, vf (&acc)[R][N]) {
+    for (int r = 0; r < R; r++) {
+        const vf xk = splat(x[r][k]);
+        for (int v = 0; v < N; v++) acc[r][v] = mul_add(w[v], xk, acc[r][v]);
+    }
+}
 
 template <int R, int P>
 inline void fused_float32(const Panels& w, const float* const* x, vf (&acc)[R][P * VECTORS]) {
     const int64_t stride = w.panel_bytes();
     for (int k = 0; k < w.K; k++) {
-        for (int v = 0; v < P * VECTORS; v++) {
-            const vf wk =
-                load((const float*)(w.data + v / VECTORS * stride + int64_t(k) * CHUNK_BYTES) + v % VECTORS * W);
-            for (int r = 0; r < R; r++) acc[r][v] = mul_add(wk, splat(x[r][k]), acc[r][v]);
-        }
+        vf wk[P * VECTORS];
+        if (P == 1) __builtin_prefetch(w.data + int64_t(k) * CHUNK_BYTES + PREFETCH_BYTES);
+        for (int v = 0; v < P * VECTORS; v++)
+            wk[v] = load((const float*)(w.data + v / VECTORS * stride + int64_t(k) * CHUNK_BYTES) + v % VECTORS * W);
+        add_products(wk, x, k, acc);
     }
 }
 
@@ -53,13 +59,16 @@ template <int R, int P>
 inline void fused_bfloat16(const Panels& w, const float* const* x, vf (&acc)[R][P * VECTORS]) {
     const int64_t stride = w.panel_bytes();
     for (int k = 0; k < w.K; k += 2) {
+        vi word[P * VECTORS];
+        vf value[P * VECTORS];
+        if (P == 1) __builtin_prefetch(w.data + int64_t(k / 2) * CHUNK_BYTES + PREFETCH_BYTES);
         for (int v = 0; v < P * VECTORS; v++) {
-            const uint8_t* chunk = w.data + v / VECTORS * stride + int64_t(k / 2) * CHUNK_BYTES;
-            const vi word = load_words(chunk + v % VECTORS * W * 4);
-            const vf even = (vf)(word << 16), odd = (vf)(word & int32_t(0xFFFF0000));
-            for (int r = 0; r < R; r++) acc[r][v] = mul_add(even, splat(x[r][k]), acc[r][v]);
-            for (int r = 0; r < R; r++) acc[r][v] = mul_add(odd, splat(x[r][k + 1]), acc[r][v]);
+            word[v] = load_words(w.data + v / VECTORS * stride + int64_t(k / 2) * CHUNK_BYTES + v % VECTORS * W * 4);
+            value[v] = (vf)(word[v] << 16);
         }
+        add_products(value, x, k, acc);
+        for (int v = 0; v < P * VECTORS; v++) value[v] = (vf)(word[v] & int32_t(0xFFFF0000));
+        add_products(value, x, k + 1, acc);
     }
 }
 
@@ -117,104 +126,67 @@ void fused(const Panels& w, int num_panels, const float* const* x, float* const*
     for (; panel < num_panels; panel++) fused_tile<FORMAT, R, 1>(w.at(panel), x, y, panel * LANES);
 }
 
-template <int FORMAT, int R = FUSED_ROWS>
-inline void fused_rows(const Panels& w, int num_panels, int num_rows, const float* const* x, float* const* y) {
+template <int FORMAT, int R>
+inline void fused_remainder(const Panels& w, int num_panels, int num_rows, const float* const* x, float* const* y) {
     if (num_rows == R) return fused<FORMAT, R>(w, num_panels, x, y);
-    if constexpr (R > 1) fused_rows<FORMAT, R - 1>(w, num_panels, num_rows, x, y);
+    if constexpr (R > 1) fused_remainder<FORMAT, R - 1>(w, num_panels, num_rows, x, y);
 }
 
-// Values of k from `first` to `end` of a panel as float32 [k][16]; where there are scales, of a block. Those of formats
-// that sum blocks are left out.
+// y[r] (+)= sum over a block of w[k] x[r][k], of R rows and a panel whose values are float32 [k][16]; with `scale` where
+// the format sums blocks.
+template <int FORMAT, int R>
+inline void staged_tile(const float* w, const vf (&scale)[VECTORS], int block, const float* const* x, float* const* y,
+                        int column) {
+    vf sum[R][VECTORS];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECTORS; v++)
+            sum[r][v] = sums_blocks(FORMAT) || !block ? vf{} : load(y[r] + column + v * W);
+    for (int k = 0; k < BLOCK; k++) {
+        vf wk[VECTORS];
+        for (int v = 0; v < VECTORS; v++) wk[v] = load(w + k * LANES + v * W);
+        add_products(wk, x, block * BLOCK + k, sum);
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECTORS; v++) {
+            float* out = y[r] + column + v * W;
+            store(out, sums_blocks(FORMAT) ? mul_add(sum[r][v], scale[v], block ? load(out) : vf{}) : sum[r][v]);
+        }
+}
+
+template <int FORMAT, int R>
+inline void staged_rows(int num_rows, const float* w, const vf (&scale)[VECTORS], int block, const float* const* x,
+                        float* const* y, int column) {
+    for (; num_rows >= R; num_rows -= R, x += R, y += R) staged_tile<FORMAT, R>(w, scale, block, x, y, column);
+    if constexpr (R > 1)
+        if (num_rows) staged_rows<FORMAT, R - 1>(num_rows, w, scale, block, x, y, column);
+}
+
 template <int FORMAT>
-inline void decode_panel(const Panels& w, int first, int end, float* out) {
-    if constexpr (FORMAT == BFLOAT16) {
-        for (int k = first; k < end; k += 2, out += 2 * LANES)
-            for (int v = 0; v < VECTORS; v++) {
-                const vi word = load_words(w.data + int64_t(k / 2) * CHUNK_BYTES + v * W * 4);
-                store(out + v * W, (vf)(word << 16));
-                store(out + LANES + v * W, (vf)(word & int32_t(0xFFFF0000)));
-            }
-    } else {
-        const uint8_t* codes = block_codes<FORMAT>(w.data, first / BLOCK);
+void staged_panel(const Panels& w, int num_rows, const float* const* x, float* const* y, int column) {
+    alignas(64) float values[BLOCK * LANES];
+    for (int block = 0; block < w.K / BLOCK; block++) {
+        const uint8_t* codes = block_codes<FORMAT>(w.data, block);
         vf scale[VECTORS];
-        for (int v = 0; v < VECTORS; v++) scale[v] = block_scale<FORMAT>(w.data, first / BLOCK, v);
+        for (int v = 0; v < VECTORS; v++) scale[v] = block_scale<FORMAT>(w.data, block, v);
         for (int k = 0; k < BLOCK; k += decoded_k(FORMAT))
             for (int v = 0; v < VECTORS; v++)
-                decode<FORMAT>(codes, k, v, scale[v], [&](int j, vf wk) { store(out + (k + j) * LANES + v * W, wk); });
-    }
-}
-
-// y[r] (+)= scale * sum over k of w[k] x[r][k], of R rows and P panels whose values are float32 [k][16].
-// `is_first`: y holds nothing yet. Without scales the sum goes on from y.
-template <int R, int P, bool IS_SCALED>
-inline void staged_tile(const float* const* w, const vf* scale, int first, int end, bool is_first,
-                        const float* const* x, float* const* y, int column) {
-    vf sum[R][P * VECTORS];
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < P * VECTORS; v++)
-            sum[r][v] = IS_SCALED || is_first ? vf{} : load(y[r] + column + v * W);
-    for (int k = first; k < end; k++) {
-        vf wk[P * VECTORS];
-        for (int v = 0; v < P * VECTORS; v++) wk[v] = load(w[v / VECTORS] + (k - first) * LANES + v % VECTORS * W);
-        for (int r = 0; r < R; r++) {
-            const vf xk = splat(x[r][k]);
-            for (int v = 0; v < P * VECTORS; v++) sum[r][v] = mul_add(wk[v], xk, sum[r][v]);
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < P * VECTORS; v++) {
-            float* out = y[r] + column + v * W;
-            store(out, IS_SCALED ? mul_add(sum[r][v], scale[v], is_first ? vf{} : load(out)) : sum[r][v]);
-        }
-}
-
-template <int R, int P, bool IS_SCALED>
-inline void staged_rows(int num_rows, const float* const* w, const vf* scale, int first, int end, bool is_first,
-                        const float* const* x, float* const* y, int column) {
-    while (num_rows >= R) {
-        staged_tile<R, P, IS_SCALED>(w, scale, first, end, is_first, x, y, column);
-        num_rows -= R, x += R, y += R;
-    }
-    if constexpr (R > 1)
-        if (num_rows) staged_rows<R - 1, P, IS_SCALED>(num_rows, w, scale, first, end, is_first, x, y, column);
-}
-
-template <int FORMAT, int P>
-void staged_panels(const Panels& w, int num_rows, const float* const* x, float* const* y, int column) {
-    constexpr int STEP = has_scales(FORMAT) ? BLOCK : 2 * BLOCK;
-    alignas(64) float buffer[P][STEP * LANES];
-    for (int first = 0; first < w.K; first += STEP) {
-        const int end = std::min(first + STEP, w.K);
-        const float* values[P];
-        vf scale[P * VECTORS];
-        for (int p = 0; p < P; p++) {
-            const Panels panel = w.at(p);
-            values[p] = buffer[p];
-            if constexpr (FORMAT == FLOAT32)
-                values[p] = (const float*)panel.data + int64_t(first) * LANES;
-            else
-                decode_panel<FORMAT>(panel, first, end, buffer[p]);
-            if constexpr (sums_blocks(FORMAT))
-                for (int v = 0; v < VECTORS; v++)
-                    scale[p * VECTORS + v] = block_scale<FORMAT>(panel.data, first / BLOCK, v);
-        }
-        staged_rows<STAGED_ROWS, P, sums_blocks(FORMAT)>(num_rows, values, scale, first, end, !first, x, y, column);
+                decode<FORMAT>(codes, k, v, scale[v],
+                               [&](int j, vf wk) { store(values + (k + j) * LANES + v * W, wk); });
+        staged_rows<FORMAT, STAGED_ROWS>(num_rows, values, scale, block, x, y, column);
     }
 }
 
 template <int FORMAT>
 inline void matmul_as(const Panels& w, int num_panels, int num_rows, const float* const* x, float* const* y) {
-    if (num_rows > FUSED_ROWS && (!has_scales(FORMAT) || STAGES_SCALED)) {
-        int panel = 0;
-        for (; panel + STAGED_PANELS <= num_panels; panel += STAGED_PANELS)
-            staged_panels<FORMAT, STAGED_PANELS>(w.at(panel), num_rows, x, y, panel * LANES);
-        for (; panel < num_panels; panel++)
-            staged_panels<FORMAT, 1>(w.at(panel), num_rows, x, y, panel * LANES);
-        return;
-    }
-    for (; num_rows > FUSED_ROWS; num_rows -= FUSED_ROWS, x += FUSED_ROWS, y += FUSED_ROWS)
-        fused<FORMAT, FUSED_ROWS>(w, num_panels, x, y);
-    fused_rows<FORMAT>(w, num_panels, num_rows, x, y);
+    if constexpr (is_staged(FORMAT, MAX_STEP_ROWS))
+        if (is_staged(FORMAT, num_rows)) {
+            for (int panel = 0; panel < num_panels; panel++)
+                staged_panel<FORMAT>(w.at(panel), num_rows, x, y, panel * LANES);
+            return;
+        }
+    constexpr int R = fused_rows(FORMAT);
+    for (; num_rows > R; num_rows -= R, x += R, y += R) fused<FORMAT, R>(w, num_panels, x, y);
+    fused_remainder<FORMAT, R>(w, num_panels, num_rows, x, y);
 }
 
 // y[r][0 : 16 * num_panels] = W x[r]

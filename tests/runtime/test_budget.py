@@ -1,6 +1,6 @@
 """Budgets: as many drafts as pay, and none where none do."""
 
-from speedstack.runtime.budget import COMPILED, IN_PYTORCH, DraftBudget, RoundCost, num_worth
+from speedstack.runtime.budget import COMPILED, IN_PYTORCH, DraftBudget, DraftHistory, RoundCost, num_worth
 
 COST = COMPILED
 SURE, DOUBTFUL = [0.99] * 7, [0.05] * 7
@@ -38,11 +38,23 @@ def test_drafts_that_are_thrown_away_count_as_wrong() -> None:
     assert 0 < sum(count > 0 for count in drafted) < 12
 
 
-def test_budget_tries_again_after_eight_rounds_without_a_draft() -> None:
-    budget = DraftBudget(7, COST)
-    drafted = play(budget, SURE, num_right=0, num_rounds=60)
-    gaps = "".join("d" if count else "-" for count in drafted[10:]).strip("d").split("d")
-    assert {len(gap) for gap in gaps[1:-1] if gap} == {8}
+def test_tries_become_rarer_until_one_is_right() -> None:
+    history = DraftHistory()
+    drafted = play(DraftBudget(7, COST, history), SURE, num_right=0, num_rounds=600)
+    gaps = [len(gap) for gap in "".join("d" if count else "-" for count in drafted).strip("d").split("d") if gap]
+    assert gaps[:6] == [8, 16, 32, 64, 128, 128]
+    # Another text begins with what this one taught, and is tried as seldom until drafts are right.
+    assert play(DraftBudget(7, COST, history), SURE, num_right=0, num_rounds=100) == [0] * 100
+    assert play(DraftBudget(7, COST, history), SURE, num_right=7, num_rounds=200)[-1] == 7
+    assert history.rounds_to_retry == 8
+
+
+def test_a_sequence_begins_with_what_others_taught() -> None:
+    history = DraftHistory()
+    first = DraftBudget(7, COST, history).num_to_draft()
+    play(DraftBudget(7, COST, history), SURE, num_right=7, num_rounds=50)
+    assert DraftBudget(7, COST, history).num_to_draft() == 7 > first
+    assert DraftBudget(7, COST).num_to_draft() == first
 
 
 def test_doubtful_proposals_are_not_verified() -> None:

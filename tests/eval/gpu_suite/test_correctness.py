@@ -48,7 +48,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
             return logits_WV, logits_WV.argmax(-1).tolist() if len(best) else best
 
     monkeypatch.setattr(correctness, "make_backend", lambda name, *arguments: Broken(*arguments))
-    monkeypatch.setattr("speedstack.runtime.engine.make_backend", lambda name, w, d, n, m, t: Broken(w, d, n, m))
+    monkeypatch.setattr("speedstack.runtime.engine.make_backend", lambda name, w, d, n, m, *options: Broken(w, d, n, m))
 
 
 @pytest.mark.parametrize("model", MODELS)
