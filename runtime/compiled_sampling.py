@@ -20,6 +20,7 @@ import torch
 
 from speedstack.quant.kernels.build import load_library
 from speedstack.runtime.backend import Draw
+from speedstack.runtime.kernels.build import FLAGS, INSTRUCTION_SETS, choose_set
 
 logger = logging.getLogger("speedstack.runtime")
 
@@ -38,7 +39,7 @@ class SampledRows(NamedTuple):
 
     draw: Draw
     first: int
-    count: int
+    num_rows: int
 
 
 class CompiledSampler:
@@ -80,25 +81,32 @@ class CompiledSampler:
                 draw.params.temperature,
                 draw.params.top_p_share,
                 first,
-                count,
+                num_rows,
             )
-            for draw, first, count in sequences
+            for draw, first, num_rows in sequences
         )
-        num_rows = len(tokens)
         # Of each row its token, parent and position, and room for the token after it
         rows = array("i", (*tokens, *parents, *positions, *tokens))
         address, _ = rows.buffer_info()
-        self._sample(logits_WV.data_ptr(), logits_WV.stride(0), vocab_size, records, len(sequences), address, num_rows)
-        chosen = rows[3 * num_rows :].tolist()
+        self._sample(
+            logits_WV.data_ptr(), logits_WV.stride(0), vocab_size, records, len(sequences), address, len(tokens)
+        )
+        chosen = rows[3 * len(tokens) :].tolist()
         self.num_ambiguous += chosen.count(AMBIGUOUS)
         return chosen
 
 
-@cache
 def load_sampler() -> CompiledSampler | None:
     """The compiled sampler, built on first use; None, with the reason in the log: the definition is as right."""
     try:
-        return CompiledSampler(load_library(SOURCE, "fast sampling on a CPU", [HEADER]))
+        return load_for(choose_set())
     except ValueError as reason:
         logger.warning("sampling by PyTorch, because %s", reason)
         return None
+
+
+@cache
+def load_for(instruction_set: str) -> CompiledSampler:
+    """The sampler for one of INSTRUCTION_SETS. Raises ValueError as `load_library`."""
+    flags = (*FLAGS, *(f"-m{flag}" for flag in INSTRUCTION_SETS[instruction_set]))
+    return CompiledSampler(load_library(SOURCE, "fast sampling on a CPU", [HEADER], flags))

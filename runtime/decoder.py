@@ -7,6 +7,7 @@ logits, and proposals are kept as long as they are the tokens chosen. A backend 
 
 import time
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
@@ -41,9 +42,11 @@ class Decoder:
 
     def prefill(self, sequence: RunningSequence) -> None:
         """Computes a prompt, chunk by chunk, and commits the first new token. Raises ValueError as `round`."""
+        sampled: list[SampledRows] = []
         draw = self._host_draw(sequence)
-        sampled = [SampledRows(draw, 0, 1)] if draw is not None else []
-        self._sampler(sampled)  # which may have to be compiled, before the clock starts
+        if draw is not None:
+            sampled.append(SampledRows(draw, 0, 1))
+            _ = self._sampler  # which may have to be compiled, before the clock starts
         started = time.perf_counter()
         ids = sequence.tokens
         for start in range(0, len(ids), MAX_ROWS):
@@ -138,8 +141,9 @@ class Decoder:
         """How the host chooses the sequence's tokens; None where the backend does, and greedily."""
         return None if self._is_drawn_there(sequence) else sequence.draw()
 
-    def _sampler(self, sampled: Sequence[SampledRows]) -> CompiledSampler | None:
-        return load_sampler() if sampled and self._device.type == "cpu" else None
+    @cached_property
+    def _sampler(self) -> CompiledSampler | None:
+        return load_sampler() if self._device.type == "cpu" else None
 
     def _draw(
         self,
@@ -151,11 +155,10 @@ class Decoder:
         noise: NoiseTable,
     ) -> list[int]:
         """What compiled code draws after each row: see `CompiledSampler.choose`; without it, nothing."""
-        sampler = self._sampler(sampled)
-        if sampler is not None:
-            return sampler.choose(logits_WV, sampled, tokens, parents, positions)
+        if sampled and self._sampler is not None:
+            return self._sampler.choose(logits_WV, sampled, tokens, parents, positions)
         # Noise is drawn together, whatever of it the rows come to use.
-        of_rows = ((draw, positions[first : first + count]) for draw, first, count in sampled)
+        of_rows = ((draw, positions[first : first + num_rows]) for draw, first, num_rows in sampled)
         noise.rows([(draw.seed, draw.sequence, position + 1) for draw, its in of_rows for position in its])
         return [NOT_WANTED] * len(tokens)
 

@@ -18,6 +18,7 @@ from speedstack.quant.kernels.build import find_compiler
 from speedstack.runtime import Engine, compiled_sampling, decoder
 from speedstack.runtime.backend import Draw
 from speedstack.runtime.compiled_sampling import AMBIGUOUS, NOT_WANTED, SOURCE, CompiledSampler, SampledRows
+from speedstack.runtime.kernels.build import FLAGS, INSTRUCTION_SETS, available_sets
 from speedstack.runtime.sampling import SHARE_BITS, SamplingParams, gumbel, gumbel_noise, masses, sample
 from tests.runtime.strategy_cases import NUM_NEW, PROMPTS, SAMPLING, MakeDrafter
 
@@ -28,8 +29,6 @@ PARAMS = [
     for temperature in (1e-4, 0.1, 0.8, 1.0, 5.0)
     for top_p, top_k in ((1.0, 0), (1.0, 1), (1.0, 50), (0.9, 0), (0.9, 50), (0.3, 3), (1e-6, 0), (0.999, 2000))
 ]
-# Besides what the machine's own build has: registers of 8 lanes, and of 4 without any intrinsics, as on other CPUs.
-BUILDS = {"machine": None, "avx2": ("-mavx2", "-mfma"), "generic": ("-march=x86-64",)}
 
 
 class Case(NamedTuple):
@@ -39,20 +38,15 @@ class Case(NamedTuple):
     wanted: int
 
 
-@pytest.fixture(scope="module", params=BUILDS)
+@pytest.fixture(scope="module", params=[*INSTRUCTION_SETS, "no intrinsics"])
 def sampler(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CompiledSampler:
-    flags = BUILDS[request.param]
-    if flags is None:
-        found = compiled_sampling.load_sampler()
-        assert found is not None
-        return found
-    if platform.machine() != "x86_64" or (
-        request.param == "avx2" and not torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    ):
+    """Of every instruction set that the machine has, and without any: four lanes, as NEON has."""
+    if request.param in available_sets():
+        return compiled_sampling.load_for(request.param)
+    if request.param in INSTRUCTION_SETS or platform.machine() != "x86_64":
         pytest.skip(f"this machine does not run {request.param}")
-    library = tmp_path_factory.mktemp(request.param) / "sampling.so"
-    command = [find_compiler("the test"), "-O3", "-std=c++17", "-shared", "-fPIC", *flags, str(SOURCE)]
-    subprocess.run([*command, "-o", str(library)], check=True)
+    library = tmp_path_factory.mktemp("sampling") / "sampling.so"
+    subprocess.run([find_compiler("the test"), *FLAGS, "-march=x86-64", str(SOURCE), "-o", str(library)], check=True)
     return CompiledSampler(ctypes.CDLL(str(library)))
 
 
@@ -263,7 +257,8 @@ def test_a_text_is_the_same_whoever_samples_it(
 
 
 def test_without_a_compiler_pytorch_samples(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(compiled_sampling, "load_for", compiled_sampling.load_for.__wrapped__)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with caplog.at_level(logging.WARNING, logger="speedstack.runtime"):
-        assert compiled_sampling.load_sampler.__wrapped__() is None
+        assert compiled_sampling.load_sampler() is None
     assert "sampling by PyTorch, because" in caplog.text and "no-such-compiler" in caplog.text
