@@ -204,6 +204,9 @@ class BenchConfig(ModelConfig):
     num_repeats: int = Field(5, ge=1, description="Timed repeats of every contestant, interleaved.")
     num_warmups: int = Field(1, ge=1, description="Calls before, on the first prompt of each set; not counted.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of all contestants.")
+    peer_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="dtype of transformers and vLLM where it is another one: what people would run them in."
+    )
     num_threads: int | None = Field(None, ge=1, description="Threads of torch and of the kernels; None: torch's own.")
     gpu_hour_usd: float | None = Field(
         None, gt=0, description="Price of an hour of this machine in US dollars; adds the cost of a million tokens."

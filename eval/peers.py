@@ -53,7 +53,8 @@ OnResult = Callable[[TimingResult, AcceptanceResult | None], None]
 
 @dataclass(frozen=True)
 class TimingSettings:
-    """How long, how often, and against whom. `dtype` names the dtype of all contestants: "float32" or "bfloat16".
+    """How long, how often, and against whom. `dtype` names the dtype of all contestants: "float32" or "bfloat16";
+    transformers and vLLM may have another one, `peer_dtype`.
 
     `look_up` adds our prompt look-up; `gpu_hour_usd` is the price of an hour of this machine; `seed` is of the orders
     in which contestants run. Every set of prompts is decoded in batches of each of `batch_sizes`.
@@ -66,6 +67,7 @@ class TimingSettings:
     num_new_tokens: int = 128
     num_repeats: int = 5
     dtype: str = "float32"
+    peer_dtype: str | None = None
     device: str = "cpu"
     backend: Literal["auto", "reference", "cpu", "graph", "resident"] = "auto"
     peers: tuple[Peer, ...] = ("transformers", "assisted")
@@ -96,8 +98,9 @@ def measure_timing(
     not numbers say, and as `race` and the loaders do.
     """
     settings = settings or TimingSettings()
-    if settings.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype is {settings.dtype!r}: use 'float32' or 'bfloat16'")
+    for name in ("dtype", "peer_dtype"):
+        if getattr(settings, name) not in ("float32", "bfloat16", None):
+            raise ValueError(f"{name} is {getattr(settings, name)!r}: use 'float32' or 'bfloat16'")
     dtype = getattr(torch, settings.dtype)
     names = [entry.name for entry in prompt_sets]
     if len(set(names)) < len(names):
@@ -281,23 +284,26 @@ def peer_contestants(
         kinds.remove("assisted")
         unavailable.append(Unavailable(name=TRANSFORMERS_DRAFTER, reason="no drafter: give --drafter DIR"))
     found: list[tuple[list[Contestant], list[Unavailable]]] = []
+    theirs = dtype if settings.peer_dtype is None else getattr(torch, settings.peer_dtype)
     if kinds:
         found.append(
             transformers_contestants(
-                target, drafter, dtype, settings.device, kinds, prompts, num_new_tokens, ENGINE, batch_size
+                target, drafter, theirs, settings.device, kinds, prompts, num_new_tokens, ENGINE, batch_size
             )
         )
-    copies = PeerCopies(target, settings.copies)
+    copies, device = PeerCopies(target, settings.copies), settings.device
     if "vllm" in wanted:
         python = peer_python(settings.vllm_python)
         found.append(
-            vllm_contestants(copies, drafter, python, dtype, settings.device, max_length, batch_size, ENGINE, resources)
+            vllm_contestants(copies, drafter, python, theirs, device, max_length, batch_size, ENGINE, resources)
         )
+    if theirs != dtype:
+        found = [([_in_another_dtype(one, theirs) for one in here], absent) for here, absent in found]
     if "llama.cpp" in wanted:
         python, weights = peer_python(settings.llama_cpp_python), settings.gguf_weights
         found.append(
             llama_cpp_contestants(
-                copies, settings.gguf, weights, python, settings.device, max_length, batch_size, ENGINE, resources
+                copies, settings.gguf, weights, python, device, max_length, batch_size, ENGINE, resources
             )
         )
     if "unpacked" in wanted:
@@ -306,6 +312,12 @@ def peer_contestants(
         contestants += here
         unavailable += absent
     return contestants, unavailable
+
+
+def _in_another_dtype(contestant: Contestant, dtype: torch.dtype) -> Contestant:
+    """Rounding decides between near ties then, so that no text is promised."""
+    description = f"{contestant.description}, {str(dtype).removeprefix('torch.')}"
+    return replace(contestant, description=description, identity_promised=False)
 
 
 def unpacked_contestants(

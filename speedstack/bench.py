@@ -59,6 +59,7 @@ def bench(config: BenchConfig) -> None:
                 num_new_tokens=config.num_new_tokens,
                 num_repeats=config.num_repeats,
                 dtype=config.dtype,
+                peer_dtype=config.peer_dtype,
                 device=choose_device(config.device).type,
                 backend=config.backend,
                 peers=config.peers,

@@ -117,6 +117,10 @@ def test_batches_and_unpacked_experts_say_the_same(tiny_packed_dir: Path, tmp_pa
             assert entry.identity is not None and entry.identity.num_identical == 4, entry.identity
     assert "experts for 2 sequences" in result.contestants[1].description
     # The copy is made once.
+    other = dataclasses.replace(settings, peer_dtype="bfloat16", peers=("transformers",))
+    result = measure_timing(tiny_packed_dir, None, sets, other, progress=False)
+    peer = result.contestants[1]
+    assert peer.description.endswith(", bfloat16") and peer.identity is not None and not peer.identity.promised
     (copy,) = tmp_path.iterdir()
     before = copy.stat()
     measure_timing(tiny_packed_dir, None, sets, dataclasses.replace(settings, peers=("unpacked",)), progress=False)
@@ -403,6 +407,8 @@ def test_rounds_of_a_foreign_decoder_are_counted_as_ours() -> None:
 def test_bad_input_is_named(tiny_model_dir: Path) -> None:
     with pytest.raises(ValueError, match="dtype is 'float16': use 'float32' or 'bfloat16'"):
         measure_timing(tiny_model_dir, None, ONE, TimingSettings(dtype="float16"))
+    with pytest.raises(ValueError, match="peer_dtype is 'float16'"):
+        measure_timing(tiny_model_dir, None, ONE, TimingSettings(peer_dtype="float16"))
     with pytest.raises(ValueError, match="a has 1 prompts, which do not fill batches of 2"):
         measure_timing(tiny_model_dir, None, ONE, TimingSettings(batch_sizes=(1, 2)))
     with pytest.raises(ValueError, match="two sets of prompts have one name: a, a"):
