@@ -93,7 +93,7 @@ class Context:
 
 
 def llama_init_from_model(model, params):
-    assert params.n_threads == params.n_threads_batch == 1
+    assert params.n_threads == params.n_threads_batch == 2
     if params.n_ctx > 10**6:
         log(4, b"failed to allocate buffer", None)
         return None

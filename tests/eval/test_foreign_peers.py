@@ -30,9 +30,9 @@ def processes() -> Iterator[ExitStack]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
 
@@ -58,7 +58,7 @@ def test_vllm_is_stepped_and_its_rounds_counted(
     contestants, unavailable = vllm(processes, tiny_packed_dir, tiny_packed_drafter_dir, python, tmp_path)
     assert [entry.name for entry in contestants] == ["vLLM", "vLLM + drafter"] and not unavailable, unavailable
     for contestant in contestants:
-        assert contestant.description.startswith("vLLM 9.9 (None, 1 threads), its own process, no prefix cache, exp")
+        assert contestant.description.startswith("vLLM 9.9 (None, 2 threads), its own process, no prefix cache, exp")
     assert contestants[1].description.endswith("DFlash drafter, 7 proposals a round")
     sets = {"a": [[1, 2], [3]], "b": [[4], [5], [6]]}
     standings = race(contestants, sets, num_new_tokens=6, num_repeats=1, progress=False, batch_sizes={"b": 3})
@@ -80,7 +80,7 @@ def test_vllm_gets_what_its_documentation_asks_for(processes: ExitStack, tiny_mo
     libraries.mkdir()
     (libraries / "libtcmalloc_minimal.so.4").touch()
     (contestant,), _ = vllm(processes, tiny_model_dir, None, python, tmp_path)
-    assert contestant.description == "vLLM 9.9 (5, 1 threads), its own process, no prefix cache"
+    assert contestant.description == "vLLM 9.9 (5, 2 threads), its own process, no prefix cache"
 
 
 def test_vllm_has_key_value_buffers_for_the_longest_texts(tiny_packed_dir: Path) -> None:
