@@ -169,7 +169,7 @@ class PromptsConfig(VerbConfig, PromptSettings):
 
 
 class BenchConfig(ModelConfig):
-    """Decode speed: the engine with and without speculation, and its peers, interleaved in one process."""
+    """Decode speed: the engine with and without speculation, and its peers, interleaved in one race."""
 
     prompts: PromptsConfig = Field(PromptsConfig(), description="What is decoded.")
     peers: tuple[Literal["transformers", "assisted", "compiled", "vllm", "llama.cpp", "unpacked"], ...] = Field(

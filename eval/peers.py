@@ -67,12 +67,12 @@ class TimingSettings:
     num_new_tokens: int = 128
     num_repeats: int = 5
     dtype: str = "float32"
-    peer_dtype: str | None = None
     device: str = "cpu"
     backend: Literal["auto", "reference", "cpu", "graph", "resident"] = "auto"
     peers: tuple[Peer, ...] = ("transformers", "assisted")
     look_up: bool = False
     num_warmups: int = 1
+    peer_dtype: str | None = None
     batch_sizes: tuple[int, ...] = (1,)
     gguf: Path | None = None
     gguf_weights: tuple[GGUFWeights, ...] = ("f16",)

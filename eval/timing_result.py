@@ -123,6 +123,11 @@ class TimingResult(Document):
     notes: tuple[str, ...] = ()
     environment: Environment | None = None
 
+    @property
+    def batch_size(self) -> int:
+        """Sequences decoded at once where the figures over all sets were taken."""
+        return min((entry.batch_size for entry in self.sets), default=1)
+
     def contestant(self, name: str) -> ContestantTiming | None:
         """The entry named `name`, None if it did not run."""
         return next((entry for entry in self.contestants if entry.name == name), None)

@@ -1,4 +1,4 @@
-"""vLLM and llama.cpp themselves on a tiny Qwen3-MoE, where `make peers` has installed them; elsewhere skipped by name."""
+"""vLLM and llama.cpp themselves on a tiny Qwen3-MoE, where `make peers` has put them; elsewhere skipped by name."""
 
 from collections.abc import Callable
 from pathlib import Path
