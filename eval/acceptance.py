@@ -26,8 +26,8 @@ def measure_acceptance(
     """Generate `max_new_tokens` from every prompt and count.
 
     `ignore_eos`: go on past the target's end token, so that lengths are equal; else an answer ends where it does.
-    `strategy`: how the engine speculates meanwhile; None leaves it as it is. Raises ValueError for an engine without a
-    drafter, a strategy it does not have, no prompts, or fewer than 2 new tokens (no round would run).
+    `strategy`: how the engine speculates meanwhile; None verifies every block whole. Raises ValueError for an engine
+    without a drafter, a strategy it does not have, no prompts, or fewer than 2 new tokens (no round would run).
     """
     if engine.num_drafts == 0:
         raise ValueError("acceptance needs a drafter: load the engine with Engine.from_pretrained(target, drafter)")
@@ -35,8 +35,8 @@ def measure_acceptance(
         raise ValueError(f"max_new_tokens is {max_new_tokens}: the prefill makes the first token, so use at least 2")
     if not prompt_sets or not all(prompt_sets.values()):
         raise ValueError("every prompt set needs at least one prompt")
-    before = engine.strategy
-    engine.set_strategy(strategy or before)
+    before, strategy = engine.strategy, strategy or DraftStrategy()
+    engine.set_strategy(strategy)
     try:
         generations = {
             name: engine.generate(
@@ -47,7 +47,7 @@ def measure_acceptance(
     finally:
         engine.set_strategy(before)
     stats = {name: [generation.stats for generation in group] for name, group in generations.items()}
-    return acceptance_result(stats, strategy or before, max_new_tokens, temperature, seed)
+    return acceptance_result(stats, strategy, max_new_tokens, temperature, seed)
 
 
 def acceptance_result(

@@ -14,7 +14,9 @@ from typing import Any
 
 from speedstack.eval.rows import UnusableRow
 
-FIELDS = ("messages", "conversations", "conversation", "prompt", "turns", "question", "problem", "text")
+# Fields that hold messages; a table of plain columns keeps their JSON.
+_MESSAGES = ("messages", "conversations", "conversation")
+FIELDS = (*_MESSAGES, "prompt", "turns", "question", "problem", "text")
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
@@ -65,8 +67,9 @@ def prompt_of(where: str, row: dict[str, Any] | UnusableRow, field: str | None =
         what = f"no field '{name}'" if name else f"none of the fields {', '.join(FIELDS)}"
         raise UnusableRow(where, f"has {what}; its fields are {', '.join(row) or 'none'}")
     value = row[name]
-    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
-        return Chat(messages_of(where, value), _tools(where, row.get("tools")))
+    items = _json_or_same(value) if name in _MESSAGES else value
+    if isinstance(items, list) and items and all(isinstance(message, dict) for message in items):
+        return Chat(messages_of(where, items), _tools(where, row.get("tools")))
     if isinstance(value, list) and value and isinstance(value[0], str):
         value = value[0]  # the later turns answer what a model said
     if isinstance(value, list) and value and all(type(token) is int for token in value):
@@ -105,8 +108,8 @@ def messages_of(where: str, items: Sequence[Message]) -> list[Message]:
 def _message(where: str, number: int, item: Message) -> Message:
     # Tables give every message the keys of all, with nulls.
     item = {key: value for key, value in item.items() if value is not None}
-    role, content = item.pop("role", item.pop("from", None)), item.pop("content", item.pop("value", None))
-    known = _ROLES.get(role.lower()) if isinstance(role, str) else None
+    role, content = _either(where, number, item, "role", "from"), _either(where, number, item, "content", "value")
+    known = _known_role(role)
     if known is None:
         raise UnusableRow(where, "a message has no role" if role is None else f"a message has the role {role!r:.40}")
     beside = known == "assistant" and any(item.get(key) for key in _BESIDE_CONTENT)
@@ -118,6 +121,20 @@ def _message(where: str, number: int, item: Message) -> Message:
     old_call = item.pop("function_call", None)
     calls = item.pop("tool_calls", None) or old_call
     return {"role": known, "content": text, **item} | ({"tool_calls": _calls(where, number, calls)} if calls else {})
+
+
+def _either(where: str, number: int, item: Message, name: str, other: str) -> Any:
+    """What a message has under one of two names, taken out. Raises UnusableRow where both are there and differ."""
+    value, same = item.pop(name, None), item.pop(other, None)
+    if value is None or same is None:
+        return same if value is None else value
+    if value != same and not (name == "role" and _known_role(value) == _known_role(same) is not None):
+        raise UnusableRow(where, f"message {number} has {name} and {other}, which differ")
+    return value
+
+
+def _known_role(role: Any) -> str | None:
+    return _ROLES.get(role.lower()) if isinstance(role, str) else None
 
 
 def _joined(where: str, number: int, content: Any) -> str:

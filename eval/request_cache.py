@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from speedstack import __version__
+from speedstack.quant.checkpoint.tokenizer import tokenizer_files
 from speedstack.runtime import Engine
 from speedstack.runtime.strategy import NGRAM
 
@@ -95,7 +96,7 @@ def side_files(directory: str | Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(Path(directory).iterdir())
-        if path.is_file() and path.suffix in DECISIVE_SUFFIXES
+        if path.is_file() and (path.suffix in DECISIVE_SUFFIXES or path in tokenizer_files(directory))
     }
 
 

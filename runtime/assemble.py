@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from speedstack.runtime.panels import LANES, MXFP4, Panels, panels
+from speedstack.runtime.panels import LANES, Panels, panels
 from speedstack.runtime.program import (
     ARGMAX,
     ATTENTION,
+    CHOOSE,
+    EMBED,
     EXPERT_DOWN,
     EXPERT_GATE_UP,
     GATE_UP,
@@ -26,7 +28,7 @@ from speedstack.runtime.program import (
 from speedstack.runtime.ring import MAX_ROWS, POSITIONS_PER_BLOCK, ring_length
 from speedstack.runtime.rotary import rotary_tables
 from speedstack.runtime.spec import AttentionSpec, DenseSpec, LayerSpec, MoeSpec
-from speedstack.runtime.weights import MXFP4_PART, AttentionWeights, DenseWeights, LayerWeights, Linear, MoeWeights
+from speedstack.runtime.weights import AttentionWeights, DenseWeights, LayerWeights, Linear, MoeWeights
 
 UNBOUNDED = 1 << 30  # as many positions as there are
 
@@ -36,7 +38,7 @@ class Buffers:
     """Activations of up to MAX_ROWS rows of one model, [MAX_ROWS, width]."""
 
     hidden: torch.Tensor
-    normed: torch.Tensor
+    router: torch.Tensor
     query: torch.Tensor
     attended: torch.Tensor
     dense: torch.Tensor
@@ -61,7 +63,7 @@ class Buffers:
         choices = max((m.top_k for m in moes), default=0)
         return cls(
             hidden=rows(hidden_size),
-            normed=rows(hidden_size),
+            router=rows(max((-(-m.num_experts // LANES) * LANES for m in moes), default=0)),
             query=rows(max(a.num_heads * a.qk_head_dim for a in attentions)),
             attended=rows(max(a.num_heads * a.v_head_dim for a in attentions)),
             dense=rows(max(dense, default=0)),
@@ -76,18 +78,30 @@ class Buffers:
 
 
 class Assembler:
-    """Appends a model's operations to `program`; `caches` are the key/value rings made on the way."""
+    """Appends a model's operations to `program`; `caches` are the key/value rings made on the way, in `kv_dtype`.
 
-    def __init__(self, program: Program, buffers: Buffers, num_slots: int, max_length: int) -> None:
-        self.program, self.buffers = program, buffers
+    to_int8: the matrices of attention and dense MLPs in eight bits; see `panels`.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        buffers: Buffers,
+        num_slots: int,
+        max_length: int,
+        to_int8: bool = False,
+        kv_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.program, self.buffers, self._to_int8, self._kv_dtype = program, buffers, to_int8, kv_dtype
         self.caches: list[torch.Tensor] = []
         self._num_slots, self._max_length = num_slots, max_length
 
     def new_cache(self, spec: AttentionSpec, length: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Keys, values and the number of blocks of a ring of `length` positions for every slot."""
         blocks = length // POSITIONS_PER_BLOCK
-        keys = torch.zeros(self._num_slots, spec.num_kv_heads, blocks, spec.qk_head_dim, LANES)
-        values = torch.zeros(self._num_slots, spec.num_kv_heads, length, spec.v_head_dim)
+        slots = (self._num_slots, spec.num_kv_heads)
+        keys = torch.zeros(*slots, blocks, spec.qk_head_dim, LANES, dtype=self._kv_dtype)
+        values = torch.zeros(*slots, length, spec.v_head_dim, dtype=self._kv_dtype)
         self.caches += [keys, values]
         return keys, values, blocks
 
@@ -108,12 +122,15 @@ class Assembler:
         heads = spec.num_heads if has_queries else 0
         self.program.add(
             QKV,
-            [norm_D.shape[0], heads, spec.num_kv_heads, spec.qk_head_dim, spec.v_head_dim, 2 * cos.shape[-1], blocks],
+            [
+                *(norm_D.shape[0], heads, spec.num_kv_heads, spec.qk_head_dim, spec.v_head_dim),
+                *(2 * cos.shape[-1], blocks, int(keys.dtype == torch.bfloat16)),
+            ],
             [eps, spec.value_scale],
             [
                 b.hidden if has_queries else b.context,
                 norm_D,
-                panels(projection_OD),
+                panels(projection_OD, to_int8=self._to_int8),
                 b.query,
                 keys,
                 values,
@@ -121,6 +138,7 @@ class Assembler:
                 weights.k_norm_H,
                 cos.contiguous(),
                 sin.contiguous(),
+                weights.qkv_bias_O,
             ],
         )
 
@@ -138,12 +156,25 @@ class Assembler:
         b, (keys, values, blocks) = self.buffers, cache
         self.program.add(
             ATTENTION,
-            [spec.num_heads, spec.num_kv_heads, spec.qk_head_dim, spec.v_head_dim, blocks, spec.window or 0, reach],
+            [
+                *(spec.num_heads, spec.num_kv_heads, spec.qk_head_dim, spec.v_head_dim),
+                *(blocks, spec.window or 0, reach, int(keys.dtype == torch.bfloat16)),
+            ],
             [spec.softmax_scale],
             [b.query, keys, values, weights.sinks_N, b.attended],
         )
         D, width = weights.output_DO.shape
-        self.program.add(LINEAR, [width, D, 1, 0], (), [b.attended, panels(weights.output_DO), b.hidden])
+        output_panels = panels(weights.output_DO, to_int8=self._to_int8)
+        output: list[torch.Tensor | Panels | None] = [b.attended, output_panels, b.hidden]
+        self.program.add(LINEAR, [width, D, 1, 0], (), [*output, None, weights.output_bias_D])
+
+    def add_embedding(
+        self, embedding_VD: torch.Tensor, mask_token: int = 0, mask_embedding_D: torch.Tensor | None = None
+    ) -> None:
+        """Rows of the table, float32 or bfloat16; `mask_token` has a vector of its own where there is one."""
+        is_bfloat16 = int(embedding_VD.dtype == torch.bfloat16)
+        sizes = [embedding_VD.shape[1], mask_token, is_bfloat16]
+        self.program.add(EMBED, sizes, (), [embedding_VD, self.buffers.hidden, mask_embedding_D])
 
     def add_layer(self, layer: LayerWeights, spec: LayerSpec, eps: float) -> None:
         """A layer of the target; its last operation is the one that a drafter may tap."""
@@ -162,34 +193,35 @@ class Assembler:
     def add_dense(self, mlp: DenseWeights, eps: float) -> None:
         """Norm and SwiGLU, added to the hidden states."""
         b, (D, F) = self.buffers, mlp.down_DF.shape
-        gate_up = panels(mlp.gate_up_FD, is_gate_up=True)
+        gate_up = panels(mlp.gate_up_FD, is_gate_up=True, to_int8=self._to_int8)
+        down = panels(mlp.down_DF, to_int8=self._to_int8)
         self.program.add(GATE_UP, [D, F], [eps], [b.hidden, mlp.norm_D, gate_up, b.dense])
-        self.program.add(LINEAR, [F, D, 1], (), [b.dense, panels(mlp.down_DF), b.hidden])
+        self.program.add(LINEAR, [F, D, 1], (), [b.dense, down, b.hidden])
 
     def add_moe(self, mlp: MoeWeights, spec: MoeSpec, eps: float) -> None:
         """Norm, router and the chosen experts, added to the hidden states."""
         b, D, E, K = self.buffers, mlp.norm_D.shape[0], spec.num_experts, spec.top_k
         size = spec.intermediate_size
         self.program.part = "norms and router"
+        router: list[torch.Tensor | Panels | None] = [b.hidden, mlp.norm_D, panels(mlp.router_ED), b.router]
+        self.program.add(ROUTER, [D, E], [eps], [*router, mlp.router_bias_E])
         self.program.add(
-            ROUTER,
-            [D, E, K, int(spec.scoring == "softmax"), int(spec.renormalize)],
-            [eps, spec.routed_scale],
-            [
-                b.hidden,
-                mlp.norm_D,
-                panels(mlp.router_ED),
-                mlp.correction_bias_E,
-                b.normed,
-                b.choice,
-                b.choice_weight,
-            ],
+            CHOOSE,
+            [E, K, int(spec.scoring == "softmax"), int(spec.renormalize)],
+            [spec.routed_scale],
+            [b.router, mlp.correction_bias_E, b.choice, b.choice_weight],
         )
         gate_up, down = panels(mlp.gate_up_EID, is_gate_up=True), panels(mlp.down_EDI)
-        self.program.part = f"experts{MXFP4_PART}" if gate_up.format == MXFP4 else "experts"
-        self.program.add(EXPERT_GATE_UP, [D, size, E, K], (), [b.normed, b.expert, gate_up, b.choice])
+        self.program.part = "experts"
+        limit = spec.swiglu_limit
+        self.program.add(
+            EXPERT_GATE_UP,
+            [D, size, E, K, int(limit is not None)],
+            [eps, limit or 0.0, spec.swiglu_alpha],
+            [b.hidden, mlp.norm_D, gate_up, b.choice, b.expert, mlp.gate_up_bias_EI],
+        )
         tensors: list[torch.Tensor | Panels | None] = [b.expert, b.hidden, down, b.choice, b.choice_weight]
-        self.program.add(EXPERT_DOWN, [size, D, E, K], (), tensors)
+        self.program.add(EXPERT_DOWN, [size, D, E, K], (), [*tensors, None, mlp.down_bias_ED])
 
     def add_head(self, norm_D: torch.Tensor, head: Panels, eps: float) -> None:
         """Final norm and LM head of the wanted rows."""

@@ -123,6 +123,8 @@ class Backend(Protocol):
     prepare_seconds: float
     # Why rows with `parents` are refused; None where they are computed.
     no_trees_because: str | None
+    # Whether `round_cost` was measured on this machine: then as many drafts as pay are the default.
+    has_measured_cost: bool
     # Rows that cost about one step together, for which drafts compete; None where each row costs its own.
     rows_a_step: int | None
     # What makes several rounds without the host, and samples by itself; None where every round needs the host.

@@ -6,8 +6,8 @@ drafting, how often this sequence's recent proposals were right; after it, the d
 the number with the most expected tokens a unit of time is taken. Whatever is chosen, the text is the same: only rows
 that would be thrown away are saved.
 
-What a round costs is the backend's to say, for the drafter it has: from constants and sizes and not from measurements
-of the running machine, so that the rounds of a seeded run are the same every time.
+What a round costs is the backend's to say, for the drafter it has. One that measures it on the running machine makes
+other rounds on another; the text is the same on all.
 """
 
 from collections.abc import Sequence
@@ -31,20 +31,10 @@ class RoundCost:
 
 
 # Measured on a 12M-parameter model and a two-layer drafter. Where all is PyTorch, calls are most of a step whatever its
-# rows are, and a draft has few of them; beside a compiled target that is what a draft of the same calls costs.
+# rows are, and a draft has few of them. With compiled kernels bytes decide; that is what plans for GPUs, which nobody
+# has timed, take for granted.
 IN_PYTORCH = RoundCost(draft=0.05, draft_token=0.004, row=0.012)
-PYTORCH_BESIDE_COMPILED = RoundCost(draft=3.3, draft_token=0.34, row=0.2)
-
-
-def compiled_cost(draft_share: float = 0.45, correction_share: float = 0.0) -> RoundCost:
-    """The cost with compiled kernels, of which bytes decide.
-
-    `draft_share`: bytes that a draft reads over those that a step of one row reads; `correction_share`: the same of
-    what is read again for every proposal, as a Markov head's matrix is. On the model above a draft took 0.45 + 0.08 k
-    steps (its share is 0.42), a row 0.2. A Markov head of rank 64 made a proposal dearer by 0.016, which is 0.4 of its
-    share: the matrix stays in a cache from one proposal to the next.
-    """
-    return RoundCost(draft=draft_share, draft_token=0.08 + 0.4 * correction_share, row=0.2)
+COMPILED = RoundCost(draft=0.45, draft_token=0.08, row=0.2)
 
 
 # Weight of past rounds after one more round: about the last five count.

@@ -16,10 +16,9 @@ from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
 from speedstack.runtime.assemble import Assembler, Buffers
 from speedstack.runtime.backend import DraftRequest
-from speedstack.runtime.budget import RoundCost, compiled_cost
 from speedstack.runtime.module_drafter import draft_scores
-from speedstack.runtime.panels import LANES, panels
-from speedstack.runtime.program import EMBED, LINEAR, Program, Records, Runner, records_of
+from speedstack.runtime.panels import FLOAT32, LANES, Panels, panels, unpacked
+from speedstack.runtime.program import LINEAR, Program, Records, Runner, records_of
 from speedstack.runtime.ring import MAX_ROWS, ring_length
 from speedstack.runtime.weights import DenseWeights, DrafterWeights, read_drafter
 
@@ -50,12 +49,14 @@ class CompiledDrafter:
         self,
         model: DFlashDraftModel,
         embedding_VD: torch.Tensor,
-        lm_head_VD: torch.Tensor,
+        lm_head: Panels,
         features_RC: torch.Tensor,
         num_slots: int,
         max_length: int,
+        kv_dtype: torch.dtype,
     ) -> None:
         self.model, config = model, model.config
+        self._kv_dtype = kv_dtype
         weights = read_drafter(model)
         self._buffers = Buffers.of(config.hidden_size, list(weights.spec.layers), config.num_draft_tokens)
         self._num_slots, self._max_length = num_slots, max_length
@@ -63,14 +64,23 @@ class CompiledDrafter:
         self._first_slot = 0 if config.sample_from_anchor else 1
         self.context, self._block = Program(part="drafter"), Program(part="drafter")
         self._caches: list[torch.Tensor] = []
-        self._assemble(weights, embedding_VD, model.draft_head(lm_head_VD), features_RC)
+        self._assemble(weights, embedding_VD, self._draft_head(lm_head), features_RC)
         self._set_markov(weights)
         self._block_records = records_of(self._block)
         self._whole: dict[int, Records] = {}  # by number of drafts
         self._parts: dict[int, list[tuple[Records, range]]] = {}
 
+    def _draft_head(self, lm_head: Panels) -> Panels:
+        """The target's LM head, or its rows for a pruned vocabulary, in bfloat16: a draft reads all for a few rows."""
+        self._shared_bytes = 0
+        if self.model.d2t is None and lm_head.format != FLOAT32:
+            self._shared_bytes = lm_head.nbytes
+            return lm_head
+        head_UD = self.model.draft_head(unpacked(lm_head, self.model.config.vocab_size))
+        return panels(head_UD.to(torch.bfloat16))
+
     def _assemble(
-        self, weights: DrafterWeights, embedding_VD: torch.Tensor, head_UD: torch.Tensor, features_RC: torch.Tensor
+        self, weights: DrafterWeights, embedding_VD: torch.Tensor, head: Panels, features_RC: torch.Tensor
     ) -> None:
         config, b, eps = self.model.config, self._buffers, weights.spec.rms_norm_eps
         # A draft block is written behind the context, up to block_size - 1 positions past the last committed one.
@@ -89,15 +99,14 @@ class CompiledDrafter:
 
         # A block's keys and values lie past the context and are overwritten when rows commit.
         assembler = self._assembler(self._block)
-        self._block.add(EMBED, [D, config.mask_token_id], (), [embedding_VD, b.hidden, weights.mask_embedding_D])
+        assembler.add_embedding(embedding_VD, config.mask_token_id, weights.mask_embedding_D)
         for layer, spec, cache in zip(weights.layers, specs, caches, strict=True):
             attention, dense = layer.attention, layer.mlp
             assert isinstance(attention.qkv_OD, torch.Tensor) and isinstance(dense, DenseWeights)
             assembler.add_qkv(attention.norm_D, attention.qkv_OD, attention, spec, eps, cache, has_queries=True)
             assembler.add_attention(attention, spec, cache, spec.ahead)
             assembler.add_dense(dense, eps)
-        # A draft reads every weight for a few rows, so bytes are its cost: the LM head is a copy in bfloat16.
-        assembler.add_head(weights.norm_D, panels(head_UD.to(torch.bfloat16)), eps)
+        assembler.add_head(weights.norm_D, head, eps)
 
     def _set_markov(self, weights: DrafterWeights) -> None:
         self._markov_w1_VR, self._markov_w2 = None, None
@@ -131,26 +140,20 @@ class CompiledDrafter:
         self._parts[num_drafts] = [(records_of(program), depths) for program, depths in parts]
 
     def _assembler(self, program: Program) -> Assembler:
-        return Assembler(program, self._buffers, self._num_slots, self._max_length)
+        return Assembler(program, self._buffers, self._num_slots, self._max_length, kv_dtype=self._kv_dtype)
 
     def weight_bytes(self) -> int:
-        """Bytes of all matrices."""
-        total = self.context.weight_bytes["drafter"] + self._block.weight_bytes["drafter"]
+        """Bytes of all matrices but those of the target."""
+        total = sum(sum(program.weight_bytes.values()) for program in (self.context, self._block)) - self._shared_bytes
         if self._markov_w1_VR is not None and self._markov_w2 is not None:
             total += self._markov_w1_VR.nbytes + self._markov_w2.nbytes
         return total
-
-    def round_cost(self, step_bytes: float) -> RoundCost:
-        """See `Backend.round_cost`; `step_bytes`: what a step of the target reads for one row."""
-        both = self.context.weight_bytes["drafter"] + self._block.weight_bytes["drafter"]
-        correction = self._markov_w2.nbytes if self._markov_w2 is not None else 0
-        return compiled_cost(both / step_bytes, correction / step_bytes)
 
     def cache_bytes(self) -> int:
         """Bytes of all contexts."""
         return sum(cache.nbytes for cache in self._caches)
 
-    def draft(self, runner: Runner, requests: Sequence[DraftRequest], num_drafts: int) -> list[Draft]:
+    def draft(self, runner: Runner, requests: Sequence[DraftRequest], num_drafts: int, num_threads: int) -> list[Draft]:
         """See `Backend.draft`."""
         drafts: list[Draft] = []
         if num_drafts not in self._whole:
@@ -160,9 +163,9 @@ class CompiledDrafter:
             group = requests[start : start + at_once]
             rows = self._rows(group, num_drafts)
             if any(request.noise is not None for request in group):
-                self._sample(runner, rows, group, num_drafts)
+                self._sample(runner, rows, group, num_drafts, num_threads)
             else:
-                runner.run(self._whole[num_drafts], *rows)
+                runner.run(self._whole[num_drafts], *rows, num_threads)
             drafts += [self._read(slice(i * num_drafts, (i + 1) * num_drafts)) for i in range(len(group))]
         return drafts
 
@@ -178,11 +181,13 @@ class CompiledDrafter:
             rows.key_ends.extend([request.position + num_rows] * num_rows)  # a block is not causal
         return rows
 
-    def _sample(self, runner: Runner, rows: BlockRows, requests: Sequence[DraftRequest], num_drafts: int) -> None:
+    def _sample(
+        self, runner: Runner, rows: BlockRows, requests: Sequence[DraftRequest], num_drafts: int, num_threads: int
+    ) -> None:
         """Part by part: proposals of requests with noise are drawn before the depth after them is corrected."""
-        runner.run(self._block_records, *rows)
+        runner.run(self._block_records, *rows, num_threads)
         for records, depths in self._parts[num_drafts]:
-            runner.run(records, *rows)
+            runner.run(records, *rows, num_threads)
             for depth in depths:
                 for i, request in enumerate(requests):
                     if request.noise is not None:

@@ -44,6 +44,16 @@ _REQUIRED = {
         "swa_v_head_dim",
     ),
 }
+# What the plans of `mimo_v2` compute whatever its file says: of each key, the values that mean that, beside null.
+_MIMO_HARD_WIRED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "attention_bias": (False,),
+    "n_shared_experts": (0,),
+    "n_group": (1,),
+    "rope_scaling": (),
+}
 # Some number of experts has to be there; which key holds it depends on who wrote the file.
 _NUM_EXPERTS = {
     "gpt_oss": ("num_local_experts", "num_experts"),
@@ -84,18 +94,49 @@ def spec_from_fields(fields: dict[str, Any]) -> ModelSpec:
     if missing:
         raise ValueError(f"a {model_type} configuration needs {', '.join(dict.fromkeys(missing))}")
     if model_type == "mimo_v2":
-        return _mimo(fields)
-    return spec_from_config(config_from_fields(fields))
+        try:
+            spec = _mimo(fields)
+        except (ArithmeticError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"a field of this mimo_v2 configuration must be wrong: {type(error).__name__}: {error}"
+            ) from error
+    else:
+        spec = spec_from_config(config_from_fields(fields))
+    _check_sizes(spec)
+    return spec
+
+
+def _check_sizes(spec: ModelSpec) -> None:
+    """Raises ValueError for sizes that no weights have: here none contradict them."""
+    if not spec.layers:
+        raise ValueError("the configuration has no layers")
+    sizes: dict[str, Any] = {
+        key: getattr(spec, key) for key in ("vocab_size", "hidden_size", "max_position_embeddings")
+    }
+    for layer in spec.layers:
+        for part in (layer.attention, layer.mlp):
+            counts = ("num_", "_dim", "_size", "top_k", "window")
+            sizes |= {key: value for key, value in vars(part).items() if any(count in key for count in counts)}
+        for key, value in sizes.items():
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            if not is_count and not (key == "window" and value is None):
+                raise ValueError(f"the configuration gives {key} {value!r}, which should be a whole number above 0")
+        if layer.attention.num_heads % layer.attention.num_kv_heads:
+            raise ValueError(
+                f"{layer.attention.num_heads} attention heads are not shared evenly by "
+                f"{layer.attention.num_kv_heads} key/value heads"
+            )
+        if isinstance(layer.mlp, MoeSpec) and layer.mlp.top_k > layer.mlp.num_experts:
+            raise ValueError(f"{layer.mlp.top_k} experts a token are more than the {layer.mlp.num_experts} there are")
 
 
 def _mimo(fields: dict[str, Any]) -> ModelSpec:
     """MiMo-V2.5 and V2.5-Pro by their makers' names (as in their vLLM and SGLang model files)."""
-    if fields.get("n_shared_experts"):
-        raise ValueError(f"shared experts (n_shared_experts={fields['n_shared_experts']}) are not supported")
-    if (fields.get("n_group") or 1) != 1:
-        raise ValueError(f"expert groups (n_group={fields['n_group']}) are not supported")
-    if fields.get("scoring_func", "sigmoid") != "sigmoid":
-        raise ValueError(f"scoring_func {fields['scoring_func']!r} is not supported, only sigmoid is")
+    for key, values in _MIMO_HARD_WIRED.items():
+        value = fields.get(key)
+        if value is not None and value not in values:
+            only = " or ".join([*map(repr, values), "null"])
+            raise ValueError(f"{key} {value!r} of mimo_v2 is not supported, only {only} is")
     pattern, is_sparse = fields["hybrid_layer_pattern"], fields["moe_layer_freq"]
     num_layers = fields["num_hidden_layers"]
     if not len(pattern) == len(is_sparse) == num_layers:

@@ -20,6 +20,7 @@ from speedstack.dflash.model import DFlashDraftModel
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.runtime.backend import Backend, Rows
 from speedstack.runtime.budget import DraftBudget
+from speedstack.runtime.cpu import HeldAs
 from speedstack.runtime.decoder import Decoder
 from speedstack.runtime.prompts import (
     Prompt,
@@ -59,6 +60,8 @@ class Engine:
         max_length: int | None = None,
         max_batch_size: int = 8,
         strategy: DraftStrategy | None = None,
+        dense_dtype: str | None = None,
+        kv_dtype: str | None = None,
     ) -> None:
         """See `from_pretrained`; this takes weights that are already in memory."""
         spec = weights.spec
@@ -77,14 +80,15 @@ class Engine:
         self.target_sha256: str | None = None
         self.drafter_sha256: str | None = None
         self.spec: ModelSpec = spec
-        self.dtype: torch.dtype = weights.embedding_VD.dtype
+        self.dtype: torch.dtype = weights.dtype
         self.device: torch.device = weights.embedding_VD.device
-        strategy = strategy or DraftStrategy()
+        self._has_default_strategy = strategy is None
         model = drafter if isinstance(drafter, DFlashDraftModel) else None
-        strategy.num_per_round(drafter)
-        has_trees = strategy.tree_budget is not None
-        self.backend: Backend = make_backend(backend, weights, model, max_batch_size, self.max_length, has_trees)
-        self._plan(drafter, strategy)
+        (strategy or DraftStrategy()).num_per_round(drafter)
+        has_trees = strategy is not None and strategy.tree_budget is not None
+        held = HeldAs(dense_dtype, kv_dtype)
+        self.backend: Backend = make_backend(backend, weights, model, max_batch_size, self.max_length, has_trees, held)
+        self._plan(drafter, strategy or self._default_strategy(drafter))
 
     @classmethod
     def from_pretrained(
@@ -96,9 +100,11 @@ class Engine:
         dtype: str | torch.dtype | None = None,
         max_length: int | None = None,
         max_batch_size: int = 8,
-        num_drafts: int | Literal["adaptive"] | None = None,
+        num_drafts: int | Literal["adaptive", "all"] | None = None,
         draft_noise: Literal["none", "shared"] = "none",
         tree_budget: int | None = None,
+        dense_dtype: Literal["int8"] | None = None,
+        kv_dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> "Engine":
         """Loads a target, and a drafter that was trained for it, from directories.
 
@@ -115,18 +121,24 @@ class Engine:
                 on a CPU and bfloat16 on a GPU.
             max_length: positions that each sequence's buffers hold; None takes the model's, at most 4096.
             max_batch_size: sequences decoded together.
-            num_drafts: proposals verified a round; None verifies all that the drafter makes, `adaptive` drafts and
-                verifies as many as are worth their cost, which is fastest for a single sequence on a CPU.
+            num_drafts: proposals verified a round; `all` verifies all that the drafter makes, `adaptive` drafts and
+                verifies as many as are worth their cost, none where none is. None is `adaptive` on backend `cpu`, which
+                measures what they cost, and else `all`.
             draft_noise: `shared` proposes what the drafter would sample with the target's own noise; see
                 `DraftStrategy`. Greedy decoding has no noise: there it changes nothing.
             tree_budget: verify a tree of so many proposals a round instead of a chain; `reference` backend only.
+            dense_dtype: `int8` holds attention, dense MLPs and LM head in eight bits, in blocks of 32, for machines
+                whose memory binds; it changes logits a little. None: as stored. `cpu` backend only.
+            kv_dtype: of key/value buffers; `bfloat16` halves them and changes logits a little. `cpu` backend only.
 
         Raises:
             ValueError: with one line that says what is wrong and what would be right.
         """
-        strategy = DraftStrategy(num_drafts, draft_noise, tree_budget)
+        strategy = DraftStrategy(None if num_drafts == "all" else num_drafts, draft_noise, tree_budget)
         loaded = load_target(target, device, dtype)
-        return cls.from_target(loaded, drafter, backend, max_length, max_batch_size, strategy)
+        is_default = num_drafts is None and strategy == DraftStrategy()
+        chosen = None if is_default else strategy
+        return cls.from_target(loaded, drafter, backend, max_length, max_batch_size, chosen, dense_dtype, kv_dtype)
 
     @classmethod
     def from_target(
@@ -137,11 +149,14 @@ class Engine:
         max_length: int | None = None,
         max_batch_size: int = 8,
         strategy: DraftStrategy | None = None,
+        dense_dtype: Literal["int8"] | None = None,
+        kv_dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> "Engine":
         """As `from_pretrained`, of a target in memory: engines of one target share its weights."""
         w = target.weights
-        model, sha256 = _load_drafter(drafter, w.spec, target.sha256, w.embedding_VD.dtype, w.embedding_VD.device)
-        engine = cls(w, model, target.tokenizer, backend, max_length, max_batch_size, strategy)
+        model, sha256 = _load_drafter(drafter, w.spec, target.sha256, w.dtype, w.embedding_VD.device)
+        options = (backend, max_length, max_batch_size, strategy, dense_dtype, kv_dtype)
+        engine = cls(w, model, target.tokenizer, *options)
         engine.target_sha256, engine.drafter_sha256 = target.sha256, sha256
         return engine
 
@@ -149,13 +164,15 @@ class Engine:
         """Drafts with another drafter from now on, or with none: one in training is measured this way.
 
         Takes what `from_pretrained` takes. The weights of a model in memory are copied, so that training may go on.
-        With None the strategy is reset. Raises ValueError for a drafter of another target, one that the engine's
-        strategy does not fit, or while a stream is read; then nothing has changed.
+        With None the strategy is reset to the backend's default. Raises ValueError for a drafter of another target, one
+        that the engine's strategy does not fit, or while a stream is read; then nothing has changed.
         """
         model, sha256 = _load_drafter(drafter, self.spec, self.target_sha256, self.dtype, self.device)
-        strategy = self.strategy if drafter is not None else DraftStrategy()
+        is_default = drafter is None or self._has_default_strategy
+        strategy = self._default_strategy(model) if is_default else self.strategy
         strategy.num_per_round(model)
         with self._alone():
+            self._has_default_strategy = is_default
             # To a backend a look-up is no drafter: between those two it has nothing to rebuild.
             if isinstance(model, DFlashDraftModel) or isinstance(self._drafter, DFlashDraftModel):
                 self.backend.set_drafter(model if isinstance(model, DFlashDraftModel) else None)
@@ -169,6 +186,12 @@ class Engine:
         """
         with self._alone():
             self._plan(self._drafter, strategy)
+            self._has_default_strategy = False
+
+    def _default_strategy(self, drafter: DFlashDraftModel | Literal["ngram"] | None) -> DraftStrategy:
+        """As many drafts as pay where the backend has measured what they cost, else all."""
+        is_adaptive = drafter is not None and self.backend.has_measured_cost
+        return DraftStrategy("adaptive") if is_adaptive else DraftStrategy()
 
     def _plan(self, drafter: DFlashDraftModel | Literal["ngram"] | None, strategy: DraftStrategy) -> None:
         num_drafts = strategy.num_per_round(drafter)

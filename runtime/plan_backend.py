@@ -25,7 +25,7 @@ from speedstack.dflash.tree import Draft
 from speedstack.quant.fp8 import FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backend import DraftRequest, Rounds, Rows
-from speedstack.runtime.budget import compiled_cost
+from speedstack.runtime.budget import COMPILED
 from speedstack.runtime.drafter_spec import DrafterSpec, why_not_planned
 from speedstack.runtime.formats import WeightFormat, WeightFormats
 from speedstack.runtime.memory import Memory, step_inbox
@@ -100,7 +100,8 @@ class PlanBackend:
     no_trees_because: str | None = "its kernels write keys and values at a row's position, which siblings would share"
     rounds: Rounds | None = None
     plans_drafters = False  # whether plans have phases for those that can (`drafter_spec.why_not_planned`)
-    round_cost = compiled_cost()  # not measured on a GPU
+    has_measured_cost = False
+    round_cost = COMPILED
     plan: Plan
     memory: Memory
 

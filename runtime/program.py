@@ -11,13 +11,16 @@ import numpy as np
 import torch
 
 from speedstack.runtime.kernels.build import load_kernels
-from speedstack.runtime.panels import Panels
+from speedstack.runtime.panels import FP8, INT8, MXFP4, Panels
 from speedstack.runtime.ring import MAX_ROWS
+from speedstack.runtime.weights import FP8_PART, INT8_PART, MXFP4_PART
 
-NUM_INTEGERS, NUM_FLOATS, NUM_POINTERS = 11, 4, 12
+NUM_INTEGERS, NUM_FLOATS, NUM_POINTERS = 12, 4, 12
 
-EMBED, QKV, ATTENTION, LINEAR, GATE_UP, ROUTER, EXPERT_GATE_UP, EXPERT_DOWN, LM_HEAD, ARGMAX, MARKOV = range(11)
+EMBED, QKV, ATTENTION, LINEAR, GATE_UP, ROUTER, CHOOSE, EXPERT_GATE_UP, EXPERT_DOWN, LM_HEAD, ARGMAX, MARKOV = range(12)
 
+# What follows the name of a part whose matrix is in one of these formats.
+_PART_OF = {MXFP4: MXFP4_PART, FP8: FP8_PART, INT8: INT8_PART}
 # Where an operation that can be tapped keeps the tap's stride and pointer.
 _TAPS = {LINEAR: (3, 3), EXPERT_DOWN: (4, 5)}
 
@@ -72,9 +75,8 @@ class Program:
                 continue
             if isinstance(tensor, Panels):
                 op.i[NUM_INTEGERS - 1] = tensor.format
-                self.weight_bytes[self.part] = self.weight_bytes.get(self.part, 0) + tensor.nbytes
-                if tensor.scales is not None:
-                    op.p[NUM_POINTERS - 1] = self._keep(tensor.scales)
+                part = self.part + _PART_OF.get(tensor.format, "")
+                self.weight_bytes[part] = self.weight_bytes.get(part, 0) + tensor.nbytes
                 tensor = tensor.data
             op.p[index] = self._keep(tensor)
         self.ops.append(op)
@@ -124,6 +126,7 @@ class Runner:
         positions: Sequence[int],
         key_ends: Sequence[int],
         logit_rows: Sequence[int],
+        num_threads: int,
     ) -> None:
         """Runs all operations on up to MAX_ROWS rows."""
         arrays, num_rows, num_logits = self._arrays, len(tokens), len(logit_rows)
@@ -133,5 +136,5 @@ class Runner:
         arrays["key_end"][:num_rows] = key_ends
         arrays["logit_row"][:num_logits] = logit_rows
         self._rows.num_rows, self._rows.num_logit_rows = num_rows, num_logits
-        status = self._kernels.speedstack_run(records, len(records), ctypes.byref(self._rows), torch.get_num_threads())
-        assert status == 0, f"operation {status - 1} of the program has an unknown kind"
+        status = self._kernels.speedstack_run(records, len(records), ctypes.byref(self._rows), num_threads)
+        assert status == 0, f"operation {status - 1} of the program has an unknown kind, or there are too many"

@@ -102,6 +102,7 @@ class ReferenceBackend:
     no_trees_because: str | None = None
     rounds: Rounds | None = None
     rows_a_step: int | None = None
+    has_measured_cost = False
     round_cost = IN_PYTORCH
 
     def __init__(
@@ -109,13 +110,13 @@ class ReferenceBackend:
     ) -> None:
         if weights.num_fp8():
             logger.warning("backend reference: %d matrices in FP8 are held dequantized", weights.num_fp8())
-        self.weights, self.num_slots = weights.plain(), num_slots
-        self.device, self.dtype = weights.embedding_VD.device, weights.embedding_VD.dtype
+        self.weights, self.num_slots = weights.widened().plain(), num_slots
+        self.device, self.dtype = weights.embedding_VD.device, weights.dtype
         spec = weights.spec
         self.max_length = max_length
         # One slot more than sequences: idle rows of a padded group write there.
         self.caches = [
-            _LayerCache(layer.attention, num_slots + 1, max_length, weights.embedding_VD) for layer in spec.layers
+            _LayerCache(layer.attention, num_slots + 1, max_length, self.weights.embedding_VD) for layer in spec.layers
         ]
         tables = {a: rotary_tables(a, max_length, self.device) for a in {layer.attention for layer in spec.layers}}
         self.rotary = [tables[layer.attention] for layer in spec.layers]

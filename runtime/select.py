@@ -6,7 +6,7 @@ import torch
 
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.runtime.backend import Backend
-from speedstack.runtime.cpu import CpuBackend
+from speedstack.runtime.cpu import AS_STORED, CpuBackend, HeldAs
 from speedstack.runtime.graph import GraphBackend
 from speedstack.runtime.reference import ReferenceBackend
 from speedstack.runtime.resident import ResidentBackend
@@ -50,6 +50,7 @@ def make_backend(
     num_slots: int,
     max_length: int,
     has_trees: bool = False,
+    held: HeldAs = AS_STORED,
 ) -> Backend:
     """The backend asked for; `auto` tries the compiled one on a CPU and falls back to PyTorch with a warning.
 
@@ -64,14 +65,17 @@ def make_backend(
         try:
             if has_trees:
                 raise ValueError(refuse_trees(CpuBackend))
-            backend: Backend = CpuBackend(weights, drafter, num_slots, max_length)
+            backend: Backend = CpuBackend(weights, drafter, num_slots, max_length, held)
         except ValueError as reason:
-            if name == "cpu":
+            if name == "cpu" or held != AS_STORED:
                 raise
             logger.warning("backend auto: reference, because %s", reason)
         else:
             logger.info("backend %s: cpu, compiled kernels", name)
             return backend
+    weights = weights.widened()
+    if held != AS_STORED:
+        raise ValueError("dense_dtype and kv_dtype are options of backend 'cpu'; others compute in the engine's dtype")
     for kind in (GraphBackend, ResidentBackend):
         if name == kind.name:
             if has_trees:

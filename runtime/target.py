@@ -1,7 +1,8 @@
 """A target in memory: its weights as backends take them, its digest, its tokenizer.
 
 Engines that are built from one share its weights, as far as their backends compute on them as they are; the `cpu`
-backend arranges them for its kernels, and so has a copy of its own.
+backend arranges them for its kernels, `reference` on a CPU widens those in bfloat16, and so they have copies of their
+own.
 """
 
 import warnings
@@ -48,7 +49,9 @@ def load_target(path: str | Path, device: str = "auto", dtype: str | torch.dtype
     checkpoint = load_checkpoint(path, keep_fp8=True)
     sha256 = weights_sha256(path)
     tied = bool(checkpoint.config.tie_word_embeddings)
-    weights = read_weights(spec, {**checkpoint.tensors, **checkpoint.fp8}, torch_dtype, torch_device, tied)
+    tensors = {**checkpoint.tensors, **checkpoint.fp8}
+    keeps_bfloat16 = torch_device.type == "cpu" and torch_dtype == torch.float32
+    weights = read_weights(spec, tensors, torch_dtype, torch_device, tied, keeps_bfloat16)
     return LoadedTarget(weights, sha256, tokenizer)
 
 

@@ -1,8 +1,9 @@
 """A model's weights as the backends take them: projections joined per layer, experts in MXFP4, others in FP8, or plain.
 
 Joining query, key and value (and gate and up) projections happens once, at load. Packed experts stay packed, and linear
-layers in FP8 stay in FP8: their codes and scales are those of the checkpoint. Everything else is converted to the
-engine's dtype. A drafter is the same structure with a smaller layer count, so that one set of kernels serves both.
+layers in FP8 stay in FP8: their codes and scales are those of the checkpoint. Matrices in bfloat16 may be kept so for
+an engine in float32; everything else is converted to the engine's dtype. A drafter is the same structure with a
+smaller layer count, so that one set of kernels serves both.
 
 Legend: D hidden, N heads, H head dim, F dense intermediate, E experts, I expert intermediate, V vocabulary.
 """
@@ -25,13 +26,14 @@ logger = logging.getLogger("speedstack.runtime")
 Weight = torch.Tensor | MXFP4Tensor
 Linear = torch.Tensor | FP8Tensor
 # What follows a part's name in `nbytes_by_part` and in backends' `weight_bytes` where it is stored in this format.
-MXFP4_PART, FP8_PART = " (MXFP4)", " (FP8)"
+MXFP4_PART, FP8_PART, INT8_PART = " (MXFP4)", " (FP8)", " (int8)"
 WeightT = TypeVar("WeightT", torch.Tensor, MXFP4Tensor, Weight)
+OwnerT = TypeVar("OwnerT", "AttentionWeights", "DenseWeights | MoeWeights", "ModelWeights")
 
 
 def packed_parts(parts: Iterable[str]) -> list[str]:
-    """Those of the parts of `nbytes_by_part` or `weight_bytes` that are in MXFP4 or FP8."""
-    return [part for part in parts if part.endswith((MXFP4_PART, FP8_PART))]
+    """Those of the parts of `nbytes_by_part` or `weight_bytes` that are in MXFP4, FP8 or int8."""
+    return [part for part in parts if part.endswith((MXFP4_PART, FP8_PART, INT8_PART))]
 
 
 def plain_matrix(weight: Linear, dtype: torch.dtype) -> torch.Tensor:
@@ -102,6 +104,11 @@ class ModelWeights(Layers):
     norm_D: torch.Tensor
     lm_head_VD: Linear
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the engine computes. Vectors are held in it; matrices may be narrower."""
+        return self.norm_D.dtype
+
     def linears(self) -> Iterator[Linear]:
         """Every matrix that may be in FP8."""
         for layer in self.layers:
@@ -117,7 +124,7 @@ class ModelWeights(Layers):
         """
         if not self.num_fp8():
             return self
-        dtype = self.embedding_VD.dtype
+        dtype = self.dtype
         layers = []
         for layer in self.layers:
             a, mlp = layer.attention, layer.mlp
@@ -127,6 +134,28 @@ class ModelWeights(Layers):
                 mlp = replace(mlp, gate_up_FD=gate_up, down_DF=down)
             layers.append(LayerWeights(a, mlp))
         return replace(self, layers=layers, lm_head_VD=plain_matrix(self.lm_head_VD, dtype))
+
+    def widened(self) -> "ModelWeights":
+        """The same with every matrix of another dtype in the engine's, but for what is packed or in FP8.
+
+        Itself where there is none; all others are shared with these.
+        """
+
+        def wide(owner: OwnerT) -> OwnerT:
+            narrow = {
+                name: value.to(self.dtype)
+                for name, value in vars(owner).items()
+                if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 != self.dtype
+            }
+            return replace(owner, **narrow) if narrow else owner
+
+        layers = [LayerWeights(wide(layer.attention), wide(layer.mlp)) for layer in self.layers]
+        is_tied = self.lm_head_VD is self.embedding_VD
+        found = wide(self)
+        pairs = zip(layers, self.layers, strict=True)
+        if found is self and all(a.attention is b.attention and a.mlp is b.mlp for a, b in pairs):
+            return self
+        return replace(found, layers=layers, lm_head_VD=found.embedding_VD if is_tied else found.lm_head_VD)
 
     def num_fp8(self) -> int:
         """How many matrices are in FP8."""
@@ -162,16 +191,22 @@ class ModelWeights(Layers):
         return sizes
 
 
+# What names of matrices end with; norms end with `norm.weight`.
+_MATRICES = ("_proj.weight", "_proj", "embed_tokens.weight", "lm_head.weight")
+
+
 @dataclass
 class _Reader:
     """Hands out checkpoint tensors by name, converted, and remembers which were not asked for.
 
+    keeps_bfloat16: matrices in bfloat16 stay so.
     partly_fp8: projections in FP8 that are joined with others that are not.
     """
 
     tensors: Mapping[str, Weight | FP8Tensor]
     dtype: torch.dtype
     device: torch.device
+    keeps_bfloat16: bool = False
     used: set[str] = field(default_factory=set)
     partly_fp8: list[str] = field(default_factory=list)
 
@@ -188,7 +223,9 @@ class _Reader:
         tensor = self._tensor(name, shape)
         if isinstance(tensor, MXFP4Tensor):
             return tensor.to(self.device)
-        return plain_matrix(tensor, self.dtype).to(self.device, self.dtype)
+        matrix = plain_matrix(tensor, self.dtype)
+        is_kept = self.keeps_bfloat16 and matrix.dtype == torch.bfloat16 and name.endswith(_MATRICES)
+        return matrix.to(self.device, matrix.dtype if is_kept else self.dtype)
 
     def plain(self, name: str, *shape: int) -> torch.Tensor:
         tensor = self.packed_or_plain(name, shape)
@@ -216,7 +253,12 @@ def _float32_scales(tensor: FP8Tensor) -> FP8Tensor:
 
 
 def read_weights(
-    spec: ModelSpec, tensors: Mapping[str, Weight | FP8Tensor], dtype: torch.dtype, device: torch.device, tied: bool
+    spec: ModelSpec,
+    tensors: Mapping[str, Weight | FP8Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    tied: bool,
+    keeps_bfloat16: bool = False,
 ) -> ModelWeights:
     """Arranges a checkpoint's tensors (transformers' own names, experts fused) for decoding.
 
@@ -224,12 +266,13 @@ def read_weights(
 
     Args:
         tied: the LM head is the embedding, whether or not the checkpoint stores it twice.
+        keeps_bfloat16: matrices stored in bfloat16 stay so, for backends that widen them as they compute.
 
     Raises:
         ValueError: a tensor is missing or has another shape than the config says.
     """
-    reader = _Reader(tensors, dtype, device)
-    exact = _Reader(tensors, torch.float32, device, reader.used)
+    reader = _Reader(tensors, dtype, device, keeps_bfloat16)
+    exact = _Reader(tensors, torch.float32, device, used=reader.used)
     D, V = spec.hidden_size, spec.vocab_size
     layers = [_read_layer(reader, exact, f"model.layers.{i}.", layer, D) for i, layer in enumerate(spec.layers)]
     embedding_VD = reader.plain("model.embed_tokens.weight", V, D)

@@ -45,12 +45,18 @@ class GenerateConfig(ModelConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="dtype of everything but packed experts; auto: float32 on a CPU, bfloat16 on a GPU."
     )
+    dense_dtype: Literal["int8"] | None = Field(
+        None, description="int8: attention, dense MLPs and LM head in eight bits (CPU); None: as stored."
+    )
+    kv_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="dtype of the key/value buffers (CPU); None: float32."
+    )
     max_length: int | None = Field(None, ge=2, description="Positions of the sequence's buffers; None: the model's.")
     drafter: Path | None = Field(
         None, description="Directory of a DFlash drafter trained for the target, or ngram: prompt look-up; None: none."
     )
-    num_drafts: int | Literal["adaptive"] | None = Field(
-        None, description="Proposals verified a round; adaptive: as many as pay. None: adaptive if there is a drafter."
+    num_drafts: int | Literal["adaptive", "all"] | None = Field(
+        None, description="Proposals verified a round; adaptive: as many as pay. None: adaptive on a CPU, all on a GPU."
     )
     draft_noise: Literal["none", "shared"] = Field(
         "none", description="shared: draft with the sampling noise of the target. Nothing changes at temperature 0."
@@ -77,9 +83,6 @@ def generate(config: GenerateConfig) -> None:
         raise ValueError("chat_template_kwargs need --chat-template")
     from speedstack.runtime import Engine
 
-    num_drafts = config.num_drafts
-    if num_drafts is None and config.drafter is not None and config.tree_budget is None:
-        num_drafts = "adaptive"
     engine = Engine.from_pretrained(
         config.target,
         config.drafter,
@@ -88,9 +91,11 @@ def generate(config: GenerateConfig) -> None:
         dtype=None if config.dtype == "auto" else config.dtype,
         max_length=config.max_length,
         max_batch_size=1,
-        num_drafts=num_drafts,
+        num_drafts=config.num_drafts,
         draft_noise=config.draft_noise,
         tree_budget=config.tree_budget,
+        dense_dtype=config.dense_dtype,
+        kv_dtype=config.kv_dtype,
     )
     text = sys.stdin.read() if config.prompt == "-" else config.prompt
     options: dict[str, Any] = {

@@ -126,7 +126,8 @@ def load_corpus(path: Path) -> Corpus:
     """
     path = Path(path)
     if not (path / CORPUS_FILE).is_file():
-        raise ValueError(f"{path} is not a prepared corpus: choose a path that does not exist yet as data.corpus")
+        missing = "" if path.exists() else ", there is nothing"
+        raise ValueError(f"{path} is not a prepared corpus{missing}: give one that `demo` or a training verb wrote")
     try:
         tokenizer = load_tokenizer(path / "tokenizer")
     except ValueError as error:
@@ -245,6 +246,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, rows: dict[str, list[str]]) -> l
 
 
 def _load_matching(path: Path, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Corpus:
+    if not (path / CORPUS_FILE).is_file():
+        raise ValueError(f"{path} is not a prepared corpus: choose a path that does not exist yet as data.corpus")
     corpus = load_corpus(path)
     stored = _read_object(path / CORPUS_FILE)
     way_out = "choose another data.corpus or delete it"

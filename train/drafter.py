@@ -36,7 +36,7 @@ from speedstack.eval.acceptance import measure_acceptance
 from speedstack.eval.results import AcceptanceResult, AcceptanceSet
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.quant.checkpoint.config import read_config
-from speedstack.quant.checkpoint.digest import model_sha256
+from speedstack.quant.checkpoint.digest import config_sha256, model_sha256
 from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
 from speedstack.runtime.target import check_decodable
@@ -94,7 +94,8 @@ class DrafterRecipe(Recipe):
         return {"target": weights_sha256(self.config.drafter.target)}
 
     def read_inputs(self) -> dict[str, str]:
-        return {"corpus": corpus_digest(self.config.data.corpus)} if self.has_corpus else {}
+        digests = {"target config": config_sha256(self.config.drafter.target)}
+        return digests | {"corpus": corpus_digest(self.config.data.corpus)} if self.has_corpus else digests
 
     def build(self, world: World) -> nn.Module:
         section = self.config.drafter

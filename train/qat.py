@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from speedstack.eval.divergence import token_kl, token_nll, top1_matches
 from speedstack.quant.checkpoint import can_be_packed, check_export, export_model, weights_sha256
 from speedstack.quant.checkpoint.config import read_config
+from speedstack.quant.checkpoint.digest import config_sha256
 from speedstack.quant.checkpoint.files import checkpoint_directory
 from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_parameters, router_parameters
@@ -61,7 +62,10 @@ class QatRecipe(Recipe):
         return digests if section.start_from is None else digests | {"start_from": weights_sha256(section.start_from)}
 
     def read_inputs(self) -> dict[str, str]:
-        return {"corpus": corpus_digest(self.config.data.corpus)}
+        return {
+            "corpus": corpus_digest(self.config.data.corpus),
+            "model config": config_sha256(self.config.qat.model),
+        }
 
     def build(self, world: World) -> nn.Module:
         section, data, stage = self.config.qat, self.config.data, self.config.distributed.zero_stage

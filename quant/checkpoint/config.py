@@ -5,6 +5,7 @@ put the file into their words.
 """
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from speedstack.quant.checkpoint.names import FAMILIES, HubNames
 from speedstack.quant.checkpoint.spelling import NUM_EXPERTS, transformers_fields
 
 # What transformers raises for fields of the right type with values that cannot be.
-BAD_FIELDS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+BAD_FIELDS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def read_config(path: Path) -> tuple[PreTrainedConfig, type[Codec]]:
@@ -55,17 +56,68 @@ def config_from_fields(fields: dict[str, Any]) -> PreTrainedConfig:
         config = CONFIG_MAPPING[model_type].from_dict(spelled)
     except (StrictDataclassError, *BAD_FIELDS) as error:
         raise ValueError(f"not a valid {model_type} configuration: {reason_of(error)}") from error
-    _check_top_k(config.get_text_config())
+    _check_counts(config.get_text_config())
+    _check_kinds_of_rope(config.get_text_config())
     return config
 
 
-def _check_top_k(config: PreTrainedConfig) -> None:
-    """Raises ValueError for a choice of experts that would fail in the first forward."""
-    counts = (getattr(config, name, None) for name in NUM_EXPERTS)
-    num_experts = next((count for count in counts if isinstance(count, int)), None)
-    top_k = getattr(config, "num_experts_per_tok", None)
-    if num_experts and isinstance(top_k, int) and not 1 <= top_k <= num_experts:
+def _check_counts(config: PreTrainedConfig) -> None:
+    """Raises ValueError for numbers with which the first forward would fail, or compute what nobody means."""
+    if config.is_heterogeneous:  # each layer has its own
+        return
+
+    def whole(name: str) -> int | None:
+        value = getattr(config, name, None)
+        return value if isinstance(value, int) else None
+
+    num_layers = whole("num_hidden_layers")
+    if num_layers is not None and num_layers < 1:
+        raise ValueError(f"num_hidden_layers {num_layers} is no model: correct it")
+    num_heads, num_kv_heads = whole("num_attention_heads"), whole("num_key_value_heads")
+    if num_heads and num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
+        raise ValueError(
+            f"num_attention_heads {num_heads} are not shared evenly by num_key_value_heads {num_kv_heads}: correct one"
+        )
+    window = getattr(config, "sliding_window", None)
+    has_sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if has_sliding and hasattr(config, "sliding_window") and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"sliding_window {window!r} is no number of tokens, and layers have one: correct it")
+    epsilon = getattr(config, "rms_norm_eps", None)
+    if isinstance(epsilon, int | float) and epsilon < 0:
+        raise ValueError(f"rms_norm_eps {epsilon} is below 0: correct it")
+    _check_routing(next((count for count in map(whole, NUM_EXPERTS) if count is not None), None), whole)
+
+
+def _check_routing(num_experts: int | None, whole: Callable[[str], int | None]) -> None:
+    """Of a choice of experts, among all or among those of the best groups; `whole` gives the other numbers by name."""
+    top_k, num_groups, top_k_groups = whole("num_experts_per_tok"), whole("n_group"), whole("topk_group")
+    if not num_experts or top_k is None:
+        return
+    if not 1 <= top_k <= num_experts:
         raise ValueError(f"num_experts_per_tok {top_k} is no choice of {num_experts} experts: correct it")
+    if num_groups is None or top_k_groups is None:
+        return
+    if num_groups < 1 or num_experts % num_groups or not 1 <= top_k_groups <= num_groups:
+        raise ValueError(
+            f"topk_group {top_k_groups} of n_group {num_groups} is no choice of groups of {num_experts} experts: "
+            "correct them"
+        )
+    if top_k > top_k_groups * (num_experts // num_groups):
+        raise ValueError(
+            f"num_experts_per_tok {top_k} is more than the experts of topk_group {top_k_groups} of n_group "
+            f"{num_groups}: correct it"
+        )
+
+
+def _check_kinds_of_rope(config: PreTrainedConfig) -> None:
+    """Raises ValueError for rotary embeddings by kind of layer where the class has one for all: it drops them."""
+    given = getattr(config, "rope_parameters", None) or {}
+    parts = [key for key, part in given.items() if isinstance(part, dict)]
+    if parts and not config.nested_rope_parameter_keys(given):
+        raise ValueError(
+            f"rope_parameters.{parts[0]} is not read: a {config.model_type} model has one rotary embedding, whose keys "
+            "stand in rope_parameters itself"
+        )
 
 
 def unquantized_fields(fields: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from speedstack.quant.checkpoint.directory import MAX_SHARD_BYTES, check_apart, 
 from speedstack.quant.checkpoint.files import CONFIG_FILE, WeightFiles, checkpoint_directory
 from speedstack.quant.checkpoint.formats import Codec, ExpertWeight, Plain, check_family, format_named
 from speedstack.quant.checkpoint.formats.codec import ROWS_AT_A_TIME
-from speedstack.quant.checkpoint.linears import is_fp8_linear, is_whole_tiles, to_fp8
+from speedstack.quant.checkpoint.linears import check_unquantized, is_fp8_linear, is_whole_tiles, to_fp8
 from speedstack.quant.checkpoint.names import hub_names
 from speedstack.quant.checkpoint.source import Source, open_by_expert
 from speedstack.quant.checkpoint.writer import Writer
@@ -77,6 +77,9 @@ def convert(
     source, out = checkpoint_directory(source), Path(out)
     config, source_type = read_config(source)
     if source_type is codec_type:
+        if source_type is Plain:
+            with WeightFiles(source) as files:
+                check_unquantized(files)
         raise ValueError(f"{source} is in the format {codec_type.name} already")
     for setting, value in (("linears", linears), ("lm_head", lm_head)):
         if value == "fp8" and codec_type.linear_scale is None:

@@ -14,12 +14,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from speedstack.quant.checkpoint.config import tied_names
 from speedstack.quant.checkpoint.directory import MAX_SHARD_BYTES, check_apart, new_directory
 from speedstack.quant.checkpoint.files import CONFIG_FILE
 from speedstack.quant.checkpoint.formats import Codec, ExpertWeight, Plain, default_format
 from speedstack.quant.checkpoint.names import FAMILIES
-from speedstack.quant.checkpoint.reader import expert_weights
+from speedstack.quant.checkpoint.reader import expert_weights, tied_as_stored
 from speedstack.quant.checkpoint.source import Source, open_by_expert, open_whole
 from speedstack.quant.checkpoint.writer import Writer
 from speedstack.quant.experts import contraction_last
@@ -135,7 +134,7 @@ def _as_stored(
 
     Raises ValueError when the source has another name for one of them.
     """
-    tied = tied_names(source.skeleton)
+    tied = tied_as_stored(source.skeleton, source.files, source.names)
     stored = revert_weight_conversion(model, {name: tensor for name, tensor in state_dict.items() if name not in tied})
     lacking = sorted(stored.keys() - set(source.others))
     if lacking:

@@ -51,10 +51,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def weight_files(path: str | Path) -> list[Path]:
     """The safetensors files of a model directory, sorted by name.
 
-    Raises ValueError when there are none, or when one that the index names is missing.
+    Raises ValueError when there are none, when one that the index names is missing, and for one file beside shards:
+    some loaders read the one, others the shards.
     """
     path = checkpoint_directory(path)
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if (path / name).is_symlink() and not (path / name).exists():
+            raise ValueError(f"{path / name} is a link to nothing: download it again")
     if (path / SINGLE_FILE).is_file():
+        _check_alone(path)
         return [path / SINGLE_FILE]
     files = [path / name for name in sorted(set(_weight_map(path).values()))]
     if not files:
@@ -65,13 +70,29 @@ def weight_files(path: str | Path) -> list[Path]:
     return files
 
 
+def _check_alone(path: Path) -> None:
+    """Raises ValueError where an index beside the single file names shards that are there too."""
+    if not (path / INDEX_FILE).is_file():
+        return
+    shards = sorted(name for name in set(_weight_map(path).values()) - {SINGLE_FILE} if (path / name).exists())
+    if shards:
+        raise ValueError(
+            f"{path} has {SINGLE_FILE} and {INDEX_FILE} with shards such as {shards[0]}, which may be another model: "
+            "take away those that are not meant"
+        )
+
+
 def _weight_map(path: Path) -> dict[str, str]:
+    """Names of tensors, each with that of its file in the directory."""
     if not (path / INDEX_FILE).is_file():
         raise ValueError(f"{path} has no {SINGLE_FILE} and no {INDEX_FILE}: only safetensors weights can be read")
     weight_map = read_json(path / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{path / INDEX_FILE} has no weight_map: download it again")
-    return weight_map
+    outside = next((name for name in weight_map.values() if Path(name).is_absolute() or ".." in Path(name).parts), None)
+    if outside is not None:
+        raise ValueError(f"{path / INDEX_FILE} names {outside}, which is not in the directory: put it there")
+    return {name: Path(file).as_posix() for name, file in weight_map.items()}
 
 
 class WeightFiles:
@@ -96,8 +117,9 @@ class WeightFiles:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} is truncated or corrupt ({error}): write or download it again") from error
             self._handles.append(handle)
+            file_name = file.relative_to(self.path).as_posix()
             for name in handle.keys():  # noqa: SIM118 (no dictionary)
-                if weight_map.get(name, file.name) != file.name:
+                if weight_map.get(name, file_name) != file_name:
                     self.stale.append(name)
                 elif name in self._handle_of:
                     raise ValueError(

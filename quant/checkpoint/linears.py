@@ -59,9 +59,18 @@ def check_unquantized(files: WeightFiles) -> None:
 
 
 def read_linear(files: WeightFiles, codec: type[Codec], name: str, shape: tuple[int, ...]) -> torch.Tensor | FP8Tensor:
-    """One of `other_names`. Raises ValueError when it is missing or has another shape, and for FP8 that is NaN."""
-    if name not in files or files.dtype(name) != "F8_E4M3":
+    """One of `other_names`.
+
+    Raises ValueError when it is missing or has another shape, for FP8 that is NaN, and for elements that are no values
+    by themselves.
+    """
+    if name not in files or files.dtype(name) not in _QUANTIZED_DTYPES:
         return files.get(name, shape)
+    if files.dtype(name) != "F8_E4M3":
+        raise ValueError(
+            f"{files.path}: {name} is {files.dtype(name)}, quantized and no routed expert: format {codec.name} does "
+            "not say how to read it"
+        )
     scales = scale_name(codec, name)
     if scales is None:
         raise ValueError(f"{files.path}: {name} is FP8, which the format that config.json names does not have")

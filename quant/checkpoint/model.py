@@ -22,11 +22,17 @@ def load_model(
     """The model of a directory, on the CPU and in eval mode, its packed experts dequantized to `dtype`.
 
     float32 and bfloat16 hold MXFP4 values exactly. Unquantized directories of any family that transformers loads work;
-    packed ones of those that `load_checkpoint` reads. Raises ValueError as `load_checkpoint` does.
+    packed ones of those that `load_checkpoint` reads. Raises ValueError as `load_checkpoint` does, and for a family
+    whose experts do not go through transformers' registry of implementations.
     """
     path = checkpoint_directory(path)
     config, codec = read_config(path)
     skeleton = build_skeleton(config)
+    if experts_implementation != "eager" and not skeleton._can_set_experts_implementation():
+        raise ValueError(
+            f"{path}: the experts of {type(skeleton).__name__} do not go through transformers' registry of "
+            "implementations, which all work on experts here does: no other directory of this family can be used either"
+        )
     state_dict, source = None, None
     if codec is not Plain:
         state_dict = {
@@ -40,14 +46,13 @@ def load_model(
                 source = path
             else:
                 state_dict = {name: files.get(name, files.shape(name)) for name in files.names()}
-    if (path / GENERATION_CONFIG_NAME).is_file():
-        read_json(path / GENERATION_CONFIG_NAME)  # which transformers takes for an object
+    generation_config = _read_generation_config(path)
     # The automatic class cannot make a model of tensors in memory, its own class can.
     model_class: Any = type(skeleton)
     try:
         model, report = model_class.from_pretrained(
             source,
-            config=config,
+            config=skeleton.config,
             state_dict=state_dict,
             dtype=dtype,
             experts_implementation=experts_implementation,
@@ -58,10 +63,22 @@ def load_model(
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} tensors, such as {missing[0]}: is it a complete model?")
-    if source is None and (path / GENERATION_CONFIG_NAME).is_file():
+    if source is None and generation_config is not None:
         # transformers reads it only where it reads the weights as well.
-        model.generation_config = GenerationConfig.from_pretrained(path)
+        model.generation_config = generation_config
     return model.eval()
+
+
+def _read_generation_config(path: Path) -> GenerationConfig | None:
+    """Of a directory, if it has one. Raises ValueError for one that transformers refuses."""
+    file = path / GENERATION_CONFIG_NAME
+    if not file.is_file():
+        return None
+    read_json(file)  # which transformers takes for an object
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except BAD_FIELDS as error:
+        raise ValueError(f"{file} is not valid ({reason_of(error)}): correct or remove it") from error
 
 
 def _values(

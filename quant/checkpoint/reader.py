@@ -57,12 +57,12 @@ def load_checkpoint(path: str | Path, keep_fp8: bool = False) -> Checkpoint:
     names = hub_names(config.model_type)
     check_family(codec_type, names)
     skeleton = build_skeleton(config)
-    tied = tied_names(skeleton)
     tensors: dict[str, torch.Tensor | MXFP4Tensor] = {}
     fp8: dict[str, FP8Tensor] = {}
     with WeightFiles(path) as files:
         names = stored_names(files, names)
         check_family(codec_type, names)
+        tied = tied_as_stored(skeleton, files, names)
         codec = codec_type(names)
         for name, weight in expert_weights(skeleton, names).items():
             experts = skeleton.get_submodule(name.rpartition(".")[0])
@@ -89,9 +89,9 @@ def load_tensor(path: str | Path, name: str) -> torch.Tensor:
     path = checkpoint_directory(path)
     config, codec_type = read_config(path)
     skeleton = build_skeleton(config)
-    name = tied_names(skeleton).get(name, name)
     with WeightFiles(path) as files:
         names = stored_names(files, hub_names(config.model_type))
+        name = tied_as_stored(skeleton, files, names).get(name, name)
         return _plain(read_linear(files, codec_type, names.of(name), tuple(skeleton.state_dict()[name].shape)))
 
 
@@ -115,6 +115,15 @@ def stored_names(files: WeightFiles, names: HubNames) -> HubNames:
         return names.as_native()
     released = names.as_released()
     return released if released.of("model.embed_tokens.weight") in files else names
+
+
+def tied_as_stored(model: PreTrainedModel, files: WeightFiles, names: HubNames) -> dict[str, str]:
+    """`tied_names`, turned round where it is the other one of two that is stored."""
+    tied = tied_names(model)
+    turned = {
+        source: name for name, source in tied.items() if names.of(source) not in files and names.of(name) in files
+    }
+    return {name: source for name, source in tied.items() if source not in turned} | turned
 
 
 def expert_weights(model: PreTrainedModel, names: HubNames) -> dict[str, ExpertWeight]:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from speedstack.quant.checkpoint.config import build_skeleton, read_config, tied_names
+from speedstack.quant.checkpoint.config import build_skeleton, read_config
 from speedstack.quant.checkpoint.files import CONFIG_FILE, WeightFiles, checkpoint_directory, read_json
 from speedstack.quant.checkpoint.formats import Codec, ExpertWeight, check_family
 from speedstack.quant.checkpoint.linears import other_names, read_linear
 from speedstack.quant.checkpoint.names import HubNames, hub_names
-from speedstack.quant.checkpoint.reader import expert_weights, stored_names
+from speedstack.quant.checkpoint.reader import expert_weights, stored_names, tied_as_stored
 from speedstack.quant.fp8 import FP8Tensor
 
 
@@ -136,7 +136,7 @@ def _check_against_config(source: Source) -> None:
                 f"{path}: the experts {weight.module}.{weight.name} have shape {sizes[0]}, {CONFIG_FILE} asks for "
                 f"{sizes[1]}: the weights and the configuration are of different models"
             )
-    tied = tied_names(source.skeleton)
+    tied = tied_as_stored(source.skeleton, source.files, names)
     for native_name, tensor in source.skeleton.state_dict().items():
         if native_name in expected_weights or native_name in tied:
             continue

@@ -8,6 +8,7 @@ the computation is refused by name.
 
 import dataclasses
 import difflib
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -33,7 +34,10 @@ _COMPUTATIONAL = re.compile(
     "|residual|multiplier|temperature|parallel|hybrid|pattern|freq|conv|mamba|ssm|memory|recurr|sparse|index"
 )
 # A size that is wrong is seen in the shapes of the tensors, but for these.
-_SIZE = re.compile(r"(?<!window)(?<!chunk)(?<!block)(?<!group)_(size|dim)$")
+_READ = re.compile(r"""\bconfig\.(\w+)|["'](\w+)["']""")
+_SIZE = re.compile(r"(?<!window)(?<!chunk)(?<!block)(?<!group)(?<!rotary)_(size|dim)$")
+# Keys that do something where they are false: most classes without the key do what true would mean.
+_NEVER_OFF = {"norm_topk_prob"}
 # The number of a layer's routed experts, by family.
 NUM_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 _ROPE_KEYS = {
@@ -41,15 +45,31 @@ _ROPE_KEYS = {
     *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor"),
     *("high_freq_factor", "short_factor", "long_factor", "mrope_section", "mrope_interleaved", "finetuned"),
 }
+# Keys of a rotary embedding that stretch it, with the types that read them; what others call these, transformers drops.
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+_STRETCHING = {
+    "factor": ("linear", "dynamic", "yarn", "longrope", "llama3"),
+    "attention_factor": ("yarn", "longrope"),
+    "short_factor": ("longrope",),
+    "long_factor": ("longrope",),
+    "low_freq_factor": ("llama3",),
+    "high_freq_factor": ("llama3",),
+}
 # Keys that transformers moves into `rope_parameters`, whatever the family.
 _OLD_ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 # What transformers' classes have hard-wired: of each key, or each entry of it, the values that mean that, beside null.
 _HARD_WIRED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "deepseek_v2": {"scoring_func": ("softmax",), "moe_layer_freq": (1,)},
+    "deepseek_v2": {"scoring_func": ("softmax",), "moe_layer_freq": (1,), "norm_topk_prob": (False,)},
     "deepseek_v3": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
-    "deepseek_v4": {"topk_method": ("noaux_tc",)},
+    "deepseek_v4": {
+        "topk_method": ("noaux_tc",),
+        "norm_topk_prob": (True,),
+        "n_shared_experts": (1,),
+        "num_key_value_heads": (1,),
+        "attention_bias": (False,),
+    },
     "glm4_moe": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
-    "gpt_oss": {"partial_rotary_factor": (1,)},
+    "gpt_oss": {"partial_rotary_factor": (1,), "hidden_act": ("silu",), "norm_topk_prob": (True,)},
     "mimo_v2_flash": {
         "scoring_func": ("sigmoid",),
         "topk_method": ("noaux_tc",),
@@ -62,6 +82,7 @@ _HARD_WIRED: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "minimax_m2": {
         "scoring_func": ("sigmoid",),
+        "norm_topk_prob": (True,),
         "use_qk_norm": (True,),
         "qk_norm_type": ("per_layer",),
         "use_routing_bias": (True,),
@@ -72,7 +93,7 @@ _HARD_WIRED: dict[str, dict[str, tuple[Any, ...]]] = {
         "layernorm_linear_attention_beta": (1,),
         "layernorm_mlp_beta": (1,),
     },
-    "mixtral": {"partial_rotary_factor": (1,)},
+    "mixtral": {"partial_rotary_factor": (1,), "norm_topk_prob": (True,)},
     "olmoe": {"partial_rotary_factor": (1,)},
     "qwen2_moe": {"partial_rotary_factor": (1,)},
     "qwen3_moe": {"partial_rotary_factor": (1,)},
@@ -98,21 +119,55 @@ def transformers_fields(fields: Fields) -> Fields:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(f"transformers knows no model_type {model_type!r}")
     config_class = CONFIG_MAPPING[model_type]
+    fields = _with_text_part(fields, config_class)
+    _check_numbers(fields)
     _check_hard_wired(fields, model_type)
+    _check_same(_dtypes(fields), "dtype", "torch_dtype")
     for first, second in (*_SAME.get(model_type, ()), *config_class.attribute_map.items()):
         _check_same(fields, first, second)
     if model_type in _TRANSLATIONS:
         fields = _TRANSLATIONS[model_type](fields)
     fields = _with_num_experts(fields, config_class)
-    _check_rope(fields, model_type)
+    _check_rope(fields, config_class)
     _check_known(fields, config_class)
     return fields
+
+
+def _with_text_part(fields: Fields, config_class: type[PreTrainedConfig]) -> Fields:
+    """The part that is the language model, in transformers' spelling too, where a family has it as a part.
+
+    Raises ValueError as `transformers_fields`, and for a rotary embedding beside the part, where nothing reads it.
+    """
+    part, part_class = fields.get("text_config"), config_class.sub_configs.get("text_config")
+    if part_class is None or not isinstance(part, Mapping):
+        return fields
+    for key in _OLD_ROPE_KEYS:
+        if fields.get(key) is not None and fields[key] != part.get(key):
+            raise ValueError(f"{key} {fields[key]!r} stands beside text_config, where nothing reads it: move it there")
+    named = {"model_type": getattr(part_class, "model_type", "")} | dict(part)
+    if named["model_type"] not in CONFIG_MAPPING:
+        return fields
+    try:
+        return fields | {"text_config": transformers_fields(named)}
+    except ValueError as error:
+        raise ValueError(f"text_config: {error}") from error
+
+
+def _check_numbers(fields: Fields) -> None:
+    """Raises ValueError for NaN and infinity, which JSON has not and Python reads all the same."""
+    for key, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key} is {value}: correct it")
+
+
+def _dtypes(fields: Fields) -> Fields:
+    return {key: str(value).removeprefix("torch.") for key, value in fields.items() if "dtype" in key and value}
 
 
 def _check_hard_wired(fields: Fields, model_type: str) -> None:
     for key, values in _HARD_WIRED.get(model_type, {}).items():
         value = fields.get(key)
-        entries = value if isinstance(value, list) else [value]
+        entries = value if isinstance(value, list) and value else [value]
         if value is not None and any(entry not in values for entry in entries):
             allowed = " or ".join([*map(repr, values), "null"])
             raise ValueError(f"{key} {value!r} is not what a {model_type} model computes here, which is {allowed}")
@@ -139,8 +194,9 @@ def _with_num_experts(fields: Fields, config_class: type[PreTrainedConfig]) -> F
     return kept if any(kept.get(name) is not None for name in own) else kept | {own[0]: value}
 
 
-def _check_rope(fields: Fields, model_type: str) -> None:
+def _check_rope(fields: Fields, config_class: type[PreTrainedConfig]) -> None:
     """Raises ValueError for keys of a rotary embedding that nothing reads, and for two that differ."""
+    model_type = config_class.model_type
     for name in ("rope_parameters", "rope_scaling"):
         value = fields.get(name)
         if value is None:
@@ -148,10 +204,11 @@ def _check_rope(fields: Fields, model_type: str) -> None:
         if not isinstance(value, Mapping):
             raise ValueError(f"{name} is no object: {value!r}")
         nested = [(f"{name}.{key}", part) for key, part in value.items() if isinstance(part, Mapping)]
+        flat = {key: part for key, part in value.items() if part is not None and not isinstance(part, Mapping)}
+        if nested and flat:
+            raise ValueError(f"{name} has {min(flat)!r} beside an object for each kind of layer: move it into these")
         for where, part in nested or [(name, value)]:
-            for key in part:
-                if key not in _ROPE_KEYS:
-                    raise ValueError(f"{where} has the key {key!r}, which nothing reads{_hint(key, _ROPE_KEYS)}")
+            _check_rotary_embedding(dict(part), where, config_class)
             _check_hard_wired(dict(part), model_type)
     _check_same(fields, "rope_parameters", "rope_scaling")
     parameters = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
@@ -161,6 +218,32 @@ def _check_rope(fields: Fields, model_type: str) -> None:
                 f"{key} {fields[key]!r} and {parameters[key]!r} of the rotary embedding contradict each other: correct "
                 "one of the two"
             )
+    _check_rotary_numbers(fields, "")
+
+
+def _check_rotary_embedding(part: Fields, where: str, config_class: type[PreTrainedConfig]) -> None:
+    """Of one kind of layer."""
+    _check_numbers(part)
+    _check_same(part, "rope_type", "type")
+    _check_rotary_numbers(part, f"{where}.")
+    kind = part.get("rope_type") or part.get("type") or "default"
+    for key, value in part.items():
+        if key not in _ROPE_KEYS and key not in _words(config_class.__module__):
+            raise ValueError(f"{where} has the key {key!r}, which nothing reads{_hint(key, _ROPE_KEYS)}")
+        is_read = kind not in _ROPE_TYPES or kind in _STRETCHING.get(key, _ROPE_TYPES)
+        if not is_read and value not in (None, 1):
+            raise ValueError(
+                f"{where} has {key} {value!r}, which a rotary embedding of type {kind!r} does not read: correct its "
+                f"rope_type, or remove {key}"
+            )
+
+
+def _check_rotary_numbers(part: Fields, where: str) -> None:
+    for key, largest in (("rope_theta", math.inf), ("partial_rotary_factor", 1), ("factor", math.inf)):
+        value = part.get(key)
+        if value is not None and (not isinstance(value, int | float) or not 0 < value <= largest):
+            most = "" if largest == math.inf else f" and at most {largest}"
+            raise ValueError(f"{where}{key} is {value!r} and should be a number above 0{most}: correct it")
 
 
 def _check_known(fields: Fields, config_class: type[PreTrainedConfig]) -> None:
@@ -170,7 +253,7 @@ def _check_known(fields: Fields, config_class: type[PreTrainedConfig]) -> None:
         # False turns something off that the class does not have.
         if (
             value is None
-            or value is False
+            or (value is False and key not in _NEVER_OFF)
             or key.startswith("_")
             or key in own
             or key in _HARMLESS
@@ -212,10 +295,16 @@ def _generation_keys() -> frozenset[str]:
 
 @cache
 def _words(module: str) -> frozenset[str]:
-    """Every word in the source of a family's configuration and model: a key that is none of them is not read."""
+    """What the source of a family's configuration and model reads of a configuration, or has as a string.
+
+    A key that is none of them is not read.
+    """
     place = Path(str(sys.modules[module].__file__))
-    files = (place, place.with_name(place.name.replace("configuration_", "modeling_")))
-    return frozenset(word for file in files if file.is_file() for word in re.findall(r"\w+", file.read_text("utf-8")))
+    model = place.with_name(place.name.replace("configuration_", "modeling_"))
+    texts = [file.read_text("utf-8") for file in (place, model) if file.is_file()]
+    # What a configuration derives from others, it saves.
+    derived = re.findall(r"\bself\.(\w+) =", texts[0])
+    return frozenset(derived).union(*(match for text in texts for match in _READ.findall(text)))
 
 
 def _mimo_v2_flash(fields: Fields) -> Fields:
@@ -257,7 +346,7 @@ def _mimo_v2_flash(fields: Fields) -> Fields:
             raise ValueError(f"sliding_window_size is no integer: {before!r}")
         found["sliding_window"] = before + 1
     num_kv_heads, swa_num_kv_heads = found.get("num_key_value_heads"), found.pop("swa_num_key_value_heads", None)
-    if swa_num_kv_heads is not None and num_kv_heads is not None and swa_num_kv_heads != 2 * num_kv_heads:
+    if swa_num_kv_heads is not None and isinstance(num_kv_heads, int) and swa_num_kv_heads != 2 * num_kv_heads:
         raise ValueError(
             f"swa_num_key_value_heads {swa_num_kv_heads} is not twice num_key_value_heads {num_kv_heads}, as "
             "transformers computes mimo_v2_flash"

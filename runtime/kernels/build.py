@@ -1,20 +1,71 @@
-"""Builds and loads `decode_cpu.cpp`, the decode kernels of backend 'cpu'."""
+"""Builds and loads `decode_cpu.cpp`, the decode kernels of backend 'cpu', for the instruction set of this machine."""
 
 import ctypes
+import os
+import platform
 from functools import cache
 from pathlib import Path
 
 from speedstack.quant.kernels.build import load_library
 
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
-HEADERS = ("simd.h", "panels.h", "program.h", "attention.h", "experts.h", "head.h")
+HEADERS = (
+    *("simd.h", "weights.h", "matmul.h", "program.h", "team.h"),
+    *("attention.h", "dense.h", "experts.h", "head.h"),
+)
+# No -march=native: what is built is what was asked for, and a set that the machine has beside its best can be tested.
+# No -ffast-math: it would let the compiler reorder sums whose order results rest on.
+FLAGS = ("-O3", "-std=c++20", "-pthread", "-shared", "-fPIC")
+# Best first, with what /proc/cpuinfo has to name.
+INSTRUCTION_SETS = {
+    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"),
+    "avx2": ("avx2", "fma", "f16c"),
+    "neon": (),
+}
+VARIABLE = "SPEEDSTACK_CPU"
+
+
+def available_sets() -> list[str]:
+    """Names in INSTRUCTION_SETS that this machine has, best first."""
+    machine = platform.machine().lower()
+    if machine in ("aarch64", "arm64"):
+        return ["neon"]
+    if machine not in ("x86_64", "amd64"):
+        return []
+    found = _cpu_flags()
+    return [name for name, flags in INSTRUCTION_SETS.items() if flags and found.issuperset(flags)]
+
+
+def choose_set() -> str:
+    """The instruction set to build for: what SPEEDSTACK_CPU names, else the machine's best.
+
+    Raises ValueError where the machine has none of them, or not the one that is named.
+    """
+    available, wanted = available_sets(), os.environ.get(VARIABLE)
+    if not available:
+        raise ValueError("backend 'cpu' needs a processor with AVX2 and FMA, or NEON; use backend='reference'")
+    if not wanted:
+        return available[0]
+    if wanted not in available:
+        raise ValueError(f"{VARIABLE}={wanted!r}: this machine has {' and '.join(available)}")
+    return wanted
+
+
+def load_kernels() -> ctypes.CDLL:
+    """The compiled kernels, built on first use. Raises ValueError as `load_library` and `choose_set` do."""
+    return _load(choose_set())
 
 
 @cache
-def load_kernels() -> ctypes.CDLL:
-    """The compiled kernels, built on first use. Raises ValueError as `load_library` does.
+def _load(instruction_set: str) -> ctypes.CDLL:
+    flags = [f"-m{flag}" for flag in INSTRUCTION_SETS[instruction_set]]
+    return load_library(SOURCE, "backend 'cpu'", [SOURCE.with_name(header) for header in HEADERS], (*FLAGS, *flags))
 
-    Products and sums are fused by GCC's default contraction, in every tile alike; the tests compare the bits of all
-    tile shapes.
-    """
-    return load_library(SOURCE, "backend 'cpu'", [SOURCE.with_name(header) for header in HEADERS])
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(word for line in lines if line.startswith("flags") for word in line.split())

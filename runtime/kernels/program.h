@@ -1,4 +1,4 @@
-// What a program is made of: operations, the rows of a step, and one thread's share of the work.
+// What a program is made of: operations, the rows of a step, and what a thread has to itself.
 
 #pragma once
 
@@ -7,14 +7,14 @@
 #include <cstring>
 #include <vector>
 
-#include "panels.h"
+#include "matmul.h"
 
 extern "C" {
 
 // Mirrored field by field by `Op` and `RowArrays` in runtime/program.py.
 struct Op {
     int32_t kind;
-    int32_t i[11];
+    int32_t i[12];
     float f[4];
     void* p[12];
 };
@@ -30,9 +30,9 @@ struct Rows {
 };
 }
 
-// The weights of an operation: their format is its last integer, the scales of MXFP4 are its last pointer.
+// The weights of an operation; their format is its last integer.
 inline Panels weights_of(const Op& op, int pointer, int K) {
-    return {op.i[10], K, (const uint8_t*)op.p[pointer], (const uint8_t*)op.p[11]};
+    return {op.i[11], K, (const uint8_t*)op.p[pointer]};
 }
 
 // RMSNorm; a null weight copies.
@@ -41,22 +41,62 @@ inline void rms_norm(const float* x, const float* weight, int D, float eps, floa
         std::memcpy(y, x, sizeof(float) * D);
         return;
     }
-    v16f square = v16f{};
-    for (int d = 0; d < D; d += LANES) square += load(x + d) * load(x + d);
-    float inverse = 1.0f / std::sqrt(sum_lanes(square) / D + eps);
-    for (int d = 0; d < D; d += LANES) store(y + d, load(x + d) * inverse * load(weight + d));
+    vf square[VECTORS] = {};
+    for (int d = 0; d < D; d += LANES)
+        for (int v = 0; v < VECTORS; v++) square[v] = mul_add(load(x + d + v * W), load(x + d + v * W), square[v]);
+    const float inverse = 1.0f / std::sqrt(sum_panel(square) / D + eps);
+    for (int d = 0; d < D; d += W) store(y + d, load(x + d) * inverse * load(weight + d));
 }
 
-// One thread's part of the team's work, and its private scratch.
-struct Worker {
-    int id, count;
-    std::vector<float>& scratch;
-    void slice(int total, int& begin, int& end) const {
-        begin = int(int64_t(total) * id / count);
-        end = int(int64_t(total) * (id + 1) / count);
+inline int num_blocks_of(int total, int size) { return (total + size - 1) / size; }
+
+// The columns of an operation's matrix product that are one item of work: a few panels, enough of them that taking an
+// item costs nothing beside computing it, and few enough that every thread gets some.
+struct Columns {
+    int num_panels, chunk;
+    Columns(int num_panels, int64_t panel_bytes, int num_threads) : num_panels(num_panels), chunk(4) {
+        while (chunk * panel_bytes < 32768 && num_panels >= 8 * chunk * num_threads) chunk *= 2;
     }
-    float* reserve(int64_t floats) const {
-        if (int64_t(scratch.size()) < floats) scratch.resize(floats);
-        return scratch.data();
+    int num_items() const { return num_blocks_of(num_panels, chunk); }
+    int begin(int item) const { return item * chunk; }
+    int end(int item) const { return std::min(num_panels, (item + 1) * chunk); }
+};
+
+// One thread: how many there are, its private memory, and the operations for which `prepared` and `lists` were made.
+struct alignas(64) Worker {
+    int num_threads = 1;
+    std::vector<float> scratch, prepared;
+    std::vector<int32_t> lists;
+    int prepared_for = -1, lists_for = -1;
+
+    // A step begins: what was prepared was for another.
+    void begin(int threads) {
+        num_threads = threads;
+        prepared_for = lists_for = -1;
     }
+
+    static float* reserve(std::vector<float>& memory, int64_t floats) {
+        if (int64_t(memory.size()) < floats) memory.resize(floats);
+        return memory.data();
+    }
+    float* reserve(int64_t floats) { return reserve(scratch, floats); }
+
+    // Normed rows, made once an operation by each thread that works on it: cheaper than a thread that waits for them.
+    float* normed(int op, int num_rows, int D, const float* h, const int32_t* row_of, const float* weight, float eps) {
+        float* x = reserve(prepared, int64_t(num_rows) * D);
+        if (prepared_for == op) return x;
+        for (int r = 0; r < num_rows; r++)
+            rms_norm(h + int64_t(row_of ? row_of[r] : r) * D, weight, D, eps, x + int64_t(r) * D);
+        prepared_for = op;
+        return x;
+    }
+};
+
+// What an item of work is given: its operation and that operation's number, the rows, its own number, its thread.
+struct Item {
+    const Op& op;
+    int number;
+    const Rows& rows;
+    int item;
+    Worker& me;
 };

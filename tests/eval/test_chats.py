@@ -41,6 +41,8 @@ def chat(*messages: dict[str, Any], **row: Any) -> Chat:
     ("row", "messages"),
     [
         ({"prompt": [USER]}, [("user", "two?")]),
+        ({"conversations": '[{"from": "human", "value": "two?"}]'}, [("user", "two?")]),
+        ({"messages": [USER | {"from": "human", "value": "two?"}]}, [("user", "two?")]),
         (
             {
                 "conversations": [
@@ -103,6 +105,8 @@ def test_tool_calls_have_objects_as_arguments() -> None:
         ({"messages": [USER | {"content": [{"type": "image_url", "image_url": "x"}]}]}, "a part of type 'image_url'"),
         ({"messages": [USER | {"content": [{"type": "text", "text": 3}]}]}, "a part that is no text"),
         ({"messages": [USER], "tools": 3}, "'tools' is no list"),
+        ({"messages": [USER | {"from": "gpt"}]}, "message 1 has role and from, which differ"),
+        ({"conversations": [USER | {"value": "three?"}]}, "message 1 has content and value, which differ"),
         ({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{}]}]}, "a tool call without"),
     ],
 )

@@ -196,6 +196,11 @@ def test_cache_survives_torn_lines_and_keeps_models_apart(
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"attention_value_scale": 1.0}))
     assert model_key(engine, copy) != model_key(engine, tiny_model_dir)
+    # So is another tokenizer, whatever its file is called.
+    for name in ("tokenizer.model.v3", "spiece.spm"):
+        before = model_key(engine, copy)
+        (copy / name).write_bytes(b"pieces")
+        assert model_key(engine, copy) != before
     # So it is when other software answers.
     before = model_key(engine, copy)
     with monkeypatch.context() as patch:

@@ -34,6 +34,7 @@ class InterpretedBackend:
     name = "interpreted"
     prepare_seconds = 0.0
     no_trees_because: str | None = "not here"
+    has_measured_cost = False
     round_cost = IN_PYTORCH
     drafter: ModuleDrafter | None = None
     num_host_drafts = 0

@@ -43,4 +43,5 @@ def assert_same_text(engine: Engine, expected: dict[str, list[list[int]]]) -> No
         assert [g.tokens for g in together] == expected[name], name
         alone = engine.generate(PROMPTS[2], NUM_NEW // 2, seed=3, ignore_eos=True, **options)
         assert alone.tokens == expected[name][2][: NUM_NEW // 2], name
-        assert all(g.stats.num_drafted > 0 for g in (*together, alone))
+        # What pays is measured: of an adaptive drafter nothing may.
+        assert engine.strategy.is_adaptive or all(g.stats.num_drafted > 0 for g in (*together, alone))

@@ -194,7 +194,8 @@ def test_more_rows_and_drafts_than_fit_one_call(tiny_packed_dir: Path, tiny_pack
 def test_packed_experts_compute_what_their_values_compute(tiny_packed_dir: Path, ids: list[int]) -> None:
     packed_TV = run(CpuBackend(weights_of(tiny_packed_dir), None, 1, 192), ids)
     plain_TV = run(CpuBackend(weights_of(tiny_packed_dir, unpack=True), None, 1, 192), ids)
-    assert torch.equal(packed_TV, plain_TV)
+    # The same values, but packed ones are summed block by block: float32 sums of up to 96 terms in another order.
+    torch.testing.assert_close(packed_TV, plain_TV, rtol=1e-4, atol=3e-5)
 
 
 def test_rejected_rows_leave_no_trace(make: Make, tiny_packed_dir: Path, ids: list[int]) -> None:
@@ -259,14 +260,3 @@ def test_sizes_the_kernels_cannot_take_are_refused_by_name(make_tiny_model: Call
     weights = read_weights(spec_from_config(model.config), tensors, torch.float32, torch.device("cpu"), tied=False)
     with pytest.raises(ValueError, match=r"query/key head size that is a multiple of 16, not 40"):
         CpuBackend(weights, None, 1, 64)
-
-
-def test_threads_that_sleep_are_warned_of(
-    tiny_packed_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    weights = weights_of(tiny_packed_dir)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    for num_threads, is_warned in ((1, False), (2, True)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda num_threads=num_threads: num_threads)
-        CpuBackend(weights, None, 1, 32)
-        assert ("OMP_WAIT_POLICY=PASSIVE" in caplog.text) == is_warned

@@ -1,8 +1,8 @@
 """Budgets: as many drafts as pay, and none where none do."""
 
-from speedstack.runtime.budget import IN_PYTORCH, PYTORCH_BESIDE_COMPILED, DraftBudget, compiled_cost, num_worth
+from speedstack.runtime.budget import COMPILED, IN_PYTORCH, DraftBudget, RoundCost, num_worth
 
-COST = compiled_cost()
+COST = COMPILED
 SURE, DOUBTFUL = [0.99] * 7, [0.05] * 7
 
 
@@ -55,10 +55,10 @@ def test_what_is_drafted_follows_the_cost() -> None:
     """A dear drafter is asked for easy text alone, a cheap one always; dearer proposals make shorter drafts."""
 
     def first(draft: float, token: float) -> int:
-        return DraftBudget(7, compiled_cost(draft, token)).num_to_draft()
+        return DraftBudget(7, RoundCost(draft, token, 0.2)).num_to_draft()
 
-    assert [first(0.1, 0.0), first(0.45, 0.0), first(0.45, 0.5), first(2.0, 0.0)] == [3, 4, 3, 0]
+    assert [first(0.1, 0.08), first(0.45, 0.08), first(0.45, 0.28), first(2.0, 0.08)] == [3, 4, 3, 0]
     assert DraftBudget(7, IN_PYTORCH).num_to_draft() == 7
-    assert play(DraftBudget(7, PYTORCH_BESIDE_COMPILED), SURE, num_right=7, num_rounds=40).count(0) > 30
+    assert play(DraftBudget(7, RoundCost(3.3, 0.34, 0.2)), SURE, num_right=7, num_rounds=40).count(0) > 30
     assert play(DraftBudget(7, COST), SURE, num_right=7, num_rounds=40).count(0) == 0
     assert DraftBudget(7, COST.of_look_up).num_to_draft() == 4

@@ -99,7 +99,7 @@ def test_markov_kernel_is_exact_and_breaks_ties_as_argmax(is_pruned: bool) -> No
     tokens = [token for anchor in anchors for token in (anchor, *[2] * num_drafts)]
     wanted = [row for row in range(len(tokens)) if row % (num_drafts + 1)]
     unused, num_ties = [0] * len(tokens), 0
-    Runner().run(records_of(*programs), tokens, unused, unused, unused, wanted)
+    Runner().run(records_of(*programs), tokens, unused, unused, unused, wanted, num_threads=2)
     for block, anchor in enumerate(anchors):
         previous = anchor
         for depth in range(num_drafts):

@@ -37,7 +37,8 @@ def plain(backend: str, tiny_packed_dir: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def drafting(backend: str, tiny_packed_dir: Path, tiny_packed_drafter_dir: Path) -> Engine:
-    return Engine.from_pretrained(tiny_packed_dir, tiny_packed_drafter_dir, backend=backend)  # type: ignore[arg-type]
+    # All of them, whatever they cost here: what rounds do is what is tested.
+    return Engine.from_pretrained(tiny_packed_dir, tiny_packed_drafter_dir, backend=backend, num_drafts="all")  # type: ignore[arg-type]
 
 
 def propose(engine: Engine, texts: Sequence[Sequence[int]], num_right: Callable[[int], int]) -> Any:

@@ -71,12 +71,11 @@ def test_text_and_logits_are_those_of_dequantized_weights(
     assert texts[0] == texts[1] and len(set(texts[0][0])) > 3
     num_fp8 = sum(held_in_fp8(weights_of(directories[name], keep_fp8=True)))
     assert num_fp8 == {"mimo": 6, "deepseek-v4": 9}[name]
-    assert f"backend {backend}: {num_fp8} matrices in FP8 are held" in caplog.text
     sizes, wide = kept.memory_bytes(), plain.memory_bytes()
-    if backend == "cpu":  # in bfloat16, which holds all values
-        assert sizes.keys() == wide.keys() and sizes["dense MLP"] * 2 == wide["dense MLP"]
+    if backend == "cpu":
+        assert wide["dense MLP"] / 2 <= sizes["dense MLP (FP8)"] <= 0.54 * wide["dense MLP"]  # of bfloat16
     else:
-        assert sizes == wide
+        assert f"backend {backend}: {num_fp8} matrices in FP8 are held" in caplog.text and sizes == wide
 
 
 def test_plain_weights_share_what_is_plain(directories: dict[str, Path]) -> None:

@@ -101,8 +101,13 @@ def test_failure_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not a prepared corpus"):
+    with pytest.raises(ValueError, match="is not a prepared corpus: choose a path that does not exist yet"):
         prepare_corpus(tmp_path)
+    # Who reads one is not told to name a path where nothing is.
+    with pytest.raises(ValueError, match="is not a prepared corpus: give one that"):
+        load_corpus(tmp_path)
+    with pytest.raises(ValueError, match="is not a prepared corpus, there is nothing: give one that"):
+        load_corpus(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty has no \.jsonl, \.json, \.parquet or \.txt file"):
         prepare_corpus(tmp_path / "new", source=str(tmp_path / "empty"))

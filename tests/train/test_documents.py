@@ -341,3 +341,12 @@ def test_a_place_that_datasets_would_mistake(source: Path, tmp_path: Path) -> No
         prepare_corpus(tmp_path / "a::b", 300, source=str(source))
     made = prepare_corpus(tmp_path / "a[1]*" / "c?", 300, source=str(source))
     assert len(load_corpus(tmp_path / "a[1]*" / "c?").train) == len(made.train) == 7
+
+
+def test_a_hopeless_source_is_not_read_to_its_end(tmp_path: Path) -> None:
+    source = tmp_path / "other.jsonl"
+    source.write_text('{"body": "x"}\n' * 3000)
+    with pytest.raises(ValueError, match=r"1000 of 1000 rows of .* cannot be used"):
+        load_documents(str(source))
+    with pytest.raises(ValueError, match=r"3000 of 3000 rows"):  # a share is of all
+        load_documents(str(source), 0.5)

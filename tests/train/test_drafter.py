@@ -11,6 +11,7 @@ import torch
 
 from speedstack.dflash.checkpoint import load_drafter
 from speedstack.quant.checkpoint import load_model, weights_sha256
+from speedstack.quant.checkpoint.digest import config_sha256
 from speedstack.runtime import Engine
 from speedstack.train.attention import enable_blockwise_attention
 from speedstack.train.config import DrafterConfig
@@ -322,7 +323,8 @@ def test_training_end_to_end(config, tiny_packed_dir, changed):
     assert losses[-1] < 0.7 * losses[0]
     drafter = load_drafter(result.export_path)
     assert drafter.config.target_sha256 == weights_sha256(tiny_packed_dir)
-    inputs = {"target": weights_sha256(tiny_packed_dir), "corpus": corpus_digest(config.data.corpus)}
+    inputs = {"target": weights_sha256(tiny_packed_dir), "target config": config_sha256(tiny_packed_dir)}
+    inputs["corpus"] = corpus_digest(config.data.corpus)
     assert json.loads((result.path / "inputs.json").read_text()) == inputs
     card = json.loads((result.export_path / "card.json").read_text())
     assert card["training"]["steps"] == 120 and card["target"] == str(tiny_packed_dir)

@@ -178,7 +178,7 @@ def test_training_end_to_end(config, tmp_path, changed):
     assert files[0].read_bytes() == files[1].read_bytes()
     assert {"tau_served", "tau_served_t1", "tau_simulated"} <= whole.metrics.keys()
     assert not config.data.corpus.exists()  # nothing of it was needed
-    assert json.loads((whole.path / "inputs.json").read_text()).keys() == {"target"}
+    assert json.loads((whole.path / "inputs.json").read_text()).keys() == {"target", "target config"}
     card = json.loads((whole.export_path / "card.json").read_text())
     assert "20 prompts of" in card["data"] and "4 held-out prompts of the same source" in card["data"]
     # The engine decoded the very answers that simulation walked over: up to the end token, not past it.

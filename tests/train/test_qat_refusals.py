@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from speedstack.quant.checkpoint import load_model, weights_sha256
+from speedstack.quant.checkpoint.digest import config_sha256
 from speedstack.train.config import QatConfig
 from speedstack.train.digest import corpus_digest
 from speedstack.train.loop import RunResult
@@ -31,6 +32,18 @@ def test_a_model_replaced_in_place_is_refused(
         qat(config)
 
 
+def test_a_model_under_another_config_is_another(
+    pretrained: RunResult, make_qat_config: MakeConfig, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(pretrained.export_path, tmp_path / "model"))
+    config = make_qat_config(tmp_path, model, loop__num_steps=1)
+    shutil.rmtree(qat(config).export_path)
+    fields = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(fields | {"routed_scaling_factor": 2.5}), encoding="utf-8")
+    with pytest.raises(ValueError, match="the model config of this run has changed since it was started"):
+        qat(config)
+
+
 def test_a_corpus_replaced_in_place_is_refused(
     pretrained: RunResult, corpus_path: Path, make_qat_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -41,6 +54,7 @@ def test_a_corpus_replaced_in_place_is_refused(
     inputs = result.path / "inputs.json"
     recorded = {
         "model": weights_sha256(pretrained.export_path),
+        "model config": config_sha256(pretrained.export_path),
         "corpus": corpus_digest(corpus_path),
     }
     assert json.loads(inputs.read_text(encoding="utf-8")) == recorded

@@ -75,6 +75,10 @@ class Plain(PerExpert):
             shape = (weight.num_rows // len(parts), weight.num_columns)
             tensors = [files.get(f"{part}.weight", shape) for part in parts]
         for tensor in tensors:
+            if tensor.dtype == torch.float64:
+                raise ValueError(
+                    f"{files.path}: {weight.module} holds {tensor.dtype}: store it in float32, bfloat16 or float16"
+                )
             if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 raise ValueError(
                     f"{files.path}: {weight.module} holds {tensor.dtype} though config.json names no quantization: "

@@ -50,6 +50,7 @@ def test_quantized_tensors_that_the_config_keeps_quiet_about(plain: Path, refuse
     linear = next(name for name in tensors if "q_proj" in name)
     save_file(tensors | {linear: tensors[linear].to(torch.float8_e4m3fn)}, plain / "model.safetensors")
     refuses(plain, "compressed-tensors", "is F8_E4M3, quantized and no routed expert")
+    refuses(plain, "plain", "is F8_E4M3 though .* names no quantization: its quantization_config is missing")
     with pytest.raises(ValueError, match="is FP8, which the format"):
         load_checkpoint(plain)
 

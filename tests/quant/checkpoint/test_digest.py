@@ -49,6 +49,17 @@ def test_a_model_is_its_weights_and_configs(tiny_model_dir: Path, tmp_path: Path
     assert len(digests) == 4 and weights_sha256(copy) == weights_sha256(tiny_model_dir)
 
 
+def test_a_model_is_the_shards_that_its_index_means(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"first")
+    (tmp_path / "b.safetensors").write_bytes(b"second")
+    digests = []
+    for place in "ab":
+        weight_map = {"x": f"{place}.safetensors", "y": "a.safetensors", "z": "b.safetensors"}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        digests.append((weights_sha256(tmp_path), model_sha256(tmp_path)))
+    assert digests[0][0] == digests[1][0] and digests[0][1] != digests[1][1]
+
+
 @pytest.mark.filterwarnings("ignore:experts.gguf holds the routed experts alone")
 def test_follows_experts_in_gguf(tiny_model_dir: Path, tmp_path: Path) -> None:
     """Their safetensors files are the same bytes, whatever the experts."""

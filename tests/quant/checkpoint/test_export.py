@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from speedstack.quant.checkpoint import can_be_packed, check_export, convert, export_model, load_checkpoint, load_model
 from speedstack.quant.checkpoint.formats import default_format
@@ -185,6 +191,33 @@ def test_a_checkpoint_that_names_no_dtype(qwen: Path, tmp_path: Path) -> None:
     export_model(model, qwen, tmp_path / "wider", scale_rule="even")
     assert read_config(tmp_path / "wider") == fields | {"torch_dtype": "float32"}
     assert AutoConfig.from_pretrained(tmp_path / "wider").dtype == torch.float32
+
+
+def test_a_language_model_that_is_a_part(tmp_path: Path) -> None:
+    """As Qwen3.5 is released: beside an encoder of images, in a `text_config` that may name a dtype of its own."""
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "layer_types": ["full_attention"]}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config_class: Any = CONFIG_MAPPING["qwen3_5_moe"]
+    config = config_class(text_config=sizes, vision_config=vision)
+    source = tmp_path / "source"
+    AutoModelForImageTextToText.from_config(config).bfloat16().save_pretrained(source)
+    fields = read_config(source)
+    fields["text_config"] = {**fields["text_config"], "dtype": "bfloat16"}
+    (source / "config.json").write_text(json.dumps(fields))
+    model = load_model(source)
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).state_dict()
+    assert theirs.keys() == model.state_dict().keys()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight").mul_(1.01)
+    export_model(model, source, tmp_path / "out", scale_rule=None)
+    written = read_config(tmp_path / "out")
+    assert (written["dtype"], written["text_config"]["dtype"]) == ("float32", "float32")
+    assert weights_of(tmp_path / "out").keys() == weights_of(source).keys(), "the encoder goes along"
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    assert all(torch.equal(theirs[name].float(), tensor) for name, tensor in model.state_dict().items())
 
 
 def test_float32_files_under_another_name(make_family: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from speedstack.quant.checkpoint import load_checkpoint, load_model, load_tensor, weights_sha256
+from speedstack.quant.checkpoint import convert, load_checkpoint, load_model, load_tensor, weights_sha256
 from speedstack.quant.checkpoint.files import WeightFiles
 from speedstack.quant.checkpoint.names import FAMILIES
 from tests.packing import save_packed
@@ -102,6 +102,29 @@ def test_families_without_names_load_as_models(make_family: Callable[[str], PreT
     fails(tmp_path, "tensor names of model_type 'minimax_m2' are not known", (load_checkpoint,))
 
 
+def test_a_family_whose_experts_have_one_implementation(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 32,
+        "num_hidden_layers": 1,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2}
+    config_class: Any = CONFIG_MAPPING["llama4_text"]
+    config = config_class(vocab_size=16, pad_token_id=None, **sizes, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    fails(tmp_path, "experts of Llama4ForCausalLM do not go through transformers' registry", (load_model,))
+
+
+@pytest.mark.parametrize("fields", [{"max_new_tokens": -1}, {"watermarking_config": 5}])
+def test_generation_settings_that_cannot_be_are_not_blamed_on_the_weights(
+    fields: dict[str, Any], plain: Path, packed: Path
+) -> None:
+    for path in (plain, packed):
+        (path / "generation_config.json").write_text(json.dumps(fields))
+        fails(path, r"generation_config\.json is not valid \(.*\): correct or remove it", (load_model,))
+
+
 def test_missing_files(plain: Path) -> None:
     both = (load_checkpoint, load_model)
     fails(plain / "nowhere", "no model directory at .*/nowhere", (*both, weights_sha256))
@@ -140,6 +163,104 @@ def test_broken_index(make_tiny_model: Callable[..., PreTrainedModel], tmp_path:
     fails(path, "has no weight_map", everyone)
     index.write_text("{")
     fails(path, r"index\.json is not valid JSON", everyone)
+
+
+@pytest.mark.parametrize("place", ["./{}", "weights/{}"])
+def test_shards_are_where_the_index_says(
+    place: str, make_family: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    model = make_family("mixtral")
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    index = tmp_path / "model.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    fields["weight_map"] = {name: place.format(file) for name, file in fields["weight_map"].items()}
+    index.write_text(json.dumps(fields))
+    (tmp_path / "weights").mkdir()
+    for shard in sorted(tmp_path.glob("*.safetensors")):
+        shard.rename(tmp_path / place.format(shard.name))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, tensor in load_checkpoint(tmp_path).tensors.items():
+        assert isinstance(tensor, torch.Tensor) and torch.equal(tensor, theirs[name])
+    fields["weight_map"] |= {"model.norm.weight": "../elsewhere.safetensors"}
+    index.write_text(json.dumps(fields))
+    fails(tmp_path, r"names \.\./elsewhere\.safetensors, which is not in the directory")
+
+
+def test_one_file_beside_shards(make_family: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    """transformers reads the one, vLLM and SGLang what the index names; an index of the one file alone is no matter."""
+    make_family("olmoe").save_pretrained(tmp_path / "whole")
+    make_family("olmoe").save_pretrained(tmp_path, max_shard_size="60KB")
+    shutil.copy(tmp_path / "whole" / WEIGHTS, tmp_path / WEIGHTS)
+    fails(tmp_path, r"has model\.safetensors and model\.safetensors\.index\.json with shards such as model-00001")
+    index = tmp_path / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, WEIGHTS)}))
+    load_checkpoint(tmp_path)
+
+
+def test_a_link_to_nothing_is_said(plain: Path) -> None:
+    (plain / WEIGHTS).unlink()
+    (plain / WEIGHTS).symlink_to("../../blobs/0123")
+    fails(plain, r"model\.safetensors is a link to nothing: download it again")
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_of_two_tied_tensors_the_head_alone_is_stored(
+    family: str,
+    make_family: Callable[..., PreTrainedModel],
+    edit_weights: Callable[..., Any],
+    stored: Callable[[Path], dict[str, torch.Tensor]],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "model"
+    make_family(family, tie_word_embeddings=True).save_pretrained(path)
+    embedding = load_checkpoint(path).tensors["model.embed_tokens.weight"]
+    assert isinstance(embedding, torch.Tensor)
+    edit_weights(path, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    convert(path, "gpt-oss" if family == "gpt_oss" else "compressed-tensors", tmp_path / "packed")
+    assert "model.embed_tokens.weight" not in stored(tmp_path / "packed")
+    for place in (path, tmp_path / "packed"):
+        checkpoint, loaded = load_checkpoint(place).tensors, load_model(place).state_dict()
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            found = checkpoint[name]
+            assert isinstance(found, torch.Tensor) and torch.equal(found, embedding)
+            assert torch.equal(loaded[name], found) and torch.equal(load_tensor(place, name), found)
+
+
+@pytest.mark.parametrize("others", [torch.float32, torch.float16])
+def test_experts_of_several_dtypes_keep_their_values(
+    others: torch.dtype, make_family: Callable[..., PreTrainedModel], edit_weights: Callable[..., Any], tmp_path: Path
+) -> None:
+    make_family("glm4_moe").save_pretrained(tmp_path)
+
+    def mix(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            if ".experts." in name:
+                tensors[name] = tensors[name].to(torch.bfloat16 if ".experts.0." in name else others)
+
+    edit_weights(tmp_path, mix)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    for name, tensor in load_checkpoint(tmp_path).tensors.items():
+        assert isinstance(tensor, torch.Tensor) and torch.equal(tensor.float(), theirs[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.int8, torch.uint8])
+def test_elements_of_another_quantization_are_no_values(
+    dtype: torch.dtype, plain: Path, packed: Path, edit_weights: Callable[..., Any]
+) -> None:
+    """Beside packed experts too, and beside a scale that nothing says how to use."""
+    name = "model.layers.1.self_attn.k_proj.weight"
+    for path in (plain, packed):
+        edit_weights(
+            path, lambda tensors: tensors.update({name: tensors[name].to(dtype), f"{name}_scale": torch.ones(1)})
+        )
+        fails(path, rf"{name} is (F8_E5M2|I8|U8)(, quantized| though)")
+        fails(path, rf"{name} is (F8_E5M2|I8|U8), quantized", (lambda path: load_tensor(path, name),))
+
+
+def test_float64_is_no_missing_quantization(plain: Path, edit_weights: Callable[..., Any]) -> None:
+    edit_weights(plain, lambda tensors: tensors.update({name: each.double() for name, each in tensors.items()}))
+    fails(plain, r"experts holds torch\.float64: store it in float32, bfloat16 or float16", (load_checkpoint,))
 
 
 def test_missing_tensors(plain: Path, packed: Path, edit_weights: Callable[..., Any]) -> None:

@@ -1,13 +1,17 @@
 """config.json in others' words: translated, held to each other, or refused by name; never a default without a word."""
 
+import dataclasses
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from speedstack.quant.checkpoint.config import config_from_fields
+from speedstack.quant.checkpoint.config import build_skeleton, config_from_fields
 from speedstack.quant.checkpoint.names import FAMILIES
-from speedstack.quant.checkpoint.spelling import transformers_fields
+from speedstack.quant.checkpoint.spelling import _HARD_WIRED, transformers_fields
 
 MIMO: dict[str, Any] = {
     **{"model_type": "mimo_v2_flash", "num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4},
@@ -38,7 +42,17 @@ RELEASED: dict[str, dict[str, Any]] = {
     "olmoe": {"clip_qkv": None, "rope_scaling": None, "rope_theta": 1e4, "norm_topk_prob": False},
     "qwen2_moe": {"use_mrope": False, "max_window_layers": 28, "use_sliding_window": False, "qkv_bias": True},
     "qwen3_moe": QWEN3 | {"max_window_layers": 48, "rope_scaling": None, "decoder_sparse_step": 1},
+    "hunyuan_v1_moe": {
+        "rope_scaling": {"alpha": 1000.0, "beta_fast": 32, "factor": 1.0, "mscale": 1.0, "type": "dynamic"},
+    },
+    "phimoe": {
+        "rope_scaling": {
+            **{"long_factor": [2.0] * 64, "short_factor": [1.0] * 64, "long_mscale": 1.2, "short_mscale": 1.2},
+            **{"original_max_position_embeddings": 4096, "type": "longrope"},
+        },
+    },
     "minimax_m2": {
+        "rotary_dim": 64,
         "moe_intermediate_size": 8,
         "intermediate_size": 8,
         "attn_type_list": [1, 1],
@@ -125,6 +139,41 @@ def test_both_spellings_in_one_file_must_agree() -> None:
         ({"model_type": "minimax_m2", "attn_type_list": [1, 0]}, r"attn_type_list \[1, 0\] is not what a minimax_m2"),
         ({"model_type": "deepseek_v3", "scoring_func": "softmax"}, "scoring_func 'softmax' is not what a deepseek_v3"),
         ({"model_type": "olmoe", "num_experts_per_token": 8}, "did you mean 'num_experts_per_tok'"),
+        (
+            {"model_type": "qwen2_moe", "rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2.0}},
+            "rope_type",
+        ),
+        ({"model_type": "olmoe", "rope_scaling": {"factor": 8.0}}, "rope_scaling has factor 8.0, which .* 'default'"),
+        (
+            {
+                "model_type": "glm4_moe",
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0, "low_freq_factor": 4.0},
+            },
+            "low_freq_factor 4.0, which a rotary embedding of type 'linear' does not read",
+        ),
+        (
+            {"model_type": "mixtral", "rope_parameters": {"rope_theta": 1e5, "sliding_attention": {"rope_theta": 1e4}}},
+            "rope_parameters has 'rope_theta' beside an object for each kind of layer",
+        ),
+        ({"model_type": "olmoe", "rotary_dim": 32}, "does not read the key 'rotary_dim'"),
+        ({"model_type": "olmoe", "rope_theta": -1e4}, "rope_theta is -10000.0 and should be a number above 0"),
+        ({"model_type": "mixtral", "rope_parameters": {"rope_theta": "1e6"}}, r"rope_parameters\.rope_theta is '1e6'"),
+        ({"model_type": "glm4_moe", "routed_scaling_factor": float("nan")}, "routed_scaling_factor is nan"),
+        ({"model_type": "olmoe", "rope_scaling": {"type": "yarn", "factor": float("inf")}}, "factor is inf"),
+        ({"model_type": "gpt_oss", "hidden_act": "gelu"}, "hidden_act 'gelu' is not what a gpt_oss model computes"),
+        ({"model_type": "minimax_m2", "norm_topk_prob": False}, "norm_topk_prob False is not what a minimax_m2"),
+        ({"model_type": "deepseek_v2", "norm_topk_prob": True}, "norm_topk_prob True is not what a deepseek_v2"),
+        ({"model_type": "phimoe", "norm_topk_prob": False}, "does not read the key 'norm_topk_prob'"),
+        ({"model_type": "olmoe", "dtype": "float16", "torch_dtype": "bfloat16"}, "dtype 'float16' and torch_dtype"),
+        (
+            {"model_type": "qwen3_5_moe", "text_config": {"num_expert_per_tok": 4}},
+            r"text_config: .*'num_expert_per_tok' \(did you mean 'num_experts_per_tok'\?\)",
+        ),
+        (
+            {"model_type": "llama4", "text_config": {"rope_scaling": {"type": "default", "factor": 8.0}}},
+            "text_config: ",
+        ),
+        ({"model_type": "qwen3_5_moe", "rope_theta": 1e7, "text_config": {}}, "rope_theta .* beside text_config"),
         ({"model_type": ["qwen3_moe"]}, r"transformers knows no model_type \['qwen3_moe'\]"),
     ],
 )
@@ -169,3 +218,73 @@ def test_a_choice_of_experts_that_cannot_be_is_refused() -> None:
     for top_k in (0, -1, 7):
         with pytest.raises(ValueError, match=f"num_experts_per_tok {top_k} is no choice of 6 experts"):
             config_from_fields({"model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": top_k})
+
+
+GROUPS: dict[str, Any] = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"model_type": "glm4_moe"} | GROUPS | {"topk_group": 5}, "topk_group 5 of n_group 4 is no choice of groups"),
+        ({"model_type": "deepseek_v2"} | GROUPS | {"topk_group": 0}, "topk_group 0 of n_group 4 is no choice"),
+        ({"model_type": "deepseek_v3"} | GROUPS | {"n_group": 3}, "topk_group 2 of n_group 3 .* of 8 experts"),
+        ({"model_type": "deepseek_v3"} | GROUPS | {"num_experts_per_tok": 6}, "num_experts_per_tok 6 is more than"),
+        ({"model_type": "mixtral", "num_key_value_heads": 5}, "num_attention_heads 32 are not shared evenly by"),
+        ({"model_type": "olmoe", "num_key_value_heads": 0}, "not shared evenly by num_key_value_heads 0"),
+        ({"model_type": "qwen2_moe", "num_hidden_layers": 0}, "num_hidden_layers 0 is no model"),
+        ({"model_type": "gpt_oss", "sliding_window": None}, "sliding_window None is no number of tokens"),
+        ({"model_type": "gpt_oss", "sliding_window": -8}, "sliding_window -8 is no number of tokens"),
+        ({"model_type": "olmoe", "rms_norm_eps": -1e-5}, "rms_norm_eps -1e-05 is below 0"),
+        ({"model_type": "olmoe", "rope_scaling": {"type": "linear", "factor": -2.0}}, "rope_scaling.factor is -2.0"),
+    ],
+)
+def test_numbers_that_compute_nothing_are_refused(fields: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        config_from_fields(fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_padding_token_outside_the_vocabulary_is_one_line() -> None:
+    fields = {"model_type": "mixtral", "vocab_size": 64, "pad_token_id": 99}
+    with pytest.raises(ValueError, match=r"makes no model of this mixtral configuration.*Padding_idx"):
+        build_skeleton(config_from_fields(fields))
+
+
+@pytest.mark.parametrize("model_type", ["olmoe", "qwen3_moe"])
+def test_a_rotary_embedding_by_kind_of_layer_is_refused_where_the_class_has_one_for_all(model_type: str) -> None:
+    fields = {
+        "model_type": model_type,
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 7.0}},
+    }
+    with pytest.raises(ValueError, match=r"rope_parameters\.full_attention is not read"):
+        config_from_fields(fields)
+
+
+def test_a_text_part_is_spelled_as_a_model_of_its_own() -> None:
+    part = {"num_local_experts": 6, "num_experts_per_tok": 2, "rope_theta": 3e5, "rope_scaling": None}
+    config: Any = config_from_fields({"model_type": "qwen3_5_moe", "text_config": part}).get_text_config()
+    assert (config.num_experts, config.rope_parameters["rope_theta"]) == (6, 3e5)
+
+
+@pytest.mark.parametrize("model_type", [*FAMILIES, "minimax_m2"])
+def test_fields_that_a_class_has_and_no_model_reads_are_hard_wired(model_type: str) -> None:
+    """Of the installed transformers: a field of a later release that its model ignores turns this red."""
+    config_class = CONFIG_MAPPING[model_type]
+    place = Path(str(sys.modules[config_class.__module__].__file__))
+    configuration = place.read_text("utf-8")
+    model = place.with_name(place.name.replace("configuration_", "modeling_")).read_text("utf-8")
+    bookkeeping = {"use_cache", "pretraining_tp", "output_router_logits", "router_jitter_noise", "compress_rope_theta"}
+    bookkeeping |= {"num_mtp_layers", "num_nextn_predict_layers", "moe_intermediate_size"}
+    own = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    own -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    own -= {*config_class.attribute_map, *config_class.attribute_map.values(), *bookkeeping}
+    ignored = {
+        name
+        for name in own
+        if not re.search(rf"""config\.{name}\b|["']{name}["']""", model)
+        and not re.search(rf"self\.{name}\b", configuration)
+    }
+    assert ignored - {"bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"} <= set(
+        _HARD_WIRED[model_type]
+    )

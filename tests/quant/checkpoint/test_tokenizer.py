@@ -57,6 +57,23 @@ def test_what_was_saved_is_read(saved: Path, tiny_tokenizer: PreTrainedTokenizer
     assert [file.name for file in tokenizer_files(saved)] == ["tokenizer.json", "tokenizer_config.json"]
 
 
+def test_truncation_and_padding_in_the_file_are_nobody_s_text(saved: Path) -> None:
+    """As training scripts leave them there; transformers sets its own at every call."""
+    text, whole = "import os\nprint(os.getcwd())\n" * 5, load_tokenizer(saved)
+    expected = whole.encode(text, add_special_tokens=False)
+    own = Tokenizer.from_file(str(saved / "tokenizer.json"))
+    for cut in (True, False):
+        own.no_padding()
+        own.enable_truncation(4) if cut else own.no_truncation()
+        if not cut:
+            own.enable_padding(length=500)
+        own.save(str(saved / "tokenizer.json"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tokenizer = load_tokenizer(saved)
+        assert tokenizer.encode(text, add_special_tokens=False) == expected
+
+
 def test_vocabulary_and_merges(saved: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     model = json.loads((saved / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     for name in ("tokenizer.json", "tokenizer_config.json"):
