@@ -93,6 +93,7 @@ def test_race_shows_what_was_measured_and_no_more() -> None:
         joules_per_token=spread(0.25),
         prompt_tokens_per_second=spread(96.0),
     )
+    full = full.model_copy(update={"prompt_tokens_per_second": spread(96.0)})
     one_set = SetTiming(name="humaneval", source="a file", num_prompt_tokens=(4, 5), contestants=(full,))
     race = TimingResult(
         device="cpu",
