@@ -15,15 +15,16 @@ CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/
 # Arguments for the demo, for example: make demo ARGS="--size small --device cuda"
 ARGS ?=
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup peers demo test lint format clean
 
 help:
 	@echo "make setup    create $(VENV) and install speedstack with its development tools"
+	@echo "make peers    llama.cpp, compiled here, and vLLM's CPU build in .venv-peers, for speedstack bench"
 	@echo "make demo     the whole stack on a small model, on this machine; ARGS=\"--seed 1 --out runs/mine\""
 	@echo "make test     lint, types and the test suite"
 	@echo "make lint     ruff and mypy alone"
 	@echo "make format   rewrite the code as ruff formats it"
-	@echo "make clean    remove $(VENV), caches and build products; runs/ stays"
+	@echo "make clean    remove $(VENV), caches and build products; runs/ and .venv-peers stay"
 
 setup: $(STAMP)
 
@@ -33,6 +34,9 @@ $(STAMP): pyproject.toml constraints-cpu.txt requirements-peers.txt
 	$(BIN)/python -m pip install $(CONSTRAINTS) -e '.[dev]'
 	$(BIN)/python -m pip install --no-deps -r requirements-peers.txt
 	@touch $@
+
+peers: setup
+	$(BIN)/python eval/install_peers.py
 
 demo: setup
 	$(BIN)/speedstack demo $(ARGS)

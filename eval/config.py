@@ -169,20 +169,44 @@ class PromptsConfig(VerbConfig, PromptSettings):
 
 
 class BenchConfig(ModelConfig):
-    """Decode speed: the engine with and without speculation, and its peers, interleaved in one process."""
+    """Decode speed: the engine with and without speculation, and its peers, interleaved in one race."""
 
     prompts: PromptsConfig = Field(PromptsConfig(), description="What is decoded.")
-    peers: tuple[Literal["transformers", "assisted", "compiled", "vllm", "llama.cpp"], ...] = Field(
+    peers: tuple[Literal["transformers", "assisted", "compiled", "vllm", "llama.cpp", "unpacked"], ...] = Field(
         ("transformers", "assisted", "compiled", "vllm", "llama.cpp"),
         description="transformers' generate; the same assisted by the drafter; the same under torch.compile, which "
-        "compiles for minutes on a CPU; vLLM and llama.cpp where they are installed.",
+        "compiles for minutes on a CPU; vLLM and llama.cpp where they are installed (`make peers`); unpacked: our "
+        "engine on the same values, experts not packed.",
+    )
+    vllm_python: Path | None = Field(
+        None, description="Interpreter that has vLLM; None: .venv-peers/bin/python, or without it this one."
+    )
+    llama_cpp_python: Path | None = Field(
+        None, description="Interpreter that has llama-cpp-python; None: .venv-peers/bin/python, or without it this one."
     )
     look_up: bool = Field(True, description="Time the engine with prompt look-up too.")
-    gguf: Path | None = Field(None, description="GGUF file of the model, for llama.cpp.")
+    gguf: Path | None = Field(
+        None, description="GGUF file of the model, for llama.cpp; None: its own converter makes one in `copies`."
+    )
+    gguf_weights: tuple[Literal["f32", "f16", "bf16", "q8_0"], ...] = Field(
+        ("f16",),
+        min_length=1,
+        description="What such a file holds weights in, but for experts in MXFP4, which stay so; of several each is a "
+        "contestant.",
+    )
+    copies: Path = Field(
+        Path("runs/peers"), description="Directory for copies of the target that peers read: unpacked, and GGUF files."
+    )
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1,), min_length=1, description="Prompts of a set decoded at once; of several each is timed, in the same race."
+    )
     num_new_tokens: int = Field(128, ge=2, description="Tokens generated after each prompt, past any end token.")
     num_repeats: int = Field(5, ge=1, description="Timed repeats of every contestant, interleaved.")
     num_warmups: int = Field(1, ge=1, description="Calls before, on the first prompt of each set; not counted.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of all contestants.")
+    peer_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="dtype of transformers and vLLM where it is another one: what people would run them in."
+    )
     num_threads: int | None = Field(None, ge=1, description="Threads of torch and of the kernels; None: torch's own.")
     gpu_hour_usd: float | None = Field(
         None, gt=0, description="Price of an hour of this machine in US dollars; adds the cost of a million tokens."
@@ -193,9 +217,10 @@ class BenchConfig(ModelConfig):
     )
 
     @model_validator(mode="after")
-    def _gguf_is_read(self) -> "BenchConfig":
-        if self.gguf is not None and "llama.cpp" not in self.peers:
-            raise ValueError("gguf is for the peer llama.cpp, which is not among peers")
+    def _peers_fit(self) -> "BenchConfig":
+        for name, peer in (("gguf", "llama.cpp"), ("llama_cpp_python", "llama.cpp"), ("vllm_python", "vllm")):
+            if getattr(self, name) is not None and peer not in self.peers:
+                raise ValueError(f"{name} is for the peer {peer}, which is not among peers")
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,13 @@ PEER_ERRORS = (
 )
 
 
+class PeerFailure(RuntimeError):
+    """Why a peer cannot run, as a line that says all."""
+
+
 def one_line(error: BaseException) -> str:
     """An exception as one short line: its type and the first line of its message."""
+    if isinstance(error, PeerFailure):
+        return str(error)
     message = str(error).strip().splitlines()
     return f"{type(error).__name__}: {message[0][:200]}" if message else type(error).__name__

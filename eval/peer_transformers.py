@@ -8,7 +8,8 @@ experts implementations out as well, compiled, since another one may be fastest 
 good for a prompt: on a GPU that goes through transformers' own choice, and `generate` switches between the two. On a
 CPU transformers does not switch, and so neither does this: what decodes fastest reads the prompt too.
 
-All three run one model in memory.
+Plain `generate` decodes several sequences at once too, shorter prompts padded, with the experts implementation that
+does that fastest. All three run one model in memory.
 """
 
 import time
@@ -22,9 +23,9 @@ from transformers import GenerationConfig
 
 from speedstack.dflash.checkpoint import load_drafter
 from speedstack.dflash.hf import to_transformers
+from speedstack.eval.contestant import Contestant, Sample
 from speedstack.eval.document import Unavailable
 from speedstack.eval.failures import PEER_ERRORS, one_line
-from speedstack.eval.timing import Contestant, Sample
 from speedstack.eval.timing_result import TRANSFORMERS
 from speedstack.quant.checkpoint import load_model
 from speedstack.runtime import GenerationStats
@@ -73,10 +74,12 @@ def transformers_contestants(
     prompts: Mapping[str, Sequence[list[int]]],
     num_new_tokens: int,
     reference: str,
+    batch_size: int = 1,
 ) -> tuple[list[Contestant], list[Unavailable]]:
     """Contestants of `kinds` (keys of `NAMES`) that can be set up, and the others with the reason.
 
-    `prompts` are those of each set, by its name; `reference` is the contestant whose text these must say.
+    `prompts` are those of each set, by its name; `reference` is the contestant whose text these must say; `batch_size`
+    sequences are decoded at once at most.
     """
     names = [NAMES[kind] for kind in kinds]
     # Experts are tried out on decoding, for which a long prompt is only a wait.
@@ -120,11 +123,16 @@ def transformers_contestants(
         prompt = prompt_experts(model, trials, kind)
         choice = f"{fastest} experts" + (f", {prompt} for the prompt" if prompt not in (None, fastest) else "")
         tried = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in trials.items())
+        run_batch = None
+        if kind == "transformers" and batch_size > 1:
+            run_batch, batch_choice = _batch_runner(model, trial_prompt, batch_size, trials)
+            choice += f", {batch_choice} experts for {batch_size} sequences"
         contestants.append(
             Contestant(
                 name=NAMES[kind],
                 description=f"transformers {what}, {choice} (tried, ms a decoded token: {tried})",
                 run=_with_experts(model, fastest, prompt, run),
+                run_batch=run_batch,
                 prepare_seconds=load_seconds + time.perf_counter() - started,
                 enter_set=_with_experts(model, fastest, prompt, run.enter_set)
                 if isinstance(run, CompiledGenerate)
@@ -136,6 +144,18 @@ def transformers_contestants(
             )
         )
     return contestants, unavailable
+
+
+def _batch_runner(
+    model: Any, prompt: list[int], batch_size: int, known: Mapping[str, float]
+) -> tuple[Callable[[list[list[int]], int], list[Sample]], str]:
+    """Calls of `generate` with several prompts, and which of the `known` experts implementations it has for that."""
+    run = transformers_batch_runner(model)
+    trials, _ = try_experts_implementations(
+        model, prompt, lambda prompt, count: run([prompt] * batch_size, count)[0], tuple(known)
+    )
+    fastest = min(trials or known, key=lambda name: (trials or known)[name])
+    return _with_experts(model, fastest, prompt_experts(model, trials or known, "transformers"), run), fastest
 
 
 def _runner_of(
@@ -326,6 +346,30 @@ def transformers_runner(
             total_seconds=total_seconds,
             rounds=None if num_proposals is None else rounds_of(clock.arrivals, num_new_tokens, num_proposals),
         )
+
+    return run
+
+
+def transformers_batch_runner(model: Any) -> Callable[[list[list[int]], int], list[Sample]]:
+    """Calls of `generate` with several prompts, the shorter ones padded on the left."""
+
+    def run(prompts: list[list[int]], num_new_tokens: int) -> list[Sample]:
+        length = max(map(len, prompts))
+        ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts], device=model.device)
+        mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        clock = ArrivalClock()
+        started = time.perf_counter()
+        output = model.generate(
+            ids,
+            attention_mask=mask.to(model.device),
+            max_new_tokens=num_new_tokens,
+            do_sample=False,
+            streamer=clock,
+        )
+        tokens = output[:, length:].tolist()  # reading the values waits for the device
+        total_seconds = time.perf_counter() - started
+        arrivals = [(moment - started, count // len(prompts)) for moment, count in clock.arrivals]
+        return [Sample(tokens=one, arrivals=arrivals, total_seconds=total_seconds) for one in tokens]
 
     return run
 

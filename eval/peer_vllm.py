@@ -1,53 +1,55 @@
-"""vLLM as a peer, in this process: its engine, stepped by hand so that every token's time is known.
+"""vLLM as a peer, in a process of its own for each of two instances: without and with the drafter.
 
-Written to vLLM's documented Python interface (`LLM`, `SamplingParams`, `LLM.llm_engine.add_request` and `step`). Its
-prefix cache is off, because a race gives the same prompts again; each of two instances, without and with the drafter,
-gets half of the GPU memory that is left.
+On a GPU each gets half of the memory that is left. vLLM's build for CPUs has no kernels for packed experts and reads an
+unpacked copy; its key/value buffers take what the longest texts need.
 """
 
-import importlib
-import importlib.util
-import itertools
-import os
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from speedstack.dflash.checkpoint import load_drafter
+from speedstack.eval.contestant import Contestant, Sample
 from speedstack.eval.document import Unavailable
 from speedstack.eval.failures import PEER_ERRORS, one_line
+from speedstack.eval.peer_copies import PeerCopies
+from speedstack.eval.peer_process import PeerProcess, check_installed
 from speedstack.eval.peer_transformers import rounds_of
-from speedstack.eval.timing import Contestant, Sample
+from speedstack.quant.checkpoint.config import read_config
+from speedstack.runtime.spec import ModelSpec, spec_from_config
 
 VLLM, VLLM_DRAFTER = "vLLM", "vLLM + drafter"
 MEMORY_SHARE = 0.45
+BLOCK_LENGTH = 128  # tokens in a block of its key/value buffers on a CPU
+MIN_CACHE_BYTES = 2**28
 
 
 def vllm_contestants(
-    target: str | Path,
+    copies: PeerCopies,
     drafter: str | Path | None,
+    python: Path,
     dtype: torch.dtype,
     device: str,
     max_length: int,
+    batch_size: int,
     reference: str,
+    processes: ExitStack,
 ) -> tuple[list[Contestant], list[Unavailable]]:
-    """vLLM without and with `drafter`, where it is installed and takes them; and the others with the reason."""
-    names = [VLLM] if drafter is None else [VLLM, VLLM_DRAFTER]
-    if importlib.util.find_spec("vllm") is None:
-        return [], [Unavailable(name=name, reason="vllm is not installed") for name in names]
-    # Its engine in a process of its own would be forked from one that uses the GPU already.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    """vLLM without and with `drafter`, where `python` has it and it takes them; and the others with the reason.
+
+    `processes` ends them.
+    """
     contestants: list[Contestant] = []
     unavailable: list[Unavailable] = []
-    for name in names:
-        started = time.perf_counter()
+    for name in [VLLM] if drafter is None else [VLLM, VLLM_DRAFTER]:
         num_proposals = None
-        options: dict[str, Any] = {}
         try:
-            vllm = importlib.import_module("vllm")
+            check_installed(python, "vllm", "vllm")
+            options = _options(copies, dtype, device, max_length, batch_size)
             if name == VLLM_DRAFTER:
                 assert drafter is not None
                 num_proposals = load_drafter(drafter).config.num_proposals
@@ -56,27 +58,20 @@ def vllm_contestants(
                     "model": str(drafter),
                     "num_speculative_tokens": num_proposals,
                 }
-            if device.startswith("cuda"):
-                free, total = torch.cuda.mem_get_info(device)
-                options["gpu_memory_utilization"] = MEMORY_SHARE * free / total
-            llm = vllm.LLM(
-                model=str(target),
-                dtype=str(dtype).removeprefix("torch."),
-                max_model_len=max_length,
-                max_num_seqs=1,
-                enable_prefix_caching=False,
-                seed=0,
-                **options,
-            )
+            started = time.perf_counter()
+            process = processes.enter_context(PeerProcess(python, "vllm", options))
         except PEER_ERRORS as error:
             unavailable.append(Unavailable(name=name, reason=one_line(error)))
             continue
+        unpacked = "" if options["model"] == str(copies.target) else ", experts unpacked"
         how = "" if num_proposals is None else f", DFlash drafter, {num_proposals} proposals a round"
+        speculating = _Speculating(process, num_proposals) if num_proposals is not None else process
         contestants.append(
             Contestant(
                 name=name,
-                description=f"vLLM {vllm.__version__}, engine in this process, no prefix cache{how}",
-                run=_runner(vllm, llm, num_proposals),
+                description=f"{process.description}, its own process, no prefix cache{unpacked}{how}",
+                run=speculating.run,
+                run_batch=speculating.run_batch,
                 prepare_seconds=time.perf_counter() - started,
                 identical_to=reference,
             )
@@ -84,29 +79,41 @@ def vllm_contestants(
     return contestants, unavailable
 
 
-def _runner(vllm: Any, llm: Any, num_proposals: int | None) -> Callable[[list[int], int], Sample]:
-    delta = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
-    numbers = itertools.count()
+def cache_bytes(spec: ModelSpec, dtype: torch.dtype, max_length: int, batch_size: int) -> int:
+    """Bytes of key/value buffers for so many sequences of `max_length`, with room for the blocks at their ends."""
+    heads = sum(one.num_kv_heads * (one.qk_head_dim + one.v_head_dim) for one in (x.attention for x in spec.layers))
+    num_blocks = batch_size * (-(-max_length // BLOCK_LENGTH) + 1) + 1
+    return max(MIN_CACHE_BYTES, 2 * num_blocks * BLOCK_LENGTH * heads * dtype.itemsize)
 
-    def run(prompt: list[int], num_new_tokens: int) -> Sample:
-        params = vllm.SamplingParams(
-            temperature=0.0, max_tokens=num_new_tokens, ignore_eos=True, detokenize=False, output_kind=delta
-        )
-        tokens: list[int] = []
-        arrivals: list[tuple[float, int]] = []
-        started = time.perf_counter()
-        llm.llm_engine.add_request(f"bench-{next(numbers)}", {"prompt_token_ids": prompt}, params)
-        while llm.llm_engine.has_unfinished_requests():
-            for request in llm.llm_engine.step():
-                new = list(request.outputs[0].token_ids)
-                if new:
-                    tokens += new
-                    arrivals.append((time.perf_counter() - started, len(new)))
-        return Sample(
-            tokens=tokens,
-            arrivals=arrivals,
-            total_seconds=time.perf_counter() - started,
-            rounds=None if num_proposals is None else rounds_of(arrivals, num_new_tokens, num_proposals),
-        )
 
-    return run
+def _options(copies: PeerCopies, dtype: torch.dtype, device: str, max_length: int, batch_size: int) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "model": str(copies.target),
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": max_length,
+        "max_num_seqs": batch_size,
+    }
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(device)
+        return options | {"gpu_memory_utilization": MEMORY_SHARE * free / total}
+    spec = spec_from_config(read_config(copies.target)[0])
+    return options | {
+        "model": str(copies.plain()),
+        "kv_cache_memory_bytes": cache_bytes(spec, dtype, max_length, batch_size),
+    }
+
+
+class _Speculating:
+    """A peer whose rounds are counted."""
+
+    def __init__(self, process: PeerProcess, num_proposals: int) -> None:
+        self._process, self._num_proposals = process, num_proposals
+
+    def run(self, prompt: list[int], num_new_tokens: int) -> Sample:
+        return self.run_batch([prompt], num_new_tokens)[0]
+
+    def run_batch(self, prompts: list[list[int]], num_new_tokens: int) -> list[Sample]:
+        return [
+            replace(sample, rounds=rounds_of(sample.arrivals, num_new_tokens, self._num_proposals))
+            for sample in self._process.run_batch(prompts, num_new_tokens)
+        ]

@@ -10,11 +10,13 @@ from speedstack.dflash.config import DFlashConfig
 from speedstack.runtime.spec import ModelSpec, spec_from_config
 
 MODELS = ("gpt-oss-20b", "mimo-v2-flash", "qwen3-30b-a3b")
+# Nobody released it: Qwen3-30B-A3B at a size for CPUs, which is larger than their caches all the same.
+LAPTOP_MODEL = "qwen3-moe-1b"
 MIMO_GLOBAL_LAYERS = (0, 5, 11, 17, 23, 29, 35, 41, 47)
 
 
 def released_config(model: str, num_layers: int | None = None) -> Any:
-    """The transformers config of a released model, cut to its first layers if asked.
+    """The transformers config of a released model, or of LAPTOP_MODEL, cut to its first layers if asked.
 
     Raises ValueError for an unknown model, naming the known ones.
     """
@@ -55,11 +57,16 @@ def drafter_config(spec: ModelSpec) -> DFlashConfig:
 
 
 def _config(model: str, fields: dict[str, dict[str, Any]], num_layers: int | None) -> Any:
-    if model not in MODELS:
-        raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
+    if model not in fields:
+        raise ValueError(f"unknown model {model!r}; known: {', '.join(fields)}")
     from transformers import GptOssConfig, MiMoV2FlashConfig, Qwen3MoeConfig
 
-    kinds = {"gpt-oss-20b": GptOssConfig, "mimo-v2-flash": MiMoV2FlashConfig, "qwen3-30b-a3b": Qwen3MoeConfig}
+    kinds = {
+        "gpt-oss-20b": GptOssConfig,
+        "mimo-v2-flash": MiMoV2FlashConfig,
+        "qwen3-30b-a3b": Qwen3MoeConfig,
+        LAPTOP_MODEL: Qwen3MoeConfig,
+    }
     chosen = dict(fields[model])
     if num_layers is not None:
         assert 1 <= num_layers <= chosen["num_hidden_layers"]
@@ -144,6 +151,22 @@ _REAL: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
         "max_position_embeddings": 40960,
+    },
+    LAPTOP_MODEL: {
+        "vocab_size": 32768,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 384,
+        "norm_topk_prob": True,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "max_position_embeddings": 4096,
     },
 }
 

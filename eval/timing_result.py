@@ -5,6 +5,7 @@ host has them: one at a time, or several at once where a round of speculation co
 several rounds before the host hears of them.
 
 - First token: from the call to the first arrival.
+- Prompt rate: the tokens of the prompt over that time, which also samples that token.
 - Decode rate: the tokens after the first, over the time from the first arrival to the end of the call.
 - Time of a token: its share of the wait for the arrival that brought it, which is the time since the arrival before
   divided by the tokens that came together. Tokens of the first arrival have none. The mean over tokens is the inverse
@@ -12,6 +13,9 @@ several rounds before the host hears of them.
   without a drafter.
 - Wait: the time between two arrivals, however many tokens the second brings. This is what a reader sees as stutter; a
   drafter makes tokens cheaper and may make waits longer.
+
+Where several sequences are decoded at once, one call has all their prompts. Its first token is the one with which every
+sequence has its first; what arrives later, of all sequences, over the time that is left is the decode rate.
 
 Percentiles are taken over all tokens (or waits) of a repeat; the spread is over repeats.
 """
@@ -52,11 +56,12 @@ class ContestantTiming(Record):
     """One way of generating. Rates are tokens a second over all prompts of a repeat; the module says what is timed.
 
     `decode_tokens_per_second` counts the tokens after the first one and the time after it;
-    `tokens_per_second` counts all of them over the whole call, prefill included.
+    `tokens_per_second` counts all of them over the whole call, prefill included;
+    `prompt_tokens_per_second` is of the prompts.
     `acceptance_length` is tokens a decode round; `survival[i]` as in `speedstack.eval.acceptance_result.AcceptanceSet`.
     Both are for contestants that speculate.
-    `joules_per_token` is of whole calls; `usd_per_million_tokens` follows from `tokens_per_second`, which is of one
-    sequence at a time: a server that batches is cheaper.
+    `joules_per_token` is of whole calls; `usd_per_million_tokens` follows from `tokens_per_second`: decoding
+    more sequences at once is cheaper.
     `prepare_seconds` is until the first call may come: weights read, arranged for the kernels, code compiled ahead.
     Contestants that share what was read count it each.
     None, or empty, where a contestant or a machine has no such figure, and in files older than the figure.
@@ -69,6 +74,7 @@ class ContestantTiming(Record):
     decode_tokens_per_second: Spread
     tokens_per_second: Spread
     first_token_seconds: Spread
+    prompt_tokens_per_second: Spread | None = None
     token_ms: TokenTimes | None = None
     wait_ms: TokenTimes | None = None
     acceptance_length: float | None = None
@@ -79,20 +85,21 @@ class ContestantTiming(Record):
 
 
 class SetTiming(Record):
-    """The race on one set of prompts. `source` is where they came from."""
+    """The race on one set of prompts, `batch_size` of them decoded at once. `source` is where they came from."""
 
     name: str
     source: str
+    batch_size: int = 1
     num_prompt_tokens: tuple[int, ...]
     contestants: tuple[ContestantTiming, ...]
 
 
 class TimingResult(Document):
-    """A race: every contestant on the same prompts, in one process, repeats interleaved.
+    """A race: every contestant on the same prompts, repeats interleaved.
 
-    `contestants` is over the prompts of all sets; `unavailable` are those that could not run, on some set or at all.
-    `energy` says how joules were counted, or why they were not. A file may be of a race that was interrupted: spreads
-    say of how many repeats they are.
+    `contestants` is over all sets with the smallest batch size; `unavailable` are those that could not run, on some set
+    or at all. `energy` says how joules were counted, or why they were not. A file may be of a race that was
+    interrupted: spreads say of how many repeats they are.
     """
 
     kind: Literal["timing"] = "timing"
@@ -115,6 +122,11 @@ class TimingResult(Document):
     energy: str | None = None
     notes: tuple[str, ...] = ()
     environment: Environment | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences decoded at once where the figures over all sets were taken."""
+        return min((entry.batch_size for entry in self.sets), default=1)
 
     def contestant(self, name: str) -> ContestantTiming | None:
         """The entry named `name`, None if it did not run."""
@@ -157,12 +169,13 @@ class TimingResult(Document):
 
 def _cells(entry: ContestantTiming) -> dict[str, str]:
     """The figures of a contestant as text; medians, and quartiles of the rate."""
-    token, wait, identity = entry.token_ms, entry.wait_ms, entry.identity
+    prompt, token, wait, identity = entry.prompt_tokens_per_second, entry.token_ms, entry.wait_ms, entry.identity
     return {
         "contestant": entry.name,
         "tokens/s": _with_quartiles(entry.decode_tokens_per_second),
         "whole call tokens/s": _number(entry.tokens_per_second.median),
         "first token ms": _number(1e3 * entry.first_token_seconds.median),
+        "prompt tokens/s": "" if prompt is None else _number(prompt.median),
         "token ms p50": "" if token is None else _number(token.p50.median),
         "p95": "" if token is None else _number(token.p95.median),
         "p99": "" if token is None else _number(token.p99.median),

@@ -1,6 +1,7 @@
 """The verb `bench`: files and a table at the end, files before that when something ends it, one line for mistakes."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,11 +74,12 @@ def test_the_peers_table_of_the_command_line(
     config = make_config()
     arguments = ["--target", config.target, "--drafter", "None", "--prompts.dir", config.prompts.dir]
     arguments += ["--prompts.sets", "gsm8k", "--prompts.num-prompts", 1, "--peers", "vllm", "llama.cpp"]
+    arguments += ["--vllm-python", sys.executable, "--llama-cpp-python", "no/python", "--gguf-weights", "q8_0"]
     arguments += ["--num-new-tokens", 4, "--num-repeats", 1, "--no-look-up", "--device", "cpu", "--out", config.out]
     assert main(["bench", *map(str, arguments)]) == 0
     shown = capsys.readouterr().out
-    assert "vLLM: did not run: vllm is not installed" in shown
-    assert "llama.cpp: did not run: llama-cpp-python is not installed" in shown
+    assert f"vLLM: did not run: vllm is not installed for {sys.executable}: `make peers` installs it\n" in shown
+    assert "llama.cpp: did not run: no interpreter at no/python (No such file or directory): `make peers` " in shown
     assert "energy: not counted: joules are those of an NVIDIA GPU" in shown
     assert not (config.out / "acceptance.json").exists()
 
@@ -127,6 +129,14 @@ def test_mistakes_are_one_line(make_config: Callable[..., BenchConfig], capsys: 
         (["--gpu-hour-usd", "0"], "gpu_hour_usd"),
         (["--peers", "sglang"], "peers"),
         (["--peers", "vllm", "--gguf", "m.gguf"], "gguf is for the peer llama.cpp"),
+        (["--peers", "transformers", "--vllm-python", "p"], "vllm_python is for the peer vllm"),
+        (["--peers", "vllm", "--llama-cpp-python", "p"], "llama_cpp_python is for the peer llama.cpp"),
+        (["--gguf-weights", "q4_0"], "q8_0"),
+        (["--batch-sizes", "0"], "batch_sizes"),
+        (
+            f"--prompts.sets gsm8k --prompts.num-prompts 2 --prompts.dir {config.prompts.dir} --batch-sizes 3".split(),
+            "gsm8k has 2 prompts, which do not fill batches of 3",
+        ),
         (["--prompts.dir", "data"], "prompts.dir needs a benchmark among prompts.sets, which are heldout"),
         (["--prompts.long-tokens", "9"], "prompts.long_tokens needs long among prompts.sets"),
     ):

@@ -21,7 +21,7 @@ def _section(timing: TimingResult, title: str) -> Section:
     lengths = sorted({min(timing.num_prompt_tokens, default=0), max(timing.num_prompt_tokens, default=0)})
     blocks: list[Block] = [_table(timing.contestants, "", timing.unavailable)]
     if timing.contestants:
-        caption = "Tokens a second while decoding one sequence; higher is better."
+        caption = f"Tokens a second while decoding {plural(timing.batch_size, 'sequence')}; higher is better."
         blocks.append(FigureBlock(plots.tokens_per_second(timing), caption))
     if any(entry.token_ms is not None for entry in timing.contestants):
         blocks.append(_token_times(timing))
@@ -31,18 +31,23 @@ def _section(timing: TimingResult, title: str) -> Section:
         blocks.append(FigureBlock(plots.survival_curves("Acceptance while timed", speculating), caption))
     if len(timing.sets) > 1:
         blocks += [
-            _table(entry.contestants, f"Prompts {entry.name}, {plural(len(entry.num_prompt_tokens), 'prompt')}.")
+            _table(
+                entry.contestants,
+                f"Prompts {entry.name}, {plural(len(entry.num_prompt_tokens), 'prompt')}, "
+                f"{plural(entry.batch_size, 'sequence')} at a time.",
+            )
             for entry in timing.sets
             if entry.contestants
         ]
+    at_once = f"{plural(timing.batch_size, 'sequence')} at a time"
     paragraphs = [
-        f"One sequence at a time, {plural(timing.num_prompts, 'prompt')} of {' to '.join(map(str, lengths))} tokens, "
+        f"{at_once}, {plural(timing.num_prompts, 'prompt')} of {' to '.join(map(str, lengths))} tokens, "
         f"{timing.num_new_tokens} new tokens each, greedy, {timing.dtype} on {timing.device} with "
-        f"{plural(timing.num_threads, 'thread')}; {plural(timing.num_repeats, 'repeat')}, interleaved in one process "
-        "after a warm-up. Medians, with quartiles in brackets."
+        f"{plural(timing.num_threads, 'thread')}; {plural(timing.num_repeats, 'repeat')}, interleaved after a warm-up. "
+        "Medians, with quartiles in brackets."
     ]
     if timing.gpu_hour_usd is not None:
-        paragraphs.append(f"Cost at {timing.gpu_hour_usd:g} USD an hour, for one sequence at a time.")
+        paragraphs.append(f"Cost at {timing.gpu_hour_usd:g} USD an hour, for {at_once}.")
     if timing.energy is not None:
         paragraphs.append(f"Energy: {timing.energy}.")
     return Section(title, (*paragraphs, *timing.notes), tuple(blocks), _headlines(timing))
@@ -54,6 +59,7 @@ def _table(entries: Sequence[ContestantTiming], caption: str = "", unavailable: 
         Column("decode", "tokens/s"),
         Column("whole call", "tokens/s"),
         Column("first token", "ms"),
+        Column("prompt", "tokens/s"),
         Column("token, p50", "ms"),
         Column("p95", "ms"),
         Column("p99", "ms"),
@@ -77,6 +83,7 @@ def _row(entry: ContestantTiming) -> tuple[Cell, ...]:
         spread(entry.decode_tokens_per_second),
         spread(entry.tokens_per_second),
         spread(entry.first_token_seconds, 1000, 1),
+        spread(entry.prompt_tokens_per_second),
         *(number(None if token is None else getattr(token, name).median, ".3g") for name in ("p50", "p95", "p99")),
         number(None if wait is None else wait.p99.median, ".3g"),
         number(entry.acceptance_length, ".2f"),

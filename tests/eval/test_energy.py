@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from speedstack.eval import energy
+from speedstack.eval.contestant import Contestant, Sample
 from speedstack.eval.energy import EnergyCounter, SmiMeter
-from speedstack.eval.timing import Contestant, Sample, race
+from speedstack.eval.timing import race
 
 
 def fake_nvml(**changes: Any) -> SimpleNamespace:

@@ -1,155 +1,205 @@
-"""vLLM and llama.cpp as peers, against stand-ins with the interfaces that their documentation describes."""
+"""vLLM and llama.cpp as peers in processes of their own, against stand-ins for both, and everything that goes wrong."""
 
-import importlib.machinery
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
+from speedstack.eval.contestant import Contestant, Sample
+from speedstack.eval.document import Unavailable
+from speedstack.eval.failures import PeerFailure
+from speedstack.eval.peer_copies import PeerCopies
 from speedstack.eval.peer_llama_cpp import llama_cpp_contestants
-from speedstack.eval.peer_vllm import vllm_contestants
+from speedstack.eval.peer_process import PeerProcess, peer_python
+from speedstack.eval.peer_vllm import cache_bytes, vllm_contestants
 from speedstack.eval.timing import race
+from speedstack.quant.checkpoint.config import read_config
+from speedstack.runtime.spec import spec_from_config
+from tests.eval.stand_ins import interpreter, llama_cpp_interpreter, script, vllm_interpreter
 
-DRAFTED_TOKENS = [[7], [8, 9, 10], [11, 12]]  # as a drafter's rounds commit them
-
-
-class FakeLLM:
-    """`vllm.LLM`: a step commits what comes next in `DRAFTED_TOKENS` when it drafts, one token when it does not."""
-
-    made: list["FakeLLM"] = []  # noqa: RUF012 - emptied by the fixture
-
-    def __init__(self, **options: Any) -> None:
-        if options["model"] == "unknown":
-            raise ValueError("Model architectures ['Other'] are not supported")
-        self.options, self.llm_engine, self.requests = options, self, list[Any]()
-        self.steps: Iterator[list[int]] = iter(())
-        self.is_running = False
-        FakeLLM.made.append(self)
-
-    def add_request(self, request_id: str, prompt: dict[str, list[int]], params: SimpleNamespace) -> None:
-        self.requests.append((request_id, prompt, params))
-        tokens = DRAFTED_TOKENS if "speculative_config" in self.options else [[t] for r in DRAFTED_TOKENS for t in r]
-        self.steps, self.is_running = iter([[], *tokens]), True  # a step of the prompt's first half brings nothing
-
-    def has_unfinished_requests(self) -> bool:
-        return self.is_running
-
-    def step(self) -> list[SimpleNamespace]:
-        tokens = next(self.steps)
-        self.is_running = tokens[-1:] != [12]
-        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens)])]
-
-
-class FakeLlama:
-    """`llama_cpp.Llama`: greedy tokens without end, none of the last prompt's remembered after `reset`."""
-
-    def __init__(self, **options: Any) -> None:
-        if not Path(options["model_path"]).is_file():
-            raise ValueError(f"Model path does not exist: {options['model_path']}")
-        self.options, self.num_resets = options, 0
-
-    def reset(self) -> None:
-        self.num_resets += 1
-
-    def generate(self, tokens: list[int], temp: float, repeat_penalty: float) -> Iterator[int]:
-        assert temp == 0.0 and repeat_penalty == 1.0
-        token = tokens[-1]
-        while True:
-            token += 1
-            yield token
-
-
-def module(name: str, **attributes: Any) -> ModuleType:
-    made = ModuleType(name)
-    made.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    vars(made).update(attributes)
-    return made
+OURS = Path(sys.executable)
 
 
 @pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
-    FakeLLM.made.clear()
-    kind = SimpleNamespace(DELTA="delta")
-    monkeypatch.setitem(
-        sys.modules, "vllm", module("vllm", LLM=FakeLLM, SamplingParams=SimpleNamespace, __version__="9.9")
-    )
-    monkeypatch.setitem(sys.modules, "vllm.sampling_params", module("vllm.sampling_params", RequestOutputKind=kind))
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    return FakeLLM
+def processes() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
 
 
-def test_vllm_is_stepped_and_its_rounds_counted(vllm: type[FakeLLM], tiny_packed_drafter_dir: Path) -> None:
-    contestants, unavailable = vllm_contestants("T", tiny_packed_drafter_dir, torch.float32, "cpu", 64, "engine")
-    assert [entry.name for entry in contestants] == ["vLLM", "vLLM + drafter"] and not unavailable
-    plain, drafting = vllm.made
-    assert plain.options["enable_prefix_caching"] is False and plain.options["max_model_len"] == 64
-    assert plain.options["dtype"] == "float32" and "speculative_config" not in plain.options
-    assert drafting.options["speculative_config"] == {
-        "method": "dflash",
-        "model": str(tiny_packed_drafter_dir),
-        "num_speculative_tokens": 7,
-    }
-    standings = race(contestants, {"a": [[1, 2], [3]]}, num_new_tokens=6, num_repeats=1, progress=False)
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def vllm(
+    processes: ExitStack, target: Path, drafter: Path | None, python: Path, tmp_path: Path, device: str = "cpu"
+) -> tuple[list[Contestant], list[Unavailable]]:
+    copies = PeerCopies(target, tmp_path / "copies")
+    return vllm_contestants(copies, drafter, python, torch.float32, device, 64, 3, "engine", processes)
+
+
+def llama_cpp(
+    processes: ExitStack, target: Path, gguf: Path | None, python: Path, tmp_path: Path, max_length: int = 64
+) -> tuple[list[Contestant], list[Unavailable]]:
+    copies = PeerCopies(target, tmp_path / "copies")
+    return llama_cpp_contestants(copies, gguf, ("f16",), python, "cpu", max_length, 2, "engine", processes)
+
+
+def test_vllm_is_stepped_and_its_rounds_counted(
+    processes: ExitStack, tiny_packed_dir: Path, tiny_packed_drafter_dir: Path, tmp_path: Path
+) -> None:
+    python = vllm_interpreter(tmp_path)
+    contestants, unavailable = vllm(processes, tiny_packed_dir, tiny_packed_drafter_dir, python, tmp_path)
+    assert [entry.name for entry in contestants] == ["vLLM", "vLLM + drafter"] and not unavailable, unavailable
+    for contestant in contestants:
+        assert contestant.description.startswith("vLLM 9.9 (None, 2 threads), its own process, no prefix cache, exp")
+    assert contestants[1].description.endswith("DFlash drafter, 7 proposals a round")
+    sets = {"a": [[1, 2], [3]], "b": [[4], [5], [6]]}
+    standings = race(contestants, sets, num_new_tokens=6, num_repeats=1, progress=False, batch_sizes={"b": 3})
     assert not standings.unavailable
     first, second = standings.overall
     assert first.acceptance_length is None
     # Five tokens after the first, in two rounds; the second had room for one proposal.
     assert second.acceptance_length == 5 / 2 and second.survival == (1.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0)
-    requests = [request for request in plain.requests]
-    assert len({request[0] for request in requests}) == 3
-    _, prompt, params = requests[0]
-    assert prompt == {"prompt_token_ids": [1, 2]}
-    assert (params.temperature, params.max_tokens, params.ignore_eos) == (0.0, 6, True)
-    assert params.output_kind == "delta" and params.detokenize is False
-
-
-def test_vllm_that_cannot_run_the_model(vllm: type[FakeLLM]) -> None:
-    contestants, unavailable = vllm_contestants("unknown", None, torch.bfloat16, "cpu", 64, "engine")
-    assert contestants == []
-    assert [(entry.name, entry.reason) for entry in unavailable] == [
-        ("vLLM", "ValueError: Model architectures ['Other'] are not supported")
+    assert [entry.acceptance_length for entry in standings.sets["b"]] == [None, 5 / 2]
+    assert [sample.tokens for sample in contestants[0].run_batch([[4], [5]], 6)] == [  # type: ignore[misc]
+        [4, 8, 9, 10, 11, 12],
+        [5, 8, 9, 10, 11, 12],
     ]
 
 
-def test_vllm_instances_share_what_memory_is_left(vllm: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_gets_what_its_documentation_asks_for(processes: ExitStack, tiny_model_dir: Path, tmp_path: Path) -> None:
+    python = vllm_interpreter(tmp_path)
+    libraries = tmp_path / "library" / "vllm" / "libs"
+    libraries.mkdir()
+    (libraries / "libtcmalloc_minimal.so.4").touch()
+    (contestant,), _ = vllm(processes, tiny_model_dir, None, python, tmp_path)
+    assert contestant.description == "vLLM 9.9 (5, 2 threads), its own process, no prefix cache"
+
+
+def test_vllm_has_key_value_buffers_for_the_longest_texts(tiny_packed_dir: Path) -> None:
+    spec = spec_from_config(read_config(tiny_packed_dir)[0])
+    small, large = (cache_bytes(spec, torch.bfloat16, length, 16) for length in (64, 10**6))
+    heads = sum(one.num_kv_heads * (one.qk_head_dim + one.v_head_dim) for one in (x.attention for x in spec.layers))
+    assert small == 2**28 and large > 2 * 16 * 10**6 * heads
+
+
+def test_vllm_instances_share_what_memory_is_left(
+    processes: ExitStack, tiny_packed_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, object]] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 120))
-    vllm_contestants("T", None, torch.bfloat16, "cuda", 64, "engine")
-    assert vllm.made[0].options["gpu_memory_utilization"] == pytest.approx(0.225)
+    monkeypatch.setattr("speedstack.eval.peer_vllm.PeerProcess", lambda python, name, options: asked.append(options))
+    vllm(processes, tiny_packed_dir, None, vllm_interpreter(tmp_path), tmp_path, "cuda")
+    assert asked[0]["gpu_memory_utilization"] == pytest.approx(0.225)
+    assert asked[0]["model"] == str(tiny_packed_dir) and "kv_cache_memory_bytes" not in asked[0]
 
 
-def test_llama_cpp_stops_at_the_number_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[FakeLlama] = []
-
-    def build(**options: Any) -> FakeLlama:
-        made.append(FakeLlama(**options))
-        return made[-1]
-
-    monkeypatch.setitem(sys.modules, "llama_cpp", module("llama_cpp", Llama=build, __version__="9.9"))
-    file = tmp_path / "model.gguf"
+def test_llama_cpp_decodes_several_sequences(processes: ExitStack, tiny_packed_dir: Path, tmp_path: Path) -> None:
+    file, python = tmp_path / "model.gguf", llama_cpp_interpreter(tmp_path)
     file.touch()
-    contestants, unavailable = llama_cpp_contestants(file, "cpu", 64, "engine")
-    standings = race(contestants, {"a": [[1, 2]]}, num_new_tokens=4, num_repeats=2, progress=False)
-    assert not unavailable and not standings.unavailable
-    assert standings.overall[0].token_ms is not None
-    assert contestants[0].run([5], 3).tokens == [6, 7, 8]
-    assert contestants[0].identical_to == "engine" and not contestants[0].identity_promised
-    assert made[0].options["n_ctx"] == 64 and made[0].options["n_gpu_layers"] == 0 and made[0].num_resets == 4
-    _, (absent,) = llama_cpp_contestants(None, "cpu", 64, "engine")
-    assert absent.reason == "no GGUF file of the model: give --gguf FILE"
-    _, (absent,) = llama_cpp_contestants(tmp_path / "none.gguf", "cpu", 64, "engine")
-    assert absent.reason.startswith("ValueError: Model path does not exist")
+    (contestant,), unavailable = llama_cpp(processes, tiny_packed_dir, file, python, tmp_path)
+    assert contestant.description == "llama-cpp-python 9.9, model.gguf" and not unavailable
+    assert contestant.identical_to == "engine" and not contestant.identity_promised
+    assert contestant.run([5], 3).tokens == [6, 7, 8]
+    assert contestant.run_batch is not None
+    assert [sample.tokens for sample in contestant.run_batch([[5, 6, 7], [20]], 3)] == [[8, 9, 10], [21, 22, 23]]
+    standings = race([contestant], {"a": [[1, 2]]}, num_new_tokens=4, num_repeats=2, progress=False)
+    assert not standings.unavailable and standings.overall[0].token_ms is not None
 
 
-def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    contestants, unavailable = vllm_contestants("T", "D", torch.float32, "cpu", 64, "engine")
-    assert contestants == [] and [(entry.name, entry.reason) for entry in unavailable] == [
-        ("vLLM", "vllm is not installed"),
-        ("vLLM + drafter", "vllm is not installed"),
+def test_why_llama_cpp_cannot_is_said(processes: ExitStack, tiny_packed_dir: Path, tmp_path: Path) -> None:
+    file, python = tmp_path / "model.gguf", llama_cpp_interpreter(tmp_path)
+    none, (absent,) = llama_cpp(processes, tiny_packed_dir, file, python, tmp_path)
+    assert none == [] and absent.reason == (
+        f"ValueError: {file} cannot be loaded: key not found in model: qwen3moe.context_length"
+    )
+    file.touch()
+    _, (absent,) = llama_cpp(processes, tiny_packed_dir, file, python, tmp_path, max_length=10**6)
+    assert absent.reason == "ValueError: no context of 2000000 tokens: failed to allocate buffer"
+    (contestant,), _ = llama_cpp(processes, tiny_packed_dir, file, python, tmp_path)
+    with pytest.raises(PeerFailure, match=r"^RuntimeError: llama_decode returned 1: no memory slot$"):
+        contestant.run([1, 667], 3)
+    assert contestant.run([5], 3).tokens == [6, 7, 8]
+
+
+def test_peers_that_cannot_run_leave_a_race_that_goes_on(
+    processes: ExitStack, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    (peer,), _ = vllm(processes, tiny_model_dir, None, vllm_interpreter(tmp_path), tmp_path)
+    good = Contestant("good", "", lambda prompt, n: Sample([1] * n, [(0.1, 1), (0.2, n - 1)], 0.2))
+    sets = {"fine": [[1]], "unfit": [[667]], "crash": [[1], [666], [1]], "after": [[1]]}
+    standings = race([peer, good], sets, num_new_tokens=6, num_repeats=1, progress=False)
+    assert [(entry.name, entry.reason) for entry in standings.unavailable] == [
+        ("vLLM", "unfit: RuntimeError: too long a prompt"),
+        ("vLLM", "crash: its process ended with status 3: lines of its own, on standard output"),
+        ("vLLM", "after: its process ended with status 3: lines of its own, on standard output"),
     ]
-    _, (absent,) = llama_cpp_contestants(Path("m.gguf"), "cpu", 64, "engine")
-    assert (absent.name, absent.reason) == ("llama.cpp", "llama-cpp-python is not installed")
+    assert [[entry.name for entry in entries] for entries in standings.sets.values()] == [
+        ["vLLM", "good"],
+        ["good"],
+        ["good"],
+        ["good"],
+    ]
+
+
+def test_a_model_that_a_peer_does_not_know(processes: ExitStack, tiny_model_dir: Path, tmp_path: Path) -> None:
+    target = tmp_path / "unknown"
+    target.symlink_to(tiny_model_dir)
+    none, (absent,) = vllm(processes, target, None, vllm_interpreter(tmp_path), tmp_path)
+    assert none == [] and absent.reason == "ValueError: Model architectures ['Other'] are not supported"
+
+
+def test_what_is_not_installed_is_named(
+    processes: ExitStack, tiny_packed_dir: Path, tiny_packed_drafter_dir: Path, tmp_path: Path
+) -> None:
+    none, absent = vllm(processes, tiny_packed_dir, tiny_packed_drafter_dir, OURS, tmp_path)
+    reason = f"vllm is not installed for {OURS}: `make peers` installs it"
+    assert none == []
+    assert [(entry.name, entry.reason) for entry in absent] == [("vLLM", reason), ("vLLM + drafter", reason)]
+    for python, why in (
+        (OURS, f"llama-cpp-python is not installed for {OURS}: `make peers` installs it"),
+        (tmp_path / "no" / "python", f"no interpreter at {tmp_path}/no/python (No such file or directory): `make pee"),
+    ):
+        none, (one,) = llama_cpp(processes, tiny_packed_dir, None, python, tmp_path)
+        assert none == [] and one.name == "llama.cpp" and one.reason.startswith(why)
+    # Nothing was copied for peers that are not there.
+    assert not (tmp_path / "copies").exists()
+
+
+def test_processes_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for body, reason in (
+        ("read line; kill -SEGV $$", "its process ended with signal SIGSEGV"),
+        ("echo 'no such library' >&2; exit 7", "its process ended with status 7: no such library"),
+        ("exec sleep 60", "no answer for 1 s"),
+    ):
+        monkeypatch.setattr("speedstack.eval.peer_process.LOAD_SECONDS", 1.0)
+        with pytest.raises(PeerFailure, match=f"^{reason}$"):
+            PeerProcess(script(tmp_path / "python", body), "vllm", {})
+    with pytest.raises(PeerFailure, match=r"no interpreter at .* \(Permission denied\)"):
+        (tmp_path / "python").chmod(0o644)
+        PeerProcess(tmp_path / "python", "vllm", {})
+
+
+def test_the_interpreter_is_the_one_named_or_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert peer_python(Path("my/python")) == Path("my/python")
+    assert peer_python(None) == OURS
+    installed = Path(".venv-peers/bin/python")
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    assert peer_python(None) == installed
+
+
+def test_a_worker_sees_neither_our_packages_nor_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    found = "[u.find_spec(name) for name in ('worker', 'vllm_peer', 'tests')]"
+    python = interpreter(tmp_path, {"vllm/__init__.py": f"import importlib.util as u\nraise ValueError(str({found}))"})
+    with pytest.raises(PeerFailure, match=r"^ValueError: \[None, None, None\]$"):
+        PeerProcess(python, "vllm", {})

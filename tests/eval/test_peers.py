@@ -1,10 +1,12 @@
 """The real contestants on the tiny model: all run, and make the same greedy tokens in float32."""
 
+import dataclasses
 import functools
 import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CompileConfig
 
+from speedstack.eval.contestant import Sample
 from speedstack.eval.peer_transformers import (
     EXPERTS_IMPLEMENTATIONS,
     ArrivalClock,
@@ -27,6 +30,7 @@ from speedstack.eval.peers import (
     ENGINE,
     ENGINE_DRAFTER,
     ENGINE_LOOK_UP,
+    ENGINE_UNPACKED,
     ENGINE_WHOLE_BLOCKS,
     TRANSFORMERS,
     TRANSFORMERS_COMPILED,
@@ -39,7 +43,6 @@ from speedstack.eval.peers import (
 )
 from speedstack.eval.prompts import PromptSet
 from speedstack.eval.results import AcceptanceResult, TimingResult
-from speedstack.eval.timing import Sample
 from speedstack.quant.checkpoint import load_checkpoint, load_model, weights_sha256
 from speedstack.runtime import Engine
 from speedstack.runtime.reference import ReferenceBackend
@@ -96,6 +99,40 @@ def test_all_contestants_make_the_same_tokens(
     assert acceptance is not None and [entry.name for entry in acceptance.sets] == ["a", "b"]
     assert acceptance.overall.acceptance_length == ours.acceptance_length and acceptance.block_size == 8
     assert acceptance.overall.rows_per_token is not None
+
+
+def test_batches_and_unpacked_experts_say_the_same(tiny_packed_dir: Path, tmp_path: Path) -> None:
+    peers: tuple[Peer, ...] = ("transformers", "unpacked")
+    settings = TimingSettings(
+        num_new_tokens=6, num_repeats=1, backend="reference", peers=peers, batch_sizes=(2, 1), copies=tmp_path
+    )
+    sets = [PromptSet("a", "made up", [*PROMPTS, [7] * 9, [8, 9]])]
+    result = measure_timing(tiny_packed_dir, None, sets, settings, progress=False)
+    names = [ENGINE, TRANSFORMERS, ENGINE_UNPACKED]
+    assert not result.unavailable
+    assert [(entry.name, entry.batch_size) for entry in result.sets] == [("a", 1), ("a x2", 2)]
+    for entries in (result.contestants, *(entry.contestants for entry in result.sets)):
+        assert [entry.name for entry in entries] == names
+        for entry in entries[1:]:
+            assert entry.identity is not None and entry.identity.num_identical == 4, entry.identity
+    assert "experts for 2 sequences" in result.contestants[1].description
+    # The copy is made once.
+    other = dataclasses.replace(settings, peer_dtype="bfloat16", peers=("transformers",))
+    result = measure_timing(tiny_packed_dir, None, sets, other, progress=False)
+    peer = result.contestants[1]
+    assert peer.description.endswith(", bfloat16") and peer.identity is not None and not peer.identity.promised
+    (copy,) = tmp_path.iterdir()
+    before = copy.stat()
+    measure_timing(tiny_packed_dir, None, sets, dataclasses.replace(settings, peers=("unpacked",)), progress=False)
+    assert copy.stat().st_ctime_ns == before.st_ctime_ns
+
+
+def test_experts_that_are_not_packed_need_no_unpacking(tiny_model_dir: Path, tmp_path: Path) -> None:
+    settings = TimingSettings(4, 1, backend="reference", peers=("unpacked",), copies=tmp_path)
+    result = measure_timing(tiny_model_dir, None, ONE, settings, progress=False)
+    assert [(entry.name, entry.reason) for entry in result.unavailable] == [
+        (ENGINE_UNPACKED, "the target's experts are not packed")
+    ]
 
 
 @pytest.mark.slow
@@ -203,7 +240,9 @@ def test_one_copy_of_the_target_for_all_of_ours_and_one_for_transformers(
     ours, _ = engine_contestants(tiny_packed_dir, tiny_packed_drafter_dir, torch.float32, settings, 16)
     tried: tuple[dict[str, float], list[Any]] = ({"eager": 1.0}, [])
     monkeypatch.setattr("speedstack.eval.peer_transformers.try_experts_implementations", lambda *_: tried)
-    theirs, _ = peer_contestants(tiny_packed_dir, tiny_packed_drafter_dir, torch.float32, settings, prompts)
+    theirs, _ = peer_contestants(
+        tiny_packed_dir, tiny_packed_drafter_dir, torch.float32, settings, prompts, ExitStack()
+    )
     assert len(ours) == 4 and len(theirs) == 3 and loads == ["ours", "transformers"]
     plain, drafting = (engine.backend for engine in engines)
     assert isinstance(plain, ReferenceBackend) and isinstance(drafting, ReferenceBackend)
@@ -368,6 +407,10 @@ def test_rounds_of_a_foreign_decoder_are_counted_as_ours() -> None:
 def test_bad_input_is_named(tiny_model_dir: Path) -> None:
     with pytest.raises(ValueError, match="dtype is 'float16': use 'float32' or 'bfloat16'"):
         measure_timing(tiny_model_dir, None, ONE, TimingSettings(dtype="float16"))
+    with pytest.raises(ValueError, match="peer_dtype is 'float16'"):
+        measure_timing(tiny_model_dir, None, ONE, TimingSettings(peer_dtype="float16"))
+    with pytest.raises(ValueError, match="a has 1 prompts, which do not fill batches of 2"):
+        measure_timing(tiny_model_dir, None, ONE, TimingSettings(batch_sizes=(1, 2)))
     with pytest.raises(ValueError, match="two sets of prompts have one name: a, a"):
         measure_timing(tiny_model_dir, None, ONE * 2)
     for sets in ([], [*ONE, PromptSet("empty", "made up", [])]):

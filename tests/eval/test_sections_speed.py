@@ -85,8 +85,15 @@ def test_adapter_and_engine_stand_side_by_side() -> None:
 def test_race_shows_what_was_measured_and_no_more() -> None:
     times = TokenTimes(p50=spread(2.0), p95=spread(3.0), p99=spread(9.0))
     full = contestant(
-        "engine", 400.0, token_ms=times, wait_ms=times, survival=(0.8, 0.4), joules_per_token=spread(0.25)
+        "engine",
+        400.0,
+        token_ms=times,
+        wait_ms=times,
+        survival=(0.8, 0.4),
+        joules_per_token=spread(0.25),
+        prompt_tokens_per_second=spread(96.0),
     )
+    full = full.model_copy(update={"prompt_tokens_per_second": spread(96.0)})
     one_set = SetTiming(name="humaneval", source="a file", num_prompt_tokens=(4, 5), contestants=(full,))
     race = TimingResult(
         device="cpu",
@@ -97,7 +104,7 @@ def test_race_shows_what_was_measured_and_no_more() -> None:
         num_new_tokens=8,
         num_repeats=3,
         contestants=(full, contestant("peer", 40.0, usd_per_million_tokens=1.25)),
-        sets=(one_set, one_set.model_copy(update={"name": "gsm8k"})),
+        sets=(one_set, one_set.model_copy(update={"name": "gsm8k", "batch_size": 4})),
         unavailable=(Unavailable(name="vLLM", reason="not installed"),),
         gpu_hour_usd=2.5,
         energy="NVML counters",
@@ -107,9 +114,13 @@ def test_race_shows_what_was_measured_and_no_more() -> None:
     everything, *sets = tables([section])
     assert column(everything, "contestant") == ["engine", "peer", "vLLM"]
     assert column(everything, "token, p50") == ["2", "\u2013", "\u2013"] and column(everything, "p99")[0] == "9"
+    assert column(everything, "prompt")[0].startswith("96 (")
     assert column(everything, "energy")[0] == "0.25" and column(everything, "cost")[1] == "1.25"
     assert everything.rows[2][0].note == "did not run: not installed"
-    assert [table.caption for table in sets] == ["Prompts humaneval, 2 prompts.", "Prompts gsm8k, 2 prompts."]
+    assert [table.caption for table in sets] == [
+        "Prompts humaneval, 2 prompts, 1 sequence at a time.",
+        "Prompts gsm8k, 2 prompts, 4 sequences at a time.",
+    ]
     text = " ".join(section.paragraphs)
     assert "4 to 9 tokens" in text and "2.5 USD an hour" in text and "NVML" in text and "The peer has no" in text
     assert sum(isinstance(block, FigureBlock) for block in section.blocks) == 3

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from speedstack.eval.contestant import Contestant, Sample
 from speedstack.eval.results import Report, SetTiming
-from speedstack.eval.timing import Contestant, Sample, Standings, race, spread
+from speedstack.eval.timing import Standings, race, spread
 from speedstack.runtime import GenerationStats
 
 Run = Callable[[list[int], int], Sample]
@@ -107,6 +108,45 @@ def test_tokens_that_come_together_share_their_wait() -> None:
         assert getattr(found.wait_ms, f"p{level}").median == pytest.approx(np.percentile(waits, level))
     assert found.decode_tokens_per_second.median == pytest.approx(7 / 1.6)
     assert found.token_ms.p50.num_repeats == 3
+
+
+def test_sequences_decoded_at_once_are_one_call() -> None:
+    asked: list[list[list[int]]] = []
+
+    def run_batch(prompts: list[list[int]], num_new_tokens: int) -> list[Sample]:
+        """Prompts are read one after another; the first sequence decodes a token meanwhile."""
+        asked.append(prompts)
+        arrivals = ([(1.0, 1), (1.5, 1), (3.0, 2)], [(2.0, 1), (2.5, 1), (3.0, 2)])
+        return [Sample(counting(prompt, 4), one, 4.0) for prompt, one in zip(prompts, arrivals, strict=True)]
+
+    prompts = [[1], [2, 2, 2], [3], [4, 4, 4]]
+    contestants = [
+        Contestant("a", "", runner([], "a", 1.0), run_batch),
+        Contestant("b", "", runner([], "b", 1.0), run_batch, identical_to="a", identity_promised=True),
+        Contestant("alone", "", runner([], "alone", 1.0)),
+    ]
+    sets = {"one": prompts, "two": prompts}
+    standings = run_race(contestants, sets, num_repeats=1, batch_sizes={"two": 2}, gpu_hour_usd=7.2)
+    assert [(entry.name, entry.reason) for entry in standings.unavailable] == [
+        ("alone", "two: ValueError: it decodes one sequence at a time")
+    ]
+    assert sorted(asked) == sorted(2 * (2 * [prompts[:2]] + [prompts[2:]]))  # warm-ups, and the race
+    a, b = standings.sets["two"]
+    # In every call all have their first token after 2 s, by when three are there; then five in 2 s.
+    assert a.first_token_seconds.median == 2.0 and a.decode_tokens_per_second.median == 5 / 2
+    assert a.prompt_tokens_per_second is not None and a.prompt_tokens_per_second.median == 4 / 2
+    assert a.tokens_per_second.median == 8 / 4 and a.usd_per_million_tokens == pytest.approx(0.002 / 2 * 1e6)
+    assert a.token_ms is not None and a.token_ms.p99.median == pytest.approx(750.0)
+    assert b.identity is not None and (b.identity.num_identical, b.identity.num_prompts) == (4, 4)
+    # Rates of batches are another matter: over all sets are those of single sequences alone.
+    assert [entry.decode_tokens_per_second.median for entry in standings.overall] == 3 * [3.0]
+    assert standings.overall[0].prompt_tokens_per_second is not None
+    assert standings.overall[0].prompt_tokens_per_second.median == 8 / (4 * 0.5)
+
+
+def test_prompts_have_to_fill_batches() -> None:
+    with pytest.raises(ValueError, match="a set has 2 prompts, which do not fill batches of 4: ask for a multiple"):
+        run_race([], batch_sizes={"a set": 4})
 
 
 def test_text_that_arrives_at_once_has_no_times_of_tokens() -> None:
