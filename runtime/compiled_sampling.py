@@ -20,7 +20,7 @@ import torch
 
 from speedstack.quant.kernels.build import load_library
 from speedstack.runtime.backend import Draw
-from speedstack.runtime.kernels.build import FLAGS, INSTRUCTION_SETS, choose_set
+from speedstack.runtime.kernels.build import choose_set, flags_of
 
 logger = logging.getLogger("speedstack.runtime")
 
@@ -108,5 +108,4 @@ def load_sampler() -> CompiledSampler | None:
 @cache
 def load_for(instruction_set: str) -> CompiledSampler:
     """The sampler for one of INSTRUCTION_SETS. Raises ValueError as `load_library`."""
-    flags = (*FLAGS, *(f"-m{flag}" for flag in INSTRUCTION_SETS[instruction_set]))
-    return CompiledSampler(load_library(SOURCE, "fast sampling on a CPU", [HEADER], flags))
+    return CompiledSampler(load_library(SOURCE, "fast sampling on a CPU", [HEADER], flags_of(instruction_set)))

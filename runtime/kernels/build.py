@@ -22,6 +22,8 @@ INSTRUCTION_SETS = {
     "avx2": ("avx2", "fma", "f16c"),
     "neon": (),
 }
+# Which of equal instructions, in which order: measured, a third of the speed of two rows on AVX2.
+TUNING = {"avx2": ("-mtune=haswell",)}
 VARIABLE = "SPEEDSTACK_CPU"
 
 
@@ -51,6 +53,12 @@ def choose_set() -> str:
     return wanted
 
 
+def flags_of(instruction_set: str) -> tuple[str, ...]:
+    """The compiler's flags for one of INSTRUCTION_SETS."""
+    named = (f"-m{flag}" for flag in INSTRUCTION_SETS[instruction_set])
+    return (*FLAGS, *named, *TUNING.get(instruction_set, ()))
+
+
 def load_kernels() -> ctypes.CDLL:
     """The compiled kernels, built on first use. Raises ValueError as `load_library` and `choose_set` do."""
     return _load(choose_set())
@@ -58,8 +66,8 @@ def load_kernels() -> ctypes.CDLL:
 
 @cache
 def _load(instruction_set: str) -> ctypes.CDLL:
-    flags = [f"-m{flag}" for flag in INSTRUCTION_SETS[instruction_set]]
-    return load_library(SOURCE, "backend 'cpu'", [SOURCE.with_name(header) for header in HEADERS], (*FLAGS, *flags))
+    headers = [SOURCE.with_name(header) for header in HEADERS]
+    return load_library(SOURCE, "backend 'cpu'", headers, flags_of(instruction_set))
 
 
 @cache

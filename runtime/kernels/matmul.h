@@ -21,14 +21,14 @@ constexpr int MAX_STEP_ROWS = 64;
 constexpr int STAGED_ROWS = 6;
 constexpr bool is_staged(int format, int rows) { return has_scales(format) && W < 16 && rows > 3; }
 
-constexpr int fused_rows(int format) { return W == 16 ? 8 : has_scales(format) ? 3 : 6; }
+constexpr int fused_rows(int format) { return W == 16 ? 8 : has_scales(format) ? 3 : 4; }
 
 // Panels of a fused tile: accumulators that hide the latency of a multiply-add, and as many streams as panels, which
 // prefetchers follow; one panel's is asked for ahead. Where there are scales its blocks are independent sums already.
 constexpr int fused_panels(int format, int rows) {
     if (W == 16) return has_scales(format) ? 1 : rows == 1 ? 8 : rows <= 4 ? 4 : 2;
     if (has_scales(format)) return rows == 1 ? 4 : 2;
-    return rows == 1 ? 4 : rows == 2 ? 2 : 1;
+    return rows == 1 ? 4 : 1;
 }
 
 // How far ahead of what is read.

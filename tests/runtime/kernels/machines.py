@@ -44,7 +44,7 @@ class Machine:
 
 def find_machine(name: str) -> Machine:
     """The test is skipped, with what is missing, where there is no way to run it."""
-    flags = tuple(f"-m{flag}" for flag in build.INSTRUCTION_SETS[name])
+    flags = build.flags_of(name)[len(build.FLAGS) :]
     if name in build.available_sets():
         return Machine(name, find_compiler("the test"), flags)
     if name != "neon":
