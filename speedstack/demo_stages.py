@@ -30,16 +30,16 @@ CONFIG_FILE, FACTS_FILE, EXAMPLES_FILE = "demo.yaml", "facts.json", "examples.js
 FULL, PTQ, QAD = "full precision", "PTQ", "QAD"
 NUM_EXAMPLES = 2
 
-# Only the estimates shown depend on these. tiny: as measured on two cores of a server CPU. small: not measured; a
-# guess, which the pace of the stages that are done corrects.
+# Only the estimates shown depend on these. tiny: as measured on two cores of a server CPU, training scaled to its
+# steps and their processor time. small: not measured; a guess, which the pace of the stages that are done corrects.
 EXPECTED_SECONDS = {
     "tiny": {
         "corpus": 9.0,
-        "pretrain": 350.0,
+        "pretrain": 190.0,
         "ptq": 1.0,
-        "qad": 122.0,
+        "qad": 78.0,
         "text": 34.0,
-        "drafter": 230.0,
+        "drafter": 127.0,
         "quality": 44.0,
         "acceptance": 1.0,
         "timing": 90.0,
