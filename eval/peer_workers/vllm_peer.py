@@ -45,14 +45,18 @@ def load(options: dict[str, Any]) -> tuple[str, Any]:
         tokens: dict[str, list[int]] = {name: [] for name in names}
         arrivals: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
         started = time.perf_counter()
-        for name, prompt in zip(names, prompts, strict=True):
-            engine.add_request(name, {"prompt_token_ids": prompt}, params)
-        while engine.has_unfinished_requests():
-            for request in engine.step():
-                new = list(request.outputs[0].token_ids)
-                if new:
-                    tokens[request.request_id] += new
-                    arrivals[request.request_id].append((time.perf_counter() - started, len(new)))
+        try:
+            for name, prompt in zip(names, prompts, strict=True):
+                engine.add_request(name, {"prompt_token_ids": prompt}, params)
+            while engine.has_unfinished_requests():
+                for request in engine.step():
+                    new = list(request.outputs[0].token_ids)
+                    if new:
+                        tokens[request.request_id] += new
+                        arrivals[request.request_id].append((time.perf_counter() - started, len(new)))
+        except Exception:
+            engine.abort_request(names)  # or the next call would wait for them
+            raise
         total_seconds = time.perf_counter() - started
         return [tokens[name] for name in names], [arrivals[name] for name in names], total_seconds
 

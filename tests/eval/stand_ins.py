@@ -29,16 +29,21 @@ class LLM:
         assert len(self.running) < self.options["max_num_seqs"]
         if prompt["prompt_token_ids"] == [666]:
             os._exit(3)
-        if prompt["prompt_token_ids"] == [667]:
-            raise RuntimeError("too long a prompt\\nand a traceback")
         pieces = DRAFTED_TOKENS if "speculative_config" in self.options else [[t] for r in DRAFTED_TOKENS for t in r]
         # A step of the prompt's first half brings nothing; what another sequence has shows in the first token.
         self.running[name] = [[], [prompt["prompt_token_ids"][0]], *pieces[1:]]
+        self.bad = prompt["prompt_token_ids"] == [667]
 
     def has_unfinished_requests(self):
         return bool(self.running)
 
+    def abort_request(self, names):
+        for name in names:
+            self.running.pop(name, None)
+
     def step(self):
+        if self.bad:
+            raise RuntimeError("no kernel for these heads\\nand a traceback")
         outputs = []
         for name in list(self.running):
             tokens = self.running[name].pop(0)

@@ -27,7 +27,7 @@ def race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Timin
 
     def config(model: str) -> Any:
         made = tiny_config(model)
-        made.vocab_size, made.moe_intermediate_size = 300, 64
+        made.vocab_size, made.moe_intermediate_size, made.head_dim = 300, 64, 32  # vLLM has kernels for these
         return made
 
     def run(peer: Peer, module: str, package: str) -> TimingResult:
