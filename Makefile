@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints-cpu.txt requirements-peers.txt
 	@touch $@
 
 peers: setup
-	$(BIN)/python eval/install_peers.py
+	$(BIN)/python eval/speed/peers/install.py
 
 demo: setup
 	$(BIN)/speedstack demo $(ARGS)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from speedstack.eval.prompt_settings import ChatTemplateKwargs, PromptSettings
+from speedstack.eval.data.prompt_settings import ChatTemplateKwargs, PromptSettings
 
 DEMO_RUN = Path("runs/demo")
 

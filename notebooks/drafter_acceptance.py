@@ -28,9 +28,9 @@ REPORT = "../results/2026-11-21-demo-tiny-intel.json"
 # %matplotlib inline
 from pathlib import Path
 
-from speedstack.eval.figures import survival, tokens_by_block
-from speedstack.eval.notebook import acceptance_text, show
-from speedstack.gather import gather
+from speedstack.eval.report.figures import survival, tokens_by_block
+from speedstack.eval.report.gather import gather
+from speedstack.eval.report.notebook import acceptance_text, show
 
 acceptance = gather([Path(REPORT)], title=REPORT).acceptance
 show(acceptance_text, acceptance)

@@ -42,12 +42,18 @@ BITS = {"full precision": 32.0, "MXFP4, rounded": 4.25, "MXFP4, distilled": 4.25
 # %matplotlib inline
 from pathlib import Path
 
-from speedstack.eval.ablation import AblationGrid
-from speedstack.eval.ablation_figures import grid_score_by_bits, kl_by_bits, kl_by_bytes, kl_by_speed, tau_by_bits
-from speedstack.eval.compare import Comparison
-from speedstack.eval.figures import divergence, score_by_bits, suite_differences
-from speedstack.eval.notebook import comparison_table, grid_table, load, show
-from speedstack.gather import gather
+from speedstack.eval.lm_eval.compare import Comparison
+from speedstack.eval.report.ablation_figures import (
+    grid_score_by_bits,
+    kl_by_bits,
+    kl_by_bytes,
+    kl_by_speed,
+    tau_by_bits,
+)
+from speedstack.eval.report.figures import divergence, score_by_bits, suite_differences
+from speedstack.eval.report.gather import gather
+from speedstack.eval.report.notebook import comparison_table, grid_table, load, show
+from speedstack.eval.results.ablation import AblationGrid
 
 report = gather([Path(REPORT)], title=REPORT)
 comparison, grid = load(Comparison, COMPARISON), load(AblationGrid, GRID)

@@ -28,9 +28,9 @@ REPORT = "../results/2026-11-21-demo-tiny-intel.json"
 # %matplotlib inline
 from pathlib import Path
 
-from speedstack.eval.figures import decode_rates, stage_times, time_per_text
-from speedstack.eval.notebook import show, timing_text
-from speedstack.gather import gather
+from speedstack.eval.report.figures import decode_rates, stage_times, time_per_text
+from speedstack.eval.report.gather import gather
+from speedstack.eval.report.notebook import show, timing_text
 
 report = gather([Path(REPORT)], title=REPORT)
 show(timing_text, report.timing, report.environment)

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from speedstack.runtime.decoding.results import Generation, GenerationStats, Score
     from speedstack.runtime.engine import Engine
-    from speedstack.runtime.results import Generation, GenerationStats, Score
-    from speedstack.runtime.strategy import DraftStrategy
+    from speedstack.runtime.rounds.speculation import DraftStrategy
 
 __all__ = ["DraftStrategy", "Engine", "Generation", "GenerationStats", "Score"]
 
@@ -17,11 +17,11 @@ def __getattr__(name: str) -> Any:
 
         return Engine
     if name == "DraftStrategy":
-        from speedstack.runtime.strategy import DraftStrategy
+        from speedstack.runtime.rounds.speculation import DraftStrategy
 
         return DraftStrategy
     if name in __all__:
-        from speedstack.runtime import results
+        from speedstack.runtime.decoding import results
 
         return getattr(results, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,11 +18,13 @@ import torch
 from speedstack.dflash.checkpoint import MASK_EMBEDDING_NAME, check_target, load_drafter
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.quant.checkpoint import weights_sha256
-from speedstack.runtime.backend import Backend, Rows
-from speedstack.runtime.budget import DraftBudget, DraftHistory
-from speedstack.runtime.cpu import HeldAs
-from speedstack.runtime.decoder import Decoder
-from speedstack.runtime.prompts import (
+from speedstack.runtime.backends.base import Backend, Rows
+from speedstack.runtime.backends.cpu.backend import HeldAs
+from speedstack.runtime.backends.gpu.multi_step import rounds_for
+from speedstack.runtime.backends.select import make_backend, refuse_trees
+from speedstack.runtime.decoding.detokenizer import TextStream
+from speedstack.runtime.decoding.loop import Decoder
+from speedstack.runtime.decoding.prompts import (
     Prompt,
     encode_text,
     integer,
@@ -32,18 +34,16 @@ from speedstack.runtime.prompts import (
     split_prompts,
     stop_strings,
 )
-from speedstack.runtime.proposer import DrafterProposer, NgramProposer, NoProposer, Proposer
-from speedstack.runtime.results import Generation, Score
-from speedstack.runtime.ring import MAX_ROWS
-from speedstack.runtime.rounds import rounds_for
-from speedstack.runtime.sampling import SamplingParams
-from speedstack.runtime.select import make_backend, refuse_trees
-from speedstack.runtime.sequence import RunningSequence
-from speedstack.runtime.spec import ModelSpec
-from speedstack.runtime.strategy import NGRAM, DraftStrategy
-from speedstack.runtime.target import LoadedTarget, load_target
-from speedstack.runtime.text import TextStream
-from speedstack.runtime.weights import ModelWeights
+from speedstack.runtime.decoding.proposers import DrafterProposer, NgramProposer, NoProposer, Proposer
+from speedstack.runtime.decoding.results import Generation, Score
+from speedstack.runtime.decoding.sequence import RunningSequence
+from speedstack.runtime.model.kv_ring import MAX_ROWS
+from speedstack.runtime.model.loading import LoadedTarget, load_target
+from speedstack.runtime.model.spec import ModelSpec
+from speedstack.runtime.model.weights import ModelWeights
+from speedstack.runtime.rounds.draft_length import DraftBudget, DraftHistory
+from speedstack.runtime.rounds.sampling import SamplingParams
+from speedstack.runtime.rounds.speculation import NGRAM, DraftStrategy
 
 DEFAULT_MAX_LENGTH = 4096
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
-from speedstack.runtime.backend import Rows
+from speedstack.runtime.backends.base import Rows
+from speedstack.runtime.decoding.results import Score
 from speedstack.runtime.engine import Engine
-from speedstack.runtime.results import Score
-from speedstack.runtime.ring import MAX_ROWS, ring_length
+from speedstack.runtime.model.kv_ring import MAX_ROWS, ring_length
 
 # Cutting the order between two sequences makes a second slot compute what they share. Up to this many tokens (a prefix
 # token, "Question:") that costs less than the steps which walking side by side saves.

@@ -47,79 +47,79 @@ class Verb:
 VERBS = {
     "demo": Verb(
         "the whole stack on a small model: pretrain, quantize, QAT, drafter, quality, timing, report",
-        "speedstack.demo_config:load_demo_config",
-        "speedstack.demo:demo",
+        "speedstack.demo.config:load_demo_config",
+        "speedstack.verbs.demo:demo",
         continues=True,
     ),
     "pretrain": Verb(
         "train a Mixture-of-Experts model from scratch",
-        "speedstack.train.config:PretrainConfig",
-        "speedstack.jobs:pretrain",
+        "speedstack.train.config.recipes:PretrainConfig",
+        "speedstack.verbs.jobs:pretrain",
         continues=True,
     ),
     "qat": Verb(
         "train a model with its experts in MXFP4, distilled from itself in full precision",
-        "speedstack.train.config:QatConfig",
-        "speedstack.jobs:qat",
+        "speedstack.train.config.recipes:QatConfig",
+        "speedstack.verbs.jobs:qat",
         continues=True,
     ),
     "quantize": Verb(
         "quantize a model's experts to MXFP4 after training, by rounding or GPTQ",
-        "speedstack.quantize:load_quantize_config",
-        "speedstack.quantize:quantize",
+        "speedstack.verbs.quantize:load_quantize_config",
+        "speedstack.verbs.quantize:quantize",
     ),
     "drafter": Verb(
         "train a DFlash drafter for a model",
-        "speedstack.train.config:DrafterConfig",
-        "speedstack.jobs:drafter",
+        "speedstack.train.config.recipes:DrafterConfig",
+        "speedstack.verbs.jobs:drafter",
         continues=True,
     ),
     "convert": Verb(
         "turn a checkpoint of one format into one of another",
-        "speedstack.convert:load_convert_config",
-        "speedstack.convert:convert",
+        "speedstack.verbs.convert:load_convert_config",
+        "speedstack.verbs.convert:convert",
     ),
     "generate": Verb(
         "stream text from a model, with or without a drafter",
-        "speedstack.generate:load_generate_config",
-        "speedstack.generate:generate",
+        "speedstack.verbs.generate:load_generate_config",
+        "speedstack.verbs.generate:generate",
     ),
     "eval": Verb(
         "lm-eval suites and held-out perplexity through the runtime",
-        "speedstack.evaluate:load_eval_config",
-        "speedstack.evaluate:evaluate",
+        "speedstack.verbs.evaluate:load_eval_config",
+        "speedstack.verbs.evaluate:evaluate",
         continues=True,
     ),
     "compare": Verb(
         "results of a suite side by side, with significance and recovery",
-        "speedstack.jobs:load_compare_config",
-        "speedstack.jobs:compare",
+        "speedstack.verbs.jobs:load_compare_config",
+        "speedstack.verbs.jobs:compare",
     ),
     "bench": Verb(
         "time the decode loop, with peers side by side",
-        "speedstack.bench:load_bench_config",
-        "speedstack.bench:bench",
+        "speedstack.verbs.bench:load_bench_config",
+        "speedstack.verbs.bench:bench",
     ),
     "ablate": Verb(
         "a grid over number format, modules, method, drafter and temperature: one table and its plots",
-        "speedstack.ablate_config:load_ablate_config",
-        "speedstack.ablate:ablate",
+        "speedstack.ablation.config:load_ablate_config",
+        "speedstack.verbs.ablate:ablate",
         continues=True,
     ),
     "plan": Verb(
         "plan a model's decode step: bytes, FLOPs, roofline on a named GPU, and the proof that it is safe",
-        "speedstack.plan:load_plan_config",
-        "speedstack.plan:plan",
+        "speedstack.verbs.plan:load_plan_config",
+        "speedstack.verbs.plan:plan",
     ),
     "trace": Verb(
         "a timeline of one decode step as the cost model predicts it, for Perfetto",
-        "speedstack.trace:load_trace_config",
-        "speedstack.trace:trace",
+        "speedstack.verbs.trace:load_trace_config",
+        "speedstack.verbs.trace:trace",
     ),
     "report": Verb(
         "HTML and JSON from finished runs and result files of any kind",
-        "speedstack.jobs:load_report_config",
-        "speedstack.jobs:report",
+        "speedstack.verbs.jobs:load_report_config",
+        "speedstack.verbs.jobs:report",
     ),
 }
 
@@ -182,7 +182,7 @@ def usage() -> str:
 
 def config_loader(verb: Verb) -> Callable[[Path | None, Sequence[str]], Any]:
     """The function that makes the verb's config of a file and flags: its own, or the common one over its type."""
-    from speedstack.train.config import load_config
+    from speedstack.train.config.recipes import load_config
 
     config = _resolve(verb.config)
     return partial(load_config, config) if isinstance(config, type) else config

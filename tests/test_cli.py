@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from speedstack import __version__, cli, demo
+from speedstack import __version__, cli
 from speedstack.cli import VERBS, config_loader, main
-from speedstack.demo_config import DemoConfig, load_demo_config
-from speedstack.train.config import dump_config
+from speedstack.demo.config import DemoConfig, load_demo_config
+from speedstack.train.config.recipes import dump_config
+from speedstack.verbs import demo
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -335,7 +336,7 @@ def test_interrupt_of_what_does_not_continue(fails: Callable[..., str], monkeypa
     def job(config: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("speedstack.bench.bench", job)
+    monkeypatch.setattr("speedstack.verbs.bench.bench", job)
     assert fails("bench", code=130) == "speedstack: error: interrupted"
 
 

@@ -6,13 +6,13 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from speedstack.ablation_config import AblationConfig
+from speedstack.ablation.drafters_config import AblationConfig
 from speedstack.cli import VERBS, config_loader
-from speedstack.demo_config import MANAGED, SIZES, load_demo_config, stage_configs
-from speedstack.train.config import KINDS, dump_config, read_config
+from speedstack.demo.config import MANAGED, SIZES, load_demo_config, stage_configs
+from speedstack.train.config.recipes import KINDS, dump_config, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
-# Suites are no configs of a verb: they name tasks, and tests/eval/test_suite.py reads them.
+# Suites are no configs of a verb: they name tasks, and tests/eval/lm_eval/test_suite.py reads them.
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "suites")
 
 

@@ -14,23 +14,23 @@ import torch
 from torch import nn
 from transformers import MiMoV2FlashConfig, MiMoV2FlashForCausalLM, PreTrainedTokenizerBase
 
-from speedstack.eval.divergence import token_nll
+from speedstack.eval.quality.divergence import token_nll
 from speedstack.quant.experts import enable_autocast
-from speedstack.train.attention import enable_blockwise_attention
-from speedstack.train.config import ModelSection, PretrainConfig
-from speedstack.train.corpus import corpus_for
-from speedstack.train.data import PackedWindows
-from speedstack.train.digest import corpus_digest
-from speedstack.train.distributed import World
-from speedstack.train.loop import OnStep, Recipe, RunResult, run
-from speedstack.train.objective import heldout_batches, next_token_cross_entropy
+from speedstack.train.config.recipes import ModelSection, PretrainConfig
+from speedstack.train.core.attention import enable_blockwise_attention
+from speedstack.train.core.distributed import World
+from speedstack.train.core.loop import OnStep, Recipe, RunResult, run
+from speedstack.train.core.objective import heldout_batches, next_token_cross_entropy
+from speedstack.train.data.batches import PackedWindows
+from speedstack.train.data.corpus import corpus_for
+from speedstack.train.data.digest import corpus_digest
 
 # Base of the rotary frequencies: long for global attention, short for a window.
 _ROPE_THETA = {"full_attention": 5e5, "sliding_attention": 1e4}
 
 
 class PretrainRecipe(Recipe):
-    """Pretraining's part of the training loop; see `speedstack.train.loop.Recipe`."""
+    """Pretraining's part of the training loop; see `speedstack.train.core.loop.Recipe`."""
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
@@ -121,6 +121,6 @@ def model_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> M
 def pretrain(config: PretrainConfig, on_step: OnStep | None = None) -> RunResult:
     """Pretrain to the end of `config`; the export is a transformers directory with its tokenizer.
 
-    Raises as `speedstack.train.loop.run`.
+    Raises as `speedstack.train.core.loop.run`.
     """
     return run(PretrainRecipe(config), config, on_step)

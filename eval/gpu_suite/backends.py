@@ -9,20 +9,20 @@ import torch
 
 from speedstack.eval.gpu_suite.machine import device_seconds
 from speedstack.eval.gpu_suite.scale import Cell, Scale
-from speedstack.eval.released import released_config, tiny_config
-from speedstack.runtime.backend import Rows
-from speedstack.runtime.cost import PhaseCost, StepCost, active_experts, step_cost
+from speedstack.eval.microbench.released_models import released_config, tiny_config
+from speedstack.runtime.backends.base import Rows
+from speedstack.runtime.backends.gpu.graph import GraphBackend
+from speedstack.runtime.backends.select import DTYPES
 from speedstack.runtime.engine import Engine
-from speedstack.runtime.gpus import GPUS, Gpu
-from speedstack.runtime.graph import GraphBackend
-from speedstack.runtime.mixture import route
-from speedstack.runtime.select import DTYPES
-from speedstack.runtime.shapes import random_weights
-from speedstack.runtime.spec import ModelSpec, MoeSpec, spec_from_config
-from speedstack.runtime.weights import MoeWeights
+from speedstack.runtime.model.moe import route
+from speedstack.runtime.model.spec import ModelSpec, MoeSpec, spec_from_config
+from speedstack.runtime.model.synthetic_weights import random_weights
+from speedstack.runtime.model.weights import MoeWeights
+from speedstack.runtime.perf.cost import PhaseCost, StepCost, active_experts, step_cost
+from speedstack.runtime.perf.gpus import GPUS, Gpu
 
 if TYPE_CHECKING:
-    from speedstack.runtime.launches import Launch
+    from speedstack.runtime.backends.gpu.op_launch import Launch
 
 NUM_GENERATED = 64
 PHASE_REPEATS = 9
@@ -55,7 +55,7 @@ class BackendContestant:
 
         num_compiled: kernels that were not compiled ahead.
         """
-        from speedstack.runtime.kernels.triton.ahead import compilations
+        from speedstack.runtime.backends.gpu.kernels.aot_compile import compilations
 
         started = time.perf_counter()
         with compilations() as compiled:

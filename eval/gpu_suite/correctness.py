@@ -25,18 +25,18 @@ import torch
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.gpu_suite.edges import edge_spec, edge_weights, lose_expert, moe_of, pair_gap
 from speedstack.eval.gpu_suite.scale import Scale
-from speedstack.eval.released import drafter_config, tiny_config
-from speedstack.runtime.backend import Backend, Draw, Rows
+from speedstack.eval.microbench.released_models import drafter_config, tiny_config
+from speedstack.runtime.backends.base import Backend, Draw, Rows
+from speedstack.runtime.backends.gpu.expected_buffers import expected_buffers, found_buffer
+from speedstack.runtime.backends.gpu.graph import GraphBackend
+from speedstack.runtime.backends.reference import ReferenceBackend
+from speedstack.runtime.backends.select import DTYPES, make_backend
 from speedstack.runtime.engine import Engine
-from speedstack.runtime.expected import expected_buffers, found_buffer
-from speedstack.runtime.graph import GraphBackend
-from speedstack.runtime.mixture import route
-from speedstack.runtime.reference import ReferenceBackend
-from speedstack.runtime.sampling import SamplingParams, filter_logits, gumbel_noise, sample
-from speedstack.runtime.select import DTYPES, make_backend
-from speedstack.runtime.shapes import random_weights
-from speedstack.runtime.spec import MoeSpec, spec_from_config
-from speedstack.runtime.weights import ModelWeights, MoeWeights
+from speedstack.runtime.model.moe import route
+from speedstack.runtime.model.spec import MoeSpec, spec_from_config
+from speedstack.runtime.model.synthetic_weights import random_weights
+from speedstack.runtime.model.weights import ModelWeights, MoeWeights
+from speedstack.runtime.rounds.sampling import SamplingParams, filter_logits, gumbel_noise, sample
 
 # Largest error of a row, relative to its norm. bfloat16: up to about 20 roundings of 2**-9 of two or three layers one
 # after another, about sqrt(20) * 2**-9 = 0.9 % where they are independent. float32: sums of up to 96 terms in another

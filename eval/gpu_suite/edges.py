@@ -11,9 +11,9 @@ import torch
 
 from speedstack.eval.gpu_suite.scale import Scale
 from speedstack.quant.mxfp4 import MXFP4Tensor
-from speedstack.runtime.shapes import random_weights
-from speedstack.runtime.spec import AttentionSpec, LayerSpec, ModelSpec, MoeSpec
-from speedstack.runtime.weights import ModelWeights, MoeWeights
+from speedstack.runtime.model.spec import AttentionSpec, LayerSpec, ModelSpec, MoeSpec
+from speedstack.runtime.model.synthetic_weights import random_weights
+from speedstack.runtime.model.weights import ModelWeights, MoeWeights
 
 HIDDEN, INTERMEDIATE = 64, 64
 # Of the scales of some experts' up rows; their down projection's are as much lower, so that the sum stays near one.

@@ -3,7 +3,7 @@
 A whole step as one kernel takes a compiler half a minute, its phases ten seconds, and there is a dozen of either: one
 after another they alone would take longer than the suite may. So they are compiled side by side, a process a core,
 while weights are made and the peer compiles, into Triton's cache on disk, where launches find them
-(`speedstack.runtime.kernels.triton.ahead`). What is not found is compiled where it is needed, as ever.
+(`speedstack.runtime.backends.gpu.kernels.aot_compile`). What is not found is compiled where it is needed, as ever.
 """
 
 import threading
@@ -16,17 +16,17 @@ from typing import Any
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.eval.failures import one_line
 from speedstack.eval.gpu_suite.edges import edge_weights
 from speedstack.eval.gpu_suite.scale import PEER, Scale
 from speedstack.eval.gpu_suite.worker import StartWorker, Worker, WorkerFailed
-from speedstack.eval.released import drafter_config, released_spec, tiny_config
-from speedstack.runtime.graph import GraphBackend
-from speedstack.runtime.plan_backend import Target
-from speedstack.runtime.resident import ResidentBackend
-from speedstack.runtime.select import DTYPES
-from speedstack.runtime.shapes import empty_weights
-from speedstack.runtime.spec import spec_from_config
+from speedstack.eval.microbench.released_models import drafter_config, released_spec, tiny_config
+from speedstack.eval.results.failures import one_line
+from speedstack.runtime.backends.gpu.base import Target
+from speedstack.runtime.backends.gpu.graph import GraphBackend
+from speedstack.runtime.backends.gpu.resident import ResidentBackend
+from speedstack.runtime.backends.select import DTYPES
+from speedstack.runtime.model.spec import spec_from_config
+from speedstack.runtime.model.synthetic_weights import empty_weights
 
 META = torch.device("meta")
 PLAIN, FP8, LOOK_UP, DRAFTER, EDGES, APART = "plain", "fp8", "look-up", "drafter", "edges", "apart"

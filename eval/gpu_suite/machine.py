@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from speedstack.eval.environment import environment_fields
 from speedstack.eval.gpu_suite.scale import Scale
-from speedstack.eval.spread import spread_fields
+from speedstack.eval.results.environment import environment_fields
+from speedstack.eval.results.spread import spread_fields
 
 COPIES_A_SAMPLE = 4
 NUM_SAMPLES = 15

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from speedstack.runtime.memory import Memory
-from speedstack.runtime.phases import build_plan
-from speedstack.runtime.plan_backend import formats_of
-from speedstack.runtime.shapes import empty_weights
-from speedstack.runtime.spec import ModelSpec, spec_from_config
+from speedstack.runtime.backends.gpu.base import formats_of
+from speedstack.runtime.backends.gpu.buffers import Memory
+from speedstack.runtime.model.spec import ModelSpec, spec_from_config
+from speedstack.runtime.model.synthetic_weights import empty_weights
+from speedstack.runtime.plan.ops.layers import build_plan
 
 PROCESS_BYTES = 2 << 30
 USABLE = 0.96
@@ -23,7 +23,7 @@ TYPICAL_PROGRAMS = 132  # tiles, and with them padding, depend little on it
 
 def backend_bytes(spec: ModelSpec, max_length: int, num_slots: int = 1) -> int:
     """A GPU backend's weights, packed experts, its own copies of some, key/value buffers and activations."""
-    from speedstack.runtime.bindings import bind
+    from speedstack.runtime.backends.gpu.bindings.layers import bind
 
     weights = empty_weights(spec, torch.bfloat16, META, is_packed=True)
     plan = build_plan(spec, formats_of(weights), TYPICAL_PROGRAMS, max_context=max_length)

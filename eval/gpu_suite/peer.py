@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from speedstack.eval.failures import PEER_ERRORS, one_line
 from speedstack.eval.gpu_suite.backends import model_config
 from speedstack.eval.gpu_suite.machine import device_seconds
 from speedstack.eval.gpu_suite.scale import Cell, Scale
-from speedstack.runtime.cost import step_cost
-from speedstack.runtime.formats import WeightFormats
-from speedstack.runtime.gpus import Gpu
-from speedstack.runtime.phases import build_plan
-from speedstack.runtime.select import DTYPES
-from speedstack.runtime.spec import spec_from_config
+from speedstack.eval.results.failures import PEER_ERRORS, one_line
+from speedstack.runtime.backends.select import DTYPES
+from speedstack.runtime.model.spec import spec_from_config
+from speedstack.runtime.model.weight_formats import WeightFormats
+from speedstack.runtime.perf.cost import step_cost
+from speedstack.runtime.perf.gpus import Gpu
+from speedstack.runtime.plan.ops.layers import build_plan
 
 EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 WARM_STEPS = 3  # CUDA graphs of torch.compile: one step warms up, one records, one replays
@@ -181,7 +181,7 @@ def extrapolate(shallow: float, deep: float, depths: tuple[int, int], num_layers
 
 @torch.no_grad()
 def draw_weights(model: torch.nn.Module, num_layers: int, generator: torch.Generator) -> None:
-    """Fills a transformers model as `speedstack.runtime.shapes.random_weights` fills ours."""
+    """Fills a transformers model as `speedstack.runtime.model.synthetic_weights.random_weights` fills ours."""
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.uniform_(0.8, 1.2, generator=generator)

@@ -1,4 +1,4 @@
-"""Our MXFP4 kernels at the shape of a layer's experts, as `speedstack.eval.bench_quant` times them."""
+"""Our MXFP4 kernels at the shape of a layer's experts, as `speedstack.eval.microbench.quant` times them."""
 
 import random
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from speedstack.eval.gpu_suite.scale import Scale
-from speedstack.eval.quant_race import ours, reference, time_libraries
-from speedstack.eval.spread import spread_fields
+from speedstack.eval.microbench.quant_race import ours, reference, time_libraries
+from speedstack.eval.results.spread import spread_fields
 from speedstack.quant.kernels import kernels_for
 from speedstack.quant.mxfp4 import BLOCK_SIZE, DEFAULT_SCALE_RULE
-from speedstack.runtime.select import DTYPES
+from speedstack.runtime.backends.select import DTYPES
 
 NUM_REPEATS = 5
 

@@ -4,7 +4,6 @@ import random
 import time
 from typing import Any
 
-from speedstack.eval.environment import command_line
 from speedstack.eval.gpu_suite.correctness import Checker
 from speedstack.eval.gpu_suite.kernels import KernelCompiler, Kernels, all_jobs, check_jobs
 from speedstack.eval.gpu_suite.machine import Machine
@@ -12,7 +11,8 @@ from speedstack.eval.gpu_suite.quant import QuantKernels
 from speedstack.eval.gpu_suite.scale import MODEL_SHARES, PEER
 from speedstack.eval.gpu_suite.suite import OutOfTime, Suite
 from speedstack.eval.gpu_suite.worker import NEVER_BEGAN, Worker, WorkerFailed, call
-from speedstack.runtime.plan_backend import Target
+from speedstack.eval.results.environment import command_line
+from speedstack.runtime.backends.gpu.base import Target
 
 CHECKS = ("check_buffers", "check_row_invariance", "check_text", "check_sampling")
 CHECKS_OF = {
@@ -52,7 +52,7 @@ def compile_ahead(suite: Suite, machine: dict[str, Any]) -> None:
 
 def why_not(suite: Suite, contestant: str) -> str | None:
     """Why a backend cannot run here, None where it can."""
-    from speedstack.runtime.select import BACKENDS
+    from speedstack.runtime.backends.select import BACKENDS
 
     if contestant != PEER and contestant not in BACKENDS:
         return f"the engine has no backend {contestant!r}"

@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from speedstack.eval.failures import one_line
 from speedstack.eval.gpu_suite.kernels import Kernels
 from speedstack.eval.gpu_suite.scale import Scale
 from speedstack.eval.gpu_suite.worker import StartWorker
+from speedstack.eval.results.failures import one_line
 
 SCHEMA_VERSION = 1
 KIND = "gpu-suite"

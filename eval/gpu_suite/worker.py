@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from speedstack.eval.failures import one_line
+from speedstack.eval.results.failures import one_line
 
 INTERPRET = "TRITON_INTERPRET"
 KILLED = "killed: no answer in"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from speedstack.eval.results import (
+from speedstack.eval.results.kinds import (
     AcceptanceResult,
     AcceptanceSet,
     ContestantTiming,

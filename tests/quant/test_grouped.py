@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from speedstack.eval.bench_qat import plain_experts_forward
+from speedstack.eval.microbench.qat import plain_experts_forward
 from speedstack.quant import grouped
 from speedstack.quant.experts import contraction_last, enable_fake_quant, routed_experts, weight_names
 from speedstack.quant.grouped import WeightForm, experts_forward

@@ -13,12 +13,12 @@ from speedstack.dflash.accept import survival, walk_rounds
 from speedstack.dflash.checkpoint import load_drafter, save_drafter
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.tree import Draft
-from speedstack.eval.acceptance import summarize
+from speedstack.eval.speed.acceptance import summarize
 from speedstack.quant.checkpoint import load_model, weights_sha256
 from speedstack.runtime import Engine
-from speedstack.runtime.backend import DraftRequest
-from speedstack.runtime.compiled_drafter import CompiledDrafter
-from speedstack.runtime.cpu import CpuBackend
+from speedstack.runtime.backends.base import DraftRequest
+from speedstack.runtime.backends.cpu.backend import CpuBackend
+from speedstack.runtime.backends.cpu.drafter import CompiledDrafter
 
 NUM_NEW = 60
 PROMPTS = [[10, 20, 30, 40], [7], list(range(100, 190)), [400, 3, 99, 12, 12, 12, 5]]
@@ -373,7 +373,7 @@ def test_auto_falls_back_and_says_why(
     def refuse(*arguments: Any) -> None:
         raise ValueError("there is no compiler today")
 
-    monkeypatch.setattr("speedstack.runtime.select.CpuBackend", refuse)
+    monkeypatch.setattr("speedstack.runtime.backends.select.CpuBackend", refuse)
     assert Engine.from_pretrained(tiny_packed_dir, device="cpu").backend_name == "reference"
     assert "there is no compiler today" in caplog.text
 

@@ -12,8 +12,8 @@ import torch
 
 from speedstack.quant.checkpoint import load_model
 from speedstack.runtime import Engine, Generation
-from speedstack.runtime.sequence import RunningSequence
-from tests.runtime.tokenizers import sentencepiece
+from speedstack.runtime.decoding.sequence import RunningSequence
+from tests.runtime.decoding.tokenizers import sentencepiece
 
 PROMPT = [10, 20, 30, 40]
 NUM_NEW = 24

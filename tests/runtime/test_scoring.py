@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from speedstack.runtime import Engine
-from speedstack.runtime.backend import Rows
-from speedstack.runtime.ring import MAX_ROWS
+from speedstack.runtime.backends.base import Rows
+from speedstack.runtime.model.kv_ring import MAX_ROWS
 from speedstack.runtime.scoring import score_continuations
 
 

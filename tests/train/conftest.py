@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from speedstack.train.config import DrafterConfig, PretrainConfig, QatConfig, dump_config
-from speedstack.train.corpus import load_corpus, prepare_corpus
-from speedstack.train.loop import RunResult
+from speedstack.train.config.recipes import DrafterConfig, PretrainConfig, QatConfig, dump_config
+from speedstack.train.core.loop import RunResult
+from speedstack.train.data.corpus import load_corpus, prepare_corpus
 from speedstack.train.pretrain import pretrain
 
 MODEL = {
@@ -131,8 +131,8 @@ import os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from speedstack.train.config import DrafterConfig, read_config
-from speedstack.train.drafter import train_drafter
+from speedstack.train.config.recipes import DrafterConfig, read_config
+from speedstack.train.drafter.recipe import train_drafter
 for path in sys.argv[1:]:
     train_drafter(read_config(DrafterConfig, Path(path)))
 sys.stderr.flush()

@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from speedstack.eval.config import BenchConfig
-from speedstack.train.config import (
+from speedstack.train.config.recipes import (
     KINDS,
     DrafterConfig,
     JobConfig,
@@ -185,5 +185,5 @@ def test_the_mirror_is_offline_unless_asked_otherwise() -> None:
 
 
 def test_importing_the_config_does_not_import_torch() -> None:
-    code = "import sys, speedstack.train.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, speedstack.train.config.recipes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

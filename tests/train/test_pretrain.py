@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from speedstack.eval.divergence import token_nll
+from speedstack.eval.quality.divergence import token_nll
 from speedstack.quant.checkpoint import load_model
-from speedstack.train.config import ModelSection, PretrainConfig
-from speedstack.train.corpus import load_corpus
-from speedstack.train.data import PackedWindows
-from speedstack.train.digest import corpus_digest
-from speedstack.train.loop import RunResult
+from speedstack.train.config.recipes import ModelSection, PretrainConfig
+from speedstack.train.core.loop import RunResult
+from speedstack.train.data.batches import PackedWindows
+from speedstack.train.data.corpus import load_corpus
+from speedstack.train.data.digest import corpus_digest
 from speedstack.train.pretrain import model_config, pretrain
 
 

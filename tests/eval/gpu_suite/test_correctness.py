@@ -15,14 +15,14 @@ from speedstack.eval.gpu_suite.correctness import Checker, choice_gap, is_near_t
 from speedstack.eval.gpu_suite.edges import edge_weights, experts_of
 from speedstack.eval.gpu_suite.scale import scale_for
 from speedstack.eval.gpu_suite.sections import CHECKS, CHECKS_OF
-from speedstack.eval.released import MODELS
+from speedstack.eval.microbench.released_models import MODELS
 from speedstack.quant.mxfp4 import MXFP4Tensor
-from speedstack.runtime.backend import Rows
-from speedstack.runtime.bindings import LARGEST_NARROW_SCALE
-from speedstack.runtime.reference import ReferenceBackend
-from speedstack.runtime.sampling import SamplingParams, gumbel_noise, sample
-from speedstack.runtime.spec import MoeSpec
-from speedstack.runtime.weights import ModelWeights
+from speedstack.runtime.backends.base import Rows
+from speedstack.runtime.backends.gpu.bindings.layers import LARGEST_NARROW_SCALE
+from speedstack.runtime.backends.reference import ReferenceBackend
+from speedstack.runtime.model.spec import MoeSpec
+from speedstack.runtime.model.weights import ModelWeights
+from speedstack.runtime.rounds.sampling import SamplingParams, gumbel_noise, sample
 
 SCALE = scale_for("cpu")
 

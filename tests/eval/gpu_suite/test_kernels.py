@@ -19,8 +19,8 @@ from speedstack.eval.gpu_suite.kernels import Job, KernelCompiler, Kernels, all_
 from speedstack.eval.gpu_suite.scale import CONTESTANTS, MODEL_SHARES, Scale, scale_for
 from speedstack.eval.gpu_suite.sections import CHECKS, CHECKS_OF
 from speedstack.eval.gpu_suite.worker import LocalWorker, ProcessWorker, WorkerFailed
-from speedstack.runtime.plan_backend import Target
-from speedstack.runtime.resident import ResidentBackend
+from speedstack.runtime.backends.gpu.base import Target
+from speedstack.runtime.backends.gpu.resident import ResidentBackend
 
 HOPPER = Target((9, 0), 132)
 MODELS = tuple(MODEL_SHARES)

@@ -9,10 +9,10 @@ import torch
 from speedstack.eval.gpu_suite.backends import model_config
 from speedstack.eval.gpu_suite.peer import Peer, Step, draw_weights, extrapolate
 from speedstack.eval.gpu_suite.scale import Cell, scale_for
-from speedstack.eval.released import MODELS
-from speedstack.runtime.shapes import random_weights
-from speedstack.runtime.spec import spec_from_config
-from speedstack.runtime.weights import MoeWeights
+from speedstack.eval.microbench.released_models import MODELS
+from speedstack.runtime.model.spec import spec_from_config
+from speedstack.runtime.model.synthetic_weights import random_weights
+from speedstack.runtime.model.weights import MoeWeights
 
 SCALE = scale_for("cpu")
 

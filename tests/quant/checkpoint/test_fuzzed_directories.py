@@ -18,9 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from speedstack.quant.checkpoint import convert, load_model
-from speedstack.quantize import QuantizeConfig, quantize
 from speedstack.runtime import Engine
-from speedstack.runtime.config_file import read_model_config
+from speedstack.runtime.model.config_file import read_model_config
+from speedstack.verbs.quantize import QuantizeConfig, quantize
 from tests.packing import save_packed
 from tests.quant.checkpoint import spellings as sp
 from tests.quant.checkpoint.mutations import MUST_BE_READ, MUST_BE_REFUSED, MUTATIONS, READ_OR_REFUSED, NotHere

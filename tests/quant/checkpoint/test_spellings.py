@@ -21,14 +21,14 @@ from speedstack.cli import main
 from speedstack.quant.checkpoint import convert, load_model
 from speedstack.quant.checkpoint.names import FAMILIES
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, MXFP4Tensor, dequantize, fake_quantize
-from speedstack.quantize import QuantizeConfig, quantize
 from speedstack.runtime import Engine
-from speedstack.runtime.config_file import read_model_config
-from speedstack.runtime.spec import spec_from_config
-from speedstack.train.config import QatConfig
-from speedstack.train.corpus import prepare_corpus
-from speedstack.train.distributed import World
-from speedstack.train.qat import QatRecipe
+from speedstack.runtime.model.config_file import read_model_config
+from speedstack.runtime.model.spec import spec_from_config
+from speedstack.train.config.recipes import QatConfig
+from speedstack.train.core.distributed import World
+from speedstack.train.data.corpus import prepare_corpus
+from speedstack.train.qat.recipe import QatRecipe
+from speedstack.verbs.quantize import QuantizeConfig, quantize
 from tests.quant.checkpoint import spellings as sp
 from tests.quant.checkpoint.spellings import Spelling
 

@@ -1,0 +1,1 @@
+"""Text, chats, prompts and task data, read from files."""

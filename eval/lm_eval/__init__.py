@@ -1,0 +1,1 @@
+"""lm-eval's tasks and suites through the engine."""

@@ -1,0 +1,130 @@
+"""Answers of a model, kept as they come, so that an evaluation that was killed asks only what is still open.
+
+One directory a model; in it one file of JSON lines a process, appended to and never rewritten. A key is the SHA-256 of
+the task's hash and the request, so a changed prompt, setting or task misses and everything else hits. What decides a
+model's answers besides the request is in the directory's name: weights, config and tokenizer, dtype, backend, length,
+and the software that computes them.
+
+A generation is kept with how it was decoded, which the drafter decides: how the engine speculates is part of the key of
+generations (`drafting_key`), and not of log-likelihoods, which have no rounds.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from speedstack import __version__
+from speedstack.quant.checkpoint.tokenizer import tokenizer_files
+from speedstack.runtime import Engine
+from speedstack.runtime.rounds.speculation import NGRAM
+
+logger = logging.getLogger(__name__)
+
+# To be raised with every change of the code that changes what is answered, or how an answer is written down.
+ANSWERS_VERSION = 2
+SOFTWARE = ("torch", "transformers", "tokenizers", "lm_eval")
+# Files of a model directory that decide an answer, beside the weights.
+DECISIVE_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
+
+
+class RequestCache:
+    """Answers by key: those that any process left in `directory`, and new ones, which go into this process's file.
+
+    Without a directory, answers are kept in memory alone.
+    """
+
+    def __init__(self, directory: Path | None = None, rank: int = 0) -> None:
+        self._answers: dict[str, Any] = {}
+        self._path = directory / f"answers-{rank}.jsonl" if directory is not None else None
+        self._file: BinaryIO | None = None
+        if directory is not None and directory.is_dir():
+            for path in sorted(directory.glob("answers-*.jsonl")):
+                self._answers.update(_read(path))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._answers
+
+    def __getitem__(self, key: str) -> Any:
+        return self._answers[key]
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def put(self, key: str, answer: Any) -> None:
+        """Keep an answer of plain JSON types; it is in the file when this returns."""
+        self._answers[key] = answer
+        if self._path is None:
+            return
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a+b", buffering=0)
+            self._end_line()
+        self._file.write(json.dumps([key, answer]).encode() + b"\n")
+
+    def _end_line(self) -> None:
+        """Close the line that a kill may have left unfinished."""
+        assert self._file is not None
+        if self._file.seek(0, 2) == 0:
+            return
+        self._file.seek(-1, 2)
+        if self._file.read(1) != b"\n":
+            self._file.write(b"\n")
+
+
+def request_key(task_hash: str, kind: str, request: Sequence[Any]) -> str:
+    """Key of one request: its task's hash, its kind, and everything in it, of plain JSON types."""
+    return _digest([task_hash, kind, *request])
+
+
+def model_key(engine: Engine, directory: str | Path) -> str:
+    """Hash of all that decides the answers of an engine over the model in `directory`, as a directory name.
+
+    The drafter is left out: it changes no answer. What it changes is in `drafting_key`.
+    """
+    settings = [engine.backend_name, str(engine.dtype), engine.device.type, engine.max_length]
+    software = [ANSWERS_VERSION, __version__, *(version(name) for name in SOFTWARE)]
+    return _digest([engine.target_sha256, side_files(directory), settings, software])[:24]
+
+
+def side_files(directory: str | Path) -> dict[str, str]:
+    """SHA-256 by name of the files of a model directory that decide what it answers, beside the weights."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(Path(directory).iterdir())
+        if path.is_file() and (path.suffix in DECISIVE_SUFFIXES or path in tokenizer_files(directory))
+    }
+
+
+def drafting_key(engine: Engine, drafter: Path | None) -> str:
+    """Hash of all that decides in which rounds an engine generates, beside the text: the drafter, which was loaded from
+    `drafter`, and the strategy. Raises ValueError for an engine with a drafter where `drafter` is None.
+    """
+    if engine.num_drafts == 0:
+        return _digest(None)
+    if drafter is None:
+        raise ValueError("the engine has a drafter, and acceptance is kept by drafter: say where it was loaded from")
+    made_of = [engine.drafter_sha256, {} if str(drafter) == NGRAM else side_files(drafter)]
+    return _digest([made_of, engine.num_drafts, asdict(engine.strategy)])
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path) -> Iterator[tuple[str, Any]]:
+    num_broken = 0
+    for line in path.read_bytes().splitlines():
+        try:
+            key, answer = json.loads(line)
+        except (ValueError, TypeError):
+            # A kill tears the line being written: its request is asked again.
+            num_broken += 1
+        else:
+            yield key, answer
+    if num_broken:
+        logger.warning("%s: %d unfinished lines are left out, their requests are asked again", path, num_broken)

@@ -1,0 +1,219 @@
+"""How fast MXFP4 is quantized, dequantized and fake-quantized, against other libraries in the same run.
+
+    python -m speedstack.eval.microbench.quant [--out results/x.json] [--device cuda] [--shape 128,1536,2048]
+
+The default shape is gate and up projection of one layer of Qwen3-30B-A3B's experts. Contestants take turns in an order
+drawn anew for every repeat, and medians are compared. Ours is called on the whole layer, as training does. On a CPU the
+others are called expert by expert, which is how they are used (they quantize linear layers) and spares their
+temporaries the way to main memory; on a GPU on all experts as one matrix, which spares them launches. With
+`--peer-experts N` they get the first N experts only: their time is proportional to that, and the whole layer takes
+them minutes. They may round differently: torchao has the same rule as ours, compressed-tensors its own (the same values
+by default), ModelOpt rounds scales up; `relative_squared_error` shows that all do the job.
+
+Bytes are those an operation must read and write, so a copy of the input is the yardstick for what memory allows.
+"""
+
+import argparse
+import importlib.metadata
+import logging
+import random
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from speedstack.eval.microbench.quant_race import (
+    COPY,
+    OURS,
+    PEERS,
+    Operation,
+    Samples,
+    available,
+    ours,
+    reference,
+    time_libraries,
+)
+from speedstack.eval.results.environment import describe_environment
+from speedstack.eval.results.kinds import Document, Environment, Record, Spread, Unavailable
+from speedstack.eval.speed.harness import spread
+from speedstack.quant import mxfp4
+from speedstack.quant.kernels import kernels_for
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SHAPE = (128, 1536, 2048)
+
+
+class QuantTiming(Record):
+    """One contestant at one operation: `seconds` for `num_experts` matrices, of which it reads and writes `num_bytes`.
+
+    `times_ours` is the ratio of median times an expert; `relative_squared_error` is the sum of squared errors of the
+    first matrix over its sum of squares.
+    """
+
+    operation: Operation
+    dtype: str
+    contestant: str
+    num_experts: int
+    seconds: Spread
+    num_bytes: int
+    bytes_per_second: float
+    fraction_of_copy: float
+    times_ours: float | None
+    relative_squared_error: float | None
+
+
+class QuantBench(Document):
+    """Everything one run measured."""
+
+    kind: Literal["quant-bench"] = "quant-bench"
+    environment: Environment
+    device: str
+    shape: tuple[int, ...]
+    scale_rule: str
+    peer_versions: dict[str, str]
+    timings: tuple[QuantTiming, ...]
+    unavailable: tuple[Unavailable, ...]
+
+
+def bench(
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtypes: tuple[str, ...],
+    scale_rule: mxfp4.ScaleRule,
+    num_repeats: int,
+    peer_experts: int | None = None,
+    seed: int = 0,
+) -> QuantBench:
+    """Times everything on random weights of `shape` [experts, out, in]. Raises ValueError for bad arguments."""
+    if len(shape) != 3 or min(shape) < 1 or shape[-1] % mxfp4.BLOCK_SIZE:
+        raise ValueError(f"--shape is experts,out,in with in a multiple of {mxfp4.BLOCK_SIZE}, got {shape}")
+    if scale_rule not in get_args(mxfp4.ScaleRule):
+        raise ValueError(f"unknown scale rule {scale_rule!r}: choose one of {', '.join(get_args(mxfp4.ScaleRule))}")
+    if num_repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {num_repeats}")
+    if peer_experts is not None and not 1 <= peer_experts <= shape[0]:
+        raise ValueError(f"--peer-experts must be between 1 and {shape[0]}, got {peer_experts}")
+    probe = torch.ones(1, mxfp4.BLOCK_SIZE, device=device)
+    if kernels_for(probe) is None:
+        logging.getLogger(__name__).warning("no kernels on %s here: speedstack is its PyTorch reference", device)
+    timings: list[QuantTiming] = []
+    unavailable: dict[str, Unavailable] = {}
+    for dtype_name in dtypes:
+        generator = torch.Generator(device).manual_seed(seed)
+        w = torch.empty(shape, dtype=DTYPES[dtype_name], device=device).normal_(0, 0.02, generator=generator)
+        peers, missing = available(scale_rule, w[0, :32].contiguous())
+        unavailable |= {name: Unavailable(name=name, reason=reason) for name, reason in missing.items()}
+        libraries = [ours(scale_rule), reference(scale_rule), *peers]
+        samples = time_libraries(
+            w, libraries, num_repeats, peer_experts or shape[0], random.Random(seed), title=dtype_name
+        )
+        timings += _timings(dtype_name, samples)
+        del w
+    return QuantBench(
+        environment=describe_environment(),
+        device=str(device),
+        shape=shape,
+        scale_rule=scale_rule,
+        peer_versions={name: importlib.metadata.version(name) for name in PEERS if name not in unavailable},
+        timings=tuple(timings),
+        unavailable=tuple(unavailable.values()),
+    )
+
+
+def _timings(dtype_name: str, samples: list[Samples]) -> list[QuantTiming]:
+    medians = {(each.operation, each.contestant): spread(each.seconds).median for each in samples}
+    (copy,) = (each for each in samples if each.operation == "copy")
+    copy_rate = copy.num_bytes / medians["copy", COPY]
+    timings = []
+    for each in samples:
+        median = medians[each.operation, each.contestant]
+        ours_median = medians.get((each.operation, OURS))
+        timings.append(
+            QuantTiming(
+                operation=each.operation,
+                dtype=dtype_name,
+                contestant=each.contestant,
+                num_experts=each.num_experts,
+                seconds=spread(each.seconds),
+                num_bytes=each.num_bytes,
+                bytes_per_second=each.num_bytes / median,
+                fraction_of_copy=each.num_bytes / median / copy_rate,
+                # Ours is called on the whole layer, as the copy is.
+                times_ours=median / each.num_experts / (ours_median / copy.num_experts) if ours_median else None,
+                relative_squared_error=each.relative_squared_error,
+            )
+        )
+    return timings
+
+
+def show(result: QuantBench, console: Console) -> None:
+    """The result as a table."""
+    table = Table(title=f"MXFP4, {tuple(result.shape)} on {result.device}, rule {result.scale_rule}")
+    for column in (
+        "operation",
+        "dtype",
+        "contestant",
+        "experts",
+        "median s",
+        "min-max s",
+        "GB/s",
+        "of copy",
+        "x ours",
+        "error",
+    ):
+        table.add_column(column, justify="left" if column in ("operation", "dtype", "contestant") else "right")
+    for each in sorted(result.timings, key=lambda t: (t.dtype, t.operation, t.seconds.median)):
+        table.add_row(
+            each.operation,
+            each.dtype,
+            each.contestant,
+            str(each.num_experts),
+            f"{each.seconds.median:.4f}",
+            f"{each.seconds.minimum:.4f}-{each.seconds.maximum:.4f}",
+            f"{each.bytes_per_second / 1e9:.2f}",
+            f"{each.fraction_of_copy:.2f}",
+            "" if each.times_ours is None else f"{each.times_ours:.1f}",
+            "" if each.relative_squared_error is None else f"{each.relative_squared_error:.5f}",
+        )
+    console.print(table)
+    for missing in result.unavailable:
+        console.print(f"{missing.name} skipped: {missing.reason}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; a setting that cannot be measured ends with one line and exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m speedstack.eval.microbench.quant", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--out", type=Path, help="write the result there as JSON")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--shape", default=",".join(map(str, SHAPE)), help="experts,out,in (default: %(default)s)")
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="default: %(default)s")
+    parser.add_argument("--scale-rule", default=mxfp4.DEFAULT_SCALE_RULE, help="default: %(default)s")
+    parser.add_argument("--peer-experts", type=int, help="how many experts the others get (default: all)")
+    parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        dtypes = tuple(options.dtypes.split(","))
+        if unknown := [name for name in dtypes if name not in DTYPES]:
+            raise ValueError(f"unknown dtype {unknown[0]!r}; use {' or '.join(DTYPES)}")
+        shape = tuple(int(size) for size in options.shape.split(","))
+        device = torch.device(options.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("there is no CUDA device here")
+        result = bench(shape, device, dtypes, options.scale_rule, options.repeats, options.peer_experts)
+    except (ValueError, RuntimeError) as error:
+        parser.error(" ".join(str(error).split()))
+    if options.out is not None:
+        result.save(options.out)
+    console = Console()
+    # A file or a pipe has no width: nothing is cut off there.
+    show(result, console if console.is_terminal else Console(width=160))
+    if options.out is not None:
+        print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

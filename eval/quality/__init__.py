@@ -1,0 +1,1 @@
+"""Perplexity, divergence and sensitivity on held-out text."""

@@ -1,0 +1,112 @@
+"""What a checkpoint is made of: parameters, active parameters, and the bytes of its routed experts.
+
+Counted from the tensors a directory holds, not from formulas over its config, so that the numbers of a report are those
+of the files.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from speedstack.eval.results.kinds import ExpertStorage, ModelSummary
+from speedstack.quant.checkpoint import load_checkpoint
+from speedstack.quant.checkpoint.config import build_skeleton, read_config
+from speedstack.quant.checkpoint.files import weight_files
+from speedstack.quant.formats import number_format
+from speedstack.quant.ptq import ModuleGroup, weights_of
+
+EXPERTS = ".experts."
+BF16_BYTES = 2
+
+
+def summarize_model(path: str | Path, name: str) -> ModelSummary:
+    """The model in directory `path`; a token's active parameters count the share of the experts that it is sent to.
+
+    Raises ValueError as `load_checkpoint` does.
+    """
+    checkpoint = load_checkpoint(path)
+    config = checkpoint.config
+    sizes = {key: math.prod(tensor.shape) for key, tensor in checkpoint.tensors.items()}
+    num_parameters = sum(sizes.values())
+    num_expert_parameters = sum(size for key, size in sizes.items() if EXPERTS in key)
+    num_active_parameters = None
+    description = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}"
+    if num_expert_parameters:
+        # `num_local_experts` is transformers' common name for what families call by several.
+        num_experts, num_chosen = config.num_local_experts, config.num_experts_per_tok
+        num_active_parameters = num_parameters - num_expert_parameters * (num_experts - num_chosen) // num_experts
+        description += f", {num_experts} experts a layer of which {num_chosen} compute a token"
+    return ModelSummary(
+        name=name,
+        architecture=(config.architectures or [config.model_type])[0],
+        num_parameters=num_parameters,
+        num_active_parameters=num_active_parameters,
+        num_expert_parameters=num_expert_parameters,
+        description=description,
+    )
+
+
+def expert_storage(path: str | Path) -> ExpertStorage:
+    """Bytes of the routed experts in the files of directory `path`, against the same weights in bfloat16.
+
+    Raises ValueError for a model without routed experts, and as `load_checkpoint` does.
+    """
+    experts = [tensor for key, tensor in load_checkpoint(path).tensors.items() if EXPERTS in key]
+    if not experts:
+        raise ValueError(f"{path} holds no routed experts")
+    return ExpertStorage(
+        place="on disk",
+        packed_bytes=sum(tensor.nbytes for tensor in experts),
+        bf16_bytes=BF16_BYTES * sum(math.prod(tensor.shape) for tensor in experts),
+    )
+
+
+def directory_bytes(path: str | Path) -> dict[str, int]:
+    """Bytes of every tensor in the safetensors files of directory `path`, as they are stored, by its name there.
+
+    Raises ValueError as `weight_files` does.
+    """
+    sizes = {}
+    for file in weight_files(path):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                sizes[name] = end - start
+    return sizes
+
+
+def bytes_per_weight(path: str | Path) -> float:
+    """Bytes of a routed expert's weight in the files of directory `path`.
+
+    Raises ValueError for a model without routed experts, and as `weight_files` does.
+    """
+    skeleton = build_skeleton(read_config(Path(path))[0])
+    num_weights = sum(tensor.numel() for name, tensor in skeleton.state_dict().items() if EXPERTS in name)
+    if not num_weights:
+        raise ValueError(f"{path} holds no routed experts")
+    return sum(size for name, size in directory_bytes(path).items() if EXPERTS in name) / num_weights
+
+
+def bytes_in_format(
+    path: str | Path, format_name: str, modules: ModuleGroup | Sequence[ModuleGroup]
+) -> tuple[int, int]:
+    """Bytes of the model in directory `path`, which is not packed, and of its routed experts, if the weights of
+    `modules` were stored in a number format and the others as they are. Weights that are no experts' are taken to have
+    the dtype of those.
+
+    Raises ValueError as `weights_of` and `bytes_per_weight` do.
+    """
+    chosen = number_format(format_name)
+    weights = weights_of(build_skeleton(read_config(Path(path))[0]), modules)
+    stored = directory_bytes(path)
+    num_bytes = bytes_per_weight(path)
+    total = sum(stored.values())
+    experts = sum(size for name, size in stored.items() if EXPERTS in name)
+    for name, weight in weights.items():
+        difference = chosen.num_bytes(tuple(weight.shape)) - round(weight.numel() * num_bytes)
+        total += difference
+        experts += difference if EXPERTS in name else 0
+    return total, experts

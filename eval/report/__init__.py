@@ -1,0 +1,1 @@
+"""Reports, plots and mirrors of results."""

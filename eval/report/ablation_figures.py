@@ -1,0 +1,237 @@
+"""Figures of an ablation, in the style of `eval.report.figures`: precision against divergence, score and tau.
+
+Colours are the quantized modules, markers the method, so that a point can be told on a printer and by a colour-blind
+reader; whiskers are 95 % intervals. A figure shows the rows that have its two figures; without any, its function
+raises `NothingToDraw`.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
+
+import matplotlib
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import AutoLocator, NullLocator, ScalarFormatter
+
+from speedstack.eval.report.figures import COLOURS, MARKERS, STYLE, NothingToDraw, label_x, legend_above, new_axes
+from speedstack.eval.results.ablation import AblationGrid, AblationRow
+from speedstack.eval.results.schema import Z95
+
+_MODULES = ("experts", "attention", "lm_head", "all", "")
+_METHODS = ("rtn", "mse", "gptq", "qat-ce", "qad", "none")
+# Bits that an axis names, where it reaches so far.
+_TICKS = (2, 3, 4, 5, 6, 8, 12, 16, 32)
+BITS = "bits a quantized weight, scales included (log scale)"
+BYTES = "bytes of the whole model (MB)"
+NATS = "KL from full precision (millinats a token, log scale)"
+
+
+def ablation_figures(grid: AblationGrid) -> dict[str, Figure]:
+    """All that the grid has rows for, by file name."""
+    functions = {
+        "kl_by_bits": kl_by_bits,
+        "kl_by_bytes": kl_by_bytes,
+        "kl_by_speed": kl_by_speed,
+        "score_by_bits": grid_score_by_bits,
+        "tau_by_bits": tau_by_bits,
+    }
+    drawn = {}
+    for name, function in functions.items():
+        with contextlib.suppress(NothingToDraw):
+            drawn[name] = function(grid)
+    return drawn
+
+
+def kl_by_bits(grid: AblationGrid) -> Figure:
+    """KL of every quantized model over the bits that one of its quantized weights takes."""
+    return _points(
+        _with_kl(grid), lambda row: row.bits_per_weight, _kl, BITS, NATS, "95 % interval of the mean over windows"
+    )
+
+
+def kl_by_bytes(grid: AblationGrid) -> Figure:
+    """KL of every quantized model over the bytes of the whole model: what a format is worth where it is used."""
+    return _linear_x(_points(_with_kl(grid), _megabytes, _kl, BYTES, NATS, "95 % interval of the mean over windows"))
+
+
+def kl_by_speed(grid: AblationGrid) -> Figure:
+    """KL over the predicted tokens/s of greedy decoding, filled points with a drafter: what divergence buys.
+
+    The full-precision model, whose KL is 0, is a line: the tokens/s that it is predicted to decode without a drafter.
+
+    Predicted, because only there every format has kernels: measured tokens/s of rows that are served dequantized are
+    not their format's, and stay in the table.
+    """
+    rows = [row for row in grid.rows if row.kl_nats is not None and row.kl_nats > 0 and row.temperature == 0]
+    label = f"tokens/s on {grid.gpu}, predicted (filled: with a drafter)"
+    whiskers = "95 % interval of the mean over windows"
+    full = next((row for row in grid.rows if row.method == "none" and row.drafter == "none"), None)
+    line = None if full is None else full.predicted_tokens_per_second
+    return _linear_x(
+        _points(
+            rows,
+            lambda row: row.predicted_tokens_per_second,
+            _kl,
+            label,
+            NATS,
+            whiskers,
+            fills_drafted=True,
+            full_precision_x=line,
+        )
+    )
+
+
+def _linear_x(figure: Figure) -> Figure:
+    (axes,) = figure.axes
+    axes.set_xscale("linear")
+    axes.xaxis.set_major_locator(AutoLocator())
+    return figure
+
+
+def grid_score_by_bits(grid: AblationGrid) -> Figure:
+    """Score of every model over the bits that one of its quantized weights takes."""
+    rows = [row for row in grid.models() if row.score is not None]
+    return _points(
+        rows,
+        lambda row: row.bits_per_weight,
+        lambda row: (row.score or 0.0, row.score_stderr),
+        BITS,
+        grid.score_metric or "score",
+        "95 % interval over documents",
+        log_y=False,
+    )
+
+
+def tau_by_bits(grid: AblationGrid) -> Figure:
+    """Tokens a round over the target's precision: a line a drafter's target and temperature, methods by marker."""
+    rows = [row for row in grid.rows if row.tau is not None and row.bits_per_weight and row.modules in ("experts", "")]
+    if not rows:
+        raise NothingToDraw("no row has a drafter's tokens a round")
+    keys = sorted({(row.temperature, row.drafter) for row in rows})
+    # More lines than colours that are told apart: shades, from cold to hot.
+    shades = [to_hex(colormaps["cividis"](index / len(keys))) for index in range(len(keys))]
+    colours = COLOURS if len(keys) <= len(COLOURS) else shades
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_axes(3.4)
+        for index, key in enumerate(keys):
+            for row in rows:
+                if (row.temperature, row.drafter) == key:
+                    _point(axes, row, row.bits_per_weight or 0.0, row.tau or 0.0, row.tau_stderr, colours[index])
+        named = [
+            (f"trained for {drafter}, T={temperature:g}", colours[index])
+            for index, (temperature, drafter) in enumerate(keys)
+        ]
+        _finish(axes, rows, named, BITS, "tokens a round (tau)", "95 % interval over texts")
+    return figure
+
+
+def _marker(method: str) -> str:
+    """The method's own, the last one for methods that came later."""
+    return MARKERS[_METHODS.index(method)] if method in _METHODS else MARKERS[-1]
+
+
+def _quantity(label: str) -> str:
+    """An axis' label without its unit."""
+    return label.partition(" (")[0].partition(",")[0]
+
+
+def _with_kl(grid: AblationGrid) -> list[AblationRow]:
+    return [row for row in grid.models() if row.kl_nats is not None and row.kl_nats > 0]
+
+
+def _kl(row: AblationRow) -> tuple[float, float | None]:
+    return 1e3 * (row.kl_nats or 0.0), None if row.kl_stderr_nats is None else 1e3 * row.kl_stderr_nats
+
+
+def _megabytes(row: AblationRow) -> float | None:
+    return None if row.model_bytes is None else row.model_bytes / 1e6
+
+
+def _points(
+    rows: Sequence[AblationRow],
+    x_of: Callable[[AblationRow], float | None],
+    y_of: Callable[[AblationRow], tuple[float, float | None]],
+    x_label: str,
+    y_label: str,
+    whiskers: str,
+    log_y: bool = True,
+    fills_drafted: bool = False,
+    full_precision_x: float | None = None,
+) -> Figure:
+    rows = [row for row in rows if x_of(row)]
+    if not rows:
+        raise NothingToDraw(f"no row has both {_quantity(y_label)} and {_quantity(x_label)}")
+    modules = dict.fromkeys((*_MODULES, *(row.modules for row in rows)))
+    colours = dict(zip(modules, itertools.cycle(COLOURS)))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_axes(3.4)
+        if log_y:
+            axes.set_yscale("log")
+        for row in rows:
+            y, stderr = y_of(row)
+            filled = fills_drafted and row.drafter != "none"
+            _point(axes, row, x_of(row) or 0.0, y, stderr, colours[row.modules], filled)
+        shown = [name for name in modules if any(row.modules == name for row in rows)]
+        named = [(name or "full precision", colours[name]) for name in shown]
+        lines = []
+        if full_precision_x is not None:
+            label = "full precision, undrafted"
+            lines = [axes.axvline(full_precision_x, color="black", linestyle=":", linewidth=1.0, label=label)]
+        _finish(axes, rows, named, x_label, y_label, whiskers, lines)
+    return figure
+
+
+def _point(
+    axes: Axes, row: AblationRow, x: float, y: float, stderr: float | None, colour: str, is_filled: bool = False
+) -> None:
+    axes.errorbar(
+        x,
+        y,
+        yerr=None if stderr is None else Z95 * stderr,
+        fmt=_marker(row.method),
+        color=colour,
+        markerfacecolor=colour if is_filled else "none",
+        markersize=5.5,
+        capsize=2.5,
+        elinewidth=0.9,
+    )
+
+
+def _finish(
+    axes: Axes,
+    rows: Sequence[AblationRow],
+    named: Sequence[tuple[str, str]],
+    x_label: str,
+    y_label: str,
+    whiskers: str,
+    lines: Sequence[Line2D] = (),
+) -> None:
+    """Labels, and a legend of what colours, markers and `lines` stand for."""
+    axes.set_xscale("log", base=2)
+    low, high = axes.get_xlim()
+    axes.set_xticks([bits for bits in _TICKS if low <= bits <= high])
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    label_x(axes, x_label, whiskers)
+    axes.set_ylabel(y_label)
+    methods = [name for name in dict.fromkeys((*_METHODS, *(row.method for row in rows)))]
+    methods = [name for name in methods if name != "none" and any(row.method == name for row in rows)]
+    handles = [Line2D([], [], color=colour, linewidth=3, label=label) for label, colour in named]
+    handles += [
+        Line2D(
+            [],
+            [],
+            color="black",
+            linestyle="none",
+            marker=_marker(name),
+            markerfacecolor="none",
+            label=name,
+        )
+        for name in methods
+    ]
+    handles += lines
+    legend_above(axes, handles)

@@ -1,0 +1,80 @@
+"""The curves of a training run, from its metrics.jsonl; what a run that was cut off lacks is said and left out."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from speedstack.eval.report.page import plural
+from speedstack.eval.results.kinds import Curve
+from speedstack.train.core.metrics import FILE_NAME, read_metrics
+
+CROSS_ENTROPY = "cross-entropy (nats a token)"
+KL = "KL from the teacher (nats a token)"
+MIXTURE = "weighted cross-entropy and KL (nats a token)"
+WEIGHTED = "position-weighted cross-entropy (nats a token)"
+ACCEPTANCE = "acceptance length (tokens a round)"
+UNKNOWN = "training loss (nats a token)"
+# What recipes call their loss is not one quantity: loss -> its axis, by what the run's config says it trained on.
+TRAIN_LOSS = {"pretrain": CROSS_ENTROPY, "kl": KL, "ce": CROSS_ENTROPY, "mix": MIXTURE, "drafter": WEIGHTED}
+
+
+def run_curves(run_directory: Path, on_problem: Callable[[str], object] = warnings.warn) -> list[Curve]:
+    """What the metrics of a training run plot; the stage is the run's name.
+
+    `on_problem` is told, in one line each, of lines that cannot be read, of values that are no finite numbers, and of
+    a config that does not say what the loss is. Raises OSError for files that cannot be read.
+    """
+    lines = read_metrics(run_directory, on_problem)
+    recipe, loss = _recipe(run_directory / "config.yaml", on_problem)
+    metrics = {
+        ("train", "loss"): ("training", loss),
+        ("eval", "heldout_loss"): ("held-out", WEIGHTED if recipe == "drafter" else CROSS_ENTROPY),
+        ("eval", "heldout_kl"): ("held-out", KL),
+        ("eval", "acceptance_length"): ("held-out", ACCEPTANCE),
+    }
+    curves = []
+    for (kind, name), (label, quantity) in metrics.items():
+        found = [(line["step"], line[name]) for line in lines if line["kind"] == kind and name in line]
+        if points := _points(found, f"{run_directory / FILE_NAME}: {name}", on_problem):
+            steps, values = zip(*points, strict=True)
+            curves.append(Curve(stage=run_directory.name, label=label, quantity=quantity, steps=steps, values=values))
+    return curves
+
+
+def _points(
+    found: Sequence[tuple[int, Any]], name: str, on_problem: Callable[[str], object]
+) -> list[tuple[int, float]]:
+    """Steps, each once and rising, with their values; those that are no finite numbers are left out."""
+    if left_out := [(step, value) for step, value in found if not _is_finite(value)]:
+        step, value = left_out[0]
+        lacking = f"{len(left_out)} of {plural(len(found), 'value')}"
+        on_problem(f"{name} is no finite number in {lacking}, the first {value} at step {step}: left out")
+    # Of a step that is there twice the later line counts.
+    return sorted({step: float(value) for step, value in found if _is_finite(value)}.items())
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value of JSON is a number that a plot has a place for."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _recipe(file: Path, on_problem: Callable[[str], object]) -> tuple[str, str]:
+    """The kind of the run and the axis of its training loss, from its config; metrics alone do not say."""
+    if not file.is_file():
+        return "", UNKNOWN
+    try:
+        config = yaml.safe_load(file.read_bytes())
+    except yaml.YAMLError as error:
+        on_problem(f"{file} is not YAML ({' '.join(str(error).split())}): what its run's loss is remains unknown")
+        return "", UNKNOWN
+    config = config if isinstance(config, dict) else {}
+    kind = config.get("kind")
+    section = config.get("qat")
+    trained_on = section.get("objective") if kind == "qat" and isinstance(section, dict) else kind
+    return str(kind or ""), TRAIN_LOSS.get(str(trained_on), UNKNOWN)

@@ -1,0 +1,1 @@
+"""Sections of a report on timings of single parts."""

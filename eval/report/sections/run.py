@@ -1,0 +1,136 @@
+"""What a run says of itself beside its measurements: stages, model, memory, training curves, texts it wrote.
+
+No kind of its own: these are fields of the report.
+"""
+
+from speedstack.eval.report import plots
+from speedstack.eval.report.page import (
+    Block,
+    Cell,
+    Column,
+    FigureBlock,
+    Headline,
+    Listing,
+    Section,
+    Table,
+    format_bytes,
+    format_count,
+    format_seconds,
+    number,
+    words,
+)
+from speedstack.eval.results.kinds import Curve, ModelSummary, Report
+
+MAX_CURVE_POINTS = 400
+RECIPE = (
+    "A language model writes one token at a time, and for each it must read its weights from memory. Two things make "
+    "that faster here: the weights of its experts are stored in 4 bits instead of 16, with training that lets the "
+    "model adapt; and a small drafter proposes several tokens at once, which the model checks in one pass and keeps "
+    "only where it would have written the same. How much the first changes the model is measured below; the second "
+    "changes nothing."
+)
+
+
+def done(report: Report) -> list[Section]:
+    """The model and the stages of the run."""
+    if report.model is None and not report.stages:
+        return []
+    models = () if report.model is None else (report.model, *report.other_models)
+    blocks: list[Block] = []
+    if report.stages:
+        rows = tuple(
+            (
+                Cell(stage.name),
+                Cell(stage.summary),
+                Cell("\u2013" if stage.seconds is None else format_seconds(stage.seconds), stage.seconds),
+            )
+            for stage in report.stages
+        )
+        blocks.append(Table((*words(("stage", "what it does")), Column("time")), rows))
+    return [Section("What was done", (RECIPE, *map(_model_text, models)), tuple(blocks), _headlines(report))]
+
+
+def memory(report: Report) -> list[Section]:
+    """Bytes of the experts, and of everything an engine holds."""
+    blocks: list[Block] = []
+    if report.storage:
+        rows = tuple(
+            (
+                Cell(entry.place),
+                Cell(format_bytes(entry.packed_bytes), entry.packed_bytes),
+                Cell(format_bytes(entry.bf16_bytes), entry.bf16_bytes),
+                number(entry.ratio if entry.bf16_bytes else None, ".4f"),
+            )
+            for entry in report.storage
+        )
+        columns = (
+            Column("routed experts' weights", is_number=False),
+            Column("MXFP4"),
+            Column("bfloat16"),
+            Column("ratio"),
+        )
+        blocks.append(Table(columns, rows))
+    if report.memory_bytes:
+        svg = plots.memory_by_part(report.memory_bytes)
+        blocks.append(FigureBlock(svg, "What the engine holds in memory, by part."))
+    return [Section("Memory", (), tuple(blocks))] if blocks else []
+
+
+def training(report: Report) -> list[Section]:
+    """A figure a stage and quantity; stages of one name that several runs have share theirs."""
+    figures: dict[tuple[str, str], list[Curve]] = {}
+    for curve in report.curves:
+        if curve.steps:
+            run, _, stage = curve.stage.rpartition("/")
+            label = f"{run}: {curve.label}" if run else curve.label
+            named = thin_curve(curve).model_copy(update={"stage": stage, "label": label})
+            figures.setdefault((stage, curve.quantity), []).append(named)
+    blocks = tuple(
+        FigureBlock(plots.training_curves(curves), f"Stage {stage}.") for (stage, _), curves in figures.items()
+    )
+    return [Section("Training", (), blocks)] if blocks else []
+
+
+def examples(report: Report) -> list[Section]:
+    """Generated texts."""
+    if not report.examples:
+        return []
+    listings = tuple(Listing(example.title, example.prompt, example.text) for example in report.examples)
+    return [Section("What it writes", ("Prompts from held-out files; the model's own text is in colour.",), listings)]
+
+
+def thin_curve(curve: Curve, max_points: int = MAX_CURVE_POINTS) -> Curve:
+    """Every n-th point of a long curve, the last one always: a page needs no thousand points a line."""
+    stride = -(-len(curve.steps) // max_points)
+    if stride <= 1:
+        return curve
+    keep = sorted({*range(0, len(curve.steps), stride), len(curve.steps) - 1})
+    return curve.model_copy(
+        update={"steps": tuple(curve.steps[i] for i in keep), "values": tuple(curve.values[i] for i in keep)}
+    )
+
+
+def _model_text(model: ModelSummary) -> str:
+    active = (
+        f" and {format_count(model.num_active_parameters)} at work on any one token"
+        if model.num_active_parameters
+        else ""
+    )
+    description = f" {model.description}." if model.description else ""
+    return (
+        f"The model: {model.name} ({model.architecture}), {format_count(model.num_parameters)} parameters, of which "
+        f"{format_count(model.num_expert_parameters)} in routed experts{active}.{description}"
+    )
+
+
+def _headlines(report: Report) -> tuple[Headline, ...]:
+    first = next((entry for entry in report.storage if entry.bf16_bytes), None)
+    if first is None:
+        return ()
+    return (
+        Headline(
+            f"{100 * first.ratio:.1f}%",
+            f"of the experts' bytes {first.place}",
+            f"{format_bytes(first.packed_bytes)} packed to MXFP4, {format_bytes(first.bf16_bytes)} in bfloat16",
+        ),
+    )

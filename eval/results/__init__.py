@@ -1,0 +1,1 @@
+"""Result files: their schemas, and what every one of them records."""

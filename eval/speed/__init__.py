@@ -1,0 +1,1 @@
+"""The benchmark harness and who takes part in it."""

@@ -1,0 +1,1 @@
+"""Compiled kernels for AVX2, AVX-512 and NEON."""

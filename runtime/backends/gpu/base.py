@@ -1,0 +1,277 @@
+"""What the backends that execute plans on a GPU have in common: plan, memory, rows in, logits and features out.
+
+A step holds up to `phases.MAX_ROWS` rows; the engine's larger ones are cut. Without a GPU the kernels run under
+Triton's interpreter, in float32, which is slow and meant for tests: TRITON_INTERPRET=1 has to be set before the process
+starts.
+
+Left out: draft trees, whose siblings would share a place in the key/value buffers.
+
+Legend: R rows, C features, W wanted rows, V vocabulary.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from speedstack.dflash.model import DFlashDraftModel
+from speedstack.dflash.tree import Draft
+from speedstack.quant.fp8 import FP8Tensor
+from speedstack.quant.mxfp4 import MXFP4Tensor
+from speedstack.runtime.backends.base import DraftRequest, Rounds, Rows
+from speedstack.runtime.backends.gpu.buffers import Memory, step_inbox
+from speedstack.runtime.backends.torch_drafter import ModuleDrafter
+from speedstack.runtime.model.drafter_spec import DrafterSpec, why_not_planned
+from speedstack.runtime.model.weight_formats import WeightFormat, WeightFormats
+from speedstack.runtime.model.weights import (
+    DenseWeights,
+    DrafterWeights,
+    Linear,
+    ModelWeights,
+    MoeWeights,
+    read_drafter,
+)
+from speedstack.runtime.plan.ir import Plan
+from speedstack.runtime.plan.ops.layers import build_plan
+from speedstack.runtime.rounds.draft_length import COMPILED
+
+logger = logging.getLogger("speedstack.runtime")
+
+# Triton makes E4M3 to float16 one instruction, which older GPUs do not have.
+FP8_CAPABILITY = (8, 9)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU that need not be there: a backend made for it compiles its kernels and computes nothing.
+
+    Weights may then be on any device, the meta device too. capability: major and minor; num_sms: its multiprocessors.
+    """
+
+    capability: tuple[int, int]
+    num_sms: int
+
+
+class TooManyKinds(ValueError):
+    """A plan has more kinds of phases than one kernel takes."""
+
+
+def check_supported(name: str, weights: ModelWeights, target: Target | None) -> bool:
+    """Whether kernels are interpreted. Raises ValueError, with the reason, where they can neither run nor be."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(f"backend {name!r} needs Triton, which is not installed: pip install triton")
+    import triton
+
+    from speedstack.runtime.backends.gpu.kernels.dispatch import run_item
+
+    is_interpreted = not isinstance(run_item, triton.JITFunction)
+    device, dtype = weights.embedding_VD.device, weights.embedding_VD.dtype
+    if is_interpreted and target is not None:
+        raise ValueError("kernels for another GPU are compiled, not interpreted: unset TRITON_INTERPRET")
+    if device.type != "cuda" and not is_interpreted and target is None:
+        raise ValueError(
+            f"backend {name!r} runs on a GPU; on a CPU it needs Triton's interpreter, for tests: set TRITON_INTERPRET=1"
+        )
+    if is_interpreted and dtype != torch.float32:
+        raise ValueError(f"backend {name!r} takes float32 only under Triton's interpreter: it computes others wrongly")
+    if not is_interpreted and dtype != torch.bfloat16:
+        raise ValueError(f"backend {name!r} takes bfloat16 only on a GPU; use backend='reference' for float32")
+    if not is_interpreted:
+        check_fp8(name, weights, torch.cuda.get_device_capability(device) if target is None else target.capability)
+    return is_interpreted
+
+
+def check_fp8(name: str, weights: ModelWeights, capability: tuple[int, int]) -> None:
+    """Raises ValueError for weights in FP8 on a GPU whose compute capability has no instruction that decodes it."""
+    if capability < FP8_CAPABILITY and weights.num_fp8():
+        raise ValueError(
+            f"backend {name!r} reads FP8 on GPUs of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}; this "
+            f"one has {capability[0]}.{capability[1]}: use backend='reference'"
+        )
+
+
+class PlanBackend:
+    """One way of executing plans. A subclass builds its kernels in `_prepare` and begins a step in `_start`.
+
+    num_rows: of a step; split_size: positions that one item of attention takes; powers of two. num_programs: what the
+    plan is cut for. target: a GPU that kernels are compiled for and not run on; None for the one that weights are on.
+    """
+
+    name: str
+    no_trees_because: str | None = "its kernels write keys and values at a row's position, which siblings would share"
+    rounds: Rounds | None = None
+    plans_drafters = False  # whether plans have phases for those that can (`drafter_spec.why_not_planned`)
+    has_measured_cost = False
+    round_cost = COMPILED
+    plan: Plan
+    memory: Memory
+
+    def __init__(
+        self,
+        weights: ModelWeights,
+        drafter: DFlashDraftModel | None,
+        num_slots: int,
+        max_length: int,
+        num_rows: int,
+        split_size: int,
+        num_programs: int,
+        max_steps: int = 1,
+        target: Target | None = None,
+    ) -> None:
+        assert num_rows & (num_rows - 1) == 0, "tiles are powers of two"
+        started = time.perf_counter()
+        self.weights, self.num_slots, self.max_length, self.target = weights, num_slots, max_length, target
+        self.device = weights.embedding_VD.device
+        self._num_rows, self._split_size, self._num_programs = num_rows, split_size, num_programs
+        self.rows_a_step: int | None = num_rows
+        self._max_steps, self._has_look_up = max_steps, False
+        self._planned_drafter: DrafterWeights | None = None
+        self.drafter: ModuleDrafter | None = None
+        self.set_drafter(drafter)
+        self.prepare_seconds = time.perf_counter() - started
+
+    def _prepare(self) -> None:
+        """Builds kernels and their arguments for `plan` and `memory`."""
+        raise NotImplementedError
+
+    def compile(self) -> list[Any]:
+        """Compiles what a step launches for `target`, into Triton's cache on disk. Triton's compiled kernels."""
+        raise NotImplementedError
+
+    def _start(self) -> None:
+        """Begins to compute the rows in `memory.rows`."""
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        """Looks after what `_start` began; raises RuntimeError where it failed."""
+
+    def set_drafter(self, drafter: DFlashDraftModel | None) -> None:
+        w, contexts = self.weights, None
+        taps = () if drafter is None else tuple(drafter.config.target_layer_ids)
+        with self._all_or_nothing():
+            self._planned_drafter = None
+            if drafter is not None and self.plans_drafters and why_not_planned(drafter.config) is None:
+                self._planned_drafter = read_drafter(drafter, w.embedding_VD.dtype, w.embedding_VD.dtype)
+                try:
+                    self._make_plan(taps, has_look_up=False)
+                except TooManyKinds as reason:
+                    logger.warning("backend %s: the host drafts, not the kernel, because %s", self.name, reason)
+                    self._planned_drafter = None
+            if self._planned_drafter is None:
+                self._make_plan(taps, has_look_up=False)
+            else:
+                contexts = self.memory.contexts_of_slots(self.max_length)
+            self.drafter = None
+            if drafter is not None:
+                self.drafter = ModuleDrafter(
+                    drafter, w.embedding_VD, w.lm_head_VD, self.num_slots, self.max_length, contexts
+                )
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """What fails inside leaves this backend as it was: a plan never runs on the tables of another one."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
+    def _make_plan(self, taps: tuple[int, ...], has_look_up: bool) -> None:
+        w, self._has_look_up = self.weights, has_look_up
+        spec = self.planned_drafter
+        self.plan = build_plan(
+            w.spec, formats_of(w), self._num_programs, self._num_rows, self.max_length, self._split_size, taps=taps,
+            has_look_up=has_look_up, drafter=spec,
+        )  # fmt: skip
+        caches = self.memory.caches if hasattr(self, "memory") else None
+        self.memory = Memory(self.plan, w, self.num_slots, self.max_length, self._max_steps, caches, spec)
+        self._prepare()
+
+    @property
+    def planned_drafter(self) -> DrafterSpec | None:
+        """The drafter that the plan has phases for."""
+        return None if self._planned_drafter is None else self._planned_drafter.spec
+
+    def weight_bytes(self) -> dict[str, int]:
+        drafter = {"drafter": self.drafter.weight_bytes()} if self.drafter is not None else {}
+        if self._planned_drafter is not None:
+            drafter["drafter"] += self._planned_drafter.joined_bytes()
+        return self.weights.nbytes_by_part() | drafter
+
+    def cache_bytes(self) -> int:
+        drafter = self.drafter.cache_bytes() if self.drafter is not None else 0
+        return sum(cache.nbytes for cache in self.memory.caches) + drafter
+
+    def repeat(self, num_steps: int) -> None:
+        """Computes the newest step again, so many times, with as little of the host as there can be: for timing."""
+        with self._on_device():
+            for _ in range(num_steps):
+                self._start()
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        # Kernels are launched on the current device, which need not be the weights'.
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    @torch.no_grad()
+    def step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        assert rows.parents is None, "the engine asks for no trees here"
+        assert self.target is None, "a backend for another GPU computes nothing"
+        assert all(a < b for a, b in pairwise(logit_rows)), "logit rows have to ascend"
+        with self._on_device():
+            return self._step(rows, logit_rows)
+
+    def _step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        parts, best = [], list[int]()
+        for start in range(0, len(rows.tokens), self.plan.rows):
+            cut = slice(start, start + self.plan.rows)
+            draws = None if rows.draws is None else rows.draws[cut]
+            self._step_chunk(Rows(rows.tokens[cut], rows.slots[cut], rows.positions[cut], draws=draws))
+            here = [row - start for row in logit_rows if start <= row < start + self.plan.rows]
+            if here:
+                parts.append(self.memory.logits_VR[:, here].T.contiguous())
+                best += self.memory.chosen[0, here].tolist()
+        return torch.cat(parts) if parts else self.memory.logits_VR.new_empty(0, self.weights.spec.vocab_size), best
+
+    def _step_chunk(self, rows: Rows) -> None:
+        self.memory.inbox.copy_(step_inbox(rows, self.plan.rows))
+        self._start()
+        self._finish()
+        if self.drafter is not None and self._planned_drafter is None:
+            self.drafter.write(self.memory.features_RC(len(rows.tokens)), rows.slots, rows.positions)
+
+    def commit(self, rows: Sequence[int]) -> None:
+        raise AssertionError("the engine asks for no trees here")
+
+    def draft(self, requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:
+        assert tree_budget is None, "the engine asks for no trees here"
+        assert self.drafter is not None
+        return self.drafter.draft(requests, num_drafts)
+
+
+def formats_of(weights: ModelWeights) -> WeightFormats:
+    """What the plan's cost is counted by. A part is in FP8 if all of its matrices are, in every layer."""
+    plain: WeightFormat = "float32" if weights.embedding_VD.dtype == torch.float32 else "bf16"
+    layers = [layer.mlp for layer in weights.layers if isinstance(layer.mlp, MoeWeights)]
+    is_packed = any(isinstance(mlp.gate_up_EID, MXFP4Tensor) for mlp in layers)
+    dense = [layer.mlp for layer in weights.layers if isinstance(layer.mlp, DenseWeights)]
+
+    def of(matrices: Sequence[Linear]) -> WeightFormat:
+        return "fp8" if matrices and all(isinstance(matrix, FP8Tensor) for matrix in matrices) else plain
+
+    return WeightFormats(
+        attention=of([layer.attention.qkv_OD for layer in weights.layers]),
+        attention_output=of([layer.attention.output_DO for layer in weights.layers]),
+        dense=of([matrix for mlp in dense for matrix in (mlp.gate_up_FD, mlp.down_DF)]),
+        router="float32",
+        experts="mxfp4" if is_packed else plain,
+        embedding=plain,
+        lm_head=of([weights.lm_head_VD]),
+    )

@@ -1,0 +1,1 @@
+"""Where the kernels of each operation find their tensors."""

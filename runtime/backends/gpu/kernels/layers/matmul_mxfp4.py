@@ -1,0 +1,352 @@
+"""Products of MXFP4 weights with all rows of a step; weights are decoded in registers, two at a time.
+
+A GPU reads memory so fast that a program may spend about three instructions of a lane on a weight of four bits, its
+share of everything else included. Hence the shape of this product, which no other has:
+
+- Each warp has a slice of the contraction axis for itself, and all T rows of the tile. No two warps decode the same
+  weight, which they would if they shared a tile's few rows out among them. The slices' sums are added at the end.
+- A lane reads a block of 32 weights at once, 16 bytes under one scale, and keeps them: what it decodes is its own part
+  of the tensor core's operand. That needs another order of the contraction axis, into which the activations are brought
+  too; those between an expert's two products are written in it.
+- A code's bits are moved to the sign, the low exponent and the high mantissa bits of a bfloat16, both halves of a word
+  at once. What stands there is the value times 2**-126, also for the code 1, which is subnormal in both formats. One
+  product with a power of two makes it the weight. All this is exact.
+- Words come by asynchronous copies, several rounds ahead. Scales are bytes, of which there are no such copies: they are
+  loaded a round ahead, so that nobody waits for memory between a round's beginning and its products.
+
+That no value moves between lanes hangs on the layout that Triton gives to what is loaded: axes that are not consecutive
+in memory are dealt out first to lanes, then to warps, then to registers. Triton 3.6 begins with the first of them and
+3.9.0 with the last (`_axis`). It hangs also on how many neighbours a lane has of the operand (`_NEIGHBOURS`). If
+another version does otherwise, operands move through shared memory: the same numbers, later.
+
+Legend, besides the package's: S slices (there: splits), C lanes that share a row of the operand, U rows of a group of
+eight, V groups of eight rows, W words of a block. U and V are T, S and C and W are blocks and words of a stretch of the
+contraction axis, B elements of a slice of it.
+"""
+
+import triton
+import triton.language as tl
+
+from speedstack.runtime.backends.gpu.bindings.layers import SLICE
+from speedstack.runtime.backends.gpu.kernels.layers.matmul import BLOCK, dot, not_constant
+from speedstack.runtime.backends.gpu.kernels.rows import EXPERT
+from speedstack.runtime.plan import record_layout
+
+_IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_SLICE = tl.constexpr(SLICE)
+_IS_FIRST_DEALT_FIRST = tl.constexpr(triton.__version__.startswith("3.6."))
+route_words = triton.constexpr_function(record_layout.route_words)
+_STAGES = tl.constexpr(4)  # of `experts_sum_mxfp4`: one more than rounds whose words are under way
+# Pairs of elements next to each other that a lane has of either half of a tensor core's operand, as the two versions of
+# Triton deal out operands that are joined of several: for another number they would move through shared memory.
+_NEIGHBOURS = tl.constexpr(2 if _IS_FIRST_DEALT_FIRST.value else 1)
+_ONE_BITS = tl.constexpr(0x3F800000)
+_HALF_BITS = tl.constexpr(0x3F000000)
+_NAN_BITS = tl.constexpr(0x7FC00000)
+
+
+def _decode(is_wide: bool) -> str:
+    """PTX from a word of codes ($8) and a power of two in both halves of a word ($9) to eight bfloat16, in order.
+
+    Codes 16 bits apart make a pair: bits a and b are the same pair's sign and magnitude at their places, what else the
+    product brings along is cleared. Wide: scales of all sizes, which takes two products.
+    """
+    lines = ["{ .reg .b32 q, a, b, c, d;", "shr.u32 q, $8, 8;"]
+    for pair, source, mask, shifts in (
+        ("a", "$8", 0x000F000F, (1 << 6) + (1 << 12)),
+        ("b", "$8", 0x00F000F0, (1 << 2) + (1 << 8)),
+        ("c", "q", 0x000F000F, (1 << 6) + (1 << 12)),
+        ("d", "q", 0x00F000F0, (1 << 2) + (1 << 8)),
+    ):
+        lines += [f"and.b32 {pair}, {source}, {mask};", f"mul.lo.u32 {pair}, {pair}, {shifts};"]
+        lines += [f"and.b32 {pair}, {pair}, {0x81C081C0};"]
+    if is_wide:
+        lines += [".reg .b32 k;", f"mov.b32 k, {0x7E807E80};"]  # 2**126
+        lines += [f"mul.rn.bf16x2 {pair}, {pair}, k;" for pair in "abcd"]
+    lines += [f"mul.rn.bf16x2 {pair}, {pair}, $9;" for pair in "abcd"]
+    lines += [f"mov.b32 {{${place}, ${place + 4}}}, {pair};" for place, pair in enumerate("abcd")]
+    return "\n".join([*lines, "}"])
+
+
+NARROW = tl.constexpr(_decode(is_wide=False))
+WIDE = tl.constexpr(_decode(is_wide=True))
+
+
+@triton.jit
+def multiply_pair_mxfp4(
+    x_ptr,
+    x_step,
+    x_R,
+    valid_R,
+    w_ptr,
+    scales_ptr,
+    row,
+    num_rows,
+    step,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    SLICES: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+):
+    """Two results, float32 [T, R]: rows `row` to row + T of weights [.., K] times every row's K elements, and the rows
+    `step` further on.
+
+    Of the T rows num_rows are there; results of others are garbage. It may be negative: rows end at row + num_rows, and
+    none behind that is read. Codes are uint8 [.., K / 2], scales uint8 [.., K / 32]; without IS_WIDE none is above
+    `bindings.LARGEST_NARROW_SCALE`. x_ptr, x_step, x_R, valid_R: see `products.load_x`.
+    """
+    R: tl.constexpr = x_R.shape[0]
+    STRETCH: tl.constexpr = _stretch(SLICES)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    k_SB = tl.arange(0, SLICES)[:, None] * _SLICE + tl.arange(0, _SLICE)[None, :]
+    at_SBR = (k_SB // BLOCK * x_step + k_SB % BLOCK)[:, :, None] + x_R[None, None, :]
+    sum_STR, second_STR = tl.zeros((SLICES, T, R), tl.float32), tl.zeros((SLICES, T, R), tl.float32)
+    scale = _scales(scales_ptr, row, num_rows, 0, K, T, SLICES)
+    second_scale = _scales(scales_ptr, row + step, num_rows, 0, K, T, SLICES)
+    for start in range(0, not_constant(K, num_rows), STRETCH):
+        is_valid_SBR = (start + k_SB < K)[:, :, None] & valid_R[None, None, :]
+        x_SBR = tl.load(x_ptr + start // BLOCK * x_step + at_SBR, mask=is_valid_SBR, other=0.0)
+        word = _words(w_ptr, row, num_rows, start, K, T, SLICES)
+        second_word = _words(w_ptr, row + step, num_rows, start, K, T, SLICES)
+        later_scale = _scales(scales_ptr, row, num_rows, start + STRETCH, K, T, SLICES)
+        later_second_scale = _scales(scales_ptr, row + step, num_rows, start + STRETCH, K, T, SLICES)
+        x_SBR = _sorted(x_SBR)
+        sum_STR = dot(_operand(decoded(word, scale.to(tl.int32), IS_WIDE), dtype), x_SBR, sum_STR)
+        second = _operand(decoded(second_word, second_scale.to(tl.int32), IS_WIDE), dtype)
+        second_STR = dot(second, x_SBR, second_STR)
+        scale, second_scale = later_scale, later_second_scale
+    return tl.sum(sum_STR, axis=0), tl.sum(second_STR, axis=0)
+
+
+@triton.jit
+def experts_sum_mxfp4(
+    x_ptr,
+    routes_ptr,
+    num_experts,
+    w_ptr,
+    scales_ptr,
+    first,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    SLICES: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+):
+    """Float32 [T, R]: rows first to first + T of every active expert's weights [.., N, K] times the activations that
+    rows of the step have for it, times the choice's weight, added up in ascending order of expert.
+
+    routes_ptr: records of num_experts active experts (see `records`). x_ptr: [R * TOP_K, K], columns in the order of
+    `sorted_column`. w_ptr, scales_ptr, IS_WIDE: see `multiply_pair_mxfp4`. Results of rows from N on are garbage.
+
+    All experts are one loop, so that an expert's weights are on their way while others' are multiplied, and slices are
+    added up once. What the loop needs to know of an expert comes an iteration ahead: a load whose address another load
+    of the same iteration brings would halve the distance at which both are issued.
+    """
+    STRETCH: tl.constexpr = _stretch(SLICES)
+    ROUNDS: tl.constexpr = _num_rounds(K, SLICES)
+    WORDS: tl.constexpr = route_words(R)
+    EXPERT_WORD: tl.constexpr = 2 * R + EXPERT
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    r_R, r_UV = tl.arange(0, R), _rows_of_lanes(R)
+    sum_STR = tl.zeros((SLICES, T, R), tl.float32)
+    num_units = num_experts * ROUNDS
+    # Where there is none, a record holds whatever was there before.
+    expert, choice_UV = tl.load(routes_ptr + EXPERT_WORD, mask=num_units > 0, other=0), tl.load(routes_ptr + r_UV)
+    weight_R = tl.load(routes_ptr + R + r_R)
+    scale = _scales(scales_ptr, expert.to(tl.int64) * N + first, N - first, 0, K, T, SLICES)
+    for unit in tl.range(0, num_units, num_stages=_STAGES):
+        next_unit = tl.minimum(unit + 1, num_units - 1)
+        start, later_start = unit % ROUNDS * STRETCH, next_unit % ROUNDS * STRETCH
+        record_ptr = routes_ptr + next_unit // ROUNDS * WORDS
+        later = tl.load(record_ptr + EXPERT_WORD)
+        later_scale = _scales(scales_ptr, later.to(tl.int64) * N + first, N - first, later_start, K, T, SLICES)
+        x_SBR = _activations(x_ptr, r_UV, choice_UV, start, K, TOP_K, SLICES, R)
+        word = _words(w_ptr, expert.to(tl.int64) * N + first, N - first, start, K, T, SLICES)
+        w = _operand(decoded(word, scale.to(tl.int32), IS_WIDE), dtype)
+        part_STR = dot(w, x_SBR, tl.zeros((SLICES, T, R), tl.float32))
+        later_STR = sum_STR + part_STR * weight_R.to(tl.float32, bitcast=True)[None, None, :]
+        if IS_WIDE:
+            # There may be a weight that is no number, which zeros do not take away.
+            choice_R = tl.load(routes_ptr + unit // ROUNDS * WORDS + r_R)
+            later_STR = tl.where((choice_R >= 0)[None, None, :], later_STR, sum_STR)
+        sum_STR = later_STR
+        expert, scale = later, later_scale
+        choice_UV, weight_R = tl.load(record_ptr + r_UV), tl.load(record_ptr + R + r_R)
+    return tl.sum(sum_STR, axis=0)
+
+
+@triton.constexpr_function
+def _stretch(num_slices: int) -> int:
+    """Elements of the contraction axis in a round of all slices."""
+    return num_slices * SLICE
+
+
+@triton.constexpr_function
+def _num_rounds(num_elements: int, num_slices: int) -> int:
+    return triton.cdiv(num_elements, num_slices * SLICE)
+
+
+@triton.jit
+def sorted_column(column):
+    """Where a column lies among activations that `experts_sum_mxfp4` takes: codes c and c + 4 of a word in turn."""
+    return column // 8 * 8 + column % 4 * 2 + column % 8 // 4
+
+
+@triton.jit
+def _activations(
+    x_ptr, r_UV, choice_UV, start, K: tl.constexpr, TOP_K: tl.constexpr, SLICES: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """A stretch of the rows' activations for an expert [S, B, R], in the product's order; zeros of other rows.
+
+    A lane reads 64 bytes each of its rows of the operand, and keeps them, as with weights.
+    """
+    U: tl.constexpr = R if R < 8 else 8
+    V: tl.constexpr = R // U
+    k_CS = start + _along(tl.arange(0, SLICES), 2, 6) * _SLICE + _along(tl.arange(0, 4), 0, 6) * 32
+    at_CUSV = (r_UV * TOP_K + choice_UV) * K + k_CS
+    at_CUSVW = at_CUSV + _along(tl.arange(0, 4), 4, 6) * 8 + tl.arange(0, 8)[None, None, None, None, None, :]
+    x = tl.load(x_ptr + at_CUSVW, mask=(choice_UV >= 0) & (k_CS < K), other=0.0)
+    if _axis(0, 6) == 0:
+        x = tl.permute(x, (2, 0, 4, 5, 3, 1))
+    else:
+        x = tl.permute(x, (2, 4, 0, 5, 1, 3))
+    return _in_order(tl.reshape(x, (SLICES, 4, 32, V * U)))
+
+
+@triton.jit
+def _rows_of_lanes(R: tl.constexpr):
+    """The step's rows, along axes U and V of `_activations`."""
+    U: tl.constexpr = R if R < 8 else 8
+    return _along(tl.arange(0, R // U), 3, 6) * U + _along(tl.arange(0, U), 1, 6)
+
+
+@triton.jit
+def _sorted(x_SBR):
+    """Activations [S, B, R] from the order in which they lie to the product's: codes c and c + 4 in turn."""
+    S: tl.constexpr = x_SBR.shape[0]
+    R: tl.constexpr = x_SBR.shape[2]
+    x = tl.permute(tl.reshape(x_SBR, (S, 4, 4, 2, 4, R)), (0, 1, 2, 4, 3, 5))
+    return _in_order(tl.reshape(x, (S, 4, 32, R)))
+
+
+@triton.jit
+def _in_order(x_SC):
+    """[S, lanes, a lane's elements in pairs, R] as an operand [S, B, R] in the product's order (see `_NEIGHBOURS`)."""
+    S: tl.constexpr = x_SC.shape[0]
+    R: tl.constexpr = x_SC.shape[3]
+    NEAR: tl.constexpr = _NEIGHBOURS
+    x = tl.permute(tl.reshape(x_SC, (S, 4, 8 // NEAR, NEAR, 2, 2, R)), (0, 2, 4, 1, 3, 5, 6))
+    return tl.reshape(x, (S, _SLICE, R))
+
+
+@triton.jit
+def _scales(scales_ptr, row, num_rows, start, K: tl.constexpr, T: tl.constexpr, SLICES: tl.constexpr):
+    """Scales of a stretch of T rows, uint8 [C, U, S, V, 1] or [V, S, U, C, 1]; zeros behind the end."""
+    block_CS = _blocks(start, SLICES)
+    at_CUSV = _rows_of_tile(num_rows, T) * (K // 32) + block_CS
+    return tl.load(scales_ptr + row * (K // 32) + at_CUSV, mask=block_CS < K // 32, other=0)
+
+
+@triton.jit
+def _words(w_ptr, row, num_rows, start, K: tl.constexpr, T: tl.constexpr, SLICES: tl.constexpr):
+    """Words of codes of a stretch of T rows, int32 [C, U, S, V, W] or [V, S, U, C, W]; zeros behind the end."""
+    block_CS = _blocks(start, SLICES)
+    at_CUSV = _rows_of_tile(num_rows, T) * (K // 8) + block_CS * 4
+    words_ptr = w_ptr.to(tl.pointer_type(tl.int32)) + row * (K // 8)
+    at_CUSVW = at_CUSV + tl.arange(0, 4)[None, None, None, None, :]
+    return tl.load(words_ptr + at_CUSVW, mask=block_CS < K // 32, other=0)
+
+
+@triton.jit
+def _blocks(start, SLICES: tl.constexpr):
+    """Which block of the contraction axis each lane has."""
+    # The same as without the product and remainder, but not seen to be consecutive: else a lane gets several scales.
+    return start // 32 + _along(tl.arange(0, SLICES), 2, 5) * 4 + _along(tl.arange(0, 4) * 5 % 4, 0, 5)
+
+
+@triton.jit
+def _rows_of_tile(num_rows, T: tl.constexpr):
+    return tl.minimum(_along(tl.arange(0, 8), 1, 5) + _along(tl.arange(0, T // 8), 3, 5) * 8, num_rows - 1)
+
+
+@triton.jit
+def _along(x_N, NUMBER: tl.constexpr, RANK: tl.constexpr):
+    """N elements along axis C, U, S, V or W, number 0 to 4, of RANK axes, the last of which lies in memory."""
+    AXIS: tl.constexpr = _axis(NUMBER, RANK)
+    for axis in tl.static_range(RANK):
+        if axis != AXIS:
+            x_N = tl.expand_dims(x_N, axis)
+    return x_N
+
+
+@triton.constexpr_function
+def _axis(number: int, rank: int) -> int:
+    return number if _IS_FIRST_DEALT_FIRST else rank - 2 - number
+
+
+@triton.jit
+def decoded(word, scale, IS_WIDE: tl.constexpr):
+    """The eight values of words of codes, int32, under E8M0 scales, int32; float32 where interpreted, else bfloat16."""
+    if _IS_INTERPRETED:
+        # The interpreter knows no assembly.
+        power = power_of_two(scale)
+        return (
+            e2m1(word) * power, e2m1(word >> 4) * power, e2m1(word >> 8) * power, e2m1(word >> 12) * power,
+            e2m1(word >> 16) * power, e2m1(word >> 20) * power, e2m1(word >> 24) * power, e2m1(word >> 28) * power,
+        )  # fmt: skip
+    else:
+        word, factor = tl.broadcast(word, bfloat16_factor(scale, IS_WIDE))
+        return tl.inline_asm_elementwise(
+            WIDE if IS_WIDE else NARROW,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+            [word, factor],
+            dtype=(tl.bfloat16,) * 8,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def bfloat16_factor(scale, IS_WIDE: tl.constexpr):
+    """2**(scale - 127) as bfloat16 in both halves of an int32, NaN for 255; narrow: 2**126 times that."""
+    if IS_WIDE:
+        bits = tl.where(scale == 0, 1 << 6, scale << 7)
+        bits = tl.where(scale == 255, _NAN_BITS >> 16, bits)
+    else:
+        bits = (scale + 126) << 7
+    return bits | (bits << 16)
+
+
+@triton.jit
+def _operand(w, dtype: tl.constexpr):
+    """Eight tensors of `_weights` as one operand [S, T, B] in the product's order."""
+    low = tl.join(tl.join(w[0], w[2]), tl.join(w[1], w[3]))
+    high = tl.join(tl.join(w[4], w[6]), tl.join(w[5], w[7]))
+    both = tl.join(low, high)
+    A: tl.constexpr = w[0].shape[0]
+    B: tl.constexpr = w[0].shape[1]
+    C: tl.constexpr = w[0].shape[2]
+    D: tl.constexpr = w[0].shape[3]
+    NEAR: tl.constexpr = _NEIGHBOURS
+    codes = tl.reshape(both, (A, B, C, D, 8 // NEAR, NEAR, 2, 2))
+    if _axis(0, 5) == 3:
+        return tl.reshape(tl.permute(codes, (1, 0, 2, 4, 6, 3, 5, 7)), (B, A * C, _SLICE)).to(dtype)
+    else:
+        return tl.reshape(tl.permute(codes, (2, 3, 1, 4, 6, 0, 5, 7)), (C, D * B, _SLICE)).to(dtype)
+
+
+@triton.jit
+def e2m1(code):
+    """The float32 value of the low four bits of an int32: 0, 0.5, then exponent and mantissa moved to their place."""
+    index = code & 7
+    bits = tl.where(index < 2, index * _HALF_BITS, (index << 22) + (_ONE_BITS - (2 << 22)))
+    return (bits | ((code & 8) << 28)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def power_of_two(scale):
+    """2**(scale - 127) in float32 for E8M0 bytes as int32; NaN for 255."""
+    bits = tl.where(scale == 0, 1 << 22, scale << 23)
+    return tl.where(scale == 255, _NAN_BITS, bits).to(tl.float32, bitcast=True)

@@ -1,0 +1,137 @@
+"""Asking for weights to be brought into the L2 cache before they are needed.
+
+Nothing is read for its value but what names the experts and what says whether a drafter has blocks, and nothing is
+written: whatever an item here does, results stay what they are. What is fetched together are whole rows of a weight,
+which lie one after another.
+
+Of a phase's items the first of every program are fetched, numbers 0 to num_programs - 1. More would not arrive before
+the wait is over, and the LM head alone is larger than the cache.
+"""
+
+import triton
+import triton.language as tl
+
+from speedstack.runtime.backends.gpu.kernels.dispatch import choose_experts, coordinates
+from speedstack.runtime.backends.gpu.kernels.layers.experts import nth_expert
+from speedstack.runtime.backends.gpu.kernels.rows import has_rows
+from speedstack.runtime.backends.gpu.kernels.sync import agreed
+
+_IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_LANES = tl.constexpr(256)  # pieces of a block, one a thread of eight warps
+_LINE = tl.constexpr(128)  # bytes of a cache line
+
+
+@triton.jit
+def prefetch_items(first, stride, num_programs, p, PHASE: tl.constexpr, scratch_ptr=None):
+    """The weights of items first, first + stride, ... of a phase, as far as anybody's first item.
+
+    scratch_ptr: given by those who read the router's logits, or whether there are blocks, while others may write them.
+    """
+    num_items = tl.minimum(num_programs, PHASE.num_items)
+    num_experts = 0
+    rank_E = tl.zeros((1,), tl.int32)
+    if PHASE.op == "expert_gate_up" or PHASE.op == "expert_down":
+        rank_E = choose_experts(p, PHASE)[2]
+        num_experts = tl.max(rank_E, axis=0)
+        if scratch_ptr is not None:
+            num_experts = agreed(num_experts, scratch_ptr)
+    if PHASE.op == "expert_gate_up":
+        num_items = tl.minimum(num_items, num_experts * PHASE.num_items_each)
+    if PHASE.IS_DRAFT:
+        # To movers, and to the phase that comes first, it may be what the step before had.
+        is_wanted = has_rows(p[0], PHASE.R).to(tl.int32)
+        if scratch_ptr is not None:
+            is_wanted = agreed(is_wanted, scratch_ptr)
+        num_items *= is_wanted
+    item = first
+    while item < num_items:
+        i, j, _ = coordinates(item, PHASE)
+        if PHASE.op == "qkv":
+            prefetch_linear_rows(p, 3, i * PHASE.COLUMNS + j * PHASE.T, PHASE.T, PHASE.D, PHASE)
+        elif PHASE.op == "o_proj" or PHASE.op == "dense_down":
+            prefetch_linear_rows(p, 2, i * PHASE.T, PHASE.D - i * PHASE.T, PHASE.K, PHASE)
+        elif PHASE.op == "dense_gate_up":
+            left = PHASE.WIDTH - i * PHASE.T
+            prefetch_linear_rows(p, 3, i * PHASE.T, left, PHASE.D, PHASE)
+            prefetch_linear_rows(p, 3, PHASE.WIDTH + i * PHASE.T, left, PHASE.D, PHASE)
+        elif PHASE.op == "router":
+            prefetch_rows(p[3], i * PHASE.T, PHASE.E - i * PHASE.T, PHASE.T, PHASE.D)
+        elif PHASE.op == "lm_head":
+            prefetch_linear_rows(p, 3, i * PHASE.T, PHASE.VOCAB - i * PHASE.T, PHASE.D, PHASE)
+        elif PHASE.op == "fuse":
+            prefetch_rows(p[2], i * PHASE.T, PHASE.D - i * PHASE.T, PHASE.T, PHASE.TAPS * PHASE.D)
+        elif PHASE.op == "context":
+            row = i * PHASE.COLUMNS + PHASE.FIRST + j * PHASE.T
+            prefetch_rows(p[3], row, PHASE.WIDTH - j * PHASE.T, PHASE.T, PHASE.D)
+        elif PHASE.op == "expert_gate_up":
+            gate = expert_row(i, rank_E, 2 * PHASE.WIDTH, PHASE) + j * PHASE.T
+            left = PHASE.WIDTH - j * PHASE.T
+            prefetch_expert_rows(p, gate, left, PHASE.D, PHASE)
+            prefetch_expert_rows(p, gate + PHASE.WIDTH, left, PHASE.D, PHASE)
+        elif PHASE.op == "expert_down":
+            nth = num_experts * 0
+            while nth < num_experts:
+                row = expert_row(nth, rank_E, PHASE.D, PHASE) + i * PHASE.T
+                prefetch_expert_rows(p, row, PHASE.D - i * PHASE.T, PHASE.WIDTH, PHASE)
+                nth += 1
+        else:
+            tl.static_assert(False, "no weights to fetch for this op")
+        item += stride
+
+
+@triton.jit
+def expert_row(nth, rank_E, NUM_ROWS: tl.constexpr, PHASE: tl.constexpr):
+    """The first row of the nth chosen expert, of NUM_ROWS each."""
+    # What was read while others wrote may be no choice at all.
+    return tl.minimum(nth_expert(nth, rank_E), PHASE.E - 1).to(tl.int64) * NUM_ROWS
+
+
+@triton.jit
+def prefetch_expert_rows(p, row, num_rows, K: tl.constexpr, PHASE: tl.constexpr):
+    """T rows of K elements of an expert's weight, codes and scales where it is packed."""
+    if PHASE.IS_PACKED:
+        prefetch_rows(p[3], row, num_rows, PHASE.T, K // 2)
+        prefetch_rows(p[4], row, num_rows, PHASE.T, K // 32)
+    else:
+        prefetch_rows(p[3], row, num_rows, PHASE.T, K)
+
+
+@triton.jit
+def prefetch_linear_rows(p, WEIGHT: tl.constexpr, row, num_rows, K: tl.constexpr, PHASE: tl.constexpr):
+    """T rows of K elements of the weight p[WEIGHT], and their scales where it is in FP8."""
+    prefetch_rows(p[WEIGHT], row, num_rows, PHASE.T, K)
+    if PHASE.FP8_ROWS > 0:
+        first = row // PHASE.FP8_ROWS
+        num_scale_rows = (row + tl.minimum(num_rows, PHASE.T) - 1) // PHASE.FP8_ROWS + 1 - first
+        prefetch_rows(p[len(p) - 1], first, num_scale_rows, PHASE.T // PHASE.FP8_ROWS + 2, (K + 127) // 128)
+
+
+@triton.jit
+def prefetch_rows(weight_ptr, row, num_rows, T: tl.constexpr, K: tl.constexpr):
+    """At most T rows of K elements from `row` on, of which there are num_rows; bytes are cut to whole sixteens."""
+    ROW_BYTES: tl.constexpr = K * weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+    PIECE: tl.constexpr = (T * ROW_BYTES + _LANES * _LINE - 1) // (_LANES * _LINE) * _LINE
+    begin = weight_ptr.to(tl.int64) + row.to(tl.int64) * ROW_BYTES
+    end = begin + tl.minimum(num_rows, T) * ROW_BYTES
+    address_L = begin // 16 * 16 + tl.arange(0, _LANES) * PIECE
+    num_bytes_L = tl.minimum(end - address_L, PIECE) // 16 * 16
+    fetch(address_L, num_bytes_L.to(tl.int32))
+
+
+@triton.jit
+def fetch(address_L, num_bytes_L):
+    """Pieces of memory, where num_bytes is positive; addresses and sizes are multiples of sixteen."""
+    if _IS_INTERPRETED:
+        # The interpreter knows no assembly. It reads the first and the last byte.
+        byte_L = address_L.to(tl.pointer_type(tl.uint8))
+        tl.load(byte_L, mask=num_bytes_L > 0)
+        tl.load(byte_L + num_bytes_L - 1, mask=num_bytes_L > 0)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r",
+            [address_L, num_bytes_L],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -1,0 +1,1 @@
+"""Device functions of what a round decides."""

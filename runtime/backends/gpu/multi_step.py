@@ -1,0 +1,137 @@
+"""Rounds without the host on the resident kernel: it drafts, verifies, samples and accepts, several rounds a launch.
+
+The host writes a record of each sequence, and its text where look-up drafts from it, launches, and reads a report of
+every step when all are done. A text stays on the GPU: it is sent again only when the host has computed rows of its slot
+since. All sequences share the steps of a launch as long as there is a row for the anchor of each; drafts get the rest
+(`deal`), anew every round. More sequences than rows take several launches. Texts do not depend on that, nor on how many
+rounds a launch makes.
+
+A sequence that is over leaves its rows to the others; when all are, the launch ends. What is given for a round by one
+is given to it by the host's loop too, which deals by the same rule: both make the same rounds, until the host admits a
+sequence in the place of one that is over, which here waits for the end of the launch.
+
+`ROUNDS_A_LAUNCH` is what a stream waits for: with steps of a millisecond its pieces are 8 ms apart, which nobody sees;
+the host's share of a launch, two copies and the commits, is spread over as many rounds.
+
+A DFlash drafter runs in the launch as well (`drafter_phases`), as long as the blocks of all sequences fit the rows of a
+step: with blocks of eight and steps of sixteen rows those are two sequences. Of more of them the host makes every
+round, with the drafter's module, whose contexts are the launch's own; so either may follow the other at any time.
+
+Left out, so that the host makes every round: what `drafter_spec.why_not_planned` names, drafts with shared noise, and
+adaptive numbers of drafts. Stop strings it finds after the launch, dropping what came behind them.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from speedstack.dflash.model import DFlashDraftModel
+from speedstack.runtime.backends.base import Backend, Round, Rounds, RoundsRequest
+from speedstack.runtime.backends.gpu.buffers import sampling_records
+from speedstack.runtime.model.drafter_spec import DrafterSpec
+from speedstack.runtime.plan.record_layout import CAPACITY, OUTCOME, RECORD, TOKEN, WATCHES_EOS
+from speedstack.runtime.rounds.row_allocation import neighbours
+from speedstack.runtime.rounds.speculation import NGRAM, DraftStrategy
+
+if TYPE_CHECKING:
+    from speedstack.runtime.backends.gpu.resident import ResidentBackend
+
+ROUNDS_A_LAUNCH = 8  # a guess, not measured: fewer cost launches, more keep a stream waiting
+
+
+class ResidentRounds(Rounds):
+    """See the module, and `Rounds`."""
+
+    max_rounds = ROUNDS_A_LAUNCH
+
+    def __init__(self, backend: "ResidentBackend", num_rows: int) -> None:
+        self.num_rows = num_rows
+        self._backend = backend
+        self._num_known: dict[int, int] = {}  # by slot: tokens of its text that lie on the GPU
+
+    def set_look_up(self, is_wanted: bool) -> None:
+        self._num_known.clear()
+        self._backend.set_look_up(is_wanted)
+
+    def forget(self, slots: Sequence[int]) -> None:
+        """The host computes rows of these slots: they may hold other texts now."""
+        for slot in slots:
+            self._num_known.pop(slot, None)
+
+    @property
+    def has_drafter(self) -> bool:
+        return self._drafter is not None
+
+    @property
+    def _drafter(self) -> DrafterSpec | None:
+        return self._backend.planned_drafter
+
+    def takes(self, requests: Sequence[RoundsRequest]) -> bool:
+        if self._drafter is None:
+            return True
+        wanted = [request.num_drafts + self._drafter.first_slot for request in requests if request.num_drafts]
+        return len(requests) <= self.num_rows and sum(wanted) <= self.num_rows
+
+    def run(self, requests: Sequence[RoundsRequest], num_rounds: int) -> list[list[Round]]:
+        assert self._drafter is not None or self._backend.drafter is None, "a drafter's context would miss these rows"
+        assert self.takes(requests)
+        groups = [[requests[index] for index in group] for group in neighbours(len(requests), self.num_rows)]
+        return [rounds for group in groups for rounds in self._run(group, num_rounds)]
+
+    def _run(self, requests: Sequence[RoundsRequest], num_rounds: int) -> list[list[Round]]:
+        memory, R = self._backend.memory, self.num_rows
+        memory.inbox.copy_(rounds_inbox(requests, R))
+        history = memory.buffers.get("history")
+        for request in requests:
+            length = len(request.tokens)
+            assert history is not None or self.has_drafter or request.num_drafts == 0, "nobody drafts"
+            assert length < request.end <= self._backend.max_length and request.num_drafts < R
+            if history is not None and self._num_known.get(request.slot) != length:
+                history[request.slot, :length] = torch.tensor(request.tokens, dtype=torch.int32)
+        self.forget([request.slot for request in requests])
+        longest = max(request.end - len(request.tokens) for request in requests)
+        results = [list[Round]() for _ in requests]
+        for report in self._backend.launch(min(num_rounds, longest)):
+            row = 0
+            for rounds, at in zip(results, range(R, len(report), OUTCOME), strict=False):
+                num_rows, num_accepted, num_proposed = report[at : at + OUTCOME]
+                if num_rows:
+                    tokens = report[row : row + num_accepted + 1]
+                    rounds.append(Round(num_proposed, num_rows - 1, num_accepted, tokens))
+                row += num_rows
+        for request, rounds in zip(requests, results, strict=True):
+            self._num_known[request.slot] = len(request.tokens) + sum(len(one.tokens) for one in rounds)
+        return results
+
+
+def rounds_for(
+    backend: Backend, drafter: DFlashDraftModel | Literal["ngram"] | None, strategy: DraftStrategy
+) -> Rounds | None:
+    """The backend's rounds, ready for this way of drafting; None where every round needs the host (see the module)."""
+    rounds = backend.rounds
+    if rounds is None:
+        return None
+    fits = not strategy.is_adaptive and strategy.num_per_round(drafter) < rounds.num_rows
+    rounds.set_look_up(drafter == NGRAM and fits)
+    if isinstance(drafter, DFlashDraftModel):
+        fits = fits and rounds.has_drafter and strategy.noise == "none" and strategy.tree_budget is None
+    return rounds if drafter is None or fits else None
+
+
+def rounds_inbox(requests: Sequence[RoundsRequest], capacity: int) -> torch.Tensor:
+    """What `Memory.inbox` holds when sequences begin to go on by themselves; int32 [4, capacity, RECORD] on the CPU.
+
+    Fields as in `records`. No row is anybody's yet.
+    """
+    assert len(requests) <= capacity, "every anchor of a group has a row"
+    assert len({request.slot for request in requests}) == len(requests), "every sequence has a slot of its own"
+    rows, sequences = torch.zeros(2, capacity, RECORD, dtype=torch.int32)
+    rows[:, TOKEN] = -1
+    for index, request in enumerate(requests):
+        sequences[index, CAPACITY : WATCHES_EOS + 1] = torch.tensor([
+            1 + request.num_drafts, request.tokens[-1], request.slot, len(request.tokens), request.end,
+            request.ngram_size, int(request.watches_eos),
+        ])  # fmt: skip
+    draws = sampling_records([request.draw for request in requests], capacity)
+    return torch.stack([rows, torch.zeros_like(draws), sequences, draws])

@@ -1,0 +1,92 @@
+"""Which device, dtype and backend an engine runs on, and why."""
+
+import logging
+
+import torch
+
+from speedstack.dflash.model import DFlashDraftModel
+from speedstack.runtime.backends.base import Backend
+from speedstack.runtime.backends.cpu.backend import AS_STORED, CpuBackend, HeldAs
+from speedstack.runtime.backends.gpu.graph import GraphBackend
+from speedstack.runtime.backends.gpu.resident import ResidentBackend
+from speedstack.runtime.backends.reference import ReferenceBackend
+from speedstack.runtime.model.weights import ModelWeights
+
+logger = logging.getLogger("speedstack.runtime")
+
+BACKENDS = ("auto", "reference", "cpu", "graph", "resident")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device(device: str) -> torch.device:
+    """A torch device for `auto`, `cpu`, `cuda` or `cuda:N`. Raises ValueError when it is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} is not on this machine ({torch.cuda.device_count()} CUDA devices)")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """Float32 on a CPU and bfloat16 on a GPU unless one of the two is asked for."""
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in DTYPES.values():
+        raise ValueError(f"dtype {dtype!r} is not supported; use {' or '.join(DTYPES)}")
+    return chosen
+
+
+def make_backend(
+    name: str,
+    weights: ModelWeights,
+    drafter: DFlashDraftModel | None,
+    num_slots: int,
+    max_length: int,
+    has_trees: bool = False,
+    held: HeldAs = AS_STORED,
+) -> Backend:
+    """The backend asked for; `auto` tries the compiled one on a CPU and falls back to PyTorch with a warning.
+
+    On a GPU `auto` is PyTorch too: neither `graph` nor `resident` has been measured on one.
+
+    Raises:
+        ValueError: an unknown name, or a model that the named backend cannot take, with the reason.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; use {', '.join(BACKENDS)}")
+    if name == "cpu" or (name == "auto" and weights.embedding_VD.device.type == "cpu"):
+        try:
+            if has_trees:
+                raise ValueError(refuse_trees(CpuBackend))
+            backend: Backend = CpuBackend(weights, drafter, num_slots, max_length, held)
+        except ValueError as reason:
+            if name == "cpu" or held != AS_STORED:
+                raise
+            logger.warning("backend auto: reference, because %s", reason)
+        else:
+            logger.info("backend %s: cpu, compiled kernels", name)
+            return backend
+    weights = weights.widened()
+    if held != AS_STORED:
+        raise ValueError("dense_dtype and kv_dtype are options of backend 'cpu'; others compute in the engine's dtype")
+    for kind in (GraphBackend, ResidentBackend):
+        if name == kind.name:
+            if has_trees:
+                raise ValueError(refuse_trees(kind))
+            return kind(weights, drafter, num_slots, max_length)
+    return ReferenceBackend(weights, drafter, num_slots, max_length)
+
+
+def refuse_trees(backend: Backend | type[Backend]) -> str:
+    """Why a backend verifies no draft trees, and what does."""
+    return (
+        f"backend {backend.name!r} verifies no draft trees: {backend.no_trees_because}; "
+        "use backend='reference', or no tree_budget"
+    )

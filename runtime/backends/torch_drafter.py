@@ -1,0 +1,89 @@
+"""A drafter as it is: the PyTorch module, with a context for every slot. Serves every option, on any device.
+
+The reference backend drafts with it, and so does the compiled one where its kernels cannot take the drafter's sizes.
+
+Legend: R rows, C features, K block slots, D hidden, U draft vocabulary, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+
+from speedstack.dflash.model import DFlashDraftModel, DraftContext
+from speedstack.dflash.propose import BlockScores
+from speedstack.dflash.tree import Draft, best_chain, best_first_tree
+from speedstack.runtime.backends.base import DraftRequest
+from speedstack.runtime.model.weights import Linear, plain_matrix
+from speedstack.runtime.rounds.sampling import filter_logits
+
+
+def draft_scores(logits_U: torch.Tensor, request: DraftRequest, depth: int, target_ids_U: torch.Tensor) -> torch.Tensor:
+    """What a request's proposal at `depth` is the largest of: the drafter's logits as the target would sample them."""
+    if request.params.temperature == 0.0:
+        return logits_U
+    scores_U = filter_logits(logits_U, request.params)
+    return scores_U if request.noise is None else scores_U + request.noise[depth][target_ids_U]
+
+
+class ModuleDrafter:
+    """A `DFlashDraftModel` and its contexts; in the dtype and on the device of the target's embedding.
+
+    Of a head in FP8 it holds the rows that it reads in that dtype.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: DFlashDraftModel,
+        embedding_VD: torch.Tensor,
+        lm_head_VD: Linear,
+        num_slots: int,
+        max_length: int,
+        contexts: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> None:
+        """contexts: keys and values of every slot that somebody else keeps (see `DraftContext`); None makes its own."""
+        self.model, self._embedding_VD = model, embedding_VD
+        self._head_UD = model.draft_head(plain_matrix(lm_head_VD, embedding_VD.dtype))
+        self._has_own_head = self._head_UD is not lm_head_VD
+        ids_U = torch.arange(model.config.num_draft_tokens, device=embedding_VD.device)
+        self._target_ids_U = model.target_ids(ids_U)
+        self.contexts = [
+            DraftContext(model, max_length, None if contexts is None else contexts[slot]) for slot in range(num_slots)
+        ]
+
+    def weight_bytes(self) -> int:
+        """Bytes of the module, and of the rows of the head that a pruned vocabulary or a head in FP8 copies."""
+        return sum(p.nbytes for p in self.model.parameters()) + self._has_own_head * self._head_UD.nbytes
+
+    def cache_bytes(self) -> int:
+        """Bytes of all contexts."""
+        return sum(context.keys_LTGH.nbytes + context.values_LTGH.nbytes for context in self.contexts)
+
+    @torch.no_grad()
+    def write(self, features_RC: torch.Tensor, slots: Sequence[int], positions: Sequence[int]) -> None:
+        """Adds rows' features to the contexts of their slots; rows of a slot are in gapless order of position."""
+        for slot, rows in groupby(range(len(slots)), key=lambda row: slots[row]):
+            run = list(rows)
+            self.contexts[slot].write(self.model, features_RC[run[0] : run[-1] + 1], positions[run[0]])
+
+    @torch.no_grad()
+    def draft(self, requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:
+        """See `Backend.draft`."""
+        return [self._draft(request, num_drafts, tree_budget) for request in requests]
+
+    def _draft(self, request: DraftRequest, num_drafts: int, tree_budget: int | None) -> Draft:
+        config, device = self.model.config, self._embedding_VD.device
+        num_masks = num_drafts - config.sample_from_anchor
+        ids_K = torch.tensor([request.anchor, *[config.mask_token_id] * num_masks], device=device)
+        embeds_KD = self.model.embed_block(ids_K, self._embedding_VD)
+        hidden_KD = self.contexts[request.slot].draft_hidden(self.model, embeds_KD, request.position)
+        scores = BlockScores(
+            self.model,
+            hidden_KD,
+            self._head_UD,
+            lambda logits_U, depth: draft_scores(logits_U, request, depth, self._target_ids_U),
+        )
+        if tree_budget is None:
+            return best_chain(scores, request.anchor, num_drafts)
+        return best_first_tree(scores, request.anchor, num_drafts, tree_budget)

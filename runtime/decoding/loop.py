@@ -1,0 +1,181 @@
+"""The decode loop's two steps: a prompt's prefill, and a round of proposals, verification and acceptance.
+
+In a round every sequence contributes its newest token (the anchor, whose keys and values the target has not computed
+yet) and the proposals after it; the target computes all rows in one step, the token after each row is chosen from its
+logits, and proposals are kept as long as they are the tokens chosen. A backend that can makes several rounds by itself.
+"""
+
+import time
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+
+from speedstack.dflash.accept import accept
+from speedstack.dflash.tree import Draft
+from speedstack.runtime.backends.base import Backend, Draw, Rounds, RoundsRequest, Rows
+from speedstack.runtime.backends.cpu.sampling import NOT_WANTED, CompiledSampler, SampledRows, load_sampler
+from speedstack.runtime.decoding.proposers import Proposer
+from speedstack.runtime.decoding.sequence import RunningSequence, not_numbers
+from speedstack.runtime.model.kv_ring import MAX_ROWS
+from speedstack.runtime.rounds.row_allocation import deal, neighbours
+from speedstack.runtime.rounds.sampling import NoiseTable, sample
+
+
+class Decoder:
+    """Runs sequences on a backend, with a proposer; `has_trees` says whether its drafts branch.
+
+    `rounds`: the backend's, if it makes the proposer's drafts too; every round then runs there.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        proposer: Proposer,
+        has_trees: bool,
+        vocab_size: int,
+        device: torch.device,
+        rounds: Rounds | None = None,
+    ) -> None:
+        self._backend, self._proposer, self._has_trees = backend, proposer, has_trees
+        self._vocab_size, self._device, self._rounds = vocab_size, device, rounds
+
+    def prefill(self, sequence: RunningSequence) -> None:
+        """Computes a prompt, chunk by chunk, and commits the first new token. Raises ValueError as `round`."""
+        sampled: list[SampledRows] = []
+        draw = self._host_draw(sequence)
+        if draw is not None:
+            sampled.append(SampledRows(draw, 0, 1))
+            _ = self._sampler  # which may have to be compiled, before the clock starts
+        started = time.perf_counter()
+        ids = sequence.tokens
+        for start in range(0, len(ids), MAX_ROWS):
+            chunk = ids[start : start + MAX_ROWS]
+            positions = list(range(start, start + len(chunk)))
+            is_last = start + len(chunk) == len(ids)
+            draws = None
+            if is_last and self._is_drawn_there(sequence):  # a token is wanted after the last row alone
+                draws = [*[None] * (len(chunk) - 1), sequence.draw()]
+            rows = Rows(chunk, [sequence.slot] * len(chunk), positions, draws=draws)
+            logits_WV, best = self._backend.step(rows, [len(chunk) - 1] if is_last else [])
+        noise = NoiseTable(self._vocab_size, self._device)
+        drawn = self._draw(logits_WV, sampled, ids[-1:], [-1], [len(ids) - 1], noise)
+        token = self._choose(sequence, logits_WV[0], best[0], drawn[0], len(ids), noise)
+        sequence.stats.prefill_seconds = time.perf_counter() - started
+        sequence.commit([token])
+
+    def round(self, sequences: Sequence[RunningSequence]) -> None:
+        """One round of all `sequences`, or several. Raises ValueError when the target's logits are not numbers."""
+        started = time.perf_counter()
+        requests = [sequence.rounds_request() for sequence in sequences]
+        if self._rounds is None or not self._rounds.takes(requests):
+            self._one_round(sequences)
+        else:
+            self._several_rounds(self._rounds, sequences, requests)
+        seconds = time.perf_counter() - started
+        for sequence in sequences:
+            sequence.stats.decode_seconds += seconds
+
+    def _several_rounds(
+        self, rounds: Rounds, sequences: Sequence[RunningSequence], requests: Sequence[RoundsRequest]
+    ) -> None:
+        num_rounds = min(rounds.max_rounds, max(sequence.num_left for sequence in sequences))
+        made = rounds.run(requests, num_rounds)
+        for sequence, its_rounds in zip(sequences, made, strict=True):
+            sequence.take_rounds(its_rounds)
+
+    def _one_round(self, sequences: Sequence[RunningSequence]) -> None:
+        noise = NoiseTable(self._vocab_size, self._device)
+        drafts = self._dealt(self._proposer.propose(sequences, noise))
+        tokens: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        parents: list[int] = []
+        anchors: list[int] = []
+        draws: list[Draw | None] = []
+        sampled: list[SampledRows] = []
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            anchor, start, depths = len(tokens), len(sequence.tokens) - 1, draft.depths()
+            anchors.append(anchor)
+            tokens += [sequence.tokens[-1], *draft.tokens]
+            slots += [sequence.slot] * (1 + len(draft.tokens))
+            positions += [start, *(start + depth for depth in depths)]
+            parents += [-1, *(anchor + 1 + parent for parent in draft.parents)]
+            is_drawn_there = self._is_drawn_there(sequence)
+            draws += [sequence.draw() if is_drawn_there else None] * (1 + len(draft.tokens))
+            draw = self._host_draw(sequence)
+            if draw is not None:
+                sampled.append(SampledRows(draw, anchor, 1 + len(draft.tokens)))
+        rows = Rows(tokens, slots, positions, parents if self._has_trees else None, draws if any(draws) else None)
+        logits_WV, best = self._backend.step(rows, range(len(tokens)))
+        drawn = self._draw(logits_WV, sampled, tokens, parents, positions, noise)
+        kept: list[int] = []
+        for sequence, draft, anchor in zip(sequences, drafts, anchors, strict=True):
+
+            def target_token(node: int, sequence: RunningSequence = sequence, anchor: int = anchor) -> int:
+                row = anchor + 1 + node
+                return self._choose(sequence, logits_WV[row], best[row], drawn[row], positions[row] + 1, noise)
+
+            accepted, chosen = accept(draft, target_token)
+            kept += [anchor, *(anchor + 1 + node for node in accepted)]
+            depth = max(draft.depths(), default=0)
+            sequence.record_round(len(draft.tokens), depth, len(accepted), sequence.commit(chosen))
+        if self._has_trees:
+            self._backend.commit(kept)
+
+    def _dealt(self, drafts: list[Draft]) -> list[Draft]:
+        """What of each draft is verified where steps have a fixed number of rows: see `deal`."""
+        num_rows = self._backend.rows_a_step
+        if num_rows is None:
+            return drafts
+        wanted = [1 + len(draft.tokens) for draft in drafts]
+        groups = neighbours(len(drafts), num_rows)
+        dealt = [rows for group in groups for rows in deal([wanted[index] for index in group], num_rows)]
+        return [draft.leading(rows - 1) for draft, rows in zip(drafts, dealt, strict=True)]
+
+    def _is_drawn_there(self, sequence: RunningSequence) -> bool:
+        """Whether the backend draws the sequence's tokens: always the same one, so that a text has one sampler."""
+        return self._backend.rounds is not None and sequence.draw() is not None
+
+    def _host_draw(self, sequence: RunningSequence) -> Draw | None:
+        """How the host chooses the sequence's tokens; None where the backend does, and greedily."""
+        return None if self._is_drawn_there(sequence) else sequence.draw()
+
+    @cached_property
+    def _sampler(self) -> CompiledSampler | None:
+        return load_sampler() if self._device.type == "cpu" else None
+
+    def _draw(
+        self,
+        logits_WV: torch.Tensor,
+        sampled: Sequence[SampledRows],
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        positions: Sequence[int],
+        noise: NoiseTable,
+    ) -> list[int]:
+        """What compiled code draws after each row: see `CompiledSampler.choose`; without it, nothing."""
+        if sampled and self._sampler is not None:
+            return self._sampler.choose(logits_WV, sampled, tokens, parents, positions)
+        # Noise is drawn together, whatever of it the rows come to use.
+        of_rows = ((draw, positions[first : first + num_rows]) for draw, first, num_rows in sampled)
+        noise.rows([(draw.seed, draw.sequence, position + 1) for draw, its in of_rows for position in its])
+        return [NOT_WANTED] * len(tokens)
+
+    def _choose(
+        self,
+        sequence: RunningSequence,
+        logits_V: torch.Tensor,
+        best: int,
+        drawn: int,
+        position: int,
+        noise: NoiseTable,
+    ) -> int:
+        """The token at `position`, given the logits that predict it, what the backend says of them, and `_draw`."""
+        if best < 0:
+            raise not_numbers(position)
+        if sequence.params.temperature == 0.0 or self._is_drawn_there(sequence):
+            return best
+        if drawn >= 0:
+            return drawn
+        return sample(logits_V, noise.rows([sequence.noise_key(position)])[0], sequence.params)

@@ -1,0 +1,64 @@
+"""Who proposes tokens: the drafter of a backend, or a look-up in the sequence's own text."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from speedstack.dflash.tree import Draft
+from speedstack.runtime.backends.base import Backend, DraftRequest
+from speedstack.runtime.decoding.sequence import RunningSequence
+from speedstack.runtime.rounds.sampling import NoiseTable
+from speedstack.runtime.rounds.speculation import DraftStrategy
+
+
+class Proposer(Protocol):
+    """Drafts to verify, one a sequence; a sequence that wants none, or for which there is none, gets an empty one."""
+
+    def propose(self, sequences: Sequence[RunningSequence], noise: NoiseTable) -> list[Draft]:
+        """`noise` is the round's, from which the target will sample."""
+        ...
+
+
+class NoProposer:
+    """One token a round."""
+
+    def propose(self, sequences: Sequence[RunningSequence], noise: NoiseTable) -> list[Draft]:
+        """See `Proposer`."""
+        return [Draft.chain([]) for _ in sequences]
+
+
+class NgramProposer:
+    """Prompt look-up; every sequence keeps its own index."""
+
+    def propose(self, sequences: Sequence[RunningSequence], noise: NoiseTable) -> list[Draft]:
+        """See `Proposer`."""
+        return [s.worth_verifying(Draft.chain(s.look_up(s.num_to_draft()))) for s in sequences]
+
+
+class DrafterProposer:
+    """The drafter of a backend; sequences that want proposals are drafted together."""
+
+    def __init__(self, backend: Backend, strategy: DraftStrategy) -> None:
+        self._backend, self._strategy = backend, strategy
+
+    def propose(self, sequences: Sequence[RunningSequence], noise: NoiseTable) -> list[Draft]:
+        """See `Proposer`."""
+        wanted = [sequence.num_to_draft() for sequence in sequences]
+        depth = max(wanted)
+        if depth < 1:
+            return [Draft.chain([]) for _ in sequences]
+        requests = [self._request(s, depth, noise) for s, count in zip(sequences, wanted, strict=True) if count > 0]
+        drafts = iter(self._backend.draft(requests, depth, self._strategy.tree_budget))
+        return [
+            s.worth_verifying(next(drafts)) if count > 0 else Draft.chain([])
+            for s, count in zip(sequences, wanted, strict=True)
+        ]
+
+    def _request(self, sequence: RunningSequence, depth: int, noise: NoiseTable) -> DraftRequest:
+        position = len(sequence.tokens) - 1
+        request = DraftRequest(sequence.tokens[-1], sequence.slot, position)
+        if sequence.params.temperature == 0.0:
+            return request
+        shared = None
+        if self._strategy.noise == "shared":
+            shared = noise.rows([sequence.noise_key(position + 1 + i) for i in range(depth)])
+        return DraftRequest(request.anchor, request.slot, position, sequence.params, shared)

@@ -1,0 +1,176 @@
+"""One sequence while it is decoded: its tokens, what may still come, and why it ends."""
+
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+from speedstack.dflash.ngram import NgramIndex
+from speedstack.dflash.tree import Draft
+from speedstack.runtime.backends.base import Draw, Round, RoundsRequest
+from speedstack.runtime.decoding.detokenizer import TextStream
+from speedstack.runtime.decoding.results import Generation, GenerationStats
+from speedstack.runtime.rounds.draft_length import DraftBudget
+from speedstack.runtime.rounds.sampling import SamplingParams, sequence_key
+
+
+def not_numbers(position: int) -> ValueError:
+    """What is wrong when no token can be chosen for a position."""
+    return ValueError(
+        f"the target's logits at position {position} are not numbers; the checkpoint is broken or its dtype overflows"
+    )
+
+
+class RunningSequence:
+    """State of one prompt's continuation. `slot` is the cache slot, -1 until the engine admits it.
+
+    `text`: what the tokens are decoded into, None for a target without a tokenizer.
+    `num_drafts`: proposals a round at most; `budget` says how many of them are worth it, None for all; `ngram_size`: of
+    the look-up that makes them, None for a drafter.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        params: SamplingParams,
+        seed: int,
+        eos_token_ids: Sequence[int],
+        text: TextStream | None,
+        num_drafts: int,
+        budget: DraftBudget | None,
+        ngram_size: int | None = None,
+    ) -> None:
+        self.tokens = list(prompt)
+        self.params, self.seed = params, seed
+        self.key = sequence_key(prompt)
+        self._draw = None if params.temperature == 0.0 else Draw(seed, self.key, params)
+        self.slot = -1
+        self.finish_reason: Literal["length", "eos", "stop"] | None = None
+        self._num_prompt_tokens, self._max_new_tokens = len(prompt), max_new_tokens
+        self._eos = frozenset(eos_token_ids)
+        self._text = text
+        # Decoding a token costs as much as a small model's step: it waits until somebody looks.
+        self._undecoded: list[int] = []
+        self._num_drafts = num_drafts
+        self._ngram_size = ngram_size or 0
+        self._ngrams = NgramIndex(ngram_size) if ngram_size is not None else None
+        self._budget = budget
+        self.stats = GenerationStats(
+            num_prompt_tokens=len(prompt),
+            drafted_by_position=[0] * num_drafts,
+            accepted_by_position=[0] * num_drafts,
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still be added."""
+        return self._max_new_tokens - (len(self.tokens) - self._num_prompt_tokens)
+
+    def num_to_draft(self) -> int:
+        """Proposals to ask for in the next round: none that could not be committed."""
+        wanted = self._budget.num_to_draft() if self._budget else self._num_drafts
+        return min(wanted, self.num_left - 1)
+
+    def look_up(self, count: int) -> list[int]:
+        """Up to `count` tokens that followed when the text last said what it says now."""
+        assert self._ngrams is not None
+        return self._ngrams.propose(self.tokens, count)
+
+    def noise_key(self, position: int) -> tuple[int, int, int]:
+        """What names the sampling noise of a position: see `NoiseTable`."""
+        return self.seed, self.key, position
+
+    def draw(self) -> Draw | None:
+        """How tokens are drawn; None is greedily."""
+        return self._draw
+
+    def rounds_request(self) -> RoundsRequest:
+        """For rounds without the host: this sequence to its end."""
+        end = len(self.tokens) + self.num_left
+        return RoundsRequest(
+            self.tokens, self.slot, end, bool(self._eos), self._num_drafts, self._ngram_size, self.draw()
+        )
+
+    def worth_verifying(self, draft: Draft) -> Draft:
+        """The leading proposals that are worth a row of the target."""
+        self.stats.num_drafted += len(draft.tokens)
+        draft = draft.within(self.num_left - 1)
+        if self._budget and draft.tokens:
+            # A look-up believes in all it finds: how often it was right lately has said how much to ask for.
+            draft = draft.leading(self._budget.num_to_verify(draft.probabilities or [1.0] * len(draft.tokens)))
+        return draft
+
+    def record_round(self, num_verified: int, depth: int, num_accepted: int, num_committed: int) -> None:
+        """Counts a round: nodes verified, so deep, how many of them stand, how many tokens `commit` added.
+
+        Of a round that ends the text the last token added counts as the target's own, as in every other one, though
+        more proposals than those before it may stand.
+        """
+        if self._budget:
+            self._budget.record(num_verified, num_accepted)
+        self.stats.num_rounds += 1
+        self.stats.num_round_tokens += num_committed
+        self.stats.num_rows += 1 + num_verified
+        for i in range(depth):
+            self.stats.drafted_by_position[i] += 1
+            self.stats.accepted_by_position[i] += i < num_committed - 1
+
+    def take_rounds(self, rounds: Sequence[Round]) -> None:
+        """Commits what was decoded without the host, up to the token that ends the sequence; it arrived all at once.
+
+        Raises ValueError where the target's logits were not numbers.
+        """
+        num_before = len(self.tokens)
+        for one in rounds:
+            if not self.is_finished:
+                self.stats.num_drafted += one.num_proposed
+                self.record_round(one.num_drafts, one.num_drafts, one.num_accepted, self._add(one.tokens))
+        self._arrive(len(self.tokens) - num_before)
+
+    def commit(self, tokens: Sequence[int]) -> int:
+        """Adds tokens up to the one that ends the sequence; how many were added."""
+        num_added = self._add(tokens)
+        self._arrive(num_added)
+        return num_added
+
+    def _arrive(self, num_tokens: int) -> None:
+        self.stats.num_new_tokens = len(self.tokens) - self._num_prompt_tokens
+        self.stats.arrivals.append((time.perf_counter(), num_tokens))
+
+    def _add(self, tokens: Sequence[int]) -> int:
+        num_before = len(self.tokens)
+        for token in tokens:
+            if token < 0:
+                raise not_numbers(len(self.tokens))
+            self.tokens.append(token)
+            if token in self._eos:
+                self.finish_reason = "eos"
+            else:
+                self._undecoded.append(token)
+                if self._text is not None and self._text.has_stops and self._decode().stopped:
+                    self.finish_reason = "stop"
+                if self.finish_reason is None and self.num_left == 0:
+                    self.finish_reason = "length"
+            if self.is_finished:
+                break
+        return len(self.tokens) - num_before
+
+    def take_text(self) -> str:
+        """New text that is certain by now."""
+        return self._decode().take(is_last=self.is_finished)
+
+    def result(self) -> Generation:
+        assert self.finish_reason is not None
+        text = self._decode().text if self._text is not None else ""
+        return Generation(self.tokens[self._num_prompt_tokens :], text, self.finish_reason, self.stats)
+
+    def _decode(self) -> TextStream:
+        assert self._text is not None, "the engine refuses stop strings and streams without a tokenizer"
+        if self._undecoded:
+            self._text.push(*self._undecoded)
+            self._undecoded = []
+        return self._text

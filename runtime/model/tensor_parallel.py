@@ -1,0 +1,28 @@
+"""One GPU's share of a model under tensor parallelism, as a spec that plans are made of."""
+
+import math
+from dataclasses import replace
+
+from speedstack.runtime.model.spec import ModelSpec
+
+
+def shard(spec: ModelSpec, num_gpus: int) -> ModelSpec:
+    """What one of `num_gpus` GPUs computes under tensor parallelism: heads, columns and vocabulary are divided.
+
+    Key/value heads are repeated where there are fewer than GPUs. Experts keep whole MXFP4 blocks, so the first GPUs
+    may hold one block more; this is the largest share.
+
+    Raises ValueError when the heads cannot be divided.
+    """
+    layers = []
+    for layer in spec.layers:
+        a, mlp = layer.attention, layer.mlp
+        if a.num_heads % num_gpus or max(a.num_kv_heads, num_gpus) % min(a.num_kv_heads, num_gpus):
+            raise ValueError(
+                f"{a.num_heads} heads with {a.num_kv_heads} key/value heads cannot be divided among {num_gpus} GPUs"
+            )
+        a = replace(a, num_heads=a.num_heads // num_gpus, num_kv_heads=max(1, a.num_kv_heads // num_gpus))
+        blocks = math.ceil(math.ceil(mlp.intermediate_size / 32) / num_gpus)
+        size = min(mlp.intermediate_size, 32 * blocks)
+        layers.append(replace(layer, attention=a, mlp=replace(mlp, intermediate_size=size)))
+    return replace(spec, vocab_size=math.ceil(spec.vocab_size / num_gpus), layers=tuple(layers))

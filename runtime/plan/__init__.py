@@ -1,0 +1,1 @@
+"""A decode step as data: operations, their tiles, and what they wait for."""

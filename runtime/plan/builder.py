@@ -1,0 +1,135 @@
+"""A plan under construction: buffers, phases and counters by name, who waits for whom, and what movers fetch."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from speedstack.runtime.model.drafter_spec import DrafterSpec
+from speedstack.runtime.model.spec import ModelSpec
+from speedstack.runtime.model.weight_formats import WeightFormats
+from speedstack.runtime.plan.ir import Axis, Buffer, Counter, Phase, Prefetch, Read, Region, Signal, Wait, Work
+from speedstack.runtime.plan.ops.multi_step import RoundPhases
+from speedstack.runtime.plan.tiling import MMA_TILES, ceil_div, choose_tile
+
+EMBEDDING = ("embed", "block")  # ops that read a few rows of a matrix
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers that run on the same rows: the target's, or the drafter's.
+
+    prefix: of the phases' names. first: number of the first in `Phase.layer`. rows: where a phase finds its rows.
+    cache: one buffer for the keys and values of all layers, where a layer does not have its own. is_cut: a
+    step may have no such rows at all, and the phases then no items.
+    """
+
+    prefix: str
+    first: int
+    formats: WeightFormats
+    rows: Read
+    cache: str = ""
+    is_cut: bool = False
+
+    def name(self, layer: int) -> str:
+        """What the names of a layer's phases begin with."""
+        return f"{self.prefix}{layer:02d}."
+
+
+@dataclass
+class PlanBuilder:
+    """A plan under construction. stack: the layers that phases are built for."""
+
+    spec: ModelSpec
+    num_programs: int
+    rows: int
+    max_context: int
+    split_size: int
+    is_sharded: bool
+    taps: tuple[int, ...]
+    deciding: RoundPhases
+    stack: Stack
+    drafter: DrafterSpec | None = None
+    buffers: dict[str, Buffer] = field(default_factory=dict)
+    counters: list[Counter] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+    prefetches: list[Prefetch] = field(default_factory=list)
+    rotation: int = 0
+    ahead: Wait | None = None  # what begins the newest phase that has weights
+
+    def add(
+        self,
+        name: str,
+        op: str,
+        axes: tuple[Axis, ...],
+        layer: int | None = None,
+        tile: int = 0,
+        *,
+        reads: list[Read],
+        writes: list[Region],
+        waits: list[Wait],
+        work: Work,
+        signals: list[Signal] | None = None,
+        num_counters: int = 1,
+        leave: Read | None = None,
+    ) -> None:
+        """Adds a phase and its counter; unless told otherwise every program signals that once.
+
+        Movers fetch its weights while the programs work on the phase before it that has any: attention, which reads
+        none, then leaves them more time. Weights of experts are not known before the router's counter is reached.
+        """
+        each: Literal["program"] = "program"
+        if layer is not None:
+            layer += self.stack.first
+        if self.stack.is_cut:  # to nothing, where the step has no such rows
+            axes = (replace(axes[0], is_dynamic=True), *axes[1:])
+        phase = Phase(
+            name, op, axes, layer, tile, tuple(reads), tuple(writes), tuple(waits),
+            tuple(signals) if signals is not None else (Signal(name, each),), work, leave=leave,
+        )  # fmt: skip
+        own_bytes = work.weight_bytes + work.repeated_bytes
+        if own_bytes and op not in EMBEDDING:
+            self.prefetches.append(Prefetch(name, self.ahead))
+        if (own_bytes or work.expert_bytes) and op not in EMBEDDING:
+            self.ahead = phase.waits[0]
+        self.append(phase, num_counters)
+
+    def append(self, phase: Phase, num_counters: int = 1) -> None:
+        """Adds a phase where the items of the one before it end, and its counter, if it signals."""
+        if phase.signals:
+            self.counters.append(Counter(phase.name, num_counters))
+        self.phases.append(replace(phase, rotation=self.rotation))
+        self.rotation = (self.rotation + phase.num_items) % self.num_programs
+
+    def buffer(self, name: str, num_cells: int, cell_bytes: int, memory: str = "") -> str:
+        buffer = Buffer(name, num_cells, cell_bytes, memory)
+        assert self.buffers.setdefault(name, buffer) == buffer, f"two shapes of {name}"
+        return name
+
+    def whole(self, buffer: str, exclusive: str = "") -> Region:
+        return Region(buffer, self.buffers[buffer].num_cells, exclusive=exclusive)
+
+    def read_whole(self, buffer: str, producer: str) -> Read:
+        return Read(self.whole(buffer), producer)
+
+    def read(self, buffer: str, producer: str, length: int, strides: tuple[int, ...]) -> Read:
+        return Read(Region(buffer, length, 0, strides), producer)
+
+    def normalized(self, producer: str) -> list[Read]:
+        """What a phase reads that needs the hidden state normalized."""
+        return [self.stack.rows, self.read_whole("scaled", producer), self.read_whole("squares", producer)]
+
+    def all_programs(self, phase: str) -> Wait:
+        """Every program has finished its items of an earlier phase of this step."""
+        return Wait(phase, self.num_programs, self.num_programs)
+
+    def cut(self, width: int, num_groups: int = 1) -> tuple[int, int]:
+        """Columns of an item of a product, and items in each of the groups of so many columns."""
+        tile = choose_tile(width, self.num_programs, MMA_TILES, num_groups)
+        return tile, ceil_div(width, tile)
+
+    def num_splits(self, window: int | None) -> int:
+        """Splits that the rows of one sequence can see between them, wherever they stand."""
+        total = ceil_div(self.max_context, self.split_size)
+        if window is None:
+            return total
+        span = window + self.rows - 1
+        return min(total, (span + self.split_size - 2) // self.split_size + 1)

@@ -1,0 +1,1 @@
+"""Proofs that a plan neither deadlocks nor races."""

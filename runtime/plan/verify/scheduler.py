@@ -1,0 +1,231 @@
+"""Runs the programs of a plan on a CPU, one thread each, under a scheduler that a seed decides.
+
+Exactly one thread runs at a time. It hands over where programs can influence each other: before a wait, before a
+signal, and wherever a body yields. Who goes on is drawn from the seed, so that an interleaving can be run again; the
+list of choices (`Scheduler.trace`) replays it without the seed. When nobody can go on, the run ends with a `Deadlock`
+that says who waits for what, instead of hanging.
+
+Two ways of drawing. Even seeds choose uniformly among those that can go on. Odd seeds give programs priorities, which
+drop at a few random moments (Burckhardt et al. 2010, PCT): one program is then far ahead or far behind for long, which
+uniform choice hardly ever produces.
+
+`interpret` runs a plan with Python bodies (`bodies` has those of the model's operations); `interpret_triton` runs a
+Triton kernel that walks the plan itself.
+"""
+
+import random
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from speedstack.runtime.plan.ir import Phase, Plan, Signal, Wait, at
+
+# Computes one item of a phase. A generator hands over where it yields: between its reads and its writes, say.
+Body = Callable[[Phase, tuple[int, ...], int], Generator[None, None, None] | None]
+
+_PRIORITY_CHANGES = 3  # moments at which the running program falls behind all others, in a run of odd seed
+
+
+class Deadlock(RuntimeError):
+    """Nobody can go on. `waiting`: what each program that is not done waits for."""
+
+    def __init__(self, waiting: Mapping[int, str]) -> None:
+        self.waiting = dict(waiting)
+        lines = "\n".join(f"  program {program}: {what}" for program, what in sorted(self.waiting.items()))
+        super().__init__(f"deadlock: {len(self.waiting)} programs wait\n{lines}")
+
+
+class _Stopped(BaseException):
+    """Ends a thread after another one failed."""
+
+
+@dataclass
+class _Program:
+    thread: threading.Thread
+    turn: threading.Semaphore
+    can_go: Callable[[], bool] | None = None
+    what: str = "its turn"
+    is_done: bool = False
+
+
+class Scheduler:
+    """Threads that take turns. trace: the program chosen at each hand-over; give it to replay a run."""
+
+    def __init__(self, seed: int = 0, trace: Sequence[int] | None = None) -> None:
+        self.trace: list[int] = []
+        self.on_turn: Callable[[int], None] = lambda program: None
+        self._replay = None if trace is None else list(trace)
+        self._random = random.Random(seed)
+        self._by_priority = seed % 2 == 1
+        self._programs: list[_Program] = []
+        self._priorities: list[float] = []
+        self._changes: set[int] = set()
+        self._error: BaseException | None = None
+        self._finished = threading.Semaphore(0)
+
+    def run(self, num_programs: int, body: Callable[[int], None]) -> None:
+        """Runs `body(program)` for every program to its end.
+
+        Raises Deadlock, or what the first body to fail raised.
+        """
+        assert not self._programs, "a scheduler runs once"
+        for program in range(num_programs):
+            thread = threading.Thread(target=self._main, args=(program, body), daemon=True)
+            self._programs.append(_Program(thread, threading.Semaphore(0)))
+        self._priorities = [self._random.random() for _ in range(num_programs)]
+        # About as many hand-overs as a small plan has; a longer run has its changes early.
+        self._changes = {self._random.randrange(200 * num_programs) for _ in range(_PRIORITY_CHANGES)}
+        for state in self._programs:
+            state.thread.start()
+        self._programs[self._choose()].turn.release()
+        self._finished.acquire()
+        for state in self._programs:
+            state.thread.join()
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Programs that are not done."""
+        return [program for program, state in enumerate(self._programs) if not state.is_done]
+
+    def pause(self, program: int) -> None:
+        """Lets others go on."""
+        self.wait(program, None, "its turn")
+
+    def wait(self, program: int, can_go: Callable[[], bool] | None, what: str) -> None:
+        """Lets others go on, and comes back once `can_go()`; `what` describes it in a dump."""
+        state = self._programs[program]
+        state.can_go, state.what = can_go, what
+        following = self._choose()
+        if following != program:
+            self._programs[following].turn.release()
+            state.turn.acquire()
+            if self._error is not None:
+                raise _Stopped
+        state.can_go, state.what = None, "its turn"
+        self.on_turn(program)
+
+    def _choose(self) -> int:
+        ready = [
+            program
+            for program, state in enumerate(self._programs)
+            if not state.is_done and (state.can_go is None or state.can_go())
+        ]
+        if not ready:
+            waiting = {program: state.what for program, state in enumerate(self._programs) if not state.is_done}
+            # Kept here already: what the deadlock passes through on its way up may wrap it.
+            self._error = self._error or Deadlock(waiting)
+            raise self._error
+        if self._replay is not None:
+            chosen = self._replay[len(self.trace)]
+            assert chosen in ready, f"the trace does not fit: program {chosen} cannot go on"
+        elif self._by_priority:
+            if len(self.trace) in self._changes and self.trace:
+                self._priorities[self.trace[-1]] = min(self._priorities) - 1
+            chosen = max(ready, key=lambda program: self._priorities[program])
+        else:
+            chosen = self._random.choice(ready)
+        self.trace.append(chosen)
+        return chosen
+
+    def _main(self, program: int, body: Callable[[int], None]) -> None:
+        state = self._programs[program]
+        state.turn.acquire()
+        try:
+            if self._error is None:
+                self.on_turn(program)
+                body(program)
+        except _Stopped:
+            pass
+        except BaseException as error:  # handed to the caller of `run`
+            self._error = self._error or error
+        state.is_done = True
+        left = [other for other in self._programs if not other.is_done]
+        if not left:
+            self._finished.release()
+        elif self._error is not None:
+            left[0].turn.release()
+        else:
+            try:
+                self._programs[self._choose()].turn.release()
+            except Deadlock:
+                left[0].turn.release()
+
+
+def interpret(
+    plan: Plan,
+    bodies: Mapping[str, Body],
+    num_steps: int,
+    seed: int = 0,
+    first_step: int = 0,
+    counters: np.ndarray | None = None,
+    trace: Sequence[int] | None = None,
+    is_over: Callable[[int], bool] = lambda step: False,
+) -> Scheduler:
+    """Executes the task lists of a plan; `bodies` compute the items, by op.
+
+    Items beyond a dynamic axis' cut are handed to the bodies too, which do nothing for them.
+
+    Args:
+        counters: int64 [plan.num_counters], as an earlier call left them; None are zeros.
+        first_step: number of the first step, for counters that have counted earlier ones.
+        trace: choices of an earlier run to repeat, instead of the seed's.
+        is_over: whether the launch is over before this step, by what `Phase.leave` reads; every program asks.
+
+    Returns:
+        The scheduler, for its trace.
+
+    Raises:
+        Deadlock: nobody can go on.
+        ValueError: an op without a body.
+    """
+    missing = sorted({phase.op for phase in plan.phases} - set(bodies))
+    if missing:
+        raise ValueError(f"no body for {', '.join(missing)}")
+    counts = np.zeros(plan.num_counters, np.int64) if counters is None else counters
+    scheduler = Scheduler(seed, trace)
+    base = plan.counter_base
+
+    def number(what: Wait | Signal, index: tuple[int, ...]) -> int:
+        return base[what.counter] + at(what.start, what.strides, index)
+
+    def wait(program: int, phase: Phase, what: Wait, index: tuple[int, ...], step: int) -> None:
+        element, threshold = number(what, index), what.threshold(step)
+        scheduler.wait(
+            program,
+            lambda: bool(counts[element] >= threshold),
+            f"step {step}, {phase.name}{list(index) or ''}: {what.counter}[{element - base[what.counter]}] "
+            f"is {counts[element]} and has to reach {threshold}",
+        )
+
+    def signal(program: int, what: Signal, index: tuple[int, ...]) -> None:
+        scheduler.pause(program)
+        counts[number(what, index)] += 1
+
+    def run(program: int) -> None:
+        for step in range(first_step, first_step + num_steps):
+            for phase in plan.phases:
+                for what in phase.waits:
+                    if not what.strides:
+                        wait(program, phase, what, (), step)
+                if phase.leave is not None and is_over(step):
+                    return
+                for item in phase.items_of(program, plan.num_programs):
+                    index = phase.index(item)
+                    for what in phase.waits:
+                        if what.strides:
+                            wait(program, phase, what, index, step)
+                    for _ in bodies[phase.op](phase, index, step) or ():
+                        scheduler.pause(program)
+                    for each in phase.signals:
+                        if each.each == "item":
+                            signal(program, each, index)
+                for each in phase.signals:
+                    if each.each == "program":
+                        signal(program, each, ())
+
+    scheduler.run(plan.num_programs, run)
+    return scheduler

@@ -1,0 +1,1 @@
+"""The demo: its config and its stages."""

@@ -1,0 +1,1 @@
+"""The training loop, trainers, checkpoints and optimizers that all recipes share."""

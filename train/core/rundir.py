@@ -1,0 +1,153 @@
+"""The directory of a run: what it was started with, and what it left.
+
+    <run.out>/<run.name>/  config.yaml  inputs.json  env.json  metrics.jsonl  checkpoints/  export/
+
+A run directory belongs to one configuration and to the weights and the text it started from, once a step of training is
+on record. Starting the same again resumes it, or returns its result if it has finished; what would give other numbers
+is refused. A job that failed before leaves text and features to the next one; what does not fit that is set aside.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speedstack.eval.results.environment import package_versions
+from speedstack.train.config.recipes import JobConfig, dump_config, flat_config, identity, read_config
+from speedstack.train.core.checkpoint import write_atomically
+from speedstack.train.core.metrics import read_metrics
+
+_PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "safetensors", "tokenizers")
+
+
+def open_run_directory(config: JobConfig, device: torch.device, inputs: dict[str, str]) -> Path:
+    """Create the run directory of `config`, or check that the existing one is its own.
+
+    `inputs` are digests of the weights the run starts from, by what they are.
+
+    Raises:
+        ValueError: the directory belongs to another configuration or other inputs; the message names what differs.
+        OSError: it cannot be written.
+    """
+    directory = config.run_directory
+    stored_path = directory / "config.yaml"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # A job that failed before a step was on record, for want of a model say, does not bind the next one.
+        if stored_path.is_file() and has_begun(directory):
+            stored = _check_same(config, stored_path)
+            inputs = _check_inputs(inputs, directory / "inputs.json") | inputs
+            if (directory / "export").exists():
+                _warn_of_unused(config, stored, directory)
+                return directory
+        write_atomically(stored_path, dump_config(config))
+        write_atomically(directory / "inputs.json", json.dumps(inputs, indent=2) + "\n")
+        write_atomically(directory / "env.json", json.dumps(environment(device), indent=2) + "\n")
+    except OSError as error:
+        raise OSError(
+            f"cannot write run directory {directory}: {error.strerror or error}; choose another run.out"
+        ) from error
+    return directory
+
+
+def has_begun(directory: Path) -> bool:
+    """Whether training in this run directory has left anything: an export, a checkpoint, or a step on record."""
+    return (
+        (directory / "export").exists()
+        or any((directory / "checkpoints").glob("step-*"))
+        or any(line["kind"] == "train" for line in read_metrics(directory))
+    )
+
+
+def set_aside(path: Path, what: str) -> None:
+    """Rename a directory that does not fit the run, and say so: what it holds may have taken long."""
+    aside = next(
+        place for number in itertools.count(1) if not (place := path.with_name(f"{path.name}-{number}")).exists()
+    )
+    os.replace(path, aside)
+    warnings.warn(
+        f"{path} holds {what} of another configuration, which has not trained: moved to {aside}", stacklevel=2
+    )
+
+
+def add_inputs(directory: Path, inputs: dict[str, str]) -> None:
+    """Add to the inputs of the run in `directory`, before its first step, or check that they are those of then.
+
+    A run that began without noting them goes on without: what it has read is not known any more.
+
+    Raises ValueError and OSError as `open_run_directory`.
+    """
+    path = directory / "inputs.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if has_begun(directory):
+        _check_inputs({name: digest for name, digest in inputs.items() if name in stored}, path)
+    elif inputs:
+        write_atomically(path, json.dumps(stored | inputs, indent=2) + "\n")
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """What a result may depend on besides the configuration: versions, machine, threads, command."""
+    return {
+        "python": platform.python_version(),
+        "packages": package_versions(_PACKAGES),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "num_threads": torch.get_num_threads(),
+        "command": sys.argv,
+    }
+
+
+def _check_same(config: JobConfig, stored_path: Path) -> JobConfig:
+    """The stored configuration, which differs from this one in nothing that is trained."""
+    try:
+        stored = read_config(type(config), stored_path)
+    except ValueError as error:
+        raise ValueError(f"{stored_path.parent} belongs to another run ({error}): choose another run.name") from error
+    if different := _differences(identity(stored), identity(config)):
+        raise ValueError(
+            f"{stored_path.parent} holds a run with another configuration ({'; '.join(different)}): "
+            "choose another run.name, or delete the directory"
+        )
+    return stored
+
+
+def _warn_of_unused(config: JobConfig, stored: JobConfig, directory: Path) -> None:
+    """Of a finished run, settings that might have differed while it ran."""
+    if different := _differences(flat_config(stored), flat_config(config), without=("run.name", "run.out")):
+        warnings.warn(f"{directory} has finished, without what is new: {'; '.join(different)}", stacklevel=2)
+
+
+def _differences(stored: dict[str, Any], current: dict[str, Any], without: Sequence[str] = ()) -> list[str]:
+    different = [key for key in current if key not in without and stored.get(key) != current[key]]
+    return [f"{key} was {stored.get(key)}, is {current[key]}" for key in different]
+
+
+def _check_inputs(inputs: dict[str, str], stored_path: Path) -> dict[str, str]:
+    """The stored inputs, of which these are some."""
+    way_out = f"choose another run.name or delete {stored_path.parent}"
+    if not stored_path.is_file():
+        if inputs:
+            warnings.warn(
+                f"{stored_path} is missing: cannot tell whether the {next(iter(inputs))} of this run has changed since",
+                stacklevel=2,
+            )
+        return {}
+    try:
+        stored = json.loads(stored_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{stored_path} is corrupt ({error}): {way_out}") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"{stored_path} is corrupt (no JSON object): {way_out}")
+    changed = [name for name, digest in inputs.items() if stored.get(name) != digest]
+    if changed:
+        raise ValueError(f"the {changed[0]} of this run has changed since it was started: {way_out}")
+    return stored

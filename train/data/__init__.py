@@ -1,0 +1,1 @@
+"""Corpora, documents, prompts and batches."""

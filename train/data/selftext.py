@@ -1,0 +1,237 @@
+"""Text a target wrote itself: what a drafter for it should be trained and judged on.
+
+Prompts are pieces of documents; the engine that will serve the target continues each of them, so that the labels are
+the very tokens a drafter has to foresee. Generating is the slow part, hence a stage of its own with its result on disk:
+shards appear whole or not at all, an interrupted stage goes on with the missing ones, and `settings.json` keeps one
+directory from ever mixing the texts of two targets, or of one under two configs, two sets of prompts or two
+temperatures. Ranks share the shards.
+
+Pieces of documents are equally long and end-of-text does not stop them: what follows is the target's text as well.
+Prompts of a user are lists of any lengths, and an answer to one ends where the target ends it.
+
+Shapes: N sequences, P prompt tokens, T tokens of prompt and continuation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from speedstack.train.core.checkpoint import write_atomically
+from speedstack.train.core.rundir import set_aside
+from speedstack.train.core.trainer import save_tensors
+from speedstack.train.data.batches import generator
+
+if TYPE_CHECKING:
+    from speedstack.runtime import Engine
+
+SEQUENCES_A_SHARD = 64
+_OPENING_EVERY = 4  # one prompt in so many is the beginning of a document, the others start anywhere in one
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a continuation is drawn; `temperatures` take turns, shard by shard.
+
+    `stops_at_eos`: it ends with the target's end token, if there is one in time. `chat_template_sha256`: of the
+    template that made the prompts, None without one.
+    """
+
+    num_new_tokens: int
+    temperatures: tuple[float, ...] = (0.0,)
+    top_p: float = 1.0
+    seed: int = 0
+    stops_at_eos: bool = False
+    chat_template_sha256: str | None = None
+
+
+Prompts = torch.Tensor | Sequence[Sequence[int]]  # int64 [N, P], or lists of any lengths
+
+
+def cut_prompts(documents: Dataset, num_prompts: int, length: int, *keys: int) -> torch.Tensor:
+    """Prompts int64 [N, P]: pieces of documents, a function of `keys`. No prompt crosses the end of its document.
+
+    Raises ValueError when no document has more than `length` tokens.
+    """
+    eligible = [ids for ids in documents["input_ids"] if len(ids) > length]
+    if not eligible:
+        raise ValueError(f"no document has more than drafter.prompt_length = {length} tokens: lower it")
+    rng = generator(*keys)
+    weights = torch.tensor([len(ids) - length for ids in eligible], dtype=torch.float64)
+    chosen = torch.multinomial(weights, num_prompts, replacement=True, generator=rng).tolist()
+    openings = torch.randint(len(eligible), (num_prompts,), generator=rng).tolist()
+    fractions = torch.rand(num_prompts, dtype=torch.float64, generator=rng).tolist()
+    prompts = []
+    for i in range(num_prompts):
+        if i % _OPENING_EVERY == 0:
+            ids = eligible[openings[i]]
+            # A document follows a separator, as in a packed window; its own last token is one.
+            prompts.append([ids[-1], *ids[: length - 1]])
+        else:
+            ids = eligible[chosen[i]]
+            start = int(fractions[i] * (len(ids) - length))
+            prompts.append(ids[start : start + length])
+    return torch.tensor(prompts, dtype=torch.int64)
+
+
+def continue_prompts(
+    path: Path,
+    make_engine: Callable[[], Engine],
+    target_sha256: str,
+    prompts: Prompts,
+    sampling: Sampling,
+    rank: int = 0,
+    world_size: int = 1,
+    on_progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write this rank's missing shards of the continuations of `prompts` into the directory `path`.
+
+    `make_engine` is called only if something is missing. `on_progress(done)` counts this rank's sequences,
+    at first those that were there.
+    Raises ValueError when `path` holds text made with other settings, OSError, one line, when it cannot be written.
+    """
+    settings = _settings(target_sha256, prompts, sampling)
+    path.mkdir(parents=True, exist_ok=True)
+    if (path / "settings.json").is_file():
+        _check_settings(path, settings)
+    elif rank == 0:
+        write_atomically(path / "settings.json", json.dumps(settings, indent=2) + "\n")
+    mine = _shards_of(len(prompts), rank, world_size)
+    missing = [shard for shard in mine if not _shard_path(path, shard).is_file()]
+    done = sum(len(_rows(shard, len(prompts))) for shard in mine if shard not in missing)
+    if on_progress is not None:
+        on_progress(done)
+    engine = make_engine() if missing else None
+    for shard in missing:
+        assert engine is not None
+        rows = _rows(shard, len(prompts))
+        continuations: list[list[int]] = []
+        # Answers end at different times: the engine fills the places of finished ones from the rest of the shard.
+        num_at_once = len(rows) if sampling.stops_at_eos else engine.max_batch_size
+        for start in range(0, len(rows), num_at_once):
+            part = rows[start : start + num_at_once]
+            generations = engine.generate(
+                [_as_list(prompts[i]) for i in part],
+                max_new_tokens=sampling.num_new_tokens,
+                temperature=sampling.temperatures[shard % len(sampling.temperatures)],
+                top_p=sampling.top_p,
+                seed=[sampling.seed + i for i in part],
+                ignore_eos=not sampling.stops_at_eos,
+            )
+            continuations += [generation.tokens for generation in generations]
+            done += len(part)
+            if on_progress is not None:
+                on_progress(done)
+        file = _shard_path(path, shard)
+        temporary = file.with_suffix(".part")
+        tensors = _shard_tensors(prompts[rows.start : rows.stop], continuations)
+        try:
+            save_tensors(tensors, temporary)
+            os.replace(temporary, file)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise OSError(
+                f"cannot write {file}: {error.strerror or error}; make room, then run the same command again to go on"
+            ) from error
+
+
+def load_text(path: Path, target_sha256: str, prompts: Prompts, sampling: Sampling) -> list[torch.Tensor]:
+    """The sequences that `continue_prompts` wrote, prompts included, int64 each, in the order of the prompts.
+
+    Raises ValueError for a missing or corrupt shard, and for text made with other settings.
+    """
+    _check_settings(path, _settings(target_sha256, prompts, sampling))
+    sequences: list[torch.Tensor] = []
+    for shard in _shards_of(len(prompts), 0, 1):
+        file = _shard_path(path, shard)
+        rows = _rows(shard, len(prompts))
+        try:
+            tensors = load_file(file)
+            if isinstance(prompts, torch.Tensor):
+                sequences += tensors["tokens"].long().unbind()
+                continue
+            answers = tensors["responses"].long().split(tensors["lengths"].tolist())
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ValueError(f"{file} is missing or corrupt ({error}): delete it and run again") from error
+        sequences += [torch.cat([torch.tensor(prompts[i]), a]) for i, a in zip(rows, answers, strict=True)]
+    return sequences
+
+
+def num_sequences_of(num_sequences: int, rank: int, world_size: int) -> int:
+    """How many of `num_sequences` a rank writes."""
+    return sum(len(_rows(shard, num_sequences)) for shard in _shards_of(num_sequences, rank, world_size))
+
+
+def _shards_of(num_sequences: int, rank: int, world_size: int) -> range:
+    return range(rank, math.ceil(num_sequences / SEQUENCES_A_SHARD), world_size)
+
+
+def _rows(shard: int, num_sequences: int) -> range:
+    return range(shard * SEQUENCES_A_SHARD, min((shard + 1) * SEQUENCES_A_SHARD, num_sequences))
+
+
+def _shard_path(path: Path, shard: int) -> Path:
+    return path / f"shard-{shard:05d}.safetensors"
+
+
+def _as_list(ids: torch.Tensor | Sequence[int]) -> list[int]:
+    return ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+
+
+def _shard_tensors(prompts: Prompts, continuations: list[list[int]]) -> dict[str, torch.Tensor]:
+    """What a shard holds, int32: `tokens` [n, T] of equally long prompts; of others `responses` in a row, `lengths`."""
+    if isinstance(prompts, torch.Tensor):
+        return {"tokens": torch.cat([prompts, torch.tensor(continuations)], dim=1).int()}
+    responses = torch.tensor([token for tokens in continuations for token in tokens], dtype=torch.int32)
+    return {"responses": responses, "lengths": torch.tensor([len(c) for c in continuations], dtype=torch.int32)}
+
+
+def _prompts_sha256(prompts: Prompts) -> str:
+    if isinstance(prompts, torch.Tensor):
+        return hashlib.sha256(prompts.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(json.dumps([list(ids) for ids in prompts]).encode()).hexdigest()
+
+
+def _settings(target_sha256: str, prompts: Prompts, sampling: Sampling) -> dict[str, object]:
+    settings = {"target_sha256": target_sha256, "prompts_sha256": _prompts_sha256(prompts), **asdict(sampling)}
+    if not sampling.stops_at_eos:  # continuations of pieces of documents: no template, and nothing stops them
+        del settings["stops_at_eos"], settings["chat_template_sha256"]
+    return json.loads(json.dumps(settings))  # tuples become lists, as they come back from the file
+
+
+def make_way(path: Path, target_sha256: str, prompts: Prompts, sampling: Sampling) -> None:
+    """Set aside text at `path` that was made with other settings; settings that no text has followed are dropped."""
+    file = path / "settings.json"
+    if not file.is_file() or not _different(file, _settings(target_sha256, prompts, sampling)):
+        return
+    if any(path.glob("shard-*.safetensors")):
+        set_aside(path, "text")
+    else:
+        file.unlink()
+
+
+def _different(file: Path, settings: dict[str, object]) -> list[str]:
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    return [name for name, value in settings.items() if stored.get(name) != value]
+
+
+def _check_settings(path: Path, settings: dict[str, object]) -> None:
+    """Raise ValueError when `path` holds text made with other settings than `settings`, or none at all."""
+    file = path / "settings.json"
+    if not file.is_file():
+        raise ValueError(f"{path} holds no written text: {file.name} is missing")
+    if different := _different(file, settings):
+        raise ValueError(
+            f"{path} holds text generated with another {', '.join(different)}: choose another drafter.text or delete it"
+        )
