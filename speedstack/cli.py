@@ -48,7 +48,7 @@ VERBS = {
     "demo": Verb(
         "the whole stack on a small model: pretrain, quantize, QAT, drafter, quality, timing, report",
         "speedstack.demo.config:load_demo_config",
-        "speedstack.verbs.demo:demo",
+        "speedstack.demo.demo:demo",
         continues=True,
     ),
     "pretrain": Verb(
@@ -103,7 +103,7 @@ VERBS = {
     "ablate": Verb(
         "a grid over number format, modules, method, drafter and temperature: one table and its plots",
         "speedstack.ablation.config:load_ablate_config",
-        "speedstack.verbs.ablate:ablate",
+        "speedstack.ablation.ablate:ablate",
         continues=True,
     ),
     "plan": Verb(

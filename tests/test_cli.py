@@ -13,9 +13,9 @@ import pytest
 
 from speedstack import __version__, cli
 from speedstack.cli import VERBS, config_loader, main
+from speedstack.demo import demo
 from speedstack.demo.config import DemoConfig, load_demo_config
 from speedstack.train.config.recipes import dump_config
-from speedstack.verbs import demo
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -12,8 +12,8 @@ from speedstack.eval.gpu_suite.scale import Cell, Scale
 from speedstack.eval.microbench.released_models import released_config, tiny_config
 from speedstack.runtime.backends.base import Rows
 from speedstack.runtime.backends.gpu.graph import GraphBackend
-from speedstack.runtime.backends.select import DTYPES
 from speedstack.runtime.engine import Engine
+from speedstack.runtime.model.device import DTYPES
 from speedstack.runtime.model.moe import route
 from speedstack.runtime.model.spec import ModelSpec, MoeSpec, spec_from_config
 from speedstack.runtime.model.synthetic_weights import random_weights

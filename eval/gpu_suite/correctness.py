@@ -30,8 +30,9 @@ from speedstack.runtime.backends.base import Backend, Draw, Rows
 from speedstack.runtime.backends.gpu.expected_buffers import expected_buffers, found_buffer
 from speedstack.runtime.backends.gpu.graph import GraphBackend
 from speedstack.runtime.backends.reference import ReferenceBackend
-from speedstack.runtime.backends.select import DTYPES, make_backend
+from speedstack.runtime.backends.select import make_backend
 from speedstack.runtime.engine import Engine
+from speedstack.runtime.model.device import DTYPES
 from speedstack.runtime.model.moe import route
 from speedstack.runtime.model.spec import MoeSpec, spec_from_config
 from speedstack.runtime.model.synthetic_weights import random_weights

@@ -24,7 +24,7 @@ from speedstack.eval.results.failures import one_line
 from speedstack.runtime.backends.gpu.base import Target
 from speedstack.runtime.backends.gpu.graph import GraphBackend
 from speedstack.runtime.backends.gpu.resident import ResidentBackend
-from speedstack.runtime.backends.select import DTYPES
+from speedstack.runtime.model.device import DTYPES
 from speedstack.runtime.model.spec import spec_from_config
 from speedstack.runtime.model.synthetic_weights import empty_weights
 

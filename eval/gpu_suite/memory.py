@@ -13,7 +13,7 @@ from speedstack.runtime.backends.gpu.base import formats_of
 from speedstack.runtime.backends.gpu.buffers import Memory
 from speedstack.runtime.model.spec import ModelSpec, spec_from_config
 from speedstack.runtime.model.synthetic_weights import empty_weights
-from speedstack.runtime.plan.ops.layers import build_plan
+from speedstack.runtime.plan.step import build_plan
 
 PROCESS_BYTES = 2 << 30
 USABLE = 0.96

@@ -17,12 +17,12 @@ from speedstack.eval.gpu_suite.backends import model_config
 from speedstack.eval.gpu_suite.machine import device_seconds
 from speedstack.eval.gpu_suite.scale import Cell, Scale
 from speedstack.eval.results.failures import PEER_ERRORS, one_line
-from speedstack.runtime.backends.select import DTYPES
+from speedstack.runtime.model.device import DTYPES
 from speedstack.runtime.model.spec import spec_from_config
 from speedstack.runtime.model.weight_formats import WeightFormats
 from speedstack.runtime.perf.cost import step_cost
 from speedstack.runtime.perf.gpus import Gpu
-from speedstack.runtime.plan.ops.layers import build_plan
+from speedstack.runtime.plan.step import build_plan
 
 EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 WARM_STEPS = 3  # CUDA graphs of torch.compile: one step warms up, one records, one replays

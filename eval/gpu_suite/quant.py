@@ -10,7 +10,7 @@ from speedstack.eval.microbench.quant_race import ours, reference, time_librarie
 from speedstack.eval.results.spread import spread_fields
 from speedstack.quant.kernels import kernels_for
 from speedstack.quant.mxfp4 import BLOCK_SIZE, DEFAULT_SCALE_RULE
-from speedstack.runtime.backends.select import DTYPES
+from speedstack.runtime.model.device import DTYPES
 
 NUM_REPEATS = 5
 

@@ -40,7 +40,7 @@ from speedstack.quant.experts import contraction_last, weight_names
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule, fake_quantize
 from speedstack.quant.replay import DecoderLayers
 from speedstack.quant.routing import RoutedTokens, record_routing
-from speedstack.runtime.backends.select import choose_device
+from speedstack.runtime.model.device import choose_device
 
 NUM_SHOWN = 10
 

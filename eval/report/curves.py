@@ -12,7 +12,7 @@ import yaml
 
 from speedstack.eval.report.page import plural
 from speedstack.eval.results.kinds import Curve
-from speedstack.train.core.metrics import FILE_NAME, read_metrics
+from speedstack.eval.results.metrics import FILE_NAME, read_metrics
 
 CROSS_ENTROPY = "cross-entropy (nats a token)"
 KL = "KL from the teacher (nats a token)"

@@ -39,8 +39,8 @@ from speedstack.eval.results.kinds import (
     read_json,
 )
 from speedstack.eval.results.labels import printable, short_names
+from speedstack.eval.results.metrics import FILE_NAME
 from speedstack.support.stages import RECORDS, read_records
-from speedstack.train.core.metrics import FILE_NAME
 
 # Fields of a report that one measurement each has.
 OWN = ("quality", "acceptance", "timing")

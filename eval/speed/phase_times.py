@@ -24,7 +24,7 @@ from speedstack.runtime.backends.gpu.base import formats_of
 from speedstack.runtime.backends.gpu.graph import GraphBackend
 from speedstack.runtime.backends.gpu.semantics.layers import PlanMemory
 from speedstack.runtime.model.weights import ModelWeights
-from speedstack.runtime.plan.ops.layers import build_plan
+from speedstack.runtime.plan.step import build_plan
 
 MeasuredBackend = Literal["reference", "graph"]
 NUM_WARMUPS = 2

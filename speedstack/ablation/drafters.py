@@ -34,6 +34,7 @@ from speedstack.dflash.ngram import NgramIndex
 from speedstack.eval.data.prompts import PromptLoader
 from speedstack.eval.results.drafter_rows import AblationTimes, DraftedSet, DrafterAblation, DrafterRun
 from speedstack.eval.results.environment import describe_environment
+from speedstack.eval.results.metrics import read_metrics
 from speedstack.eval.speed.acceptance import summarize
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.quant.checkpoint.digest import model_sha256
@@ -41,15 +42,15 @@ from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
 from speedstack.runtime.rounds.speculation import DraftStrategy
 from speedstack.support.config_errors import describe_validation_error
+from speedstack.support.files import write_atomically
 from speedstack.train.config.recipes import DrafterConfig, config_hash, read_config
-from speedstack.train.core.checkpoint import write_atomically
 from speedstack.train.core.distributed import World, resolve_device
 from speedstack.train.core.loop import run
-from speedstack.train.core.metrics import read_metrics
-from speedstack.train.core.trainer import make_trainer
+from speedstack.train.core.make_trainer import make_trainer
 from speedstack.train.drafter.evaluation import GreedyText
 from speedstack.train.drafter.frozen_target import SharedTarget
-from speedstack.train.drafter.recipe import DrafterRecipe, make_recipe
+from speedstack.train.drafter.job import make_recipe
+from speedstack.train.drafter.recipe import DrafterRecipe
 
 HELDOUT = "held-out"  # prompts sampled after as well; code prompts are decoded greedily alone
 

@@ -33,7 +33,7 @@ from speedstack.eval.results.environment import describe_environment
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.quant.formats import number_format
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE
-from speedstack.runtime.backends.select import choose_device
+from speedstack.runtime.model.device import choose_device
 from speedstack.train.config.recipes import DrafterConfig, JobConfig, identity
 from speedstack.train.data.digest import corpus_digest, files_digest
 

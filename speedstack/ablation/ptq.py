@@ -48,7 +48,7 @@ from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.quant.gptq import DEFAULT_DAMPING
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule
 from speedstack.quant.ptq import round_to_nearest
-from speedstack.runtime.backends.select import choose_device
+from speedstack.runtime.model.device import choose_device
 from speedstack.support.stages import exclusive
 from speedstack.train.data.calibration import calibration_windows
 

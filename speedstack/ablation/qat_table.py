@@ -24,10 +24,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from speedstack.eval.results.labels import short_names
+from speedstack.eval.results.metrics import FILE_NAME, read_metrics
 from speedstack.eval.results.qat_rows import QatEvaluation, QatRun, QatRuns
 from speedstack.eval.results.schema import read_json
 from speedstack.train.config.recipes import QatConfig, identity, read_config
-from speedstack.train.core.metrics import FILE_NAME, read_metrics
 
 # A run's name and device say nothing about what it does, the seed is a column of its own, and the model is one.
 _NO_CHANGES = ("run.name", "run.out", "run.device", "run.seed", "qat.model")

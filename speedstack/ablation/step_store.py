@@ -30,7 +30,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from speedstack.train.core.checkpoint import write_atomically
+from speedstack.support.files import write_atomically
 
 RECORD = "step.json"
 _KEY_CHARACTERS = 16

@@ -33,12 +33,12 @@ from speedstack.quant.checkpoint import export_model, load_model
 from speedstack.quant.checkpoint.source import value_dtypes
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.runtime import Engine, Generation
-from speedstack.runtime.backends.select import choose_dtype
+from speedstack.runtime.model.device import choose_dtype
 from speedstack.runtime.rounds.speculation import DraftStrategy
 from speedstack.train.config.recipes import DrafterConfig, QatConfig
 from speedstack.train.data.corpus import load_corpus
 from speedstack.train.data.heldout import heldout_prompts
-from speedstack.train.drafter.recipe import train_drafter
+from speedstack.train.drafter.job import train_drafter
 from speedstack.train.qat.recipe import qat
 from speedstack.verbs.evaluate import make_task_data
 from speedstack.verbs.quantize import CalibrationSection, QuantizeConfig, quantize

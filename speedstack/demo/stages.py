@@ -170,7 +170,7 @@ class DemoStages:
 
     def run_drafter(self, advance: Advance) -> str:
         """Train the drafter for the quantized model."""
-        from speedstack.train.drafter.recipe import train_drafter
+        from speedstack.train.drafter.job import train_drafter
 
         metrics = train_drafter(self.drafter_config, on_step=_on_step(advance, "loss")).metrics
         return f"{_num_tokens(self.drafter_config)} tokens; held-out acceptance {metrics['acceptance_length']:.2f}"

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speedstack.support.files import write_atomically
 from speedstack.support.progress import Advance, StageProgress
-from speedstack.train.core.checkpoint import write_atomically
 
 RECORDS = "stages"
 

@@ -35,7 +35,7 @@ def bench(config: BenchConfig) -> None:
 
     from speedstack.eval.results.schema import write_whole
     from speedstack.eval.speed.contestants import TimingSettings, measure_timing
-    from speedstack.runtime.backends.select import choose_device
+    from speedstack.runtime.model.device import choose_device
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)

@@ -35,7 +35,7 @@ def qat(config: QatConfig) -> None:
 
 def drafter(config: DrafterConfig) -> None:
     """Train a drafter."""
-    from speedstack.train.drafter.recipe import train_drafter
+    from speedstack.train.drafter.job import train_drafter
 
     _show_run(train_drafter(config))
 

@@ -201,7 +201,7 @@ def make_plan(config: StepConfig, formats: WeightFormats | None = None) -> Plann
     from speedstack.runtime.model.tensor_parallel import shard
     from speedstack.runtime.perf.cost import Assumptions, step_cost, weights_bytes
     from speedstack.runtime.perf.gpus import gpu_named
-    from speedstack.runtime.plan.ops.layers import build_plan
+    from speedstack.runtime.plan.step import build_plan
 
     gpu = gpu_named(config.gpu)
     spec, stored_formats = read_model_config(config.model)

@@ -197,7 +197,7 @@ def _calibrate(config: QuantizeConfig, model_config: PreTrainedConfig) -> None:
 
     from speedstack.quant.checkpoint import check_export, export_model, load_model
     from speedstack.quant.experts import expert_parameters
-    from speedstack.runtime.backends.select import choose_device
+    from speedstack.runtime.model.device import choose_device
 
     device = choose_device(config.device)
     windows_NT = _calibration_windows(config, model_config)

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import yaml
 
+from speedstack.ablation.ablate import Ablation
 from speedstack.ablation.config import AblateConfig, Grids, drafter_config, load_ablate_config, qat_config
 from speedstack.ablation.step_pool import OnStep, describe
 from speedstack.ablation.step_store import Step, StepStore
@@ -37,7 +38,6 @@ from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.train.config.recipes import identity
 from speedstack.train.data.corpus import prepare_corpus
-from speedstack.verbs.ablate import Ablation
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = {"data.sequence_length": 48, "loop.num_steps": 2, "loop.batch_size": 4}

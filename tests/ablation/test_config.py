@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from speedstack.ablation.ablate import worker_places
 from speedstack.ablation.config import AblateConfig
 from speedstack.eval.results.ablation import AblationGrid, AblationRow
 from speedstack.quant.formats import number_format
-from speedstack.verbs.ablate import worker_places
 
 
 def test_rows_of_a_grid() -> None:

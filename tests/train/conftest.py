@@ -132,7 +132,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from speedstack.train.config.recipes import DrafterConfig, read_config
-from speedstack.train.drafter.recipe import train_drafter
+from speedstack.train.drafter.job import train_drafter
 for path in sys.argv[1:]:
     train_drafter(read_config(DrafterConfig, Path(path)))
 sys.stderr.flush()

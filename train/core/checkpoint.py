@@ -23,6 +23,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from speedstack.support.files import write_atomically
+
 COMPLETE = "COMPLETE.json"
 
 
@@ -177,16 +179,6 @@ def read_manifest(path: Path) -> Manifest:
         if _sha256(file) != entry["sha256"]:
             raise ValueError(f"{file} does not have the SHA-256 it was written with")
     return manifest
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is never seen half-written: a temporary file, flushed to disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _sha256(file: Path, *, sync: bool = False) -> str:

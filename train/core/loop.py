@@ -27,15 +27,17 @@ from torch import nn
 from tqdm import tqdm
 
 from speedstack.eval.report.wandb_mirror import Mirror
+from speedstack.eval.results.metrics import read_metrics
 from speedstack.train.config.recipes import JobConfig, config_hash
 from speedstack.train.core.checkpoint import CheckpointStore
 from speedstack.train.core.distributed import World, join_world
+from speedstack.train.core.make_trainer import make_trainer
 from speedstack.train.core.memory import keep_freed_memory
-from speedstack.train.core.metrics import MetricsLog, read_metrics
+from speedstack.train.core.metrics import MetricsLog
 from speedstack.train.core.optim import learning_rate_factor
 from speedstack.train.core.precision import resolve_config, resolve_precision
 from speedstack.train.core.rundir import add_inputs, open_run_directory
-from speedstack.train.core.trainer import Trainer, load_recipe_tensors, make_trainer
+from speedstack.train.core.trainer import Trainer, load_recipe_tensors
 from speedstack.train.data.batches import generator
 
 OnStep = Callable[[int, int, dict[str, float]], None]

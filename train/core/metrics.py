@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from speedstack.eval.report.wandb_mirror import Mirror
-from speedstack.train.core.checkpoint import write_atomically
-
-FILE_NAME = "metrics.jsonl"
+from speedstack.eval.results.metrics import FILE_NAME, read_metrics
+from speedstack.support.files import write_atomically
 
 
 class MetricsLog:
@@ -41,33 +38,3 @@ class MetricsLog:
         """Flush to disk."""
         os.fsync(self._file.fileno())
         self._file.close()
-
-
-def read_metrics(run_directory: Path, on_problem: Callable[[str], object] = warnings.warn) -> list[dict[str, Any]]:
-    """All whole lines of a run's metrics.jsonl; a last line that a kill cut off is dropped, no file is no lines.
-
-    `on_problem` is told of other lines that are none of ours, as a full disk leaves them: how many there are, and the
-    first. They are left out. Raises OSError where the file cannot be read.
-    """
-    path = Path(run_directory) / FILE_NAME
-    if not path.is_file():
-        return []
-    whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    lines = [_parse(line) for line in whole]
-    if broken := [number for number, line in enumerate(lines, start=1) if line is None]:
-        on_problem(
-            f"{path}: {len(broken)} of {len(lines)} lines, the first in line {broken[0]}, are no JSON object with kind "
-            "and step: left out"
-        )
-    return [line for line in lines if line is not None]
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record that a line is, None for one that is not."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str) or type(record.get("step")) is not int:
-        return None
-    return record

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from speedstack.eval.results.environment import package_versions
+from speedstack.eval.results.metrics import read_metrics
+from speedstack.support.files import write_atomically
 from speedstack.train.config.recipes import JobConfig, dump_config, flat_config, identity, read_config
-from speedstack.train.core.checkpoint import write_atomically
-from speedstack.train.core.metrics import read_metrics
 
 _PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "safetensors", "tokenizers")
 

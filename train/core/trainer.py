@@ -20,7 +20,6 @@ from torch import nn
 
 from speedstack.train.config.recipes import JobConfig
 from speedstack.train.core.checkpoint import CheckpointStore
-from speedstack.train.core.distributed import World
 from speedstack.train.core.optim import build_optimizer, set_learning_rate
 
 MODEL_FILE, OPTIMIZER_FILE, RECIPE_FILE = "model.safetensors", "optimizer.safetensors", "recipe.safetensors"
@@ -119,22 +118,6 @@ class PlainTrainer:
     def _saved_tensors(self) -> dict[str, torch.Tensor]:
         frozen = {name for name, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
         return {name: tensor for name, tensor in self.module.state_dict().items() if name not in frozen}
-
-
-def count_micro_batches(config: JobConfig, world: World) -> int:
-    """Forward passes of one process in one optimizer step."""
-    share = config.loop.batch_size // world.size
-    return share // (config.loop.micro_batch_size or share)
-
-
-def make_trainer(module: nn.Module, config: JobConfig, world: World) -> Trainer:
-    """The trainer for this many processes."""
-    num_micro_batches = count_micro_batches(config, world)
-    if world.size == 1:
-        return PlainTrainer(module, config, num_micro_batches)
-    from speedstack.train.core.deepspeed_trainer import DeepSpeedTrainer
-
-    return DeepSpeedTrainer(module, config, world, num_micro_batches)
 
 
 def save_recipe_tensors(tensors: dict[str, torch.Tensor], directory: Path) -> None:

@@ -28,7 +28,7 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from speedstack.train.core.checkpoint import write_atomically
+from speedstack.support.files import write_atomically
 from speedstack.train.core.rundir import set_aside
 from speedstack.train.core.trainer import save_tensors
 from speedstack.train.data.batches import generator

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from speedstack.train.core.checkpoint import write_atomically
+from speedstack.support.files import write_atomically
 from speedstack.train.core.rundir import set_aside
 from speedstack.train.core.trainer import save_tensors
 

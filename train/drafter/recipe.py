@@ -16,7 +16,6 @@ Shape suffixes: B windows, T positions, A blocks a window or in all, J proposals
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -41,9 +40,8 @@ from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
 from speedstack.runtime.model.loading import check_decodable
 from speedstack.train.config.recipes import DrafterConfig, config_hash
-from speedstack.train.core.checkpoint import write_atomically
 from speedstack.train.core.distributed import World
-from speedstack.train.core.loop import OnStep, Recipe, RunResult, run
+from speedstack.train.core.loop import Recipe
 from speedstack.train.core.precision import resolve_precision
 from speedstack.train.core.rundir import has_begun
 from speedstack.train.core.sharding import whole_weight
@@ -413,51 +411,3 @@ def _advance(bar: Any) -> Callable[[int, int], None]:
         bar.update(done - bar.n)
 
     return advance
-
-
-def make_recipe(
-    config: DrafterConfig, show_progress: bool = True, load_target: LoadTarget = FrozenTarget
-) -> DrafterRecipe:
-    """The recipe of the configured architecture; `load_target`: where its target comes from, a `SharedTarget` perhaps.
-
-    Raises ValueError for options that it does not have.
-    """
-    if config.drafter.architecture == "eagle":
-        from speedstack.train.drafter.eagle import EagleRecipe  # which inherits from this module's recipe
-
-        return EagleRecipe(config, show_progress, load_target)
-    return DrafterRecipe(config, show_progress, load_target)
-
-
-def train_drafter(config: DrafterConfig, on_step: OnStep | None = None) -> RunResult:
-    """Train, export, and confirm the acceptance length with the engine on all held-out prompts.
-
-    A finished run is returned at once, an interrupted one resumes, its written text included. The engine's figures are
-    in `metrics` as `engine_acceptance_length` and stay in `acceptance.json` of the run directory; where they cannot be
-    had, a warning says why, and the drafter is there.
-
-    Raises ValueError for a target, corpus, text or combination of settings that does not fit; OSError for the disk.
-    """
-    recipe = make_recipe(config, show_progress=on_step is None)
-    result = run(recipe, config, on_step)
-    file = result.path / "acceptance.json"
-    if config.drafter.architecture == "dflash" and not file.is_file() and int(os.environ.get("RANK", "0")) == 0:
-        try:
-            write_atomically(file, _engine_acceptance(config, result.export_path).model_dump_json(indent=2) + "\n")
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            warnings.warn(
-                f"the drafter is at {result.export_path}; its acceptance is not measured: {error}", stacklevel=2
-            )
-    if file.is_file():
-        measured = AcceptanceResult.model_validate_json(file.read_text(encoding="utf-8"))
-        result.metrics["engine_acceptance_length"] = measured.overall.acceptance_length
-    return result
-
-
-def _engine_acceptance(config: DrafterConfig, drafter: Path) -> AcceptanceResult:
-    """Acceptance of the exported drafter on all held-out prompts, decoded greedily. Raises as its parts."""
-    engine = serving_engine(config, drafter)
-    tokenizer = load_tokenizer(config.drafter.target)
-    split = splits_of(config, tokenizer, needed_corpus(config, tokenizer))["heldout"]
-    prompts, sampling = {"held-out": split.prompt_lists()}, split.sampling
-    return measure_acceptance(engine, prompts, sampling.num_new_tokens, ignore_eos=not sampling.stops_at_eos)

@@ -38,7 +38,7 @@ from speedstack.runtime.model.weights import (
     read_drafter,
 )
 from speedstack.runtime.plan.ir import Plan
-from speedstack.runtime.plan.ops.layers import build_plan
+from speedstack.runtime.plan.step import build_plan
 from speedstack.runtime.rounds.draft_length import COMPILED
 
 logger = logging.getLogger("speedstack.runtime")

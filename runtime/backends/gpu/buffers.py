@@ -15,7 +15,7 @@ from speedstack.runtime.model.drafter_spec import DrafterSpec
 from speedstack.runtime.model.kv_ring import ring_length
 from speedstack.runtime.model.weights import ModelWeights
 from speedstack.runtime.plan.ir import Plan
-from speedstack.runtime.plan.ops.layers import ELEMENT_BYTES
+from speedstack.runtime.plan.ops.multi_step import ELEMENT_BYTES
 from speedstack.runtime.plan.record_layout import (
     FIRST_POSITION,
     FIRST_ROW,

@@ -13,7 +13,7 @@ from speedstack.runtime.backends.base import Rows
 from speedstack.runtime.backends.gpu.base import PlanBackend, Target, check_supported
 from speedstack.runtime.backends.gpu.buffers import row_records
 from speedstack.runtime.model.weights import ModelWeights
-from speedstack.runtime.plan.ops.layers import MAX_ROWS, SPLIT_SIZE
+from speedstack.runtime.plan.step import MAX_ROWS, SPLIT_SIZE
 
 # Under the interpreter the programs of a grid take turns; a few make every phase have more than one item.
 INTERPRETED_PROGRAMS = 4

@@ -22,22 +22,41 @@ adaptive numbers of drafts. Stop strings it finds after the launch, dropping wha
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.runtime.backends.base import Backend, Round, Rounds, RoundsRequest
-from speedstack.runtime.backends.gpu.buffers import sampling_records
+from speedstack.runtime.backends.gpu.buffers import Memory, sampling_records
+from speedstack.runtime.backends.torch_drafter import ModuleDrafter
 from speedstack.runtime.model.drafter_spec import DrafterSpec
 from speedstack.runtime.plan.record_layout import CAPACITY, OUTCOME, RECORD, TOKEN, WATCHES_EOS
 from speedstack.runtime.rounds.row_allocation import neighbours
 from speedstack.runtime.rounds.speculation import NGRAM, DraftStrategy
 
-if TYPE_CHECKING:
-    from speedstack.runtime.backends.gpu.resident import ResidentBackend
-
 ROUNDS_A_LAUNCH = 8  # a guess, not measured: fewer cost launches, more keep a stream waiting
+
+
+class Launcher(Protocol):
+    """What launches the kernel: the resident backend."""
+
+    memory: Memory
+    max_length: int
+    drafter: ModuleDrafter | None
+
+    @property
+    def planned_drafter(self) -> DrafterSpec | None:
+        """The drafter that the plan has, None where the host drafts."""
+        ...
+
+    def set_look_up(self, is_wanted: bool) -> None:
+        """See `Rounds.set_look_up`."""
+        ...
+
+    def launch(self, num_steps: int) -> list[list[int]]:
+        """The reports of up to so many steps of what `memory.inbox` says. Raises RuntimeError as `Backend.step`."""
+        ...
 
 
 class ResidentRounds(Rounds):
@@ -45,7 +64,7 @@ class ResidentRounds(Rounds):
 
     max_rounds = ROUNDS_A_LAUNCH
 
-    def __init__(self, backend: "ResidentBackend", num_rows: int) -> None:
+    def __init__(self, backend: Launcher, num_rows: int) -> None:
         self.num_rows = num_rows
         self._backend = backend
         self._num_known: dict[int, int] = {}  # by slot: tokens of its text that lie on the GPU

@@ -25,7 +25,7 @@ from speedstack.runtime.backends.gpu.base import PlanBackend, Target, check_supp
 from speedstack.runtime.backends.gpu.buffers import FAILED, HEADER, NUM_MADE
 from speedstack.runtime.backends.gpu.multi_step import ResidentRounds
 from speedstack.runtime.model.weights import ModelWeights
-from speedstack.runtime.plan.ops.layers import MAX_ROWS, SPLIT_SIZE
+from speedstack.runtime.plan.step import MAX_ROWS, SPLIT_SIZE
 from speedstack.runtime.plan.verify.proof import prove
 
 Prefetching = Literal["own", "movers", "none"]

@@ -28,18 +28,15 @@ Left out: what `drafter_spec.why_not_planned` names, and drafting with noise, or
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from speedstack.runtime.model.drafter_spec import DrafterSpec
 from speedstack.runtime.model.kv_ring import ring_length
 from speedstack.runtime.model.weight_formats import WeightFormats
 from speedstack.runtime.plan.builder import Stack
 from speedstack.runtime.plan.ir import Axis, Buffer, Phase, Read, Region, Signal, Work
+from speedstack.runtime.plan.ops.layers import LayerBuilder
 from speedstack.runtime.plan.ops.multi_step import ELEMENT_BYTES, RECORD_BYTES, WIDE_BYTES
 from speedstack.runtime.plan.tiling import BLOCK_COLUMNS
-
-if TYPE_CHECKING:
-    from speedstack.runtime.plan.ops.layers import LayerBuilder
 
 CACHE = "drafter.cache"
 APPENDED = "each row has a slot and position of its own"

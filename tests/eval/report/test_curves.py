@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from speedstack.eval.report.curves import ACCEPTANCE, CROSS_ENTROPY, KL, UNKNOWN, WEIGHTED, run_curves
-from speedstack.train.core.metrics import FILE_NAME
+from speedstack.eval.results.metrics import FILE_NAME
 
 
 def write(run: Path, *lines: dict[str, Any] | str) -> Path:

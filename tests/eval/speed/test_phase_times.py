@@ -15,7 +15,7 @@ from speedstack.cli import main
 from speedstack.eval.speed.phase_times import measure_phases, phase_table, step_rows
 from speedstack.runtime.backends.gpu.base import formats_of
 from speedstack.runtime.model.loading import load_target
-from speedstack.runtime.plan.ops.layers import build_plan
+from speedstack.runtime.plan.step import build_plan
 
 
 def events_by_track(out: Path) -> dict[str, list[dict[str, Any]]]:

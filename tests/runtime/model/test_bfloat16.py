@@ -17,7 +17,7 @@ from speedstack.runtime.backends.gpu.semantics.layers import PlanMemory
 from speedstack.runtime.backends.reference import rms_norm
 from speedstack.runtime.model.spec import spec_from_config
 from speedstack.runtime.model.synthetic_weights import random_weights
-from speedstack.runtime.plan.ops.layers import build_plan
+from speedstack.runtime.plan.step import build_plan
 
 UNIT = 2.0**-8  # half the distance of neighbours near one, which is what rounding to bfloat16 errs by
 CPU = torch.device("cpu")

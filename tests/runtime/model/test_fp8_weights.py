@@ -24,7 +24,7 @@ from speedstack.runtime.model.config_file import read_model_config
 from speedstack.runtime.model.spec import spec_from_config
 from speedstack.runtime.model.weight_formats import WeightFormat, WeightFormats
 from speedstack.runtime.model.weights import DenseWeights, ModelWeights, plain_matrix, read_weights
-from speedstack.runtime.plan.ops.layers import build_plan
+from speedstack.runtime.plan.step import build_plan
 from tests.packing import save_packed
 from tests.runtime.backends.gpu.plan_cases import dequantized
 

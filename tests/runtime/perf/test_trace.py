@@ -11,7 +11,7 @@ from speedstack.runtime.model.config_file import read_model_config
 from speedstack.runtime.perf.cost import Assumptions, step_cost
 from speedstack.runtime.perf.gpus import gpu_named
 from speedstack.runtime.perf.trace import predicted_tracks, total_seconds
-from speedstack.runtime.plan.ops.layers import build_plan
+from speedstack.runtime.plan.step import build_plan
 
 QWEN = Path(__file__).parents[2] / "shapes" / "qwen3-30b-a3b.json"
 

@@ -20,8 +20,8 @@ from speedstack.runtime.model.weight_formats import WeightFormats
 from speedstack.runtime.perf.cost import step_cost, weights_bytes
 from speedstack.runtime.perf.gpus import gpu_named
 from speedstack.runtime.plan.ir import Plan
-from speedstack.runtime.plan.ops.layers import build_plan
 from speedstack.runtime.plan.record_layout import FIRST_PROPOSED, LENGTH, NUM_ROWS, TOKEN
+from speedstack.runtime.plan.step import build_plan
 from speedstack.runtime.plan.verify.proof import prove
 from speedstack.runtime.plan.verify.scheduler import interpret
 from tests.runtime.backends.gpu.drafter_cases import (

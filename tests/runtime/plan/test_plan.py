@@ -18,7 +18,7 @@ from speedstack.runtime.model.weight_formats import WeightFormats, formats_from_
 from speedstack.runtime.perf.cost import Assumptions, active_experts, step_cost, weights_bytes
 from speedstack.runtime.perf.gpus import Gpu, gpu_named
 from speedstack.runtime.plan.ir import Plan
-from speedstack.runtime.plan.ops.layers import build_plan
+from speedstack.runtime.plan.step import build_plan
 from speedstack.runtime.plan.tiling import MMA_TILES, choose_tile
 from speedstack.runtime.plan.verify.proof import prove
 from tests.runtime.plan.exhaustive import Lists, search

@@ -21,7 +21,7 @@ from speedstack.runtime.model.spec import spec_from_config
 from speedstack.runtime.model.weight_formats import WeightFormats
 from speedstack.runtime.model.weights import ModelWeights, read_weights
 from speedstack.runtime.plan.ir import Phase, Plan, Region, at
-from speedstack.runtime.plan.ops.layers import build_plan
+from speedstack.runtime.plan.step import build_plan
 from speedstack.runtime.plan.verify.proof import prove
 from speedstack.runtime.plan.verify.scheduler import Deadlock, Scheduler, interpret
 from speedstack.runtime.rounds.sampling import GREEDY, LEAST_TEMPERATURE, SamplingParams

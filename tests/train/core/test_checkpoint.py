@@ -4,7 +4,8 @@ from threading import Event
 
 import pytest
 
-from speedstack.train.core.checkpoint import COMPLETE, CheckpointStore, write_atomically
+from speedstack.support.files import write_atomically
+from speedstack.train.core.checkpoint import COMPLETE, CheckpointStore
 
 
 def store_at(path: Path, num_kept: int = 2, world_size: int = 1, config_hash: str = "a") -> CheckpointStore:

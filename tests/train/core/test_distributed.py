@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from speedstack.eval.results.metrics import read_metrics
 from speedstack.quant.checkpoint import load_model
 from speedstack.train.config.recipes import PretrainConfig, QatConfig, dump_config
 from speedstack.train.core.distributed import World, check_divisible, resolve_device
 from speedstack.train.core.loop import RunResult
-from speedstack.train.core.metrics import read_metrics
 from speedstack.train.qat.recipe import qat
 
 # ZeRO-3 on CPUs can abort while the interpreter shuts down, after everything is done and on disk; the job is judged by

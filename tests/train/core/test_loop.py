@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from speedstack.eval.results.metrics import read_metrics
 from speedstack.train.config.recipes import PretrainConfig, dump_config
 from speedstack.train.core.checkpoint import COMPLETE
 from speedstack.train.core.loop import DivergedError, Recipe, RunResult, run
-from speedstack.train.core.metrics import read_metrics
 from speedstack.train.pretrain import pretrain
 
 MakeConfig = Callable[..., PretrainConfig]

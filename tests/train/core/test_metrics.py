@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from speedstack.eval.report.wandb_mirror import Mirror
-from speedstack.train.core.metrics import FILE_NAME, MetricsLog, read_metrics
+from speedstack.eval.results.metrics import FILE_NAME, read_metrics
+from speedstack.train.core.metrics import MetricsLog
 
 
 def test_resume_cuts_the_record_back_to_the_checkpoint(tmp_path: Path) -> None:

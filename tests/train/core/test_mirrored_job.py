@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from speedstack.eval.results.metrics import read_metrics
 from speedstack.train.config.recipes import PretrainConfig
 from speedstack.train.core.loop import RunResult
-from speedstack.train.core.metrics import read_metrics
 from speedstack.train.pretrain import PretrainRecipe, pretrain
 
 MakeConfig = Callable[..., PretrainConfig]

@@ -16,8 +16,9 @@ from speedstack.train.config.recipes import DrafterConfig, JobConfig, QatConfig,
 from speedstack.train.core.checkpoint import CheckpointStore
 from speedstack.train.core.distributed import World, join_world
 from speedstack.train.core.loop import Recipe, train_step
-from speedstack.train.core.trainer import Trainer, make_trainer
-from speedstack.train.drafter.recipe import make_recipe
+from speedstack.train.core.make_trainer import make_trainer
+from speedstack.train.core.trainer import Trainer
+from speedstack.train.drafter.job import make_recipe
 from speedstack.train.qat.recipe import QatRecipe
 
 

@@ -10,16 +10,17 @@ import torch
 
 from speedstack.dflash.loss import BlockLoss
 from speedstack.eval.results.kinds import AcceptanceResult
+from speedstack.eval.results.metrics import read_metrics
 from speedstack.runtime import Engine
 from speedstack.train.config.recipes import DrafterConfig
 from speedstack.train.core.distributed import World
-from speedstack.train.core.metrics import read_metrics
 from speedstack.train.data import selftext
 from speedstack.train.data.packing import PADDING
 from speedstack.train.drafter import evaluation
 from speedstack.train.drafter import recipe as drafter
 from speedstack.train.drafter.evaluation import GreedyText, simulate
-from speedstack.train.drafter.recipe import DrafterRecipe, train_drafter
+from speedstack.train.drafter.job import train_drafter
+from speedstack.train.drafter.recipe import DrafterRecipe
 from speedstack.train.drafter.text import write_text
 from speedstack.train.drafter.windows import Windows
 

@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from speedstack.dflash.checkpoint import load_drafter
+from speedstack.eval.results.metrics import read_metrics
 from speedstack.quant.checkpoint import load_model, weights_sha256
 from speedstack.quant.checkpoint.digest import config_sha256
 from speedstack.runtime import Engine
 from speedstack.train.config.recipes import DrafterConfig
 from speedstack.train.core.attention import enable_blockwise_attention
 from speedstack.train.core.distributed import World
-from speedstack.train.core.metrics import read_metrics
 from speedstack.train.data.digest import corpus_digest
 from speedstack.train.drafter.evaluation import GreedyText
 from speedstack.train.drafter.frozen_target import FrozenTarget, SharedTarget
-from speedstack.train.drafter.recipe import DrafterRecipe, make_recipe, train_drafter
+from speedstack.train.drafter.job import make_recipe, train_drafter
+from speedstack.train.drafter.recipe import DrafterRecipe
 from speedstack.train.drafter.shape import draft_config
 from speedstack.train.drafter.text import write_text
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from speedstack.eval.quality.divergence import token_kl
+from speedstack.eval.results.metrics import read_metrics
 from speedstack.quant import grouped
 from speedstack.quant.calibration import gptq_experts
 from speedstack.quant.checkpoint import load_checkpoint, load_model
@@ -18,7 +19,6 @@ from speedstack.quant.mxfp4 import MXFP4Tensor, ScaleRule, fake_quantize
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.train.config.recipes import OptimSection, QatConfig
 from speedstack.train.core.loop import RunResult
-from speedstack.train.core.metrics import read_metrics
 from speedstack.train.core.objective import forward_kl
 from speedstack.train.core.optim import build_optimizer
 from speedstack.train.data.batches import PackedWindows

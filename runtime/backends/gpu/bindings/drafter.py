@@ -10,18 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from speedstack.runtime.backends.gpu.bindings.multi_step import Bound
+from speedstack.runtime.backends.gpu.bindings.step import StepBinder
 from speedstack.runtime.model.qkv_layout import grouped_qkv
 from speedstack.runtime.model.weights import DrafterWeights
 from speedstack.runtime.plan.ir import Phase
 from speedstack.runtime.plan.tiling import power_of_two
-
-if TYPE_CHECKING:
-    from speedstack.runtime.backends.gpu.bindings.layers import Binder
 
 TILES_AT_A_TIME = 128  # of the LM head's, whose largest logits are compared; has no bearing on anything
 
@@ -29,7 +26,7 @@ TILES_AT_A_TIME = 128  # of the LM head's, whose largest logits are compared; ha
 class DrafterBinder:
     """Binds a drafter's phases with what all bindings share."""
 
-    def __init__(self, binder: Binder, weights: DrafterWeights) -> None:
+    def __init__(self, binder: StepBinder, weights: DrafterWeights) -> None:
         self.binder, self.weights, self.spec, self.layers = binder, weights, weights.spec, weights.layers
         plan, attention = binder.plan, weights.spec.layers[0].attention
         qkv = plan.phases[plan.phase_named["D00.qkv"]]

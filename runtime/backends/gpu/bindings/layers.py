@@ -24,9 +24,9 @@ from speedstack.quant.fp8 import TILE_SIZE, FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backends.gpu.bindings.drafter import DrafterBinder
 from speedstack.runtime.backends.gpu.bindings.multi_step import Bound, RoundBinder
+from speedstack.runtime.backends.gpu.bindings.step import StepBinder
 from speedstack.runtime.backends.gpu.buffers import Memory
 from speedstack.runtime.model.qkv_layout import grouped_fp8_qkv, grouped_qkv
-from speedstack.runtime.model.rope import rotary_tables
 from speedstack.runtime.model.spec import AttentionSpec, MoeSpec
 from speedstack.runtime.model.weights import (
     AttentionWeights,
@@ -99,12 +99,11 @@ def bind(plan: Plan, weights: ModelWeights, memory: Memory, drafter: DrafterWeig
     return [builder.bind(phase) for phase in plan.phases]
 
 
-class Binder:
+class Binder(StepBinder):
     """Finds what each phase is given; a drafter's layers come after the target's, as in `Phase.layer`."""
 
     def __init__(self, plan: Plan, weights: ModelWeights, memory: Memory, drafter: DrafterWeights | None) -> None:
-        self.plan, self.weights, self.memory = plan, weights, memory
-        self.spec, self.buffers = weights.spec, memory.buffers
+        super().__init__(plan, weights, memory)
         D = weights.spec.hidden_size
         self.sizes = {"D": D, "R": plan.rows, "CHUNK": CHUNK, "eps": weights.spec.rms_norm_eps}
         self.sizes["NP"] = power_of_two(num_blocks(D))
@@ -114,7 +113,6 @@ class Binder:
         if self.drafter is not None:
             self.layer_specs += self.drafter.spec.layers
             self.layer_weights += self.drafter.layers
-        self._tables: dict[AttentionSpec, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def bind(self, phase: Phase) -> Binding:
         own = {} if self.drafter is None else self.drafter.bound
@@ -127,13 +125,6 @@ class Binder:
         if self.drafter is not None and (is_drafting(phase) or phase.op in own):
             sizes["eps"] = self.drafter.spec.rms_norm_eps
         return Binding(phase, pointers, Constants(op=phase.op, axes=axes, T=phase.tile, **sizes, **constants))
-
-    def buffer(self, *names: str) -> tuple[torch.Tensor, ...]:
-        return tuple(self.buffers[name] for name in names)
-
-    def optional(self, tensor: torch.Tensor | None) -> torch.Tensor:
-        """Something to point to where there is nothing."""
-        return self.memory.hidden_DR if tensor is None else tensor
 
     def linear(self, weight: Linear) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], dict[str, Any]]:
         """A matrix or its codes, its scales if it is in FP8, and the constant that says so."""
@@ -236,14 +227,6 @@ class Binder:
             "HAS_QK_NORM": spec.has_qk_norm,
             "AHEAD": spec.ahead,
         }
-
-    def tables(self, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of all positions."""
-        if spec not in self._tables:
-            cos_TH, sin_TH = rotary_tables(spec, self.plan.max_context, self.memory.hidden_DR.device)
-            dtype = self.memory.hidden_DR.dtype
-            self._tables[spec] = cos_TH.to(dtype).contiguous(), sin_TH.to(dtype).contiguous()
-        return self._tables[spec]
 
     def combine(self, phase: Phase) -> Bound:
         spec, weights = self.attention_of(phase)

@@ -13,10 +13,10 @@ Buffers, with R rows (the plan's capacity), `n` tiles of `t` columns:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
+from speedstack.runtime.backends.gpu.semantics.memory import StepMemory
 from speedstack.runtime.backends.gpu.semantics.multi_step import Steps
 from speedstack.runtime.backends.reference import rms_norm
 from speedstack.runtime.model.kv_ring import ring_length
@@ -41,14 +41,11 @@ from speedstack.runtime.plan.record_layout import (
 )
 from speedstack.runtime.plan.verify.scheduler import Body
 
-if TYPE_CHECKING:
-    from speedstack.runtime.backends.gpu.semantics.layers import PlanMemory
-
 
 class DrafterBodies:
     """The buffers that are named above, and the bodies of their phases. memory: all others."""
 
-    def __init__(self, memory: PlanMemory, weights: DrafterWeights, num_slots: int) -> None:
+    def __init__(self, memory: StepMemory, weights: DrafterWeights, num_slots: int) -> None:
         self.memory, self.weights, self.spec = memory, weights, weights.spec
         plan, like, nan = memory.plan, memory.hidden_RD, float("nan")
         R, attention = plan.rows, weights.spec.layers[0].attention

@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from speedstack.runtime.backends.base import Rows
 from speedstack.runtime.backends.gpu.buffers import step_inbox
 from speedstack.runtime.backends.gpu.semantics.drafter import DrafterBodies
+from speedstack.runtime.backends.gpu.semantics.memory import StepMemory
 from speedstack.runtime.backends.gpu.semantics.moe import MixtureBodies
-from speedstack.runtime.backends.gpu.semantics.multi_step import RoundBodies, Steps
+from speedstack.runtime.backends.gpu.semantics.multi_step import Steps
 from speedstack.runtime.backends.reference import rms_norm
 from speedstack.runtime.model.kv_ring import ring_length
 from speedstack.runtime.model.rope import rotary_tables, rotate
@@ -43,11 +44,10 @@ from speedstack.runtime.model.weights import (
 from speedstack.runtime.plan.ir import Phase, Plan
 from speedstack.runtime.plan.ops.drafter import is_drafting
 from speedstack.runtime.plan.record_layout import FIRST_ROW, NUM_ROWS, POSITION, SLOT, TOKEN
-from speedstack.runtime.plan.tiling import BLOCK_COLUMNS
 from speedstack.runtime.plan.verify.scheduler import Body
 
 
-class PlanMemory(RoundBodies):
+class PlanMemory(StepMemory):
     """The buffers of a plan for a model's weights, and the bodies that compute on them.
 
     A drafter's layers come after the target's, as in `Phase.layer`.
@@ -61,23 +61,13 @@ class PlanMemory(RoundBodies):
         drafter: DrafterWeights | None = None,
     ) -> None:
         """num_slots: sequences whose contexts there are; None is as many as rows."""
-        super().__init__(plan, weights.spec.vocab_size, weights.spec.eos_token_ids, num_slots)
-        # An item takes its columns of a matrix: unpacking the whole for each would be most of the work.
-        self.weights, self.spec = weights.plain(), weights.spec
+        super().__init__(plan, weights, num_slots)
         like, R = weights.embedding_VD, plan.rows
-        self.hidden_RD = like.new_full((R, self.spec.hidden_size), float("nan"))
-        names = [name for name in plan.buffer_named if name.startswith("features.")]
-        self.scaled_RD = like.new_full((R, plan.buffer_named["scaled"].num_cells), float("nan"))
-        self.squares_RB = torch.full((R, plan.buffer_named["squares"].num_cells), float("nan"))
-        self.features = {name: torch.full_like(self.scaled_RD, float("nan")) for name in names}
-        self.shared: dict[str, torch.Tensor] = {}
-        self.caches: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.layer_specs, self.layer_weights = [*self.spec.layers], [*self.weights.layers]
         self.drafter = None if drafter is None else DrafterBodies(self, drafter, num_slots or R)
         if drafter is not None:
             self.layer_specs += drafter.spec.layers
             self.layer_weights += drafter.layers
-        self.tables = {
+        self.tables |= {
             a: rotary_tables(a, plan.max_context, like.device) for a in {x.attention for x in self.layer_specs}
         }
         for layer in self.spec.layers:
@@ -149,44 +139,11 @@ class PlanMemory(RoundBodies):
         start = 0 if a.window is None else max(0, first - a.window + 1)
         return range(start // self.plan.split_size, last // self.plan.split_size + 1)
 
-    def columns(self, phase: Phase, index: tuple[int, ...], width: int) -> slice:
-        return slice(index[-1] * phase.tile, min((index[-1] + 1) * phase.tile, width))
-
-    def norm(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a product takes of the hidden state, and what its result is multiplied by, float32 [R, 1]."""
-        mean_R1 = self.squares_RB.sum(-1, keepdim=True) / self.spec.hidden_size
-        return self.scaled_RD[:, : self.spec.hidden_size].clone(), torch.rsqrt(mean_R1 + self._eps(phase))
-
-    def _eps(self, phase: Phase) -> float:
+    def eps(self, phase: Phase) -> float:
         drafter = self._drafting(phase)
         return self.spec.rms_norm_eps if drafter is None else drafter.spec.rms_norm_eps
 
-    def write_hidden(self, phase: Phase, rows: int | slice, columns: slice, hidden: torch.Tensor) -> None:
-        """Rows or columns of the hidden state, what the norm behind them needs, and the copy that a drafter reads."""
-        hidden = hidden.to(self.hidden_RD.dtype)
-        self.hidden_RD[rows, columns] = hidden
-        self.write_for_norm(self.scaled_RD, self.squares_RB, rows, columns, hidden, self._norm_behind(phase))
-        for region in phase.writes:
-            if region.buffer.startswith("features."):
-                self.features[region.buffer][rows, columns] = hidden
-
-    def write_for_norm(
-        self,
-        scaled_RD: torch.Tensor,
-        squares_RB: torch.Tensor,
-        rows: int | slice,
-        columns: slice,
-        values: torch.Tensor,
-        norm_D: torch.Tensor,
-    ) -> None:
-        """Rows or columns of what is to be normalized with this weight; columns are whole blocks."""
-        scaled_RD[:, : self.spec.hidden_size][rows, columns] = values * norm_D[columns]
-        padded = F.pad(values.float(), (0, -values.shape[-1] % BLOCK_COLUMNS))
-        blocks = slice((columns.start or 0) // BLOCK_COLUMNS, None)
-        squares = padded.unflatten(-1, (-1, BLOCK_COLUMNS)).square().sum(-1)
-        squares_RB[rows, blocks][..., : squares.shape[-1]] = squares
-
-    def _norm_behind(self, phase: Phase) -> torch.Tensor:
+    def norm_behind(self, phase: Phase) -> torch.Tensor:
         drafter, layer, is_attention = self._drafting(phase), phase.layer, phase.op == "o_proj"
         if drafter is None:
             return self.weights.norm_behind(is_attention, layer)

@@ -9,10 +9,9 @@ Buffers, with R rows (the plan's capacity):
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from speedstack.runtime.backends.gpu.semantics.memory import StepMemory
 from speedstack.runtime.backends.gpu.semantics.multi_step import Steps
 from speedstack.runtime.model.moe import expert_matrices, route, swiglu
 from speedstack.runtime.model.spec import MoeSpec
@@ -21,14 +20,11 @@ from speedstack.runtime.plan.ir import Phase
 from speedstack.runtime.plan.record_layout import EXPERT, NUM_ACTIVE, TOKEN, route_words
 from speedstack.runtime.plan.verify.scheduler import Body
 
-if TYPE_CHECKING:
-    from speedstack.runtime.backends.gpu.semantics.layers import PlanMemory
-
 
 class MixtureBodies:
     """The buffers that are named above, and the bodies of their phases. memory: all others."""
 
-    def __init__(self, memory: PlanMemory) -> None:
+    def __init__(self, memory: StepMemory) -> None:
         self.memory = memory
         self.shared: dict[str, torch.Tensor] = {}
         plan, nan = memory.plan, float("nan")

@@ -21,8 +21,8 @@ from speedstack.runtime.model.drafter_spec import DrafterSpec
 from speedstack.runtime.model.weight_formats import WeightFormats
 from speedstack.runtime.model.weights import ModelWeights, read_drafter
 from speedstack.runtime.plan.ir import Plan
-from speedstack.runtime.plan.ops.layers import build_plan
 from speedstack.runtime.plan.record_layout import FIRST_ROW, NUM_ROWS, OUTCOME
+from speedstack.runtime.plan.step import build_plan
 from speedstack.runtime.plan.verify.proof import prove
 from speedstack.runtime.plan.verify.scheduler import interpret
 from speedstack.runtime.rounds.draft_length import IN_PYTORCH

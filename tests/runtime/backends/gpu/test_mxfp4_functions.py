@@ -229,7 +229,7 @@ def test_large_scales_are_noticed_when_weights_are_bound() -> None:
     from speedstack.runtime.backends.gpu.base import formats_of
     from speedstack.runtime.backends.gpu.bindings.layers import bind
     from speedstack.runtime.backends.gpu.buffers import Memory
-    from speedstack.runtime.plan.ops.layers import build_plan
+    from speedstack.runtime.plan.step import build_plan
     from tests.runtime.backends.gpu.plan_cases import CASES
 
     weights = CASES["qwen3-mxfp4"]()

@@ -16,11 +16,11 @@ from rich.table import Table
 
 from speedstack.demo.config import SIZES, DemoConfig, training_settings
 from speedstack.demo.stages import CONFIG_FILE, DemoStages
+from speedstack.support.files import write_atomically
 from speedstack.support.progress import StageProgress, format_seconds
 from speedstack.support.quiet import quiet
 from speedstack.support.stages import exclusive, run_stages
 from speedstack.train.config.recipes import dump_config, read_config
-from speedstack.train.core.checkpoint import write_atomically
 
 LOG_FILE = "demo.log"
 # Checkpoints, exports and the corpus of a whole demo, with room to write a file before the old one goes.
@@ -36,7 +36,7 @@ def demo(config: DemoConfig) -> None:
             not there; or a stage's own reason.
         OSError: the directory cannot be written, or the disk has too little room.
     """
-    from speedstack.runtime.backends.select import choose_device
+    from speedstack.runtime.model.device import choose_device
 
     # Resolved once, so that "auto" and the device it stands for are the same demo.
     config = config.model_copy(update={"device": choose_device(config.device).type})

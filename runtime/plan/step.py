@@ -1,0 +1,107 @@
+"""Builds the plan of a decode step: the phases of a model's layers, and of what is decided around them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from speedstack.runtime.model.drafter_spec import DrafterSpec
+from speedstack.runtime.model.spec import ModelSpec
+from speedstack.runtime.model.weight_formats import WeightFormats
+from speedstack.runtime.plan.builder import Stack
+from speedstack.runtime.plan.ir import Plan, Prefetch
+from speedstack.runtime.plan.ops.drafter import DrafterPhases
+from speedstack.runtime.plan.ops.layers import LayerBuilder
+from speedstack.runtime.plan.ops.multi_step import ELEMENT_BYTES, WIDE_BYTES, RoundPhases
+from speedstack.runtime.plan.tiling import BLOCK_COLUMNS, num_blocks
+
+MAX_ROWS = 16  # rows of a step: the narrow side of one tensor-core product
+SPLIT_SIZE = 256  # positions of a context that one item attends to
+
+
+def build_plan(
+    spec: ModelSpec,
+    formats: WeightFormats,
+    num_programs: int,
+    rows: int = MAX_ROWS,
+    max_context: int = 4096,
+    split_size: int = SPLIT_SIZE,
+    is_sharded: bool = False,
+    taps: Sequence[int] = (),
+    has_look_up: bool = False,
+    drafter: DrafterSpec | None = None,
+) -> Plan:
+    """The plan for steps of up to `rows` rows over contexts of up to `max_context` positions.
+
+    is_sharded: `spec` is one GPU's part; partial sums are exchanged after o_proj and down, logits after lm_head.
+    taps: layers whose output is also written to the buffers `features.0`, `features.1`, ..., for a drafter.
+    has_look_up: sequences that are decoded without the host draft by prompt look-up.
+    drafter: they draft with this one, whose context every step extends; `taps` are its target_layer_ids.
+
+    Raises ValueError for sizes out of range.
+    """
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f"a step holds 1 to {MAX_ROWS} rows, not {rows}")
+    if not 1 <= max_context <= spec.max_position_embeddings:
+        raise ValueError(f"context {max_context} is outside the model's 1 to {spec.max_position_embeddings} positions")
+    if num_programs < 1 or split_size < 1:
+        raise ValueError("a plan needs at least one program and splits of at least one position")
+    if drafter is not None:
+        assert not has_look_up and drafter.hidden_size == spec.hidden_size
+        taps = drafter.target_layer_ids
+    deciding = RoundPhases(num_programs, rows, max_context, has_look_up, drafter is not None)
+    stack = Stack("L", 0, formats, deciding.read_rows())
+    builder = StepBuilder(
+        spec, num_programs, rows, max_context, split_size, is_sharded, tuple(taps), deciding, stack, drafter
+    )
+    return builder.build()
+
+
+class StepBuilder(LayerBuilder):
+    """The phases of a step, in order."""
+
+    def build(self) -> Plan:
+        D = self.spec.hidden_size
+        self.buffers = {buffer.name: buffer for buffer in self.deciding.buffers()}
+        self.buffer("hidden", D, self.rows * ELEMENT_BYTES)
+        scaled = self.buffers[self.buffer("scaled", num_blocks(D) * BLOCK_COLUMNS, self.rows * ELEMENT_BYTES)]
+        self.buffer("squares", num_blocks(D), self.rows * WIDE_BYTES)
+        for tap in range(len(self.taps)):
+            name = f"features.{tap}"
+            self.buffers[name] = replace(scaled, name=name, memory="features", offset=tap * scaled.num_bytes)
+        drafting = None if self.drafter is None else DrafterPhases(self, self.drafter)
+        for phase in self.deciding.first_phases():
+            self.append(phase)
+        if drafting is not None:
+            drafting.propose()
+        before = self.embed("embed", "embed", *self.deciding.dealing())
+        for index, layer in enumerate(self.spec.layers):
+            before = self.layer(index, layer, before)
+            if drafting is not None and index == max(self.taps):
+                drafting.fuse(before)
+        if drafting is not None:
+            drafting.project_context()
+        self.head("lm_head", before, "best", has_logits=True)
+        if drafting is not None:
+            drafting.append_context()
+        buffers, choosing = self.deciding.choosing(self.spec.vocab_size, self.buffers["best"].num_cells)
+        self.buffers |= {buffer.name: buffer for buffer in buffers}
+        for phase in (*choosing, self.deciding.accept()):
+            self.append(phase)
+        self.let_movers_leave()
+        return Plan(
+            model_type=self.spec.model_type,
+            num_programs=self.num_programs,
+            rows=self.rows,
+            max_context=self.max_context,
+            split_size=self.split_size,
+            buffers=tuple(self.buffers.values()),
+            counters=tuple(self.counters),
+            phases=tuple(self.phases),
+            prefetches=tuple(self.prefetches),
+        )
+
+    def let_movers_leave(self) -> None:
+        """Where the first of their tasks waits for what a step that is not made would not bring."""
+        first = self.phases[0]
+        assert first.leave is not None
+        at = next((number for number, task in enumerate(self.prefetches) if task.wait is not None), 0)
+        self.prefetches.insert(at, Prefetch(first.name, first.waits[0]))
