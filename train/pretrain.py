@@ -18,10 +18,10 @@ from speedstack.eval.quality.divergence import token_nll
 from speedstack.quant.experts import enable_autocast
 from speedstack.train.config.recipes import ModelSection, PretrainConfig
 from speedstack.train.core.attention import enable_blockwise_attention
+from speedstack.train.core.batches import PackedWindows
 from speedstack.train.core.distributed import World
 from speedstack.train.core.loop import OnStep, Recipe, RunResult, run
 from speedstack.train.core.objective import heldout_batches, next_token_cross_entropy
-from speedstack.train.data.batches import PackedWindows
 from speedstack.train.data.corpus import corpus_for
 from speedstack.train.data.digest import corpus_digest
 

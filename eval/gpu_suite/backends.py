@@ -1,20 +1,19 @@
 """Our backends as contestants: random weights at a model's shapes, steps timed on the device, phases timed apart."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from speedstack.eval.gpu_suite.machine import device_seconds
 from speedstack.eval.gpu_suite.scale import Cell, Scale
-from speedstack.eval.microbench.released_models import released_config, tiny_config
+from speedstack.eval.speed.device_timing import device_seconds, phase_kinds, replayer
 from speedstack.runtime.backends.base import Rows
 from speedstack.runtime.backends.gpu.graph import GraphBackend
 from speedstack.runtime.engine import Engine
 from speedstack.runtime.model.device import DTYPES
 from speedstack.runtime.model.moe import route
+from speedstack.runtime.model.released_models import released_config, tiny_config
 from speedstack.runtime.model.spec import ModelSpec, MoeSpec, spec_from_config
 from speedstack.runtime.model.synthetic_weights import random_weights
 from speedstack.runtime.model.weights import MoeWeights
@@ -22,7 +21,7 @@ from speedstack.runtime.perf.cost import PhaseCost, StepCost, active_experts, st
 from speedstack.runtime.perf.gpus import GPUS, Gpu
 
 if TYPE_CHECKING:
-    from speedstack.runtime.backends.gpu.op_launch import Launch
+    pass
 
 NUM_GENERATED = 64
 PHASE_REPEATS = 9
@@ -182,34 +181,3 @@ class BackendContestant:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-
-
-def phase_kinds(launches: list["Launch"], spec: ModelSpec) -> Iterator[tuple[str, list["Launch"]]]:
-    """Phases of one operation and one shape together; attention of sliding layers apart from global ones."""
-    kinds: dict[str, list[Launch]] = {}
-    for launch in launches:
-        name, layer = launch.phase.op, launch.phase.layer
-        if layer is not None and name in ("qkv", "attention", "combine"):
-            window = spec.layers[layer].attention.window
-            name += " (global)" if window is None else f" (window {window})"
-        kinds.setdefault(name, []).append(launch)
-    yield from kinds.items()
-
-
-def replayer(launches: Sequence["Launch"], device: torch.device) -> Callable[[], None]:
-    """What runs these kernels one after another: on a GPU a CUDA graph, so that no time is the host's."""
-
-    def run() -> None:
-        for index, launch in enumerate(launches):
-            launch.run(is_dependent=device.type == "cuda" and index > 0)
-
-    if device.type != "cuda":
-        return run
-    run()
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    replay: Callable[[], None] = graph.replay
-    return replay

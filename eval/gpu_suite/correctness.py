@@ -25,7 +25,6 @@ import torch
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.gpu_suite.edges import edge_spec, edge_weights, lose_expert, moe_of, pair_gap
 from speedstack.eval.gpu_suite.scale import Scale
-from speedstack.eval.microbench.released_models import drafter_config, tiny_config
 from speedstack.runtime.backends.base import Backend, Draw, Rows
 from speedstack.runtime.backends.gpu.expected_buffers import expected_buffers, found_buffer
 from speedstack.runtime.backends.gpu.graph import GraphBackend
@@ -34,6 +33,7 @@ from speedstack.runtime.backends.select import make_backend
 from speedstack.runtime.engine import Engine
 from speedstack.runtime.model.device import DTYPES
 from speedstack.runtime.model.moe import route
+from speedstack.runtime.model.released_models import drafter_config, tiny_config
 from speedstack.runtime.model.spec import MoeSpec, spec_from_config
 from speedstack.runtime.model.synthetic_weights import random_weights
 from speedstack.runtime.model.weights import ModelWeights, MoeWeights

@@ -19,12 +19,12 @@ from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.gpu_suite.edges import edge_weights
 from speedstack.eval.gpu_suite.scale import PEER, Scale
 from speedstack.eval.gpu_suite.worker import StartWorker, Worker, WorkerFailed
-from speedstack.eval.microbench.released_models import drafter_config, released_spec, tiny_config
 from speedstack.eval.results.failures import one_line
 from speedstack.runtime.backends.gpu.base import Target
 from speedstack.runtime.backends.gpu.graph import GraphBackend
 from speedstack.runtime.backends.gpu.resident import ResidentBackend
 from speedstack.runtime.model.device import DTYPES
+from speedstack.runtime.model.released_models import drafter_config, released_spec, tiny_config
 from speedstack.runtime.model.spec import spec_from_config
 from speedstack.runtime.model.synthetic_weights import empty_weights
 

@@ -1,6 +1,5 @@
 """The device: what it is, and the bandwidth that a copy reaches, which every fraction in the results is of."""
 
-import time
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from speedstack.eval.gpu_suite.scale import Scale
 from speedstack.eval.results.environment import environment_fields
 from speedstack.eval.results.spread import spread_fields
+from speedstack.eval.speed.device_timing import device_seconds
 
 COPIES_A_SAMPLE = 4
 NUM_SAMPLES = 15
@@ -57,17 +57,3 @@ class Machine:
             "best": rates["maximum"],
             "median": rates["median"],
         }
-
-
-def device_seconds(call: Any, device: torch.device) -> float:
-    """Time of `call()`'s work on the device, by its own clock."""
-    if device.type != "cuda":
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from speedstack.eval.gpu_suite.backends import model_config
-from speedstack.eval.gpu_suite.machine import device_seconds
 from speedstack.eval.gpu_suite.scale import Cell, Scale
 from speedstack.eval.results.failures import PEER_ERRORS, one_line
+from speedstack.eval.speed.device_timing import device_seconds
+from speedstack.eval.speed.random_model import draw_weights
 from speedstack.runtime.model.device import DTYPES
 from speedstack.runtime.model.spec import spec_from_config
 from speedstack.runtime.model.weight_formats import WeightFormats
@@ -177,21 +178,3 @@ def cudagraph_skips() -> int:
 def extrapolate(shallow: float, deep: float, depths: tuple[int, int], num_layers: int) -> float:
     """The time of `num_layers` layers, from those of two depths."""
     return shallow + (num_layers - depths[0]) * (deep - shallow) / (depths[1] - depths[0])
-
-
-@torch.no_grad()
-def draw_weights(model: torch.nn.Module, num_layers: int, generator: torch.Generator) -> None:
-    """Fills a transformers model as `speedstack.runtime.model.synthetic_weights.random_weights` fills ours."""
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.uniform_(0.8, 1.2, generator=generator)
-        elif "embed_tokens" in name:
-            parameter.normal_(0.0, 1.0, generator=generator)
-        elif parameter.dim() < 2 or name.endswith("bias"):
-            parameter.normal_(0.0, 0.02, generator=generator)
-        else:
-            owner = model.get_submodule(name.rpartition(".")[0])
-            columns = parameter.shape[-2 if getattr(owner, "is_transposed", False) else -1]
-            adds = "o_proj" in name or "down_proj" in name
-            scale = (2 * num_layers) ** -0.5 if adds else 1.0
-            parameter.normal_(0.0, scale * columns**-0.5, generator=generator)

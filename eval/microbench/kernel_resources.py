@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.eval.microbench.released_models import MODELS, drafter_config, released_spec
 from speedstack.eval.results.environment import describe_environment
 from speedstack.eval.results.kinds import Document, Environment, Record
 from speedstack.runtime.backends.gpu.base import Target
 from speedstack.runtime.backends.gpu.resident import Prefetching, ResidentBackend, compile_options
+from speedstack.runtime.model.released_models import MODELS, drafter_config, released_spec
 from speedstack.runtime.model.spec import ModelSpec
 from speedstack.runtime.model.synthetic_weights import empty_weights
 from speedstack.runtime.perf.gpus import gpu_named

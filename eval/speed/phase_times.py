@@ -17,8 +17,7 @@ from typing import Literal
 
 import torch
 
-from speedstack.eval.gpu_suite.backends import phase_kinds, replayer
-from speedstack.eval.gpu_suite.machine import device_seconds
+from speedstack.eval.speed.device_timing import device_seconds, phase_kinds, replayer
 from speedstack.runtime.backends.base import Rows
 from speedstack.runtime.backends.gpu.base import formats_of
 from speedstack.runtime.backends.gpu.graph import GraphBackend

@@ -20,9 +20,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from speedstack.eval.gpu_suite.peer import draw_weights
-from speedstack.eval.microbench.released_models import LAPTOP_MODEL, released_config
 from speedstack.quant.checkpoint import convert
+from speedstack.runtime.model.released_models import LAPTOP_MODEL, released_config
 
 PACKED, UNPACKED = "mxfp4", "bf16"
 PROMPT_LENGTHS = (32, 512)
@@ -60,6 +59,24 @@ def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+
+
+@torch.no_grad()
+def draw_weights(model: torch.nn.Module, num_layers: int, generator: torch.Generator) -> None:
+    """Fills a transformers model as `speedstack.runtime.model.synthetic_weights.random_weights` fills ours."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.uniform_(0.8, 1.2, generator=generator)
+        elif "embed_tokens" in name:
+            parameter.normal_(0.0, 1.0, generator=generator)
+        elif parameter.dim() < 2 or name.endswith("bias"):
+            parameter.normal_(0.0, 0.02, generator=generator)
+        else:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            columns = parameter.shape[-2 if getattr(owner, "is_transposed", False) else -1]
+            adds = "o_proj" in name or "down_proj" in name
+            scale = (2 * num_layers) ** -0.5 if adds else 1.0
+            parameter.normal_(0.0, scale * columns**-0.5, generator=generator)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

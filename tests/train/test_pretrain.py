@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from speedstack.eval.quality.divergence import token_nll
 from speedstack.quant.checkpoint import load_model
 from speedstack.train.config.recipes import ModelSection, PretrainConfig
+from speedstack.train.core.batches import PackedWindows
 from speedstack.train.core.loop import RunResult
-from speedstack.train.data.batches import PackedWindows
 from speedstack.train.data.corpus import load_corpus
 from speedstack.train.data.digest import corpus_digest
 from speedstack.train.pretrain import model_config, pretrain

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from speedstack.eval.report.wandb_mirror import Mirror
 from speedstack.eval.results.metrics import read_metrics
 from speedstack.train.config.recipes import JobConfig, config_hash
+from speedstack.train.core.batches import generator
 from speedstack.train.core.checkpoint import CheckpointStore
 from speedstack.train.core.distributed import World, join_world
 from speedstack.train.core.make_trainer import make_trainer
@@ -38,7 +39,6 @@ from speedstack.train.core.optim import learning_rate_factor
 from speedstack.train.core.precision import resolve_config, resolve_precision
 from speedstack.train.core.rundir import add_inputs, open_run_directory
 from speedstack.train.core.trainer import Trainer, load_recipe_tensors
-from speedstack.train.data.batches import generator
 
 OnStep = Callable[[int, int, dict[str, float]], None]
 

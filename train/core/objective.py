@@ -19,8 +19,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from speedstack.train.config.recipes import JobConfig
+from speedstack.train.core.batches import PackedWindows
 from speedstack.train.core.distributed import World
-from speedstack.train.data.batches import PackedWindows
 
 # Logits of one part: on a CPU as many as its caches hold, elsewhere a bound of the temporary memory.
 _MAX_PART_ELEMENTS = {"cpu": 2**18}

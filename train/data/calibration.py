@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from speedstack.eval.data.prepared_corpus import reads_alike
-from speedstack.train.data.batches import PackedWindows
+from speedstack.train.core.batches import PackedWindows
 from speedstack.train.data.corpus import load_corpus, quiet_datasets, tokenize
 from speedstack.train.data.documents import load_documents
 

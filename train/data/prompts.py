@@ -32,9 +32,9 @@ from speedstack.eval.data.chats import Chat, Message, checked_ids, checked_text,
 from speedstack.eval.data.rows import Row, RowTally, UnusableRow, read_rows
 from speedstack.train.config.drafter import PromptsSection
 from speedstack.train.config.recipes import DrafterConfig
+from speedstack.train.core.batches import generator
 from speedstack.train.core.rundir import set_aside
 from speedstack.train.core.trainer import save_tensors
-from speedstack.train.data.batches import generator
 from speedstack.train.data.corpus import quiet_datasets, tokenizer_sha256
 
 _SPLITS = ("heldout", "train")

@@ -29,9 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from speedstack.support.files import write_atomically
+from speedstack.train.core.batches import generator
 from speedstack.train.core.rundir import set_aside
 from speedstack.train.core.trainer import save_tensors
-from speedstack.train.data.batches import generator
 
 if TYPE_CHECKING:
     from speedstack.runtime import Engine

@@ -40,12 +40,12 @@ from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
 from speedstack.runtime.model.loading import check_decodable
 from speedstack.train.config.recipes import DrafterConfig, config_hash
+from speedstack.train.core.batches import PackedWindows
 from speedstack.train.core.distributed import World
 from speedstack.train.core.loop import Recipe
 from speedstack.train.core.precision import resolve_precision
 from speedstack.train.core.rundir import has_begun
 from speedstack.train.core.sharding import whole_weight
-from speedstack.train.data.batches import PackedWindows
 from speedstack.train.data.digest import corpus_digest
 from speedstack.train.data.packing import WrittenText
 from speedstack.train.drafter.evaluation import GreedyText, Simulated, simulate

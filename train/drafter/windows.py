@@ -20,7 +20,7 @@ from torch import Tensor
 
 from speedstack.dflash.block import document_ids, sample_anchors
 from speedstack.train.config.recipes import DrafterConfig
-from speedstack.train.data.batches import PackedWindows, generator
+from speedstack.train.core.batches import PackedWindows, generator
 from speedstack.train.data.packing import WrittenText
 from speedstack.train.drafter.text import ANCHORS, ORDER
 

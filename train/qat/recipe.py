@@ -34,13 +34,13 @@ from speedstack.quant.ptq import round_to_nearest
 from speedstack.runtime.model.loading import warn_if_not_decodable
 from speedstack.train.config.recipes import QatConfig
 from speedstack.train.core.attention import enable_blockwise_attention
+from speedstack.train.core.batches import PackedWindows
 from speedstack.train.core.distributed import World
 from speedstack.train.core.loop import OnStep, Recipe, RunResult, run
 from speedstack.train.core.make_trainer import count_micro_batches
 from speedstack.train.core.objective import forward_kl, heldout_batches, next_token_cross_entropy
 from speedstack.train.core.precision import widened
 from speedstack.train.core.sharding import load_for_stage, shard_frozen
-from speedstack.train.data.batches import PackedWindows
 from speedstack.train.data.corpus import corpus_for
 from speedstack.train.data.digest import corpus_digest
 from speedstack.train.qat.flips import FlipWatch

@@ -15,11 +15,11 @@ from speedstack.eval.gpu_suite.correctness import Checker, choice_gap, is_near_t
 from speedstack.eval.gpu_suite.edges import edge_weights, experts_of
 from speedstack.eval.gpu_suite.scale import scale_for
 from speedstack.eval.gpu_suite.sections import CHECKS, CHECKS_OF
-from speedstack.eval.microbench.released_models import MODELS
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backends.base import Rows
 from speedstack.runtime.backends.gpu.bindings.layers import LARGEST_NARROW_SCALE
 from speedstack.runtime.backends.reference import ReferenceBackend
+from speedstack.runtime.model.released_models import MODELS
 from speedstack.runtime.model.spec import MoeSpec
 from speedstack.runtime.model.weights import ModelWeights
 from speedstack.runtime.rounds.sampling import SamplingParams, gumbel_noise, sample

@@ -13,7 +13,7 @@ from speedstack.eval.gpu_suite import sections
 from speedstack.eval.gpu_suite.scale import scale_for
 from speedstack.eval.gpu_suite.suite import OutOfTime, Section, Suite, free_path, run_sections
 from speedstack.eval.gpu_suite.worker import LocalWorker, WorkerFailed
-from speedstack.eval.microbench.released_models import MODELS
+from speedstack.runtime.model.released_models import MODELS
 
 
 def suite_in(folder: Path, minutes: float = 1.0) -> Suite:

@@ -21,7 +21,7 @@ from speedstack.eval.microbench.kernel_resources import (
     launches,
     model_spec,
 )
-from speedstack.eval.microbench.released_models import MODELS
+from speedstack.runtime.model.released_models import MODELS
 
 OPS = {"embed", "qkv", "attention", "combine", "o_proj", "router", "expert_gate_up", "expert_down", "lm_head"}
 OPS |= {"draft", "weigh", "sample", "accept"}

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from speedstack.eval.microbench.released_models import LAPTOP_MODEL, released_config, released_spec, tiny_config
 from speedstack.eval.speed import random_model
 from speedstack.quant.checkpoint import load_model
 from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
+from speedstack.runtime.model.released_models import LAPTOP_MODEL, released_config, released_spec, tiny_config
 from speedstack.runtime.model.spec import MoeSpec
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from speedstack.eval.data.prompts import PromptSet
-from speedstack.eval.microbench.released_models import tiny_config
 from speedstack.eval.results.failures import PeerFailure
 from speedstack.eval.results.kinds import TimingResult
 from speedstack.eval.speed import random_model
 from speedstack.eval.speed.contestants import Peer, TimingSettings, measure_timing
 from speedstack.eval.speed.peers.install import ENVIRONMENT
 from speedstack.eval.speed.peers.process import check_installed
+from speedstack.runtime.model.released_models import tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # vLLM compiles
 PYTHON = Path(__file__).parents[3] / ENVIRONMENT / "bin" / "python"

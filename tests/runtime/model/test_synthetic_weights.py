@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from speedstack.eval.microbench.released_models import MODELS, tiny_config
 from speedstack.quant.checkpoint import load_checkpoint
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backends.reference import rms_norm
 from speedstack.runtime.model.moe import route
+from speedstack.runtime.model.released_models import MODELS, tiny_config
 from speedstack.runtime.model.spec import MoeSpec, spec_from_config
 from speedstack.runtime.model.synthetic_weights import random_weights
 from speedstack.runtime.model.weights import DenseWeights, MoeWeights, read_weights

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from speedstack.train.data.batches import PackedWindows
+from speedstack.train.core.batches import PackedWindows
 from speedstack.train.data.calibration import calibration_windows
 from speedstack.train.data.corpus import load_corpus
 

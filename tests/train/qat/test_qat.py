@@ -18,10 +18,10 @@ from speedstack.quant.experts import enable_autocast, enable_fake_quant, expert_
 from speedstack.quant.mxfp4 import MXFP4Tensor, ScaleRule, fake_quantize
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.train.config.recipes import OptimSection, QatConfig
+from speedstack.train.core.batches import PackedWindows
 from speedstack.train.core.loop import RunResult
 from speedstack.train.core.objective import forward_kl
 from speedstack.train.core.optim import build_optimizer
-from speedstack.train.data.batches import PackedWindows
 from speedstack.train.data.corpus import load_corpus
 from speedstack.train.qat.recipe import qat
 from tests.packing import save_packed

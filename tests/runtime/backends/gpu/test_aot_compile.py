@@ -14,7 +14,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.eval.microbench.released_models import drafter_config
 from speedstack.runtime.backends.gpu import task_table
 from speedstack.runtime.backends.gpu.base import Target
 from speedstack.runtime.backends.gpu.graph import GraphBackend
@@ -22,6 +21,7 @@ from speedstack.runtime.backends.gpu.kernels import aot_compile
 from speedstack.runtime.backends.gpu.kernels.resident import resident_kernel
 from speedstack.runtime.backends.gpu.kernels.single_op import phase_kernel
 from speedstack.runtime.backends.gpu.resident import MAX_STEPS, ResidentBackend
+from speedstack.runtime.model.released_models import drafter_config
 from speedstack.runtime.model.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec
 from speedstack.runtime.model.synthetic_weights import empty_weights, random_weights
 

@@ -21,12 +21,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.eval.microbench.released_models import drafter_config
 from speedstack.runtime.backends.gpu.base import Target
 from speedstack.runtime.backends.gpu.kernels import sync
 from speedstack.runtime.backends.gpu.kernels.ptxas_workaround import first_values, with_first_values
 from speedstack.runtime.backends.gpu.resident import Prefetching, ResidentBackend
 from speedstack.runtime.backends.gpu.task_table import Tasks
+from speedstack.runtime.model.released_models import drafter_config
 from speedstack.runtime.model.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec
 from speedstack.runtime.model.synthetic_weights import empty_weights
 

@@ -2,7 +2,7 @@ import datasets
 import pytest
 import torch
 
-from speedstack.train.data.batches import PackedWindows, generator
+from speedstack.train.core.batches import PackedWindows, generator
 
 
 def documents(*lengths: int) -> datasets.Dataset:
