@@ -1,5 +1,6 @@
-"""The README says what is there: every file of the layout, every verb, and only configs that exist."""
+"""The README and docs/ say what is there: every verb, and only files, modules and folders that exist."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -9,39 +10,38 @@ from speedstack.cli import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
 
 
-def layout() -> dict[str, set[str]]:
-    """Folder -> names below it, as the README's tree lists them."""
-    tree: dict[str, set[str]] = {}
-    folder = ""
-    block = README.split("## Layout")[1].split("```")[1]
-    for line in block.strip().splitlines():
-        name = line.split()[0]
-        if line.startswith(" "):
-            tree[folder].add(name.rstrip("/"))
-        else:
-            folder = name.rstrip("/")
-            tree[folder] = set()
-    return tree
-
-
-@pytest.mark.parametrize("folder", ["speedstack", "quant", "dflash", "runtime", "eval", "train"])
-def test_layout_lists_every_file(folder: str) -> None:
-    here = {
-        path.name
-        for path in (ROOT / folder).iterdir()
-        if not path.is_symlink()
-        and not path.name.startswith("_")
-        and (path.suffix == ".py" or (path.is_dir() and any(path.glob("*.*"))))
-    }
-    assert layout()[folder] == here
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
 
 
 def test_every_verb_is_described() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)) == set(VERBS)
 
 
-def test_every_named_file_exists() -> None:
-    for name in re.findall(r"configs/\w+/[\w-]+\.yaml|docs/[\w.-]+|constraints-cpu\.txt", README):
+@pytest.mark.parametrize("page", PAGES)
+def test_every_named_file_exists(page: str) -> None:
+    names = re.findall(
+        r"configs/[\w/-]+\.yaml|docs/[\w-]+\.\w+|results/[\w.-]+\.json|constraints-cpu\.txt", PAGES[page]
+    )
+    for name in names:
         assert (ROOT / name).is_file(), name
+    for name in re.findall(r"\]\(([\w./-]+)\)", PAGES[page]):
+        assert ((ROOT if page == "README.md" else ROOT / "docs") / name).is_file(), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_named_module_exists(page: str) -> None:
+    for name in re.findall(r"python -m (speedstack[\w.]*)", PAGES[page]):
+        assert importlib.util.find_spec(name) is not None, name
+
+
+def test_architecture_names_every_folder() -> None:
+    """In the section of its folder at the top, as `name/`."""
+    page = PAGES["architecture.md"]
+    for top in ("speedstack", "train", "eval", "runtime"):
+        section = page.split(f"## {top}/")[1].split("\n## ")[0]
+        folders = {path.parent.name for path in (ROOT / top).glob("*/__init__.py") if not path.parent.is_symlink()}
+        assert not [folder for folder in sorted(folders) if f"`{folder}/`" not in section], top

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 from html import escape
 from pathlib import Path
 
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("speedstack", "train", "eval", "runtime", "quant", "dflash")
 # Drawn as one room each: what lies below is nobody else's business.
 CLOSED = ("quant", "dflash", "eval/report", "eval/speed", "eval/lm_eval", "runtime/backends", "runtime/plan")
+NAMED = re.compile(r"speedstack(\.\w+)+:\w+")  # as the command line names its verbs
 COLUMN, ROW, WIDTH, HEIGHT = 178, 92, 160, 40
 
 
@@ -40,7 +42,7 @@ def file_of(module: str) -> str | None:
 
 
 def imported(path: Path) -> set[str]:
-    """Files that a file imports."""
+    """Files that a file imports, now or when a verb is called."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
@@ -49,8 +51,10 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             names += [node.module] if any(file_of(name) is None for name in names) else []
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and NAMED.fullmatch(node.value):
+            names = [node.value.partition(":")[0]]
         found |= {file for name in names if (file := file_of(name)) is not None}
-    return found
+    return found - {"speedstack/__init__.py"}  # the version, which anybody may read
 
 
 def room_graph() -> dict[str, set[str]]:

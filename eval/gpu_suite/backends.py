@@ -12,9 +12,10 @@ from speedstack.runtime.backends.base import Rows
 from speedstack.runtime.backends.gpu.graph import GraphBackend
 from speedstack.runtime.engine import Engine
 from speedstack.runtime.model.device import DTYPES
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.moe import route
 from speedstack.runtime.model.released_models import released_config, tiny_config
-from speedstack.runtime.model.spec import ModelSpec, MoeSpec, spec_from_config
+from speedstack.runtime.model.spec import ModelSpec, MoeSpec
 from speedstack.runtime.model.synthetic_weights import random_weights
 from speedstack.runtime.model.weights import MoeWeights
 from speedstack.runtime.perf.cost import PhaseCost, StepCost, active_experts, step_cost

@@ -32,9 +32,10 @@ from speedstack.runtime.backends.reference import ReferenceBackend
 from speedstack.runtime.backends.select import make_backend
 from speedstack.runtime.engine import Engine
 from speedstack.runtime.model.device import DTYPES
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.moe import route
 from speedstack.runtime.model.released_models import drafter_config, tiny_config
-from speedstack.runtime.model.spec import MoeSpec, spec_from_config
+from speedstack.runtime.model.spec import MoeSpec
 from speedstack.runtime.model.synthetic_weights import random_weights
 from speedstack.runtime.model.weights import ModelWeights, MoeWeights
 from speedstack.runtime.rounds.sampling import SamplingParams, filter_logits, gumbel_noise, sample

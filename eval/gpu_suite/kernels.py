@@ -24,8 +24,8 @@ from speedstack.runtime.backends.gpu.base import Target
 from speedstack.runtime.backends.gpu.graph import GraphBackend
 from speedstack.runtime.backends.gpu.resident import ResidentBackend
 from speedstack.runtime.model.device import DTYPES
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.released_models import drafter_config, released_spec, tiny_config
-from speedstack.runtime.model.spec import spec_from_config
 from speedstack.runtime.model.synthetic_weights import empty_weights
 
 META = torch.device("meta")

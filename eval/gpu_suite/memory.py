@@ -11,7 +11,8 @@ import torch
 
 from speedstack.runtime.backends.gpu.base import formats_of
 from speedstack.runtime.backends.gpu.buffers import Memory
-from speedstack.runtime.model.spec import ModelSpec, spec_from_config
+from speedstack.runtime.model.families.registry import spec_from_config
+from speedstack.runtime.model.spec import ModelSpec
 from speedstack.runtime.model.synthetic_weights import empty_weights
 from speedstack.runtime.plan.step import build_plan
 

@@ -19,7 +19,7 @@ from speedstack.eval.results.failures import PEER_ERRORS, one_line
 from speedstack.eval.speed.device_timing import device_seconds
 from speedstack.eval.speed.random_model import draw_weights
 from speedstack.runtime.model.device import DTYPES
-from speedstack.runtime.model.spec import spec_from_config
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.weight_formats import WeightFormats
 from speedstack.runtime.perf.cost import step_cost
 from speedstack.runtime.perf.gpus import Gpu

@@ -23,7 +23,8 @@ from speedstack.eval.gpu_suite.sections import NOT_AVAILABLE, why_not
 from speedstack.eval.gpu_suite.suite import OutOfTime, Suite
 from speedstack.eval.gpu_suite.worker import KILLED, Worker, WorkerFailed
 from speedstack.eval.results.spread import spread_fields
-from speedstack.runtime.model.spec import ModelSpec, spec_from_config
+from speedstack.runtime.model.families.registry import spec_from_config
+from speedstack.runtime.model.spec import ModelSpec
 
 # Of a model's time: for the first cell all make their weights, and the peer compiles.
 FIRST_WEIGHT, CELL_WEIGHT = 10, 2

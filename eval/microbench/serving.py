@@ -32,7 +32,7 @@ from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine, Generation
 from speedstack.runtime.engine import DEFAULT_MAX_LENGTH
-from speedstack.runtime.model.spec import spec_from_config
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.rounds.speculation import NGRAM, DraftStrategy
 
 Proposer = Literal["none", "drafter", "ngram"]

@@ -11,56 +11,10 @@ from typing import Any
 from speedstack.quant.checkpoint.config import config_from_fields, unquantized_fields
 from speedstack.quant.checkpoint.files import CONFIG_FILE, read_json
 from speedstack.quant.checkpoint.spelling import transformers_fields
-from speedstack.runtime.model.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec, spec_from_config
+from speedstack.runtime.model.families import mimo_v2
+from speedstack.runtime.model.families.registry import FAMILIES, spec_from_config
+from speedstack.runtime.model.spec import ModelSpec, MoeSpec
 from speedstack.runtime.model.weight_formats import WeightFormats, formats_from_fields
-
-_COMMON = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_experts_per_tok",
-)
-_REQUIRED = {
-    "gpt_oss": (*_COMMON, "head_dim", "intermediate_size"),
-    "qwen3_moe": (*_COMMON, "moe_intermediate_size"),
-    "mimo_v2_flash": (*_COMMON, "head_dim", "v_head_dim", "moe_intermediate_size", "intermediate_size"),
-    "mimo_v2": (
-        *_COMMON,
-        "head_dim",
-        "v_head_dim",
-        "moe_intermediate_size",
-        "intermediate_size",
-        "n_routed_experts",
-        "hybrid_layer_pattern",
-        "moe_layer_freq",
-        "partial_rotary_factor",
-        "rope_theta",
-        "swa_rope_theta",
-        "swa_num_attention_heads",
-        "swa_num_key_value_heads",
-        "swa_head_dim",
-        "swa_v_head_dim",
-    ),
-}
-# What the plans of `mimo_v2` compute whatever its file says: of each key, the values that mean that, beside null.
-_MIMO_HARD_WIRED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-    "attention_bias": (False,),
-    "n_shared_experts": (0,),
-    "n_group": (1,),
-    "rope_scaling": (),
-}
-# Some number of experts has to be there; which key holds it depends on who wrote the file.
-_NUM_EXPERTS = {
-    "gpt_oss": ("num_local_experts", "num_experts"),
-    "qwen3_moe": ("num_experts", "num_local_experts"),
-    "mimo_v2_flash": ("n_routed_experts", "num_local_experts"),
-    "mimo_v2": ("n_routed_experts",),
-}
 
 
 def read_model_config(path: Path) -> tuple[ModelSpec, WeightFormats]:
@@ -83,19 +37,22 @@ def read_model_config(path: Path) -> tuple[ModelSpec, WeightFormats]:
 def spec_from_fields(fields: dict[str, Any]) -> ModelSpec:
     """The spec of a parsed config.json. Raises ValueError as `read_model_config`, without the file's name."""
     model_type = fields.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _REQUIRED:
-        known = ", ".join(sorted(_REQUIRED))
+    if not isinstance(model_type, str) or model_type not in (*FAMILIES, mimo_v2.MODEL_TYPE):
+        known = ", ".join(sorted([*FAMILIES, mimo_v2.MODEL_TYPE]))
         raise ValueError(f"model type {model_type!r} is none that the runtime can plan for; it can for {known}")
-    if model_type != "mimo_v2":  # of which transformers has no class
+    if model_type == mimo_v2.MODEL_TYPE:
+        required, num_experts = mimo_v2.REQUIRED_KEYS, ("n_routed_experts",)
+    else:
         fields = transformers_fields(unquantized_fields(fields))
-    missing = [key for key in _REQUIRED[model_type] if fields.get(key) is None]
-    if not any(fields.get(key) is not None for key in _NUM_EXPERTS[model_type]):
-        missing.append(_NUM_EXPERTS[model_type][0])
+        required, num_experts = FAMILIES[model_type].required_keys, FAMILIES[model_type].num_experts_keys
+    missing = [key for key in required if fields.get(key) is None]
+    if not any(fields.get(key) is not None for key in num_experts):
+        missing.append(num_experts[0])
     if missing:
         raise ValueError(f"a {model_type} configuration needs {', '.join(dict.fromkeys(missing))}")
-    if model_type == "mimo_v2":
+    if model_type == mimo_v2.MODEL_TYPE:
         try:
-            spec = _mimo(fields)
+            spec = mimo_v2.mimo_v2_spec(fields)
         except (ArithmeticError, LookupError, TypeError) as error:
             raise ValueError(
                 f"a field of this mimo_v2 configuration must be wrong: {type(error).__name__}: {error}"
@@ -128,63 +85,3 @@ def _check_sizes(spec: ModelSpec) -> None:
             )
         if isinstance(layer.mlp, MoeSpec) and layer.mlp.top_k > layer.mlp.num_experts:
             raise ValueError(f"{layer.mlp.top_k} experts a token are more than the {layer.mlp.num_experts} there are")
-
-
-def _mimo(fields: dict[str, Any]) -> ModelSpec:
-    """MiMo-V2.5 and V2.5-Pro by their makers' names (as in their vLLM and SGLang model files)."""
-    for key, values in _MIMO_HARD_WIRED.items():
-        value = fields.get(key)
-        if value is not None and value not in values:
-            only = " or ".join([*map(repr, values), "null"])
-            raise ValueError(f"{key} {value!r} of mimo_v2 is not supported, only {only} is")
-    pattern, is_sparse = fields["hybrid_layer_pattern"], fields["moe_layer_freq"]
-    num_layers = fields["num_hidden_layers"]
-    if not len(pattern) == len(is_sparse) == num_layers:
-        raise ValueError(
-            f"hybrid_layer_pattern has {len(pattern)} entries and moe_layer_freq {len(is_sparse)}, not {num_layers}"
-        )
-    window = fields.get("sliding_window_size") or fields.get("sliding_window")
-    if any(pattern) and not window:
-        raise ValueError("a configuration with sliding layers needs sliding_window_size")
-
-    def attention(is_sliding: bool) -> AttentionSpec:
-        prefix = "swa_" if is_sliding else ""
-        head_dim = fields[prefix + "head_dim"]
-        scale = fields.get("attention_value_scale")
-        has_sinks = fields.get(f"add_{'swa' if is_sliding else 'full'}_attention_sink_bias", is_sliding)
-        return AttentionSpec(
-            num_heads=fields[prefix + "num_attention_heads"],
-            num_kv_heads=fields[prefix + "num_key_value_heads"],
-            qk_head_dim=head_dim,
-            v_head_dim=fields[prefix + "v_head_dim"],
-            rotary_dim=int(head_dim * fields["partial_rotary_factor"]),
-            rope_theta=float(fields[prefix + "rope_theta"]),
-            # So many tokens before the token itself.
-            window=int(window) + 1 if is_sliding and window else None,
-            has_sinks=bool(has_sinks),
-            value_scale=1.0 if scale is None else float(scale),
-        )
-
-    moe = MoeSpec(
-        num_experts=fields["n_routed_experts"],
-        top_k=fields["num_experts_per_tok"],
-        intermediate_size=fields["moe_intermediate_size"],
-        scoring="sigmoid",
-        has_correction_bias=True,
-        renormalize=bool(fields.get("norm_topk_prob", True)),
-        routed_scale=float(fields.get("routed_scaling_factor") or 1.0),
-    )
-    dense = DenseSpec(fields["intermediate_size"])
-    eos = fields.get("eos_token_id")
-    return ModelSpec(
-        model_type=fields["model_type"],
-        vocab_size=fields["vocab_size"],
-        hidden_size=fields["hidden_size"],
-        rms_norm_eps=float(fields.get("layernorm_epsilon") or fields.get("rms_norm_eps") or 1e-5),
-        max_position_embeddings=fields.get("max_position_embeddings") or 131072,
-        eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-        layers=tuple(
-            LayerSpec(attention(bool(sliding)), moe if sparse else dense)
-            for sliding, sparse in zip(pattern, is_sparse, strict=True)
-        ),
-    )

@@ -19,7 +19,8 @@ from speedstack.quant.checkpoint.files import checkpoint_directory
 from speedstack.quant.checkpoint.generation import end_token_ids
 from speedstack.quant.checkpoint.tokenizer import find_tokenizer
 from speedstack.runtime.model.device import choose_device, choose_dtype
-from speedstack.runtime.model.spec import ModelSpec, spec_from_config
+from speedstack.runtime.model.families.registry import spec_from_config
+from speedstack.runtime.model.spec import ModelSpec
 from speedstack.runtime.model.weights import ModelWeights, read_weights
 
 

@@ -7,7 +7,8 @@ result is spelled out: defaults of transformers change from one release to the n
 from typing import Any
 
 from speedstack.dflash.config import DFlashConfig
-from speedstack.runtime.model.spec import ModelSpec, spec_from_config
+from speedstack.runtime.model.families.registry import spec_from_config
+from speedstack.runtime.model.spec import ModelSpec
 
 MODELS = ("gpt-oss-20b", "mimo-v2-flash", "qwen3-30b-a3b")
 # Nobody released it: Qwen3-30B-A3B at a size for CPUs, which is larger than their caches all the same.

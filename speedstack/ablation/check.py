@@ -12,7 +12,7 @@ from speedstack.quant.checkpoint.files import WeightFiles, checkpoint_directory
 from speedstack.quant.checkpoint.names import hub_names
 from speedstack.quant.formats import fake_quantize, number_format
 from speedstack.quant.ptq import weights_of
-from speedstack.runtime.model.spec import spec_from_config
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.perf.gpus import gpu_named
 from speedstack.train.config.recipes import DrafterConfig
 from speedstack.train.data.corpus import load_corpus

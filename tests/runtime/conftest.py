@@ -13,7 +13,7 @@ import torch
 from speedstack.dflash.checkpoint import load_drafter
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.quant.checkpoint import load_checkpoint
-from speedstack.runtime.model.spec import spec_from_config
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.weights import ModelWeights, plain_matrix, read_weights
 from tests.random_values import randomize
 from tests.runtime.strategy_cases import MakeDrafter

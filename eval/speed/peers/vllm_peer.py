@@ -20,7 +20,8 @@ from speedstack.eval.speed.peers.copies import PeerCopies
 from speedstack.eval.speed.peers.process import PeerProcess, check_installed
 from speedstack.eval.speed.peers.transformers_peer import rounds_of
 from speedstack.quant.checkpoint.config import read_config
-from speedstack.runtime.model.spec import ModelSpec, spec_from_config
+from speedstack.runtime.model.families.registry import spec_from_config
+from speedstack.runtime.model.spec import ModelSpec
 
 VLLM, VLLM_DRAFTER = "vLLM", "vLLM + drafter"
 MEMORY_SHARE = 0.45

@@ -10,8 +10,8 @@ from speedstack.eval.gpu_suite.backends import model_config
 from speedstack.eval.gpu_suite.peer import Peer, Step, extrapolate
 from speedstack.eval.gpu_suite.scale import Cell, scale_for
 from speedstack.eval.speed.random_model import draw_weights
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.released_models import MODELS
-from speedstack.runtime.model.spec import spec_from_config
 from speedstack.runtime.model.synthetic_weights import random_weights
 from speedstack.runtime.model.weights import MoeWeights
 

@@ -17,7 +17,7 @@ from speedstack.eval.speed.peers.llama_cpp_peer import llama_cpp_contestants
 from speedstack.eval.speed.peers.process import PeerProcess, peer_python
 from speedstack.eval.speed.peers.vllm_peer import cache_bytes, vllm_contestants
 from speedstack.quant.checkpoint.config import read_config
-from speedstack.runtime.model.spec import spec_from_config
+from speedstack.runtime.model.families.registry import spec_from_config
 from tests.eval.speed.stand_ins import interpreter, llama_cpp_interpreter, script, vllm_interpreter
 
 OURS = Path(sys.executable)

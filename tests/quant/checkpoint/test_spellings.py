@@ -23,7 +23,7 @@ from speedstack.quant.checkpoint.names import FAMILIES
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, MXFP4Tensor, dequantize, fake_quantize
 from speedstack.runtime import Engine
 from speedstack.runtime.model.config_file import read_model_config
-from speedstack.runtime.model.spec import spec_from_config
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.train.config.recipes import QatConfig
 from speedstack.train.core.distributed import World
 from speedstack.train.data.corpus import prepare_corpus

@@ -17,8 +17,8 @@ from speedstack.runtime.backends.base import Backend, DraftRequest, Rows
 from speedstack.runtime.backends.cpu.backend import CpuBackend
 from speedstack.runtime.backends.cpu.drafter import CompiledDrafter
 from speedstack.runtime.backends.reference import ReferenceBackend
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.kv_ring import MAX_ROWS, ring_length
-from speedstack.runtime.model.spec import spec_from_config
 from speedstack.runtime.model.weights import ModelWeights, plain_matrix, read_weights
 
 NUM_TOKENS = 150  # two prompt chunks and more than nine windows of 16

@@ -14,8 +14,8 @@ import torch
 from speedstack.runtime.backends.gpu.base import formats_of
 from speedstack.runtime.backends.gpu.semantics.layers import PlanMemory
 from speedstack.runtime.backends.reference import rms_norm
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.released_models import tiny_config
-from speedstack.runtime.model.spec import spec_from_config
 from speedstack.runtime.model.synthetic_weights import random_weights
 from speedstack.runtime.plan.step import build_plan
 

@@ -21,7 +21,7 @@ from speedstack.quant.fp8 import FP8Tensor, quantize_fp8
 from speedstack.runtime import Engine
 from speedstack.runtime.backends.gpu.base import check_fp8, formats_of
 from speedstack.runtime.model.config_file import read_model_config
-from speedstack.runtime.model.spec import spec_from_config
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.weight_formats import WeightFormat, WeightFormats
 from speedstack.runtime.model.weights import DenseWeights, ModelWeights, plain_matrix, read_weights
 from speedstack.runtime.plan.step import build_plan

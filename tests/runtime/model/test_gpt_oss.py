@@ -13,8 +13,9 @@ from speedstack.runtime import Engine
 from speedstack.runtime.backends.base import Rows
 from speedstack.runtime.backends.cpu.backend import CpuBackend
 from speedstack.runtime.backends.reference import ReferenceBackend
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.rope import rotary_tables
-from speedstack.runtime.model.spec import ModelSpec, MoeSpec, YarnSpec, spec_from_config
+from speedstack.runtime.model.spec import ModelSpec, MoeSpec, YarnSpec
 from speedstack.runtime.model.weights import read_weights
 from tests.packing import save_packed
 from tests.random_values import randomize

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from speedstack.runtime.model.config_file import read_model_config
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.released_models import MODELS, released_config, released_spec, tiny_config
-from speedstack.runtime.model.spec import MoeSpec, spec_from_config
+from speedstack.runtime.model.spec import MoeSpec
 
 SHAPES = Path(__file__).parents[2] / "shapes"
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from speedstack.quant.mxfp4 import quantize
-from speedstack.runtime.model.spec import DenseSpec, MoeSpec, spec_from_config
+from speedstack.runtime.model.families.registry import spec_from_config
+from speedstack.runtime.model.spec import DenseSpec, MoeSpec
 from speedstack.runtime.model.weights import read_weights
 
 

@@ -10,9 +10,10 @@ import torch
 from speedstack.quant.checkpoint import load_checkpoint
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backends.reference import rms_norm
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.moe import route
 from speedstack.runtime.model.released_models import MODELS, tiny_config
-from speedstack.runtime.model.spec import MoeSpec, spec_from_config
+from speedstack.runtime.model.spec import MoeSpec
 from speedstack.runtime.model.synthetic_weights import random_weights
 from speedstack.runtime.model.weights import DenseWeights, MoeWeights, read_weights
 from speedstack.runtime.perf.cost import active_experts

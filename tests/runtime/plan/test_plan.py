@@ -358,7 +358,7 @@ def test_mimo_pro_from_its_makers_configuration() -> None:
 def test_mimo_flash_reads_alike_by_both_names() -> None:
     from transformers import MiMoV2FlashConfig
 
-    from speedstack.runtime.model.spec import spec_from_config
+    from speedstack.runtime.model.families.registry import spec_from_config
 
     theirs = spec_from_fields(fields_of("mimo-v2-flash"))
     ours = spec_from_config(MiMoV2FlashConfig(max_position_embeddings=262144))

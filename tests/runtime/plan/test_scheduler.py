@@ -17,7 +17,7 @@ from speedstack.runtime.backends.gpu.buffers import step_inbox
 from speedstack.runtime.backends.gpu.multi_step import rounds_inbox
 from speedstack.runtime.backends.gpu.semantics.layers import PlanMemory
 from speedstack.runtime.backends.reference import ReferenceBackend
-from speedstack.runtime.model.spec import spec_from_config
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.weight_formats import WeightFormats
 from speedstack.runtime.model.weights import ModelWeights, read_weights
 from speedstack.runtime.plan.ir import Phase, Plan, Region, at

@@ -15,7 +15,7 @@ from speedstack.runtime.backends.base import Backend, Rows
 from speedstack.runtime.backends.cpu.backend import CpuBackend, HeldAs
 from speedstack.runtime.backends.cpu.kernels.build import VARIABLE, available_sets
 from speedstack.runtime.backends.reference import ReferenceBackend
-from speedstack.runtime.model.spec import spec_from_config
+from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.weights import ModelWeights, read_weights
 from tests.packing import save_packed
 from tests.runtime.model import test_gpt_oss, test_qwen3_moe

@@ -208,7 +208,7 @@ def test_features_reach_the_drafter(tiny_model_dir: Path, tiny_drafter_dir: Path
     from speedstack.dflash.checkpoint import load_drafter
     from speedstack.quant.checkpoint import load_checkpoint
     from speedstack.runtime.backends.base import DraftRequest
-    from speedstack.runtime.model.spec import spec_from_config
+    from speedstack.runtime.model.families.registry import spec_from_config
     from speedstack.runtime.model.weights import read_weights
 
     checkpoint = load_checkpoint(tiny_model_dir)
