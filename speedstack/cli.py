@@ -54,13 +54,13 @@ VERBS = {
     "pretrain": Verb(
         "train a Mixture-of-Experts model from scratch",
         "speedstack.train.config.recipes:PretrainConfig",
-        "speedstack.verbs.jobs:pretrain",
+        "speedstack.verbs.train:pretrain",
         continues=True,
     ),
     "qat": Verb(
         "train a model with its experts in MXFP4, distilled from itself in full precision",
         "speedstack.train.config.recipes:QatConfig",
-        "speedstack.verbs.jobs:qat",
+        "speedstack.verbs.train:qat",
         continues=True,
     ),
     "quantize": Verb(
@@ -71,7 +71,7 @@ VERBS = {
     "drafter": Verb(
         "train a DFlash drafter for a model",
         "speedstack.train.config.recipes:DrafterConfig",
-        "speedstack.verbs.jobs:drafter",
+        "speedstack.verbs.train:drafter",
         continues=True,
     ),
     "convert": Verb(
@@ -92,8 +92,8 @@ VERBS = {
     ),
     "compare": Verb(
         "results of a suite side by side, with significance and recovery",
-        "speedstack.verbs.jobs:load_compare_config",
-        "speedstack.verbs.jobs:compare",
+        "speedstack.verbs.compare:load_compare_config",
+        "speedstack.verbs.compare:compare",
     ),
     "bench": Verb(
         "time the decode loop, with peers side by side",
@@ -118,8 +118,8 @@ VERBS = {
     ),
     "report": Verb(
         "HTML and JSON from finished runs and result files of any kind",
-        "speedstack.verbs.jobs:load_report_config",
-        "speedstack.verbs.jobs:report",
+        "speedstack.verbs.report:load_report_config",
+        "speedstack.verbs.report:report",
     ),
 }
 

@@ -14,8 +14,8 @@ from speedstack.eval.results.kinds import QualityResult
 from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
 from speedstack.train.data.corpus import prepare_corpus
+from speedstack.verbs.compare import load_compare_config
 from speedstack.verbs.evaluate import load_eval_config, make_task_data
-from speedstack.verbs.jobs import load_compare_config
 
 
 def error_of(capsys: pytest.CaptureFixture, *arguments: str) -> str:
