@@ -24,7 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from speedstack.eval.data.chat_template import check_template_kwargs
 from speedstack.eval.lm_eval.generation_kwargs import MAX_GEN_TOKS_KEYS, GenerationSettings, read_generation_kwargs
-from speedstack.eval.lm_eval.processes import Team
+from speedstack.eval.lm_eval.processes import Processes
 from speedstack.eval.lm_eval.request_cache import RequestCache, request_key
 from speedstack.eval.lm_eval.task_loading import task_hash
 from speedstack.eval.lm_eval.thinking import check_thinking, find_think_end
@@ -88,7 +88,7 @@ class EngineLM(TemplateLM):
         seed: int = 0,
         progress: bool = True,
         cache: RequestCache | None = None,
-        team: Team | None = None,
+        processes: Processes | None = None,
         tasks: Sequence[Any] = (),
         salts: Mapping[str, str] | None = None,
         drafting: str = "",
@@ -105,7 +105,7 @@ class EngineLM(TemplateLM):
         self.tokenizer = engine.tokenizer
         self.seed = seed
         self.cache = RequestCache() if cache is None else cache
-        self.team = Team() if team is None else team
+        self.processes = Processes() if processes is None else processes
         self.worker = Worker(engine, self.cache, progress)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         check_template_kwargs(self.tokenizer, self.chat_template_kwargs)
@@ -286,7 +286,7 @@ class EngineLM(TemplateLM):
         return ScoreRequest(key, tuple((tuple(context), tuple(more)) for context, more in pairs))
 
     def _answer(self, requests: Sequence[Request], tasks: Sequence[str]) -> list[Any]:
-        """Answers in order: from the cache, and for what it lacks, once a key, from the team."""
+        """Answers in order: from the cache, and for what it lacks, once a key, from the processes."""
         missing: dict[str, Request] = {}
         for request, task in zip(requests, tasks, strict=True):
             self._count(task, num_requests=1, num_cached=int(request.key in self.cache))
@@ -296,14 +296,14 @@ class EngineLM(TemplateLM):
         writes = [request for request in missing.values() if isinstance(request, WriteRequest)]
         answers = {request.key: self.cache[request.key] for request in requests if request.key in self.cache}
         if scores:
-            answers |= self._share(scores, split_for_scoring(scores, self.team.size))
+            answers |= self._share(scores, split_for_scoring(scores, self.processes.size))
         if writes:
-            answers |= self._share(writes, split_for_writing(writes, self.team.size))
+            answers |= self._share(writes, split_for_writing(writes, self.processes.size))
         return [answers[request.key] for request in requests]
 
     def _share(self, requests: Sequence[Request], split: Sequence[Sequence[int]]) -> dict[str, Any]:
         parts = [[requests[index] for index in part] for part in split]
-        shares = self.team.share(self.worker, parts)
+        shares = self.processes.share(self.worker, parts)
         return {
             request.key: answer
             for part, share in zip(parts, shares, strict=True)

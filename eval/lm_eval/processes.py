@@ -19,7 +19,7 @@ Do = Callable[[Sequence[Any]], list[Any]]
 _TIMEOUT = timedelta(hours=24)
 
 
-class Team:
+class Processes:
     """This process's place among `size`; `rank` 0 is the main one."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -73,14 +73,14 @@ class Team:
 
 
 @contextmanager
-def join_team() -> Iterator[Team]:
+def join_processes() -> Iterator[Processes]:
     """The processes of this job for the duration of the block; one unless torchrun started it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Team()
+        yield Processes()
         return
     dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
-        yield Team(dist.get_rank(), size)
+        yield Processes(dist.get_rank(), size)
     finally:
         dist.destroy_process_group()

@@ -24,7 +24,7 @@ from speedstack.eval.lm_eval.generation_kwargs import defaults_not_computed
 from speedstack.eval.lm_eval.headline import find_metric
 from speedstack.eval.lm_eval.own_tasks import read_own_tasks
 from speedstack.eval.lm_eval.pass_at_k import KS
-from speedstack.eval.lm_eval.processes import Team
+from speedstack.eval.lm_eval.processes import Processes
 from speedstack.eval.lm_eval.request_cache import RequestCache, drafting_key, model_key
 from speedstack.eval.lm_eval.sandbox import ISOLATION
 from speedstack.eval.lm_eval.task_loading import CODE_TASK_NAMES, TaskLoader, item_name, leaf_tasks
@@ -136,15 +136,15 @@ def run_suite(
     name: str,
     suite: Suite,
     settings: SuiteSettings | None = None,
-    team: Team | None = None,
+    processes: Processes | None = None,
 ) -> SuiteResult:
-    """Evaluate `engine`, which was loaded from `target` and `drafter`; on the main process of `team`.
+    """Evaluate `engine`, which was loaded from `target` and `drafter`; on the main one of `processes`.
 
     Raises ValueError for a task nobody knows, a metric that a task cannot report, data that is neither local nor to be
     had, generation settings that the engine does not have, and as the engine does. What was answered by then is in the
     cache.
     """
-    settings, team = settings or SuiteSettings(), team or Team()
+    settings, processes = settings or SuiteSettings(), processes or Processes()
     started = time.perf_counter()
     own = None if settings.include_path is None else read_own_tasks(settings.include_path)
     loader = TaskLoader(
@@ -176,8 +176,8 @@ def run_suite(
         engine,
         settings.seed,
         settings.progress,
-        RequestCache(settings.cache, team.rank),
-        team,
+        RequestCache(settings.cache, processes.rank),
+        processes,
         tasks,
         {name: own.sha256 for name in is_own} if own is not None else {},
         drafting_key(engine, drafter),
@@ -213,7 +213,7 @@ def run_suite(
         device=engine.device.type,
         max_length=engine.max_length,
         batch_size=engine.max_batch_size,
-        num_processes=team.size,
+        num_processes=processes.size,
         limit=settings.limit,
         include_path=None if own is None else str(own.directory),
         include_path_sha256=None if own is None else own.sha256,

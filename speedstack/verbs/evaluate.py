@@ -36,7 +36,7 @@ def evaluate(config: EvalConfig) -> None:
 
 
 def _evaluate_suite(config: EvalConfig, name: str) -> None:
-    from speedstack.eval.lm_eval.processes import join_team
+    from speedstack.eval.lm_eval.processes import join_processes
     from speedstack.eval.lm_eval.request_cache import RequestCache
     from speedstack.eval.lm_eval.suite import SuiteSettings, cache_directory, load_suite, run_suite
     from speedstack.eval.lm_eval.task_loading import TEACHER_TASK_NAMES
@@ -44,11 +44,11 @@ def _evaluate_suite(config: EvalConfig, name: str) -> None:
 
     name, suite = load_suite(name)
     _check_models(config)
-    with join_team() as team:
+    with join_processes() as processes:
         engine = _eval_engine(config, config.target, config.drafter)
         cache = cache_directory(config.out / "answers", engine, config.target)
-        if not team.is_main:
-            team.serve(Worker(engine, RequestCache(cache, team.rank), progress=False))
+        if not processes.is_main:
+            processes.serve(Worker(engine, RequestCache(cache, processes.rank), progress=False))
             return
         try:
             if config.teacher is None and (left_out := [t.task for t in suite.tasks if t.task in TEACHER_TASK_NAMES]):
@@ -68,9 +68,9 @@ def _evaluate_suite(config: EvalConfig, name: str) -> None:
                 max_gen_toks=config.max_gen_toks,
                 allow_code=config.allow_code,
             )
-            result = run_suite(engine, config.target, config.drafter, name, suite, settings, team)
+            result = run_suite(engine, config.target, config.drafter, name, suite, settings, processes)
         finally:
-            team.dismiss()
+            processes.dismiss()
     path = result.save(config.out / f"{name}.json")
     for entry in result.block.headline:
         for task, metric, value in result.scores(entry.task, entry.metric):

@@ -1,6 +1,6 @@
 """The CPU backend: the step as a program of fused C++ operations, run by one call a step.
 
-The program is data, an array of operation records with pointers, built once from the model spec; a team of threads
+The program is data, an array of operation records with pointers, built once from the model spec; a pool of threads
 claims the work of one operation after another (see kernels/decode_cpu.cpp, which also says why a row's bits depend on
 nothing but the row). The
 reference backend is its oracle. PyTorch calls cost microseconds each, hundreds of them a step: for a model whose

@@ -239,22 +239,22 @@ import sys
 from pathlib import Path
 from speedstack.eval.lm_eval.request_cache import RequestCache
 from speedstack.eval.lm_eval.suite import SuiteSettings, load_suite, run_suite
-from speedstack.eval.lm_eval.processes import join_team
+from speedstack.eval.lm_eval.processes import join_processes
 from speedstack.eval.lm_eval.worker import Worker
 from speedstack.runtime import Engine
 
 model, suite, task_data, cache, out = map(Path, sys.argv[1:])
-with join_team() as team:
+with join_processes() as processes:
     engine = Engine.from_pretrained(model, backend="reference", device="cpu", max_batch_size=4)
-    if team.is_main:
+    if processes.is_main:
         try:
             name, suite = load_suite(str(suite))
             settings = SuiteSettings(task_data=task_data, cache=cache, progress=False)
-            run_suite(engine, model, None, name, suite, settings, team).save(out)
+            run_suite(engine, model, None, name, suite, settings, processes).save(out)
         finally:
-            team.dismiss()
+            processes.dismiss()
     else:
-        team.serve(Worker(engine, RequestCache(cache, team.rank), progress=False))
+        processes.serve(Worker(engine, RequestCache(cache, processes.rank), progress=False))
 """
 
 

@@ -10,7 +10,7 @@ from speedstack.quant.kernels.build import load_library
 
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
 HEADERS = (
-    *("simd.h", "weights.h", "matmul.h", "program.h", "team.h"),
+    *("simd.h", "weights.h", "matmul.h", "program.h", "thread_pool.h"),
     *("attention.h", "dense.h", "experts.h", "head.h", "pack.h"),
 )
 # No -march=native: what is built is what was asked for, and a set that the machine has beside its best can be tested.

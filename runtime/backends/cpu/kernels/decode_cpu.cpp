@@ -1,4 +1,4 @@
-// Decode kernels for CPUs: a program of fused operations, whose items are claimed by a team of threads (see team.h).
+// Decode kernels for CPUs: a program of fused operations, whose items are claimed by a pool of threads (see pool.h).
 //
 // Row invariance is built in. Every output element is one accumulation over the contraction axis in ascending order, in
 // one lane of a vector (see matmul.h). Attention walks keys in ascending blocks of 16 absolute positions. Nothing is
@@ -21,7 +21,7 @@
 #include "experts.h"
 #include "head.h"
 #include "pack.h"
-#include "team.h"
+#include "thread_pool.h"
 
 namespace {
 
@@ -48,7 +48,7 @@ const Operation OPERATIONS[] = {
 constexpr int NUM_KINDS = sizeof OPERATIONS / sizeof *OPERATIONS;
 
 struct Process {
-    Team team;
+    ThreadPool pool;
     std::vector<Worker> workers;
 };
 
@@ -84,7 +84,7 @@ int speedstack_panel_bytes(int format, int K) { return int(Panels{format, int(K)
 int speedstack_pack(const Matrices* matrices, int size, int num_threads) {
     const Matrices& m = *matrices;
     if (size != int(sizeof m) || m.format == OTHER_MXFP4) return 1;
-    process().team.run(
+    process().pool.run(
         1, num_threads, [] {}, [&](int) { return int(m.num_matrices * panels_a_matrix(m)); },
         [&](int, int panel, int) { pack_panel(m, panel); });
     return 0;
@@ -93,13 +93,13 @@ int speedstack_pack(const Matrices* matrices, int size, int num_threads) {
 // 0, or one more than the number of the operation whose kind is unknown; -1: more operations than a program may have;
 // -2: weights that were packed for another instruction set.
 int speedstack_run(const Op* ops, int num_ops, const Rows* rows, int num_threads) {
-    if (num_ops > Team::MAX_OPERATIONS) return -1;
+    if (num_ops > ThreadPool::MAX_OPERATIONS) return -1;
     for (int n = 0; n < num_ops; n++) {
         if (ops[n].kind < 0 || ops[n].kind >= NUM_KINDS) return n + 1;
         if (format_of(ops[n]) == OTHER_MXFP4) return -2;
     }
     Process& here = process();
-    here.team.run(
+    here.pool.run(
         num_ops, num_threads,
         [&] {
             while (int(here.workers.size()) < num_threads) here.workers.emplace_back();

@@ -1,4 +1,4 @@
-"""Threads that claim work: see team_check.cpp, which runs them hard, also under ThreadSanitizer; and forks."""
+"""Threads that claim work: see thread_pool_check.cpp, which runs them hard, also under ThreadSanitizer; and forks."""
 
 import os
 import platform
@@ -30,7 +30,7 @@ def here() -> Machine:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_every_item_once_and_in_order(seed: int, here: Machine, tmp_path: Path) -> None:
-    check = here.build(HERE / "team_check.cpp", tmp_path / "check", "-ldl")
+    check = here.build(HERE / "thread_pool_check.cpp", tmp_path / "check", "-ldl")
     assert here.run(check, "6000", str(seed)) == "right\n"
 
 
@@ -45,7 +45,7 @@ def test_no_data_races(here: Machine, tmp_path: Path) -> None:
     if empty.returncode or subprocess.run([*fixed, str(tmp_path / "empty")], capture_output=True).returncode:
         pytest.skip("ThreadSanitizer does not work here")
     sanitized = Machine(here.name, here.compiler, (*here.flags, "-O1", "-g", "-fsanitize=thread"), tuple(fixed))
-    check = sanitized.build(HERE / "team_check.cpp", tmp_path / "check", "-ldl")
+    check = sanitized.build(HERE / "thread_pool_check.cpp", tmp_path / "check", "-ldl")
     assert sanitized.run(check, "1500", "3") == "right\n"
 
 
@@ -89,7 +89,7 @@ def test_two_callers_and_children_of_forks() -> None:
     for _ in range(3):
         child = os.fork()
         if child == 0:
-            # No thread of the parent is here, and the team may have been at work for one of them.
+            # No thread of the parent is here, and the pool may have been at work for one of them.
             os._exit(0 if all_right(products) else 1)
         deadline = threading.Timer(60, lambda pid=child: os.kill(pid, 9))
         deadline.start()

@@ -1,10 +1,10 @@
-// Runs a Team hard: steps of random size, one to eight threads from step to step, threads that are put aside, two
+// Runs a ThreadPool hard: steps of random size, one to eight threads from step to step, threads that are put aside, two
 // callers at once, step numbers that wrap, a system that gives no threads. Prints one line and returns 1 where an item
 // was not computed exactly once and after all of the operation before it, or a thread takes no part any more.
 //
-// What items touch are plain variables, so that under ThreadSanitizer every order that the team promises is checked.
+// What items touch are plain variables, so that under ThreadSanitizer every order that the pool promises is checked.
 //
-//   team_check NUM_STEPS SEED
+//   thread_pool_check NUM_STEPS SEED
 
 #include <dlfcn.h>
 #include <errno.h>
@@ -17,7 +17,7 @@
 #include <chrono>
 #include <random>
 
-#include "team.h"
+#include "thread_pool.h"
 
 namespace {
 
@@ -29,9 +29,9 @@ constexpr int MAX_THREADS = 8, MAX_OPS = 12, MAX_ITEMS = 24;
     _exit(1);
 }
 
-// What a step is checked against; plain memory that the team has to order.
+// What a step is checked against; plain memory that the pool has to order.
 struct Board {
-    Team& team;
+    ThreadPool& pool;
     uint64_t step = 0;
     uint64_t computed[MAX_OPS][MAX_ITEMS] = {};
     int num_items[MAX_OPS] = {}, num_threads = 0;
@@ -49,7 +49,7 @@ struct Board {
             items[n] = style == 0 ? random() % 2 : style == 1 ? random() % 4 : random() % (MAX_ITEMS + 1);
             pauses[n] = random() % 64 == 0 ? random() % MAX_ITEMS : MAX_ITEMS;
         }
-        team.run(
+        pool.run(
             num_ops, threads,
             [&] {
                 step++;
@@ -81,10 +81,10 @@ struct Board {
 };
 
 // Every thread can still be had: items that wait until each of them has one.
-void check_all_take_part(Team& team) {
+void check_all_take_part(ThreadPool& pool) {
     std::atomic<int> num_here{0};
     const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(60);
-    team.run(
+    pool.run(
         1, MAX_THREADS, [] {}, [](int) { return MAX_THREADS; },
         [&](int n, int item, int thread) {
             num_here++;
@@ -95,20 +95,20 @@ void check_all_take_part(Team& team) {
         });
 }
 
-void check_one_caller(Team& team, int num_steps, std::mt19937& random) {
-    auto board = std::make_unique<Board>(team);
+void check_one_caller(ThreadPool& pool, int num_steps, std::mt19937& random) {
+    auto board = std::make_unique<Board>(pool);
     for (int n = 0; n < num_steps; n++) {
         board->forget();
         board->run(random);
         board->check_done();
         if (n % 64 == 0) usleep(random() % 2 * 1000);  // long enough that the others sleep
-        if (n % 128 == 0) check_all_take_part(team);
+        if (n % 128 == 0) check_all_take_part(pool);
     }
-    check_all_take_part(team);
+    check_all_take_part(pool);
 }
 
-void check_two_callers(Team& team, int num_steps, unsigned seed) {
-    auto board = std::make_unique<Board>(team);
+void check_two_callers(ThreadPool& pool, int num_steps, unsigned seed) {
+    auto board = std::make_unique<Board>(pool);
     auto call = [&](unsigned own_seed) {
         std::mt19937 random(own_seed);
         for (int n = 0; n < num_steps; n++) board->run(random);
@@ -130,16 +130,16 @@ extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attribute
 }
 
 static void check_no_threads(int num_steps, std::mt19937& random) {
-    Team& team = *new Team;
+    ThreadPool& pool = *new ThreadPool;
     has_threads = false;
-    auto board = std::make_unique<Board>(team);
+    auto board = std::make_unique<Board>(pool);
     for (int n = 0; n < num_steps; n++) {
         board->forget();
         board->run(random);
         board->check_done();
     }
     has_threads = true;
-    check_all_take_part(team);
+    check_all_take_part(pool);
 }
 #endif
 
@@ -147,9 +147,9 @@ int main(int, char** argv) {
     const int num_steps = atoi(argv[1]), seed = atoi(argv[2]);
     std::mt19937 random(seed);
     // Never destroyed, as in the library: their threads sleep in them.
-    check_one_caller(*new Team, num_steps, random);
-    check_two_callers(*new Team, num_steps / 2, seed);
-    check_one_caller(*new Team(uint32_t(-num_steps / 8)), num_steps / 4, random);
+    check_one_caller(*new ThreadPool, num_steps, random);
+    check_two_callers(*new ThreadPool, num_steps / 2, seed);
+    check_one_caller(*new ThreadPool(uint32_t(-num_steps / 8)), num_steps / 4, random);
 #ifndef __SANITIZE_THREAD__
     check_no_threads(50, random);
 #endif

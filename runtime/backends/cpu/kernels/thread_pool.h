@@ -3,7 +3,7 @@
 // up at most the item that it was computing.
 //
 // Counters carry the step they belong to, so that a thread that wakes late finds that its step is over and takes
-// nothing. What such a thread reads on its way is the team's own memory, never the caller's.
+// nothing. What such a thread reads on its way is the pool's own memory, never the caller's.
 
 #pragma once
 
@@ -22,14 +22,14 @@ inline void pause_a_little() { _mm_pause(); }
 inline void pause_a_little() { __asm__ volatile("isb" ::: "memory"); }
 #endif
 
-class Team {
+class ThreadPool {
   public:
     static constexpr int MAX_OPERATIONS = 1 << 14;
     // How long a thread looks for news before it sleeps: about 20 and 100 microseconds.
     static constexpr int SPINS_IN_A_STEP = 500, SPINS_BETWEEN_STEPS = 2500;
 
     // The number before the first step's: 32 bits that wrap, of which nothing but the difference counts.
-    explicit Team(uint32_t step = 0) : published_(step), step_(step) {}
+    explicit ThreadPool(uint32_t step = 0) : published_(step), step_(step) {}
 
     // Calls work(operation, item, thread) for all items of operation 0, then of operation 1, and so on; this thread is
     // number 0 and does its part. `begin()` and `num_items(operation)` are called before anything runs. Where the system
