@@ -41,7 +41,7 @@ def spec_from_fields(fields: dict[str, Any]) -> ModelSpec:
         known = ", ".join(sorted([*FAMILIES, mimo_v2.MODEL_TYPE]))
         raise ValueError(f"model type {model_type!r} is none that the runtime can plan for; it can for {known}")
     if model_type == mimo_v2.MODEL_TYPE:
-        required, num_experts = mimo_v2.REQUIRED_KEYS, ("n_routed_experts",)
+        required, num_experts = mimo_v2.REQUIRED_KEYS, mimo_v2.NUM_EXPERTS_KEYS
     else:
         fields = transformers_fields(unquantized_fields(fields))
         required, num_experts = FAMILIES[model_type].required_keys, FAMILIES[model_type].num_experts_keys

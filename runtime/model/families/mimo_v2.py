@@ -9,7 +9,8 @@ from speedstack.runtime.model.families.family import COMMON_KEYS
 from speedstack.runtime.model.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec
 
 MODEL_TYPE = "mimo_v2"
-REQUIRED_KEYS = (
+NUM_EXPERTS_KEYS: tuple[str, ...] = ("n_routed_experts",)
+REQUIRED_KEYS: tuple[str, ...] = (
     *COMMON_KEYS,
     "head_dim",
     "v_head_dim",

@@ -209,7 +209,7 @@ class PlanMemory(StepMemory):
         self, phase: Phase, a: AttentionSpec, w: AttentionWeights, rows: list[int], group: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, key and value of some rows as attention takes them: normalized, rotated, scaled."""
-        heads, eps = a.num_heads // a.num_kv_heads, self._eps(phase)
+        heads, eps = a.num_heads // a.num_kv_heads, self.eps(phase)
         sizes = [heads * a.qk_head_dim, a.qk_head_dim, a.v_head_dim]
         raw = self.shared[phase.reads[1].region.buffer][rows, group, : sum(sizes)]
         q, k, v = raw.split(sizes, dim=-1)
