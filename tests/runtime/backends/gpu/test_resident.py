@@ -249,8 +249,6 @@ def test_refused_by_name_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if HAS_TRITON:
         with pytest.raises(ValueError, match=r"'resident' runs on a GPU; on a CPU .* TRITON_INTERPRET=1"):
             make_backend("resident", weights, None, 1, 32)
-    with pytest.raises(ValueError, match="'resident' verifies no draft trees"):
-        make_backend("resident", weights, None, 1, 32, has_trees=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="'resident' needs Triton, which is not installed"):
         make_backend("resident", weights, None, 1, 32)
