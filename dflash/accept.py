@@ -33,14 +33,14 @@ def leading_run(correct_AJ: Tensor) -> Tensor:
     return correct_AJ.long().cumprod(-1).sum(-1)
 
 
-def walk_rounds(runs: Sequence[int], start: int = 0) -> list[int]:
+def walk_rounds(runs: Sequence[int]) -> list[int]:
     """Tokens committed by each decode round over text the target wrote itself, without decoding again.
 
     `runs[i]` is the leading run of correct proposals when token i of the text is the anchor; the text has one token
     more than `runs`, and its last one anchors nothing. Greedy text does not depend on the drafter, so the rounds are
     the ones the engine makes: from anchor i to anchor i + runs[i] + 1, and in the end no further than there is text.
     """
-    rounds, anchor = [], start
+    rounds, anchor = list[int](), 0
     while anchor < len(runs):
         rounds.append(min(runs[anchor] + 1, len(runs) - anchor))
         anchor += rounds[-1]

@@ -49,7 +49,6 @@ class ServingRow(Record):
 
     `acceptance` is of all prompts, `sets` of each set; without proposals its length is 1.
     `decode_tokens_per_second` leaves the prompt out; it is of `num_timed_prompts` prompts, None when nothing was timed.
-    `speedup_over_chain`: only in results of before 2026-12, of drafts that branched, over the drafter's whole chain.
     """
 
     name: str
@@ -61,7 +60,6 @@ class ServingRow(Record):
     sets: tuple[AcceptanceSet, ...]
     num_timed_prompts: int
     decode_tokens_per_second: Spread | None
-    speedup_over_chain: Spread | None = None
 
 
 class ServingBench(Document):

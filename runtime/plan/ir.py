@@ -16,7 +16,7 @@ static size bounds it; nothing else about it is known before the launch, and not
 Counters only ever grow: they are zero when the kernel starts and are never reset, so that no reset can race. A wait's
 threshold is `per_step * step + offset`. Kernels compare as signed 32-bit differences, which survives overflow.
 
-Everything else is derived: the proof (`proof`), the cost (`cost`), the interpreter (`interpret`), the kernels.
+Everything else is derived: the proof (`proof`), the cost (`cost`), what tests execute, the kernels.
 """
 
 import math

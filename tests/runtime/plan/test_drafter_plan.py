@@ -23,7 +23,6 @@ from speedstack.runtime.plan.ir import Plan
 from speedstack.runtime.plan.record_layout import FIRST_PROPOSED, LENGTH, NUM_ROWS, TOKEN
 from speedstack.runtime.plan.step import build_plan
 from speedstack.runtime.plan.verify.proof import prove
-from speedstack.runtime.plan.verify.scheduler import interpret
 from tests.runtime.backends.gpu.drafter_cases import (
     MAX_LENGTH,
     OPTIONS,
@@ -34,6 +33,7 @@ from tests.runtime.backends.gpu.drafter_cases import (
     read,
     target,
 )
+from tests.runtime.plan.interpret import interpret
 from tests.runtime.plan.test_scheduler import Guarded
 
 SPLIT, R = 16, 16

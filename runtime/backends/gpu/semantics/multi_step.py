@@ -17,7 +17,7 @@ The records of rows, sampling and sequences are those of the kernels, field by f
 `chains` and `notes`, which kernels keep for the choice of a token, are not here: `sample` sorts.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 
@@ -43,7 +43,6 @@ from speedstack.runtime.plan.record_layout import (
     TOP_K,
     TOP_P,
 )
-from speedstack.runtime.plan.verify.scheduler import Body
 from speedstack.runtime.rounds.histogram import NUM_BINS, bins_of
 from speedstack.runtime.rounds.row_allocation import deal
 from speedstack.runtime.rounds.sampling import (
@@ -56,6 +55,8 @@ from speedstack.runtime.rounds.sampling import (
 )
 
 Steps = Generator[None, None, None]
+# Computes an item of a phase in a step. A generator lets others go on where it yields: between reads and writes, say.
+Body = Callable[[Phase, tuple[int, ...], int], Steps | None]
 
 
 class RoundBodies:

@@ -24,8 +24,8 @@ from speedstack.runtime.plan.ir import Plan
 from speedstack.runtime.plan.record_layout import FIRST_ROW, NUM_ROWS, OUTCOME
 from speedstack.runtime.plan.step import build_plan
 from speedstack.runtime.plan.verify.proof import prove
-from speedstack.runtime.plan.verify.scheduler import interpret
 from speedstack.runtime.rounds.draft_length import IN_PYTORCH
+from tests.runtime.plan.interpret import interpret
 
 
 class InterpretedBackend:

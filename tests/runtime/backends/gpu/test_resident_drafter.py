@@ -17,7 +17,6 @@ from speedstack.runtime.backends.gpu.multi_step import rounds_inbox
 from speedstack.runtime.backends.gpu.resident import ResidentBackend
 from speedstack.runtime.backends.gpu.semantics.layers import PlanMemory
 from speedstack.runtime.plan.record_layout import NUM_ROWS, OUTCOME, RECORD, TOKEN
-from speedstack.runtime.plan.verify.scheduler import interpret
 from speedstack.runtime.rounds.speculation import DraftStrategy
 from tests.runtime.backends.gpu.drafter_cases import (
     MAX_LENGTH,
@@ -30,6 +29,7 @@ from tests.runtime.backends.gpu.drafter_cases import (
     target,
 )
 from tests.runtime.backends.gpu.test_rounds import check_same
+from tests.runtime.plan.interpret import interpret
 
 if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
     pytest.skip("runs in the process that interprets", allow_module_level=True)

@@ -24,10 +24,10 @@ from speedstack.runtime.model.weights import ModelWeights
 from speedstack.runtime.plan.ir import Plan
 from speedstack.runtime.plan.record_layout import OUTCOME
 from speedstack.runtime.plan.verify.proof import prove
-from speedstack.runtime.plan.verify.scheduler import interpret
 from speedstack.runtime.rounds.sampling import SamplingParams
 from speedstack.runtime.rounds.speculation import DraftStrategy
 from tests.runtime.backends.gpu.plan_cases import SMALL_CASES
+from tests.runtime.plan.interpret import interpret
 
 if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
     pytest.skip("runs in the process that interprets", allow_module_level=True)
