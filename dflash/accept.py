@@ -4,9 +4,6 @@ A drafted token stands when it equals the token the target itself samples at tha
 stood. The target's token at the first disagreement, or after the last draft, is committed as well: a round always
 commits at least one token, and its output is the target's own text whatever was drafted.
 
-Drafts may branch (see `tree.py`): siblings are guesses at one position, and the target's token there is at most one of
-them, so that the accepted nodes are a path from the anchor.
-
 Acceptance length (tau) counts committed tokens a round, that last one included, so it lies in 1 .. block size.
 """
 
@@ -16,24 +13,19 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from speedstack.dflash.tree import Draft
 
+def accept(drafts: Sequence[int], sample: Callable[[int], int]) -> list[int]:
+    """The tokens that a round commits: the drafts that stand, and the target's own token after them.
 
-def accept(draft: Draft, sample: Callable[[int], int]) -> tuple[list[int], list[int]]:
-    """Follows the target through a draft: the nodes that stand, in order, and the tokens to commit, one more.
-
-    `sample(node)` is the target's token after a node, -1 for the anchor; it is asked for nothing behind the first
+    `sample(count)` is the target's token after the first `count` drafts; it is asked for nothing behind the first
     disagreement.
     """
-    child = {
-        (parent, token): node for node, (parent, token) in enumerate(zip(draft.parents, draft.tokens, strict=True))
-    }
-    accepted: list[int] = []
-    committed = [sample(-1)]
-    while (node := child.get((accepted[-1] if accepted else -1, committed[-1]))) is not None:
-        accepted.append(node)
-        committed.append(sample(node))
-    return accepted, committed
+    committed = [sample(0)]
+    for count, token in enumerate(drafts, start=1):
+        if token != committed[-1]:
+            break
+        committed.append(sample(count))
+    return committed
 
 
 def leading_run(correct_AJ: Tensor) -> Tensor:
@@ -41,14 +33,14 @@ def leading_run(correct_AJ: Tensor) -> Tensor:
     return correct_AJ.long().cumprod(-1).sum(-1)
 
 
-def walk_rounds(runs: Sequence[int], start: int = 0) -> list[int]:
+def walk_rounds(runs: Sequence[int]) -> list[int]:
     """Tokens committed by each decode round over text the target wrote itself, without decoding again.
 
     `runs[i]` is the leading run of correct proposals when token i of the text is the anchor; the text has one token
     more than `runs`, and its last one anchors nothing. Greedy text does not depend on the drafter, so the rounds are
     the ones the engine makes: from anchor i to anchor i + runs[i] + 1, and in the end no further than there is text.
     """
-    rounds, anchor = [], start
+    rounds, anchor = list[int](), 0
     while anchor < len(runs):
         rounds.append(min(runs[anchor] + 1, len(runs) - anchor))
         anchor += rounds[-1]

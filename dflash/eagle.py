@@ -6,8 +6,8 @@ has not computed yet, and so on, one token a pass. Training unrolls those passes
 test"), because a head that never saw its own states in training drafts badly from them.
 
 Here it is trained as a block drafter is: at anchors, on the same labels, with the same loss. At an anchor a it knows
-features below a and the token at a, exactly what a block drafter knows. Left out: draft trees, a vocabulary of its own,
-and a decode backend; acceptance is simulated, which is exact for greedy text.
+features below a and the token at a, exactly what a block drafter knows. Left out: proposals that branch, a vocabulary
+of its own, and a decode backend; acceptance is simulated, which is exact for greedy text.
 
 Source: EAGLE-3 (arXiv 2503.01840), section 3, and its `Model.midlayer`: embedding and state are normed apart and
 concatenated before the projections, the residual stream carries the state.

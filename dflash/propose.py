@@ -1,7 +1,7 @@
-"""From a drafted block's hidden states to what it says about every position: the serving side of the drafter's logits.
+"""From a drafted block's hidden states to proposals: the serving side of the drafter's logits.
 
 A drafter without a Markov head gives each position's distribution at once; with one, a position's depends on the token
-before it, so that tokens are drafted left to right. `tree.py` turns either into a chain or a tree.
+before it, so that tokens are drafted left to right. Either way the proposals are a chain of most probable tokens.
 
 `adjust` is where sampling comes in: proposals for a target that samples are drawn from the drafter's distribution as
 the target will sample from its own, with the same noise.
@@ -11,7 +11,8 @@ Legend: K proposal slots, D hidden, U draft vocabulary, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,32 +23,40 @@ from speedstack.dflash.model import DFlashDraftModel
 Adjust = Callable[[Tensor, int], Tensor]
 
 
-class BlockScores:
-    """One drafted block's distributions, computed when they are asked for, once each."""
+@dataclass(frozen=True)
+class Draft:
+    """Proposals after an anchor, each of which follows the one before it.
 
-    def __init__(self, model: DFlashDraftModel, hidden_KD: Tensor, head: Tensor, adjust: Adjust | None = None) -> None:
-        """`head`: the target's LM head, or `model.draft_head` of it; `adjust`: what softmax is taken of."""
-        self._model, self._adjust = model, adjust
-        self._logits_KU = model.base_logits(hidden_KD, head)
-        self._known: dict[tuple[int, int], Tensor | None] = {}
+    `probabilities[i]` is the drafter's own belief in token i, given that all before it are right; empty where a
+    proposer has none.
+    """
 
-    def log_probabilities(self, depth: int, previous: int) -> Tensor | None:
-        """See `Scores`."""
-        # Without a Markov head the token before changes nothing.
-        key = depth, previous if self._model.markov_head is not None else -1
-        if key not in self._known:
-            self._known[key] = self._compute(depth, previous)
-        return self._known[key]
+    tokens: list[int]
+    probabilities: list[float] = field(default_factory=list)
 
-    def tokens(self, draft_ids: Sequence[int]) -> list[int]:
-        """See `Scores`."""
-        if self._model.d2t is None:
-            return list(draft_ids)
-        return self._model.target_ids(torch.tensor(draft_ids, device=self._model.d2t.device)).tolist()
+    def leading(self, count: int) -> Draft:
+        """The first `count` proposals."""
+        return Draft(self.tokens[:count], self.probabilities[:count])
 
-    def _compute(self, depth: int, previous: int) -> Tensor | None:
-        previous_id = torch.tensor(previous, device=self._logits_KU.device)
-        logits_U = self._model.corrected(self._logits_KU[depth], previous_id)
+
+@torch.no_grad()
+def propose(
+    model: DFlashDraftModel, hidden_KD: Tensor, head: Tensor, anchor: int, adjust: Adjust | None = None
+) -> Draft:
+    """The most probable token of each slot, drafted left to right; fewer where logits are not numbers.
+
+    `head`: the target's LM head [V, D], or `model.draft_head` of it; `anchor`: the token before the first proposal;
+    `adjust`: what softmax is taken of.
+    """
+    tokens: list[int] = []
+    probabilities: list[float] = []
+    for slot, base_logits_U in enumerate(model.base_logits(hidden_KD, head)):
+        previous = torch.tensor(tokens[-1] if tokens else anchor, device=base_logits_U.device)
+        logits_U = model.corrected(base_logits_U, previous)
         if bool(torch.isnan(logits_U).any()):
-            return None
-        return torch.log_softmax(logits_U if self._adjust is None else self._adjust(logits_U, depth), dim=-1)
+            break
+        log_probabilities_U = torch.log_softmax(logits_U if adjust is None else adjust(logits_U, slot), dim=-1)
+        best = log_probabilities_U.argmax()
+        tokens.append(int(model.target_ids(best)))
+        probabilities.append(float(log_probabilities_U[best].exp()))
+    return Draft(tokens, probabilities)

@@ -115,11 +115,6 @@ def enable_fake_quant(
     _set_implementation(model, name, WeightForm(scale_rule, dampening))
 
 
-def disable_fake_quant(model: PreTrainedModel) -> None:
-    """Undo `enable_fake_quant`: the forward computes with the weights themselves again, as after `enable_autocast`."""
-    enable_autocast(model)
-
-
 def enable_autocast(model: PreTrainedModel) -> None:
     """Compute routed experts in autocast's dtype where autocast is on; elsewhere bit for bit as with `grouped_mm`.
 

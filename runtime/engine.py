@@ -21,7 +21,7 @@ from speedstack.quant.checkpoint import weights_sha256
 from speedstack.runtime.backends.base import Backend, Rows
 from speedstack.runtime.backends.cpu.backend import HeldAs
 from speedstack.runtime.backends.gpu.multi_step import rounds_for
-from speedstack.runtime.backends.select import make_backend, refuse_trees
+from speedstack.runtime.backends.select import make_backend
 from speedstack.runtime.decoding.detokenizer import TextStream
 from speedstack.runtime.decoding.loop import Decoder
 from speedstack.runtime.decoding.prompts import (
@@ -85,9 +85,8 @@ class Engine:
         self._has_default_strategy = strategy is None
         model = drafter if isinstance(drafter, DFlashDraftModel) else None
         (strategy or DraftStrategy()).num_per_round(drafter)
-        has_trees = strategy is not None and strategy.tree_budget is not None
         held = HeldAs(dense_dtype, kv_dtype)
-        self.backend: Backend = make_backend(backend, weights, model, max_batch_size, self.max_length, has_trees, held)
+        self.backend: Backend = make_backend(backend, weights, model, max_batch_size, self.max_length, held)
         self._plan(drafter, strategy or self._default_strategy(drafter))
 
     @classmethod
@@ -102,7 +101,6 @@ class Engine:
         max_batch_size: int = 8,
         num_drafts: int | Literal["adaptive", "all"] | None = None,
         draft_noise: Literal["none", "shared"] = "none",
-        tree_budget: int | None = None,
         dense_dtype: Literal["int8"] | None = None,
         kv_dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> "Engine":
@@ -126,7 +124,6 @@ class Engine:
                 measures what they cost, and else `all`.
             draft_noise: `shared` proposes what the drafter would sample with the target's own noise; see
                 `DraftStrategy`. Greedy decoding has no noise: there it changes nothing.
-            tree_budget: verify a tree of so many proposals a round instead of a chain; `reference` backend only.
             dense_dtype: `int8` holds attention, dense MLPs and LM head in eight bits, in blocks of 32, for machines
                 whose memory binds; it changes logits a little. None: as stored. `cpu` backend only.
             kv_dtype: of key/value buffers; `bfloat16` halves them and changes logits a little. `cpu` backend only.
@@ -134,7 +131,7 @@ class Engine:
         Raises:
             ValueError: with one line that says what is wrong and what would be right.
         """
-        strategy = DraftStrategy(None if num_drafts == "all" else num_drafts, draft_noise, tree_budget)
+        strategy = DraftStrategy(None if num_drafts == "all" else num_drafts, draft_noise)
         loaded = load_target(target, device, dtype)
         is_default = num_drafts is None and strategy == DraftStrategy()
         chosen = None if is_default else strategy
@@ -195,16 +192,13 @@ class Engine:
 
     def _plan(self, drafter: DFlashDraftModel | Literal["ngram"] | None, strategy: DraftStrategy) -> None:
         num_drafts = strategy.num_per_round(drafter)
-        has_trees = strategy.tree_budget is not None
-        if has_trees and self.backend.no_trees_because is not None:
-            raise ValueError(refuse_trees(self.backend))
         rounds = rounds_for(self.backend, drafter, strategy)  # which may fail, and then nothing has changed
         self._drafter, self.strategy, self.num_drafts = drafter, strategy, num_drafts
         self._histories: dict[SamplingParams, DraftHistory] = {}
         proposer: Proposer = DrafterProposer(self.backend, strategy)
         if drafter is None or drafter == NGRAM:
             proposer = NoProposer() if drafter is None else NgramProposer()
-        self._decoder = Decoder(self.backend, proposer, has_trees, self.spec.vocab_size, self.device, rounds)
+        self._decoder = Decoder(self.backend, proposer, self.spec.vocab_size, self.device, rounds)
 
     @property
     def backend_name(self) -> str:

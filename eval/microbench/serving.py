@@ -4,12 +4,8 @@
 
 Prompts are the held-out part of a prepared corpus, or those of a file, as `bench` reads it. Every row
 decodes the same prompts, one sequence at a time, past end-of-text tokens; its text is compared with that of the row
-without a drafter at the same temperature on the same backend, and a difference ends the run. Counts are of all prompts;
-repeats of the first few are timed with the rows interleaved, in a seeded order, and medians are reported.
-
-Trees need the `reference` backend, which is built to be checked and not to be fast: its rows stand apart, with a
-chain and no drafter beside them, and decode fewer of the prompts. A tree's speed is given over that chain's: what a row
-costs beside a step, and with it whether a tree pays, is another matter in compiled kernels.
+without a drafter at the same temperature, and a difference ends the run. Counts are of all prompts; repeats of the
+first few are timed with the rows interleaved, in a seeded order, and medians are reported.
 """
 
 import argparse
@@ -36,18 +32,16 @@ from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.rounds.speculation import NGRAM, DraftStrategy
 
 Proposer = Literal["none", "drafter", "ngram"]
-REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
 class Way:
-    """One row: who proposes, how, on which backend, at which temperature."""
+    """One row: who proposes, how, at which temperature."""
 
     name: str
     proposer: Proposer
     strategy: DraftStrategy = DraftStrategy()  # noqa: RUF009 - frozen
     temperature: float = 0.0
-    backend: str = "auto"
 
 
 class ServingRow(Record):
@@ -55,8 +49,6 @@ class ServingRow(Record):
 
     `acceptance` is of all prompts, `sets` of each set; without proposals its length is 1.
     `decode_tokens_per_second` leaves the prompt out; it is of `num_timed_prompts` prompts, None when nothing was timed.
-    `speedup_over_chain`: of a tree, over the drafter's whole chain on the same backend and the same prompts, repeat by
-    repeat. It says nothing of a chain on another backend.
     """
 
     name: str
@@ -68,7 +60,6 @@ class ServingRow(Record):
     sets: tuple[AcceptanceSet, ...]
     num_timed_prompts: int
     decode_tokens_per_second: Spread | None
-    speedup_over_chain: Spread | None = None
 
 
 class ServingBench(Document):
@@ -86,8 +77,8 @@ class ServingBench(Document):
     environment: Environment
 
 
-def ways_of(num_proposals: int, tree_budgets: Sequence[int] = (8, 16, 32)) -> list[Way]:
-    """The rows: greedy and at temperature 1, chains of all lengths, adaptive, look-up, trees."""
+def ways_of(num_proposals: int) -> list[Way]:
+    """The rows: greedy and at temperature 1, chains of all lengths, adaptive, look-up."""
     ways = [Way("no drafter", "none")]
     ways += [Way(f"chain of {count}", "drafter", DraftStrategy(count)) for count in range(1, num_proposals + 1)]
     ways += [Way("adaptive", "drafter", DraftStrategy("adaptive"))]
@@ -103,53 +94,30 @@ def ways_of(num_proposals: int, tree_budgets: Sequence[int] = (8, 16, 32)) -> li
         Way("adaptive, shared noise", "drafter", DraftStrategy("adaptive", noise="shared")),
         Way("look-up, adaptive", "ngram", DraftStrategy("adaptive")),
     ]
-    ways += [replace(way, temperature=1.0) for way in sampled]
-    if not tree_budgets:
-        return ways
-    trees = [Way("no drafter", "none"), Way("chain", "drafter")]
-    trees += [Way(f"tree of {budget}", "drafter", DraftStrategy(tree_budget=budget)) for budget in tree_budgets]
-    middle = sorted(tree_budgets)[len(tree_budgets) // 2]
-    sampled = [
-        Way("no drafter", "none"),
-        Way("chain, argmax", "drafter"),
-        Way("chain, shared noise", "drafter", DraftStrategy(noise="shared")),
-        Way(f"tree of {middle}", "drafter", DraftStrategy(tree_budget=middle)),
-        Way(f"tree of {middle}, shared noise", "drafter", DraftStrategy(noise="shared", tree_budget=middle)),
-    ]
-    trees += [replace(way, temperature=1.0) for way in sampled]
-    return ways + [replace(way, backend=REFERENCE) for way in trees]
+    return ways + [replace(way, temperature=1.0) for way in sampled]
 
 
 class Server:
-    """One engine a backend; `run` gives it the proposer and the strategy of a row."""
+    """One engine; `run` gives it the proposer and the strategy of a row."""
 
     def __init__(self, target: Path, drafter: DFlashDraftModel, max_length: int | None, device: str = "auto") -> None:
-        self._target, self._drafter, self._max_length, self._device = target, drafter, max_length, device
-        self._engines: dict[str, tuple[Engine, Proposer]] = {}
+        self._engine = Engine.from_pretrained(target, device=device, max_length=max_length, max_batch_size=1)
+        self._drafter = drafter
+        self._proposer: Proposer = "none"
 
-    def engine(self, way: Way) -> Engine:
-        """The engine, ready to decode as `way` says."""
-        engine, proposer = self._engines.get(way.backend, (None, "none"))
-        if engine is None:
-            engine = Engine.from_pretrained(
-                self._target,
-                backend=way.backend,  # type: ignore[arg-type]
-                device=self._device,
-                max_length=self._max_length,
-                max_batch_size=1,
-            )
-        if proposer != way.proposer:
-            engine.set_drafter(None)
-            if way.proposer != "none":
-                engine.set_drafter(self._drafter if way.proposer == "drafter" else NGRAM)
-        self._engines[way.backend] = engine, way.proposer
-        engine.set_strategy(way.strategy)
-        return engine
+    @property
+    def backend_name(self) -> str:
+        return self._engine.backend_name
 
     def run(self, way: Way, prompt: list[int], num_new_tokens: int, seed: int) -> Generation:
         """One sequence."""
-        engine = self.engine(way)
-        found: Generation = engine.generate(
+        if self._proposer != way.proposer:
+            self._engine.set_drafter(None)
+            if way.proposer != "none":
+                self._engine.set_drafter(self._drafter if way.proposer == "drafter" else NGRAM)
+            self._proposer = way.proposer
+        self._engine.set_strategy(way.strategy)
+        found: Generation = self._engine.generate(
             prompt, num_new_tokens, temperature=way.temperature, seed=seed, ignore_eos=True
         )
         return found
@@ -162,49 +130,35 @@ def measure_serving(
     num_new_tokens: int,
     num_repeats: int,
     num_timed_prompts: int,
-    num_reference_prompts: int,
     seed: int = 0,
     progress: bool = True,
 ) -> list[ServingRow]:
-    """Counts, then times. Raises ValueError when a text differs from the one without proposals.
-
-    `num_reference_prompts`: prompts of each set, and of a repeat, that rows of the reference backend decode.
-    """
-    if num_repeats < 0 or num_timed_prompts < 1 or num_reference_prompts < 1:
-        raise ValueError("a serving bench needs at least one prompt to time, and one for the reference backend")
-
-    def sets_of(way: Way) -> dict[str, Sequence[list[int]]]:
-        count = num_reference_prompts if way.backend == REFERENCE else None
-        return {name: group[:count] for name, group in prompt_sets.items()}
-
-    def timed_of(way: Way) -> list[list[int]]:
-        prompts = [prompt for group in sets_of(way).values() for prompt in group]
-        limit = min(num_timed_prompts, num_reference_prompts) if way.backend == REFERENCE else num_timed_prompts
-        return prompts[:limit]
-
-    total = sum(sum(map(len, sets_of(way).values())) + num_repeats * len(timed_of(way)) for way in ways)
-    texts: dict[tuple[str, float], list[list[int]]] = {}
+    """Counts, then times. Raises ValueError when a text differs from the one without proposals."""
+    if num_repeats < 0 or num_timed_prompts < 1:
+        raise ValueError("a serving bench needs at least one prompt to time")
+    prompts = [prompt for group in prompt_sets.values() for prompt in group]
+    timed = prompts[:num_timed_prompts]
+    total = len(ways) * (len(prompts) + num_repeats * len(timed))
+    texts: dict[float, list[list[int]]] = {}
     counted: list[dict[str, list[Generation]]] = []
     rates: list[list[float]] = [[] for _ in ways]
     with tqdm(total=total, desc="serving", disable=not progress, dynamic_ncols=True) as bar:
         for way in ways:
             found: dict[str, list[Generation]] = {}
-            for name, group in sets_of(way).items():
+            for name, group in prompt_sets.items():
                 found[name] = []
                 for prompt in group:
                     found[name].append(server.run(way, prompt, num_new_tokens, seed))
                     bar.update()
             tokens = [generation.tokens for group in found.values() for generation in group]
-            if texts.setdefault((way.backend, way.temperature), tokens) != tokens:
-                raise ValueError(
-                    f"{way.name!r} on backend {way.backend} changed a text: that is a fault, do not use it"
-                )
+            if texts.setdefault(way.temperature, tokens) != tokens:
+                raise ValueError(f"{way.name!r} changed a text: that is a fault, do not use it")
             counted.append(found)
         orders = random.Random(seed)
         for _ in range(num_repeats):
             for index in orders.sample(range(len(ways)), len(ways)):
                 stats = []
-                for prompt in timed_of(ways[index]):
+                for prompt in timed:
                     stats.append(server.run(ways[index], prompt, num_new_tokens, seed).stats)
                     bar.update()
                 rates[index].append(
@@ -215,26 +169,15 @@ def measure_serving(
             name=way.name,
             proposer=way.proposer,
             strategy=asdict(way.strategy),
-            backend=server.engine(way).backend_name,
+            backend=server.backend_name,
             temperature=way.temperature,
             acceptance=summarize("all prompts", [one for group in found.values() for one in group]),
             sets=tuple(summarize(name, group) for name, group in found.items()),
-            num_timed_prompts=len(timed_of(way)),
+            num_timed_prompts=len(timed),
             decode_tokens_per_second=spread(rates[index]) if rates[index] else None,
-            speedup_over_chain=_over_chain(index, ways, rates),
         )
         for index, (way, found) in enumerate(zip(ways, counted, strict=True))
     ]
-
-
-def _over_chain(index: int, ways: Sequence[Way], rates: Sequence[Sequence[float]]) -> Spread | None:
-    """Of the tree at `index`, its tokens a second over those of the chain that differs from it in nothing else."""
-    way = ways[index]
-    chain = replace(way, name="", strategy=replace(way.strategy, tree_budget=None))
-    others = [i for i, other in enumerate(ways) if replace(other, name="") == chain]
-    if way.strategy.tree_budget is None or not others or not rates[index]:
-        return None
-    return spread([tree / plain for tree, plain in zip(rates[index], rates[others[0]], strict=True)])
 
 
 def prompt_sets_of(
@@ -251,14 +194,13 @@ def prompt_sets_of(
 
 def table(result: ServingBench) -> str:
     """The rows as text."""
-    lines = ["backend    T    way                               tau   rows/token  drafted/token   tokens/s  tree/chain"]
+    lines = ["backend    T    way                               tau   rows/token  drafted/token   tokens/s"]
     for row in result.rows:
         found, rate = row.acceptance, row.decode_tokens_per_second
         lines.append(
             f"{row.backend:9}  {row.temperature:.0f}    {row.name:32}{found.acceptance_length:5.2f}"
             f"{found.rows_per_token:13.2f}{found.drafted_per_token:15.2f}"
             + (f"{rate.median:11.0f}" if rate is not None else "")
-            + (f"{row.speedup_over_chain.median:11.2f}x" if row.speedup_over_chain is not None else "")
         )
     return "\n".join(lines)
 
@@ -277,8 +219,6 @@ def main() -> None:
     parser.add_argument("--num-new-tokens", type=int, default=128, help="a prompt (default: %(default)s)")
     parser.add_argument("--num-repeats", type=int, default=5, help="timed; 0 counts only (default: %(default)s)")
     parser.add_argument("--num-timed-prompts", type=int, default=4, help="of a repeat (default: %(default)s)")
-    parser.add_argument("--num-reference-prompts", type=int, default=4, help="for its rows (default: %(default)s)")
-    parser.add_argument("--tree-budget", type=int, nargs="*", default=[8, 16, 32], help="of the trees; none: no trees")
     parser.add_argument("--max-length", type=int, help="positions of a sequence's buffers")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the order (default: %(default)s)")
@@ -304,7 +244,7 @@ def bench(arguments: argparse.Namespace) -> ServingBench:
         max_length - arguments.num_new_tokens,
     )
     drafter = load_drafter(arguments.drafter)
-    ways = ways_of(drafter.config.num_proposals, arguments.tree_budget)
+    ways = ways_of(drafter.config.num_proposals)
     rows = measure_serving(
         Server(arguments.target, drafter, arguments.max_length, arguments.device),
         ways,
@@ -312,7 +252,6 @@ def bench(arguments: argparse.Namespace) -> ServingBench:
         arguments.num_new_tokens,
         arguments.num_repeats,
         arguments.num_timed_prompts,
-        arguments.num_reference_prompts,
         arguments.seed,
     )
     return ServingBench(

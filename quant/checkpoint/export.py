@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from speedstack.quant.checkpoint.directory import MAX_SHARD_BYTES, check_apart, new_directory
+from speedstack.quant.checkpoint.directory import check_apart, new_directory
 from speedstack.quant.checkpoint.files import CONFIG_FILE
 from speedstack.quant.checkpoint.formats import Codec, ExpertWeight, Plain, default_format
 from speedstack.quant.checkpoint.names import FAMILIES
@@ -48,7 +48,6 @@ def export_model(
     *,
     scale_rule: ScaleRule | None,
     only: Collection[str] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     add_files: Callable[[Path], object] | None = None,
 ) -> None:
     """Write `model`, which was loaded from `source` and may have changed since, at `out`.
@@ -88,7 +87,7 @@ def export_model(
                     raise ValueError(f"{name}: {error}") from error
 
         writer = Writer(opened, codec, partial)
-        writer.write_tensors(experts, others.get, max_shard_bytes)
+        writer.write_tensors(experts, others.get)
         writer.finish(others.is_widened)
         if add_files is not None:
             add_files(partial)

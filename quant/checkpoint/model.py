@@ -16,9 +16,7 @@ from speedstack.quant.experts import contraction_last
 from speedstack.quant.mxfp4 import MXFP4Tensor
 
 
-def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, experts_implementation: str = "grouped_mm"
-) -> PreTrainedModel:
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of a directory, on the CPU and in eval mode, its packed experts dequantized to `dtype`.
 
     float32 and bfloat16 hold MXFP4 values exactly. Unquantized directories of any family that transformers loads work;
@@ -28,7 +26,7 @@ def load_model(
     path = checkpoint_directory(path)
     config, codec = read_config(path)
     skeleton = build_skeleton(config)
-    if experts_implementation != "eager" and not skeleton._can_set_experts_implementation():
+    if not skeleton._can_set_experts_implementation():
         raise ValueError(
             f"{path}: the experts of {type(skeleton).__name__} do not go through transformers' registry of "
             "implementations, which all work on experts here does: no other directory of this family can be used either"
@@ -55,7 +53,7 @@ def load_model(
             config=skeleton.config,
             state_dict=state_dict,
             dtype=dtype,
-            experts_implementation=experts_implementation,
+            experts_implementation="grouped_mm",
             output_loading_info=True,
         )
     except BAD_FIELDS as error:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.dflash.tree import Draft
+from speedstack.dflash.propose import Draft
 from speedstack.runtime.rounds.draft_length import RoundCost
 from speedstack.runtime.rounds.sampling import GREEDY, SamplingParams
 
@@ -31,15 +31,11 @@ class Rows:
     """Tokens to compute in one step. Rows of a sequence are in ascending, gapless order of position.
 
     `draws`: of each row, None for the most probable token; only for backends that have `rounds`.
-
-    With `parents` they are trees instead: a row follows the row of that index, or, with -1, what is committed. Siblings
-    share a position, so that nothing is written there until `commit` says which of them stands.
     """
 
     tokens: Sequence[int]
     slots: Sequence[int]
     positions: Sequence[int]
-    parents: Sequence[int] | None = None
     draws: Sequence[Draw | None] | None = None
 
 
@@ -121,8 +117,6 @@ class Backend(Protocol):
 
     name: str
     prepare_seconds: float
-    # Why rows with `parents` are refused; None where they are computed.
-    no_trees_because: str | None
     # Whether `round_cost` was measured on this machine: then as many drafts as pay are the default.
     has_measured_cost: bool
     # Rows that cost about one step together, for which drafts compete; None where each row costs its own.
@@ -144,12 +138,8 @@ class Backend(Protocol):
         """
         ...
 
-    def commit(self, rows: Sequence[int]) -> None:
-        """Keeps these rows of the last step, which had `parents`; the others leave no trace."""
-        ...
-
-    def draft(self, requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:
-        """The first `num_drafts` proposals of each request; with a budget, trees of so many nodes and that depth.
+    def draft(self, requests: Sequence[DraftRequest], num_drafts: int) -> list[Draft]:
+        """The first `num_drafts` proposals of each request.
 
         There are fewer where the drafter's logits are not numbers. Fewer than the drafter was trained for make a
         shorter block, which is cheaper and proposes nearly the same.

@@ -21,7 +21,6 @@ def make_backend(
     drafter: DFlashDraftModel | None,
     num_slots: int,
     max_length: int,
-    has_trees: bool = False,
     held: HeldAs = AS_STORED,
 ) -> Backend:
     """The backend asked for; `auto` tries the compiled one on a CPU and falls back to PyTorch with a warning.
@@ -35,8 +34,6 @@ def make_backend(
         raise ValueError(f"unknown backend {name!r}; use {', '.join(BACKENDS)}")
     if name == "cpu" or (name == "auto" and weights.embedding_VD.device.type == "cpu"):
         try:
-            if has_trees:
-                raise ValueError(refuse_trees(CpuBackend))
             backend: Backend = CpuBackend(weights, drafter, num_slots, max_length, held)
         except ValueError as reason:
             if name == "cpu" or held != AS_STORED:
@@ -50,15 +47,5 @@ def make_backend(
         raise ValueError("dense_dtype and kv_dtype are options of backend 'cpu'; others compute in the engine's dtype")
     for kind in (GraphBackend, ResidentBackend):
         if name == kind.name:
-            if has_trees:
-                raise ValueError(refuse_trees(kind))
             return kind(weights, drafter, num_slots, max_length)
     return ReferenceBackend(weights, drafter, num_slots, max_length)
-
-
-def refuse_trees(backend: Backend | type[Backend]) -> str:
-    """Why a backend verifies no draft trees, and what does."""
-    return (
-        f"backend {backend.name!r} verifies no draft trees: {backend.no_trees_because}; "
-        "use backend='reference', or no tree_budget"
-    )

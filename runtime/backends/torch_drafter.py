@@ -11,8 +11,7 @@ from itertools import groupby
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel, DraftContext
-from speedstack.dflash.propose import BlockScores
-from speedstack.dflash.tree import Draft, best_chain, best_first_tree
+from speedstack.dflash.propose import Draft, propose
 from speedstack.runtime.backends.base import DraftRequest
 from speedstack.runtime.model.weights import Linear, plain_matrix
 from speedstack.runtime.rounds.sampling import filter_logits
@@ -68,22 +67,20 @@ class ModuleDrafter:
             self.contexts[slot].write(self.model, features_RC[run[0] : run[-1] + 1], positions[run[0]])
 
     @torch.no_grad()
-    def draft(self, requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:
+    def draft(self, requests: Sequence[DraftRequest], num_drafts: int) -> list[Draft]:
         """See `Backend.draft`."""
-        return [self._draft(request, num_drafts, tree_budget) for request in requests]
+        return [self._draft(request, num_drafts) for request in requests]
 
-    def _draft(self, request: DraftRequest, num_drafts: int, tree_budget: int | None) -> Draft:
+    def _draft(self, request: DraftRequest, num_drafts: int) -> Draft:
         config, device = self.model.config, self._embedding_VD.device
         num_masks = num_drafts - config.sample_from_anchor
         ids_K = torch.tensor([request.anchor, *[config.mask_token_id] * num_masks], device=device)
         embeds_KD = self.model.embed_block(ids_K, self._embedding_VD)
         hidden_KD = self.contexts[request.slot].draft_hidden(self.model, embeds_KD, request.position)
-        scores = BlockScores(
+        return propose(
             self.model,
             hidden_KD,
             self._head_UD,
+            request.anchor,
             lambda logits_U, depth: draft_scores(logits_U, request, depth, self._target_ids_U),
         )
-        if tree_budget is None:
-            return best_chain(scores, request.anchor, num_drafts)
-        return best_first_tree(scores, request.anchor, num_drafts, tree_budget)

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from speedstack.dflash.accept import accept
-from speedstack.dflash.tree import Draft
+from speedstack.dflash.propose import Draft
 from speedstack.runtime.backends.base import Backend, Draw, Rounds, RoundsRequest, Rows
 from speedstack.runtime.backends.cpu.sampling import NOT_WANTED, CompiledSampler, SampledRows, load_sampler
 from speedstack.runtime.decoding.proposers import Proposer
@@ -23,7 +23,7 @@ from speedstack.runtime.rounds.sampling import NoiseTable, sample
 
 
 class Decoder:
-    """Runs sequences on a backend, with a proposer; `has_trees` says whether its drafts branch.
+    """Runs sequences on a backend, with a proposer.
 
     `rounds`: the backend's, if it makes the proposer's drafts too; every round then runs there.
     """
@@ -32,12 +32,11 @@ class Decoder:
         self,
         backend: Backend,
         proposer: Proposer,
-        has_trees: bool,
         vocab_size: int,
         device: torch.device,
         rounds: Rounds | None = None,
     ) -> None:
-        self._backend, self._proposer, self._has_trees = backend, proposer, has_trees
+        self._backend, self._proposer = backend, proposer
         self._vocab_size, self._device, self._rounds = vocab_size, device, rounds
 
     def prefill(self, sequence: RunningSequence) -> None:
@@ -59,7 +58,7 @@ class Decoder:
             rows = Rows(chunk, [sequence.slot] * len(chunk), positions, draws=draws)
             logits_WV, best = self._backend.step(rows, [len(chunk) - 1] if is_last else [])
         noise = NoiseTable(self._vocab_size, self._device)
-        drawn = self._draw(logits_WV, sampled, ids[-1:], [-1], [len(ids) - 1], noise)
+        drawn = self._draw(logits_WV, sampled, ids[-1:], [len(ids) - 1], noise)
         token = self._choose(sequence, logits_WV[0], best[0], drawn[0], len(ids), noise)
         sequence.stats.prefill_seconds = time.perf_counter() - started
         sequence.commit([token])
@@ -90,38 +89,31 @@ class Decoder:
         tokens: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
-        parents: list[int] = []
         anchors: list[int] = []
         draws: list[Draw | None] = []
         sampled: list[SampledRows] = []
         for sequence, draft in zip(sequences, drafts, strict=True):
-            anchor, start, depths = len(tokens), len(sequence.tokens) - 1, draft.depths()
+            anchor, start, num_rows = len(tokens), len(sequence.tokens) - 1, 1 + len(draft.tokens)
             anchors.append(anchor)
             tokens += [sequence.tokens[-1], *draft.tokens]
-            slots += [sequence.slot] * (1 + len(draft.tokens))
-            positions += [start, *(start + depth for depth in depths)]
-            parents += [-1, *(anchor + 1 + parent for parent in draft.parents)]
+            slots += [sequence.slot] * num_rows
+            positions += range(start, start + num_rows)
             is_drawn_there = self._is_drawn_there(sequence)
-            draws += [sequence.draw() if is_drawn_there else None] * (1 + len(draft.tokens))
+            draws += [sequence.draw() if is_drawn_there else None] * num_rows
             draw = self._host_draw(sequence)
             if draw is not None:
-                sampled.append(SampledRows(draw, anchor, 1 + len(draft.tokens)))
-        rows = Rows(tokens, slots, positions, parents if self._has_trees else None, draws if any(draws) else None)
+                sampled.append(SampledRows(draw, anchor, num_rows))
+        rows = Rows(tokens, slots, positions, draws if any(draws) else None)
         logits_WV, best = self._backend.step(rows, range(len(tokens)))
-        drawn = self._draw(logits_WV, sampled, tokens, parents, positions, noise)
-        kept: list[int] = []
+        drawn = self._draw(logits_WV, sampled, tokens, positions, noise)
         for sequence, draft, anchor in zip(sequences, drafts, anchors, strict=True):
 
-            def target_token(node: int, sequence: RunningSequence = sequence, anchor: int = anchor) -> int:
-                row = anchor + 1 + node
+            def target_token(count: int, sequence: RunningSequence = sequence, anchor: int = anchor) -> int:
+                row = anchor + count
                 return self._choose(sequence, logits_WV[row], best[row], drawn[row], positions[row] + 1, noise)
 
-            accepted, chosen = accept(draft, target_token)
-            kept += [anchor, *(anchor + 1 + node for node in accepted)]
-            depth = max(draft.depths(), default=0)
-            sequence.record_round(len(draft.tokens), depth, len(accepted), sequence.commit(chosen))
-        if self._has_trees:
-            self._backend.commit(kept)
+            chosen = accept(draft.tokens, target_token)
+            sequence.record_round(len(draft.tokens), len(chosen) - 1, sequence.commit(chosen))
 
     def _dealt(self, drafts: list[Draft]) -> list[Draft]:
         """What of each draft is verified where steps have a fixed number of rows: see `deal`."""
@@ -150,13 +142,12 @@ class Decoder:
         logits_WV: torch.Tensor,
         sampled: Sequence[SampledRows],
         tokens: Sequence[int],
-        parents: Sequence[int],
         positions: Sequence[int],
         noise: NoiseTable,
     ) -> list[int]:
         """What compiled code draws after each row: see `CompiledSampler.choose`; without it, nothing."""
         if sampled and self._sampler is not None:
-            return self._sampler.choose(logits_WV, sampled, tokens, parents, positions)
+            return self._sampler.choose(logits_WV, sampled, tokens, positions)
         # Noise is drawn together, whatever of it the rows come to use.
         of_rows = ((draw, positions[first : first + num_rows]) for draw, first, num_rows in sampled)
         noise.rows([(draw.seed, draw.sequence, position + 1) for draw, its in of_rows for position in its])

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from speedstack.dflash.tree import Draft
+from speedstack.dflash.propose import Draft
 from speedstack.runtime.backends.base import Backend, DraftRequest
 from speedstack.runtime.decoding.sequence import RunningSequence
 from speedstack.runtime.rounds.sampling import NoiseTable
@@ -23,7 +23,7 @@ class NoProposer:
 
     def propose(self, sequences: Sequence[RunningSequence], noise: NoiseTable) -> list[Draft]:
         """See `Proposer`."""
-        return [Draft.chain([]) for _ in sequences]
+        return [Draft([]) for _ in sequences]
 
 
 class NgramProposer:
@@ -31,7 +31,7 @@ class NgramProposer:
 
     def propose(self, sequences: Sequence[RunningSequence], noise: NoiseTable) -> list[Draft]:
         """See `Proposer`."""
-        return [s.worth_verifying(Draft.chain(s.look_up(s.num_to_draft()))) for s in sequences]
+        return [s.worth_verifying(Draft(s.look_up(s.num_to_draft()))) for s in sequences]
 
 
 class DrafterProposer:
@@ -45,11 +45,11 @@ class DrafterProposer:
         wanted = [sequence.num_to_draft() for sequence in sequences]
         depth = max(wanted)
         if depth < 1:
-            return [Draft.chain([]) for _ in sequences]
+            return [Draft([]) for _ in sequences]
         requests = [self._request(s, depth, noise) for s, count in zip(sequences, wanted, strict=True) if count > 0]
-        drafts = iter(self._backend.draft(requests, depth, self._strategy.tree_budget))
+        drafts = iter(self._backend.draft(requests, depth))
         return [
-            s.worth_verifying(next(drafts)) if count > 0 else Draft.chain([])
+            s.worth_verifying(next(drafts)) if count > 0 else Draft([])
             for s, count in zip(sequences, wanted, strict=True)
         ]
 

@@ -11,9 +11,9 @@ class GenerationStats:
     """Counts and times of one sequence. Decode time is shared when sequences are decoded together.
 
     A round is one pass of the target after the prompt; position i of the two lists counts draft position i + 1 of the
-    block: how often it was verified, and how often it was accepted. A tree verifies several tokens of a position and
-    accepts one of them at most; it counts once. A round commits one token more than it accepts, always: of a round in
-    which the text ends, by an end token, a stop string or its length, the last token counts as the target's own.
+    block: how often it was verified, and how often it was accepted. A round commits one token more than it accepts,
+    always: of a round in which the text ends, by an end token, a stop string or its length, the last token counts as
+    the target's own.
 
     `num_rows` are the rows that the target computed in rounds, anchors included; `num_drafted` the proposals made,
     verified or not. `arrivals` are the times of `time.perf_counter()` at which tokens were committed, and how many

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from speedstack.dflash.ngram import NgramIndex
-from speedstack.dflash.tree import Draft
+from speedstack.dflash.propose import Draft
 from speedstack.runtime.backends.base import Draw, Round, RoundsRequest
 from speedstack.runtime.decoding.detokenizer import TextStream
 from speedstack.runtime.decoding.results import Generation, GenerationStats
@@ -98,14 +98,14 @@ class RunningSequence:
     def worth_verifying(self, draft: Draft) -> Draft:
         """The leading proposals that are worth a row of the target."""
         self.stats.num_drafted += len(draft.tokens)
-        draft = draft.within(self.num_left - 1)
+        draft = draft.leading(self.num_left - 1)
         if self._budget and draft.tokens:
             # A look-up believes in all it finds: how often it was right lately has said how much to ask for.
             draft = draft.leading(self._budget.num_to_verify(draft.probabilities or [1.0] * len(draft.tokens)))
         return draft
 
-    def record_round(self, num_verified: int, depth: int, num_accepted: int, num_committed: int) -> None:
-        """Counts a round: nodes verified, so deep, how many of them stand, how many tokens `commit` added.
+    def record_round(self, num_verified: int, num_accepted: int, num_committed: int) -> None:
+        """Counts a round: proposals verified, how many of them stand, how many tokens `commit` added.
 
         Of a round that ends the text the last token added counts as the target's own, as in every other one, though
         more proposals than those before it may stand.
@@ -115,7 +115,7 @@ class RunningSequence:
         self.stats.num_rounds += 1
         self.stats.num_round_tokens += num_committed
         self.stats.num_rows += 1 + num_verified
-        for i in range(depth):
+        for i in range(num_verified):
             self.stats.drafted_by_position[i] += 1
             self.stats.accepted_by_position[i] += i < num_committed - 1
 
@@ -128,7 +128,7 @@ class RunningSequence:
         for one in rounds:
             if not self.is_finished:
                 self.stats.num_drafted += one.num_proposed
-                self.record_round(one.num_drafts, one.num_drafts, one.num_accepted, self._add(one.tokens))
+                self.record_round(one.num_drafts, one.num_accepted, self._add(one.tokens))
         self._arrive(len(self.tokens) - num_before)
 
     def commit(self, tokens: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""A plan under construction: buffers, phases and counters by name, who waits for whom, and what movers fetch."""
+"""A plan under construction: buffers, phases and counters by name, and who waits for whom."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -6,11 +6,9 @@ from typing import Literal
 from speedstack.runtime.model.drafter_spec import DrafterSpec
 from speedstack.runtime.model.spec import ModelSpec
 from speedstack.runtime.model.weight_formats import WeightFormats
-from speedstack.runtime.plan.ir import Axis, Buffer, Counter, Phase, Prefetch, Read, Region, Signal, Wait, Work
+from speedstack.runtime.plan.ir import Axis, Buffer, Counter, Phase, Read, Region, Signal, Wait, Work
 from speedstack.runtime.plan.ops.multi_step import RoundPhases
 from speedstack.runtime.plan.tiling import MMA_TILES, ceil_div, choose_tile
-
-EMBEDDING = ("embed", "block")  # ops that read a few rows of a matrix
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,7 @@ class PlanBuilder:
     buffers: dict[str, Buffer] = field(default_factory=dict)
     counters: list[Counter] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
-    prefetches: list[Prefetch] = field(default_factory=list)
     rotation: int = 0
-    ahead: Wait | None = None  # what begins the newest phase that has weights
 
     def add(
         self,
@@ -71,11 +67,7 @@ class PlanBuilder:
         num_counters: int = 1,
         leave: Read | None = None,
     ) -> None:
-        """Adds a phase and its counter; unless told otherwise every program signals that once.
-
-        Movers fetch its weights while the programs work on the phase before it that has any: attention, which reads
-        none, then leaves them more time. Weights of experts are not known before the router's counter is reached.
-        """
+        """Adds a phase and its counter; unless told otherwise every program signals that once."""
         each: Literal["program"] = "program"
         if layer is not None:
             layer += self.stack.first
@@ -85,11 +77,6 @@ class PlanBuilder:
             name, op, axes, layer, tile, tuple(reads), tuple(writes), tuple(waits),
             tuple(signals) if signals is not None else (Signal(name, each),), work, leave=leave,
         )  # fmt: skip
-        own_bytes = work.weight_bytes + work.repeated_bytes
-        if own_bytes and op not in EMBEDDING:
-            self.prefetches.append(Prefetch(name, self.ahead))
-        if (own_bytes or work.expert_bytes) and op not in EMBEDDING:
-            self.ahead = phase.waits[0]
         self.append(phase, num_counters)
 
     def append(self, phase: Phase, num_counters: int = 1) -> None:

@@ -16,7 +16,7 @@ static size bounds it; nothing else about it is known before the launch, and not
 Counters only ever grow: they are zero when the kernel starts and are never reset, so that no reset can race. A wait's
 threshold is `per_step * step + offset`. Kernels compare as signed 32-bit differences, which survives overflow.
 
-Everything else is derived: the proof (`proof`), the cost (`cost`), the interpreter (`interpret`), the kernels.
+Everything else is derived: the proof (`proof`), the cost (`cost`), what tests execute, the kernels.
 """
 
 import math
@@ -186,21 +186,8 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Prefetch:
-    """A mover's task: once `wait` is met, ask for the weights of phase `phase` to be brought into the L2 cache.
-
-    A task of the phase at which programs leave (`Phase.leave`) is to leave with them; it has no weights.
-
-    Weights never change, so a mover writes nothing, signals nothing, and can harm nobody; its waits must be met too.
-    """
-
-    phase: str
-    wait: Wait | None
-
-
-@dataclass(frozen=True)
 class Plan:
-    """See the module. rows: the capacity of a step; a step may hold fewer. prefetches: the movers' task list."""
+    """See the module. rows: the capacity of a step; a step may hold fewer."""
 
     model_type: str
     num_programs: int
@@ -210,7 +197,6 @@ class Plan:
     buffers: tuple[Buffer, ...]
     counters: tuple[Counter, ...]
     phases: tuple[Phase, ...]
-    prefetches: tuple[Prefetch, ...] = ()
 
     @cached_property
     def buffer_named(self) -> dict[str, Buffer]:

@@ -7,7 +7,7 @@ from speedstack.runtime.model.drafter_spec import DrafterSpec
 from speedstack.runtime.model.spec import ModelSpec
 from speedstack.runtime.model.weight_formats import WeightFormats
 from speedstack.runtime.plan.builder import Stack
-from speedstack.runtime.plan.ir import Plan, Prefetch
+from speedstack.runtime.plan.ir import Plan
 from speedstack.runtime.plan.ops.drafter import DrafterPhases
 from speedstack.runtime.plan.ops.layers import LayerBuilder
 from speedstack.runtime.plan.ops.multi_step import ELEMENT_BYTES, WIDE_BYTES, RoundPhases
@@ -86,7 +86,6 @@ class StepBuilder(LayerBuilder):
         self.buffers |= {buffer.name: buffer for buffer in buffers}
         for phase in (*choosing, self.deciding.accept()):
             self.append(phase)
-        self.let_movers_leave()
         return Plan(
             model_type=self.spec.model_type,
             num_programs=self.num_programs,
@@ -96,12 +95,4 @@ class StepBuilder(LayerBuilder):
             buffers=tuple(self.buffers.values()),
             counters=tuple(self.counters),
             phases=tuple(self.phases),
-            prefetches=tuple(self.prefetches),
         )
-
-    def let_movers_leave(self) -> None:
-        """Where the first of their tasks waits for what a step that is not made would not bring."""
-        first = self.phases[0]
-        assert first.leave is not None
-        at = next((number for number, task in enumerate(self.prefetches) if task.wait is not None), 0)
-        self.prefetches.insert(at, Prefetch(first.name, first.waits[0]))

@@ -1,4 +1,4 @@
-"""How an engine speculates: how many proposals a round, from which noise, in a chain or a tree.
+"""How an engine speculates: how many proposals a round, and from which noise.
 
 None of it changes the text. It changes how many rows are drafted and verified for it.
 """
@@ -17,19 +17,17 @@ DEFAULT_NUM_NGRAM_DRAFTS = 7
 class DraftStrategy:
     """Options of speculation.
 
-    `num_drafts`: proposals a round, or the depth of a tree; None takes all that the drafter makes, `adaptive` drafts
-    and verifies as many as are worth their cost.
+    `num_drafts`: proposals a round; None takes all that the drafter makes, `adaptive` drafts and verifies as many as
+    are worth their cost.
     `noise`: `none` proposes the drafter's most probable tokens. `shared` proposes what the drafter would sample with
     the very noise, temperature, top-k and top-p that the target samples with at that position; where the target is
     greedy there is no noise, and both are the same.
-    `tree_budget`: verify a tree of so many nodes instead of a chain.
     `ngram_size`: longest run of tokens that prompt look-up looks for.
-    Raises ValueError for values out of range, or that exclude each other.
+    Raises ValueError for values out of range.
     """
 
     num_drafts: int | Literal["adaptive"] | None = None
     noise: Literal["none", "shared"] = "none"
-    tree_budget: int | None = None
     ngram_size: int = 3
 
     def __post_init__(self) -> None:
@@ -37,10 +35,6 @@ class DraftStrategy:
             raise ValueError(f"num_drafts {self.num_drafts!r} must be 'adaptive' or a number")
         if self.noise not in ("none", "shared"):
             raise ValueError(f"draft_noise must be 'none' or 'shared', not {self.noise!r}")
-        if self.tree_budget is not None and not 1 <= self.tree_budget < MAX_ROWS:
-            raise ValueError(f"tree_budget must be between 1 and {MAX_ROWS - 1} nodes, got {self.tree_budget}")
-        if self.tree_budget is not None and self.is_adaptive:
-            raise ValueError("tree_budget fixes the rows of a round and num_drafts='adaptive' varies them: choose one")
         if self.ngram_size < 1:
             raise ValueError(f"ngram_size must be at least 1, got {self.ngram_size}")
 
@@ -57,7 +51,6 @@ class DraftStrategy:
             given: tuple[tuple[str, object, object], ...] = (
                 ("num_drafts", self.num_drafts, None),
                 ("draft_noise", self.noise, "none"),
-                ("tree_budget", self.tree_budget, None),
             )
             for name, value, default in given:
                 if value != default:
@@ -65,9 +58,8 @@ class DraftStrategy:
             return 0
         wanted = self.num_drafts if isinstance(self.num_drafts, int) else None
         if drafter == NGRAM:
-            if self.noise != "none" or self.tree_budget is not None:
-                name = "draft_noise" if self.noise != "none" else "tree_budget"
-                raise ValueError(f"{name} needs a drafter's probabilities, which prompt look-up does not have")
+            if self.noise != "none":
+                raise ValueError("draft_noise needs a drafter's probabilities, which prompt look-up does not have")
             limit, whose = MAX_ROWS - 1, "one step's"
             number = DEFAULT_NUM_NGRAM_DRAFTS if wanted is None else wanted
         else:

@@ -61,9 +61,6 @@ class GenerateConfig(ModelConfig):
     draft_noise: Literal["none", "shared"] = Field(
         "none", description="shared: draft with the sampling noise of the target. Nothing changes at temperature 0."
     )
-    tree_budget: int | None = Field(
-        None, description="Verify a tree of so many proposals a round instead of a chain (reference backend)."
-    )
 
 
 def load_generate_config(path: Path | None, overrides: Sequence[str]) -> GenerateConfig:
@@ -93,7 +90,6 @@ def generate(config: GenerateConfig) -> None:
         max_batch_size=1,
         num_drafts=config.num_drafts,
         draft_noise=config.draft_noise,
-        tree_budget=config.tree_budget,
         dense_dtype=config.dense_dtype,
         kv_dtype=config.kv_dtype,
     )

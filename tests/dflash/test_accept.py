@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from speedstack.dflash.accept import accept, leading_run, survival, walk_rounds
-from speedstack.dflash.tree import Draft
 
 
 @pytest.mark.parametrize(
@@ -20,60 +19,32 @@ from speedstack.dflash.tree import Draft
 def test_acceptance_table(drafts: list[int], sampled: list[int], accepted: int) -> None:
     asked: list[int] = []
 
-    def sample(node: int) -> int:
-        asked.append(node)
-        return sampled[node + 1]
+    def sample(count: int) -> int:
+        asked.append(count)
+        return sampled[count]
 
-    nodes, committed = accept(Draft.chain(drafts), sample)
-    assert nodes == list(range(accepted))
-    assert committed == sampled[: accepted + 1]
+    assert accept(drafts, sample) == sampled[: accepted + 1]
     # Nothing behind the first disagreement is sampled.
-    assert asked == list(range(-1, accepted))
-
-
-#        7
-#       /
-#   4 -+- 8 - 9
-#  /
-# a - 5 - 7
-TREE = Draft(tokens=[4, 5, 7, 8, 7, 9], parents=[-1, -1, 0, 0, 1, 3], probabilities=[])
-
-
-@pytest.mark.parametrize(
-    ("sampled", "nodes", "committed"),
-    [
-        pytest.param({-1: 6}, [], [6], id="no child of the anchor"),
-        pytest.param({-1: 4, 0: 7, 2: 1}, [0, 2], [4, 7, 1], id="the first child's first child, a leaf"),
-        pytest.param({-1: 4, 0: 8, 3: 9, 5: 4}, [0, 3, 5], [4, 8, 9, 4], id="a second child"),
-        pytest.param({-1: 5, 1: 7, 4: 3}, [1, 4], [5, 7, 3], id="the same token under another parent"),
-        pytest.param({-1: 5, 1: 8}, [1], [5, 8], id="a token that only another branch has"),
-    ],
-)
-def test_the_target_is_followed_through_a_tree(sampled: dict[int, int], nodes: list[int], committed: list[int]) -> None:
-    assert accept(TREE, sampled.__getitem__) == (nodes, committed)
+    assert asked == list(range(accepted + 1))
 
 
 def test_leading_run_is_what_accept_accepts() -> None:
     correct = torch.rand(64, 5, generator=torch.Generator().manual_seed(0)) > 0.3
-    counted = [
-        len(accept(Draft.chain([1] * 5), lambda node, row=row: [*row, 0][node + 1])[0])  # type: ignore[misc]
-        for row in correct.long().tolist()
-    ]
+    counted = [len(accept([1] * 5, [*row, 0].__getitem__)) - 1 for row in correct.long().tolist()]
     assert leading_run(correct).tolist() == counted
 
 
 @pytest.mark.parametrize(
-    ("runs", "start", "rounds"),
+    ("runs", "rounds"),
     [
-        pytest.param([0, 0, 0], 0, [1, 1, 1], id="nothing accepted"),
-        pytest.param([2, 9, 9, 1, 9, 0], 0, [3, 2, 1], id="anchors inside an accepted run are skipped"),
-        pytest.param([2, 9, 9, 7, 9, 0], 0, [3, 3], id="the end of the text ends a round"),
-        pytest.param([2, 9, 9, 1, 9, 0], 3, [2, 1], id="later start"),
-        pytest.param([], 0, [], id="no anchor"),
+        pytest.param([0, 0, 0], [1, 1, 1], id="nothing accepted"),
+        pytest.param([2, 9, 9, 1, 9, 0], [3, 2, 1], id="anchors inside an accepted run are skipped"),
+        pytest.param([2, 9, 9, 7, 9, 0], [3, 3], id="the end of the text ends a round"),
+        pytest.param([], [], id="no anchor"),
     ],
 )
-def test_walk_rounds(runs, start, rounds):
-    assert walk_rounds(runs, start) == rounds
+def test_walk_rounds(runs, rounds):
+    assert walk_rounds(runs) == rounds
 
 
 def test_survival_is_of_all_rounds_and_adds_up():

@@ -19,7 +19,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from speedstack.quant.experts import (
     contraction_last,
-    disable_fake_quant,
     enable_autocast,
     enable_fake_quant,
     expert_parameters,
@@ -44,7 +43,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 @pytest.mark.parametrize("scale_rule", ["even", "floor"])
 def test_forward_equals_model_with_rounded_weights(model: PreTrainedModel, scale_rule: ScaleRule) -> None:
-    """What training sees is what post-training quantization stores, to the bit; and disabling brings the old model."""
+    """What training sees is what post-training quantization stores, to the bit; and off, the old model is back."""
     rounded = copy.deepcopy(model)
     round_to_nearest(rounded, scale_rule)
     with torch.no_grad():
@@ -52,7 +51,7 @@ def test_forward_equals_model_with_rounded_weights(model: PreTrainedModel, scale
         enable_fake_quant(model, scale_rule)
         assert torch.equal(logits(model), logits(rounded))
         assert not torch.equal(before, logits(model))
-        disable_fake_quant(model)
+        enable_autocast(model)
         assert torch.equal(logits(model), before)
 
 

@@ -12,7 +12,7 @@ import torch
 from speedstack.dflash.accept import survival, walk_rounds
 from speedstack.dflash.checkpoint import load_drafter, save_drafter
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.dflash.tree import Draft
+from speedstack.dflash.propose import Draft
 from speedstack.eval.speed.acceptance import summarize
 from speedstack.quant.checkpoint import load_model, weights_sha256
 from speedstack.runtime import Engine
@@ -44,7 +44,7 @@ def drafting(backend: str, tiny_packed_dir: Path, tiny_packed_drafter_dir: Path)
 def propose(engine: Engine, texts: Sequence[Sequence[int]], num_right: Callable[[int], int]) -> Any:
     """A `draft` that knows the right continuations and proposes `num_right(position)` of them, then wrong tokens."""
 
-    def draft(requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:
+    def draft(requests: Sequence[DraftRequest], num_drafts: int) -> list[Draft]:
         drafts = []
         for request in requests:
             position = request.position
@@ -54,7 +54,7 @@ def propose(engine: Engine, texts: Sequence[Sequence[int]], num_right: Callable[
             cut = num_right(position)
             wrong = [(token + 1) % engine.vocab_size for token in right[cut:]]
             probabilities = [0.95] * cut + [0.005] * (7 - cut)
-            drafts.append(Draft.chain((right[:cut] + wrong)[:num_drafts], probabilities[:num_drafts]))
+            drafts.append(Draft((right[:cut] + wrong)[:num_drafts], probabilities[:num_drafts]))
         return drafts
 
     return draft

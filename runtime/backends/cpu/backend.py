@@ -20,7 +20,7 @@ from itertools import pairwise
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.dflash.tree import Draft
+from speedstack.dflash.propose import Draft
 from speedstack.runtime.backends.base import DraftRequest, Rounds, Rows
 from speedstack.runtime.backends.cpu.builder import Assembler, Buffers
 from speedstack.runtime.backends.cpu.drafter import CompiledDrafter, why_not_compiled
@@ -87,7 +87,6 @@ class CpuBackend:
 
     name = "cpu"
     rows_a_step: int | None = None
-    no_trees_because: str | None = "its kernels write keys and values at a row's position, which siblings would share"
     rounds: Rounds | None = None
     has_measured_cost = True
 
@@ -189,7 +188,6 @@ class CpuBackend:
 
     def step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
         num_rows = len(rows.tokens)
-        assert rows.parents is None, "the engine asks for no trees here"
         assert all(a < b for a, b in pairwise(logit_rows)), "logit rows have to ascend"
         if num_rows <= MAX_ROWS:
             return self._step_chunk(rows, logit_rows)
@@ -219,11 +217,7 @@ class CpuBackend:
             self._threads = ThreadChoice(torch.get_num_threads())
         return self._threads.next(num_rows)
 
-    def commit(self, rows: Sequence[int]) -> None:
-        raise AssertionError("the engine asks for no trees here")
-
-    def draft(self, requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:
-        assert tree_budget is None, "the engine asks for no trees here"
+    def draft(self, requests: Sequence[DraftRequest], num_drafts: int) -> list[Draft]:
         if isinstance(self.drafter, CompiledDrafter):
             num_threads = self._num_threads(num_drafts * len(requests))
             return self.drafter.draft(self._runner, requests, num_drafts, num_threads)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.dflash.tree import Draft
+from speedstack.dflash.propose import Draft
 from speedstack.runtime.backends.base import DraftRequest
 from speedstack.runtime.backends.cpu.builder import Assembler, Buffers
 from speedstack.runtime.backends.cpu.packed_layout import FLOAT32, LANES, Panels, panels, unpacked
@@ -207,4 +207,4 @@ class CompiledDrafter:
         count = next((i for i, token in enumerate(best) if token < 0), len(best))
         if self.model.d2t is not None:
             best = self._target_ids_U[best[:count]].tolist()
-        return Draft.chain(best[:count], self._buffers.probability[rows][:count].tolist())
+        return Draft(best[:count], self._buffers.probability[rows][:count].tolist())

@@ -57,7 +57,6 @@ class CompiledSampler:
         logits_WV: torch.Tensor,
         sequences: Sequence[SampledRows],
         tokens: Sequence[int],
-        parents: Sequence[int],
         positions: Sequence[int],
     ) -> list[int]:
         """The token after each row, drawn where it is wanted: after a sequence's first row, and after right drafts.
@@ -65,7 +64,7 @@ class CompiledSampler:
         Args:
             logits_WV: float32 on the CPU.
             sequences: whose rows; after all others stands NOT_WANTED.
-            tokens, parents, positions: of all rows, as in `Rows`; parents[row] comes before a draft's row.
+            tokens, positions: of all rows, as in `Rows`.
 
         Returns:
             A token a row, NOT_WANTED, or AMBIGUOUS: `sampling.sample` has to decide, and drafts after it were not
@@ -85,13 +84,13 @@ class CompiledSampler:
             )
             for draw, first, num_rows in sequences
         )
-        # Of each row its token, parent and position, and room for the token after it
-        rows = array("i", (*tokens, *parents, *positions, *tokens))
+        # Of each row its token and position, and room for the token after it
+        rows = array("i", (*tokens, *positions, *tokens))
         address, _ = rows.buffer_info()
         self._sample(
             logits_WV.data_ptr(), logits_WV.stride(0), vocab_size, records, len(sequences), address, len(tokens)
         )
-        chosen = rows[3 * len(tokens) :].tolist()
+        chosen = rows[2 * len(tokens) :].tolist()
         self.num_ambiguous += chosen.count(AMBIGUOUS)
         return chosen
 

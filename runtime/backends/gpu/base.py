@@ -4,8 +4,6 @@ A step holds up to `phases.MAX_ROWS` rows; the engine's larger ones are cut. Wit
 Triton's interpreter, in float32, which is slow and meant for tests: TRITON_INTERPRET=1 has to be set before the process
 starts.
 
-Left out: draft trees, whose siblings would share a place in the key/value buffers.
-
 Legend: R rows, C features, W wanted rows, V vocabulary.
 """
 
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.dflash.tree import Draft
+from speedstack.dflash.propose import Draft
 from speedstack.quant.fp8 import FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backends.base import DraftRequest, Rounds, Rows
@@ -104,7 +102,6 @@ class PlanBackend:
     """
 
     name: str
-    no_trees_because: str | None = "its kernels write keys and values at a row's position, which siblings would share"
     rounds: Rounds | None = None
     plans_drafters = False  # whether plans have phases for those that can (`drafter_spec.why_not_planned`)
     has_measured_cost = False
@@ -222,7 +219,6 @@ class PlanBackend:
 
     @torch.no_grad()
     def step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
-        assert rows.parents is None, "the engine asks for no trees here"
         assert self.target is None, "a backend for another GPU computes nothing"
         assert all(a < b for a, b in pairwise(logit_rows)), "logit rows have to ascend"
         with self._on_device():
@@ -247,11 +243,7 @@ class PlanBackend:
         if self.drafter is not None and self._planned_drafter is None:
             self.drafter.write(self.memory.features_RC(len(rows.tokens)), rows.slots, rows.positions)
 
-    def commit(self, rows: Sequence[int]) -> None:
-        raise AssertionError("the engine asks for no trees here")
-
-    def draft(self, requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:
-        assert tree_budget is None, "the engine asks for no trees here"
+    def draft(self, requests: Sequence[DraftRequest], num_drafts: int) -> list[Draft]:
         assert self.drafter is not None
         return self.drafter.draft(requests, num_drafts)
 

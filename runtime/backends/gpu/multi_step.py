@@ -134,7 +134,7 @@ def rounds_for(
     fits = not strategy.is_adaptive and strategy.num_per_round(drafter) < rounds.num_rows
     rounds.set_look_up(drafter == NGRAM and fits)
     if isinstance(drafter, DFlashDraftModel):
-        fits = fits and rounds.has_drafter and strategy.noise == "none" and strategy.tree_budget is None
+        fits = fits and rounds.has_drafter and strategy.noise == "none"
     return rounds if drafter is None or fits else None
 
 

@@ -8,14 +8,14 @@ have to be on the GPU at once, so there are as many as it holds, and the driver 
 A wait gives up after so many polls that only a fault can be the reason. The kernel then says who waits for what, and
 `step` raises that as a RuntimeError; counters start again from zero, and the sequences of that step are lost.
 
-`prefetch` says who brings weights into the L2 cache before they are needed: `own`, every program those of its own items
-before it waits; `movers`, programs that do nothing else; `none`. The default is a guess that has not been measured.
+`prefetch` says who brings weights into the L2 cache before they are needed: `own`, every program those of its own first
+item before it waits; `none`. The default is a guess that has not been measured.
 
 A launch makes one step of rows that the host names, or several rounds without it, drafts and acceptance included (see
 `rounds`); it ends when no sequence is left.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -28,7 +28,7 @@ from speedstack.runtime.model.weights import ModelWeights
 from speedstack.runtime.plan.step import MAX_ROWS, SPLIT_SIZE
 from speedstack.runtime.plan.verify.proof import prove
 
-Prefetching = Literal["own", "movers", "none"]
+Prefetching = Literal["own", "none"]
 
 INTERPRETED_PROGRAMS = 3
 # Attention, and the choice among 256 experts, hold more in registers than four warps have.
@@ -36,7 +36,6 @@ NUM_WARPS = 8
 MAX_STEPS = 16  # of one launch
 # If a poll takes a microsecond, which is a guess, this is seconds, where a step takes milliseconds.
 MAX_POLLS = 1 << 22
-NUM_MOVERS = 4
 # The instructions of prefetching and of cooperative launches that are used here, and 227 KiB of shared memory.
 CAPABILITY = (9, 0)
 
@@ -46,9 +45,9 @@ class ResidentBackend(PlanBackend):
 
     Args:
         num_rows, split_size, target: see `PlanBackend`.
-        num_programs: None is one a multiprocessor, movers among them: a program takes more than half of its registers.
-            The driver refuses more than fit; the interpreter takes any number.
-        prefetch, num_movers: see the module; movers there are only with `movers`.
+        num_programs: None is one a multiprocessor: a program takes more than half of its registers. The driver refuses
+            more than fit; the interpreter takes any number.
+        prefetch: see the module.
         max_polls: polls in vain after which a wait gives up.
         seed: of the order in which the interpreter's programs take turns, for the first launch; later ones count on.
     """
@@ -66,19 +65,18 @@ class ResidentBackend(PlanBackend):
         split_size: int = SPLIT_SIZE,
         num_programs: int | None = None,
         prefetch: Prefetching = "own",
-        num_movers: int = NUM_MOVERS,
         max_polls: int = MAX_POLLS,
         seed: int = 0,
         target: Target | None = None,
     ) -> None:
+        assert prefetch in get_args(Prefetching)
         self._is_interpreted = check_supported(self.name, weights, target)
         self.prefetch, self.max_polls, self.seed = prefetch, max_polls, seed
         self.interpreter_options: dict[str, Any] = {}  # of `interpret_triton`
-        self.num_movers = num_movers if prefetch == "movers" else 0
         if num_programs is None:
             num_programs = INTERPRETED_PROGRAMS
             if not self._is_interpreted:
-                num_programs = _multiprocessors(target or _target_of(weights.embedding_VD.device)) - self.num_movers
+                num_programs = _multiprocessors(target or _target_of(weights.embedding_VD.device))
         self.rounds = self._rounds = ResidentRounds(self, num_rows)
         super().__init__(weights, drafter, num_slots, max_length, num_rows, split_size, num_programs, MAX_STEPS, target)
 
@@ -93,9 +91,7 @@ class ResidentBackend(PlanBackend):
         self.bindings = bind(self.plan, self.weights, self.memory, self._planned_drafter)
         self.tasks = build_tasks(self.plan, self.bindings, self.device)
         self.counters = torch.zeros(self.plan.num_counters, dtype=torch.int32, device=self.device)
-        self.dump = torch.zeros(
-            self._num_programs + self.num_movers, DUMP_RECORD.value, dtype=torch.int32, device=self.device
-        )
+        self.dump = torch.zeros(self._num_programs, DUMP_RECORD.value, dtype=torch.int32, device=self.device)
         self.next_step = 0
 
     def _start(self) -> None:
@@ -141,13 +137,10 @@ class ResidentBackend(PlanBackend):
         """The kernel's, by its parameters."""
         return {
             "phases_ptr": self.tasks.phases,
-            "moves_ptr": self.tasks.moves,
             "num_phases": len(self.plan.phases),
-            "num_moves": len(self.plan.prefetches),
             "num_programs": self.plan.num_programs,
             "PHASES": self.tasks.variants,
             "PREFETCHES": self.prefetch == "own",
-            "HAS_MOVERS": self.prefetch == "movers",
             "counters_ptr": self.counters,
             "dump_ptr": self.dump,
             "failed_ptr": self.memory.failed,
@@ -169,7 +162,7 @@ class ResidentBackend(PlanBackend):
         from speedstack.runtime.backends.gpu.kernels.ptxas_workaround import first_values
         from speedstack.runtime.backends.gpu.kernels.resident import resident_kernel
 
-        num_programs, arguments = self._num_programs + self.num_movers, self.arguments(num_steps)
+        num_programs, arguments = self._num_programs, self.arguments(num_steps)
         if self._is_interpreted:
             from speedstack.runtime.backends.gpu.interpreter import interpret_triton
 

@@ -17,9 +17,8 @@ from speedstack.runtime.plan.ir import Plan, Signal, Wait
 
 # All variants are one kernel: its registers are those of the hungriest, and compiling takes the sum.
 MAX_VARIANTS = 48
-# Ops whose weights are known before their wait is over, and that have any.
+# Ops that have weights, which are known before their wait is over.
 KNOWN_EARLY = ("qkv", "o_proj", "dense_gate_up", "dense_down", "router", "expert_down", "lm_head", "fuse", "context")
-HAS_WEIGHTS = (*KNOWN_EARLY, "expert_gate_up")
 # Of those that compute the rows of blocks, the one whose weights may be fetched while blocks are still written.
 FIRST_OF_A_DRAFT = "qkv"
 
@@ -38,11 +37,10 @@ _MAX_POINTERS = resident.RECORD.value - resident.POINTERS.value
 
 @dataclass(frozen=True)
 class Tasks:
-    """phases: int64, moves: int32, one record a phase and a mover's task. kept: what the phases' pointers point to."""
+    """phases: int64, a record each. kept: what their pointers point to."""
 
     variants: tuple[Constants, ...]
     phases: torch.Tensor
-    moves: torch.Tensor
     kept: tuple[torch.Tensor, ...]
 
 
@@ -85,7 +83,6 @@ def build_tasks(plan: Plan, bindings: Sequence[Binding], device: torch.device) -
     return Tasks(
         tuple(numbers),
         torch.tensor(records, dtype=torch.int64, device=device),
-        torch.tensor(_moves(plan) or [[0] * resident.MOVE_RECORD.value], dtype=torch.int32, device=device),
         tuple(kept),
     )
 
@@ -112,7 +109,6 @@ def variant_of(binding: Binding) -> Constants:
         may_leave=phase.leave is not None,
         is_known_early=phase.op in KNOWN_EARLY,
         has_undecided_rows=binding.constants.IS_DRAFT and phase.op == FIRST_OF_A_DRAFT,
-        has_weights=phase.op in HAS_WEIGHTS,
         pointer_types=tuple(tl.pointer_type(_TYPES[tensor.dtype]) for tensor in binding.pointers),
     )
 
@@ -151,9 +147,8 @@ def explain(plan: Plan, dump: torch.Tensor) -> str:
         item = record[sync.ITEM.value]
         where = phase.name if item == resident.WHOLE_PHASE.value else f"{phase.name}{list(phase.index(item))}"
         counter, element = names[record[sync.COUNTER.value]]
-        who = f"program {program}" if program < plan.num_programs else f"mover {program - plan.num_programs}"
         lines.append(
-            f"  {who}: step {record[sync.STEP.value]}, {where}: {counter}[{element}] is "
+            f"  program {program}: step {record[sync.STEP.value]}, {where}: {counter}[{element}] is "
             f"{record[sync.SEEN.value]} and has to reach {record[sync.AWAITED.value]}"
         )
     return "\n".join(lines)
@@ -165,18 +160,3 @@ def _strides(what: Wait | Signal) -> tuple[int, ...]:
 
 def _counter(plan: Plan, what: Wait | Signal) -> int:
     return plan.counter_base[what.counter] + what.start
-
-
-def _moves(plan: Plan) -> list[list[int]]:
-    records = []
-    for task in plan.prefetches:
-        record = [0] * resident.MOVE_RECORD.value
-        record[resident.MOVE_PHASE.value] = plan.phase_named[task.phase]
-        record[resident.MOVE_COUNTER.value] = -1
-        if task.wait is not None:
-            assert not task.wait.strides, "movers wait for one counter"
-            record[resident.MOVE_COUNTER.value] = _counter(plan, task.wait)
-            record[resident.MOVE_PER_STEP.value] = task.wait.per_step
-            record[resident.MOVE_OFFSET.value] = task.wait.offset
-        records.append(record)
-    return records

@@ -38,7 +38,7 @@ from dataclasses import replace
 from speedstack.runtime.model.kv_ring import ring_length
 from speedstack.runtime.model.spec import AttentionSpec, DenseSpec, LayerSpec, MoeSpec
 from speedstack.runtime.plan.builder import PlanBuilder
-from speedstack.runtime.plan.ir import Axis, Prefetch, Read, Region, Signal, Wait, Work
+from speedstack.runtime.plan.ir import Axis, Read, Region, Signal, Wait, Work
 from speedstack.runtime.plan.ops.multi_step import ELEMENT_BYTES, WIDE_BYTES
 from speedstack.runtime.plan.record_layout import route_words
 from speedstack.runtime.plan.tiling import BLOCK_COLUMNS, MMA_TILES, VECTOR_TILES, ceil_div, choose_tile, num_blocks
@@ -217,7 +217,6 @@ class LayerBuilder(PlanBuilder):
                 **sizes,
             ),
         )  # fmt: skip
-        self.prefetches.append(Prefetch(f"{at}gate_up", self.all_programs(f"{at}router")))
         # The logits are for those who fetch weights before the routes are written.
         reads = [self.read_whole(logits, f"{at}router")]
         reads += [self.read_whole(act, f"{at}gate_up"), self.read_whole(routes, f"{at}gate_up")]
@@ -231,7 +230,6 @@ class LayerBuilder(PlanBuilder):
                 **sizes,
             ),
         )  # fmt: skip
-        self.prefetches.append(Prefetch(f"{at}down", self.all_programs(f"{at}router")))
         return f"{at}down"
 
     def head(self, name: str, before: str, best: str, has_logits: bool) -> None:

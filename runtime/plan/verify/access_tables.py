@@ -155,9 +155,6 @@ def check_well_formed(plan: Plan) -> None:
                 raise ValueError(f"phase {phase.name}: index outside counter {what.counter!r}")
         if phase.leave is not None and phase.leave.region.strides:
             raise ValueError(f"phase {phase.name} ends a launch: what says so is the same for all items")
-    for task in plan.prefetches:
-        if task.phase not in plan.phase_named or (task.wait is not None and task.wait.counter not in sizes):
-            raise ValueError(f"a mover's task names {task.phase!r}, or a counter, that the plan does not have")
 
 
 def conflict_within(table: ItemTable) -> tuple[Access, Access, int, int] | None:

@@ -105,14 +105,12 @@ class Walk:
                 self.reject("torn step", 0, phase, phase.leave.region.buffer,
                             f"programs may leave at {phase.name}, when their step has begun: counters would have "
                             "counted a part of it")  # fmt: skip
-        self.check_movers_leave()
         self.check_rates()
         before: tuple | None = None
         for step in range(MAX_STEPS):
             for phase in self.plan.phases:
                 self.phase(phase, step)
                 self.instance += 1
-            self.check_prefetches(step)
             self.num_steps = step + 1
             state = self.state()
             if state is not None and state == before:
@@ -142,12 +140,6 @@ class Walk:
                         self.reject("wrong epoch", 0, phase, wait.counter,
                                     f"{phase.name} waits for {wait.counter}[{element}] to grow by {wait.per_step} a "
                                     f"step, and it grows by {rate}")  # fmt: skip
-        for task in self.plan.prefetches:
-            if task.wait is not None and task.wait.per_step != rates[task.wait.counter, task.wait.start]:
-                phase = self.plan.phases[self.plan.phase_named[task.phase]]
-                self.reject("wrong epoch", 0, phase, task.wait.counter,
-                            f"a mover that fetches {task.phase} waits for {task.wait.counter} to grow by "
-                            f"{task.wait.per_step} a step, and it does not")  # fmt: skip
 
     def phase(self, phase: Phase, step: int) -> None:
         table = self.tables.table(phase)
@@ -319,29 +311,6 @@ class Walk:
         if expected >= 0:
             self.reject("wrong value", step, phase, read.producer,
                         f"{phase.name} reads {access.region.buffer}, {read.producer} has not written it")  # fmt: skip
-
-    def check_movers_leave(self) -> None:
-        """A step that is not made brings them nothing: the first that they wait for in one is what says so."""
-        first = self.plan.phases[0]
-        task = next((task for task in self.plan.prefetches if task.wait is not None), None)
-        if first.leave is not None and task is not None and (task.phase, (task.wait,)) != (first.name, first.waits):
-            assert task.wait is not None
-            self.reject("deadlock", 0, first, task.wait.counter,
-                        f"movers wait for {task.wait.counter} before they learn at {first.name} whether there is such "
-                        "a step")  # fmt: skip
-
-    def check_prefetches(self, step: int) -> None:
-        """Movers hold nobody up, so that signals of the whole step may serve them."""
-        for task in self.plan.prefetches:
-            if task.wait is None:
-                continue
-            groups = self.groups[task.wait.counter, task.wait.start]
-            phase = self.plan.phases[self.plan.phase_named[task.phase]]
-            available = groups[-1].count if groups else 0
-            if task.wait.threshold(step) > available:
-                self.reject("deadlock", step, phase, task.wait.counter,
-                            f"a mover waits for {task.wait.counter} to reach {task.wait.threshold(step)} before it "
-                            f"fetches {task.phase}, and only {available} signals come")  # fmt: skip
 
     def forget(self) -> None:
         """Drops accesses that all programs know to be over: whatever comes now comes after them."""

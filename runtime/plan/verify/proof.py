@@ -19,7 +19,7 @@ the number of signals that come up to some earlier phase joins the clocks of all
   earlier one by its clock. Execution is then equivalent to the sequential one.
 - *one end*: what says whether a launch is over (`Phase.leave`) is read by every program on entering a step's first
   phase, items or not, and these reads are ordered like all others: all programs find the same, and leave together
-  between two steps, where every counter has counted whole ones. Movers ask before they wait for anything of the step.
+  between two steps, where every counter has counted whole ones.
 - *right value*: in the sequential order, the last writer of what a phase reads is the producer that the read names, and
   it wrote all of it. Two buffers that share memory while both are alive fail here.
 

@@ -1,7 +1,7 @@
-"""Runs the programs of a plan on a CPU, one thread each, under a scheduler that a seed decides.
+"""Runs programs that wait for each other on a CPU, one thread each, under a scheduler that a seed decides.
 
 Exactly one thread runs at a time. It hands over where programs can influence each other: before a wait, before a
-signal, and wherever a body yields. Who goes on is drawn from the seed, so that an interleaving can be run again; the
+signal, and wherever a program pauses. Who goes on is drawn from the seed, so that an interleaving can be run again; the
 list of choices (`Scheduler.trace`) replays it without the seed. When nobody can go on, the run ends with a `Deadlock`
 that says who waits for what, instead of hanging.
 
@@ -9,21 +9,13 @@ Two ways of drawing. Even seeds choose uniformly among those that can go on. Odd
 drop at a few random moments (Burckhardt et al. 2010, PCT): one program is then far ahead or far behind for long, which
 uniform choice hardly ever produces.
 
-`interpret` runs a plan with Python bodies (`bodies` has those of the model's operations); `interpret_triton` runs a
-Triton kernel that walks the plan itself.
+`runtime.backends.gpu.interpreter` runs the resident kernel under it; tests run plans with bodies in PyTorch.
 """
 
 import random
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-
-from speedstack.runtime.plan.ir import Phase, Plan, Signal, Wait, at
-
-# Computes one item of a phase. A generator hands over where it yields: between its reads and its writes, say.
-Body = Callable[[Phase, tuple[int, ...], int], Generator[None, None, None] | None]
 
 _PRIORITY_CHANGES = 3  # moments at which the running program falls behind all others, in a run of odd seed
 
@@ -153,79 +145,3 @@ class Scheduler:
                 self._programs[self._choose()].turn.release()
             except Deadlock:
                 left[0].turn.release()
-
-
-def interpret(
-    plan: Plan,
-    bodies: Mapping[str, Body],
-    num_steps: int,
-    seed: int = 0,
-    first_step: int = 0,
-    counters: np.ndarray | None = None,
-    trace: Sequence[int] | None = None,
-    is_over: Callable[[int], bool] = lambda step: False,
-) -> Scheduler:
-    """Executes the task lists of a plan; `bodies` compute the items, by op.
-
-    Items beyond a dynamic axis' cut are handed to the bodies too, which do nothing for them.
-
-    Args:
-        counters: int64 [plan.num_counters], as an earlier call left them; None are zeros.
-        first_step: number of the first step, for counters that have counted earlier ones.
-        trace: choices of an earlier run to repeat, instead of the seed's.
-        is_over: whether the launch is over before this step, by what `Phase.leave` reads; every program asks.
-
-    Returns:
-        The scheduler, for its trace.
-
-    Raises:
-        Deadlock: nobody can go on.
-        ValueError: an op without a body.
-    """
-    missing = sorted({phase.op for phase in plan.phases} - set(bodies))
-    if missing:
-        raise ValueError(f"no body for {', '.join(missing)}")
-    counts = np.zeros(plan.num_counters, np.int64) if counters is None else counters
-    scheduler = Scheduler(seed, trace)
-    base = plan.counter_base
-
-    def number(what: Wait | Signal, index: tuple[int, ...]) -> int:
-        return base[what.counter] + at(what.start, what.strides, index)
-
-    def wait(program: int, phase: Phase, what: Wait, index: tuple[int, ...], step: int) -> None:
-        element, threshold = number(what, index), what.threshold(step)
-        scheduler.wait(
-            program,
-            lambda: bool(counts[element] >= threshold),
-            f"step {step}, {phase.name}{list(index) or ''}: {what.counter}[{element - base[what.counter]}] "
-            f"is {counts[element]} and has to reach {threshold}",
-        )
-
-    def signal(program: int, what: Signal, index: tuple[int, ...]) -> None:
-        scheduler.pause(program)
-        counts[number(what, index)] += 1
-
-    def run(program: int) -> None:
-        for step in range(first_step, first_step + num_steps):
-            for phase in plan.phases:
-                for what in phase.waits:
-                    if not what.strides:
-                        wait(program, phase, what, (), step)
-                if phase.leave is not None and is_over(step):
-                    return
-                for item in phase.items_of(program, plan.num_programs):
-                    index = phase.index(item)
-                    for what in phase.waits:
-                        if what.strides:
-                            wait(program, phase, what, index, step)
-                    for _ in bodies[phase.op](phase, index, step) or ():
-                        scheduler.pause(program)
-                    for each in phase.signals:
-                        if each.each == "item":
-                            signal(program, each, index)
-                for each in phase.signals:
-                    if each.each == "program":
-                        signal(program, each, ())
-
-    scheduler.run(plan.num_programs, run)
-    return scheduler

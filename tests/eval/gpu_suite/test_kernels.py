@@ -51,7 +51,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Backends that the suite makes, each for a GPU that is not there, and after each change of its plan."""
     found: list[Any] = []
 
-    def make(name: str, *arguments: Any, has_trees: bool = False) -> Any:
+    def make(name: str, *arguments: Any) -> Any:
         kind = {"graph": kernels.GraphBackend, "resident": ResidentBackend}[name]
         found.append(kind(*arguments[:4], target=HOPPER))
         return found[-1]

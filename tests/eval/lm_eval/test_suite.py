@@ -223,7 +223,7 @@ def test_acceptance_is_kept_by_drafter_and_strategy(
     keys.append(drafting_key(drafting_engine, shorter))
     before = drafting_engine.strategy
     try:
-        for strategy in (DraftStrategy(2), DraftStrategy(noise="shared"), DraftStrategy(tree_budget=9)):
+        for strategy in (DraftStrategy(2), DraftStrategy(noise="shared"), DraftStrategy("adaptive")):
             drafting_engine.set_strategy(strategy)
             keys.append(drafting_key(drafting_engine, tiny_drafter_dir))
     finally:

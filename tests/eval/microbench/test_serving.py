@@ -19,12 +19,9 @@ PROMPTS: dict[str, list[list[int]]] = {"a": [[5, 6, 7], [8, 9]], "b": [[10, 11, 
 def test_rows_cover_every_strategy() -> None:
     ways = ways_of(7)
     assert {way.strategy.num_drafts for way in ways if way.name.startswith("chain of")} == set(range(1, 8))
-    assert {way.strategy.tree_budget for way in ways} == {None, 8, 16, 32}
-    assert all(way.backend == "reference" for way in ways if way.strategy.tree_budget)
     assert {way.temperature for way in ways if way.strategy.noise == "shared"} == {1.0}
     assert {way.proposer for way in ways} == {"none", "drafter", "ngram"}
-    assert len({(way.name, way.temperature, way.backend) for way in ways}) == len(ways)
-    assert {way.backend for way in ways_of(7, ())} == {"auto"}
+    assert len({(way.name, way.temperature) for way in ways}) == len(ways)
 
 
 def test_rows_count_and_time(tiny_packed_dir: Path, tiny_packed_drafter_dir: Path) -> None:
@@ -33,40 +30,16 @@ def test_rows_count_and_time(tiny_packed_dir: Path, tiny_packed_drafter_dir: Pat
         Way("none", "none"),
         Way("chain", "drafter", DraftStrategy(2)),
         Way("look-up", "ngram", DraftStrategy(3)),
-        Way("none", "none", backend="reference"),
-        Way("chain", "drafter", backend="reference"),
-        Way("tree", "drafter", DraftStrategy(tree_budget=4), backend="reference"),
     ]
-    rows = measure_serving(server, ways, PROMPTS, 9, 2, 2, 1, progress=False)
-    assert [row.acceptance.num_prompts for row in rows] == [3, 3, 3, 2, 2, 2]
-    assert [row.num_timed_prompts for row in rows] == [2, 2, 2, 1, 1, 1]
-    assert [row.backend for row in rows] == ["cpu"] * 3 + ["reference"] * 3
+    rows = measure_serving(server, ways, PROMPTS, 9, 2, 2, progress=False)
+    assert [row.acceptance.num_prompts for row in rows] == [3, 3, 3]
+    assert [row.num_timed_prompts for row in rows] == [2, 2, 2]
+    assert [row.backend for row in rows] == ["cpu"] * 3
     for row in rows:
         assert row.acceptance.num_committed == 8 * row.acceptance.num_prompts
         assert row.decode_tokens_per_second is not None and row.decode_tokens_per_second.num_repeats == 2
     assert rows[0].acceptance.acceptance_length == rows[0].acceptance.rows_per_token == 1.0
     assert rows[1].acceptance.drafted_per_token != 0.0 and rows[0].acceptance.drafted_per_token == 0.0
-
-
-def test_a_tree_is_timed_against_the_chain_beside_it() -> None:
-    """Not against one of another backend, temperature or noise, and not against a shorter one."""
-    ways = [way for way in ways_of(7) if way.proposer != "ngram"]
-    rates = [[100.0 + index, 200.0 + index, 300.0] for index in range(len(ways))]
-    found = {(way.name, way.temperature): serving._over_chain(index, ways, rates) for index, way in enumerate(ways)}
-    place = {(way.name, way.temperature, way.backend): index for index, way in enumerate(ways)}
-    pairs = {
-        ("tree of 8", 0.0): ("chain", 0.0),
-        ("tree of 32", 0.0): ("chain", 0.0),
-        ("tree of 16", 1.0): ("chain, argmax", 1.0),
-        ("tree of 16, shared noise", 1.0): ("chain, shared noise", 1.0),
-    }
-    for tree, chain in pairs.items():
-        index, beside = place[*tree, "reference"], place[*chain, "reference"]
-        ratios = sorted([(100.0 + index) / (100.0 + beside), (200.0 + index) / (200.0 + beside), 1.0])
-        speedup = found[tree]
-        assert speedup is not None and speedup.median == pytest.approx(ratios[1])
-    assert all(speedup is None for (name, _), speedup in found.items() if "tree" not in name)
-    assert serving._over_chain(place["tree of 8", 0.0, "reference"], ways, [[]] * len(ways)) is None
 
 
 def test_a_changed_text_ends_the_run(
@@ -83,8 +56,8 @@ def test_a_changed_text_ends_the_run(
 
     monkeypatch.setattr(server, "run", broken)
     ways = [Way("none", "none"), Way("look-up", "ngram")]
-    with pytest.raises(ValueError, match="'look-up' on backend auto changed a text"):
-        measure_serving(server, ways, PROMPTS, 5, 0, 1, 1, progress=False)
+    with pytest.raises(ValueError, match="'look-up' changed a text"):
+        measure_serving(server, ways, PROMPTS, 5, 0, 1, progress=False)
 
 
 def test_result_file(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from speedstack.dflash.tree import Draft
+from speedstack.dflash.propose import Draft
 from speedstack.runtime import Engine
 from speedstack.runtime.backends.base import DraftRequest
 from speedstack.runtime.backends.torch_drafter import draft_scores
@@ -40,14 +40,14 @@ def test_a_drafter_that_is_the_target_is_always_right_with_shared_noise(
     whole = [prompt + tokens for prompt, tokens in zip(PROMPTS, texts, strict=True)]
     logits = [plain.logits(ids) for ids in whole]
 
-    def draft(requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:
+    def draft(requests: Sequence[DraftRequest], num_drafts: int) -> list[Draft]:
         drafts = []
         for request in requests:
             at = slice(request.position, request.position + 1)
             text = next(i for i, ids in enumerate(whole) if ids[at] == [request.anchor])
             rows = logits[text][request.position : request.position + num_drafts]
             scores = [draft_scores(row_V, request, i, torch.arange(512)) for i, row_V in enumerate(rows)]
-            drafts.append(Draft.chain([int(scores_V.argmax()) for scores_V in scores]))
+            drafts.append(Draft([int(scores_V.argmax()) for scores_V in scores]))
         return drafts
 
     for noise, is_right in (("shared", True), ("none", False)):

@@ -131,18 +131,12 @@ def test_prompt_look_up_finds_what_was_there(tiny_packed_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tree_budget": 0}, "tree_budget must be between 1 and 63 nodes, got 0"),
-        ({"tree_budget": 64}, "tree_budget must be between 1 and 63 nodes, got 64"),
-        ({"tree_budget": 8, "num_drafts": "adaptive"}, "choose one"),
-        ({"tree_budget": 8, "backend": "cpu"}, "backend 'cpu' verifies no draft trees: its kernels write .*reference"),
         ({"draft_noise": "gaussian"}, "draft_noise must be 'none' or 'shared', not 'gaussian'"),
         ({"num_drafts": 8}, "num_drafts 8 must be 'adaptive' or between 1 and the drafter's 7"),
         ({"num_drafts": 0}, "num_drafts 0 must be"),
         ({"num_drafts": "some"}, "num_drafts 'some' must be 'adaptive' or a number"),
         ({"drafter": None, "draft_noise": "shared"}, "draft_noise 'shared' needs a drafter"),
-        ({"drafter": None, "tree_budget": 8}, "tree_budget 8 needs a drafter"),
         ({"drafter": "ngram", "draft_noise": "shared"}, "draft_noise needs a drafter's probabilities"),
-        ({"drafter": "ngram", "tree_budget": 8}, "tree_budget needs a drafter's probabilities"),
         ({"drafter": "ngram", "num_drafts": 64}, "num_drafts 64 must be 'adaptive' or between 1 and one step's 63"),
     ],
 )
@@ -157,18 +151,11 @@ def test_what_cannot_be_is_refused_in_one_line(
 def test_refusals_of_a_running_engine_change_nothing(tiny_packed_dir: Path, make_drafter: MakeDrafter) -> None:
     engine = Engine.from_pretrained(tiny_packed_dir, make_drafter(sample_from_anchor=True), backend="cpu", num_drafts=8)
     rounds = engine.generate(PROMPTS[0], NUM_NEW, ignore_eos=True).stats.num_rounds
-    with pytest.raises(ValueError, match="verifies no draft trees"):
-        engine.set_strategy(DraftStrategy(tree_budget=8))
+    with pytest.raises(ValueError, match="num_drafts 9 must be"):
+        engine.set_strategy(DraftStrategy(9))
     with pytest.raises(ValueError, match="the drafter's 7"):
         engine.set_drafter(make_drafter())
     assert engine.num_drafts == 8 and engine.strategy == DraftStrategy(8)
     assert engine.generate(PROMPTS[0], NUM_NEW, ignore_eos=True).stats.num_rounds == rounds
     with pytest.raises(ValueError, match="ngram_size"):
         DraftStrategy(ngram_size=0)
-
-
-def test_auto_takes_the_backend_that_has_trees(
-    tiny_packed_dir: Path, make_drafter: MakeDrafter, caplog: pytest.LogCaptureFixture
-) -> None:
-    engine = Engine.from_pretrained(tiny_packed_dir, make_drafter(), device="cpu", tree_budget=8)
-    assert engine.backend_name == "reference" and "verifies no draft trees" in caplog.text

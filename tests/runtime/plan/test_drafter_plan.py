@@ -23,7 +23,6 @@ from speedstack.runtime.plan.ir import Plan
 from speedstack.runtime.plan.record_layout import FIRST_PROPOSED, LENGTH, NUM_ROWS, TOKEN
 from speedstack.runtime.plan.step import build_plan
 from speedstack.runtime.plan.verify.proof import prove
-from speedstack.runtime.plan.verify.scheduler import interpret
 from tests.runtime.backends.gpu.drafter_cases import (
     MAX_LENGTH,
     OPTIONS,
@@ -34,6 +33,7 @@ from tests.runtime.backends.gpu.drafter_cases import (
     read,
     target,
 )
+from tests.runtime.plan.interpret import interpret
 from tests.runtime.plan.test_scheduler import Guarded
 
 SPLIT, R = 16, 16
@@ -61,9 +61,7 @@ def mutants(plan: Plan, index: int) -> list[Plan]:
     changed = [replace(phase, waits=one) for one in others]
     if phase.signals:
         changed.append(replace(phase, signals=()))
-    return [
-        replace(plan, phases=(*plan.phases[:index], one, *plan.phases[index + 1 :]), prefetches=()) for one in changed
-    ]
+    return [replace(plan, phases=(*plan.phases[:index], one, *plan.phases[index + 1 :])) for one in changed]
 
 
 @pytest.mark.parametrize(("taps", "idle"), [((1, 0), ["lm_head"]), ((0,), ["L01.qkv", "context"])])
@@ -82,7 +80,7 @@ def test_no_two_phases_that_depend_can_be_swapped() -> None:
     free = []
     for index in range(len(plan.phases) - 1):
         a, b = plan.phases[index : index + 2]
-        swapped = replace(plan, phases=(*plan.phases[:index], b, a, *plan.phases[index + 2 :]), prefetches=())
+        swapped = replace(plan, phases=(*plan.phases[:index], b, a, *plan.phases[index + 2 :]))
         if prove(swapped).is_safe:
             free.append((a.name, b.name))
     # The context and the choice of tokens have nothing to do with each other.

@@ -91,7 +91,7 @@ def test_no_wait_and_no_signal_of_a_plan_is_idle(has_look_up: bool) -> None:
         for change in changes:
             phases = list(plan.phases)
             phases[index] = dataclasses.replace(phase, **change)
-            mutant = replace(plan, phases=tuple(phases), prefetches=())
+            mutant = replace(plan, phases=tuple(phases))
             assert prove(mutant).failure is not None, (phase.name, change)
             num_mutants += 1
     assert num_mutants == 5 * len(plan.phases)
@@ -136,7 +136,7 @@ def test_a_built_plan_under_every_interleaving(has_look_up: bool) -> None:
         for changed in (replace(phase, waits=()), replace(phase, signals=())):
             phases = list(plan.phases)
             phases[index] = changed
-            mutant = replace(plan, phases=tuple(phases), prefetches=())
+            mutant = replace(plan, phases=tuple(phases))
             if any(search(mutant, 3, Lists(seed)).harm is not None for seed in range(3)):
                 num_harmful += 1
                 assert prove(mutant).failure is not None, phase.name
@@ -150,7 +150,7 @@ def test_no_two_phases_of_a_plan_can_be_swapped(has_look_up: bool) -> None:
     for index in range(len(plan.phases) - 1):
         phases = list(plan.phases)
         phases[index : index + 2] = phases[index : index + 2][::-1]
-        assert prove(replace(plan, phases=tuple(phases), prefetches=())).failure is not None, phases[index].name
+        assert prove(replace(plan, phases=tuple(phases))).failure is not None, phases[index].name
 
 
 def test_buffers_that_live_at_once_cannot_share_memory() -> None:
@@ -165,28 +165,6 @@ def test_buffers_that_live_at_once_cannot_share_memory() -> None:
         assert (failure is not None) == (b != "L01.cache"), (a, b, failure)
         if failure is not None:
             assert failure.kind in ("wrong value", "race")
-
-
-@either
-def test_movers_leave_before_they_wait_for_a_step_that_is_not_made(has_look_up: bool) -> None:
-    plan = tiny_plan(has_look_up=has_look_up)
-    first, tasks = plan.phases[0], plan.prefetches
-    (at,) = [number for number, task in enumerate(tasks) if task.phase == first.name]
-    leave, others = tasks[at], tasks[:at] + tasks[at + 1 :]
-    too_early = replace(leave, wait=replace(first.waits[0], offset=-plan.num_programs))  # of the step before the last
-    for wrong in (others, (*others, leave), (*tasks[:at], too_early, *tasks[at + 1 :])):
-        failure = prove(replace(plan, prefetches=wrong)).failure
-        assert failure is not None and failure.kind == "deadlock" and "whether there is such a step" in failure.message
-
-
-def test_movers_must_be_served_too() -> None:
-    plan = tiny_plan()
-    index, task = next((i, task) for i, task in enumerate(plan.prefetches) if task.wait and task.wait.offset)
-    assert task.wait is not None
-    tasks = list(plan.prefetches)
-    tasks[index] = replace(task, wait=replace(task.wait, offset=task.wait.offset + 1))
-    failure = prove(replace(plan, prefetches=tuple(tasks))).failure
-    assert failure is not None and failure.kind == "deadlock" and "a mover waits" in failure.message
 
 
 def test_phases_and_items() -> None:

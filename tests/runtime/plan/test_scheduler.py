@@ -23,8 +23,9 @@ from speedstack.runtime.model.weights import ModelWeights, read_weights
 from speedstack.runtime.plan.ir import Phase, Plan, Region, at
 from speedstack.runtime.plan.step import build_plan
 from speedstack.runtime.plan.verify.proof import prove
-from speedstack.runtime.plan.verify.scheduler import Deadlock, Scheduler, interpret
+from speedstack.runtime.plan.verify.scheduler import Deadlock, Scheduler
 from speedstack.runtime.rounds.sampling import GREEDY, LEAST_TEMPERATURE, SamplingParams
+from tests.runtime.plan.interpret import interpret
 
 CPU = torch.device("cpu")
 INTEGERS = ("rows", "sequences", "proposals", "chosen", "outcome", "history", "blocks", "bins")

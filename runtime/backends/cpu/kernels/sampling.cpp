@@ -306,18 +306,18 @@ struct SampledSequence {
     int32_t first_row, num_rows;
 };
 
-// rows [4, R]: of each row its token, its parent, its position, and room for the token after it, which is at the next
-// position. That becomes a token, AMBIGUOUS, or NOT_WANTED: a row is wanted if it is the first of a sequence, or holds
-// the token chosen after its parent, which comes before it.
+// rows [3, R]: of each row its token, its position, and room for the token after it, which is at the next position. That
+// becomes a token, AMBIGUOUS, or NOT_WANTED: a row is wanted if it is the first of a sequence, or holds the token chosen
+// after the row before it.
 void speedstack_sample(const float* logits, int64_t stride, int64_t vocab_size, const SampledSequence* sequences,
                        int64_t num_sequences, int32_t* rows, int64_t num_rows) {
     static thread_local std::vector<float> scratch;
-    const int32_t *tokens = rows, *parents = rows + num_rows, *positions = rows + 2 * num_rows;
-    int32_t* chosen = rows + 3 * num_rows;
+    const int32_t *tokens = rows, *positions = rows + num_rows;
+    int32_t* chosen = rows + 2 * num_rows;
     std::fill(chosen, chosen + num_rows, NOT_WANTED);
     for (const SampledSequence* s = sequences; s < sequences + num_sequences; s++) {
         for (int32_t r = s->first_row; r < s->first_row + s->num_rows; r++) {
-            if (r > s->first_row && chosen[parents[r]] != tokens[r]) continue;
+            if (r > s->first_row && chosen[r - 1] != tokens[r]) continue;
             Row row(logits + r * stride, vocab_size, (float)s->temperature, scratch);
             chosen[r] = row.token(Philox(s->seed, s->key, (uint32_t)positions[r] + 1), s->top_k, s->top_p_share);
         }

@@ -4,8 +4,8 @@ Nothing is read for its value but what names the experts and what says whether a
 written: whatever an item here does, results stay what they are. What is fetched together are whole rows of a weight,
 which lie one after another.
 
-Of a phase's items the first of every program are fetched, numbers 0 to num_programs - 1. More would not arrive before
-the wait is over, and the LM head alone is larger than the cache.
+Of a phase's items the first of every program are fetched. More would not arrive before the wait is over, and the LM
+head alone is larger than the cache.
 """
 
 import triton
@@ -22,30 +22,23 @@ _LINE = tl.constexpr(128)  # bytes of a cache line
 
 
 @triton.jit
-def prefetch_items(first, stride, num_programs, p, PHASE: tl.constexpr, scratch_ptr=None):
-    """The weights of items first, first + stride, ... of a phase, as far as anybody's first item.
+def prefetch_item(first, p, PHASE: tl.constexpr, scratch_ptr=None):
+    """The weights of a program's first item of a phase, if the program has one.
 
-    scratch_ptr: given by those who read the router's logits, or whether there are blocks, while others may write them.
+    scratch_ptr: given by those who ask whether there are blocks while others may write them.
     """
-    num_items = tl.minimum(num_programs, PHASE.num_items)
-    num_experts = 0
+    num_items = PHASE.num_items
     rank_E = tl.zeros((1,), tl.int32)
-    if PHASE.op == "expert_gate_up" or PHASE.op == "expert_down":
+    if PHASE.op == "expert_down":
         rank_E = choose_experts(p, PHASE)[2]
-        num_experts = tl.max(rank_E, axis=0)
-        if scratch_ptr is not None:
-            num_experts = agreed(num_experts, scratch_ptr)
-    if PHASE.op == "expert_gate_up":
-        num_items = tl.minimum(num_items, num_experts * PHASE.num_items_each)
     if PHASE.IS_DRAFT:
-        # To movers, and to the phase that comes first, it may be what the step before had.
+        # To the phase that comes first, it may be what the step before had.
         is_wanted = has_rows(p[0], PHASE.R).to(tl.int32)
         if scratch_ptr is not None:
             is_wanted = agreed(is_wanted, scratch_ptr)
-        num_items *= is_wanted
-    item = first
-    while item < num_items:
-        i, j, _ = coordinates(item, PHASE)
+        num_items = is_wanted * PHASE.num_items
+    if first < num_items:
+        i, j, _ = coordinates(first, PHASE)
         if PHASE.op == "qkv":
             prefetch_linear_rows(p, 3, i * PHASE.COLUMNS + j * PHASE.T, PHASE.T, PHASE.D, PHASE)
         elif PHASE.op == "o_proj" or PHASE.op == "dense_down":
@@ -63,27 +56,14 @@ def prefetch_items(first, stride, num_programs, p, PHASE: tl.constexpr, scratch_
         elif PHASE.op == "context":
             row = i * PHASE.COLUMNS + PHASE.FIRST + j * PHASE.T
             prefetch_rows(p[3], row, PHASE.WIDTH - j * PHASE.T, PHASE.T, PHASE.D)
-        elif PHASE.op == "expert_gate_up":
-            gate = expert_row(i, rank_E, 2 * PHASE.WIDTH, PHASE) + j * PHASE.T
-            left = PHASE.WIDTH - j * PHASE.T
-            prefetch_expert_rows(p, gate, left, PHASE.D, PHASE)
-            prefetch_expert_rows(p, gate + PHASE.WIDTH, left, PHASE.D, PHASE)
         elif PHASE.op == "expert_down":
-            nth = num_experts * 0
+            nth, num_experts = first * 0, tl.max(rank_E, axis=0)
             while nth < num_experts:
-                row = expert_row(nth, rank_E, PHASE.D, PHASE) + i * PHASE.T
+                row = nth_expert(nth, rank_E).to(tl.int64) * PHASE.D + i * PHASE.T
                 prefetch_expert_rows(p, row, PHASE.D - i * PHASE.T, PHASE.WIDTH, PHASE)
                 nth += 1
         else:
             tl.static_assert(False, "no weights to fetch for this op")
-        item += stride
-
-
-@triton.jit
-def expert_row(nth, rank_E, NUM_ROWS: tl.constexpr, PHASE: tl.constexpr):
-    """The first row of the nth chosen expert, of NUM_ROWS each."""
-    # What was read while others wrote may be no choice at all.
-    return tl.minimum(nth_expert(nth, rank_E), PHASE.E - 1).to(tl.int64) * NUM_ROWS
 
 
 @triton.jit

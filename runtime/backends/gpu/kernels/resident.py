@@ -4,8 +4,6 @@ Every program walks the phases in order. A phase's record says which of the kern
 differ in layer alone are one variant), the counters that it waits on and signals, and its pointers; all else about a
 variant is known at compile time. Rows of the table: int64, see RECORD.
 
-Programs numbered from `num_programs` on are movers: they compute nothing and fetch weights ahead of the others.
-
 A launch of several rounds ends before the first step for which no sequence is left. Programs find that out behind the
 wait of a step's first phase, and leave with every counter as whole steps have left it, for the next launch to go on
 from. The proof knows what they read there and that all of them see the same (`Phase.leave`).
@@ -22,9 +20,9 @@ import triton
 import triton.language as tl
 
 from speedstack.runtime.backends.gpu.kernels.dispatch import begin_phase, coordinates, run_item
-from speedstack.runtime.backends.gpu.kernels.prefetch import prefetch_items
+from speedstack.runtime.backends.gpu.kernels.prefetch import prefetch_item
 from speedstack.runtime.backends.gpu.kernels.rounds.row_allocation import end_of_live
-from speedstack.runtime.backends.gpu.kernels.sync import DUMP_RECORD, SCRATCH, agreed, signal, wait_for
+from speedstack.runtime.backends.gpu.kernels.sync import DUMP_RECORD, SCRATCH, signal, wait_for
 
 # A phase's record: its variant, the rotation of its items, counters of its waits and of its signals, the variant of the
 # phase that comes next, then pointers.
@@ -35,12 +33,6 @@ WAIT_COUNTERS = tl.constexpr(2)
 SIGNAL_COUNTERS = tl.constexpr(4)
 FOLLOWING = tl.constexpr(6)
 POINTERS = tl.constexpr(7)
-# A mover's task: the phase whose weights it fetches, and what for it waits, if for anything. int32.
-MOVE_RECORD = tl.constexpr(8)
-MOVE_PHASE = tl.constexpr(0)
-MOVE_COUNTER = tl.constexpr(1)
-MOVE_PER_STEP = tl.constexpr(2)
-MOVE_OFFSET = tl.constexpr(3)
 # Stands for an item in the dump.
 WHOLE_PHASE = tl.constexpr(-1)
 
@@ -103,9 +95,9 @@ def run_phase(
             # What rows chose has been known since the wait of `expert_gate_up`, which every program has behind it.
             if PHASE.has_undecided_rows:
                 scratch_ptr = dump_ptr + tl.program_id(0) * DUMP_RECORD + SCRATCH
-                prefetch_items(first, num_programs, num_programs, p, PHASE, scratch_ptr)
+                prefetch_item(first, p, PHASE, scratch_ptr)
             else:
-                prefetch_items(first, num_programs, num_programs, p, PHASE)
+                prefetch_item(first, p, PHASE)
     is_alive = wait_all(
         record_ptr, 0, 0, 0, step, phase, WHOLE_PHASE, counters_ptr, max_polls, dump_ptr, failed_ptr, PHASE, False
     )  # fmt: skip
@@ -149,12 +141,33 @@ def is_over(sequences_ptr, R: tl.constexpr):
     return (live == 0) & is_dealt
 
 
-@triton.jit
-def compute(
-    phases_ptr, num_phases, num_programs, counters_ptr, first_step, num_steps, max_polls, dump_ptr, failed_ptr,
-    num_made_ptr, sequences_ptr, PHASES: tl.constexpr, PREFETCHES: tl.constexpr,
-):  # fmt: skip
-    """A program's steps; it leaves when it waited in vain, or when no sequence is left."""
+# Numbers that say how much there is, so that one kernel serves every launch, and models of any number of layers.
+_UNSPECIALIZED = ["num_phases", "num_programs", "first_step", "num_steps", "max_polls"]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def resident_kernel(
+    phases_ptr,
+    counters_ptr,
+    dump_ptr,
+    failed_ptr,
+    num_made_ptr,
+    sequences_ptr,
+    num_phases,
+    num_programs,
+    first_step,
+    num_steps,
+    max_polls,
+    PHASES: tl.constexpr,
+    PREFETCHES: tl.constexpr,
+):
+    """Steps first_step to first_step + num_steps of a plan, or fewer: num_made_ptr takes how many were made.
+
+    A program leaves when it waited in vain, or when no sequence is left.
+    phases_ptr: a table of RECORDs. counters_ptr: as the steps before left them. dump_ptr, failed_ptr: see
+    `counters.wait_for`, which polls max_polls times. sequences_ptr: the records of sequences. PHASES: the variants.
+    PREFETCHES: programs fetch what they need.
+    """
     local_step = num_steps * 0
     is_alive = num_steps > 0
     while tl.condition(local_step < num_steps, disable_licm=True):
@@ -172,97 +185,3 @@ def compute(
             variant = following
             phase = tl.where(is_alive, phase + 1, num_phases)
         local_step = tl.where(is_alive, local_step + 1, num_steps)
-
-
-@triton.jit
-def move(
-    phases_ptr, moves_ptr, num_moves, num_programs, counters_ptr, first_step, num_steps, max_polls, dump_ptr,
-    failed_ptr, sequences_ptr, PHASES: tl.constexpr,
-):  # fmt: skip
-    """A mover's steps.
-
-    It asks whether the launch is over where the programs do. Nobody waits for a mover: of a step that is made it may
-    see what that step writes, and leave too early, which harms nobody. Before one that is not made nothing changes.
-    """
-    first, num_movers = tl.program_id(0) - num_programs, tl.num_programs(0) - num_programs
-    scratch_ptr = dump_ptr + tl.program_id(0) * DUMP_RECORD + SCRATCH
-    local_step = num_steps * 0
-    is_alive = num_steps > 0
-    while tl.condition((local_step < num_steps) & is_alive, disable_licm=True):
-        step = first_step + local_step
-        n = num_moves * 0
-        while (n < num_moves) & is_alive:
-            move_ptr = moves_ptr + n * MOVE_RECORD
-            phase, counter = tl.load(move_ptr + MOVE_PHASE), tl.load(move_ptr + MOVE_COUNTER)
-            if counter >= 0:
-                threshold = step * tl.load(move_ptr + MOVE_PER_STEP) + tl.load(move_ptr + MOVE_OFFSET)
-                is_alive = wait_for(
-                    counters_ptr, counter, threshold, max_polls, dump_ptr, failed_ptr, step, phase, WHOLE_PHASE
-                )
-            if is_alive:
-                record_ptr = phases_ptr + phase * RECORD
-                variant = tl.load(record_ptr + VARIANT)
-                for number in tl.static_range(len(PHASES)):
-                    if variant == number:
-                        is_alive = move_phase(
-                            record_ptr, first, num_movers, num_programs, scratch_ptr, sequences_ptr, PHASES, number
-                        )
-            n += 1
-        local_step += 1
-
-
-@triton.jit
-def move_phase(
-    record_ptr, first, num_movers, num_programs, scratch_ptr, sequences_ptr, PHASES: tl.constexpr,
-    NUMBER: tl.constexpr,
-):  # fmt: skip
-    """A mover's share of a phase's weights; false if the launch is over instead."""
-    PHASE: tl.constexpr = PHASES[NUMBER]
-    goes_on = num_movers > 0
-    if PHASE.may_leave:
-        goes_on = agreed(is_over(sequences_ptr, PHASE.R).to(tl.int32), scratch_ptr) == 0
-    if PHASE.has_weights:
-        prefetch_items(first, num_movers, num_programs, load_pointers(record_ptr, PHASE), PHASE, scratch_ptr)
-    return goes_on
-
-
-# Numbers that say how much there is, so that one kernel serves every launch, and models of any number of layers.
-_UNSPECIALIZED = ["num_phases", "num_moves", "num_programs", "first_step", "num_steps", "max_polls"]
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def resident_kernel(
-    phases_ptr,
-    moves_ptr,
-    counters_ptr,
-    dump_ptr,
-    failed_ptr,
-    num_made_ptr,
-    sequences_ptr,
-    num_phases,
-    num_moves,
-    num_programs,
-    first_step,
-    num_steps,
-    max_polls,
-    PHASES: tl.constexpr,
-    PREFETCHES: tl.constexpr,
-    HAS_MOVERS: tl.constexpr,
-):
-    """Steps first_step to first_step + num_steps of a plan, or fewer: num_made_ptr takes how many were made.
-
-    phases_ptr, moves_ptr: tables of RECORDs. counters_ptr: as the steps before left them. dump_ptr, failed_ptr: see
-    `counters.wait_for`, which polls max_polls times. sequences_ptr: the records of sequences. PHASES: the variants.
-    PREFETCHES: programs fetch what they need.
-    """
-    if HAS_MOVERS:  # noqa: SIM102
-        if tl.program_id(0) >= num_programs:
-            move(
-                phases_ptr, moves_ptr, num_moves, num_programs, counters_ptr, first_step, num_steps, max_polls,
-                dump_ptr, failed_ptr, sequences_ptr, PHASES,
-            )  # fmt: skip
-    if tl.program_id(0) < num_programs:
-        compute(
-            phases_ptr, num_phases, num_programs, counters_ptr, first_step, num_steps, max_polls, dump_ptr, failed_ptr,
-            num_made_ptr, sequences_ptr, PHASES, PREFETCHES,
-        )  # fmt: skip

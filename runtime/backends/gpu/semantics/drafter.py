@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 
 from speedstack.runtime.backends.gpu.semantics.memory import StepMemory
-from speedstack.runtime.backends.gpu.semantics.multi_step import Steps
+from speedstack.runtime.backends.gpu.semantics.multi_step import Body, Steps
 from speedstack.runtime.backends.reference import rms_norm
 from speedstack.runtime.model.kv_ring import ring_length
 from speedstack.runtime.model.rope import rotate
@@ -39,7 +39,6 @@ from speedstack.runtime.plan.record_layout import (
     SLOT,
     TOKEN,
 )
-from speedstack.runtime.plan.verify.scheduler import Body
 
 
 class DrafterBodies:

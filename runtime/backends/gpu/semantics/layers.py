@@ -28,7 +28,7 @@ from speedstack.runtime.backends.gpu.buffers import step_inbox
 from speedstack.runtime.backends.gpu.semantics.drafter import DrafterBodies
 from speedstack.runtime.backends.gpu.semantics.memory import StepMemory
 from speedstack.runtime.backends.gpu.semantics.moe import MixtureBodies
-from speedstack.runtime.backends.gpu.semantics.multi_step import Steps
+from speedstack.runtime.backends.gpu.semantics.multi_step import Body, Steps
 from speedstack.runtime.backends.reference import rms_norm
 from speedstack.runtime.model.kv_ring import ring_length
 from speedstack.runtime.model.rope import rotary_tables, rotate
@@ -44,7 +44,6 @@ from speedstack.runtime.model.weights import (
 from speedstack.runtime.plan.ir import Phase, Plan
 from speedstack.runtime.plan.ops.drafter import is_drafting
 from speedstack.runtime.plan.record_layout import FIRST_ROW, NUM_ROWS, POSITION, SLOT, TOKEN
-from speedstack.runtime.plan.verify.scheduler import Body
 
 
 class PlanMemory(StepMemory):

@@ -12,13 +12,12 @@ from __future__ import annotations
 import torch
 
 from speedstack.runtime.backends.gpu.semantics.memory import StepMemory
-from speedstack.runtime.backends.gpu.semantics.multi_step import Steps
+from speedstack.runtime.backends.gpu.semantics.multi_step import Body, Steps
 from speedstack.runtime.model.moe import expert_matrices, route, swiglu
 from speedstack.runtime.model.spec import MoeSpec
 from speedstack.runtime.model.weights import MoeWeights
 from speedstack.runtime.plan.ir import Phase
 from speedstack.runtime.plan.record_layout import EXPERT, NUM_ACTIVE, TOKEN, route_words
-from speedstack.runtime.plan.verify.scheduler import Body
 
 
 class MixtureBodies:

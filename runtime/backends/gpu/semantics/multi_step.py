@@ -17,13 +17,12 @@ The records of rows, sampling and sequences are those of the kernels, field by f
 `chains` and `notes`, which kernels keep for the choice of a token, are not here: `sample` sorts.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 
 from speedstack.dflash.accept import accept
 from speedstack.dflash.ngram import NgramIndex
-from speedstack.dflash.tree import Draft
 from speedstack.runtime.plan.ir import Phase, Plan
 from speedstack.runtime.plan.record_layout import (
     ANCHOR,
@@ -44,7 +43,6 @@ from speedstack.runtime.plan.record_layout import (
     TOP_K,
     TOP_P,
 )
-from speedstack.runtime.plan.verify.scheduler import Body
 from speedstack.runtime.rounds.histogram import NUM_BINS, bins_of
 from speedstack.runtime.rounds.row_allocation import deal
 from speedstack.runtime.rounds.sampling import (
@@ -57,6 +55,8 @@ from speedstack.runtime.rounds.sampling import (
 )
 
 Steps = Generator[None, None, None]
+# Computes an item of a phase in a step. A generator lets others go on where it yields: between reads and writes, say.
+Body = Callable[[Phase, tuple[int, ...], int], Steps | None]
 
 
 class RoundBodies:
@@ -161,14 +161,15 @@ class RoundBodies:
         own = slice(first, first + num_rows)
         drafts, chosen = self.rows_RF[own, TOKEN].tolist()[1:], self.chosen_R[own].tolist()
         num_proposed = int(self.proposals_RR[sequence, NUM_PROPOSED]) if self._has_proposals else 0
-        accepted, tokens = accept(Draft.chain(drafts), lambda node: chosen[node + 1])
+        tokens = accept(drafts, chosen.__getitem__)
+        num_accepted = len(tokens) - 1
         for number, token in enumerate(tokens):
             if token < 0 or (watches_eos and token in self._eos):
                 tokens, end = tokens[: number + 1], length + number + 1
                 break
         new_length = length + len(tokens)
         yield
-        self.outcome_RO[sequence] = torch.tensor([num_rows, len(accepted), num_proposed])
+        self.outcome_RO[sequence] = torch.tensor([num_rows, num_accepted, num_proposed])
         self.sequences_RF[sequence, [ANCHOR, LENGTH, END]] = torch.tensor([tokens[-1], new_length, end])
         if "history" in self.plan.buffer_named:
             self.history_RL[slot, length:new_length] = torch.tensor(tokens)

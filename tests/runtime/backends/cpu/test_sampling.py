@@ -61,8 +61,7 @@ def choose(
 ) -> list[int]:
     """Each row as a sequence of its own, whose noise is that of `positions`."""
     rows = [SampledRows(Draw(SEED, KEY, params), row, 1) for row in range(len(logits_RV))]
-    count = len(rows)
-    return sampler.choose(logits_RV, rows, [0] * count, [-1] * count, [position - 1 for position in positions])
+    return sampler.choose(logits_RV, rows, [0] * len(rows), [position - 1 for position in positions])
 
 
 def random_logits(vocab_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -191,7 +190,7 @@ def test_draws_follow_the_softmax(sampler: CompiledSampler) -> None:
 
 
 def test_rows_are_wanted_after_the_token_chosen_before_them(sampler: CompiledSampler) -> None:
-    """A tree among other rows: of siblings one is right, and what follows the others is not drawn."""
+    """Two sequences among other rows: what follows a draft that is wrong is not drawn."""
     logits_WV = torch.randn(12, 50, generator=torch.Generator().manual_seed(2))[:, :47]  # rows with a stride
     params, position = SamplingParams(1.0), 8
 
@@ -199,16 +198,16 @@ def test_rows_are_wanted_after_the_token_chosen_before_them(sampler: CompiledSam
         noise_V = gumbel_noise([SEED], [key], [position + depth + 1], 47, CPU)[0]
         return sample(logits_WV[row], noise_V, params)
 
-    first, second, third = drawn(2, 0), drawn(4, 1), drawn(6, 2)
-    wrong = (first + 1) % 47
-    tokens = [0, 1, 5, wrong, first, wrong, second, third, third, 9, drawn(9, 0, 7), 0]
-    parents = [-1, 0, -1, 2, 2, 3, 4, 5, 6, -1, 9, 10]
-    positions = [0, 0, *(position + depth for depth in (0, 1, 1, 2, 2, 3, 3, 0, 1, 2))]
-    sequences = [SampledRows(Draw(SEED, KEY, params), 2, 7), SampledRows(Draw(SEED, 7, params), 9, 2)]
+    right = [drawn(row, depth) for depth, row in enumerate((2, 3, 4, 5, 6, 7))]
+    wrong = (right[2] + 1) % 47
+    # After a wrong draft the next is not looked at, though it is what would be drawn.
+    tokens = [0, 1, 5, *right[:2], wrong, *right[3:5], 9, drawn(8, 0, 7), drawn(9, 1, 7), 0]
+    positions = [0, 0, *(position + depth for depth in (0, 1, 2, 3, 4, 5, 0, 1, 2, 3))]
+    sequences = [SampledRows(Draw(SEED, KEY, params), 2, 6), SampledRows(Draw(SEED, 7, params), 8, 2)]
     wanted = [NOT_WANTED] * 12
-    for row, depth, key in ((2, 0, KEY), (4, 1, KEY), (6, 2, KEY), (8, 3, KEY), (9, 0, 7), (10, 1, 7)):
+    for row, depth, key in ((2, 0, KEY), (3, 1, KEY), (4, 2, KEY), (8, 0, 7), (9, 1, 7)):
         wanted[row] = drawn(row, depth, key)
-    assert sampler.choose(logits_WV, sequences, tokens, parents, positions) == wanted
+    assert sampler.choose(logits_WV, sequences, tokens, positions) == wanted
 
 
 def test_temperatures_that_float32_does_not_hold(sampler: CompiledSampler) -> None:
@@ -220,13 +219,11 @@ def test_temperatures_that_float32_does_not_hold(sampler: CompiledSampler) -> No
 
 
 def engine_texts(target: Path, make_drafter: MakeDrafter, options: dict[str, Any]) -> list[list[list[int]]]:
-    """Of all prompts together, without drafts, with a chain and, on the backend that has them, with a tree."""
+    """Of all prompts together, without drafts and with."""
     found = []
     for backend in ("cpu", "reference"):
-        for drafter, tree_budget in ((None, None), (make_drafter(), None), (make_drafter(), 6)):
-            if tree_budget is not None and backend == "cpu":
-                continue
-            engine = Engine.from_pretrained(target, drafter, backend=backend, tree_budget=tree_budget)  # type: ignore[arg-type]
+        for drafter in (None, make_drafter()):
+            engine = Engine.from_pretrained(target, drafter, backend=backend)  # type: ignore[arg-type]
             made = engine.generate(PROMPTS, NUM_NEW, seed=[3, 4, 5], ignore_eos=True, **options)
             found.append([generation.tokens for generation in made])
     return found

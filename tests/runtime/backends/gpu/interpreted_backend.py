@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.dflash.tree import Draft
+from speedstack.dflash.propose import Draft
 from speedstack.runtime.backends.base import DraftRequest, Rounds, Rows
 from speedstack.runtime.backends.gpu.buffers import step_inbox
 from speedstack.runtime.backends.gpu.multi_step import ResidentRounds
@@ -24,8 +24,8 @@ from speedstack.runtime.plan.ir import Plan
 from speedstack.runtime.plan.record_layout import FIRST_ROW, NUM_ROWS, OUTCOME
 from speedstack.runtime.plan.step import build_plan
 from speedstack.runtime.plan.verify.proof import prove
-from speedstack.runtime.plan.verify.scheduler import interpret
 from speedstack.runtime.rounds.draft_length import IN_PYTORCH
+from tests.runtime.plan.interpret import interpret
 
 
 class InterpretedBackend:
@@ -33,7 +33,6 @@ class InterpretedBackend:
 
     name = "interpreted"
     prepare_seconds = 0.0
-    no_trees_because: str | None = "not here"
     has_measured_cost = False
     round_cost = IN_PYTORCH
     drafter: ModuleDrafter | None = None
@@ -94,8 +93,8 @@ class InterpretedBackend:
     def planned_drafter(self) -> DrafterSpec | None:
         return None if self._planned is None else self._planned.spec
 
-    def draft(self, requests: Sequence[DraftRequest], num_drafts: int, tree_budget: int | None = None) -> list[Draft]:
-        assert self.drafter is not None and tree_budget is None
+    def draft(self, requests: Sequence[DraftRequest], num_drafts: int) -> list[Draft]:
+        assert self.drafter is not None
         self.num_host_drafts += 1
         return self.drafter.draft(requests, num_drafts)
 

@@ -108,7 +108,7 @@ def test_launches_of_whole_steps_find_it_whatever_they_are_told(
     gpu, backend = RecordingGpu(), backend_of(ResidentBackend, 1, is_real=True)
     arguments = backend.arguments
     for number in (None, 1, 16):
-        numbers = {} if number is None else {"num_phases": number, "num_moves": number}
+        numbers = {} if number is None else {"num_phases": number}
         monkeypatch.setattr(backend, "arguments", lambda steps, numbers=numbers: arguments(steps) | numbers)
         with aot_compile.driven_by(gpu):
             for step, num_steps in ((0, 1), (16, MAX_STEPS), (2**31 - 1, 2), (2**32 + 1, 3)):

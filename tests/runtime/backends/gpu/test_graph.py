@@ -24,7 +24,6 @@ from speedstack.runtime.backends.gpu.buffers import row_records
 from speedstack.runtime.backends.gpu.expected_buffers import expected_buffers, found_buffer
 from speedstack.runtime.backends.gpu.graph import GraphBackend
 from speedstack.runtime.backends.reference import ReferenceBackend
-from speedstack.runtime.backends.select import make_backend
 from speedstack.runtime.model.synthetic_weights import empty_weights
 from tests.runtime.backends.gpu.plan_cases import (
     CASES,
@@ -193,8 +192,6 @@ def test_refused_by_name_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("triton") is not None:
         with pytest.raises(ValueError, match=r"'graph' runs on a GPU; on a CPU .* TRITON_INTERPRET=1"):
             GraphBackend(weights, None, 1, 32)
-    with pytest.raises(ValueError, match="'graph' verifies no draft trees"):
-        make_backend("graph", weights, None, 1, 32, has_trees=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="'graph' needs Triton, which is not installed"):
         GraphBackend(weights, None, 1, 32)

@@ -17,7 +17,6 @@ from speedstack.runtime.backends.gpu.multi_step import rounds_inbox
 from speedstack.runtime.backends.gpu.resident import ResidentBackend
 from speedstack.runtime.backends.gpu.semantics.layers import PlanMemory
 from speedstack.runtime.plan.record_layout import NUM_ROWS, OUTCOME, RECORD, TOKEN
-from speedstack.runtime.plan.verify.scheduler import interpret
 from speedstack.runtime.rounds.speculation import DraftStrategy
 from tests.runtime.backends.gpu.drafter_cases import (
     MAX_LENGTH,
@@ -30,6 +29,7 @@ from tests.runtime.backends.gpu.drafter_cases import (
     target,
 )
 from tests.runtime.backends.gpu.test_rounds import check_same
+from tests.runtime.plan.interpret import interpret
 
 if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
     pytest.skip("runs in the process that interprets", allow_module_level=True)
@@ -109,14 +109,14 @@ def run(backend: ResidentBackend, start: list[torch.Tensor]) -> tuple[list[list[
 
 
 def test_rounds_are_the_same_under_every_schedule() -> None:
-    """With 1, 3 and 8 programs, movers or not: bit for bit, keys and values of rejected drafts and of masks too."""
+    """With 1, 3 and 8 programs, prefetching or not: bit for bit, keys and values of rejected drafts and masks too."""
     one = backend_of("mimo", 1)
     generator = torch.Generator().manual_seed(0)
     state = [*one.memory.caches, one.memory.contexts]
     start = [torch.randn(tensor.shape, generator=generator) for tensor in state]
     expected = run(one, start)
     assert all(rounds[0].num_proposed > 0 for rounds in expected[0])
-    others = [backend_of("mimo", 3, prefetch="movers", num_movers=1), backend_of("mimo", 8)]
+    others = [backend_of("mimo", 3, prefetch="none"), backend_of("mimo", 8)]
     for seed in range(int(os.environ.get("SPEEDSTACK_SCHEDULES", "4")) // 2):
         backend = others[seed % 2]
         backend.seed = seed

@@ -41,13 +41,13 @@ def test_a_missing_signal_is_a_dump_and_not_a_hang() -> None:
     """From the scheduler, and from the kernel's own budget; after that the backend works again."""
     from speedstack.runtime.plan.verify.scheduler import Deadlock
 
-    backend, start = small("qwen3-mxfp4", 3, prefetch="movers", num_movers=1)
+    backend, start = small("qwen3-mxfp4", 3)
     expected, sound = outcome(backend, start, 2), backend.plan
     plant(backend, altered(sound, "L00.combine", signals=()))
     assert prove(backend.plan).failure is not None
     with pytest.raises(Deadlock, match="program 2: polls address") as caught:
         outcome(backend, start, 2)
-    assert set(caught.value.waiting) == {0, 1, 2, 3}
+    assert set(caught.value.waiting) == {0, 1, 2}
     backend.max_polls, backend.interpreter_options = 300, {"patience": None}
     backend.counters.zero_()
     backend.next_step = 0
@@ -56,7 +56,6 @@ def test_a_missing_signal_is_a_dump_and_not_a_hang() -> None:
     for program in range(3):
         line = f"  program {program}: step 0, L00.o_proj: L00.combine[0] is 0 and has to reach 3"
         assert line in str(failed.value).splitlines()
-    assert "  mover 0: step 0, " in str(failed.value)
     plant(backend, sound)
     assert same(outcome(backend, start, 2), expected)
 

@@ -24,10 +24,10 @@ from speedstack.runtime.model.weights import ModelWeights
 from speedstack.runtime.plan.ir import Plan
 from speedstack.runtime.plan.record_layout import OUTCOME
 from speedstack.runtime.plan.verify.proof import prove
-from speedstack.runtime.plan.verify.scheduler import interpret
 from speedstack.runtime.rounds.sampling import SamplingParams
 from speedstack.runtime.rounds.speculation import DraftStrategy
 from tests.runtime.backends.gpu.plan_cases import SMALL_CASES
+from tests.runtime.plan.interpret import interpret
 
 if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
     pytest.skip("runs in the process that interprets", allow_module_level=True)
@@ -114,11 +114,11 @@ def same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 
 def test_rounds_are_the_same_under_every_schedule() -> None:
-    """With 1, 3 and 8 programs, movers or not: bit for bit, keys and values too, rejected drafts' included."""
+    """With 1, 3 and 8 programs, prefetching or not: bit for bit, keys and values too, rejected drafts' included."""
     weights = SMALL_CASES["qwen3-mxfp4"]()
     expected = run(backend_of(weights, 1, True))
     assert any(one.num_accepted for rounds in expected[0] for one in rounds)
-    others = [backend_of(weights, 3, True, prefetch="movers", num_movers=1), backend_of(weights, 8, True)]
+    others = [backend_of(weights, 3, True, prefetch="none"), backend_of(weights, 8, True)]
     for seed in range(3):
         backend = others[seed % 2]
         backend.seed = seed
@@ -127,11 +127,11 @@ def test_rounds_are_the_same_under_every_schedule() -> None:
 
 @pytest.mark.parametrize("has_look_up", [False, True], ids=["plain", "look-up"])
 def test_a_launch_ends_with_its_last_sequence(has_look_up: bool) -> None:
-    """Movers leave too, and what comes next is as after as many steps: counters, rounds, and steps of the host's."""
+    """What comes next is as after as many steps: counters, rounds, and steps of the host's."""
     weights = SMALL_CASES["dense"]()
     requests = [replace(one, end=len(one.tokens) + 2 + 2 * n) for n, one in enumerate(requests_of(has_look_up))]
     longest = max(one.end - len(one.tokens) for one in requests)
-    ways: list[dict[str, Any]] = [{}, {"prefetch": "movers", "num_movers": 2}]
+    ways: list[dict[str, Any]] = [{}, {"prefetch": "none"}]
     for number, options in enumerate(ways):
         backend = backend_of(weights, 3, has_look_up, seed=number, **options)
         backend.step(Rows([1], [0], [0]), [0])

@@ -21,7 +21,7 @@ NUM_SCHEDULES = int(os.environ.get("SPEEDSTACK_SCHEDULES", "200"))
 @interpreted
 @pytest.mark.parametrize("case", SMALL_CASES)
 def test_steps_without_the_host_are_the_references_under_every_schedule(case: str) -> None:
-    """Bit for bit the same with 1, 3 and 8 programs, movers or not, whatever the order in which they run."""
+    """Bit for bit the same with 1, 3 and 8 programs, prefetching or not, whatever the order in which they run."""
     backend, start = small(case, 1)
     expected = outcome(backend, start, 2)
     reference, _ = prefilled(SMALL_CASES[case](), [17, 6], SMALL_LENGTH)
@@ -37,7 +37,7 @@ def test_steps_without_the_host_are_the_references_under_every_schedule(case: st
     backends = [
         small(case, 3, prefetch="none")[0],
         small(case, 8)[0],
-        small(case, 3, prefetch="movers", num_movers=2)[0],
+        small(case, 3)[0],
     ]
     num_schedules = NUM_SCHEDULES // len(SMALL_CASES)
     for seed in range(num_schedules):

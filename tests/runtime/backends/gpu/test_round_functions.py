@@ -15,7 +15,6 @@ import torch
 
 from speedstack.dflash.accept import accept
 from speedstack.dflash.ngram import NgramIndex
-from speedstack.dflash.tree import Draft
 from speedstack.runtime.backends.base import RoundsRequest
 from speedstack.runtime.backends.gpu.multi_step import rounds_inbox
 from speedstack.runtime.plan.record_layout import (
@@ -67,11 +66,6 @@ def history_of(rng: random.Random, requests: list[RoundsRequest], max_length: in
 def proposals_of(request: RoundsRequest) -> list[int]:
     num_left = request.end - len(request.tokens)
     return NgramIndex(request.ngram_size).propose(request.tokens, min(request.num_drafts, num_left - 1))
-
-
-def accept_chain(drafts: list[int], chosen: list[int]) -> tuple[list[int], list[int]]:
-    """`accept`; chosen: the target's token after the anchor, and after each draft."""
-    return accept(Draft.chain(drafts), lambda node: chosen[node + 1])
 
 
 def run(op: str, *pointers: torch.Tensor, num: int = R, **constants: int | bool) -> None:
@@ -167,8 +161,8 @@ def test_acceptance_is_that_of_the_host() -> None:
             chosen = [token if rng.random() < 0.75 else rng.choice([-1, 0, 1, 2, 7, 9]) for token in drafts]
             chosen.append(rng.choice([-1, 0, 2, 7, 9]))
             report[first : first + len(chosen)] = torch.tensor(chosen).int()
-            accepted, tokens = accept_chain(drafts, chosen)
-            length, end = len(request.tokens), request.end
+            tokens = accept(drafts, chosen.__getitem__)
+            num_accepted, length, end = len(tokens) - 1, len(request.tokens), request.end
             for number, token in enumerate(tokens):
                 if token < 0 or (request.watches_eos and token in eos):
                     tokens, end = tokens[: number + 1], length + number + 1
@@ -177,7 +171,7 @@ def test_acceptance_is_that_of_the_host() -> None:
             else:
                 ways.add("eos ignored" if set(tokens) & set(eos) else "goes on")
             wanted_history[request.slot, length : length + len(tokens)] = torch.tensor(tokens).int()
-            outcome = [1 + len(drafts), len(accepted), len(drafts) + case]
+            outcome = [1 + len(drafts), num_accepted, len(drafts) + case]
             wanted.append((outcome, [tokens[-1], length + len(tokens), end]))
             first += 1 + len(drafts)
         rows_before = rows.clone()
