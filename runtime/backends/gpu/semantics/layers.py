@@ -30,17 +30,11 @@ from speedstack.runtime.backends.gpu.semantics.memory import StepMemory
 from speedstack.runtime.backends.gpu.semantics.moe import MixtureBodies
 from speedstack.runtime.backends.gpu.semantics.multi_step import Steps
 from speedstack.runtime.backends.reference import rms_norm
+from speedstack.runtime.model.drafter_weights import DrafterWeights
 from speedstack.runtime.model.kv_ring import ring_length
 from speedstack.runtime.model.rope import rotary_tables, rotate
 from speedstack.runtime.model.spec import AttentionSpec
-from speedstack.runtime.model.weights import (
-    AttentionWeights,
-    DenseWeights,
-    DrafterWeights,
-    Linear,
-    ModelWeights,
-    plain_matrix,
-)
+from speedstack.runtime.model.weights import AttentionWeights, DenseWeights, Linear, ModelWeights, plain_matrix
 from speedstack.runtime.plan.ir import Phase, Plan
 from speedstack.runtime.plan.ops.drafter import is_drafting
 from speedstack.runtime.plan.record_layout import FIRST_ROW, NUM_ROWS, POSITION, SLOT, TOKEN
