@@ -3,7 +3,7 @@
 Joining query, key and value (and gate and up) projections happens once, at load. Packed experts stay packed, and linear
 layers in FP8 stay in FP8: their codes and scales are those of the checkpoint. Matrices in bfloat16 may be kept so for
 an engine in float32; everything else is converted to the engine's dtype. A drafter has the same structures
-(`drafter_weights`), so that one set of kernels serves both.
+(`backends.drafter_weights`), so that one set of kernels serves both.
 
 Legend: D hidden, N heads, H head dim, F dense intermediate, E experts, I expert intermediate, V vocabulary.
 """

@@ -24,13 +24,13 @@ import torch
 import torch.nn.functional as F
 
 from speedstack.runtime.backends.base import Rows
+from speedstack.runtime.backends.drafter_weights import DrafterWeights
 from speedstack.runtime.backends.gpu.buffers import step_inbox
 from speedstack.runtime.backends.gpu.semantics.drafter import DrafterBodies
 from speedstack.runtime.backends.gpu.semantics.memory import StepMemory
 from speedstack.runtime.backends.gpu.semantics.moe import MixtureBodies
 from speedstack.runtime.backends.gpu.semantics.multi_step import Steps
 from speedstack.runtime.backends.reference import rms_norm
-from speedstack.runtime.model.drafter_weights import DrafterWeights
 from speedstack.runtime.model.kv_ring import ring_length
 from speedstack.runtime.model.rope import rotary_tables, rotate
 from speedstack.runtime.model.spec import AttentionSpec
