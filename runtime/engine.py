@@ -7,7 +7,6 @@ changes nothing either.
 Left out: paged buffers, prefix sharing and preemption; every sequence owns a slot of `max_length` positions.
 """
 
-import copy
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,27 +14,26 @@ from typing import Any, Literal
 
 import torch
 
-from speedstack.dflash.checkpoint import MASK_EMBEDDING_NAME, check_target, load_drafter
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.quant.checkpoint import weights_sha256
 from speedstack.runtime.backends.base import Backend, Rows
 from speedstack.runtime.backends.cpu.backend import HeldAs
 from speedstack.runtime.backends.gpu.multi_step import rounds_for
 from speedstack.runtime.backends.select import make_backend
 from speedstack.runtime.decoding.detokenizer import TextStream
+from speedstack.runtime.decoding.drafter_choice import Drafter, load_drafter_for
 from speedstack.runtime.decoding.loop import Decoder
 from speedstack.runtime.decoding.prompts import (
     Prompt,
-    encode_text,
+    encode_prompt,
     integer,
-    real,
+    sampling_params,
     seeds_for,
     single_prompt,
     split_prompts,
     stop_strings,
 )
 from speedstack.runtime.decoding.proposers import DrafterProposer, NgramProposer, NoProposer, Proposer
-from speedstack.runtime.decoding.results import Generation, Score
+from speedstack.runtime.decoding.results import Generation, Score, score_of
 from speedstack.runtime.decoding.sequence import RunningSequence
 from speedstack.runtime.model.kv_ring import MAX_ROWS
 from speedstack.runtime.model.loading import LoadedTarget, load_target
@@ -54,7 +52,7 @@ class Engine:
     def __init__(
         self,
         weights: ModelWeights,
-        drafter: DFlashDraftModel | Literal["ngram"] | None = None,
+        drafter: Drafter = None,
         tokenizer: Any = None,
         backend: str = "auto",
         max_length: int | None = None,
@@ -151,7 +149,7 @@ class Engine:
     ) -> "Engine":
         """As `from_pretrained`, of a target in memory: engines of one target share its weights."""
         w = target.weights
-        model, sha256 = _load_drafter(drafter, w.spec, target.sha256, w.dtype, w.embedding_VD.device)
+        model, sha256 = load_drafter_for(drafter, w.spec, target.sha256, w.dtype, w.embedding_VD.device)
         options = (backend, max_length, max_batch_size, strategy, dense_dtype, kv_dtype)
         engine = cls(w, model, target.tokenizer, *options)
         engine.target_sha256, engine.drafter_sha256 = target.sha256, sha256
@@ -164,7 +162,7 @@ class Engine:
         With None the strategy is reset to the backend's default. Raises ValueError for a drafter of another target, one
         that the engine's strategy does not fit, or while a stream is read; then nothing has changed.
         """
-        model, sha256 = _load_drafter(drafter, self.spec, self.target_sha256, self.dtype, self.device)
+        model, sha256 = load_drafter_for(drafter, self.spec, self.target_sha256, self.dtype, self.device)
         is_default = drafter is None or self._has_default_strategy
         strategy = self._default_strategy(model) if is_default else self.strategy
         strategy.num_per_round(model)
@@ -185,12 +183,12 @@ class Engine:
             self._plan(self._drafter, strategy)
             self._has_default_strategy = False
 
-    def _default_strategy(self, drafter: DFlashDraftModel | Literal["ngram"] | None) -> DraftStrategy:
+    def _default_strategy(self, drafter: Drafter) -> DraftStrategy:
         """As many drafts as pay where the backend has measured what they cost, else all."""
         is_adaptive = drafter is not None and self.backend.has_measured_cost
         return DraftStrategy("adaptive") if is_adaptive else DraftStrategy()
 
-    def _plan(self, drafter: DFlashDraftModel | Literal["ngram"] | None, strategy: DraftStrategy) -> None:
+    def _plan(self, drafter: Drafter, strategy: DraftStrategy) -> None:
         num_drafts = strategy.num_per_round(drafter)
         rounds = rounds_for(self.backend, drafter, strategy)  # which may fail, and then nothing has changed
         self._drafter, self.strategy, self.num_drafts = drafter, strategy, num_drafts
@@ -254,7 +252,7 @@ class Engine:
                 the buffers, a sampling parameter out of range, or logits that are not numbers.
         """
         listed, is_single = split_prompts(prompts, self.tokenizer)
-        params = _sampling_params(temperature, top_p, top_k)
+        params = sampling_params(temperature, top_p, top_k)
         waiting = [
             self._sequence(prompt, max_new_tokens, params, one_seed, stop, ignore_eos, skip_special_tokens)
             for prompt, one_seed in zip(listed, seeds_for(seed, len(listed)), strict=True)
@@ -279,7 +277,7 @@ class Engine:
         """Yields the text of `generate` as it is committed, piece by piece; returns its result. Needs a tokenizer."""
         if self.tokenizer is None:
             raise ValueError("stream yields text, and the target has no tokenizer files; use generate with token ids")
-        found, params = single_prompt(prompt, self.tokenizer), _sampling_params(temperature, top_p, top_k)
+        found, params = single_prompt(prompt, self.tokenizer), sampling_params(temperature, top_p, top_k)
         sequence = self._sequence(
             found, max_new_tokens, params, integer("seed", seed), stop, ignore_eos, skip_special_tokens
         )
@@ -304,21 +302,7 @@ class Engine:
 
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt, checked: not empty, all in the vocabulary, at most `max_length` of them."""
-        found = single_prompt(prompt, self.tokenizer)
-        if isinstance(found, str):
-            if self.tokenizer is None:
-                raise ValueError("the target has no tokenizer files; give token ids instead of text")
-            found = encode_text(found, self.tokenizer)
-        if not found:
-            raise ValueError("the prompt is empty; give at least one token")
-        bad = next((token for token in found if not 0 <= token < self.spec.vocab_size), None)
-        if bad is not None:
-            raise ValueError(f"token id {bad} is outside the vocabulary of {self.spec.vocab_size} tokens")
-        if len(found) > self.max_length:
-            raise ValueError(
-                f"{len(found)} tokens do not fit the buffers of {self.max_length} positions; raise max_length"
-            )
-        return found
+        return encode_prompt(prompt, self.tokenizer, self.spec.vocab_size, self.max_length)
 
     def _sequence(
         self,
@@ -396,37 +380,4 @@ class Engine:
     def _score(self, ids: list[int]) -> Score:
         if len(ids) < 2:
             raise ValueError(f"scoring needs at least two tokens, got {len(ids)}")
-        logprobs: list[torch.Tensor] = []
-        greedy: list[int] = []
-        start = 1
-        for logits_WV, best in self._prefill_logits(ids):
-            targets = torch.tensor(ids[start : start + len(best)], device=logits_WV.device)
-            kept = logits_WV[: len(targets)]
-            logprobs.append(torch.log_softmax(kept, -1).gather(1, targets[:, None])[:, 0].cpu())
-            greedy += best[: len(targets)]
-            start += len(best)
-        if -1 in greedy:
-            raise ValueError("the target's logits are not numbers; the checkpoint is broken or its dtype overflows")
-        return Score(torch.cat(logprobs), torch.tensor(greedy) == torch.tensor(ids[1:]))
-
-
-def _sampling_params(temperature: Any, top_p: Any, top_k: Any) -> SamplingParams:
-    return SamplingParams(real("temperature", temperature), real("top_p", top_p), integer("top_k", top_k))
-
-
-def _load_drafter(
-    drafter: str | Path | DFlashDraftModel | None,
-    spec: ModelSpec,
-    target_sha256: str | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[DFlashDraftModel | Literal["ngram"] | None, str | None]:
-    """A drafter as backends take it, checked against the target, and the SHA-256 of its weights if they are on disk."""
-    if drafter is None:
-        return None, None
-    if isinstance(drafter, str | Path) and str(drafter) == NGRAM:
-        return NGRAM, None
-    model = copy.deepcopy(drafter) if isinstance(drafter, DFlashDraftModel) else load_drafter(drafter)
-    check_target(model.config, target_sha256, spec.hidden_size, spec.num_layers, spec.vocab_size)
-    sha256 = None if isinstance(drafter, DFlashDraftModel) else weights_sha256(drafter, [MASK_EMBEDDING_NAME])
-    return model.to(device, dtype).eval().requires_grad_(False), sha256
+        return score_of(self._prefill_logits(ids), ids)

@@ -12,7 +12,7 @@ from speedstack.eval.gpu_suite.sections import run_correctness, run_environment,
 from speedstack.eval.gpu_suite.speed import run_headline, run_speed
 from speedstack.eval.gpu_suite.suite import Section, Suite, free_path, run_sections
 from speedstack.eval.gpu_suite.table import judge, text
-from speedstack.eval.gpu_suite.worker import InterpretedWorker, ProcessWorker, StartWorker
+from speedstack.eval.speed.worker import InterpretedWorker, ProcessWorker, StartWorker
 from speedstack.runtime.model.released_models import MODELS
 
 ENVIRONMENT = Section("environment", 0.05, run_environment)

@@ -23,7 +23,8 @@ from typing import Any, Literal
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.eval.gpu_suite.edges import edge_spec, edge_weights, lose_expert, moe_of, pair_gap
+from speedstack.eval.gpu_suite.edges import edge_spec, edge_weights, lose_expert, moe_of
+from speedstack.eval.gpu_suite.near_ties import choice_gap, is_near_tie, pair_gap
 from speedstack.eval.gpu_suite.scale import Scale
 from speedstack.runtime.backends.base import Backend, Draw, Rows
 from speedstack.runtime.backends.gpu.expected_buffers import expected_buffers, found_buffer
@@ -38,7 +39,7 @@ from speedstack.runtime.model.released_models import drafter_config, tiny_config
 from speedstack.runtime.model.spec import MoeSpec
 from speedstack.runtime.model.synthetic_weights import random_weights
 from speedstack.runtime.model.weights import ModelWeights, MoeWeights
-from speedstack.runtime.rounds.sampling import SamplingParams, filter_logits, gumbel_noise, sample
+from speedstack.runtime.rounds.sampling import SamplingParams, gumbel_noise, sample
 
 # Largest error of a row, relative to its norm. bfloat16: up to about 20 roundings of 2**-9 of two or three layers one
 # after another, about sqrt(20) * 2**-9 = 0.9 % where they are independent. float32: sums of up to 96 terms in another
@@ -62,9 +63,6 @@ LARGE_SAMPLINGS = (
     SamplingParams(5.0, top_p=0.99),
     SamplingParams(1.0),
 )
-# Two scores (logit / temperature + noise) may trade places where they are as close, in float32 units of the largest
-# number that they are made of: each takes two logarithms, of one unit each, and a sum, of half a unit.
-SCORE_ULPS = 8
 
 
 class Checker:
@@ -353,29 +351,6 @@ class Checker:
                 gap_R = choice_gap(logits_RE, layer.mlp.correction_bias_E, spec.mlp)
                 decided_R &= gap_R > 2 * self.tolerance * logits_RE.square().mean(-1).sqrt()
         return decided_R
-
-
-def choice_gap(logits_RE: torch.Tensor, correction_E: torch.Tensor | None, spec: MoeSpec) -> torch.Tensor:
-    """Float32 [R]: how far the logits of the last expert chosen and the first not chosen are apart, at least."""
-    if spec.top_k == spec.num_experts:
-        return torch.full_like(logits_RE[:, 0], float("inf"))
-    if spec.scoring == "softmax":
-        best = logits_RE.topk(spec.top_k + 1, dim=-1).values
-        return best[:, -2] - best[:, -1]
-    scores_RE = logits_RE.sigmoid()
-    best = (scores_RE if correction_E is None else scores_RE + correction_E).topk(spec.top_k + 1, dim=-1).values
-    # A sigmoid rises by at most a quarter of what its argument does.
-    return 4 * (best[:, -2] - best[:, -1])
-
-
-def is_near_tie(logits_V: torch.Tensor, noise_V: torch.Tensor, params: SamplingParams) -> bool:
-    """Whether roundings may decide which of the two best scores is the largest; see SCORE_ULPS. NaN is no tie."""
-    scaled_V = filter_logits(logits_V, params)
-    best_2, index_2 = (scaled_V + noise_V).topk(2)
-    if best_2[1] == float("-inf"):  # one token is kept
-        return False
-    size = torch.cat([best_2, scaled_V[index_2], noise_V[index_2], torch.ones_like(best_2)]).abs().max()
-    return bool(best_2[0] - best_2[1] <= SCORE_ULPS * torch.finfo(torch.float32).eps * size)
 
 
 def row_error(found_RD: torch.Tensor, wanted_RD: torch.Tensor, chosen_R: torch.Tensor) -> float:

@@ -63,13 +63,6 @@ def lose_expert(weights: ModelWeights, expert: int) -> None:
     _packed(experts_of(weights).gate_up_EID).scales[expert, 3, 1] = NAN_BYTE
 
 
-def pair_gap(logits_RE: torch.Tensor, spec: MoeSpec) -> torch.Tensor:
-    """Float32 [R]: how far apart the pairs are whose order decides what a row chooses, at least."""
-    pairs = (spec.top_k + 1) // 2
-    best = logits_RE[:, : spec.num_experts // 2].topk(pairs + 1, dim=-1).values
-    return torch.minimum(best[:, -3] - best[:, -2], best[:, -2] - best[:, -1])
-
-
 def _packed(weight: object) -> MXFP4Tensor:
     assert isinstance(weight, MXFP4Tensor)
     return weight

@@ -18,8 +18,8 @@ import torch
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.gpu_suite.edges import edge_weights
 from speedstack.eval.gpu_suite.scale import PEER, Scale
-from speedstack.eval.gpu_suite.worker import StartWorker, Worker, WorkerFailed
 from speedstack.eval.results.failures import one_line
+from speedstack.eval.speed.worker import StartWorker, Worker, WorkerFailed
 from speedstack.runtime.backends.gpu.base import Target
 from speedstack.runtime.backends.gpu.graph import GraphBackend
 from speedstack.runtime.backends.gpu.resident import ResidentBackend

@@ -10,8 +10,8 @@ from speedstack.eval.gpu_suite.machine import Machine
 from speedstack.eval.gpu_suite.quant import QuantKernels
 from speedstack.eval.gpu_suite.scale import MODEL_SHARES, PEER
 from speedstack.eval.gpu_suite.suite import OutOfTime, Suite
-from speedstack.eval.gpu_suite.worker import NEVER_BEGAN, Worker, WorkerFailed, call
 from speedstack.eval.results.environment import command_line
+from speedstack.eval.speed.worker import NEVER_BEGAN, Worker, WorkerFailed, call
 from speedstack.runtime.backends.gpu.base import Target
 
 CHECKS = ("check_buffers", "check_row_invariance", "check_text", "check_sampling")

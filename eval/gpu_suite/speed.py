@@ -16,13 +16,13 @@ from typing import Any
 
 from speedstack.eval.gpu_suite.backends import BackendContestant, model_config
 from speedstack.eval.gpu_suite.kernels import phase_jobs, speed_jobs
-from speedstack.eval.gpu_suite.memory import PROCESS_BYTES, USABLE, layers_that_fit, peer_bytes
 from speedstack.eval.gpu_suite.peer import Peer
 from speedstack.eval.gpu_suite.scale import MODEL_SHARES, PEER, Cell
 from speedstack.eval.gpu_suite.sections import NOT_AVAILABLE, why_not
 from speedstack.eval.gpu_suite.suite import OutOfTime, Suite
-from speedstack.eval.gpu_suite.worker import KILLED, Worker, WorkerFailed
 from speedstack.eval.results.spread import spread_fields
+from speedstack.eval.speed.device_memory import PROCESS_BYTES, USABLE, layers_that_fit, peer_bytes
+from speedstack.eval.speed.worker import KILLED, Worker, WorkerFailed
 from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.spec import ModelSpec
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from speedstack.eval.gpu_suite.kernels import Kernels
 from speedstack.eval.gpu_suite.scale import Scale
-from speedstack.eval.gpu_suite.worker import StartWorker
 from speedstack.eval.results.failures import one_line
+from speedstack.eval.speed.worker import StartWorker
 
 SCHEMA_VERSION = 1
 KIND = "gpu-suite"

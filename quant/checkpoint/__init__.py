@@ -2,6 +2,8 @@
 
 files      config.json and safetensors of a directory, with every defect a clear error
 names      one family's tensor names on disk and in transformers
+spelling   config.json in transformers' own keys
+config     what model a directory holds
 formats    the formats, one codec each
 linears    the tensors that are no routed experts
 directory  writes a directory that appears whole or not at all

@@ -1,4 +1,4 @@
-"""What people pass as prompts, seeds and stop strings, as the engine takes it: text, lists of integers, strings.
+"""What people pass as prompts, sampling parameters, seeds and stop strings, as the engine takes it.
 
 Ids come as lists, tuples, ranges, NumPy arrays, tensors of any device, or what a tokenizer returned, whose padding is
 taken off. What could be read in two ways, or holds anything else, is a ValueError of one line: floats and booleans are
@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from speedstack.runtime.rounds.sampling import SamplingParams
 
 Prompt = str | list[int]
 ACCEPTED = (
@@ -57,6 +59,28 @@ def encode_text(text: str, tokenizer: Any) -> list[int]:
     bos = tokenizer.bos_token
     begins_with_it = bool(bos) and text.startswith(bos)
     return list(tokenizer.encode(text, add_special_tokens=not begins_with_it, verbose=False))
+
+
+def encode_prompt(prompt: Any, tokenizer: Any, vocab_size: int, max_length: int) -> list[int]:
+    """Token ids of one prompt: at least one, at most `max_length`, all in the vocabulary. Raises ValueError if not."""
+    found = single_prompt(prompt, tokenizer)
+    if isinstance(found, str):
+        if tokenizer is None:
+            raise ValueError("the target has no tokenizer files; give token ids instead of text")
+        found = encode_text(found, tokenizer)
+    if not found:
+        raise ValueError("the prompt is empty; give at least one token")
+    bad = next((token for token in found if not 0 <= token < vocab_size), None)
+    if bad is not None:
+        raise ValueError(f"token id {bad} is outside the vocabulary of {vocab_size} tokens")
+    if len(found) > max_length:
+        raise ValueError(f"{len(found)} tokens do not fit the buffers of {max_length} positions; raise max_length")
+    return found
+
+
+def sampling_params(temperature: Any, top_p: Any, top_k: Any) -> SamplingParams:
+    """Of numbers of Python, NumPy or tensors. Raises ValueError for anything else, and for a value out of range."""
+    return SamplingParams(real("temperature", temperature), real("top_p", top_p), integer("top_k", top_k))
 
 
 def seeds_for(seed: Any, num_prompts: int) -> list[int]:

@@ -1,5 +1,9 @@
-"""What the engine returns: generated tokens with their statistics, and log-probabilities."""
+"""What the engine returns: generated tokens with their statistics, and log-probabilities.
 
+Legend: W wanted rows, V vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -73,3 +77,22 @@ class Score:
 
     logprobs: torch.Tensor
     is_greedy: torch.Tensor
+
+
+def score_of(steps: Iterable[tuple[torch.Tensor, list[int]]], ids: Sequence[int]) -> Score:
+    """Of what a backend's steps give after all of `ids`, in order: logits [rows, vocabulary], and their argmaxes.
+
+    Raises ValueError for logits that are not numbers, whose argmax is -1.
+    """
+    logprobs: list[torch.Tensor] = []
+    greedy: list[int] = []
+    start = 1
+    for logits_WV, best in steps:
+        targets = torch.tensor(ids[start : start + len(best)], device=logits_WV.device)
+        kept = logits_WV[: len(targets)]
+        logprobs.append(torch.log_softmax(kept, -1).gather(1, targets[:, None])[:, 0].cpu())
+        greedy += best[: len(targets)]
+        start += len(best)
+    if -1 in greedy:
+        raise ValueError("the target's logits are not numbers; the checkpoint is broken or its dtype overflows")
+    return Score(torch.cat(logprobs), torch.tensor(greedy) == torch.tensor(ids[1:]))

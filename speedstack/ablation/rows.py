@@ -14,13 +14,13 @@ from speedstack.dflash.checkpoint import load_config as load_drafter_config
 from speedstack.eval.quality.storage import EXPERTS, bytes_in_format, bytes_per_weight, directory_bytes
 from speedstack.eval.results.ablation import BUSY_CORES, AblationGrid, AblationRow, Served
 from speedstack.eval.results.environment import describe_environment
+from speedstack.eval.speed.planned_step import StepConfig, make_plan
 from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.files import WeightFiles
 from speedstack.quant.formats import number_format
 from speedstack.runtime.model.config_file import read_model_config
 from speedstack.runtime.model.weight_formats import WeightFormat, WeightFormats, weight_format
 from speedstack.runtime.perf.gpus import gpu_named
-from speedstack.verbs.plan import StepConfig, make_plan
 
 # Parts of a plan's weights by the modules that a row quantizes.
 _PARTS = {

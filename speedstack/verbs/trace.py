@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from speedstack.verbs.plan import Planned, StepConfig, make_plan
+from speedstack.eval.speed.planned_step import Planned, StepConfig, make_plan
 
 if TYPE_CHECKING:
     from speedstack.runtime.model.weights import ModelWeights

@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from speedstack.eval.report.wandb_mirror import Mirror
 from speedstack.eval.results.metrics import read_metrics
+from speedstack.support.freed_memory import keep_freed_memory
 from speedstack.train.config.recipes import JobConfig, config_hash
 from speedstack.train.core.batches import generator
 from speedstack.train.core.checkpoint import CheckpointStore
 from speedstack.train.core.distributed import World, join_world
 from speedstack.train.core.make_trainer import make_trainer
-from speedstack.train.core.memory import keep_freed_memory
 from speedstack.train.core.metrics import MetricsLog
 from speedstack.train.core.optim import learning_rate_factor
 from speedstack.train.core.precision import resolve_config, resolve_precision

@@ -39,7 +39,7 @@ from speedstack.quant.checkpoint.digest import config_sha256, model_sha256
 from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
 from speedstack.runtime.model.loading import check_decodable
-from speedstack.train.config.recipes import DrafterConfig, config_hash
+from speedstack.train.config.recipes import DrafterConfig
 from speedstack.train.core.batches import PackedWindows
 from speedstack.train.core.distributed import World
 from speedstack.train.core.loop import Recipe
@@ -48,6 +48,7 @@ from speedstack.train.core.rundir import has_begun
 from speedstack.train.core.sharding import whole_weight
 from speedstack.train.data.digest import corpus_digest
 from speedstack.train.data.packing import WrittenText
+from speedstack.train.drafter.card import training_card
 from speedstack.train.drafter.evaluation import GreedyText, Simulated, simulate
 from speedstack.train.drafter.features import (
     FeatureSettings,
@@ -241,35 +242,13 @@ class DrafterRecipe(Recipe):
 
     def card(self, model: DFlashDraftModel) -> dict[str, Any]:
         """What a model card says of this training, and the acceptance on held-out text."""
-        section, optim, loop = self.config.drafter, self.config.optim, self.config.loop
-        num_new = self.config.data.sequence_length - section.prompt_length
-        written = self.written
-        text_sha256 = (
-            {"text SHA-256": windows_sha256(written.ids_NT, written.documents_NT)} if written is not None else {}
-        )
-        measured: dict[str, Any] = {}
+        acceptance_length = None
         if self.heldout.lengths:
             simulated = self._simulated or self.simulate(model)  # the last evaluation was of the finished drafter
-            measured = {
-                "measured": f"Greedy, {len(self.heldout.lengths)} held-out prompts, {num_new} new tokens"
-                f"{' at most' if self.by_document else ''}, simulated on the target's own text.",
-                "acceptance": {"held-out": round(simulated.acceptance_length(), 3)},
-            }
-        return {
-            "target": str(section.target),
-            "data": self.data_card,
-            **measured,
-            "training": {
-                "steps": loop.num_steps,
-                "windows a step": loop.batch_size,
-                "anchors a window": section.num_anchors,
-                "loss": f"{section.ce_weight} CE + {section.kl_weight} KL + {section.tv_weight} TV",
-                "offset weights": section.weighting,
-                "optimizer": f"{optim.name}, learning rate {optim.lr}, {optim.schedule}",
-                "config SHA-256": config_hash(self.config),
-                **text_sha256,
-            },
-        }
+            acceptance_length = simulated.acceptance_length()
+        return training_card(
+            self.config, self.data_card, self.written, len(self.heldout.lengths), acceptance_length, self.by_document
+        )
 
     def load_export(self, path: Path) -> nn.Module:
         """The model that `export` wrote, on this process's device."""

@@ -18,9 +18,10 @@ from speedstack.runtime.backends.base import DraftRequest
 from speedstack.runtime.backends.cpu.builder import Assembler, Buffers
 from speedstack.runtime.backends.cpu.packed_layout import FLOAT32, LANES, Panels, panels, unpacked
 from speedstack.runtime.backends.cpu.program import LINEAR, Program, Records, Runner, records_of
+from speedstack.runtime.backends.drafter_weights import DrafterWeights, read_drafter
 from speedstack.runtime.backends.torch_drafter import draft_scores
 from speedstack.runtime.model.kv_ring import MAX_ROWS, ring_length
-from speedstack.runtime.model.weights import DenseWeights, DrafterWeights, read_drafter
+from speedstack.runtime.model.weights import DenseWeights
 
 
 def why_not_compiled(model: DFlashDraftModel) -> str | None:

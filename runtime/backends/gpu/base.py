@@ -23,18 +23,12 @@ from speedstack.dflash.propose import Draft
 from speedstack.quant.fp8 import FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backends.base import DraftRequest, Rounds, Rows
+from speedstack.runtime.backends.drafter_weights import DrafterWeights, read_drafter
 from speedstack.runtime.backends.gpu.buffers import Memory, step_inbox
 from speedstack.runtime.backends.torch_drafter import ModuleDrafter
 from speedstack.runtime.model.drafter_spec import DrafterSpec, why_not_planned
 from speedstack.runtime.model.weight_formats import WeightFormat, WeightFormats
-from speedstack.runtime.model.weights import (
-    DenseWeights,
-    DrafterWeights,
-    Linear,
-    ModelWeights,
-    MoeWeights,
-    read_drafter,
-)
+from speedstack.runtime.model.weights import DenseWeights, Linear, ModelWeights, MoeWeights
 from speedstack.runtime.plan.ir import Plan
 from speedstack.runtime.plan.step import build_plan
 from speedstack.runtime.rounds.draft_length import COMPILED

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from speedstack.eval.gpu_suite import correctness
-from speedstack.eval.gpu_suite.correctness import Checker, choice_gap, is_near_tie, row_error
+from speedstack.eval.gpu_suite.correctness import Checker, row_error
 from speedstack.eval.gpu_suite.edges import edge_weights, experts_of
+from speedstack.eval.gpu_suite.near_ties import choice_gap, is_near_tie
 from speedstack.eval.gpu_suite.scale import scale_for
 from speedstack.eval.gpu_suite.sections import CHECKS, CHECKS_OF
 from speedstack.quant.mxfp4 import MXFP4Tensor

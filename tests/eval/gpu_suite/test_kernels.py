@@ -18,7 +18,7 @@ from speedstack.eval.gpu_suite.correctness import Checker
 from speedstack.eval.gpu_suite.kernels import Job, KernelCompiler, Kernels, all_jobs, backend_for, check_jobs
 from speedstack.eval.gpu_suite.scale import CONTESTANTS, MODEL_SHARES, Scale, scale_for
 from speedstack.eval.gpu_suite.sections import CHECKS, CHECKS_OF
-from speedstack.eval.gpu_suite.worker import LocalWorker, ProcessWorker, WorkerFailed
+from speedstack.eval.speed.worker import LocalWorker, ProcessWorker, WorkerFailed
 from speedstack.runtime.backends.gpu.base import Target
 from speedstack.runtime.backends.gpu.resident import ResidentBackend
 

@@ -12,7 +12,7 @@ from speedstack.eval.gpu_suite.peer import Peer
 from speedstack.eval.gpu_suite.scale import Cell, scale_for
 from speedstack.eval.gpu_suite.speed import HUNG, NOT_MEASURED, Race, cell_weights, run_headline, run_speed
 from speedstack.eval.gpu_suite.suite import OutOfTime, Suite
-from speedstack.eval.gpu_suite.worker import KILLED, WorkerFailed
+from speedstack.eval.speed.worker import KILLED, WorkerFailed
 
 MODELS = ("qwen3-30b-a3b", "gpt-oss-20b")
 

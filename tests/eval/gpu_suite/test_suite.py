@@ -12,7 +12,7 @@ from speedstack.eval.gpu_suite import __main__ as command
 from speedstack.eval.gpu_suite import sections
 from speedstack.eval.gpu_suite.scale import scale_for
 from speedstack.eval.gpu_suite.suite import OutOfTime, Section, Suite, free_path, run_sections
-from speedstack.eval.gpu_suite.worker import LocalWorker, WorkerFailed
+from speedstack.eval.speed.worker import LocalWorker, WorkerFailed
 from speedstack.runtime.model.released_models import MODELS
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from speedstack.eval.gpu_suite.worker import INTERPRET
+from speedstack.eval.speed.worker import INTERPRET
 
 # This project's dependencies but for torch, Triton, transformers and what those two need themselves.
 BLOCKED = ("pydantic", "tyro", "lm_eval", "datasets", "deepspeed", "wandb", "matplotlib", "rich", "compressed_tensors")

@@ -11,7 +11,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from speedstack.quant.checkpoint.config import build_skeleton, config_from_fields
 from speedstack.quant.checkpoint.names import FAMILIES
-from speedstack.quant.checkpoint.spelling import _HARD_WIRED, transformers_fields
+from speedstack.quant.checkpoint.spelling import transformers_fields
+from speedstack.quant.checkpoint.spelling.families import HARD_WIRED
 
 MIMO: dict[str, Any] = {
     **{"model_type": "mimo_v2_flash", "num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4},
@@ -286,5 +287,5 @@ def test_fields_that_a_class_has_and_no_model_reads_are_hard_wired(model_type: s
         and not re.search(rf"self\.{name}\b", configuration)
     }
     assert ignored - {"bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"} <= set(
-        _HARD_WIRED[model_type]
+        HARD_WIRED[model_type]
     )

@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import torch
 
+from speedstack.runtime.backends.drafter_weights import DrafterWeights
 from speedstack.runtime.backends.gpu.bindings.multi_step import Bound
 from speedstack.runtime.backends.gpu.bindings.step import StepBinder
 from speedstack.runtime.model.qkv_layout import grouped_qkv
-from speedstack.runtime.model.weights import DrafterWeights
 from speedstack.runtime.plan.ir import Phase
 from speedstack.runtime.plan.tiling import power_of_two
 

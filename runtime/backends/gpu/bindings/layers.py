@@ -22,6 +22,7 @@ import torch
 
 from speedstack.quant.fp8 import TILE_SIZE, FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor
+from speedstack.runtime.backends.drafter_weights import DrafterWeights
 from speedstack.runtime.backends.gpu.bindings.drafter import DrafterBinder
 from speedstack.runtime.backends.gpu.bindings.multi_step import Bound, RoundBinder
 from speedstack.runtime.backends.gpu.bindings.step import StepBinder
@@ -31,7 +32,6 @@ from speedstack.runtime.model.spec import AttentionSpec, MoeSpec
 from speedstack.runtime.model.weights import (
     AttentionWeights,
     DenseWeights,
-    DrafterWeights,
     Layers,
     Linear,
     ModelWeights,

@@ -16,12 +16,13 @@ from collections.abc import Mapping
 
 import torch
 
+from speedstack.runtime.backends.drafter_weights import DrafterWeights
 from speedstack.runtime.backends.gpu.semantics.memory import StepMemory
 from speedstack.runtime.backends.gpu.semantics.multi_step import Body, Steps
 from speedstack.runtime.backends.reference import rms_norm
 from speedstack.runtime.model.kv_ring import ring_length
 from speedstack.runtime.model.rope import rotate
-from speedstack.runtime.model.weights import DrafterWeights, plain_matrix
+from speedstack.runtime.model.weights import plain_matrix
 from speedstack.runtime.plan.ir import Phase
 from speedstack.runtime.plan.ops.drafter import is_drafting
 from speedstack.runtime.plan.record_layout import (

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from speedstack.runtime.backends.base import Rows
+from speedstack.runtime.backends.drafter_weights import DrafterWeights
 from speedstack.runtime.backends.gpu.buffers import step_inbox
 from speedstack.runtime.backends.gpu.semantics.drafter import DrafterBodies
 from speedstack.runtime.backends.gpu.semantics.memory import StepMemory
@@ -33,14 +34,7 @@ from speedstack.runtime.backends.reference import rms_norm
 from speedstack.runtime.model.kv_ring import ring_length
 from speedstack.runtime.model.rope import rotary_tables, rotate
 from speedstack.runtime.model.spec import AttentionSpec
-from speedstack.runtime.model.weights import (
-    AttentionWeights,
-    DenseWeights,
-    DrafterWeights,
-    Linear,
-    ModelWeights,
-    plain_matrix,
-)
+from speedstack.runtime.model.weights import AttentionWeights, DenseWeights, Linear, ModelWeights, plain_matrix
 from speedstack.runtime.plan.ir import Phase, Plan
 from speedstack.runtime.plan.ops.drafter import is_drafting
 from speedstack.runtime.plan.record_layout import FIRST_ROW, NUM_ROWS, POSITION, SLOT, TOKEN

@@ -11,9 +11,10 @@ import torch
 from speedstack.dflash.config import DFlashConfig
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.runtime.backends.base import DraftRequest, RoundsRequest, Rows
+from speedstack.runtime.backends.drafter_weights import DrafterWeights, read_drafter
 from speedstack.runtime.backends.reference import ReferenceBackend
 from speedstack.runtime.model.spec import AttentionSpec, DenseSpec, LayerSpec
-from speedstack.runtime.model.weights import DrafterWeights, ModelWeights, read_drafter
+from speedstack.runtime.model.weights import ModelWeights
 from tests.random_values import randomize
 from tests.runtime.backends.gpu.plan_cases import MIMO, build
 

@@ -13,13 +13,14 @@ import torch
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.propose import Draft
 from speedstack.runtime.backends.base import DraftRequest, Rounds, Rows
+from speedstack.runtime.backends.drafter_weights import read_drafter
 from speedstack.runtime.backends.gpu.buffers import step_inbox
 from speedstack.runtime.backends.gpu.multi_step import ResidentRounds
 from speedstack.runtime.backends.gpu.semantics.layers import PlanMemory
 from speedstack.runtime.backends.torch_drafter import ModuleDrafter
 from speedstack.runtime.model.drafter_spec import DrafterSpec
 from speedstack.runtime.model.weight_formats import WeightFormats
-from speedstack.runtime.model.weights import ModelWeights, read_drafter
+from speedstack.runtime.model.weights import ModelWeights
 from speedstack.runtime.plan.ir import Plan
 from speedstack.runtime.plan.record_layout import FIRST_ROW, NUM_ROWS, OUTCOME
 from speedstack.runtime.plan.step import build_plan

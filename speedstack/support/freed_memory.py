@@ -1,4 +1,4 @@
-"""Memory of a training step on a CPU: what one step frees, the next one takes again without asking the system.
+"""Memory that a process frees and takes again at once, as training steps do: kept, without asking the system.
 
 glibc gives large blocks back to the system as soon as they are freed, and gets them again a page fault at a time. A
 training step frees and allocates hundreds of megabytes, in blocks of up to as many as the logits take; on a virtual

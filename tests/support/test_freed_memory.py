@@ -9,7 +9,7 @@ import pytest
 SCRIPT = """
 import resource
 import torch
-from speedstack.train.core.memory import keep_freed_memory
+from speedstack.support.freed_memory import keep_freed_memory
 
 if {keeps}:
     assert keep_freed_memory()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from speedstack.eval.gpu_suite.worker import (
+from speedstack.eval.speed.worker import (
     INTERPRET,
     KILLED,
     NEVER_BEGAN,

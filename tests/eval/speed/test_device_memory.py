@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: there are no GPU backends to count")
 
-from speedstack.eval.gpu_suite.memory import PROCESS_BYTES, USABLE, backend_bytes, layers_that_fit, peer_bytes
+from speedstack.eval.speed.device_memory import PROCESS_BYTES, USABLE, backend_bytes, layers_that_fit, peer_bytes
 from speedstack.runtime.model.released_models import released_config, released_spec
 
 H200_BYTES = 139 * 2**30

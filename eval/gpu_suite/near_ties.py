@@ -1,0 +1,43 @@
+"""How close a choice is, of experts or of a token: where roundings may decide it, it says nothing of a backend.
+
+Legend: R rows, E experts, V vocabulary.
+"""
+
+import torch
+
+from speedstack.runtime.model.spec import MoeSpec
+from speedstack.runtime.rounds.sampling import SamplingParams, filter_logits
+
+# Two scores (logit / temperature + noise) may trade places where they are as close, in float32 units of the largest
+# number that they are made of: each takes two logarithms, of one unit each, and a sum, of half a unit.
+SCORE_ULPS = 8
+
+
+def choice_gap(logits_RE: torch.Tensor, correction_E: torch.Tensor | None, spec: MoeSpec) -> torch.Tensor:
+    """Float32 [R]: how far the logits of the last expert chosen and the first not chosen are apart, at least."""
+    if spec.top_k == spec.num_experts:
+        return torch.full_like(logits_RE[:, 0], float("inf"))
+    if spec.scoring == "softmax":
+        best = logits_RE.topk(spec.top_k + 1, dim=-1).values
+        return best[:, -2] - best[:, -1]
+    scores_RE = logits_RE.sigmoid()
+    best = (scores_RE if correction_E is None else scores_RE + correction_E).topk(spec.top_k + 1, dim=-1).values
+    # A sigmoid rises by at most a quarter of what its argument does.
+    return 4 * (best[:, -2] - best[:, -1])
+
+
+def pair_gap(logits_RE: torch.Tensor, spec: MoeSpec) -> torch.Tensor:
+    """Float32 [R]: how far apart the pairs are whose order decides what a row chooses, at least."""
+    pairs = (spec.top_k + 1) // 2
+    best = logits_RE[:, : spec.num_experts // 2].topk(pairs + 1, dim=-1).values
+    return torch.minimum(best[:, -3] - best[:, -2], best[:, -2] - best[:, -1])
+
+
+def is_near_tie(logits_V: torch.Tensor, noise_V: torch.Tensor, params: SamplingParams) -> bool:
+    """Whether roundings may decide which of the two best scores is the largest; see SCORE_ULPS. NaN is no tie."""
+    scaled_V = filter_logits(logits_V, params)
+    best_2, index_2 = (scaled_V + noise_V).topk(2)
+    if best_2[1] == float("-inf"):  # one token is kept
+        return False
+    size = torch.cat([best_2, scaled_V[index_2], noise_V[index_2], torch.ones_like(best_2)]).abs().max()
+    return bool(best_2[0] - best_2[1] <= SCORE_ULPS * torch.finfo(torch.float32).eps * size)

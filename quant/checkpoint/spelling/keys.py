@@ -1,0 +1,59 @@
+"""Which keys transformers' classes read, and the checks of single keys that all of a configuration goes through.
+
+All raise ValueError, of one line without a file name.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+Fields = dict[str, Any]
+# What a source reads of a configuration, or has as a string.
+_READ = re.compile(r"""\bconfig\.(\w+)|["'](\w+)["']""")
+
+
+def check_numbers(fields: Fields) -> None:
+    """Raises ValueError for NaN and infinity, which JSON has not and Python reads all the same."""
+    for key, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key} is {value}: correct it")
+
+
+def check_same(fields: Fields, first: str, second: str) -> None:
+    """Raises ValueError where two keys that say the same thing are both there and differ."""
+    one, other = fields.get(first), fields.get(second)
+    if one is not None and other is not None and one != other:
+        raise ValueError(f"{first} {one!r} and {second} {other!r} contradict each other: correct one of the two")
+
+
+def own_keys(config_class: type[PreTrainedConfig]) -> set[str]:
+    """The keys that a family's class has a field for, under both names where it has two."""
+    fields = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    return fields | config_class.attribute_map.keys() | set(config_class.attribute_map.values())
+
+
+def hint(key: str, known: set[str]) -> str:
+    """The nearest known key, as the end of a message, or nothing."""
+    matches = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.8)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+@cache
+def words(module: str) -> frozenset[str]:
+    """What the source of a family's configuration and model reads of a configuration, or has as a string.
+
+    A key that is none of them is not read.
+    """
+    place = Path(str(sys.modules[module].__file__))
+    model = place.with_name(place.name.replace("configuration_", "modeling_"))
+    texts = [file.read_text("utf-8") for file in (place, model) if file.is_file()]
+    # What a configuration derives from others, it saves.
+    derived = re.findall(r"\bself\.(\w+) =", texts[0])
+    return frozenset(derived).union(*(match for text in texts for match in _READ.findall(text)))
