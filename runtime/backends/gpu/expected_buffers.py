@@ -38,7 +38,7 @@ def expected_buffers(backend: ReferenceBackend, rows: Rows) -> dict[str, torch.T
         seen[at + "qkv"] = x_RD @ plain_matrix(a.qkv_OD, x_RD.dtype).T + bias_O
 
         def attend(x_RD: torch.Tensor, a: AttentionWeights, index: int = index) -> torch.Tensor:
-            return backend._attention(index, x_RD, a, slots_R, positions_R, None)
+            return backend._attention(index, x_RD, a, slots_R, positions_R)
 
         identity = torch.eye(a.output_DO.shape[1], dtype=x_RD.dtype, device=device)
         seen[at + "combine"] = attend(x_RD, replace(a, output_DO=identity, output_bias_D=None))
