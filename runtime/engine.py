@@ -346,11 +346,11 @@ class Engine:
         waiting = waiting[::-1]
         with self._alone():
             while waiting or running:
-                while waiting and free:
-                    sequence = waiting.pop()
+                admitted = [waiting.pop() for _ in range(min(len(waiting), len(free)))]
+                for sequence in admitted:
                     sequence.slot = free.pop()
-                    self._decoder.prefill(sequence)
-                    running.append(sequence)
+                running += admitted
+                for _ in self._decoder.prefill(admitted):
                     yield
                 decoding = [sequence for sequence in running if not sequence.is_finished]
                 if decoding:

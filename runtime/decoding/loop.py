@@ -6,7 +6,7 @@ logits, and proposals are kept as long as they are the tokens chosen. A backend 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -39,29 +39,44 @@ class Decoder:
         self._backend, self._proposer = backend, proposer
         self._vocab_size, self._device, self._rounds = vocab_size, device, rounds
 
-    def prefill(self, sequence: RunningSequence) -> None:
-        """Computes a prompt, chunk by chunk, and commits the first new token. Raises ValueError as `round`."""
-        sampled: list[SampledRows] = []
-        draw = self._host_draw(sequence)
-        if draw is not None:
-            sampled.append(SampledRows(draw, 0, 1))
+    def prefill(self, sequences: Sequence[RunningSequence]) -> Iterator[None]:
+        """Computes prompts, as many rows of them a step as there may be, and commits each one's first new token.
+
+        Yields after every step that ended a prompt. Raises ValueError as `round`.
+        """
+        if any(self._host_draw(sequence) is not None for sequence in sequences):
             _ = self._sampler  # which may have to be compiled, before the clock starts
         started = time.perf_counter()
-        ids = sequence.tokens
-        for start in range(0, len(ids), MAX_ROWS):
-            chunk = ids[start : start + MAX_ROWS]
-            positions = list(range(start, start + len(chunk)))
-            is_last = start + len(chunk) == len(ids)
-            draws = None
-            if is_last and self._is_drawn_there(sequence):  # a token is wanted after the last row alone
-                draws = [*[None] * (len(chunk) - 1), sequence.draw()]
-            rows = Rows(chunk, [sequence.slot] * len(chunk), positions, draws=draws)
-            logits_WV, best = self._backend.step(rows, [len(chunk) - 1] if is_last else [])
-        noise = NoiseTable(self._vocab_size, self._device)
-        drawn = self._draw(logits_WV, sampled, ids[-1:], [len(ids) - 1], noise)
-        token = self._choose(sequence, logits_WV[0], best[0], drawn[0], len(ids), noise)
-        sequence.stats.prefill_seconds = time.perf_counter() - started
-        sequence.commit([token])
+        waiting = [(sequence, position) for sequence in sequences for position in range(len(sequence.tokens))]
+        for first in range(0, len(waiting), MAX_ROWS):
+            step = waiting[first : first + MAX_ROWS]
+            # Only after a prompt's last row a token is wanted.
+            ends = [row for row, (sequence, position) in enumerate(step) if position == len(sequence.tokens) - 1]
+            finished = [step[row][0] for row in ends]
+            draws: list[Draw | None] = [None] * len(step)
+            for row, sequence in zip(ends, finished, strict=True):
+                if self._is_drawn_there(sequence):
+                    draws[row] = sequence.draw()
+            tokens, positions = [sequence.tokens[position] for sequence, position in step], [at for _, at in step]
+            rows = Rows(tokens, [sequence.slot for sequence, _ in step], positions, draws if any(draws) else None)
+            logits_WV, best = self._backend.step(rows, ends)
+            if not ends:
+                continue
+            sampled = [
+                SampledRows(draw, index, 1)
+                for index, sequence in enumerate(finished)
+                if (draw := self._host_draw(sequence)) is not None
+            ]
+            noise = NoiseTable(self._vocab_size, self._device)
+            drawn = self._draw(
+                logits_WV, sampled, [tokens[row] for row in ends], [positions[row] for row in ends], noise
+            )
+            for index, sequence in enumerate(finished):
+                position = len(sequence.tokens)
+                token = self._choose(sequence, logits_WV[index], best[index], drawn[index], position, noise)
+                sequence.stats.prefill_seconds = time.perf_counter() - started
+                sequence.commit([token])
+            yield
 
     def round(self, sequences: Sequence[RunningSequence]) -> None:
         """One round of all `sequences`, or several. Raises ValueError when the target's logits are not numbers."""
