@@ -29,8 +29,8 @@ from speedstack.train.core.distributed import World
 from speedstack.train.data.corpus import prepare_corpus
 from speedstack.train.qat.recipe import QatRecipe
 from speedstack.verbs.quantize import QuantizeConfig, quantize
-from tests.quant.checkpoint import spellings as sp
-from tests.quant.checkpoint.spellings import Spelling
+from tests.quant.checkpoint.spelling import spellings as sp
+from tests.quant.checkpoint.spelling.spellings import Spelling
 
 CELLS = [
     pytest.param(family, spelling, id=f"{family}-{spelling.name}")

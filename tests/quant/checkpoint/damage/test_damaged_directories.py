@@ -22,8 +22,8 @@ from speedstack.runtime import Engine
 from speedstack.runtime.model.config_file import read_model_config
 from speedstack.verbs.quantize import QuantizeConfig, quantize
 from tests.packing import save_packed
-from tests.quant.checkpoint import spellings as sp
-from tests.quant.checkpoint.mutations import MUST_BE_READ, MUST_BE_REFUSED, MUTATIONS, READ_OR_REFUSED, NotHere
+from tests.quant.checkpoint.damage.mutations import MUST_BE_READ, MUST_BE_REFUSED, MUTATIONS, READ_OR_REFUSED, NotHere
+from tests.quant.checkpoint.spelling import spellings as sp
 
 NUM_CASES = 300
 FAMILIES = ("mimo_v2_flash", "qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3")
