@@ -10,7 +10,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from speedstack.eval.results.schema import Document, Environment, Record, read_json, write_whole
+from speedstack.eval.results.schema import Document, Environment, Record, read_json
+from speedstack.support.files import write_atomically
 
 BLOCK = "speedstack"
 
@@ -103,7 +104,7 @@ class SuiteResult:
     def save(self, path: str | Path) -> Path:
         """Write as JSON, whole or not at all; returns the path."""
         content = self.lm_eval | {BLOCK: self.block.model_dump(mode="json")}
-        return write_whole(path, json.dumps(content, indent=1) + "\n")
+        return write_atomically(path, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

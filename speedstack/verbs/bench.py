@@ -33,9 +33,9 @@ def bench(config: BenchConfig) -> None:
     """
     import torch
 
-    from speedstack.eval.results.schema import write_whole
     from speedstack.eval.speed.contestants import TimingSettings, measure_timing
     from speedstack.runtime.model.device import choose_device
+    from speedstack.support.files import write_atomically
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -46,7 +46,7 @@ def bench(config: BenchConfig) -> None:
 
     def keep(timing: TimingResult, acceptance: AcceptanceResult | None) -> None:
         written.add(timing.save(config.out / TIMING_FILE))
-        written.add(write_whole(config.out / TABLE_FILE, timing.table()))
+        written.add(write_atomically(config.out / TABLE_FILE, timing.table()))
         if acceptance is not None:
             written.add(acceptance.save(config.out / ACCEPTANCE_FILE))
 
