@@ -15,7 +15,6 @@ Rows of one directory have their settings and their prompts in common with what 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import warnings
@@ -42,6 +41,7 @@ from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
 from speedstack.runtime.rounds.speculation import DraftStrategy
 from speedstack.support.config_errors import describe_validation_error
+from speedstack.support.digests import file_sha256
 from speedstack.support.files import write_atomically
 from speedstack.train.config.recipes import DrafterConfig, config_hash, read_config
 from speedstack.train.core.distributed import World, resolve_device
@@ -123,7 +123,7 @@ class Ablation:
     def _claim(self) -> None:
         """Note what the rows are and how they are measured; ValueError where the directory holds another such row."""
         config, file = self.config, self.config.out / "settings.json"
-        code = None if config.code_prompts is None else hashlib.sha256(_read_bytes(config.code_prompts)).hexdigest()
+        code = None if config.code_prompts is None else _prompts_sha256(config.code_prompts)
         measured = {
             "target_sha256": model_sha256(self.first.drafter.target),
             "num_prompts": config.num_prompts,
@@ -315,9 +315,9 @@ def _shared(config: DrafterConfig) -> tuple[Any, ...]:
     return config.drafter.target, config.data, config.run.device
 
 
-def _read_bytes(path: Path) -> bytes:
+def _prompts_sha256(path: Path) -> str:
     try:
-        return path.read_bytes()
+        return file_sha256(path)
     except OSError as error:
         raise ValueError(f"cannot read prompts {path}: {error.strerror}") from error
 

@@ -19,9 +19,7 @@ Seconds are of the quantization alone, and are no timing where other work runs b
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -49,6 +47,7 @@ from speedstack.quant.gptq import DEFAULT_DAMPING
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.runtime.model.device import choose_device
+from speedstack.support.digests import json_sha256
 from speedstack.support.stages import exclusive
 from speedstack.train.data.calibration import calibration_windows
 
@@ -190,7 +189,7 @@ class _Table:
 
     def __post_init__(self) -> None:
         self.model_sha256 = weights_sha256(self.directory)
-        self.text_sha256 = hashlib.sha256(json.dumps(self.windows).encode()).hexdigest()
+        self.text_sha256 = json_sha256(self.windows)
         self.began = self.environment = describe_environment()
         if self.out is not None and self.out.exists():
             found = PtqResult.load(self.out)
@@ -304,7 +303,7 @@ def _gptq(directory: Path, place: torch.device, options: Gptq, ids_NT: torch.Ten
         }
         return student, {"seconds": seconds, "gptq": summary}
 
-    digest = hashlib.sha256(json.dumps(ids_NT.tolist()).encode()).hexdigest()
+    digest = json_sha256(ids_NT.tolist())
     return Way(options.name, {"settings": options.settings, "calibration_sha256": digest}, make)
 
 

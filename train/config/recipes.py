@@ -9,9 +9,7 @@ includes and environment variables; a config that has to be executed to be under
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from speedstack.support.config_errors import describe_validation_error, dotted_keys, nearest, validation_error
+from speedstack.support.digests import json_sha256
 from speedstack.train.config.drafter import DrafterSection
 from speedstack.train.config.section import Precision, Section
 
@@ -365,7 +364,7 @@ def identity(config: JobConfig) -> dict[str, Any]:
 
 def config_hash(config: JobConfig) -> str:
     """SHA-256 of `identity(config)`."""
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
+    return json_sha256(identity(config))
 
 
 def _overlay(base: dict[str, Any], top: dict[Any, Any]) -> dict[Any, Any]:

@@ -9,7 +9,6 @@ and mixtures of datasets, whose resume is not exact.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import uuid
@@ -27,6 +26,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from speedstack.eval.data.prepared_corpus import check_name, corpus_part, reads_alike
 from speedstack.eval.data.rows import CORPUS_FILE
 from speedstack.quant.checkpoint.tokenizer import load_tokenizer
+from speedstack.support.digests import json_sha256
 from speedstack.support.files import atomic_path
 from speedstack.train.config.recipes import DataSection
 from speedstack.train.data.documents import changed_file, describe_files, load_documents
@@ -268,7 +268,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    return json_sha256(sorted(tokenizer.get_vocab().items()))
 
 
 @contextmanager

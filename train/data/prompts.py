@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from speedstack.eval.data.chat_template import ChatTemplate
 from speedstack.eval.data.chats import Chat, Message, checked_ids, checked_text, messages_of, prompt_of
 from speedstack.eval.data.rows import Row, RowTally, UnusableRow, read_rows
+from speedstack.support.digests import file_sha256, json_sha256
 from speedstack.support.files import atomic_path
 from speedstack.train.config.drafter import PromptsSection
 from speedstack.train.config.recipes import DrafterConfig
@@ -62,7 +63,7 @@ class _LeftOut(Exception):
 def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Digest of the tokenizer's chat template; None where it has none."""
     template = tokenizer.chat_template
-    return None if not template else hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
+    return None if not template else json_sha256(template)
 
 
 def prepare_prompts(
@@ -282,8 +283,7 @@ def _files_sha256(source: str) -> str | None:
         return None
     digest = hashlib.sha256()
     for file in [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file()):
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+        digest.update(bytes.fromhex(file_sha256(file)))
     return digest.hexdigest()
 
 

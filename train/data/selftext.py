@@ -27,6 +27,7 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from speedstack.support.digests import json_sha256
 from speedstack.support.files import atomic_path, write_atomically
 from speedstack.train.core.batches import generator
 from speedstack.train.core.rundir import set_aside
@@ -197,7 +198,7 @@ def _shard_tensors(prompts: Prompts, continuations: list[list[int]]) -> dict[str
 def _prompts_sha256(prompts: Prompts) -> str:
     if isinstance(prompts, torch.Tensor):
         return hashlib.sha256(prompts.numpy().tobytes()).hexdigest()
-    return hashlib.sha256(json.dumps([list(ids) for ids in prompts]).encode()).hexdigest()
+    return json_sha256([list(ids) for ids in prompts])
 
 
 def _settings(target_sha256: str, prompts: Prompts, sampling: Sampling) -> dict[str, object]:
