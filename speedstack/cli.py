@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from speedstack import __version__
+from speedstack.support.near_miss import did_you_mean
 
 EXIT_OK = 0
 EXIT_SYSTEM = 1
@@ -156,7 +157,7 @@ def _dispatch(arguments: list[str]) -> int:
         return EXIT_OK
     name, *rest = arguments
     if name not in VERBS:
-        raise ValueError(f"unknown verb '{name}'{_did_you_mean(name)}; verbs: {', '.join(VERBS)}")
+        raise ValueError(f"unknown verb '{name}'{did_you_mean(name, VERBS)}; verbs: {', '.join(VERBS)}")
     verb = VERBS[name]
     path = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
     if "-h" in rest or "--help" in rest:
@@ -236,13 +237,6 @@ def _warnings_as_lines(debug: bool) -> Iterator[None]:
 def _resolve(name: str) -> Any:
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
-
-
-def _did_you_mean(name: str) -> str:
-    import difflib
-
-    matches = difflib.get_close_matches(name, VERBS, n=1)
-    return f"; did you mean '{matches[0]}'?" if matches else ""
 
 
 def _describe_os_error(error: OSError) -> str:

@@ -1,7 +1,6 @@
 """`python -m speedstack.eval.gpu_suite [--minutes 8] [--only correctness,speed] [--out results/x.json]`."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from speedstack.eval.gpu_suite.suite import Section, Suite, free_path, run_secti
 from speedstack.eval.gpu_suite.table import judge, text
 from speedstack.eval.gpu_suite.worker import InterpretedWorker, ProcessWorker, StartWorker
 from speedstack.runtime.model.released_models import MODELS
+from speedstack.support.near_miss import did_you_mean
 
 ENVIRONMENT = Section("environment", 0.05, run_environment)
 SECTIONS = (
@@ -84,8 +84,7 @@ def _chosen(what: str, names: str, known: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(f"name at least one {what}: {', '.join(known)}")
     for name in chosen:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, known, 0.3) or "."
             raise ValueError(f"unknown {what} {name!r}{hint} Known: {', '.join(known)}")
     return chosen
 

@@ -4,7 +4,6 @@ A suite is a YAML file; ours lie in `configs/eval/suites/`. lm-eval builds the r
 engine answers. Everything that an interrupted run was told is in its cache, and the same call asks only the rest.
 """
 
-import difflib
 import importlib.resources
 import json
 import logging
@@ -32,6 +31,7 @@ from speedstack.eval.results.environment import describe_environment
 from speedstack.eval.results.kinds import to_plain
 from speedstack.eval.results.suite_result import HeadlineMetric, SuiteBlock, SuiteResult, TaskDocuments, TaskRequests
 from speedstack.runtime import Engine
+from speedstack.support.near_miss import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,7 @@ def load_suite(name: str) -> tuple[str, Suite]:
         path = suites_directory() / f"{name}.yaml"
         if not path.is_file():
             known = sorted(file.stem for file in suites_directory().glob("*.yaml"))
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else "."
+            hint = did_you_mean(name, known) or "."
             raise ValueError(f"no suite '{name}'{hint} Suites: {', '.join(known)}; or give a YAML file")
     try:
         return path.stem, Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

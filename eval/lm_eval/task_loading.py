@@ -6,7 +6,6 @@ model wrote. Other tasks that run code would run it in this process, and are ref
 with lm-eval itself, and may not have the names of ours.
 """
 
-import difflib
 import glob
 import logging
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from speedstack.eval.data.local_data import local_data
 from speedstack.eval.lm_eval.own_tasks import OwnTasks
 from speedstack.support.digests import json_sha256
+from speedstack.support.near_miss import nearest
 
 TASKS_DIR = Path(__file__).resolve().parent / "tasks"
 PREFIX = "speedstack_"
@@ -59,7 +59,7 @@ class TaskLoader:
         )
         for name in foreign:
             if name not in self.manager.task_index:
-                near = difflib.get_close_matches(name, [*OUR_NAMES, *self.manager.task_index], n=3)
+                near = nearest(name, [*OUR_NAMES, *self.manager.task_index], num_names=3)
                 hint = f"; near names: {', '.join(near)}" if near else f"; ours are {', '.join(TASK_NAMES)}"
                 raise ValueError(f"no task {name!r}{hint}")
 

@@ -7,7 +7,6 @@ the computation is refused by name.
 """
 
 import dataclasses
-import difflib
 import math
 import re
 import sys
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
+
+from speedstack.support.near_miss import nearest
 
 Fields = dict[str, Any]
 
@@ -283,8 +284,7 @@ def _own_keys(config_class: type[PreTrainedConfig]) -> set[str]:
 
 
 def _hint(key: str, known: set[str]) -> str:
-    matches = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.8)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
+    return "".join(f" (did you mean '{near}'?)" for near in nearest(key, sorted(known), cutoff=0.8))
 
 
 @cache

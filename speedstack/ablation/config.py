@@ -10,7 +10,6 @@ full-precision model has one kind of drafter. A combination that cannot be made 
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from speedstack.eval.config import DEMO_RUN, Limit, VerbConfig
 from speedstack.quant.formats import FORMATS, number_format
 from speedstack.quant.ptq import ModuleGroup
 from speedstack.support.config_errors import describe_validation_error
+from speedstack.support.near_miss import did_you_mean
 from speedstack.train.config.recipes import (
     DrafterConfig,
     JobConfig,
@@ -98,18 +98,14 @@ class RowSpec:
         return None if self.is_packed else f"{self.method} {what} in mxfp4, not {self.modules} in {self.format}"
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else f"; choose from {', '.join(known)}"
-
-
 def _check_axis(axis: str, values: Sequence[Any]) -> None:
     for value in values:
         if axis == "temperature":
             if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"temperature {value!r} is no number from 0 on")
         elif value not in AXES[axis]:
-            raise ValueError(f"unknown {axis} '{value}'{_nearest(str(value), AXES[axis])}")
+            hint = did_you_mean(str(value), AXES[axis]) or f"; choose from {', '.join(AXES[axis])}"
+            raise ValueError(f"unknown {axis} '{value}'{hint}")
 
 
 class Axes(VerbConfig):

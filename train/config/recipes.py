@@ -19,7 +19,7 @@ import tyro
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from speedstack.support.config_errors import describe_validation_error, dotted_keys, nearest, validation_error
+from speedstack.support.config_errors import describe_validation_error, dotted_keys, nearest_key, validation_error
 from speedstack.support.digests import json_sha256
 from speedstack.train.config.drafter import DrafterSection
 from speedstack.train.config.section import Precision, Section
@@ -308,7 +308,7 @@ def load_config(config_type: type[ConfigT], path: Path | None, overrides: Sequen
     for argument in overrides:
         key = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if argument.startswith("--") and key not in {"help", *known, *(_negated(name) for name in known)}:
-            raise ValueError(f"unknown flag '{argument.partition('=')[0]}'{nearest(key, config_type, prefix='--')}")
+            raise ValueError(f"unknown flag '{argument.partition('=')[0]}'{nearest_key(key, config_type, prefix='--')}")
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
