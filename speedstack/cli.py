@@ -23,12 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from speedstack import __version__
+from speedstack.support.command import EXIT_INTERRUPTED, EXIT_OK, EXIT_SYSTEM, error_line, exit_status
 from speedstack.support.near_miss import did_you_mean
-
-EXIT_OK = 0
-EXIT_SYSTEM = 1
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -142,10 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # flush at exit must not raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SYSTEM
-    except OSError as error:
-        return _fail(_describe_os_error(error), debug, EXIT_SYSTEM)
-    except ValueError as error:  # pydantic's ValidationError is one
-        return _fail(str(error), debug, EXIT_BAD_INPUT)
+    except (ValueError, OSError) as error:  # pydantic's ValidationError is a ValueError
+        return _fail(error_line(error), debug, exit_status(error))
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -239,19 +233,12 @@ def _resolve(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _describe_os_error(error: OSError) -> str:
-    """'No space left on device: runs/demo' instead of '[Errno 28] ...'."""
-    if error.strerror is None:
-        return str(error)
-    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-
-
 def _fail(message: str, debug: bool, code: int) -> int:
     if debug:
         import traceback
 
         traceback.print_exc()
-    print(f"speedstack: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"speedstack: error: {message}", file=sys.stderr)
     return code
 
 

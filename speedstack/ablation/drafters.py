@@ -40,6 +40,7 @@ from speedstack.quant.checkpoint.digest import model_sha256
 from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
 from speedstack.runtime.rounds.speculation import DraftStrategy
+from speedstack.support.command import module_command, module_parser
 from speedstack.support.config_errors import describe_validation_error
 from speedstack.support.digests import file_sha256
 from speedstack.support.files import write_atomically
@@ -322,13 +323,13 @@ def _prompts_sha256(path: Path) -> str:
         raise ValueError(f"cannot read prompts {path}: {error.strerror}") from error
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; exit code 2 for bad input, 1 for a file system that refuses."""
-    parser = argparse.ArgumentParser(prog="python -m speedstack.ablation.drafters", description=__doc__.split("\n")[0])
+@module_command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: train and measure, print the table."""
+    parser = module_parser(__spec__, __doc__, out="directory of the ablation")
     parser.add_argument(
         "config", type=Path, help="YAML of an AblationConfig, such as configs/drafter_ablation/tiny.yaml"
     )
-    parser.add_argument("--out", type=Path, help="directory of the ablation")
     parser.add_argument("--target", help="model directory the drafters are for")
     parser.add_argument("--corpus", help="prepared corpus of that model")
     parser.add_argument("--text", help="directory of the text it has written, or will write")
@@ -337,15 +338,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of every row")
     parser.add_argument("--rows", nargs="+", help="these rows alone")
     options = parser.parse_args(arguments)
-    try:
-        config = _with_options(read_config(AblationConfig, options.config), options)
-        result = Ablation(config, options.rows).run(on_row=_print_run)
-    except (ValueError, OSError) as error:
-        print(f"drafter_ablation: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+    config = _with_options(read_config(AblationConfig, options.config), options)
+    result = Ablation(config, options.rows).run(on_row=_print_run)
     print(result.table())
     print(f"written: {config.out / 'results.json'}")
-    return 0
 
 
 def _with_options(config: AblationConfig, options: argparse.Namespace) -> AblationConfig:
