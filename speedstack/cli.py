@@ -177,7 +177,7 @@ def usage() -> str:
 
 def config_loader(verb: Verb) -> Callable[[Path | None, Sequence[str]], Any]:
     """The function that makes the verb's config of a file and flags: its own, or the common one over its type."""
-    from speedstack.train.config.recipes import load_config
+    from speedstack.support.config import load_config
 
     config = _resolve(verb.config)
     return partial(load_config, config) if isinstance(config, type) else config

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 
 from speedstack.ablation.drafters_config import NGRAM, AblationConfig
 from speedstack.ablation.step_times import added_times, first_times, time_steps
@@ -41,10 +40,10 @@ from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
 from speedstack.runtime.rounds.speculation import DraftStrategy
 from speedstack.support.command import module_command, module_parser
-from speedstack.support.config_errors import describe_validation_error
+from speedstack.support.config import read_config, validated
 from speedstack.support.digests import file_sha256
 from speedstack.support.files import write_atomically
-from speedstack.train.config.recipes import DrafterConfig, config_hash, read_config
+from speedstack.train.config.recipes import DrafterConfig, config_hash
 from speedstack.train.core.distributed import World, resolve_device
 from speedstack.train.core.loop import run
 from speedstack.train.core.make_trainer import make_trainer
@@ -352,10 +351,7 @@ def _with_options(config: AblationConfig, options: argparse.Namespace) -> Ablati
     for name, field in (("target", "drafter.target"), ("corpus", "data.corpus"), ("text", "drafter.text")):
         if getattr(options, name) is not None:
             raw["common"][field] = getattr(options, name)
-    try:
-        return AblationConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ValueError(describe_validation_error(error, AblationConfig)) from error
+    return validated(AblationConfig, raw)
 
 
 def _print_run(run: DrafterRun) -> None:

@@ -27,7 +27,8 @@ from speedstack.eval.results.metrics import FILE_NAME, read_metrics
 from speedstack.eval.results.qat_rows import QatEvaluation, QatRun, QatRuns
 from speedstack.eval.results.schema import read_json
 from speedstack.support.command import module_command, module_parser, show_result
-from speedstack.train.config.recipes import QatConfig, identity, read_config
+from speedstack.support.config import read_config
+from speedstack.train.config.recipes import QatConfig, identity
 
 # A run's name and device say nothing about what it does, the seed is a column of its own, and the model is one.
 _NO_CHANGES = ("run.name", "run.out", "run.device", "run.seed", "qat.model")

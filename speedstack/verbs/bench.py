@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speedstack.eval.config import BenchConfig
+from speedstack.support.config import load_config_of
 
 if TYPE_CHECKING:
     from speedstack.eval.data.prompts import PromptSet
@@ -20,8 +21,6 @@ TIMING_FILE, TABLE_FILE, ACCEPTANCE_FILE = "timing.json", "timing.md", "acceptan
 
 def load_bench_config(path: Path | None, overrides: Sequence[str]) -> BenchConfig:
     """As every verb's; instead of a YAML file, a model directory may be named, which is then `target`."""
-    from speedstack.train.config.recipes import load_config_of
-
     return load_config_of(BenchConfig, "target", path, overrides)
 
 

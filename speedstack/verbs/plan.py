@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from speedstack.eval.config import DEMO_RUN, VerbConfig
+from speedstack.eval.config import DEMO_RUN
 from speedstack.eval.results.kinds import Document, Record
+from speedstack.support.config import Section, load_config_of
 
 if TYPE_CHECKING:
     from speedstack.runtime.model.drafter_spec import DrafterSpec
@@ -42,7 +43,7 @@ Format = Literal[
 GIGA, MEGA = 1e9, 1e6
 
 
-class StepConfig(VerbConfig):
+class StepConfig(Section):
     """Which model's step is planned, for which GPU, and what is assumed about it."""
 
     model: Path = Field(
@@ -186,8 +187,6 @@ class Planned:
 def load_plan_config(path: Path | None, overrides: Sequence[str]) -> PlanConfig:
     """As every verb's; instead of a YAML file, a model directory or a config.json may be named, which is then `model`.
     `--json` is short for `--json-output`."""
-    from speedstack.train.config.recipes import load_config_of
-
     flags = ["--json-output" if flag == "--json" else flag for flag in overrides]
     return load_config_of(PlanConfig, "model", path, flags)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from speedstack.support.config import load_config_of
 from speedstack.verbs.plan import Planned, StepConfig, make_plan
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ class TraceConfig(StepConfig):
 
 def load_trace_config(path: Path | None, overrides: Sequence[str]) -> TraceConfig:
     """As every verb's; instead of a YAML file, a model directory or a config.json may be named: the `model`."""
-    from speedstack.train.config.recipes import load_config_of
-
     return load_config_of(TraceConfig, "model", path, overrides)
 
 
