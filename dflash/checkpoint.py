@@ -11,10 +11,7 @@ Left out: the target's SHA-256 itself, which the caller computes.
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +26,7 @@ from speedstack.dflash.config import DFlashConfig
 from speedstack.dflash.formats.format import DrafterFormat, Target, Tensors
 from speedstack.dflash.formats.registry import FORMATS, recognize
 from speedstack.dflash.model import DFlashDraftModel, check_draft_ids
+from speedstack.support.files import atomic_path
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -62,9 +60,7 @@ def save_drafter(
     facts = model_card.complete(card or {}, model.config, target.name)
     if path.exists() and not (path / CONFIG_NAME).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and holds no drafter: it is not overwritten, choose another path")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        staged = Path(scratch) / "drafter"
+    with atomic_path(path, replaces_directory=True) as staged:
         staged.mkdir()
         (staged / CONFIG_NAME).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         save_file(stored, staged / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -73,9 +69,6 @@ def save_drafter(
             torch.save(saved, staged / MASK_EMBEDDING_NAME)
         (staged / model_card.FACTS_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         (staged / "README.md").write_text(model_card.render(facts, model.config, form.name), encoding="utf-8")
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(staged, path)
 
 
 def convert_drafter(

@@ -7,9 +7,10 @@ Reading files and flags is the command line's business; a notebook builds these 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from speedstack.eval.data.prompt_settings import ChatTemplateKwargs, PromptSettings
+from speedstack.support.config import Section
 
 DEMO_RUN = Path("runs/demo")
 
@@ -25,13 +26,7 @@ Limit = Annotated[int | float | None, AfterValidator(_checked_limit)]
 TokenName = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 
-class VerbConfig(BaseModel):
-    """Immutable, and an unknown key is an error instead of a silent default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ModelConfig(VerbConfig):
+class ModelConfig(Section):
     """Which checkpoints run, and on what."""
 
     target: Path = Field(DEMO_RUN / "qad" / "export", description="Model directory, experts packed in MXFP4 or not.")
@@ -128,7 +123,7 @@ class EvalConfig(ModelConfig):
         return self
 
 
-class PromptsConfig(VerbConfig, PromptSettings):
+class PromptsConfig(Section, PromptSettings):
     """What is decoded: sets of prompts by name. `field` and the other settings of rows are of files and benchmarks."""
 
     sets: tuple[str, ...] = Field(
@@ -230,7 +225,7 @@ class BenchConfig(ModelConfig):
         return self
 
 
-class CompareConfig(VerbConfig):
+class CompareConfig(Section):
     """Results of one suite side by side: differences, their significance, how much of the first one is recovered."""
 
     results: tuple[Path, ...] = Field(
@@ -252,7 +247,7 @@ class CompareConfig(VerbConfig):
         return self
 
 
-class ReportConfig(VerbConfig):
+class ReportConfig(Section):
     """One report from whatever finished runs and result files are given."""
 
     inputs: tuple[Path, ...] = Field(

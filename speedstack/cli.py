@@ -23,11 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from speedstack import __version__
-
-EXIT_OK = 0
-EXIT_SYSTEM = 1
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
+from speedstack.support.command import EXIT_INTERRUPTED, EXIT_OK, EXIT_SYSTEM, error_line, exit_status
+from speedstack.support.near_miss import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -141,10 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # flush at exit must not raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SYSTEM
-    except OSError as error:
-        return _fail(_describe_os_error(error), debug, EXIT_SYSTEM)
-    except ValueError as error:  # pydantic's ValidationError is one
-        return _fail(str(error), debug, EXIT_BAD_INPUT)
+    except (ValueError, OSError) as error:  # pydantic's ValidationError is a ValueError
+        return _fail(error_line(error), debug, exit_status(error))
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -156,7 +151,7 @@ def _dispatch(arguments: list[str]) -> int:
         return EXIT_OK
     name, *rest = arguments
     if name not in VERBS:
-        raise ValueError(f"unknown verb '{name}'{_did_you_mean(name)}; verbs: {', '.join(VERBS)}")
+        raise ValueError(f"unknown verb '{name}'{did_you_mean(name, VERBS)}; verbs: {', '.join(VERBS)}")
     verb = VERBS[name]
     path = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
     if "-h" in rest or "--help" in rest:
@@ -182,7 +177,7 @@ def usage() -> str:
 
 def config_loader(verb: Verb) -> Callable[[Path | None, Sequence[str]], Any]:
     """The function that makes the verb's config of a file and flags: its own, or the common one over its type."""
-    from speedstack.train.config.recipes import load_config
+    from speedstack.support.config import load_config
 
     config = _resolve(verb.config)
     return partial(load_config, config) if isinstance(config, type) else config
@@ -238,26 +233,12 @@ def _resolve(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _did_you_mean(name: str) -> str:
-    import difflib
-
-    matches = difflib.get_close_matches(name, VERBS, n=1)
-    return f"; did you mean '{matches[0]}'?" if matches else ""
-
-
-def _describe_os_error(error: OSError) -> str:
-    """'No space left on device: runs/demo' instead of '[Errno 28] ...'."""
-    if error.strerror is None:
-        return str(error)
-    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-
-
 def _fail(message: str, debug: bool, code: int) -> int:
     if debug:
         import traceback
 
         traceback.print_exc()
-    print(f"speedstack: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"speedstack: error: {message}", file=sys.stderr)
     return code
 
 

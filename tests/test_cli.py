@@ -15,7 +15,7 @@ from speedstack import __version__, cli
 from speedstack.cli import VERBS, config_loader, main
 from speedstack.demo import demo
 from speedstack.demo.config import DemoConfig, load_demo_config
-from speedstack.train.config.recipes import dump_config
+from speedstack.support.config import dump_config
 
 
 @pytest.mark.parametrize("verb", VERBS)

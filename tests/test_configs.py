@@ -9,7 +9,8 @@ from pydantic import BaseModel
 from speedstack.ablation.drafters_config import AblationConfig
 from speedstack.cli import VERBS, config_loader
 from speedstack.demo.config import MANAGED, SIZES, load_demo_config, stage_configs
-from speedstack.train.config.recipes import KINDS, dump_config, read_config
+from speedstack.support.config import dump_config, read_config
+from speedstack.train.config.recipes import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 # Suites are no configs of a verb: they name tasks, and tests/eval/lm_eval/test_suite.py reads them.

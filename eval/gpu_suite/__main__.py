@@ -1,7 +1,8 @@
-"""`python -m speedstack.eval.gpu_suite [--minutes 8] [--only correctness,speed] [--out results/x.json]`."""
+"""Correctness, row invariance and speed of the GPU backends, measured in one go.
 
-import argparse
-import difflib
+python -m speedstack.eval.gpu_suite [--minutes 8] [--only correctness,speed] [--out results/x.json]
+"""
+
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -14,6 +15,8 @@ from speedstack.eval.gpu_suite.suite import Section, Suite, free_path, run_secti
 from speedstack.eval.gpu_suite.table import judge, text
 from speedstack.eval.speed.worker import InterpretedWorker, ProcessWorker, StartWorker
 from speedstack.runtime.model.released_models import MODELS
+from speedstack.support.command import EXIT_INTERRUPTED, EXIT_OK, EXIT_SYSTEM, module_command, module_parser
+from speedstack.support.near_miss import did_you_mean
 
 ENVIRONMENT = Section("environment", 0.05, run_environment)
 SECTIONS = (
@@ -25,15 +28,13 @@ SECTIONS = (
 )
 
 
+@module_command
 def main(arguments: Sequence[str] | None = None, start: StartWorker | None = None) -> int:
     """Exit status: 0 when every section is complete, 1 when one is not, 2 for settings that cannot be.
 
     `start` makes workers; None: in processes, on a CPU with interpreted kernels.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m speedstack.eval.gpu_suite",
-        description="Correctness, row invariance and speed of the GPU backends, measured in one go.",
-    )
+    parser = module_parser(__spec__, __doc__, out="result file (default: results/DATE-gpu-suite.json)")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default: %(default)s)")
     known = ",".join(section.name for section in SECTIONS)
     parser.add_argument("--only", default=known, help="sections (default: %(default)s)")
@@ -42,39 +43,34 @@ def main(arguments: Sequence[str] | None = None, start: StartWorker | None = Non
     parser.add_argument(
         "--device", default="cuda", help="cuda, or cpu to try the suite: tiny models, kernels interpreted"
     )
-    parser.add_argument("--out", type=Path, help="result file (default: results/DATE-gpu-suite.json)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and orders (default: %(default)s)")
     options = parser.parse_args(arguments)
-    try:
-        only = _chosen("section", options.only, [section.name for section in SECTIONS])
-        suite = Suite(
-            scale=scale_for(options.device),
-            models=_chosen("model", options.models, MODELS),
-            contestants=_chosen("contestant", options.contestants, CONTESTANTS),
-            minutes=options.minutes,
-            out=options.out or free_path(Path("results"), f"{datetime.now(UTC):%Y-%m-%d}-gpu-suite"),
-            start=start or (InterpretedWorker if options.device == "cpu" else ProcessWorker),
-            seed=options.seed,
-        )
-        if options.minutes <= 0:
-            raise ValueError(f"--minutes must be above 0, got {options.minutes:g}")
-        _check_device(options.device)
-        suite.save()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    only = _chosen("section", options.only, [section.name for section in SECTIONS])
+    suite = Suite(
+        scale=scale_for(options.device),
+        models=_chosen("model", options.models, MODELS),
+        contestants=_chosen("contestant", options.contestants, CONTESTANTS),
+        minutes=options.minutes,
+        out=options.out or free_path(Path("results"), f"{datetime.now(UTC):%Y-%m-%d}-gpu-suite"),
+        start=start or (InterpretedWorker if options.device == "cpu" else ProcessWorker),
+        seed=options.seed,
+    )
+    if options.minutes <= 0:
+        raise ValueError(f"--minutes must be above 0, got {options.minutes:g}")
+    _check_device(options.device)
+    suite.save()
     # Every fraction is of the copy's bandwidth: the environment is always measured.
     sections = [section for section in SECTIONS if section.name in only or section is ENVIRONMENT]
     try:
         is_complete = run_sections(suite, sections)
     except KeyboardInterrupt:
         print(f"interrupted; what was measured is in {suite.out}", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     suite.document["targets"] = judge(suite.document)
     suite.save()
     print(text(suite.document))
-    print(f"written to {suite.out}")
-    return 0 if is_complete else 1
+    print(f"written: {suite.out}")
+    return EXIT_OK if is_complete else EXIT_SYSTEM
 
 
 def _chosen(what: str, names: str, known: Sequence[str]) -> tuple[str, ...]:
@@ -84,8 +80,7 @@ def _chosen(what: str, names: str, known: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(f"name at least one {what}: {', '.join(known)}")
     for name in chosen:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, known, 0.3) or "."
             raise ValueError(f"unknown {what} {name!r}{hint} Known: {', '.join(known)}")
     return chosen
 

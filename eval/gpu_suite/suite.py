@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from speedstack.eval.gpu_suite.kernels import Kernels
 from speedstack.eval.gpu_suite.scale import Scale
 from speedstack.eval.results.failures import one_line
 from speedstack.eval.speed.worker import StartWorker
+from speedstack.support.files import write_atomically
 
 SCHEMA_VERSION = 1
 KIND = "gpu-suite"
@@ -67,10 +67,7 @@ class Suite:
         """
         if self.kernels is not None:
             self.document["kernels"] = self.kernels.records()
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.out.with_name(f".{self.out.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(finite(self.document), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.out)
+        write_atomically(self.out, json.dumps(finite(self.document), indent=2, allow_nan=False) + "\n")
 
     def result(self, section: str) -> dict[str, Any]:
         """What a section has found so far; empty where it has not run."""

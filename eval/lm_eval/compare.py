@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from speedstack.eval.results.environment import command_line
-from speedstack.eval.results.schema import Document, Environment, Record, write_whole
+from speedstack.eval.results.schema import Document, Environment, Record
 from speedstack.eval.results.suite_result import HeadlineMetric, SuiteResult
+from speedstack.support.files import write_atomically
 
 # Resamples drawn at once: bounds memory for tasks of ten thousand documents.
 RESAMPLES_AT_ONCE = 128
@@ -109,7 +110,7 @@ class Comparison(Document):
 
     def save_markdown(self, path: Path) -> Path:
         """Write the table, whole or not at all; returns the path."""
-        return write_whole(path, self.markdown() + "\n")
+        return write_atomically(path, self.markdown() + "\n")
 
 
 def compare_results(

@@ -6,7 +6,6 @@ is neutral: a value that a library or a model's generation_config.json would fil
 not taken.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from speedstack.quant.checkpoint.files import read_json
 from speedstack.runtime.rounds.sampling import GREEDY, SamplingParams
+from speedstack.support.near_miss import did_you_mean
 
 DEFAULT_MAX_GEN_TOKS = 256
 # All of lm-eval's names of one number.
@@ -155,8 +155,7 @@ def _check_supported(name: str, value: Any, is_sampled: bool) -> None:
         return
     neutral = _NEUTRAL.get(name, _NEUTRAL_TO_SAMPLING.get(name))
     if neutral is None:
-        near = difflib.get_close_matches(name, _KNOWN, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"those that are read are {', '.join(_READ)}"
-        raise ValueError(f"unknown generation setting '{name}'; {hint}")
+        hint = did_you_mean(name, _KNOWN) or f"; those that are read are {', '.join(_READ)}"
+        raise ValueError(f"unknown generation setting '{name}'{hint}")
     if value not in neutral:
         raise ValueError(f"generation setting {name} is {value!r}, which the engine does not compute: drop it")

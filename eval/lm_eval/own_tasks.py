@@ -4,12 +4,13 @@ lm-eval takes the first of two tasks of one name, and passes over a file that is
 refused.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from speedstack.support.digests import files_sha256
 
 _IGNORED = frozenset({"__pycache__", ".ipynb_checkpoints"})
 
@@ -59,11 +60,8 @@ def read_own_tasks(directory: Path) -> OwnTasks:
         groups |= {name} if kind == "group" else set()
     if not origin:
         raise ValueError(f"{directory} holds no task: lm-eval reads .yaml files with a key task, or group")
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(directory).as_posix()}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes())
-    return OwnTasks(directory, frozenset(origin.keys() - groups), frozenset(groups), digest.hexdigest())
+    sha256 = files_sha256(directory, files)
+    return OwnTasks(directory, frozenset(origin.keys() - groups), frozenset(groups), sha256)
 
 
 def _defined(path: Path) -> tuple[str, str] | None:

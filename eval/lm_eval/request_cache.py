@@ -9,7 +9,6 @@ A generation is kept with how it was decoded, which the drafter decides: how the
 generations (`drafting_key`), and not of log-likelihoods, which have no rounds.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from speedstack import __version__
 from speedstack.quant.checkpoint.tokenizer import tokenizer_files
 from speedstack.runtime import Engine
 from speedstack.runtime.rounds.speculation import NGRAM
+from speedstack.support.digests import file_sha256, json_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class RequestCache:
 
 def request_key(task_hash: str, kind: str, request: Sequence[Any]) -> str:
     """Key of one request: its task's hash, its kind, and everything in it, of plain JSON types."""
-    return _digest([task_hash, kind, *request])
+    return json_sha256([task_hash, kind, *request])
 
 
 def model_key(engine: Engine, directory: str | Path) -> str:
@@ -88,13 +88,13 @@ def model_key(engine: Engine, directory: str | Path) -> str:
     """
     settings = [engine.backend_name, str(engine.dtype), engine.device.type, engine.max_length]
     software = [ANSWERS_VERSION, __version__, *(version(name) for name in SOFTWARE)]
-    return _digest([engine.target_sha256, side_files(directory), settings, software])[:24]
+    return json_sha256([engine.target_sha256, side_files(directory), settings, software])[:24]
 
 
 def side_files(directory: str | Path) -> dict[str, str]:
     """SHA-256 by name of the files of a model directory that decide what it answers, beside the weights."""
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        path.name: file_sha256(path)
         for path in sorted(Path(directory).iterdir())
         if path.is_file() and (path.suffix in DECISIVE_SUFFIXES or path in tokenizer_files(directory))
     }
@@ -105,15 +105,11 @@ def drafting_key(engine: Engine, drafter: Path | None) -> str:
     `drafter`, and the strategy. Raises ValueError for an engine with a drafter where `drafter` is None.
     """
     if engine.num_drafts == 0:
-        return _digest(None)
+        return json_sha256(None)
     if drafter is None:
         raise ValueError("the engine has a drafter, and acceptance is kept by drafter: say where it was loaded from")
     made_of = [engine.drafter_sha256, {} if str(drafter) == NGRAM else side_files(drafter)]
-    return _digest([made_of, engine.num_drafts, asdict(engine.strategy)])
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_sha256([made_of, engine.num_drafts, asdict(engine.strategy)])
 
 
 def _read(path: Path) -> Iterator[tuple[str, Any]]:

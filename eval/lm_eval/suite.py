@@ -4,7 +4,6 @@ A suite is a YAML file; ours lie in `configs/eval/suites/`. lm-eval builds the r
 engine answers. Everything that an interrupted run was told is in its cache, and the same call asks only the rest.
 """
 
-import difflib
 import importlib.resources
 import json
 import logging
@@ -17,7 +16,7 @@ from typing import Any, Self
 
 import lm_eval
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from speedstack.eval.lm_eval.adapter import EngineLM
 from speedstack.eval.lm_eval.generation_kwargs import defaults_not_computed
@@ -32,6 +31,8 @@ from speedstack.eval.results.environment import describe_environment
 from speedstack.eval.results.kinds import to_plain
 from speedstack.eval.results.suite_result import HeadlineMetric, SuiteBlock, SuiteResult, TaskDocuments, TaskRequests
 from speedstack.runtime import Engine
+from speedstack.support.config import Section
+from speedstack.support.near_miss import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +40,8 @@ logger = logging.getLogger(__name__)
 BOOTSTRAP_ITERATIONS = 1000
 
 
-class SuiteTask(BaseModel):
+class SuiteTask(Section):
     """One task of a suite. Sampling is for tasks that count programs: pass@k needs k samples or more."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: str
     num_fewshot: int | None = Field(None, ge=0, description="Examples before a question; None: the task's own number.")
@@ -54,10 +53,8 @@ class SuiteTask(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1, description="Of samples.")
 
 
-class Suite(BaseModel):
+class Suite(Section):
     """A suite's file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tasks: tuple[SuiteTask, ...] = Field(min_length=1)
 
@@ -109,8 +106,7 @@ def load_suite(name: str) -> tuple[str, Suite]:
         path = suites_directory() / f"{name}.yaml"
         if not path.is_file():
             known = sorted(file.stem for file in suites_directory().glob("*.yaml"))
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else "."
+            hint = did_you_mean(name, known) or "."
             raise ValueError(f"no suite '{name}'{hint} Suites: {', '.join(known)}; or give a YAML file")
     try:
         return path.stem, Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

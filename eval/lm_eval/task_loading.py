@@ -6,10 +6,7 @@ model wrote. Other tasks that run code would run it in this process, and are ref
 with lm-eval itself, and may not have the names of ours.
 """
 
-import difflib
 import glob
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +17,8 @@ from lm_eval.tasks import TaskManager
 
 from speedstack.eval.data.local_data import local_data
 from speedstack.eval.lm_eval.own_tasks import OwnTasks
+from speedstack.support.digests import json_sha256
+from speedstack.support.near_miss import nearest
 
 TASKS_DIR = Path(__file__).resolve().parent / "tasks"
 PREFIX = "speedstack_"
@@ -60,7 +59,7 @@ class TaskLoader:
         )
         for name in foreign:
             if name not in self.manager.task_index:
-                near = difflib.get_close_matches(name, [*OUR_NAMES, *self.manager.task_index], n=3)
+                near = nearest(name, [*OUR_NAMES, *self.manager.task_index], num_names=3)
                 hint = f"; near names: {', '.join(near)}" if near else f"; ours are {', '.join(TASK_NAMES)}"
                 raise ValueError(f"no task {name!r}{hint}")
 
@@ -120,7 +119,7 @@ def leaf_tasks(item: Any) -> list[Any]:
 
 def task_hash(task: Any) -> str:
     """SHA-256 of everything in a task's configuration."""
-    return hashlib.sha256(json.dumps(task.dump_config(), sort_keys=True, default=str).encode()).hexdigest()
+    return json_sha256(task.dump_config(), default=str)
 
 
 def _our_config(name: str, data_dir: Path | None) -> dict[str, Any]:

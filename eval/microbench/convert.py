@@ -9,25 +9,26 @@ torch and transformers is in memory before. The kernel's high-water mark of resi
 the end: heap, stacks and every touched page of a mapped file count; the page cache does not. Needs Linux.
 """
 
-import argparse
 import json
 import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from speedstack.eval.microbench.process_memory import check_peak_is_known, peak_bytes, restart_peak
 from speedstack.eval.results.environment import describe_environment
 from speedstack.eval.results.kinds import ConversionCost, ConversionResult
 from speedstack.quant.checkpoint import convert
 from speedstack.quant.checkpoint.directory import ShardWriter
 from speedstack.quant.checkpoint.names import hub_names
 from speedstack.quant.checkpoint.reader import expert_weights
+from speedstack.support.command import module_command, module_parser, show_result
 
 # source, out, target format, max_shard_bytes
 Work = Callable[[Path, Path, str, int], None]
@@ -69,8 +70,7 @@ _CHAIN = (
 
 def measure(directory: Path) -> ConversionResult:
     """Build, convert and measure under `directory`, which needs room for about 5 GB. Raises ValueError off Linux."""
-    if not Path("/proc/self/clear_refs").exists():
-        raise ValueError("peak memory is read from /proc, which this system does not have")
+    check_peak_is_known()
     make_checkpoint(directory / "tiny", _TINY, num_shards=1)
     make_checkpoint(directory / "plain", _SIZES, num_shards=NUM_SHARDS)
     costs = [_cost(_load_and_save, "transformers load and save", directory / "plain", directory / "peer", "")]
@@ -145,12 +145,11 @@ def _child(work: Work, source: Path, out: Path, target: str, max_shard_bytes: in
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         work(source.parent / "tiny", Path(scratch) / "out", "mimo" if target == "plain" else target, 1 << 20)
-    Path("/proc/self/clear_refs").write_text("5")
-    baseline_bytes = _status_bytes("VmRSS")
+    baseline_bytes = restart_peak()
     start = time.perf_counter()
     work(source, out, target, max_shard_bytes)
     seconds = time.perf_counter() - start
-    sender.send((seconds, _status_bytes("VmHWM") - baseline_bytes))
+    sender.send((seconds, peak_bytes() - baseline_bytes))
 
 
 def _convert(source: Path, out: Path, target: str, max_shard_bytes: int) -> None:
@@ -162,25 +161,23 @@ def _load_and_save(source: Path, out: Path, target: str, max_shard_bytes: int) -
     model.save_pretrained(out, max_shard_size=max_shard_bytes)
 
 
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {field}")
-
-
-def main() -> None:
+@module_command
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = module_parser(__spec__, __doc__, out=None)
     parser.add_argument("result", nargs="?", type=Path, default=Path("runs/bench/convert.json"))
-    path = parser.parse_args().result
+    path = parser.parse_args(arguments).result
     with tempfile.TemporaryDirectory() as directory:
         result = measure(Path(directory))
-    for cost in result.conversions:
-        shard = f"shards of {cost.max_shard_bytes / 1e6:.0f} MB"
-        print(f"{cost.name}: peak {cost.peak_shards:.2f} {shard}, {cost.seconds:.1f} s")
-    print(f"written: {result.save(path)}")
+    show_result(result, _table(result), path)
+
+
+def _table(result: ConversionResult) -> str:
+    return "\n".join(
+        f"{cost.name}: peak {cost.peak_shards:.2f} shards of {cost.max_shard_bytes / 1e6:.0f} MB, {cost.seconds:.1f} s"
+        for cost in result.conversions
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

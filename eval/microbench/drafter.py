@@ -17,7 +17,6 @@ autograd.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -26,7 +25,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -34,8 +32,10 @@ from torch import Tensor, nn
 
 from speedstack.dflash.loss import block_loss, offset_weights
 from speedstack.eval.microbench.drafter_race import LOSSES, PEER_WAYS, SHAPES, Batch, Loss, Shape, our_step, peer_step
+from speedstack.eval.microbench.process_memory import peak_bytes, restart_peak
 from speedstack.eval.results.environment import describe_environment
 from speedstack.eval.results.kinds import Document, Environment, Record, Unavailable
+from speedstack.support.command import module_command, module_parser, show_result
 
 WAYS = ("chunked", "plain")
 
@@ -137,8 +137,7 @@ def measure_memory(way: str, num_blocks: int, hidden_size: int, vocab_size: int)
     labels_AJ = torch.randint(vocab_size, (num_blocks, num_offsets), generator=generator)
     valid_AJ = torch.ones_like(labels_AJ, dtype=torch.bool)
     plain_loss(hidden_AJD[:1], labels_AJ[:1], valid_AJ[:1], head_VD)  # buffers of a first product are nobody's
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _memory("VmRSS")
+    before = restart_peak()
     if way == "chunked":
         block_loss(hidden_AJD, labels_AJ, valid_AJ, head_VD).loss.backward()
     else:
@@ -149,22 +148,14 @@ def measure_memory(way: str, num_blocks: int, hidden_size: int, vocab_size: int)
         hidden_size=hidden_size,
         vocab_size=vocab_size,
         logits_bytes=num_blocks * num_offsets * vocab_size * torch.float32.itemsize,
-        peak_bytes=_memory("VmHWM") - before,
+        peak_bytes=peak_bytes() - before,
     )
 
 
-def _memory(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+@module_command
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m speedstack.eval.microbench.drafter", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--out", type=Path, help="result file")
+    parser = module_parser(__spec__, __doc__)
     parser.add_argument("--num-steps", type=int, default=8, help="timed steps of each contestant")
     parser.add_argument("--shapes", nargs="+", choices=[shape.name for shape in SHAPES], help="shapes; none: all")
     parser.add_argument("--num-blocks", type=int, default=256, help="blocks of the memory measurement")
@@ -175,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = (options.num_blocks, options.hidden_size, options.vocab_size)
     if options.way:
         print(measure_memory(options.way, *sizes).model_dump_json())
-        return 0
+        return
     peer = importlib.util.find_spec("speculators")
     unavailable = []
     if peer is None:
@@ -199,10 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         memory=tuple(memory),
         unavailable=tuple(unavailable),
     )
-    print(_table(result))
-    if options.out is not None:
-        print(f"written to {result.save(options.out)}")
-    return 0
+    show_result(result, _table(result), options.out)
 
 
 def _table(result: DrafterCost) -> str:

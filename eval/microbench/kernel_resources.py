@@ -7,8 +7,8 @@ spilled bytes and shared memory, and what a kernel that multiplies weights spend
 Needs Triton, and no GPU.
 """
 
-import argparse
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,7 @@ from speedstack.runtime.model.released_models import MODELS, drafter_config, rel
 from speedstack.runtime.model.spec import ModelSpec
 from speedstack.runtime.model.synthetic_weights import empty_weights
 from speedstack.runtime.perf.gpus import gpu_named
+from speedstack.support.command import module_command, module_parser
 
 if TYPE_CHECKING:
     from speedstack.runtime.backends.gpu.op_launch import Launch
@@ -179,11 +180,12 @@ def _backend(
     return backend
 
 
-def main() -> None:
+@module_command
+def main(arguments: Sequence[str] | None = None) -> None:
     """Compile, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = module_parser(__spec__, __doc__, out=None)
     parser.add_argument("result", nargs="?", type=Path, default=Path("runs/bench/kernel-resources.json"))
-    path = parser.parse_args().result
+    path = parser.parse_args(arguments).result
     kernels = []
     for model in MODELS:
         for is_packed, has_fp8, has_drafter in KINDS:
@@ -202,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,9 +11,9 @@ Log-likelihoods are also held against the adapter over the same weights in float
 difference is. On whole texts it is the adapter's: it adds up thousands of nats in float32, whose steps there are 2e-4.
 """
 
-import argparse
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,6 +32,7 @@ from speedstack.eval.results.kinds import Document, Environment, Record, Spread
 from speedstack.eval.speed.harness import spread
 from speedstack.quant.checkpoint import load_model
 from speedstack.runtime import Engine
+from speedstack.support.command import module_command, module_parser, show_result
 
 # Task -> the kind of request it makes.
 KINDS = {"next_line": "loglikelihood", "heldout_perplexity": "loglikelihood_rolling", "close_line": "generate_until"}
@@ -308,11 +309,10 @@ def show(result: LmBench) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line; what cannot be measured ends with one line and exit status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m speedstack.eval.microbench.lm", description=(__doc__ or "").splitlines()[0]
-    )
+@module_command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: measure, print the comparison, write JSON."""
+    parser = module_parser(__spec__, __doc__)
     parser.add_argument("model", type=Path, help="target, a model directory")
     parser.add_argument("--drafter", type=Path, help="its drafter")
     parser.add_argument("--task-data", type=Path, required=True, help="directory of our tasks' data")
@@ -322,27 +322,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of a sequence (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="threads of both (default: torch's own)")
-    parser.add_argument("--out", type=Path, help="write the result there as JSON")
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    try:
-        result = bench(
-            options.model,
-            options.drafter,
-            options.task_data,
-            options.limit,
-            options.batch_size,
-            options.repeats,
-            options.max_length,
-            options.device,
-        )
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
-    print(show(result))
-    if options.out is not None:
-        print(f"written: {result.save(options.out)}")
+    result = bench(
+        options.model,
+        options.drafter,
+        options.task_data,
+        options.limit,
+        options.batch_size,
+        options.repeats,
+        options.max_length,
+        options.device,
+    )
+    show_result(result, show(result), options.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,15 +11,12 @@ Time is of an optimizer step of a whole model on random tokens, next-token loss,
 smaller part of a step that has one. Contestants take turns, and medians are compared; OMP_NUM_THREADS as you train.
 """
 
-import argparse
-import ctypes
-import gc
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -30,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
 
+from speedstack.eval.microbench.process_memory import give_back_freed, peak_bytes, resident_bytes, restart_peak
 from speedstack.eval.results.environment import describe_environment
 from speedstack.eval.results.kinds import Document, Environment, Record
 from speedstack.quant.checkpoint import load_model
@@ -42,6 +40,7 @@ from speedstack.quant.experts import (
 )
 from speedstack.quant.grouped import WeightForm, experts_forward
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, fake_quantize
+from speedstack.support.command import module_command, module_parser, show_result
 
 Way = Literal["packed", "plain"]
 WAYS: tuple[Way, ...] = ("packed", "plain")
@@ -158,15 +157,17 @@ def measure_layers(way: Way, shape: LayerShape) -> LayerMemory:
     # The first product of a process allocates buffers that are nobody's.
     with torch.autocast("cpu", torch.bfloat16):
         FORWARDS[way](layers[0], hidden_TH[:32].detach(), choices_TJ[:32], weights_TJ[:32], form=WeightForm(None))
-    before = _reset_peak()
+    give_back_freed()
+    before = restart_peak()
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     x_TH = hidden_TH
     with hooks, torch.autocast("cpu", torch.bfloat16):
         for layer in layers:
             x_TH = x_TH + FORWARDS[way](layer, x_TH, choices_TJ, weights_TJ, form=form)
-    forward = _settled_memory() - before
+    give_back_freed()
+    forward = resident_bytes() - before
     x_TH.square().mean().backward()
-    peak = _memory("VmHWM") - before
+    peak = peak_bytes() - before
     return LayerMemory(
         way=way,
         kept_weight_bytes=sum(size for is_weight, size in kept.values() if is_weight) // shape.num_layers,
@@ -215,21 +216,20 @@ def measure_steps(
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m speedstack.eval.microbench.qat", description=__doc__)
+@module_command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: measure, print a table, write JSON."""
+    parser = module_parser(__spec__, __doc__)
     parser.add_argument("--model", type=Path, help="model directory whose steps are timed; none: memory alone")
-    parser.add_argument("--out", type=Path, help="result file")
     parser.add_argument("--num-experts", type=int, default=LayerShape.num_experts, help="experts in a layer")
     parser.add_argument("--num-layers", type=int, default=LayerShape.num_layers, help="layers in the stack")
     parser.add_argument("--num-tokens", type=int, default=LayerShape.num_tokens, help="tokens that go through it")
     parser.add_argument("--num-steps", type=int, default=8, help="timed steps of each contestant")
     parser.add_argument("--way", choices=WAYS, help="measure this way's memory in this process, and print it")
-    arguments = parser.parse_args()
-    shape = LayerShape(
-        num_experts=arguments.num_experts, num_layers=arguments.num_layers, num_tokens=arguments.num_tokens
-    )
-    if arguments.way:
-        print(measure_layers(arguments.way, shape).model_dump_json())
+    options = parser.parse_args(arguments)
+    shape = LayerShape(num_experts=options.num_experts, num_layers=options.num_layers, num_tokens=options.num_tokens)
+    if options.way:
+        print(measure_layers(options.way, shape).model_dump_json())
         return
     layers = []
     for way in WAYS:
@@ -239,18 +239,16 @@ def main() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         layers.append(LayerMemory.model_validate(json.loads(done.stdout.splitlines()[-1])))
     steps = []
-    if arguments.model is not None:
-        model = load_model(arguments.model)
+    if options.model is not None:
+        model = load_model(options.model)
         steps = [
-            measure_steps(model, precision, arguments.num_steps, num_sequences=4, sequence_length=256)
+            measure_steps(model, precision, options.num_steps, num_sequences=4, sequence_length=256)
             for precision in PRECISIONS
         ]
     result = QatCost(
         environment=describe_environment(), layer_shape=asdict(shape), layers=tuple(layers), steps=tuple(steps)
     )
-    print(_table(result))
-    if arguments.out is not None:
-        print(f"written to {result.save(arguments.out)}")
+    show_result(result, _table(result), options.out)
 
 
 def _table(result: QatCost) -> str:
@@ -266,25 +264,5 @@ def _table(result: QatCost) -> str:
     return "\n".join(lines)
 
 
-def _reset_peak() -> int:
-    """Start the peak anew, and return the memory of this process now, in bytes. Linux only."""
-    settled = _settled_memory()
-    Path("/proc/self/clear_refs").write_text("5")
-    return settled
-
-
-def _settled_memory() -> int:
-    """Memory of this process in bytes, after it has given back what is free."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return _memory("VmRSS")
-
-
-def _memory(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

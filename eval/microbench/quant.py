@@ -13,11 +13,11 @@ by default), ModelOpt rounds scales up; `relative_squared_error` shows that all 
 Bytes are those an operation must read and write, so a copy of the input is the yardstick for what memory allows.
 """
 
-import argparse
 import importlib.metadata
 import logging
 import random
-from pathlib import Path
+import sys
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -40,6 +40,7 @@ from speedstack.eval.results.kinds import Document, Environment, Record, Spread,
 from speedstack.eval.speed.harness import spread
 from speedstack.quant import mxfp4
 from speedstack.quant.kernels import kernels_for
+from speedstack.support.command import module_command, module_parser, show_result
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHAPE = (128, 1536, 2048)
@@ -148,8 +149,11 @@ def _timings(dtype_name: str, samples: list[Samples]) -> list[QuantTiming]:
     return timings
 
 
-def show(result: QuantBench, console: Console) -> None:
+def show(result: QuantBench) -> str:
     """The result as a table."""
+    console = Console()
+    # A file or a pipe has no width: nothing is cut off there.
+    console = console if console.is_terminal else Console(width=160)
     table = Table(title=f"MXFP4, {tuple(result.shape)} on {result.device}, rule {result.scale_rule}")
     for column in (
         "operation",
@@ -177,17 +181,17 @@ def show(result: QuantBench, console: Console) -> None:
             "" if each.times_ours is None else f"{each.times_ours:.1f}",
             "" if each.relative_squared_error is None else f"{each.relative_squared_error:.5f}",
         )
-    console.print(table)
-    for missing in result.unavailable:
-        console.print(f"{missing.name} skipped: {missing.reason}")
+    with console.capture() as captured:
+        console.print(table)
+        for missing in result.unavailable:
+            console.print(f"{missing.name} skipped: {missing.reason}")
+    return captured.get().rstrip("\n")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line; a setting that cannot be measured ends with one line and exit status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m speedstack.eval.microbench.quant", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--out", type=Path, help="write the result there as JSON")
+@module_command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: measure, print a table, write JSON."""
+    parser = module_parser(__spec__, __doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--shape", default=",".join(map(str, SHAPE)), help="experts,out,in (default: %(default)s)")
     parser.add_argument("--dtypes", default="bfloat16,float32", help="default: %(default)s")
@@ -195,25 +199,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peer-experts", type=int, help="how many experts the others get (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     options = parser.parse_args(arguments)
+    dtypes = tuple(options.dtypes.split(","))
+    if unknown := [name for name in dtypes if name not in DTYPES]:
+        raise ValueError(f"unknown dtype {unknown[0]!r}; use {' or '.join(DTYPES)}")
+    shape = tuple(int(size) for size in options.shape.split(","))
+    device = _device_named(options.device)
+    result = bench(shape, device, dtypes, options.scale_rule, options.repeats, options.peer_experts)
+    show_result(result, show(result), options.out)
+
+
+def _device_named(name: str) -> torch.device:
     try:
-        dtypes = tuple(options.dtypes.split(","))
-        if unknown := [name for name in dtypes if name not in DTYPES]:
-            raise ValueError(f"unknown dtype {unknown[0]!r}; use {' or '.join(DTYPES)}")
-        shape = tuple(int(size) for size in options.shape.split(","))
-        device = torch.device(options.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("there is no CUDA device here")
-        result = bench(shape, device, dtypes, options.scale_rule, options.repeats, options.peer_experts)
-    except (ValueError, RuntimeError) as error:
-        parser.error(" ".join(str(error).split()))
-    if options.out is not None:
-        result.save(options.out)
-    console = Console()
-    # A file or a pipe has no width: nothing is cut off there.
-    show(result, console if console.is_terminal else Console(width=160))
-    if options.out is not None:
-        print(f"written to {options.out}")
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here")
+    return device
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

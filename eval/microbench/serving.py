@@ -10,6 +10,7 @@ first few are timed with the rows interleaved, in a seeded order, and medians ar
 
 import argparse
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from speedstack.runtime import Engine, Generation
 from speedstack.runtime.engine import DEFAULT_MAX_LENGTH
 from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.rounds.speculation import NGRAM, DraftStrategy
+from speedstack.support.command import module_command, module_parser, show_result
 
 Proposer = Literal["none", "drafter", "ngram"]
 
@@ -205,15 +207,13 @@ def table(result: ServingBench) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+@module_command
+def main(arguments: Sequence[str] | None = None) -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m speedstack.eval.microbench.serving", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = module_parser(__spec__, __doc__)
     parser.add_argument("--target", type=Path, required=True, help="model directory")
     parser.add_argument("--drafter", type=Path, required=True, help="drafter directory")
     parser.add_argument("--prompts", type=Path, required=True, help="prepared corpus, or JSONL with the field prompt")
-    parser.add_argument("--out", type=Path, help="result file")
     parser.add_argument("--num-prompts", type=int, default=16, help="prompts of each set (default: %(default)s)")
     parser.add_argument("--num-prompt-tokens", type=int, default=64, help="of a corpus' prompts (default: %(default)s)")
     parser.add_argument("--num-new-tokens", type=int, default=128, help="a prompt (default: %(default)s)")
@@ -222,50 +222,45 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, help="positions of a sequence's buffers")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the order (default: %(default)s)")
-    arguments = parser.parse_args()
-    try:
-        result = bench(arguments)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
-    print(table(result))
-    if arguments.out is not None:
-        print(f"written to {result.save(arguments.out)}")
+    options = parser.parse_args(arguments)
+    result = bench(options)
+    show_result(result, table(result), options.out)
 
 
-def bench(arguments: argparse.Namespace) -> ServingBench:
+def bench(options: argparse.Namespace) -> ServingBench:
     """The whole measurement. Raises ValueError as its parts do."""
-    window = spec_from_config(read_config(arguments.target)[0]).max_position_embeddings
-    max_length = arguments.max_length or min(window, DEFAULT_MAX_LENGTH)
+    window = spec_from_config(read_config(options.target)[0]).max_position_embeddings
+    max_length = options.max_length or min(window, DEFAULT_MAX_LENGTH)
     prompt_sets = prompt_sets_of(
-        arguments.prompts,
-        arguments.target,
-        arguments.num_prompts,
-        arguments.num_prompt_tokens,
-        max_length - arguments.num_new_tokens,
+        options.prompts,
+        options.target,
+        options.num_prompts,
+        options.num_prompt_tokens,
+        max_length - options.num_new_tokens,
     )
-    drafter = load_drafter(arguments.drafter)
+    drafter = load_drafter(options.drafter)
     ways = ways_of(drafter.config.num_proposals)
     rows = measure_serving(
-        Server(arguments.target, drafter, arguments.max_length, arguments.device),
+        Server(options.target, drafter, options.max_length, options.device),
         ways,
         prompt_sets,
-        arguments.num_new_tokens,
-        arguments.num_repeats,
-        arguments.num_timed_prompts,
-        arguments.seed,
+        options.num_new_tokens,
+        options.num_repeats,
+        options.num_timed_prompts,
+        options.seed,
     )
     return ServingBench(
-        target=str(arguments.target),
-        drafter=str(arguments.drafter),
-        prompts=str(arguments.prompts),
+        target=str(options.target),
+        drafter=str(options.drafter),
+        prompts=str(options.prompts),
         num_prompts=sum(len(group) for group in prompt_sets.values()),
-        num_new_tokens=arguments.num_new_tokens,
-        num_repeats=arguments.num_repeats,
-        seed=arguments.seed,
+        num_new_tokens=options.num_new_tokens,
+        num_repeats=options.num_repeats,
+        seed=options.seed,
         rows=tuple(rows),
         environment=describe_environment(),
     )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

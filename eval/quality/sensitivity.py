@@ -41,6 +41,7 @@ from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule, fake_quantize
 from speedstack.quant.replay import DecoderLayers
 from speedstack.quant.routing import RoutedTokens, record_routing
 from speedstack.runtime.model.device import choose_device
+from speedstack.support.command import module_command, module_parser, show_result
 
 NUM_SHOWN = 10
 
@@ -202,11 +203,10 @@ def _describe(rounding: Rounding) -> str:
     return getattr(rounding, "__name__", type(rounding).__name__)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@module_command
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: measure, print the units that bear quantization worst, write JSON and CSV."""
-    parser = argparse.ArgumentParser(
-        prog="python -m speedstack.eval.quality.sensitivity", description=__doc__.split("\n")[0]
-    )
+    parser = module_parser(__spec__, __doc__, out=None)
     parser.add_argument("model", type=Path, help="unquantized model directory")
     parser.add_argument("--corpus", type=Path, required=True, help="prepared corpus whose held-out part is read")
     parser.add_argument("--scale-rule", choices=get_args(ScaleRule), default=DEFAULT_SCALE_RULE)
@@ -217,24 +217,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/sensitivity"), help="directory (default: %(default)s)")
     options = parser.parse_args(arguments)
-    try:
-        result = _measure(options)
-        # First, so that a full disk does not take what was measured.
-        _print_worst(result)
-        for path in (result.save(options.out / "sensitivity.json"), result.save_csv(options.out / "sensitivity.csv")):
-            print(f"written: {path}")
-    except (ValueError, OSError) as error:
-        print(f"sensitivity: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+    result = _measure(options)
+    show_result(result, _worst(result), options.out / "sensitivity.json")
+    print(f"written: {result.save_csv(options.out / 'sensitivity.csv')}")
 
 
-def _print_worst(result: SensitivityResult) -> None:
-    print(f"everything quantized: KL {1e3 * result.all_kl_nats:.3f} millinats a token")
-    for title, units in (("layers", result.layers()), ("experts", result.experts())):
+def _worst(result: SensitivityResult) -> str:
+    """The units that bear quantization worst."""
+    lines = [f"everything quantized: KL {1e3 * result.all_kl_nats:.3f} millinats a token"]
+    for kind, units in (("layer", result.layers()), ("expert", result.experts())):
         for unit in sorted(units, key=lambda unit: unit.kl_nats, reverse=True)[:NUM_SHOWN]:
             place = f"layer {unit.layer}" if unit.expert is None else f"layer {unit.layer} expert {unit.expert}"
-            print(f"{title[:-1]:<8}{place:<22}KL {1e3 * unit.kl_nats:8.4f}  {unit.num_tokens} tokens")
+            lines.append(f"{kind:<8}{place:<22}KL {1e3 * unit.kl_nats:8.4f}  {unit.num_tokens} tokens")
+    return "\n".join(lines)
 
 
 def _measure(options: argparse.Namespace) -> SensitivityResult:

@@ -13,7 +13,7 @@ from typing import Any
 from speedstack.eval.report.page import Headline, Page, Section, render
 from speedstack.eval.report.sections import MODULES, Found, check, environment_of, kind_of, run, sections
 from speedstack.eval.results.kinds import Environment, Report
-from speedstack.eval.results.schema import write_whole
+from speedstack.support.files import write_atomically
 
 MAX_HEADLINES = 8
 GATHERING = "speedstack report"
@@ -24,7 +24,7 @@ def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
     directory = Path(directory)
     html = render_html(report)
     json_path = report.save(directory / "report.json")
-    return json_path, write_whole(directory / "report.html", html)
+    return json_path, write_atomically(directory / "report.html", html)
 
 
 def render_html(report: Report) -> str:

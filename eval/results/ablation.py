@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from speedstack.eval.results.schema import Document, Environment, Record, Spread, write_whole
+from speedstack.eval.results.schema import Document, Environment, Record, Spread
+from speedstack.support.files import write_atomically
 
 Served = Literal["packed", "dequantized", "unquantized"]
 # More than this part of a core taken by others while tokens/s were measured makes the figure doubtful.
@@ -96,7 +97,7 @@ class AblationGrid(Document):
 
     def save_csv(self, path: str | Path) -> Path:
         """Write the rows as CSV, a column a field, tokens/s as its median and quartiles; returns the path."""
-        return write_whole(path, self._csv())
+        return write_atomically(path, self._csv())
 
     def _csv(self) -> str:
         rows = []
@@ -116,7 +117,7 @@ class AblationGrid(Document):
 
     def save_markdown(self, path: str | Path) -> Path:
         """Write the table and the notes; returns the path."""
-        return write_whole(path, self.table() + "".join(f"\n{note}\n" for note in self.notes))
+        return write_atomically(path, self.table() + "".join(f"\n{note}\n" for note in self.notes))
 
     def table(self) -> str:
         """A Markdown table. Empty columns are left out; a row that failed ends in its error."""

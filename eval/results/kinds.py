@@ -22,9 +22,9 @@ from speedstack.eval.results.schema import (
     Unavailable,
     read_json,
     to_plain,
-    write_whole,
 )
 from speedstack.eval.results.timing_result import ContestantTiming, Identity, SetTiming, TimingResult, TokenTimes
+from speedstack.support.files import write_atomically
 
 __all__ = [
     "DOCUMENTS",
@@ -153,7 +153,7 @@ class SensitivityResult(Document):
         writer = csv.DictWriter(text, fieldnames=list(UnitSensitivity.model_fields))
         writer.writeheader()
         writer.writerows(unit.model_dump() for unit in self.units)
-        return write_whole(path, text.getvalue())
+        return write_atomically(path, text.getvalue())
 
 
 class ConversionCost(Record):

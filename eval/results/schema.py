@@ -6,11 +6,12 @@ result that holds one is a bug upstream, not a value.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from speedstack.support.files import write_atomically
 
 SCHEMA_VERSION: Literal[1] = 1
 # Half the width of a normal 95 % interval in standard errors.
@@ -30,7 +31,7 @@ class Document(Record):
 
     def save(self, path: str | Path) -> Path:
         """Write as JSON, whole or not at all; returns the path. Raises OSError as the file system does."""
-        return write_whole(path, self.model_dump_json(indent=2) + "\n")
+        return write_atomically(path, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -55,19 +56,6 @@ class Document(Record):
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
             raise ValueError(f"{path} does not fit the {kind} schema: {place}: {first['msg']}") from error
-
-
-def write_whole(path: str | Path, text: str) -> Path:
-    """Write a text file with its line ends as they are, whole or not at all, and its directory; returns the path.
-
-    Raises OSError as the file system does.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    os.replace(temporary, path)
-    return path
 
 
 def read_json(path: str | Path) -> Any:

@@ -1,6 +1,5 @@
 """The result file of a suite: lm-eval's own document, unchanged, with one more key that holds our block."""
 
-import difflib
 import json
 import math
 from collections.abc import Sequence
@@ -10,7 +9,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from speedstack.eval.results.schema import Document, Environment, Record, read_json, write_whole
+from speedstack.eval.results.schema import Document, Environment, Record, read_json
+from speedstack.support.files import write_atomically
+from speedstack.support.near_miss import nearest
 
 BLOCK = "speedstack"
 
@@ -103,7 +104,7 @@ class SuiteResult:
     def save(self, path: str | Path) -> Path:
         """Write as JSON, whole or not at all; returns the path."""
         content = self.lm_eval | {BLOCK: self.block.model_dump(mode="json")}
-        return write_whole(path, json.dumps(content, indent=1) + "\n")
+        return write_atomically(path, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -168,7 +169,7 @@ def no_metric(task: str, metric: str, known: Sequence[str]) -> str:
     if not known:
         return f"{task} has no metric '{metric}', and no score of its own: name tasks of it"
     of_that_name = [name for name in known if name.partition(",")[0] == metric.partition(",")[0]]
-    near = (of_that_name or difflib.get_close_matches(metric, known, n=1, cutoff=0.3) or known)[0]
+    near = (of_that_name or nearest(metric, known, cutoff=0.3) or known)[0]
     others = ", ".join(name for name in known if name != near)
     return f"{task} has no metric '{metric}'; did you mean '{near}'?{f' It also has {others}' if others else ''}"
 

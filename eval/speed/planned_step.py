@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from speedstack.eval.config import DEMO_RUN, VerbConfig
+from speedstack.eval.config import DEMO_RUN
+from speedstack.support.config import Section
 
 if TYPE_CHECKING:
     from speedstack.runtime.model.drafter_spec import DrafterSpec
@@ -33,7 +34,7 @@ Format = Literal[
 ]
 
 
-class StepConfig(VerbConfig):
+class StepConfig(Section):
     """Which model's step is planned, for which GPU, and what is assumed about it."""
 
     model: Path = Field(

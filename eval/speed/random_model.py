@@ -8,7 +8,6 @@ its tokens choose different experts. OUT/prompts-<length>.jsonl are random promp
 there because programs ask for one.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from speedstack.quant.checkpoint import convert
 from speedstack.runtime.model.released_models import LAPTOP_MODEL, released_config
+from speedstack.support.command import module_command, module_parser
 
 PACKED, UNPACKED = "mxfp4", "bf16"
 PROMPT_LENGTHS = (32, 512)
@@ -79,20 +79,16 @@ def draw_weights(model: torch.nn.Module, num_layers: int, generator: torch.Gener
             parameter.normal_(0.0, scale * columns**-0.5, generator=generator)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line for a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m speedstack.eval.speed.random_model", description=__doc__)
+@module_command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: write the model and say where."""
+    parser = module_parser(__spec__, __doc__, out=None)
     parser.add_argument("model", nargs="?", default=LAPTOP_MODEL)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    try:
-        write_random_model(options.model, options.out, options.seed)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    write_random_model(options.model, options.out, options.seed)
     print(f"written: {options.out / PACKED}, {options.out / UNPACKED}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from speedstack.quant.checkpoint.files import CONFIG_FILE, INDEX_FILE, read_json, weight_files
 from speedstack.quant.checkpoint.formats import EXPERTS_FILE
+from speedstack.support.digests import add_file, file_sha256
 
 
 def weights_sha256(path: str | Path, beside: Sequence[str] = ()) -> str:
@@ -21,9 +22,7 @@ def weights_sha256(path: str | Path, beside: Sequence[str] = ()) -> str:
     others = [Path(path) / name for name in (EXPERTS_FILE, *beside)]
     files += [file for file in others if file.is_file()]
     for file in files:
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
+        add_file(digest, file)
     return digest.hexdigest()
 
 
@@ -32,7 +31,7 @@ def config_sha256(path: str | Path) -> str:
 
     Raises OSError when it cannot be read.
     """
-    return hashlib.sha256((Path(path) / CONFIG_FILE).read_bytes()).hexdigest()
+    return file_sha256(Path(path) / CONFIG_FILE)
 
 
 def model_sha256(path: str | Path) -> str:

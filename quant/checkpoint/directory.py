@@ -1,20 +1,12 @@
-"""Writes a model directory that appears whole or not at all: next to its place first, then renamed onto it.
+"""Writes a model directory that appears whole or not at all, as `support.files` has it.
 
-Tensors come one at a time and leave memory a shard at a time. Every writer has a directory of its own, under a lock
-that the system takes back when its process ends, however that ends: of two that write to one place the later wins,
-whole, and what a killed one left is removed by the next.
+Tensors come one at a time and leave memory a shard at a time.
 """
 
-import errno
-import fcntl
-import glob
 import json
 import os
-import shutil
-import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,13 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from speedstack.quant.checkpoint.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, ReadError, read_json
+from speedstack.support.files import atomic_path
 
 MAX_SHARD_BYTES = 5 * 10**9
 # Above the size from which the C library always gives freed memory back to the system, 32 MiB.
 _CHUNK_BYTES = 64 << 20
 _ALIGNMENT = 64
-# A new directory is locked at once; a minute later one without a lock has lost its writer.
-_LOCKED_AFTER_SECONDS = 60.0
 
 
 def check_target(path: Path) -> None:
@@ -90,18 +81,10 @@ def new_directory(path: Path) -> Iterator[Path]:
     path = _resolved(path)
     check_target(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
-        partial = _beside(path, "partial")
-        lock = os.open(partial, os.O_RDONLY)
-        try:
-            _lock(lock)
+        with atomic_path(path, replaces_directory=True) as partial:
+            partial.mkdir()
             yield partial
             check_target(path)
-            _rename_over(partial, path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            os.close(lock)
     except ReadError:
         raise
     except (OSError, SafetensorError) as error:
@@ -174,60 +157,8 @@ class _Arena:
         return place.view(tensor.dtype).view(tensor.shape)
 
 
-def _rename_over(source: Path, target: Path) -> None:
-    """Rename a directory onto another one, of which a crash in between leaves a copy in `.<name>-*.old`."""
-    old = _beside(target, "old")
-    replaced: list[Path] = []
-    while source.exists():
-        with suppress(FileNotFoundError):
-            replaced.append(target.rename(old / str(len(replaced))))
-        try:
-            source.rename(target)
-        except OSError as error:
-            # Another process may have put its own there since.
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                continue
-            if replaced:
-                replaced[-1].rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-            raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    """A new directory next to `path` that no other process or thread has."""
-    directory = path.with_name(f".{path.name}-{uuid.uuid4().hex}.{suffix}")
-    directory.mkdir()
-    return directory
-
-
 def _resolved(path: Path) -> Path:
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} is a link that leads nowhere ({error}): choose another path") from error
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove what writers to `path` left that were killed: old enough to have been locked, and not locked."""
-    for partial in path.parent.glob(f".{glob.escape(path.name)}-*.partial"):
-        try:
-            if time.time() - partial.stat().st_mtime < _LOCKED_AFTER_SECONDS:
-                continue
-            handle = os.open(partial, os.O_RDONLY)
-        except OSError:  # another process was faster
-            continue
-        try:
-            if _lock(handle):
-                shutil.rmtree(partial, ignore_errors=True)
-        finally:
-            os.close(handle)
-
-
-def _lock(handle: int) -> bool:
-    """Lock an open directory until it is closed; False where somebody else has, or the file system knows no locks."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -11,9 +11,10 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from speedstack.support.files import atomic_path
 
 # No -ffast-math anywhere: it would let the compiler reorder sums whose order results rest on.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -85,9 +86,7 @@ def _cpu_identity() -> str:
 
 
 def _compile(compiler: str, source: Path, flags: Sequence[str], library: Path, needed_by: str) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        built = Path(scratch) / library.name
+    with atomic_path(library) as built:
         result = subprocess.run(
             [compiler, *flags, str(source), "-o", str(built)],
             capture_output=True,
@@ -98,4 +97,3 @@ def _compile(compiler: str, source: Path, flags: Sequence[str], library: Path, n
         if result.returncode:
             errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
             raise ValueError(f"{compiler} could not build {needed_by}: {errors[0] if errors else 'no message'}")
-        os.replace(built, library)

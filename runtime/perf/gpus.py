@@ -4,8 +4,9 @@ Sources: NVIDIA's data sheets H100 (2023), H200 (2024), HGX B200 (2025), H20, A1
 the Ada (RTX 4090) and Blackwell (RTX 5090) consumer architectures; there, bf16 products with float32 accumulation.
 """
 
-import difflib
 from dataclasses import dataclass
+
+from speedstack.support.near_miss import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,4 @@ def gpu_named(name: str) -> Gpu:
     plain = name.upper().replace(" ", "").replace("-", "")
     if plain in GPUS:
         return GPUS[plain]
-    nearest = difflib.get_close_matches(plain, GPUS, n=1, cutoff=0.3)
-    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
-    raise ValueError(f"unknown GPU '{name}'{hint} Known: {', '.join(GPUS)}")
+    raise ValueError(f"unknown GPU '{name}'{did_you_mean(plain, GPUS, 0.3) or '.'} Known: {', '.join(GPUS)}")

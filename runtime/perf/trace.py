@@ -8,13 +8,13 @@ Source of the format: Google, "Trace Event Format" (complete events, ph "X"; tim
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from speedstack.runtime.perf.cost import PhaseCost, StepCost
+from speedstack.support.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,7 @@ def _event(span: Span, thread: int) -> dict[str, Any]:
 
 def save_trace(tracks: dict[str, list[Span]], process: str, path: Path) -> Path:
     """Write the document, whole or not at all. Raises OSError as the file system does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(trace_events(tracks, process)), encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    return write_atomically(path, json.dumps(trace_events(tracks, process)))
 
 
 def total_seconds(spans: Iterable[Span]) -> float:

@@ -10,7 +10,6 @@ full-precision model has one kind of drafter. A combination that cannot be made 
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,19 +17,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from speedstack.eval.config import DEMO_RUN, Limit, VerbConfig
+from speedstack.eval.config import DEMO_RUN, Limit
 from speedstack.quant.formats import FORMATS, number_format
 from speedstack.quant.ptq import ModuleGroup
-from speedstack.support.config_errors import describe_validation_error
-from speedstack.train.config.recipes import (
-    DrafterConfig,
-    JobConfig,
-    QatConfig,
-    load_config,
-    read_config,
-)
+from speedstack.support.config import Section, load_config, read_config, replaced, validated
+from speedstack.support.near_miss import did_you_mean
+from speedstack.train.config.recipes import DrafterConfig, JobConfig, QatConfig
 
 JobT = TypeVar("JobT", bound=JobConfig)
 MaybeMany = str | float | list[Any] | tuple[Any, ...]
@@ -98,21 +92,17 @@ class RowSpec:
         return None if self.is_packed else f"{self.method} {what} in mxfp4, not {self.modules} in {self.format}"
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else f"; choose from {', '.join(known)}"
-
-
 def _check_axis(axis: str, values: Sequence[Any]) -> None:
     for value in values:
         if axis == "temperature":
             if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"temperature {value!r} is no number from 0 on")
         elif value not in AXES[axis]:
-            raise ValueError(f"unknown {axis} '{value}'{_nearest(str(value), AXES[axis])}")
+            hint = did_you_mean(str(value), AXES[axis]) or f"; choose from {', '.join(AXES[axis])}"
+            raise ValueError(f"unknown {axis} '{value}'{hint}")
 
 
-class Axes(VerbConfig):
+class Axes(Section):
     """A product of values; a value alone stands for a list of one."""
 
     format: tuple[str, ...] = Field(("mxfp4",), min_length=1, description=f"Number formats: {', '.join(FORMATS)}.")
@@ -151,7 +141,7 @@ class Axes(VerbConfig):
         return [RowSpec(*each) for each in values]
 
 
-class Pattern(VerbConfig):
+class Pattern(Section):
     """Rows that have one of the values on every axis that is named."""
 
     format: tuple[str, ...] | None = None
@@ -181,7 +171,7 @@ class Pattern(VerbConfig):
         return all(getattr(row, axis) in values for axis, values in self.named().items())
 
 
-class GptqSection(VerbConfig):
+class GptqSection(Section):
     """Calibration of gptq, on the training part of the corpus."""
 
     num_sequences: int = Field(128, ge=1, description="Sequences.")
@@ -190,7 +180,7 @@ class GptqSection(VerbConfig):
     damping: float = Field(0.01, ge=0, description="Added to the diagonal of the second moments, as part of its mean.")
 
 
-class TrainingSection(VerbConfig):
+class TrainingSection(Section):
     """A recipe's config, and what the grid changes in it."""
 
     base: Path = Field(Path("configs/qat/tiny.yaml"), description="Config of the recipe that every run starts from.")
@@ -201,29 +191,24 @@ class TrainingSection(VerbConfig):
     def config(self, config_type: type[JobT], values: Mapping[str, Any]) -> JobT:
         """The config of one run: `base`, `set`, and `values` that the grid sets. Raises ValueError, one line."""
         kind = config_type.model_fields["kind"].default
-        raw = read_config(config_type, self.base).model_dump()
         for name in self.set:
             if name in _MANAGED[kind] or name.partition(".")[0] in _MANAGED[kind]:
                 raise ValueError(f"{kind}.set: {name} is set by the grid")
-        for name, value in {**self.set, **values}.items():
-            section, _, key = name.partition(".")
-            if not isinstance(raw.get(section), dict) or key not in raw[section]:
-                raise ValueError(f"{kind}.set: a {kind} config has no field {name}")
-            raw[section][key] = value
+        base = read_config(config_type, self.base)
         try:
-            return config_type.model_validate(raw)
-        except ValidationError as error:
-            raise ValueError(f"{kind}.set: {describe_validation_error(error, config_type)}") from error
+            return replaced(base, {**self.set, **values})
+        except ValueError as error:
+            raise ValueError(f"{kind}.set: {error}") from error
 
 
-class HeldoutSection(VerbConfig):
+class HeldoutSection(Section):
     """Held-out text of perplexity, KL and top-1 agreement."""
 
     num_tokens: int = Field(8192, ge=1, description="Predicted tokens.")
     window: int = Field(256, ge=2, description="Tokens in one window.")
 
 
-class SuiteSection(VerbConfig):
+class SuiteSection(Section):
     """The suite of lm-eval tasks that gives the score, through the engine."""
 
     name: str | None = Field("offline", description="Suite, or its YAML file; None: rows have no score.")
@@ -237,7 +222,7 @@ class SuiteSection(VerbConfig):
     batch_size: int = Field(8, ge=1, description="Sequences decoded together.")
 
 
-class SpeedSection(VerbConfig):
+class SpeedSection(Section):
     """Prompts, held out, that acceptance and tokens/s are measured on, one sequence at a time."""
 
     num_prompts: int = Field(8, ge=1, description="Prompts of each kind (module openings, function bodies).")
@@ -249,7 +234,7 @@ class SpeedSection(VerbConfig):
     )
 
 
-class PredictSection(VerbConfig):
+class PredictSection(Section):
     """Tokens/s by the cost model, of one sequence."""
 
     gpu: str | None = Field("H200", description="GPU, by name, as of the verb plan; None: no prediction.")
@@ -258,7 +243,7 @@ class PredictSection(VerbConfig):
     bandwidth_fraction: float = Field(1.0, gt=0, le=1, description="Part of the memory bandwidth that is reached.")
 
 
-class AblateConfig(VerbConfig):
+class AblateConfig(Section):
     """A grid over number format, modules, method, drafter and temperature; one table, four plots."""
 
     model: Path = Field(DEMO_RUN / "pretrain" / "export", description="Full-precision model directory.")
@@ -318,7 +303,7 @@ class AblateConfig(VerbConfig):
         return sorted(rows, key=lambda row: row.method != "none")
 
 
-class Grids(VerbConfig):
+class Grids(Section):
     """Several grids, one after the other."""
 
     grids: tuple[AblateConfig, ...] = Field(min_length=1)
@@ -343,10 +328,7 @@ def load_ablate_config(path: Path | None, overrides: Sequence[str]) -> AblateCon
             grids.append(load_config(AblateConfig, file, flags))
         except ValueError as error:
             raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
-    try:
-        return Grids(grids=tuple(grids))
-    except ValidationError as error:
-        raise ValueError(describe_validation_error(error, Grids)) from error
+    return validated(Grids, {"grids": tuple(grids)})
 
 
 def qat_config(config: AblateConfig, method: str, out: Path) -> QatConfig:

@@ -15,7 +15,6 @@ Rows of one directory have their settings and their prompts in common with what 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import warnings
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 
 from speedstack.ablation.drafters_config import NGRAM, AblationConfig
 from speedstack.ablation.step_times import added_times, first_times, time_steps
@@ -41,9 +39,11 @@ from speedstack.quant.checkpoint.digest import model_sha256
 from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
 from speedstack.runtime.rounds.speculation import DraftStrategy
-from speedstack.support.config_errors import describe_validation_error
+from speedstack.support.command import module_command, module_parser
+from speedstack.support.config import read_config, validated
+from speedstack.support.digests import file_sha256
 from speedstack.support.files import write_atomically
-from speedstack.train.config.recipes import DrafterConfig, config_hash, read_config
+from speedstack.train.config.recipes import DrafterConfig, config_hash
 from speedstack.train.core.distributed import World, resolve_device
 from speedstack.train.core.loop import run
 from speedstack.train.core.make_trainer import make_trainer
@@ -123,7 +123,7 @@ class Ablation:
     def _claim(self) -> None:
         """Note what the rows are and how they are measured; ValueError where the directory holds another such row."""
         config, file = self.config, self.config.out / "settings.json"
-        code = None if config.code_prompts is None else hashlib.sha256(_read_bytes(config.code_prompts)).hexdigest()
+        code = None if config.code_prompts is None else _prompts_sha256(config.code_prompts)
         measured = {
             "target_sha256": model_sha256(self.first.drafter.target),
             "num_prompts": config.num_prompts,
@@ -315,20 +315,20 @@ def _shared(config: DrafterConfig) -> tuple[Any, ...]:
     return config.drafter.target, config.data, config.run.device
 
 
-def _read_bytes(path: Path) -> bytes:
+def _prompts_sha256(path: Path) -> str:
     try:
-        return path.read_bytes()
+        return file_sha256(path)
     except OSError as error:
         raise ValueError(f"cannot read prompts {path}: {error.strerror}") from error
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; exit code 2 for bad input, 1 for a file system that refuses."""
-    parser = argparse.ArgumentParser(prog="python -m speedstack.ablation.drafters", description=__doc__.split("\n")[0])
+@module_command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: train and measure, print the table."""
+    parser = module_parser(__spec__, __doc__, out="directory of the ablation")
     parser.add_argument(
         "config", type=Path, help="YAML of an AblationConfig, such as configs/drafter_ablation/tiny.yaml"
     )
-    parser.add_argument("--out", type=Path, help="directory of the ablation")
     parser.add_argument("--target", help="model directory the drafters are for")
     parser.add_argument("--corpus", help="prepared corpus of that model")
     parser.add_argument("--text", help="directory of the text it has written, or will write")
@@ -337,15 +337,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of every row")
     parser.add_argument("--rows", nargs="+", help="these rows alone")
     options = parser.parse_args(arguments)
-    try:
-        config = _with_options(read_config(AblationConfig, options.config), options)
-        result = Ablation(config, options.rows).run(on_row=_print_run)
-    except (ValueError, OSError) as error:
-        print(f"drafter_ablation: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+    config = _with_options(read_config(AblationConfig, options.config), options)
+    result = Ablation(config, options.rows).run(on_row=_print_run)
     print(result.table())
     print(f"written: {config.out / 'results.json'}")
-    return 0
 
 
 def _with_options(config: AblationConfig, options: argparse.Namespace) -> AblationConfig:
@@ -356,10 +351,7 @@ def _with_options(config: AblationConfig, options: argparse.Namespace) -> Ablati
     for name, field in (("target", "drafter.target"), ("corpus", "data.corpus"), ("text", "drafter.text")):
         if getattr(options, name) is not None:
             raw["common"][field] = getattr(options, name)
-    try:
-        return AblationConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ValueError(describe_validation_error(error, AblationConfig)) from error
+    return validated(AblationConfig, raw)
 
 
 def _print_run(run: DrafterRun) -> None:

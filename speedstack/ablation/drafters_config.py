@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from speedstack.support.config_errors import describe_validation_error
-from speedstack.train.config.recipes import DrafterConfig, read_config
-from speedstack.train.config.section import Section
+from speedstack.support.config import Section, read_config, replaced
+from speedstack.train.config.recipes import DrafterConfig
 
 NGRAM: Literal["ngram"] = "ngram"
 _PLAIN_RUN = {"run.wandb_mode": "disabled", "drafter.num_served_prompts": 0, "loop.eval_every": 0}
@@ -47,16 +46,10 @@ class AblationConfig(Section):
             "drafter.features": "disk",
             "drafter.features_path": self.out / "features",
         }
-        raw = base.model_dump()
-        for name, value in {**_PLAIN_RUN, **shared, **self.common, **self.rows[row]}.items():
-            section, _, key = name.partition(".")
-            if not isinstance(raw.get(section), dict) or key not in raw[section]:
-                raise ValueError(f"row {row}: a drafter config has no field {name}")
-            raw[section][key] = value
         try:
-            config = DrafterConfig.model_validate(raw)
-        except ValidationError as error:
-            raise ValueError(f"row {row}: {describe_validation_error(error, DrafterConfig)}") from error
+            config = replaced(base, {**_PLAIN_RUN, **shared, **self.common, **self.rows[row]})
+        except ValueError as error:
+            raise ValueError(f"row {row}: {error}") from error
         if config.drafter.prompts.source is not None:
             raise ValueError(f"row {row}: an ablation has pieces of the corpus as prompts: leave drafter.prompts out")
         return config

@@ -34,8 +34,9 @@ from speedstack.quant.checkpoint import weights_sha256
 from speedstack.quant.formats import number_format
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE
 from speedstack.runtime.model.device import choose_device
+from speedstack.support.digests import files_sha256
 from speedstack.train.config.recipes import DrafterConfig, JobConfig, identity
-from speedstack.train.data.digest import corpus_digest, files_digest
+from speedstack.train.data.digest import corpus_digest
 
 VERSIONS = {
     "quantize": 1,
@@ -258,4 +259,4 @@ def tree_digest(path: Path) -> str:
     """SHA-256 of a file, or of the names and contents of all files below a directory. Raises ValueError for neither."""
     if not path.exists():
         raise ValueError(f"there is nothing at {path}")
-    return files_digest(path, [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file()))
+    return files_sha256(path, [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file()))

@@ -18,10 +18,7 @@ Seconds are of the quantization alone, and are no timing where other work runs b
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -49,6 +46,8 @@ from speedstack.quant.gptq import DEFAULT_DAMPING
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule
 from speedstack.quant.ptq import round_to_nearest
 from speedstack.runtime.model.device import choose_device
+from speedstack.support.command import EXIT_OK, EXIT_SYSTEM, module_command, module_parser
+from speedstack.support.digests import json_sha256
 from speedstack.support.stages import exclusive
 from speedstack.train.data.calibration import calibration_windows
 
@@ -190,7 +189,7 @@ class _Table:
 
     def __post_init__(self) -> None:
         self.model_sha256 = weights_sha256(self.directory)
-        self.text_sha256 = hashlib.sha256(json.dumps(self.windows).encode()).hexdigest()
+        self.text_sha256 = json_sha256(self.windows)
         self.began = self.environment = describe_environment()
         if self.out is not None and self.out.exists():
             found = PtqResult.load(self.out)
@@ -304,7 +303,7 @@ def _gptq(directory: Path, place: torch.device, options: Gptq, ids_NT: torch.Ten
         }
         return student, {"seconds": seconds, "gptq": summary}
 
-    digest = hashlib.sha256(json.dumps(ids_NT.tolist()).encode()).hexdigest()
+    digest = json_sha256(ids_NT.tolist())
     return Way(options.name, {"settings": options.settings, "calibration_sha256": digest}, make)
 
 
@@ -323,10 +322,11 @@ def _rtn_settings(rule: ScaleRule) -> dict[str, Any]:
     return {"method": "rtn", "scale_rule": rule}
 
 
+@module_command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: measure, print the table, write JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m speedstack.ablation.ptq", description=(__doc__ or "").split("\n")[0]
+    """The command line: measure, print the table, write JSON. 1 where a way failed."""
+    parser = module_parser(
+        __spec__, __doc__, out="result file; rows that it has already stay and are not measured again"
     )
     parser.add_argument("model", type=Path, help="unquantized model directory")
     parser.add_argument("--corpus", type=Path, required=True, help="prepared corpus of the model's tokenizer")
@@ -344,39 +344,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-tokens", type=int, default=8192, help="held-out tokens (default: %(default)s)")
     parser.add_argument("--window", type=int, default=256, help="tokens in one window (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, help="result file; rows that it has already stay and are not measured again"
-    )
     options = parser.parse_args(arguments)
     failed: list[Unavailable] = []
     grid = (options.gptq_rules, options.num_sequences, options.seed, options.damping)
-    try:
-        result = compare(
-            options.model,
-            options.corpus,
-            _exports(options.export),
-            gptq=[
-                Gptq(rule, number, options.sequence_length, seed, damping)
-                for rule, number, seed, damping in itertools.product(*grid)
-            ],
-            num_tokens=options.num_tokens,
-            window=options.window,
-            device=options.device,
-            out=options.out,
-            on_method=lambda method: print(f"measured: {method.quality.method}", file=sys.stderr),
-            on_failure=failed.append,
-        )
-    except (ValueError, OSError) as error:
-        print(f"bench_ptq: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+    result = compare(
+        options.model,
+        options.corpus,
+        _exports(options.export),
+        gptq=[
+            Gptq(rule, number, options.sequence_length, seed, damping)
+            for rule, number, seed, damping in itertools.product(*grid)
+        ],
+        num_tokens=options.num_tokens,
+        window=options.window,
+        device=options.device,
+        out=options.out,
+        on_method=lambda method: print(f"measured: {method.quality.method}", file=sys.stderr),
+        on_failure=failed.append,
+    )
     print(result.table())
     if options.out is not None:
         print(f"written: {options.out}")
     if failed:
         names = "; ".join(f"{entry.name}: {entry.reason}" for entry in failed)
-        print(f"bench_ptq: error: {len(failed)} failed: {names}", file=sys.stderr)
-        return 1
-    return 0
+        print(f"ptq: error: {len(failed)} failed: {names}", file=sys.stderr)
+        return EXIT_SYSTEM
+    return EXIT_OK
 
 
 def _exports(arguments: Sequence[str]) -> dict[str, Path]:

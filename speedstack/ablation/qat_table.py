@@ -10,7 +10,6 @@ the loss before the first step: where these agree it is taken, with a note in th
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -27,7 +26,9 @@ from speedstack.eval.results.labels import short_names
 from speedstack.eval.results.metrics import FILE_NAME, read_metrics
 from speedstack.eval.results.qat_rows import QatEvaluation, QatRun, QatRuns
 from speedstack.eval.results.schema import read_json
-from speedstack.train.config.recipes import QatConfig, identity, read_config
+from speedstack.support.command import module_command, module_parser, show_result
+from speedstack.support.config import read_config
+from speedstack.train.config.recipes import QatConfig, identity
 
 # A run's name and device say nothing about what it does, the seed is a column of its own, and the model is one.
 _NO_CHANGES = ("run.name", "run.out", "run.device", "run.seed", "qat.model")
@@ -171,25 +172,14 @@ def _check_comparable(first: _Found, run: _Found) -> None:
         raise ValueError(f"{message}: its loss before the first step is {losses[1]:.6f}, not {losses[0]:.6f}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@module_command
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: read, print the table, write JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m speedstack.ablation.qat_table", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = module_parser(__spec__, __doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="finished run directories; the first is what others change")
-    parser.add_argument("--out", type=Path, help="result file")
     options = parser.parse_args(arguments)
-    try:
-        result = qat_table(options.runs)
-        print(result.table())
-        for note in result.notes:
-            print(note)
-        if options.out is not None:
-            print(f"written: {result.save(options.out)}")
-    except (ValueError, OSError) as error:
-        print(f"qat_table: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+    result = qat_table(options.runs)
+    show_result(result, "\n".join([result.table(), *result.notes]), options.out)
 
 
 if __name__ == "__main__":

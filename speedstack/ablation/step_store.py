@@ -18,7 +18,6 @@ want the same step make it once. Left out: removing steps that no row refers to;
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from speedstack.support.digests import json_sha256
 from speedstack.support.files import write_atomically
 
 RECORD = "step.json"
@@ -58,12 +58,12 @@ class Step:
     def key(self) -> str:
         """SHA-256 of what decides the result."""
         needs = {role: step.key for role, step in self.needs.items()}
-        return _sha256(self._content(needs) | {"software": self.software})
+        return json_sha256(self._content(needs) | {"software": self.software})
 
     @cached_property
     def inputs_key(self) -> str:
         """SHA-256 of the same without the software, its own and that of what it needs."""
-        return _sha256(self._content({role: step.inputs_key for role, step in self.needs.items()}))
+        return json_sha256(self._content({role: step.inputs_key for role, step in self.needs.items()}))
 
     def _content(self, needs: Mapping[str, str]) -> dict[str, Any]:
         return {"kind": self.kind, "version": self.version, "settings": self.settings, "needs": needs}
@@ -76,10 +76,6 @@ class Step:
     def closure(self) -> list[Step]:
         """This step after all that it needs, directly or not; a step may be in the list twice."""
         return [*(step for need in self.needs.values() for step in need.closure()), self]
-
-
-def _sha256(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class StepStore:

@@ -14,15 +14,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field
 
-from speedstack.train.config.recipes import (
-    DrafterConfig,
-    PretrainConfig,
-    QatConfig,
-    Section,
-    identity,
-    load_config,
-    read_config,
-)
+from speedstack.support.config import Section, load_config, read_config, replaced
+from speedstack.train.config.recipes import DrafterConfig, PretrainConfig, QatConfig, identity
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 Size = Literal["tiny", "small"]
@@ -128,10 +121,10 @@ def stage_configs(config: DemoConfig) -> tuple[PretrainConfig, QatConfig, Drafte
     # The demo's report shows the same curves, and needs no account and no second copy of them.
     shared["run.wandb_mode"] = "disabled"
     shared |= {"data.corpus": out / "corpus", "data.split_seed": config.seed}
-    pretrain = _replace(config.pretrain, shared | {"run.name": "pretrain"})
+    pretrain = replaced(config.pretrain, shared | {"run.name": "pretrain"})
     shared |= {name: _get(pretrain, name) for name in _CORPUS_FIELDS}
-    qat = _replace(config.qat, shared | {"run.name": "qad", "qat.model": out / "pretrain" / "export"})
-    drafter = _replace(
+    qat = replaced(config.qat, shared | {"run.name": "qad", "qat.model": out / "pretrain" / "export"})
+    drafter = replaced(
         config.drafter,
         shared | {"run.name": "drafter", "drafter.target": out / "qad" / "export", "drafter.text": out / "text"},
     )
@@ -173,12 +166,3 @@ def _requested_size(path: Path | None, overrides: Sequence[str]) -> str:
 def _get(config: BaseModel, name: str) -> Any:
     section, _, leaf = name.partition(".")
     return getattr(getattr(config, section), leaf, None)
-
-
-def _replace(config: ConfigT, values: dict[str, Any]) -> ConfigT:
-    """A copy of a config of sections with some 'section.field' set, validated again."""
-    data = config.model_dump()
-    for name, value in values.items():
-        section, _, leaf = name.partition(".")
-        data[section][leaf] = value
-    return type(config).model_validate(data)

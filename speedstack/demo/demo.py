@@ -16,11 +16,11 @@ from rich.table import Table
 
 from speedstack.demo.config import SIZES, DemoConfig, training_settings
 from speedstack.demo.stages import CONFIG_FILE, DemoStages
+from speedstack.support.config import dump_config, read_config
 from speedstack.support.files import write_atomically
 from speedstack.support.progress import StageProgress, format_seconds
 from speedstack.support.quiet import quiet
 from speedstack.support.stages import exclusive, run_stages
-from speedstack.train.config.recipes import dump_config, read_config
 
 LOG_FILE = "demo.log"
 # Checkpoints, exports and the corpus of a whole demo, with room to write a file before the old one goes.

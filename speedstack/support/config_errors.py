@@ -6,9 +6,9 @@ and what was given. An unknown key names the nearest known one.
 
 from __future__ import annotations
 
-import difflib
-
 from pydantic import BaseModel, ValidationError
+
+from speedstack.support.near_miss import nearest
 
 
 def describe_validation_error(error: ValidationError, config_type: type[BaseModel]) -> str:
@@ -18,7 +18,7 @@ def describe_validation_error(error: ValidationError, config_type: type[BaseMode
     for item in error.errors():
         key = ".".join([*section, *map(str, item["loc"])])
         if item["type"] == "extra_forbidden":
-            problems.append(f"unknown key '{key}'{nearest(key, config_type)}")
+            problems.append(f"unknown key '{key}'{nearest_key(key, config_type)}")
         else:
             # Messages of validators may begin with the key themselves.
             message = item["msg"].removeprefix("Value error, ")
@@ -55,12 +55,12 @@ def dotted_keys(config_type: type[BaseModel]) -> list[str]:
     return keys
 
 
-def nearest(key: str, config_type: type[BaseModel], prefix: str = "") -> str:
+def nearest_key(key: str, config_type: type[BaseModel], prefix: str = "") -> str:
     """What to add to a message about an unknown key: the nearest known one behind `prefix`, or all sections."""
     known = dotted_keys(config_type)
     # A key in the wrong section is nearer by its last part than by its whole path.
     leaf = key.rpartition(".")[2]
     by_leaf = {name.rpartition(".")[2]: name for name in known}
-    matches = [by_leaf[leaf]] if leaf in by_leaf else difflib.get_close_matches(key, known, n=1)
-    matches = matches or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)]
+    matches = [by_leaf[leaf]] if leaf in by_leaf else nearest(key, known)
+    matches = matches or [by_leaf[name] for name in nearest(leaf, by_leaf)]
     return f"; did you mean '{prefix}{matches[0]}'?" if matches else f"; known: {', '.join(config_type.model_fields)}"

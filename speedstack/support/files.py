@@ -1,14 +1,125 @@
-"""Files that are never seen half-written."""
+"""Files and directories that are there whole or not at all: made beside their place, then renamed onto it.
 
+Every writer has a directory of its own beside, `.<name>-<random>.partial`, under a lock that the system takes back when
+its process ends, however that ends: of two that write to one place the later wins, whole, and what a killed one left is
+removed by the next.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
 import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_RANDOM_DIGITS = 32
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is never seen half-written: a temporary file, flushed to disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+
+def write_atomically(path: str | Path, content: str | bytes) -> Path:
+    """Write a file, flushed to disk, and the directories it is in; returns the path.
+
+    Text is written in UTF-8, its line ends as they are. Raises OSError as the file system does.
+    """
+    path = Path(path)
+    with atomic_path(path) as partial, partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    return path
+
+
+@contextmanager
+def atomic_path(path: str | Path, *, replaces_directory: bool = False) -> Iterator[Path]:
+    """A free path to make a file or a directory at; it becomes `path` when the block ends without an exception.
+
+    A file that lies at `path` is replaced. So is a directory if `replaces_directory`; a crash between its going and the
+    new one's coming leaves it in `.<name>-<random>.old`. Raises OSError as the file system does, also where a
+    directory with something in it is not to be replaced.
+    """
+    path = Path(os.path.abspath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    with _own_directory(path) as directory:
+        partial = directory / path.name
+        yield partial
+        if replaces_directory and partial.is_dir():
+            _rename_over(partial, path)
+        else:
+            os.replace(partial, path)
+
+
+@contextmanager
+def _own_directory(path: Path) -> Iterator[Path]:
+    """A new directory beside `path`, locked while the block runs and removed after it."""
+    while True:
+        directory = _beside(path, "partial")
+        try:
+            handle = os.open(directory, os.O_RDONLY)
+        except FileNotFoundError:  # taken for abandoned, before it was locked
+            continue
+        try:
+            if _lock(handle) is not False and directory.exists():
+                try:
+                    yield directory
+                finally:
+                    shutil.rmtree(directory, ignore_errors=True)
+                return
+        finally:
+            os.close(handle)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what writers to `path` left that were killed: what nobody holds a lock on."""
+    for directory in path.parent.glob(f".{glob.escape(path.name)}-{'[0-9a-f]' * _RANDOM_DIGITS}.partial"):
+        try:
+            handle = os.open(directory, os.O_RDONLY)
+        except OSError:  # another process was faster
+            continue
+        try:
+            if _lock(handle):
+                shutil.rmtree(directory, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+def _lock(handle: int) -> bool | None:
+    """Lock an open directory until it is closed. False: somebody else has; None: its file system knows no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _rename_over(source: Path, target: Path) -> None:
+    """Rename a directory onto another one, or onto nothing."""
+    old = _beside(target, "old")
+    replaced: list[Path] = []
+    while source.exists():
+        with suppress(FileNotFoundError):
+            replaced.append(target.rename(old / str(len(replaced))))
+        try:
+            source.rename(target)
+        except OSError as error:
+            # Another process may have put its own there since.
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                continue
+            if replaced:
+                replaced[-1].rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    """A new directory next to `path` that no other process or thread has."""
+    directory = path.with_name(f".{path.name}-{secrets.token_hex(_RANDOM_DIGITS // 2)}.{suffix}")
+    directory.mkdir()
+    return directory

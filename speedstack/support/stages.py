@@ -11,7 +11,6 @@ Left out: hashes of the outputs themselves. A stage's outputs are its own busine
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import secrets
 import shutil
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speedstack.support.digests import json_sha256
 from speedstack.support.files import write_atomically
 from speedstack.support.progress import Advance, StageProgress
 
@@ -145,7 +145,7 @@ def _key(stage: Stage, records: Mapping[str, StageRecord]) -> str:
         "settings": stage.settings,
         "needs": {name: records[name].completion for name in stage.needs},
     }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    return json_sha256(inputs)
 
 
 def _record_path(directory: Path, name: str) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speedstack.eval.config import BenchConfig
+from speedstack.support.config import load_config_of
 
 if TYPE_CHECKING:
     from speedstack.eval.data.prompts import PromptSet
@@ -20,8 +21,6 @@ TIMING_FILE, TABLE_FILE, ACCEPTANCE_FILE = "timing.json", "timing.md", "acceptan
 
 def load_bench_config(path: Path | None, overrides: Sequence[str]) -> BenchConfig:
     """As every verb's; instead of a YAML file, a model directory may be named, which is then `target`."""
-    from speedstack.train.config.recipes import load_config_of
-
     return load_config_of(BenchConfig, "target", path, overrides)
 
 
@@ -33,9 +32,9 @@ def bench(config: BenchConfig) -> None:
     """
     import torch
 
-    from speedstack.eval.results.schema import write_whole
     from speedstack.eval.speed.contestants import TimingSettings, measure_timing
     from speedstack.runtime.model.device import choose_device
+    from speedstack.support.files import write_atomically
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -46,7 +45,7 @@ def bench(config: BenchConfig) -> None:
 
     def keep(timing: TimingResult, acceptance: AcceptanceResult | None) -> None:
         written.add(timing.save(config.out / TIMING_FILE))
-        written.add(write_whole(config.out / TABLE_FILE, timing.table()))
+        written.add(write_atomically(config.out / TABLE_FILE, timing.table()))
         if acceptance is not None:
             written.add(acceptance.save(config.out / ACCEPTANCE_FILE))
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speedstack.eval.config import CompareConfig
-from speedstack.verbs.named_files import is_yaml, load_naming_files
+from speedstack.support.config import is_yaml
+from speedstack.verbs.named_files import load_naming_files
 
 
 def load_compare_config(path: Path | None, overrides: Sequence[str]) -> CompareConfig:

@@ -13,15 +13,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from speedstack.eval.config import DEMO_RUN, VerbConfig
-from speedstack.train.config.recipes import load_config_of
+from speedstack.eval.config import DEMO_RUN
+from speedstack.support.config import Section, load_config_of
 
 # Settings that are for one kind of source alone.
 _MODEL_SETTINGS = ("scale_rule", "linears", "lm_head", "max_shard_bytes")
 _DRAFTER_SETTINGS = ("target",)
 
 
-class ConvertConfig(VerbConfig):
+class ConvertConfig(Section):
     """Convert a checkpoint to another format."""
 
     source: Path = Field(DEMO_RUN / "qad" / "export", description="Model directory, in any of the formats.")

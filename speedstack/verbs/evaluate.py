@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speedstack.eval.config import EvalConfig
+from speedstack.support.config import load_config_of
 
 if TYPE_CHECKING:
     from speedstack.runtime import Engine
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 def load_eval_config(path: Path | None, overrides: Sequence[str]) -> EvalConfig:
     """As every verb's; instead of a YAML file, a model directory may be named, which is then `target`."""
-    from speedstack.train.config.recipes import load_config_of
-
     return load_config_of(EvalConfig, "target", path, overrides)
 
 

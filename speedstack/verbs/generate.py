@@ -16,6 +16,7 @@ from pydantic import Field
 
 from speedstack.eval.config import ModelConfig
 from speedstack.eval.data.prompt_settings import ChatTemplateKwargs
+from speedstack.support.config import load_config_of
 
 if TYPE_CHECKING:
     from speedstack.runtime import Generation
@@ -65,8 +66,6 @@ class GenerateConfig(ModelConfig):
 
 def load_generate_config(path: Path | None, overrides: Sequence[str]) -> GenerateConfig:
     """As every verb's; instead of a YAML file, a model directory may be named, which is then `target`."""
-    from speedstack.train.config.recipes import load_config_of
-
     return load_config_of(GenerateConfig, "target", path, overrides)
 
 

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from speedstack.eval.results.kinds import Document, Record
 from speedstack.eval.speed.planned_step import Planned, StepConfig, make_plan
+from speedstack.support.config import load_config_of
 
 if TYPE_CHECKING:
     from speedstack.runtime.perf.gpus import Gpu
@@ -88,8 +89,6 @@ class PlanResult(Document):
 def load_plan_config(path: Path | None, overrides: Sequence[str]) -> PlanConfig:
     """As every verb's; instead of a YAML file, a model directory or a config.json may be named, which is then `model`.
     `--json` is short for `--json-output`."""
-    from speedstack.train.config.recipes import load_config_of
-
     flags = ["--json-output" if flag == "--json" else flag for flag in overrides]
     return load_config_of(PlanConfig, "model", path, flags)
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from speedstack.eval.config import DEMO_RUN, VerbConfig
+from speedstack.eval.config import DEMO_RUN
 from speedstack.eval.results.kinds import Document, Environment, Record
+from speedstack.support.config import Section, load_config_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 RECORD_FILE = "quantize.json"
 
 
-class CalibrationSection(VerbConfig):
+class CalibrationSection(Section):
     """Text for GPTQ; the other methods need none."""
 
     source: str = Field(
@@ -44,7 +45,7 @@ class CalibrationSection(VerbConfig):
     seed: int = Field(0, ge=0, description="Seed of the choice of sequences.")
 
 
-class QuantizeConfig(VerbConfig):
+class QuantizeConfig(Section):
     """Quantize a model's routed experts to MXFP4 without training."""
 
     model: Path = Field(DEMO_RUN / "pretrain" / "export", description="Unquantized model directory.")
@@ -92,7 +93,7 @@ class QuantizeConfig(VerbConfig):
         return self
 
 
-def _changed(config: VerbConfig) -> list[str]:
+def _changed(config: Section) -> list[str]:
     """Fields that have another value than their default."""
     return [name for name, field in type(config).model_fields.items() if getattr(config, name) != field.default]
 
@@ -125,8 +126,6 @@ class QuantizeResult(Document):
 
 def load_quantize_config(path: Path | None, overrides: Sequence[str]) -> QuantizeConfig:
     """As every verb's; instead of a YAML file, a model directory may be named, which is then `model`."""
-    from speedstack.train.config.recipes import load_config_of
-
     return load_config_of(QuantizeConfig, "model", path, overrides)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from speedstack.eval.speed.planned_step import Planned, StepConfig, make_plan
+from speedstack.support.config import load_config_of
 
 if TYPE_CHECKING:
     from speedstack.runtime.model.weights import ModelWeights
@@ -44,8 +45,6 @@ class TraceConfig(StepConfig):
 
 def load_trace_config(path: Path | None, overrides: Sequence[str]) -> TraceConfig:
     """As every verb's; instead of a YAML file, a model directory or a config.json may be named: the `model`."""
-    from speedstack.train.config.recipes import load_config_of
-
     return load_config_of(TraceConfig, "model", path, overrides)
 
 

@@ -13,7 +13,7 @@ from speedstack.ablation.drafters import Ablation, main
 from speedstack.ablation.drafters_config import AblationConfig
 from speedstack.eval.results.drafter_rows import AblationTimes, DrafterAblation
 from speedstack.quant.checkpoint import load_model
-from speedstack.train.config.recipes import read_config
+from speedstack.support.config import read_config
 from speedstack.train.drafter import frozen_target
 
 ROWS = {
@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_one_line(config, tmp_path, change, message, capsys
     (tmp_path / "changed.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
     assert main([str(tmp_path / "changed.yaml")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("drafter_ablation: error: ") and message in error
+    assert error.startswith("drafters: error: ") and message in error
 
 
 def test_rows_of_another_target_are_not_gone_on_with(config, tmp_path):

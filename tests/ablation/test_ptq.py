@@ -98,7 +98,7 @@ def test_a_way_that_fails_costs_no_other_row_and_is_made_up_for(
     monkeypatch.setattr(ptq, "gptq_experts", failing(RuntimeError("out of memory")))
     assert main(arguments) == 1
     shown = capsys.readouterr()
-    assert shown.err.splitlines()[-1] == f"bench_ptq: error: 1 failed: {GPTQ}: RuntimeError: out of memory"
+    assert shown.err.splitlines()[-1] == f"ptq: error: 1 failed: {GPTQ}: RuntimeError: out of memory"
     assert f"{GPTQ}: failed: RuntimeError: out of memory" in shown.out and names() == [*rounded, "packed"]
     monkeypatch.setattr(ptq, "gptq_experts", gptq_experts)
     # Another command neither loses the failure nor fails by it; nor does it lose notes.
@@ -145,7 +145,7 @@ def test_refusals(
         assert main([str(model), "--corpus", str(corpus), *map(str, arguments)]) == 2
         text = capsys.readouterr().err
         line = text.strip().splitlines()[-1]
-        assert line.startswith("bench_ptq: error: ") and message in line
+        assert line.startswith("ptq: error: ") and message in line
         return text
 
     refused("is quantized already", model=tiny_packed_dir)

@@ -11,7 +11,8 @@ from speedstack.ablation.qat_table import main, qat_table
 from speedstack.eval.report import sections
 from speedstack.eval.report.sections import Found
 from speedstack.eval.results.qat_rows import QatRuns
-from speedstack.train.config.recipes import QatConfig, dump_config
+from speedstack.support.config import dump_config
+from speedstack.train.config.recipes import QatConfig
 
 CONFIG: dict[str, dict[str, Any]] = {"data": {"corpus": "corpus"}, "loop": {"num_steps": 20}, "qat": {"model": "model"}}
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from speedstack.train.config.recipes import DrafterConfig, PretrainConfig, QatConfig, dump_config
+from speedstack.support.config import dump_config
+from speedstack.train.config.recipes import DrafterConfig, PretrainConfig, QatConfig
 from speedstack.train.core.loop import RunResult
 from speedstack.train.data.corpus import load_corpus, prepare_corpus
 from speedstack.train.pretrain import pretrain
@@ -131,7 +132,8 @@ import os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from speedstack.train.config.recipes import DrafterConfig, read_config
+from speedstack.support.config import read_config
+from speedstack.train.config.recipes import DrafterConfig
 from speedstack.train.drafter.job import train_drafter
 for path in sys.argv[1:]:
     train_drafter(read_config(DrafterConfig, Path(path)))

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from speedstack.eval.data.prompt_settings import PromptSettings
-from speedstack.train.config.section import Precision, Section
+from speedstack.support.config import Section
+from speedstack.train.config.precision import Precision
 
 
 class PromptsSection(Section, PromptSettings):

@@ -12,7 +12,6 @@ What the files hold is the trainer's business (`trainer.py`, `deepspeed_trainer.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from speedstack.support.digests import file_sha256
 from speedstack.support.files import write_atomically
 
 COMPLETE = "COMPLETE.json"
@@ -112,7 +112,7 @@ class CheckpointStore:
         path = self.path(step)
         try:
             files = {
-                file.relative_to(path).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file, sync=True)}
+                file.relative_to(path).as_posix(): {"bytes": _flushed_size(file), "sha256": file_sha256(file)}
                 for file in sorted(path.rglob("*"))
                 if file.is_file()
             }
@@ -176,16 +176,16 @@ def read_manifest(path: Path) -> Manifest:
             raise ValueError(f"{file} is missing")
         if file.stat().st_size != entry["bytes"]:
             raise ValueError(f"{file} has {file.stat().st_size} bytes instead of {entry['bytes']}")
-        if _sha256(file) != entry["sha256"]:
+        if file_sha256(file) != entry["sha256"]:
             raise ValueError(f"{file} does not have the SHA-256 it was written with")
     return manifest
 
 
-def _sha256(file: Path, *, sync: bool = False) -> str:
+def _flushed_size(file: Path) -> int:
+    """Bytes of a file, which are on disk when this returns."""
     with file.open("rb") as handle:
-        if sync:
-            os.fsync(handle.fileno())
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        os.fsync(handle.fileno())
+        return os.fstat(handle.fileno()).st_size
 
 
 def _discard(path: Path) -> None:

@@ -13,8 +13,6 @@ On one process this is plain PyTorch, on several DeepSpeed (`trainer.py`).
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +26,7 @@ from tqdm import tqdm
 
 from speedstack.eval.report.wandb_mirror import Mirror
 from speedstack.eval.results.metrics import read_metrics
+from speedstack.support.files import atomic_path
 from speedstack.support.freed_memory import keep_freed_memory
 from speedstack.train.config.recipes import JobConfig, config_hash
 from speedstack.train.core.batches import generator
@@ -303,15 +302,12 @@ def _evaluate(
 
 
 def _export(recipe: Recipe, module: nn.Module, export_path: Path) -> None:
-    """Export under a temporary name, then rename: an export that exists is whole, and marks the run as finished."""
-    temporary = export_path.with_name(".export.tmp")
+    """An export that exists is whole, and marks the run as finished."""
+    module.eval()
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        module.eval()
-        recipe.export(module, temporary)
-        os.replace(temporary, export_path)
+        with atomic_path(export_path) as partial:
+            recipe.export(module, partial)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
             f"cannot write {export_path}: {getattr(error, 'strerror', None) or error}; "
             "training is complete, run the same command again to export"

@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from speedstack.train.config.precision import Precision
 from speedstack.train.config.recipes import DrafterConfig, JobConfig
-from speedstack.train.config.section import Precision
 
 ConfigT = TypeVar("ConfigT", bound=JobConfig)
 

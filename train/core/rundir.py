@@ -23,8 +23,9 @@ import torch
 
 from speedstack.eval.results.environment import package_versions
 from speedstack.eval.results.metrics import read_metrics
+from speedstack.support.config import dump_config, flat_config, read_config
 from speedstack.support.files import write_atomically
-from speedstack.train.config.recipes import JobConfig, dump_config, flat_config, identity, read_config
+from speedstack.train.config.recipes import JobConfig, identity
 
 _PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "safetensors", "tokenizers")
 

@@ -9,13 +9,8 @@ and mixtures of datasets, whose resume is not exact.
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import json
-import os
 import random
-import shutil
-import tempfile
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -31,6 +26,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from speedstack.eval.data.prepared_corpus import check_name, corpus_part, reads_alike
 from speedstack.eval.data.rows import CORPUS_FILE
 from speedstack.quant.checkpoint.tokenizer import load_tokenizer
+from speedstack.support.digests import json_sha256
+from speedstack.support.files import atomic_path
 from speedstack.train.config.recipes import DataSection
 from speedstack.train.data.documents import changed_file, describe_files, load_documents
 
@@ -91,31 +88,24 @@ def prepare_corpus(
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token to separate documents with: set its eos_token")
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{glob.escape(path.name)}-*.partial"):  # of a process that was killed here
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".partial", dir=path.parent))
-    try:
+    with atomic_path(path) as partial:
+        partial.mkdir()
         with quiet_datasets():
             for part, rows in (("heldout", heldout_rows), ("train", train_rows)):
-                written = temporary / "tokens.arrow"
+                written = partial / "tokens.arrow"
                 tokens = tokenize(rows, tokenizer, keep_text=part == "heldout", file=written)
                 if not len(tokens):
                     raise ValueError(f"no {part} document of {source} has a token: give more text")
-                tokens.save_to_disk(str(temporary / part))
+                tokens.save_to_disk(str(partial / part))
                 written.unlink()
-        tokenizer.save_pretrained(str(temporary / "tokenizer"))
+        tokenizer.save_pretrained(str(partial / "tokenizer"))
         if (changed := changed_file(source, files)) is not None:
             raise ValueError(f"{source} was changed while it was read ({changed}): start again")
         # Beside the settings, not among them: times say nothing of what a corpus holds.
-        (temporary / _SOURCE_FILE).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+        (partial / _SOURCE_FILE).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
         # `vocab_size` stays what was asked for, which little text does not always reach.
         settings |= {"num_tokens": len(tokenizer), "tokenizer_sha256": tokenizer_sha256(tokenizer)}
-        (temporary / CORPUS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (partial / CORPUS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return load_corpus(path)
 
 
@@ -278,7 +268,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    return json_sha256(sorted(tokenizer.get_vocab().items()))
 
 
 @contextmanager

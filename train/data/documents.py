@@ -6,7 +6,6 @@ read. Text passes through a file, not through memory.
 
 from __future__ import annotations
 
-import hashlib
 import sysconfig
 import tempfile
 import uuid
@@ -19,6 +18,7 @@ import datasets
 import pyarrow
 
 from speedstack.eval.data.rows import RowTally, UnusableRow, read_file, read_hub, source_files
+from speedstack.support.digests import file_sha256
 
 STDLIB = "stdlib"
 TEXT_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
@@ -89,9 +89,7 @@ def _below(source: str, file: Path) -> str:
 
 def _describe(file: Path) -> dict[str, Any]:
     status = file.stat()
-    with file.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"num_bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256}
+    return {"num_bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": file_sha256(file)}
 
 
 def _documents(source: str, tally: RowTally) -> Iterator[tuple[str, str]]:

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +27,8 @@ from transformers import PreTrainedTokenizerBase
 from speedstack.eval.data.chat_template import ChatTemplate
 from speedstack.eval.data.chats import Chat, Message, checked_ids, checked_text, messages_of, prompt_of
 from speedstack.eval.data.rows import Row, RowTally, UnusableRow, read_rows
+from speedstack.support.digests import file_sha256, json_sha256
+from speedstack.support.files import atomic_path
 from speedstack.train.config.drafter import PromptsSection
 from speedstack.train.config.recipes import DrafterConfig
 from speedstack.train.core.batches import generator
@@ -64,7 +63,7 @@ class _LeftOut(Exception):
 def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Digest of the tokenizer's chat template; None where it has none."""
     template = tokenizer.chat_template
-    return None if not template else hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
+    return None if not template else json_sha256(template)
 
 
 def prepare_prompts(
@@ -284,8 +283,7 @@ def _files_sha256(source: str) -> str | None:
         return None
     digest = hashlib.sha256()
     for file in [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file()):
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+        digest.update(bytes.fromhex(file_sha256(file)))
     return digest.hexdigest()
 
 
@@ -299,22 +297,17 @@ def conversations_sha256(conversations: Sequence[Conversation]) -> str:
 
 
 def _write(path: Path, splits: dict[str, list[Conversation]], settings: dict[str, Any]) -> None:
-    """Write the directory whole: to a temporary one, which is renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".partial", dir=path.parent))
-    try:
+    """Write the directory, whole or not at all."""
+    with atomic_path(path) as partial:
+        partial.mkdir()
         facts = dict(settings)
         for name, conversations in splits.items():
             parts = [ids for c in conversations for ids in (c.prompt, c.response)]
             lengths = torch.tensor([[len(c.prompt), len(c.response)] for c in conversations], dtype=torch.int32)
             tokens = torch.tensor([token for ids in parts for token in ids], dtype=torch.int32)
-            save_tensors({"tokens": tokens, "lengths": lengths.reshape(-1, 2)}, temporary / f"{name}.safetensors")
+            save_tensors({"tokens": tokens, "lengths": lengths.reshape(-1, 2)}, partial / f"{name}.safetensors")
             facts |= {f"num_{name}": len(conversations), f"{name}_sha256": conversations_sha256(conversations)}
-        (temporary / "prompts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (partial / "prompts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _different(path: Path, settings: dict[str, Any]) -> list[str]:

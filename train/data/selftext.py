@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,8 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from speedstack.support.files import write_atomically
+from speedstack.support.digests import json_sha256
+from speedstack.support.files import atomic_path, write_atomically
 from speedstack.train.core.batches import generator
 from speedstack.train.core.rundir import set_aside
 from speedstack.train.core.trainer import save_tensors
@@ -134,13 +134,11 @@ def continue_prompts(
             if on_progress is not None:
                 on_progress(done)
         file = _shard_path(path, shard)
-        temporary = file.with_suffix(".part")
         tensors = _shard_tensors(prompts[rows.start : rows.stop], continuations)
         try:
-            save_tensors(tensors, temporary)
-            os.replace(temporary, file)
+            with atomic_path(file) as partial:
+                save_tensors(tensors, partial)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise OSError(
                 f"cannot write {file}: {error.strerror or error}; make room, then run the same command again to go on"
             ) from error
@@ -200,7 +198,7 @@ def _shard_tensors(prompts: Prompts, continuations: list[list[int]]) -> dict[str
 def _prompts_sha256(prompts: Prompts) -> str:
     if isinstance(prompts, torch.Tensor):
         return hashlib.sha256(prompts.numpy().tobytes()).hexdigest()
-    return hashlib.sha256(json.dumps([list(ids) for ids in prompts]).encode()).hexdigest()
+    return json_sha256([list(ids) for ids in prompts])
 
 
 def _settings(target_sha256: str, prompts: Prompts, sampling: Sampling) -> dict[str, object]:

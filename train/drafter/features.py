@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from speedstack.support.files import write_atomically
+from speedstack.support.files import atomic_path, write_atomically
 from speedstack.train.core.rundir import set_aside
 from speedstack.train.core.trainer import save_tensors
 
@@ -96,13 +95,11 @@ def write_features(
         parts = [ids_NT[rows]] if documents_NT is None else [ids_NT[rows], documents_NT[rows]]
         file = _shard_path(path, shard)
         if not file.is_file():
-            temporary = file.with_suffix(".part")
             features = compute(*parts).to("cpu", getattr(torch, settings.dtype)).contiguous()
             try:
-                save_tensors({_TENSOR: features}, temporary)
-                os.replace(temporary, file)
+                with atomic_path(file) as partial:
+                    save_tensors({_TENSOR: features}, partial)
             except OSError as error:
-                temporary.unlink(missing_ok=True)
                 raise OSError(
                     f"cannot write {file}: {error.strerror or error}; make room, then run the same command again to go "
                     "on, or use drafter.features online"

@@ -5,7 +5,6 @@ which has them exactly. The other weights are what a peer is asked to hold them 
 what they are copies of.
 """
 
-import os
 import subprocess
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.digest import model_sha256
 from speedstack.quant.checkpoint.files import checkpoint_directory
 from speedstack.quant.checkpoint.formats import Plain
+from speedstack.support.files import atomic_path
 
 GGUFWeights = Literal["f32", "f16", "bf16", "q8_0"]
 # Changed when a copy of the same model would be another one.
@@ -57,24 +57,22 @@ class PeerCopies:
         out = self._place(f"{weights}.gguf")
         if out.exists():
             return out
-        part = out.with_name(f"{out.name}.{os.getpid()}.part")
-        command = [str(python), str(WORKERS / "gguf_file.py"), str(self.plain()), str(part), weights]
-        try:
-            done = subprocess.run(
-                [*command, *(["--mxfp4-experts"] if self.is_packed else [])],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                env=worker_environment(),
-            )
+        model = self.plain()
+        with atomic_path(out) as partial:
+            command = [str(python), str(WORKERS / "gguf_file.py"), str(model), str(partial), weights]
+            try:
+                done = subprocess.run(
+                    [*command, *(["--mxfp4-experts"] if self.is_packed else [])],
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    env=worker_environment(),
+                )
+            except OSError as error:
+                raise no_interpreter(python, error) from error
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
                 raise PeerFailure(f"llama.cpp's converter: {lines[-1].strip()[:200]}")
-            part.replace(out)
-        except OSError as error:
-            raise no_interpreter(python, error) from error
-        finally:
-            part.unlink(missing_ok=True)
         return out
 
     def _place(self, suffix: str) -> Path:

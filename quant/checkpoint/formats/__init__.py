@@ -10,7 +10,6 @@ fp8                  FP8 in tiles, experts too; only read
 gguf                 llama.cpp's blocks, for the experts alone
 """
 
-import difflib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from speedstack.quant.checkpoint.formats.gpt_oss import GptOss
 from speedstack.quant.checkpoint.formats.mimo import MiMo
 from speedstack.quant.checkpoint.formats.plain import Plain
 from speedstack.quant.checkpoint.names import HubNames
+from speedstack.support.near_miss import did_you_mean
 
 __all__ = [
     "EXPERTS_FILE",
@@ -47,9 +47,9 @@ FORMATS: dict[str, type[Codec]] = {codec.name: codec for codec in _CODECS if cod
 def format_named(name: str) -> type[Codec]:
     """Raises ValueError for an unknown name, with the nearest known one."""
     if name not in FORMATS:
-        matches = difflib.get_close_matches(name, FORMATS, n=1)
-        hint = f"; did you mean {matches[0]!r}?" if matches else ""
-        raise ValueError(f"unknown checkpoint format {name!r}{hint}; formats: {', '.join(FORMATS)}")
+        raise ValueError(
+            f"unknown checkpoint format {name!r}{did_you_mean(name, FORMATS)}; formats: {', '.join(FORMATS)}"
+        )
     return FORMATS[name]
 
 

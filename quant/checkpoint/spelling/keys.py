@@ -4,7 +4,6 @@ All raise ValueError, of one line without a file name.
 """
 
 import dataclasses
-import difflib
 import math
 import re
 import sys
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
+
+from speedstack.support.near_miss import nearest
 
 Fields = dict[str, Any]
 # What a source reads of a configuration, or has as a string.
@@ -41,8 +42,7 @@ def own_keys(config_class: type[PreTrainedConfig]) -> set[str]:
 
 def hint(key: str, known: set[str]) -> str:
     """The nearest known key, as the end of a message, or nothing."""
-    matches = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.8)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
+    return "".join(f" (did you mean '{near}'?)" for near in nearest(key, sorted(known), cutoff=0.8))
 
 
 @cache

@@ -119,7 +119,7 @@ def test_settings_that_cannot_be_are_one_line(
     defaults = [] if "--device" in arguments else ["--device", "cpu"]
     assert command.main([*defaults, *arguments, "--out", str(tmp_path / "x.json")], start=LocalWorker) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert error.startswith("gpu_suite: error: ") and message in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -127,8 +127,8 @@ def test_a_file_that_cannot_be_written_is_found_before_anything_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    assert command.main(["--device", "cpu", "--out", str(tmp_path / "file" / "x.json")], start=LocalWorker) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    assert command.main(["--device", "cpu", "--out", str(tmp_path / "file" / "x.json")], start=LocalWorker) == 1
+    assert capsys.readouterr().err.startswith("gpu_suite: error: ")
 
 
 def test_a_second_run_has_a_file_of_its_own(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def test_result_file(
     path = tmp_path / "cost.json"
     size = ["--num-experts", "8", "--num-layers", "1", "--num-tokens", "32", "--num-steps", "1"]
     monkeypatch.setattr(sys, "argv", ["bench_qat", "--model", str(tiny_model_dir), "--out", str(path), *size])
-    main()
-    assert f"written to {path}" in capsys.readouterr().out
+    assert main() == 0
+    assert f"written: {path}" in capsys.readouterr().out
     result = QatCost.load(path)
     assert {layer.way for layer in result.layers} == {"packed", "plain"}
     assert [step.precision for step in result.steps] == ["float32", "bfloat16"]

@@ -78,8 +78,8 @@ def test_result_file(
     }
     options |= {"num-prompts": 2, "num-new-tokens": 6, "num-repeats": 0, "device": "cpu"}
     monkeypatch.setattr(sys, "argv", ["bench_serving", *(str(x) for k, v in options.items() for x in (f"--{k}", v))])
-    main()
-    assert f"written to {out}" in capsys.readouterr().out
+    assert main() == 0
+    assert f"written: {out}" in capsys.readouterr().out
     result = ServingBench.load(out)
     assert [row.name for row in result.rows] == ["none", "look-up"] and result.num_prompts == 2
     assert result.rows[0].sets[0].name == "prompts" and result.rows[0].decode_tokens_per_second is None

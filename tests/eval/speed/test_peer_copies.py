@@ -32,7 +32,8 @@ def test_the_converter_is_called_once(tiny_packed_dir: Path, tiny_model_dir: Pat
     assert made.read_text() == "made\n" and made.name.endswith("q8_0.gguf")
     (line,) = log.read_text().splitlines()
     worker, source, part, *rest = line.split()
-    assert worker == str(WORKERS / "gguf_file.py") and source == str(copies.plain()) and part.endswith(".part")
+    assert worker == str(WORKERS / "gguf_file.py") and source == str(copies.plain())
+    assert Path(part).name == made.name and part != str(made)
     assert rest == ["q8_0", "--mxfp4-experts"]
     assert PeerCopies(tiny_model_dir, tmp_path / "copies").gguf(python, "f16") != made
     assert log.read_text().splitlines()[1].split()[1::2] == [str(tiny_model_dir), "f16"]

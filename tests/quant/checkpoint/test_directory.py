@@ -58,21 +58,17 @@ def test_many_writers_at_once(tmp_path: Path) -> None:
     assert names(tmp_path) == ["model"]
 
 
-def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
-    """An old directory whose lock nobody holds; not one that is locked, not a new one, not another model's."""
-    left = {name: tmp_path / f".{name}.partial" for name in ("model-dead", "model-alive", "model-new", "models-dead")}
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    left = {digit: tmp_path / f".model-{digit * 32}.partial" for digit in "01"}
     for directory in left.values():
-        directory.mkdir()
-        (directory / "0.shard").touch()
-        os.utime(directory, (time.time() - 3600,) * 2)
-    os.utime(left["model-new"])
-    handle = os.open(left["model-alive"], os.O_RDONLY)
+        (directory / "model").mkdir(parents=True)
+        (directory / "model" / "0.shard").touch()
+    handle = os.open(left["1"], os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     with new_directory(tmp_path / "model") as directory:
         write(directory, "new")
     os.close(handle)
-    kept = {f".{name}.partial" for name in ("model-alive", "model-new", "models-dead")}
-    assert set(names(tmp_path)) == kept | {"model"}
+    assert names(tmp_path) == [left["1"].name, "model"]
 
 
 def test_a_writer_is_not_taken_for_dead(tmp_path: Path) -> None:

@@ -1,10 +1,8 @@
-import json
 from pathlib import Path
 from threading import Event
 
 import pytest
 
-from speedstack.support.files import write_atomically
 from speedstack.train.core.checkpoint import COMPLETE, CheckpointStore
 
 
@@ -108,11 +106,3 @@ def test_save_overlaps_with_the_caller(tmp_path: Path) -> None:
     release.set()
     store.wait()
     assert store.newest() is not None
-
-
-def test_write_atomically_replaces_whole_files(tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    write_atomically(path, json.dumps({"a": 1}))
-    write_atomically(path, json.dumps({"b": 2}))
-    assert json.loads(path.read_text()) == {"b": 2}
-    assert list(tmp_path.iterdir()) == [path]

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from speedstack.eval.results.metrics import read_metrics
 from speedstack.quant.checkpoint import load_model
-from speedstack.train.config.recipes import PretrainConfig, QatConfig, dump_config
+from speedstack.support.config import dump_config
+from speedstack.train.config.recipes import PretrainConfig, QatConfig
 from speedstack.train.core.distributed import World, check_divisible, resolve_device
 from speedstack.train.core.loop import RunResult
 from speedstack.train.qat.recipe import qat
@@ -27,7 +28,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from speedstack.quant.checkpoint import load_model
-from speedstack.train.config.recipes import QatConfig, read_config
+from speedstack.support.config import read_config
+from speedstack.train.config.recipes import QatConfig
 from speedstack.train.core.distributed import join_world
 from speedstack.train.qat.recipe import qat
 from speedstack.train.core.sharding import gathered, is_sharded, load_for_stage

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from speedstack.eval.results.metrics import read_metrics
-from speedstack.train.config.recipes import PretrainConfig, dump_config
+from speedstack.support.config import dump_config
+from speedstack.train.config.recipes import PretrainConfig
 from speedstack.train.core.checkpoint import COMPLETE
 from speedstack.train.core.loop import DivergedError, Recipe, RunResult, run
 from speedstack.train.pretrain import pretrain
@@ -26,7 +27,8 @@ _TIMES = {"elapsed_seconds", "tokens_per_second"}
 _JOB = """
 import sys
 from pathlib import Path
-from speedstack.train.config.recipes import PretrainConfig, read_config
+from speedstack.support.config import read_config
+from speedstack.train.config.recipes import PretrainConfig
 from speedstack.train.pretrain import pretrain
 {before}
 pretrain(read_config(PretrainConfig, Path(sys.argv[1])))

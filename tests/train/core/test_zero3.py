@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from speedstack.quant.checkpoint import export_model, load_model
 from speedstack.quant.checkpoint.names import FAMILIES
-from speedstack.train.config.recipes import DrafterConfig, JobConfig, QatConfig, dump_config
+from speedstack.support.config import dump_config
+from speedstack.train.config.recipes import DrafterConfig, JobConfig, QatConfig
 from speedstack.train.core.distributed import join_world
 from speedstack.train.data.corpus import load_corpus
 from speedstack.train.drafter.text import write_text

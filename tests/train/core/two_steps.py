@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import torch
 
-from speedstack.train.config.recipes import DrafterConfig, JobConfig, QatConfig, read_config
+from speedstack.support.config import read_config
+from speedstack.train.config.recipes import DrafterConfig, JobConfig, QatConfig
 from speedstack.train.core.checkpoint import CheckpointStore
 from speedstack.train.core.distributed import World, join_world
 from speedstack.train.core.loop import Recipe, train_step

@@ -1,0 +1,5 @@
+"""The precisions that training knows, as configs name them."""
+
+from typing import Literal
+
+Precision = Literal["auto", "float32", "bfloat16"]
