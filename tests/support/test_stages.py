@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from speedstack.support.files import exclusive
-from speedstack.support.progress import Advance, StageProgress, format_seconds
+from speedstack.support.progress import Advance, StageProgress, counting_bar, format_seconds
 from speedstack.support.stages import Stage, run_stages, stage_store
 from speedstack.support.steps import Step, StepRecord
 
@@ -188,3 +189,14 @@ def test_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_format_seconds() -> None:
     assert [format_seconds(s) for s in (0.4, 59.6, 754, 3723)] == ["0:00", "1:00", "12:34", "1:02:03"]
+
+
+def test_a_bar_counts_what_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with counting_bar("reading", "file") as show:
+        show(0, 3)
+        time.sleep(0.2)  # a bar is not drawn more often
+        show(2, 3)
+    assert "reading" in (shown := capsys.readouterr().err) and "2/3" in shown
+    with counting_bar("reading", "file", is_shown=False) as show:
+        show(1, 1)
+    assert capsys.readouterr().err == ""
