@@ -25,7 +25,6 @@ from typing import get_args
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from speedstack.eval.quality.divergence import token_kl, top1_matches
@@ -42,6 +41,7 @@ from speedstack.quant.replay import DecoderLayers
 from speedstack.quant.routing import RoutedTokens, record_routing
 from speedstack.runtime.model.device import choose_device
 from speedstack.support.command import module_command, module_parser, show_result
+from speedstack.support.progress import counting_bar
 
 NUM_SHOWN = 10
 
@@ -233,12 +233,7 @@ def _worst(result: SensitivityResult) -> str:
 
 
 def _measure(options: argparse.Namespace) -> SensitivityResult:
-    with tqdm(total=1, desc="sensitivity", unit="batch") as bar:
-
-        def on_batch(done: int, total: int) -> None:
-            bar.total = total
-            bar.update()
-
+    with counting_bar("sensitivity", "batch") as show:
         return sensitivity(
             options.model,
             options.corpus,
@@ -248,7 +243,7 @@ def _measure(options: argparse.Namespace) -> SensitivityResult:
             batch_size=options.batch_size,
             by_expert=not options.layers_only,
             device=options.device,
-            on_batch=on_batch,
+            on_batch=show,
         )
 
 

@@ -40,7 +40,7 @@ from speedstack.eval.results.kinds import (
 )
 from speedstack.eval.results.labels import printable, short_names
 from speedstack.eval.results.metrics import FILE_NAME
-from speedstack.support.stages import RECORDS, read_records
+from speedstack.support.stages import RECORDS, stage_store
 
 # Fields of a report that one measurement each has.
 OWN = ("quality", "acceptance", "timing")
@@ -165,10 +165,10 @@ class _Gathered:
                     self.num_found += 1
                     self.left_out.append(" ".join(str(error).split()))
         if (directory / RECORDS).is_dir() and self._is_new(directory / RECORDS):
-            for record in read_records(directory):
+            for name, record in stage_store(directory).completed():
                 self.num_found += 1
-                stage = StageSummary(name=record.name, summary=record.summary, seconds=record.seconds)
-                self._parts.append(_Part((*_place(directory), record.name), stage))
+                stage = StageSummary(name=name, summary=record.result, seconds=record.seconds)
+                self._parts.append(_Part((*_place(directory), name), stage))
 
     def report(self, title: str, fields: dict[str, Any]) -> Report:
         """All of it."""

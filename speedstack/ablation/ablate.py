@@ -21,8 +21,8 @@ from speedstack.ablation.config import AblateConfig, Grids
 
 if TYPE_CHECKING:
     from speedstack.ablation.step_pool import Place
-    from speedstack.ablation.step_store import Step
     from speedstack.eval.results.ablation import AblationGrid, AblationRow
+    from speedstack.support.steps import Step
 
 RUNNER = "speedstack.ablation.steps:run_step"
 
@@ -44,7 +44,7 @@ class Ablation:
     def __init__(self, config: AblateConfig) -> None:
         from speedstack.ablation.check import check
         from speedstack.ablation.plan import Planner
-        from speedstack.ablation.step_store import StepStore
+        from speedstack.support.steps import StepStore
 
         check(config)
         self.config = config
@@ -60,11 +60,11 @@ class Ablation:
         from tqdm import tqdm
 
         from speedstack.ablation.step_pool import run_steps
-        from speedstack.support.stages import exclusive
+        from speedstack.support.files import exclusive
 
         steps = {step.name: step for row in self.rows for each in row.steps() for step in each.closure()}
         with exclusive(self.config.out):
-            num_done = sum(map(self.store.is_done, steps.values()))
+            num_done = len(steps) - len(self.store.missing(steps.values()))
             print(f"{len(self.rows)} rows, {len(steps)} steps, {num_done} of them done before")
             self._warn_of_other_software(list(steps.values()))
             with tqdm(total=len(steps), initial=num_done, unit="step", desc="ablate", dynamic_ncols=True) as bar:

@@ -10,6 +10,10 @@ temperature 1, also on prompts of code from a file. Prompt look-up, which is not
 
 Everything is kept as soon as it is known: the same command goes on with what is missing, whatever ended the last one.
 Rows of one directory have their settings and their prompts in common with what is there, or are refused.
+
+    OUT/runs/<row>-seed-<n>/         a run, resumed as any; OUT/rows/ has what was measured of it
+    OUT/settings.json  times.json    what rows are and how they are measured; their steps
+    OUT/results.json  results.md     rewritten whenever a row is complete
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,8 +47,9 @@ from speedstack.runtime.rounds.speculation import DraftStrategy
 from speedstack.support.command import module_command, module_parser
 from speedstack.support.config import read_config, validated
 from speedstack.support.digests import file_sha256
-from speedstack.support.files import write_atomically
-from speedstack.train.config.recipes import DrafterConfig, config_hash
+from speedstack.support.files import exclusive, write_atomically
+from speedstack.support.steps import Step, StepStore
+from speedstack.train.config.recipes import DrafterConfig, config_hash, identity
 from speedstack.train.core.distributed import World, resolve_device
 from speedstack.train.core.loop import run
 from speedstack.train.core.make_trainer import make_trainer
@@ -82,11 +88,19 @@ class Ablation:
             raise ValueError(f"num_prompts {config.num_prompts} is more than drafter.num_eval_sequences {num_heldout}")
         self.first = first
         self.world = World(rank=0, size=1, device=resolve_device(first.run.device))
+        self.store = StepStore(config.out, "rows/{name}.json")
         self._load_target = SharedTarget()
         self._engine: Engine | None = None
 
     def run(self, on_row: Any = None) -> DrafterAblation:
-        """Everything: data, times, runs, `results.json` and `results.md`. Raises ValueError and OSError as training."""
+        """Everything: data, times, runs, `results.json` and `results.md`.
+
+        Raises ValueError and OSError as training, and ValueError where another process works in the directory.
+        """
+        with exclusive(self.config.out):
+            return self._run(on_row)
+
+    def _run(self, on_row: Any) -> DrafterAblation:
         self._prepare()
         times = self._times()
         texts = self._texts()
@@ -99,7 +113,7 @@ class Ablation:
                 self._result(times, runs).save(self.config.out / "results.json")
         result = self._result(times, runs)
         result.save(self.config.out / "results.json")
-        (self.config.out / "results.md").write_text(result.table(), encoding="utf-8")
+        write_atomically(self.config.out / "results.md", result.table())
         return result
 
     def _result(self, times: AblationTimes, runs: Sequence[DrafterRun]) -> DrafterAblation:
@@ -120,18 +134,22 @@ class Ablation:
         soft = [row for row in self.trained if make_recipe(self.config.row_config(row, 0)).objective.is_soft]
         self._recipe(soft[0] if soft else self.trained[0])
 
-    def _claim(self) -> None:
-        """Note what the rows are and how they are measured; ValueError where the directory holds another such row."""
-        config, file = self.config, self.config.out / "settings.json"
-        code = None if config.code_prompts is None else _prompts_sha256(config.code_prompts)
-        measured = {
+    @cached_property
+    def _measured(self) -> dict[str, Any]:
+        """What decides how rows are measured."""
+        config = self.config
+        return {
             "target_sha256": model_sha256(self.first.drafter.target),
             "num_prompts": config.num_prompts,
             "num_new_tokens": config.num_new_tokens,
-            "code_prompts": code,
+            "code_prompts": None if config.code_prompts is None else _prompts_sha256(config.code_prompts),
             "num_code_prompts": config.num_code_prompts,
             "ngram_size": config.ngram_size,
         }
+
+    def _claim(self) -> None:
+        """Note what the rows are and how they are measured; ValueError where the directory holds another such row."""
+        config, file, measured = self.config, self.config.out / "settings.json", self._measured
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"measured": measured, "rows": {}}
         # Directories that were begun before a name was noted have not got it.
         changed = [name for name, value in measured.items() if known["measured"].get(name, value) != value]
@@ -233,9 +251,19 @@ class Ablation:
         timed = times.row(row)
         assert timed is not None
         config = self.config.row_config(row, seed, timed.num_steps)
-        file = config.run_directory / "result.json"
-        if file.is_file():
-            return DrafterRun.model_validate_json(file.read_text(encoding="utf-8"))
+        place = config.run_directory.relative_to(self.config.out).as_posix()
+        step = Step(
+            kind=config.run.name,
+            version=1,
+            settings={"measured": self._measured, "config": identity(config)},
+            outputs=(place,),
+            decisive=(f"{place}/export",),
+        )
+        self.store.make(step, lambda needs, directory: self._train(row, config, texts).model_dump(mode="json"))
+        return DrafterRun.model_validate(self.store.result(step))
+
+    def _train(self, row: str, config: DrafterConfig, texts: Mapping[str, GreedyText]) -> DrafterRun:
+        """Train a row with one seed, and measure what came out."""
         recipe = make_recipe(config, load_target=self._load_target)
         trained = run(recipe, config)
         seconds = [line["elapsed_seconds"] for line in read_metrics(trained.path) if line["kind"] == "train"][-1]
@@ -243,16 +271,14 @@ class Ablation:
             recipe.build(self.world)
         model = recipe.load_export(trained.export_path).eval()
         sets = {name: self._measure(recipe, model, text, name == HELDOUT) for name, text in texts.items()}
-        result = DrafterRun(
+        return DrafterRun(
             row=row,
-            seed=seed,
-            num_steps=timed.num_steps,
+            seed=config.run.seed,
+            num_steps=config.loop.num_steps,
             seconds=seconds,
             heldout=sets[HELDOUT],
             code=sets.get("code"),
         )
-        file.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        return result
 
     def _measure(
         self, recipe: DrafterRecipe, model: torch.nn.Module, text: GreedyText, with_samples: bool

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 
 from speedstack.ablation.config import TRAINED, AblateConfig, RowSpec, drafter_config, qat_config
-from speedstack.ablation.step_store import Step
 from speedstack.eval.lm_eval.request_cache import side_files
 from speedstack.eval.lm_eval.suite import Suite, load_suite
 from speedstack.eval.lm_eval.task_loading import TASK_NAMES, TEACHER_TASK_NAMES
@@ -35,6 +34,7 @@ from speedstack.quant.formats import number_format
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE
 from speedstack.runtime.model.device import choose_device
 from speedstack.support.digests import files_sha256
+from speedstack.support.steps import Step
 from speedstack.train.config.recipes import DrafterConfig, JobConfig, identity
 from speedstack.train.data.digest import corpus_digest
 

@@ -48,7 +48,7 @@ from speedstack.quant.ptq import round_to_nearest
 from speedstack.runtime.model.device import choose_device
 from speedstack.support.command import EXIT_OK, EXIT_SYSTEM, module_command, module_parser
 from speedstack.support.digests import json_sha256
-from speedstack.support.stages import exclusive
+from speedstack.support.files import exclusive
 from speedstack.train.data.calibration import calibration_windows
 
 FULL_PRECISION = "full precision"

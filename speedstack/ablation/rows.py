@@ -9,7 +9,6 @@ from typing import Any
 
 from speedstack.ablation.config import AblateConfig, PredictSection, RowSpec
 from speedstack.ablation.plan import EXPORTS, PlannedRow, Planner
-from speedstack.ablation.step_store import Step, StepStore
 from speedstack.dflash.checkpoint import load_config as load_drafter_config
 from speedstack.eval.quality.storage import EXPERTS, bytes_in_format, bytes_per_weight, directory_bytes
 from speedstack.eval.results.ablation import BUSY_CORES, AblationGrid, AblationRow, Served
@@ -21,6 +20,7 @@ from speedstack.quant.formats import number_format
 from speedstack.runtime.model.config_file import read_model_config
 from speedstack.runtime.model.weight_formats import WeightFormat, WeightFormats, weight_format
 from speedstack.runtime.perf.gpus import gpu_named
+from speedstack.support.steps import Step, StepStore
 
 # Parts of a plan's weights by the modules that a row quantizes.
 _PARTS = {

@@ -24,7 +24,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from speedstack.ablation.step_store import Step, StepStore
+from speedstack.support.steps import Step, StepStore
 
 # Called with a step that is settled, and why it failed; None if it did not.
 OnStep = Callable[[Step, str | None], None]
@@ -46,8 +46,7 @@ def run_steps(
     `runner` is 'module:function', called as `function(step, directories of needed steps, directory to fill)`. There is
     a worker for each of `places`. Raises OSError where the directories cannot be written.
     """
-    todo = {each.name: each for step in steps for each in step.closure()}
-    todo = {name: step for name, step in todo.items() if not store.is_done(step)}
+    todo = {step.name: step for step in store.missing(each for step in steps for each in step.closure())}
     failures: dict[str, str] = {}
     logs.mkdir(parents=True, exist_ok=True)
     store.root.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,6 @@ import torch
 from transformers import PreTrainedModel
 
 from speedstack.ablation.plan import EXPORTS
-from speedstack.ablation.step_store import Step
 from speedstack.dflash.checkpoint import load_drafter
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.config import EvalConfig
@@ -35,6 +34,7 @@ from speedstack.quant.ptq import round_to_nearest
 from speedstack.runtime import Engine, Generation
 from speedstack.runtime.model.device import choose_dtype
 from speedstack.runtime.rounds.speculation import DraftStrategy
+from speedstack.support.steps import Step
 from speedstack.train.config.recipes import DrafterConfig, QatConfig
 from speedstack.train.data.corpus import load_corpus
 from speedstack.train.data.heldout import heldout_prompts

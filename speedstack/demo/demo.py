@@ -17,10 +17,10 @@ from rich.table import Table
 from speedstack.demo.config import SIZES, DemoConfig, training_settings
 from speedstack.demo.stages import CONFIG_FILE, DemoStages
 from speedstack.support.config import dump_config, read_config
-from speedstack.support.files import write_atomically
+from speedstack.support.files import exclusive, write_atomically
 from speedstack.support.progress import StageProgress, format_seconds
 from speedstack.support.quiet import quiet
-from speedstack.support.stages import exclusive, run_stages
+from speedstack.support.stages import run_stages
 
 LOG_FILE = "demo.log"
 # Checkpoints, exports and the corpus of a whole demo, with room to write a file before the old one goes.
@@ -49,8 +49,8 @@ def demo(config: DemoConfig) -> None:
             title = f"speedstack demo, size {config.size}, seed {config.seed}, in {config.out}"
             console.print(title, highlight=False, soft_wrap=True)
             with StageProgress(console, expected, total_name="demo") as progress:
-                records = run_stages(config.out, stages, progress)
-    _show(config.out, sum(record.seconds for record in records))
+                seconds = run_stages(config.out, stages, progress)
+    _show(config.out, seconds)
 
 
 def _open(config: DemoConfig) -> None:

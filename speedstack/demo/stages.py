@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from speedstack.demo.config import SIZES, DemoConfig, stage_configs
 from speedstack.support.progress import Advance
 from speedstack.support.stages import Stage
+from speedstack.support.steps import Step
 from speedstack.train.config.recipes import JobConfig, identity
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class DemoStages:
         self.pretrain_config, self.qat_config, self.drafter_config = stage_configs(config)
         self.models = {FULL: self._export("pretrain"), PTQ: self._export("ptq"), QAD: self._export("qad")}
         self.drafter = self._export("drafter")
+        self._steps: dict[str, Step] = {}
 
     def all(self) -> list[Stage]:
         """Every stage, each after what it needs."""
@@ -104,6 +106,7 @@ class DemoStages:
             for name, value in drafter.items()
             if name in _TEXT_FIELDS or name.startswith("drafter.prompts.")
         }
+        self._steps = {}
         return [
             self._stage("corpus", self.run_corpus, data),
             self._stage("pretrain", self.run_pretrain, _decisive(self.pretrain_config), ("corpus",)),
@@ -260,15 +263,15 @@ class DemoStages:
         decisive = DECISIVE_FILES.get(name, ())
         if name == "text" and self.drafter_config.drafter.written_fraction > 0:
             decisive += ("text/train/shard-00000.safetensors",)
-        return Stage(
-            name=name,
-            run=run,
+        self._steps[name] = Step(
+            kind=name,
+            version=1,
             settings={"shared": shared, "stage": settings},
-            needs=needs,
+            needs={need: self._steps[need] for need in needs},
             outputs=outputs or (name,),
-            expected_seconds=EXPECTED_SECONDS[self.config.size][name],
             decisive=decisive,
         )
+        return Stage(self._steps[name], run, EXPECTED_SECONDS[self.config.size][name])
 
     def _command(self) -> str:
         """The command line that makes this demo again, from nothing."""

@@ -1,8 +1,8 @@
-"""Files and directories that are there whole or not at all: made beside their place, then renamed onto it.
+"""Files and directories that are there whole or not at all, and those that one process has to itself.
 
-Every writer has a directory of its own beside, `.<name>-<random>.partial`, under a lock that the system takes back when
-its process ends, however that ends: of two that write to one place the later wins, whole, and what a killed one left is
-removed by the next.
+What appears whole is made beside its place, then renamed onto it. Every writer has a directory of its own beside,
+`.<name>-<random>.partial`, under a lock that the system takes back when its process ends, however that ends: of two
+that write to one place the later wins, whole, and what a killed one left is removed by the next.
 """
 
 from __future__ import annotations
@@ -51,6 +51,23 @@ def atomic_path(path: str | Path, *, replaces_directory: bool = False) -> Iterat
             _rename_over(partial, path)
         else:
             os.replace(partial, path)
+
+
+@contextmanager
+def exclusive(directory: Path, file: str = "") -> Iterator[None]:
+    """Hold `directory`, or only the file of this name in it; the system lets go when the process ends, however it ends.
+
+    What is locked is a hidden file beside, which stays: the one that is held may be replaced meanwhile. Raises
+    ValueError when another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / (f".{file}.lock" if file else ".lock"), "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = f"writing {directory / file}" if file else f"working in {directory}"
+            raise ValueError(f"another process is {held}; wait for it or pass another --out") from None
+        yield
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Progress of a job made of stages: a bar and an estimate a stage, and the time left of the whole.
+"""Progress: of one piece of work, a bar; of a job made of stages, a bar and an estimate a stage, and the time left.
 
 Each stage comes with the seconds it is expected to take. The expectation of the stages to come is scaled by how this
 machine did on the finished ones, and the running stage's own pace replaces its expectation once it has made some way.
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn
 from rich.text import Text
+from tqdm import tqdm
 
 # A stage's own pace is trusted from this share of its work on; before, one slow first step would dominate.
 _TRUSTED_SHARE = 0.05
@@ -23,6 +24,18 @@ _PRIOR_SECONDS = 60.0
 
 # Called with (work done, total work) and, optionally, a few words such as "loss 3.21".
 Advance = Callable[..., None]
+
+
+@contextmanager
+def counting_bar(description: str, unit: str, is_shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, gone at the end; the value is called with (done, total) whenever there is news."""
+    with tqdm(desc=description, unit=unit, leave=False, dynamic_ncols=True, disable=not is_shown) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
 
 
 class _TimeLeft(ProgressColumn):

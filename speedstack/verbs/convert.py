@@ -60,13 +60,12 @@ def load_convert_config(path: Path | None, overrides: Sequence[str]) -> ConvertC
 
 def convert(config: ConvertConfig) -> None:
     """Convert, with a progress bar, and say where the result lies."""
-    from tqdm import tqdm
-
     from speedstack.dflash.checkpoint import is_drafter
     from speedstack.quant.checkpoint import convert as run
     from speedstack.quant.checkpoint.config import read_config
     from speedstack.quant.checkpoint.files import checkpoint_directory
     from speedstack.runtime.model.loading import warn_if_not_decodable
+    from speedstack.support.progress import counting_bar
 
     if is_drafter(checkpoint_directory(config.source)):
         _check_used(config, _MODEL_SETTINGS, "drafter")
@@ -75,12 +74,7 @@ def convert(config: ConvertConfig) -> None:
     _check_used(config, _DRAFTER_SETTINGS, "model")
     warn_if_not_decodable(read_config(config.source)[0])
 
-    with tqdm(unit=" tensors", desc=f"to {config.to}", leave=False) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with counting_bar(f"to {config.to}", " tensors") as show:
         result = run(
             config.source,
             config.to,

@@ -168,19 +168,13 @@ def _check_directories(config: QuantizeConfig) -> PreTrainedConfig:
 
 
 def _round(config: QuantizeConfig, model_config: PreTrainedConfig) -> None:
-    from tqdm import tqdm
-
     from speedstack.quant.checkpoint import convert
     from speedstack.quant.checkpoint.formats import default_format
     from speedstack.quant.checkpoint.names import hub_names
+    from speedstack.support.progress import counting_bar
 
     start = time.perf_counter()
-    with tqdm(unit=" tensors", desc=config.method, leave=False) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with counting_bar(config.method, " tensors") as show:
         convert(
             config.model,
             default_format(hub_names(model_config.model_type)).name,
@@ -273,15 +267,14 @@ def _calibration_windows(config: QuantizeConfig, model_config: PreTrainedConfig)
 
 
 def _gptq(model: PreTrainedModel, windows_NT: torch.Tensor, config: QuantizeConfig) -> GptqReport:
-    from tqdm import tqdm
-
     from speedstack.quant.calibration import gptq_experts
+    from speedstack.support.progress import counting_bar
 
-    with tqdm(total=model.config.get_text_config().num_hidden_layers, desc="GPTQ", unit="layer") as bar:
+    with counting_bar("GPTQ", "layer") as show:
         return gptq_experts(
             model,
             windows_NT.split(config.calibration.batch_size),
             config.chosen_scale_rule,
             config.damping,
-            on_layer=lambda done, total: bar.update(),
+            on_layer=show,
         )

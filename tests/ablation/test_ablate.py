@@ -25,7 +25,6 @@ import yaml
 from speedstack.ablation.ablate import Ablation
 from speedstack.ablation.config import AblateConfig, Grids, drafter_config, load_ablate_config, qat_config
 from speedstack.ablation.step_pool import OnStep, describe
-from speedstack.ablation.step_store import Step, StepStore
 from speedstack.ablation.steps import run_step
 from speedstack.cli import main
 from speedstack.eval.quality.heldout import corpus_windows
@@ -36,6 +35,7 @@ from speedstack.eval.results.environment import describe_environment
 from speedstack.quant.checkpoint import load_model
 from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.quant.ptq import round_to_nearest
+from speedstack.support.steps import Step, StepStore
 from speedstack.train.config.recipes import identity
 from speedstack.train.data.corpus import prepare_corpus
 
@@ -109,9 +109,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         store: StepStore, steps: Sequence[Step], runner: str, places: object, logs: Path, on_step: OnStep
     ) -> dict[str, str]:
         failures: dict[str, str] = {}
-        for step in steps:
-            if store.is_done(step):
-                continue
+        for step in store.missing(steps):
             try:
                 if any(need.name in failures for need in step.needs.values()):
                     raise ValueError("needs one that failed")
@@ -399,14 +397,15 @@ def test_killed_and_continued(write_config: Callable[..., Path], in_process: lis
     process = subprocess.Popen(command, env=environment)
     deadline = time.monotonic() + 200
     # In the middle: one step is there, and another is being made.
-    while not (steps.is_dir() and list(steps.glob("[!.]*")) and list(steps.glob(".*.partial/*"))):
+    store = StepStore(steps)
+    while not (store.completed() and len(list(steps.iterdir())) > len(store.completed())):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = {path: (path / "step.json").stat().st_mtime_ns for path in steps.glob("[!.]*")}
+    before = {name: record.completion for name, record in store.completed()}
     assert main(command[3:]) == 0
     grid = AblationGrid.load(tmp_path / "out" / "results.json")
     assert len(grid.rows) == 3 and grid.num_failed == 0
-    assert all((path / "step.json").stat().st_mtime_ns == before[path] for path in before)
-    assert not list(steps.glob(".*.partial")) and len(in_process) == 5 - len(before)
+    after = {name: record.completion for name, record in store.completed()}
+    assert before.items() <= after.items() and len(after) == 5 and len(in_process) == 5 - len(before)

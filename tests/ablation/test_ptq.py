@@ -16,7 +16,7 @@ from speedstack.eval.quality.heldout import corpus_windows
 from speedstack.quant.checkpoint import load_model, weights_sha256
 from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.quant.ptq import round_to_nearest
-from speedstack.support.stages import exclusive
+from speedstack.support.files import exclusive
 from speedstack.train.data.corpus import prepare_corpus
 from tests.packing import save_packed
 

@@ -2,14 +2,17 @@
 
 import io
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from speedstack.support.progress import Advance, StageProgress, format_seconds
-from speedstack.support.stages import Stage, StageRecord, exclusive, read_record, read_records, run_stages
+from speedstack.support.files import exclusive
+from speedstack.support.progress import Advance, StageProgress, counting_bar, format_seconds
+from speedstack.support.stages import Stage, run_stages, stage_store
+from speedstack.support.steps import Step, StepRecord
 
 
 class Workshop:
@@ -31,22 +34,33 @@ class Workshop:
         return f"made {name}"
 
     def stages(self) -> list[Stage]:
-        stages = []
+        stages: list[Stage] = []
         for name, needs in (("a", ()), ("b", ("a",)), ("c", ("b",))):
 
             def run(advance: Advance, name: str = name) -> str:
                 advance(1, 2)
                 return self.work(name)
 
-            stages.append(Stage(name, run, self.settings[name], needs, (name,), 1.0, decisive=(f"{name}/whole",)))
+            step = Step(
+                kind=name,
+                version=1,
+                settings=self.settings[name],
+                needs={stage.name: stage.step for stage in stages if stage.name in needs},
+                outputs=(name,),
+                decisive=(f"{name}/whole",),
+            )
+            stages.append(Stage(step, run, 1.0))
         return stages
 
-    def go(self) -> list[StageRecord]:
+    def go(self) -> list[StepRecord]:
         self.runs = []
         stages = self.stages()
         progress = StageProgress(Console(file=io.StringIO()), {stage.name: 1.0 for stage in stages})
         with progress:
-            return run_stages(self.directory, stages, progress)
+            seconds = run_stages(self.directory, stages, progress)
+        records = [record for _, record in stage_store(self.directory).completed()]
+        assert seconds == pytest.approx(sum(record.seconds for record in records))
+        return records
 
 
 @pytest.fixture
@@ -57,7 +71,7 @@ def workshop(tmp_path: Path) -> Workshop:
 def test_runs_once(workshop: Workshop) -> None:
     records = workshop.go()
     assert workshop.runs == ["a", "b", "c"]
-    assert [record.summary for record in records] == ["made a", "made b", "made c"]
+    assert [record.result for record in records] == ["made a", "made b", "made c"]
     assert workshop.go() == records
     assert workshop.runs == []
 
@@ -66,9 +80,10 @@ def test_interrupted_stage_continues_over_what_it_left(workshop: Workshop) -> No
     workshop.fail_in = "b"
     with pytest.raises(KeyboardInterrupt):
         workshop.go()
-    record = read_record(workshop.directory, "b")
-    assert record is not None and not record.complete and record.seconds > 0
-    assert [record.name for record in read_records(workshop.directory)] == ["a"]
+    store = stage_store(workshop.directory)
+    record = store.record(workshop.stages()[1].step)
+    assert record is not None and not record.is_complete and record.seconds > 0
+    assert [name for name, _ in store.completed()] == ["a"]
     workshop.fail_in = ""
     assert (workshop.directory / "b" / "half").exists()
     records = workshop.go()
@@ -174,3 +189,14 @@ def test_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_format_seconds() -> None:
     assert [format_seconds(s) for s in (0.4, 59.6, 754, 3723)] == ["0:00", "1:00", "12:34", "1:02:03"]
+
+
+def test_a_bar_counts_what_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with counting_bar("reading", "file") as show:
+        show(0, 3)
+        time.sleep(0.2)  # a bar is not drawn more often
+        show(2, 3)
+    assert "reading" in (shown := capsys.readouterr().err) and "2/3" in shown
+    with counting_bar("reading", "file", is_shown=False) as show:
+        show(1, 1)
+    assert capsys.readouterr().err == ""

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from speedstack.dflash.accept import leading_run
 from speedstack.dflash.block import Blocks, layer_masks, make_blocks, sample_anchors
@@ -39,6 +39,7 @@ from speedstack.quant.checkpoint.digest import config_sha256, model_sha256
 from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
 from speedstack.runtime.model.loading import check_decodable
+from speedstack.support.progress import counting_bar
 from speedstack.train.config.recipes import DrafterConfig
 from speedstack.train.core.batches import PackedWindows
 from speedstack.train.core.distributed import World
@@ -112,8 +113,8 @@ class DrafterRecipe(Recipe):
         self.draft_config = draft_config(self.config, target_config, tokenizer.mask_token_id, self.target_sha256)
         length = self.config.data.sequence_length
         corpus_windows = None if corpus is None else PackedWindows(corpus.train, length)
-        with self._bar("writing text", "seq") as bar:
-            write_splits(self.config, splits, self.model_sha256, _advance(bar), world.rank, world.size)
+        with self._bar("writing text", "seq") as show:
+            write_splits(self.config, splits, self.model_sha256, show, world.rank, world.size)
         world.barrier()
         texts = {name: read_split(self.config, name, split, self.model_sha256) for name, split in splits.items()}
         # Not before: the engine that writes text holds the target too.
@@ -344,9 +345,7 @@ class DrafterRecipe(Recipe):
         if section.features_path is None and not has_begun(self.config.run_directory):
             with world.main_first():
                 make_way(self.features_path, settings)
-        with self._bar("computing features", "window") as bar:
-            bar.total = len(ids_NT)
-            advance = _advance(bar)
+        with self._bar("computing features", "window") as show:
             write_features(
                 self.features_path,
                 ids_NT,
@@ -354,14 +353,14 @@ class DrafterRecipe(Recipe):
                 self.target.compute,
                 world.rank,
                 world.size,
-                lambda done: advance(done, len(ids_NT)),
+                lambda done: show(done, len(ids_NT)),
                 documents_NT,
             )
         world.barrier()
         self.target.keep(StoredFeatures(self.features_path, ids_NT, settings, documents_NT))
 
-    def _bar(self, what: str, unit: str) -> Any:
-        return tqdm(desc=what, unit=unit, leave=False, disable=not (self.show_progress and self.world.is_main))
+    def _bar(self, what: str, unit: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        return counting_bar(what, unit, self.show_progress and self.world.is_main)
 
 
 def _check_anchors(text: WrittenText) -> None:
@@ -382,11 +381,3 @@ def _check_zero_stage(config: DrafterConfig) -> None:
             f"distributed.zero_stage 3 has no whole parameters for drafter.{', drafter.'.join(in_the_way)}: "
             "use stage 0 to 2, or turn them off"
         )
-
-
-def _advance(bar: Any) -> Callable[[int, int], None]:
-    def advance(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    return advance

@@ -10,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
 from speedstack.eval.results.failures import PeerFailure
 from speedstack.eval.speed.peers.process import WORKERS, no_interpreter, worker_environment
 from speedstack.quant.checkpoint import convert
@@ -20,6 +18,7 @@ from speedstack.quant.checkpoint.digest import model_sha256
 from speedstack.quant.checkpoint.files import checkpoint_directory
 from speedstack.quant.checkpoint.formats import Plain
 from speedstack.support.files import atomic_path
+from speedstack.support.progress import counting_bar
 
 GGUFWeights = Literal["f32", "f16", "bf16", "q8_0"]
 # Changed when a copy of the same model would be another one.
@@ -40,12 +39,7 @@ class PeerCopies:
             return self.target
         out = self._place("plain")
         if not out.exists():
-            with tqdm(unit=" tensors", desc=f"unpacking {self.target}", leave=False) as bar:
-
-                def show(done: int, total: int) -> None:
-                    bar.total = total
-                    bar.update(done - bar.n)
-
+            with counting_bar(f"unpacking {self.target}", " tensors") as show:
                 convert(self.target, "plain", out, on_progress=show)
         return out
 

@@ -14,7 +14,9 @@ from speedstack.eval.report.gather import FACTS_FILE, REPORT_FILE, gather
 from speedstack.eval.report.page import Table
 from speedstack.eval.report.render import render_html, report_sections
 from speedstack.eval.results.kinds import Curve, Report
-from speedstack.support.stages import RECORDS
+from speedstack.support.files import write_atomically
+from speedstack.support.stages import stage_store
+from speedstack.support.steps import StepRecord
 from tests.eval.report.test_gather import acceptance, metrics, ptq, timing
 
 MODEL = {"name": "small", "architecture": "Qwen3MoeForCausalLM", "num_parameters": 9, "num_expert_parameters": 4}
@@ -25,9 +27,8 @@ def demo(directory: Path, seconds: float = 1.0, **model: Any) -> Path:
     """What a demo leaves, as far as reports read it: records, two runs, facts, a measurement."""
     for stage in ("drafter", "qad"):
         metrics(directory / stage)
-        record = {"name": stage, "key": "k", "completion": "c", "seconds": seconds, "summary": f"{stage} was done"}
-        (directory / RECORDS).mkdir(exist_ok=True)
-        (directory / RECORDS / f"{stage}.json").write_text(json.dumps(record), encoding="utf-8")
+        record = StepRecord(stage, 1, "k", "i", {}, {}, {}, seconds, f"{stage} was done", completion="c")
+        write_atomically(stage_store(directory).record_path(stage), json.dumps(vars(record)))
     facts = {
         "kind": "facts",
         "schema_version": 1,

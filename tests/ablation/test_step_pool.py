@@ -1,20 +1,18 @@
-"""Steps: what names them, that each is made once and whole, and that the pool survives failures and kills."""
+"""Steps in worker processes: what fails, what runs alone, and what a kill leaves."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from speedstack.ablation.step_pool import Place, run_steps
-from speedstack.ablation.step_store import RECORD, Step, StepStore
+from speedstack.support.steps import Step, StepStore
 
 PLACE = Place({}, 1)
 # A runner that notes when it ran; settings say how long, and whether and how it fails.
@@ -56,72 +54,6 @@ def runs(tmp_path: Path) -> dict[str, tuple[float, float]]:
     lines = [line.split() for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines()]
     assert len({name for name, _, _ in lines}) == len(lines)
     return {name: (float(start), float(end)) for name, start, end in lines}
-
-
-def test_a_key_is_all_that_decides_and_nothing_else(tmp_path: Path) -> None:
-    base = step("a", tmp_path, rate=1)
-    needing = step("b", tmp_path, {"of": base})
-    assert base.key == step("a", tmp_path / "elsewhere", rate=1, is_exclusive=True).key
-    others = [
-        replace(base, kind="c"),
-        replace(base, version=2),
-        replace(base, settings={"rate": 2}),
-        replace(base, software={"torch": "2.13.0"}),
-        replace(base, needs={"of": needing}),
-        replace(needing, needs={"by": base}),
-        replace(needing, needs={"of": replace(base, version=2)}),
-    ]
-    assert len({one.key for one in (base, needing, *others)}) == 9
-    assert base.closure() == [base] and needing.closure() == [base, needing]
-
-
-def test_a_step_is_made_once_and_continued_where_it_was(tmp_path: Path) -> None:
-    store, one = StepStore(tmp_path / "steps"), step("a", tmp_path)
-    calls = []
-
-    def run(needs: Mapping[str, Path], directory: Path) -> dict[str, Any]:
-        calls.append(sorted(path.name for path in directory.iterdir()))
-        (directory / "made").write_text("x", encoding="utf-8")
-        if len(calls) == 1:
-            raise RuntimeError("interrupted")
-        return {"value": 3.5}
-
-    with pytest.raises(RuntimeError, match="interrupted"):
-        store.make(one, run)
-    # As if it had been killed right before the rename.
-    (store.partial(one) / RECORD).write_text("{", encoding="utf-8")
-    assert not store.is_done(one) and not store.path(one).exists()
-    with pytest.raises(ValueError, match=f"step {one.name} is not in"):
-        store.result(one)
-    assert store.make(one, run) and not store.make(one, run)
-    assert calls == [[], ["made"]] and store.result(one) == {"value": 3.5}
-    assert not store.partial(one).exists()
-    assert json.loads((store.path(one) / RECORD).read_text(encoding="utf-8"))["files"] == {"made": 1}
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        store.make(step("nan", tmp_path), lambda needs, directory: {"value": float("nan")})
-    # A step that lost a file, or has another length of it, is made anew.
-    (store.path(one) / "made").write_text("xy", encoding="utf-8")
-    assert not store.is_done(one) and store.make(one, run) and store.is_done(one)
-    assert calls[2] == []
-
-
-def test_steps_of_other_software_are_named_and_not_used(tmp_path: Path) -> None:
-    store = StepStore(tmp_path / "steps")
-    old = replace(step("a", tmp_path), software={"torch": "2.12.0", "lm_eval": "0.4"})
-    old_after = step("b", tmp_path, {"of": old})
-    for one in (old, old_after):
-        assert store.make(one, lambda needs, directory: {"value": 1})
-    record = json.loads((store.path(old) / RECORD).read_text(encoding="utf-8"))
-    assert record["software"] == {"torch": "2.12.0", "lm_eval": "0.4"}
-    assert store.other_software([old, old_after]) == {}
-    new = replace(old, software={"torch": "2.13.0", "lm_eval": "0.4"})
-    new_after = replace(old_after, needs={"of": new})
-    assert not store.is_done(new) and not store.is_done(new_after)
-    found = store.other_software([new, new_after, step("c", tmp_path)])
-    assert found == {new.name: ["torch 2.12.0, is 2.13.0"], new_after.name: []}
-    assert store.make(new, lambda needs, directory: {"value": 2})
-    assert store.result(old) == {"value": 1} and store.result(new) == {"value": 2}
-    assert store.other_software([new, new_after]) == {new_after.name: []}
 
 
 def test_what_does_not_depend_on_a_failure_goes_on(tmp_path: Path, runner: str) -> None:
@@ -169,7 +101,7 @@ import sys
 sys.path.insert(0, {str(tmp_path)!r})
 from pathlib import Path
 from speedstack.ablation.step_pool import Place, run_steps
-from speedstack.ablation.step_store import Step, StepStore
+from speedstack.support.steps import Step, StepStore
 if __name__ == "__main__":
     path = Path({str(tmp_path)!r})
     steps = [Step(name, 1, {{"seconds": time}}, places={{"log": str(path)}}) for name, time in (("a", 0), ("b", 60))]
@@ -192,12 +124,27 @@ if __name__ == "__main__":
         assert time.monotonic() < deadline
         time.sleep(0.05)
     store = StepStore(tmp_path / "steps")
-    assert store.is_done(a) and not store.is_done(b) and store.partial(b).is_dir()
+    assert store.is_done(a) and not store.is_done(b) and (store.path(b) / "begun").exists()
 
     def finish(needs: Mapping[str, Path], directory: Path) -> dict[str, Any]:
         return {"continued": (directory / "begun").exists()}
 
     assert store.make(b, finish) and store.result(b) == {"continued": True}
+
+
+def test_what_was_made_from_a_lost_step_is_made_anew(tmp_path: Path, runner: str) -> None:
+    store, root = StepStore(tmp_path / "steps"), step("root", tmp_path)
+    after, other = step("after", tmp_path, {"root": root}), step("other", tmp_path)
+
+    def settled() -> list[str]:
+        names: list[str] = []
+        steps = [after, other]
+        assert run_steps(store, steps, runner, [PLACE], tmp_path / "logs", lambda one, _: names.append(one.kind)) == {}
+        return names
+
+    assert sorted(settled()) == ["after", "other", "root"] and settled() == []
+    (store.path(root) / "begun").unlink()
+    assert settled() == ["root", "after"] and settled() == []
 
 
 def is_running(pid: int) -> bool:
