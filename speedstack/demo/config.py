@@ -44,7 +44,7 @@ class AcceptanceSection(Section):
 
 
 class TimingSection(Section):
-    num_prompts: int = Field(8, ge=1, description="Held-out prompts of each kind; by default those of acceptance.")
+    num_prompts: int = Field(4, ge=1, description="Held-out prompts of each kind.")
     num_prompt_tokens: int = Field(64, ge=2, description="Tokens in a prompt.")
     num_new_tokens: int = Field(128, ge=2, description="Tokens generated after each prompt.")
     num_repeats: int = Field(3, ge=1, description="Timed repeats of every contestant, interleaved.")
