@@ -15,13 +15,27 @@ CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/
 # Arguments for the demo, for example: make demo ARGS="--size small --device cuda"
 ARGS ?=
 
-.PHONY: help setup peers demo test lint format clean
+# Test processes, which share the cores.
+NUM_WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(NUM_WORKERS) --dist worksteal
+
+# Triton decides when it is imported whether it interprets kernels or compiles them, so there are two runs of pytest; the
+# second comes whatever the first one found. $(1): ends both selections; $(2): options of both.
+define run-tests
+@status=0; \
+TRITON_INTERPRET=1 $(PYTEST) --timeout 1500 -m "interpret$(1)" $(2) || status=$$?; \
+$(PYTEST) -m "not interpret$(1)" $(2) || status=$$?; \
+exit $$status
+endef
+
+.PHONY: help setup peers demo test test-all lint format clean
 
 help:
 	@echo "make setup    create $(VENV) and install speedstack with its development tools"
 	@echo "make peers    llama.cpp, compiled here, and vLLM's CPU build in .venv-peers, for speedstack bench"
 	@echo "make demo     the whole stack on a small model, on this machine; ARGS=\"--seed 1 --out runs/mine\""
-	@echo "make test     lint, types and the test suite"
+	@echo "make test     lint, types and the tests that take seconds, a few of every package: for each change"
+	@echo "make test-all lint, types and every test, 200 interleavings of the resident kernel instead of 20: as CI does"
 	@echo "make lint     ruff and mypy alone"
 	@echo "make format   rewrite the code as ruff formats it"
 	@echo "make clean    remove $(VENV), caches and build products; runs/ and .venv-peers stay"
@@ -42,7 +56,10 @@ demo: setup
 	$(BIN)/speedstack demo $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(call run-tests, and not slow and not compile,--interleavings 20)
+
+test-all: lint
+	$(call run-tests)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ correction bias. All parameters are random and large enough that greedy decoding
 Fixtures are built once a test process and must not be written to; copy the directory first.
 """
 
+import importlib.util
 import os
 import textwrap
 from collections.abc import Callable
@@ -25,6 +26,44 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 VOCAB_SIZE = 512
 SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>", "<|mask|>"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--interleavings",
+        type=int,
+        default=200,
+        metavar="N",
+        help="orders in which a test of the resident kernel lets its programs take turns (200; the quick run has 20)",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, each of them whole: at the end no worker is left alone with one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests of Triton kernels that this process cannot run, before their fixtures are made."""
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    if item.get_closest_marker("interpret") is not None:
+        if importlib.util.find_spec("triton") is None:
+            pytest.skip("triton is not installed: its kernels are not tested")
+        if not interprets:
+            pytest.skip("interprets Triton kernels, as make test-all does with TRITON_INTERPRET=1")
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if interprets or not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device, and a process that does not interpret Triton kernels")
+
+
+@pytest.fixture(scope="session")
+def num_interleavings(request: pytest.FixtureRequest) -> int:
+    """Of `--interleavings`."""
+    return int(request.config.getoption("--interleavings"))
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ import torch
 
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.gpu_suite.edges import edge_spec, edge_weights, lose_expert, moe_of
-from speedstack.eval.gpu_suite.near_ties import choice_gap, is_near_tie, pair_gap
+from speedstack.eval.gpu_suite.near_ties import decided_rows, is_near_tie, pair_gap
 from speedstack.eval.gpu_suite.scale import Scale
 from speedstack.runtime.backends.base import Backend, Draw, Rows
 from speedstack.runtime.backends.gpu.expected_buffers import expected_buffers, found_buffer
@@ -36,9 +36,8 @@ from speedstack.runtime.model.device import DTYPES
 from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.moe import route
 from speedstack.runtime.model.released_models import drafter_config, tiny_config
-from speedstack.runtime.model.spec import MoeSpec
 from speedstack.runtime.model.synthetic_weights import random_weights
-from speedstack.runtime.model.weights import ModelWeights, MoeWeights
+from speedstack.runtime.model.weights import ModelWeights
 from speedstack.runtime.rounds.sampling import SamplingParams, gumbel_noise, sample
 
 # Largest error of a row, relative to its norm. bfloat16: up to about 20 roundings of 2**-9 of two or three layers one
@@ -96,7 +95,7 @@ class Checker:
         copy_caches(oracle, backend)
         rows = self._next_rows(range(self.num_rows))
         expected = expected_buffers(oracle, rows)
-        decided_R = self._decided(expected)
+        decided_R = decided_rows(self.weights, expected, self.tolerance)
         if not decided_R.any():
             raise RuntimeError("no row's choice of experts is clear of roundings: give the check another seed")
         errors: dict[str, float] = {}
@@ -340,17 +339,6 @@ class Checker:
 
     def _logits_of(self, backend: Backend, rows: Rows, place: int) -> torch.Tensor:
         return backend.step(rows, [place])[0][0].clone()
-
-    def _decided(self, expected: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Bool [R]: no rounding within the tolerance changes a row's experts in any layer."""
-        decided_R = torch.ones(self.num_rows, dtype=torch.bool, device=self.device)
-        for index, (layer, spec) in enumerate(zip(self.weights.layers, self.spec.layers, strict=True)):
-            if isinstance(layer.mlp, MoeWeights):
-                assert isinstance(spec.mlp, MoeSpec)
-                logits_RE = expected[f"L{index:02d}.router"]
-                gap_R = choice_gap(logits_RE, layer.mlp.correction_bias_E, spec.mlp)
-                decided_R &= gap_R > 2 * self.tolerance * logits_RE.square().mean(-1).sqrt()
-        return decided_R
 
 
 def row_error(found_RD: torch.Tensor, wanted_RD: torch.Tensor, chosen_R: torch.Tensor) -> float:

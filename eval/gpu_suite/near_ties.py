@@ -3,14 +3,32 @@
 Legend: R rows, E experts, V vocabulary.
 """
 
+from collections.abc import Mapping
+
 import torch
 
 from speedstack.runtime.model.spec import MoeSpec
+from speedstack.runtime.model.weights import ModelWeights, MoeWeights
 from speedstack.runtime.rounds.sampling import SamplingParams, filter_logits
 
 # Two scores (logit / temperature + noise) may trade places where they are as close, in float32 units of the largest
 # number that they are made of: each takes two logarithms, of one unit each, and a sum, of half a unit.
 SCORE_ULPS = 8
+
+
+def decided_rows(weights: ModelWeights, expected: Mapping[str, torch.Tensor], tolerance: float) -> torch.Tensor:
+    """Bool [R]: no rounding within `tolerance` of a router's logits changes a row's experts, in any layer.
+
+    expected: buffers of a step as `expected_buffers` has them.
+    """
+    decided_R = torch.ones_like(expected["lm_head"][:, 0], dtype=torch.bool)
+    for index, (layer, spec) in enumerate(zip(weights.layers, weights.spec.layers, strict=True)):
+        if isinstance(layer.mlp, MoeWeights):
+            assert isinstance(spec.mlp, MoeSpec)
+            logits_RE = expected[f"L{index:02d}.router"]
+            gap_R = choice_gap(logits_RE, layer.mlp.correction_bias_E, spec.mlp)
+            decided_R &= gap_R > 2 * tolerance * logits_RE.square().mean(-1).sqrt()
+    return decided_R
 
 
 def choice_gap(logits_RE: torch.Tensor, correction_E: torch.Tensor | None, spec: MoeSpec) -> torch.Tensor:

@@ -1,15 +1,7 @@
-"""The compiled kernels against the PyTorch reference, bit for bit: C++ on a CPU, Triton on a GPU or interpreted.
+"""The compiled kernels against the PyTorch reference, bit for bit: C++ on a CPU, Triton on a GPU or interpreted."""
 
-Triton decides when it is imported whether it interprets, so without a GPU one test runs this file again in a process
-that has TRITON_INTERPRET set.
-"""
-
-import importlib.util
-import os
 import platform
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -32,20 +24,20 @@ from speedstack.quant.mxfp4 import (
     quantize,
     quantize_reference,
 )
+from tests.devices import DEVICES, INTERPRETS, not_interpreted
 
 SCALE_RULES: tuple[ScaleRule, ...] = get_args(ScaleRule)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 # The source has vectors of 16, 8 or 4 lanes, by what is compiled for.
-NARROWER = {"cpu, 8 lanes": "x86-64-v3", "cpu, 4 lanes": "x86-64-v2"} if platform.machine() == "x86_64" else {}
-KERNELS = ["cpu", *NARROWER, *(["triton"] if INTERPRETED or torch.cuda.is_available() else [])]
+NARROWER = {"c++, 8 lanes": "x86-64-v3", "c++, 4 lanes": "x86-64-v2"} if platform.machine() == "x86_64" else {}
+KERNELS = ["c++", *NARROWER, *DEVICES]
 
 
 @pytest.fixture(params=KERNELS, scope="module")
 def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
-    if request.param.startswith("cpu"):
+    if request.param.startswith("c++"):
         with pytest.MonkeyPatch.context() as monkeypatch:
             if request.param in NARROWER:
                 if "x86-64-v3" in NARROWER[request.param] and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
@@ -64,7 +56,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
 
 
 def device_of(kernels: Kernels) -> str:
-    return "cuda" if kernels is not mxfp4_cpu and torch.cuda.is_available() else "cpu"
+    return "cpu" if kernels is mxfp4_cpu or INTERPRETS else "cuda"
 
 
 def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -122,7 +114,7 @@ def edge_cases() -> torch.Tensor:
 def test_edges_equal_the_reference(
     kernels: Kernels, scale_rule: ScaleRule, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if INTERPRETED:
+    if INTERPRETS:
         from speedstack.quant.kernels import mxfp4_triton
 
         # The interpreter takes as long for a program of many blocks as for one of few.
@@ -157,7 +149,7 @@ any_blocks = st.one_of(
 @pytest.mark.parametrize("scale_rule", SCALE_RULES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_block_equals_the_reference(kernels: Kernels, scale_rule: ScaleRule, dtype: torch.dtype) -> None:
-    @settings(max_examples=8 if INTERPRETED else 100, deadline=None, derandomize=True)
+    @settings(max_examples=8 if INTERPRETS else 100, deadline=None, derandomize=True)
     @given(blocks=any_blocks)
     def run(blocks: np.ndarray) -> None:
         check(kernels, torch.from_numpy(blocks.copy()).to(dtype), scale_rule)
@@ -183,7 +175,6 @@ def test_more_than_one_thread_changes_nothing() -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="about the choice of kernels, not about them")
 def test_public_functions_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lie of the kernels shows up in what the public functions return; elsewhere the reference works."""
     w = torch.randn(2, 64, generator=torch.Generator().manual_seed(2))
@@ -203,7 +194,6 @@ def test_public_functions_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(dequantize(packed), dequantize_reference(packed))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="about the choice of kernels, not about them")
 def test_kernels_are_offered_only_for_plain_tensors() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -219,7 +209,6 @@ def test_kernels_are_offered_only_for_plain_tensors() -> None:
         assert fake_quantize(torch.zeros(2, 32)).shape == (2, 32)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="about the default device, not about the kernels")
 def test_results_lie_where_the_input_does() -> None:
     w = torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
     with torch.device("meta"):
@@ -237,21 +226,6 @@ def test_layouts_other_than_contiguous() -> None:
     assert torch.equal(part.dequantize(), dequantize_reference(part))
 
 
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="runs the others, which run here by themselves")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.slow
-def test_triton_under_the_interpreter() -> None:
-    selection = "triton and not test_triton"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection, __file__]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) >= 26 and " skipped" not in result.stdout, result.stdout[-1000:]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="nothing of the interpreter's")
 def test_torch_compile_traces_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot look into compiled kernels; without a break of its graph the values are theirs all the same."""
     w_NK = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
@@ -265,7 +239,7 @@ def test_torch_compile_traces_the_reference(monkeypatch: pytest.MonkeyPatch) -> 
     assert_same_bits(compiled(w_NK, "mse"), expected)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels cannot be compiled")
+@not_interpreted
 @pytest.mark.slow
 def test_triton_compiles_for_hopper() -> None:
     """Without a GPU: wide loads and stores, no flushed subnormals, no fused multiply-add, no spilled register."""

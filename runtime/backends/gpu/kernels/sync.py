@@ -1,7 +1,7 @@
 """Waiting for other programs of the same launch, and telling them: acquire and release on a counter.
 
 What goes wrong if written carelessly, and what keeps it right here (each is looked for in the compiled code by
-tests/runtime/backends/gpu/test_resident_compiled.py):
+tests/runtime/backends/gpu/resident/test_compiled.py):
 
 - A loop that polls with `tl.load` is deleted, because its loads have no effect; and a plain load may be served for ever
   from a line in the L1 cache. An atomic addition of zero is neither: it becomes one `ld.global.gpu.acquire`, by one

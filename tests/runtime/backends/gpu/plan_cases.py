@@ -1,5 +1,8 @@
 """Tiny models of three families, and every buffer of a step as the reference backend has it, for tests of plans.
 
+Kernels take float32 where they are interpreted and bfloat16 on a GPU. There the reference computes in float32 what
+bfloat16 holds of the same weights, and errors are a share of a row's norm.
+
 Legend: R rows, D hidden, V vocabulary, G key/value heads, K choices of a row.
 """
 
@@ -10,6 +13,8 @@ from typing import Any
 
 import torch
 
+from speedstack.eval.gpu_suite.correctness import TOLERANCE, row_error, widened
+from speedstack.eval.gpu_suite.near_ties import decided_rows
 from speedstack.quant.fp8 import FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor, quantize
 from speedstack.runtime import Engine
@@ -122,11 +127,31 @@ SMALL_CASES: dict[str, Callable[[], ModelWeights]] = {
 }
 
 
+def placed(weights: ModelWeights, device: torch.device) -> ModelWeights:
+    """The weights on the device, in the dtype that kernels take there; routers stay in float32."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+
+    def there(owner: Any) -> Any:
+        moved = {}
+        for name, value in vars(owner).items():
+            if isinstance(value, MXFP4Tensor | FP8Tensor):
+                moved[name] = value.to(device)
+            elif isinstance(value, torch.Tensor):
+                is_exact = name in ("router_ED", "router_bias_E", "correction_bias_E")
+                moved[name] = value.to(device, value.dtype if is_exact else dtype)
+        return replace(owner, **moved)
+
+    layers = [replace(layer, attention=there(layer.attention), mlp=there(layer.mlp)) for layer in weights.layers]
+    return replace(there(weights), layers=layers)
+
+
 def prefilled(
     weights: ModelWeights, lengths: Sequence[int], max_length: int = MAX_LENGTH
 ) -> tuple[ReferenceBackend, list[list[int]]]:
     """A reference backend whose slots hold sequences of these lengths, and NaN wherever nothing was written."""
-    backend = ReferenceBackend(weights, None, NUM_SLOTS, max_length)
+    backend = ReferenceBackend(
+        weights if weights.dtype == torch.float32 else widened(weights), None, NUM_SLOTS, max_length
+    )
     for cache in backend.caches:
         cache.k_SLGH.fill_(float("nan"))
         cache.v_SLGH.fill_(float("nan"))
@@ -149,6 +174,11 @@ def fill(backend: PlanBackend, reference: ReferenceBackend) -> None:
             buffer.fill_(float("nan"))
 
 
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What is compared where numbers have to be the same, NaN too."""
+    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+
+
 def rows_of(ids: list[list[int]], *places: tuple[int, int]) -> Rows:
     """Rows at (slot, position)."""
     return Rows([ids[s][p] for s, p in places], [s for s, _ in places], [p for _, p in places])
@@ -158,8 +188,13 @@ def check_caches(backend: PlanBackend, reference: ReferenceBackend) -> None:
     """Keys and values are the reference's, and what was not written is what it was."""
     for cache, wanted in zip(backend.memory.caches, reference.caches, strict=True):
         both = torch.cat([wanted.k_SLGH, wanted.v_SLGH], dim=-1)[:NUM_SLOTS].permute(2, 0, 1, 3)
-        # float32 sums of up to 96 terms in another order
-        torch.testing.assert_close(cache, both, rtol=1e-4, atol=3e-5, equal_nan=True)
+        if cache.dtype == torch.float32:
+            # float32 sums of up to 96 terms in another order
+            torch.testing.assert_close(cache, both, rtol=1e-4, atol=3e-5, equal_nan=True)
+            continue
+        assert torch.equal(cache.isnan(), both.isnan())
+        error = (cache.float() - both).nan_to_num().norm() / both.nan_to_num().norm()
+        assert error <= TOLERANCE[cache.dtype], f"keys and values are off by {error:.2e} of their norm"
 
 
 def check_text(model: Path, name: str) -> None:
@@ -172,11 +207,29 @@ def check_text(model: Path, name: str) -> None:
     assert tokens[name] == tokens["reference"] and len(set(tokens[name])) > 1
 
 
-def assert_buffers_close(found: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+def assert_buffers_close(
+    found: torch.Tensor, expected: torch.Tensor, name: str, decided_R: torch.Tensor | None = None
+) -> None:
     """Equal but for the order of float32 sums, of which `name` is told where they are not.
 
     Sums of up to 288 terms through at most two layers: what is left of large terms that cancel has their error, not its
-    own, so the bound beside the relative one is a share of the buffer's largest value.
+    own, so the bound beside the relative one is a share of the buffer's largest value. With `decided_R`, of bfloat16:
+    rows [R] whose choice of experts roundings do not change differ by no more than those.
     """
+    if decided_R is not None:
+        error = row_error(found, expected, decided_R)
+        assert error <= TOLERANCE[torch.bfloat16], f"{name} is off by {error:.2e} of a row's norm"
+        return
     largest = expected.nan_to_num(0.0).abs().max().item() if expected.is_floating_point() else 0.0
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=4e-6 * largest, msg=lambda text: f"{name}: {text}")
+
+
+def decided(
+    reference: ReferenceBackend, expected: dict[str, torch.Tensor], device: torch.device
+) -> torch.Tensor | None:
+    """For `assert_buffers_close`; None where kernels compute in float32: in these models no choice is close in it."""
+    if device.type == "cpu":
+        return None
+    decided_R = decided_rows(reference.weights, expected, TOLERANCE[torch.bfloat16])
+    assert decided_R.any(), "no row's choice of experts is clear of roundings: give the test other tokens"
+    return decided_R

@@ -1,26 +1,33 @@
 """Backends and runs that the tests of the resident kernel share."""
 
-import importlib.util
-import os
 from typing import Any
 
-import pytest
 import torch
 
 from speedstack.runtime.backends.base import RoundsRequest, Rows
 from speedstack.runtime.backends.gpu.resident import ResidentBackend
 from speedstack.runtime.backends.reference import ReferenceBackend
-from tests.runtime.backends.gpu.plan_cases import NUM_SLOTS, SMALL_CASES, SMALL_LENGTH, fill, prefilled, rows_of
+from speedstack.runtime.model.weights import ModelWeights
+from tests.runtime.backends.gpu.plan_cases import (
+    CPU,
+    NUM_SLOTS,
+    SMALL_CASES,
+    SMALL_LENGTH,
+    bits_of,
+    fill,
+    placed,
+    prefilled,
+    rows_of,
+)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-interpreted = pytest.mark.skipif(not (INTERPRETED and HAS_TRITON), reason="runs in the process that interprets")
 SPLIT = 16
 
 
-def resident_of(reference: ReferenceBackend, num_programs: int, **options: Any) -> ResidentBackend:
+def resident_of(
+    weights: ModelWeights, reference: ReferenceBackend, num_programs: int, **options: Any
+) -> ResidentBackend:
     backend = ResidentBackend(
-        reference.weights, None, NUM_SLOTS, reference.max_length, split_size=SPLIT, num_programs=num_programs, **options
+        weights, None, NUM_SLOTS, reference.max_length, split_size=SPLIT, num_programs=num_programs, **options
     )
     fill(backend, reference)
     return backend
@@ -48,11 +55,14 @@ def outcome(backend: ResidentBackend, start: tuple[list[torch.Tensor], Rows], nu
 def same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     """Bit for bit, what is not a number too."""
     pairs = [(a[1], b[1]), *zip(a[2], b[2], strict=True)]
-    return a[0] == b[0] and all(torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in pairs)
+    return a[0] == b[0] and all(torch.equal(bits_of(x), bits_of(y)) for x, y in pairs)
 
 
-def small(case: str, num_programs: int, **options: Any) -> tuple[ResidentBackend, tuple[list[torch.Tensor], Rows]]:
+def small(
+    case: str, num_programs: int, device: torch.device = CPU, **options: Any
+) -> tuple[ResidentBackend, tuple[list[torch.Tensor], Rows]]:
     """A backend for a smaller model of the family, and where its runs start."""
-    reference, ids = prefilled(SMALL_CASES[case](), [17, 6], SMALL_LENGTH)
-    backend = resident_of(reference, num_programs, num_rows=2, **options)
+    weights = placed(SMALL_CASES[case](), device)
+    reference, ids = prefilled(weights, [17, 6], SMALL_LENGTH)
+    backend = resident_of(weights, reference, num_programs, num_rows=2, **options)
     return backend, ([cache.clone() for cache in backend.memory.caches], rows_of(ids, (0, 17), (1, 6)))

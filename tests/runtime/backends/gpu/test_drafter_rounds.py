@@ -1,6 +1,6 @@
 """Rounds without the host with a DFlash drafter: the engine writes and counts what it does with the host between them.
 
-A backend that interprets plans stands for the resident kernel; test_resident_drafter holds the kernel against the same.
+A backend that interprets plans stands for the resident kernel; resident/test_drafter holds the kernel against the same.
 """
 
 from dataclasses import replace

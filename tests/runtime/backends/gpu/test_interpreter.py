@@ -1,71 +1,67 @@
-"""A persistent Triton kernel whose programs wait for each other, interpreted on a CPU under seeded schedules.
-
-Triton decides when it is imported whether it interprets, so one test runs this file again in a process of its own.
-"""
-
-import importlib.util
-import os
-import re
-import subprocess
-import sys
+"""A persistent Triton kernel whose programs wait for each other, interpreted on a CPU under seeded schedules."""
 
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+pytest.importorskip("triton", reason="triton is not installed: its kernels are not tested")
+
+import triton
+import triton.language as tl
+
+from speedstack.runtime.backends.gpu.interpreter import interpret_grid, interpret_triton
+from speedstack.runtime.plan.verify.scheduler import Deadlock
+
+pytestmark = pytest.mark.interpret
 SIZE, NUM_STEPS = 8, 4
 
-if INTERPRETED and HAS_TRITON:
-    import triton
-    import triton.language as tl
 
-    from speedstack.runtime.backends.gpu.interpreter import interpret_grid, interpret_triton
-    from speedstack.runtime.plan.verify.scheduler import Deadlock
+@triton.jit
+def wait(counter, threshold):
+    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < threshold:
+        pass
 
-    @triton.jit
-    def wait(counter, threshold):
-        while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < threshold:
-            pass
 
-    @triton.jit
-    def signal(counter):
-        tl.debug_barrier()
-        tl.atomic_add(counter, 1, sem="release", scope="gpu")
+@triton.jit
+def signal(counter):
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release", scope="gpu")
 
-    @triton.jit
-    def two_phases(  # type: ignore[no-untyped-def]
-        a, b, counters, NUM_STEPS: tl.constexpr, SIZE: tl.constexpr, P: tl.constexpr, BROKEN: tl.constexpr
-    ):
-        """a = 2 b shifted by one + step; b = a shifted by three + 1; again and again."""
-        program = tl.program_id(0)
-        for step in range(NUM_STEPS):
-            if BROKEN != 1:
-                wait(counters + 1, P * step)
-            for item in range(program, SIZE, P):
-                tl.store(a + item, 2 * tl.load(b + (item + 1) % SIZE) + step)
-            if BROKEN != 2:
-                signal(counters)
-            if BROKEN != 3:
-                wait(counters, P * (step + 1))
-            for item in range(program, SIZE, P):
-                tl.store(b + item, tl.load(a + (item + 3) % SIZE) + 1)
-            signal(counters + 1)
 
-    @triton.jit
-    def place(out, FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
-        """A loop whose bounds are no constants, at every place of a grid of two axes."""
-        i, j = tl.program_id(0), tl.program_id(1)
-        for k in range(i, i + j + 1):
-            tl.store(out + i * tl.num_programs(1) + j, FIRST + k)
+@triton.jit
+def two_phases(  # type: ignore[no-untyped-def]
+    a, b, counters, NUM_STEPS: tl.constexpr, SIZE: tl.constexpr, P: tl.constexpr, BROKEN: tl.constexpr
+):
+    """a = 2 b shifted by one + step; b = a shifted by three + 1; again and again."""
+    program = tl.program_id(0)
+    for step in range(NUM_STEPS):
+        if BROKEN != 1:
+            wait(counters + 1, P * step)
+        for item in range(program, SIZE, P):
+            tl.store(a + item, 2 * tl.load(b + (item + 1) % SIZE) + step)
+        if BROKEN != 2:
+            signal(counters)
+        if BROKEN != 3:
+            wait(counters, P * (step + 1))
+        for item in range(program, SIZE, P):
+            tl.store(b + item, tl.load(a + (item + 3) % SIZE) + 1)
+        signal(counters + 1)
 
-    def run(num_programs: int, seed: int, broken: int = 0) -> tuple[list[int], list[int]]:
-        a, b = torch.zeros(SIZE, dtype=torch.int32), torch.arange(SIZE, dtype=torch.int32)
-        counters = torch.zeros(2, dtype=torch.int32)
-        arguments = {"a": a, "b": b, "counters": counters, "NUM_STEPS": NUM_STEPS, "SIZE": SIZE, "P": num_programs}
-        scheduler = interpret_triton(two_phases, num_programs, arguments | {"BROKEN": broken}, seed)
-        assert counters.tolist() == [num_programs * NUM_STEPS] * 2 or broken == 2
-        return b.tolist(), scheduler.trace
+
+@triton.jit
+def place(out, FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A loop whose bounds are no constants, at every place of a grid of two axes."""
+    i, j = tl.program_id(0), tl.program_id(1)
+    for k in range(i, i + j + 1):
+        tl.store(out + i * tl.num_programs(1) + j, FIRST + k)
+
+
+def run(num_programs: int, seed: int, broken: int = 0) -> tuple[list[int], list[int]]:
+    a, b = torch.zeros(SIZE, dtype=torch.int32), torch.arange(SIZE, dtype=torch.int32)
+    counters = torch.zeros(2, dtype=torch.int32)
+    arguments = {"a": a, "b": b, "counters": counters, "NUM_STEPS": NUM_STEPS, "SIZE": SIZE, "P": num_programs}
+    scheduler = interpret_triton(two_phases, num_programs, arguments | {"BROKEN": broken}, seed)
+    assert counters.tolist() == [num_programs * NUM_STEPS] * 2 or broken == 2
+    return b.tolist(), scheduler.trace
 
 
 def expected() -> list[int]:
@@ -76,10 +72,6 @@ def expected() -> list[int]:
     return b
 
 
-needs_interpreter = pytest.mark.skipif(not (INTERPRETED and HAS_TRITON), reason="run by the test below")
-
-
-@needs_interpreter
 @pytest.mark.parametrize("num_programs", [1, 3, 8, 11])
 def test_every_schedule_gives_the_sequential_result(num_programs: int) -> None:
     traces = set()
@@ -91,13 +83,11 @@ def test_every_schedule_gives_the_sequential_result(num_programs: int) -> None:
     assert run(num_programs, 4) == run(num_programs, 4)
 
 
-@needs_interpreter
 @pytest.mark.parametrize("broken", [1, 3])
 def test_a_missing_wait_is_seen_by_some_schedule(broken: int) -> None:
     assert any(run(3, seed, broken)[0] != expected() for seed in range(10))
 
 
-@needs_interpreter
 def test_a_missing_signal_is_a_dump_and_not_a_hang() -> None:
     with pytest.raises(Deadlock, match=r"program 2: polls address 0x[0-9a-f]+, which stays at 0") as caught:
         run(3, 0, broken=2)
@@ -105,7 +95,6 @@ def test_a_missing_signal_is_a_dump_and_not_a_hang() -> None:
     assert run(3, 0)[0] == expected(), "the interpreter is left as it was found"
 
 
-@needs_interpreter
 def test_counters_can_be_observed() -> None:
     """Every signal, in its order, and no poll."""
     seen = list[tuple[int, int]]()
@@ -122,19 +111,7 @@ def test_counters_can_be_observed() -> None:
     assert seen == [(counter, 3 * step + n + 1) for step in range(2) for counter in range(2) for n in range(3)]
 
 
-@needs_interpreter
 def test_a_grid_without_waits_runs_in_order() -> None:
     out = torch.zeros(3, 2, dtype=torch.int32)
     interpret_grid(place, (3, 2), {"out": out, "FIRST": 10})
     assert out.tolist() == [[10, 11], [11, 12], [12, 13]]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="runs the others, which run here by themselves")
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-def test_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not under_the", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) == 9 and " skipped" not in result.stdout, result.stdout[-1000:]

@@ -1,6 +1,6 @@
 """Rounds without the host: the engine writes what it writes with the host between them, and counts the same rounds.
 
-A backend that interprets plans stands for the resident kernel here, so that no Triton is needed; test_resident_rounds
+A backend that interprets plans stands for the resident kernel here, so that no Triton is needed; resident/test_rounds
 holds the kernel against the same. Legend: R rows, L positions.
 """
 
@@ -247,7 +247,7 @@ def test_logits_that_are_no_numbers_are_the_same_error(
 def test_rows_are_dealt_by_what_the_index_proposes(weights: ModelWeights) -> None:
     """Proposals and records of rows, idle ones too, for texts of any length, some over, drafts that fit or do not.
 
-    What is proposed is the index's own answer here; test_round_functions holds the kernel against it.
+    What is proposed is the index's own answer here; kernels/test_rounds holds the kernel against it.
     """
     rng, num_cut = random.Random(0), 0
     for num_rows in (4, 16):

@@ -1,7 +1,4 @@
-"""Faults planted in what the resident kernel executes: refused, named, or seen by some schedule.
-
-Run by test_resident.py in a process that interprets.
-"""
+"""Faults planted in what the resident kernel executes: refused, named, or seen by some schedule."""
 
 import re
 from dataclasses import replace
@@ -14,7 +11,9 @@ from speedstack.runtime.backends.gpu.resident import ResidentBackend
 from speedstack.runtime.plan.ir import Plan
 from speedstack.runtime.plan.verify.proof import prove
 from tests.runtime.backends.gpu.plan_cases import SMALL_CASES
-from tests.runtime.backends.gpu.resident_cases import interpreted, outcome, same, small
+from tests.runtime.backends.gpu.resident_cases import outcome, same, small
+
+pytestmark = pytest.mark.interpret
 
 
 def altered(plan: Plan, name: str, **changes: Any) -> Plan:
@@ -36,7 +35,6 @@ def plant(backend: ResidentBackend, plan: Plan) -> None:
     backend.next_step = 0
 
 
-@interpreted
 def test_a_missing_signal_is_a_dump_and_not_a_hang() -> None:
     """From the scheduler, and from the kernel's own budget; after that the backend works again."""
     from speedstack.runtime.plan.verify.scheduler import Deadlock
@@ -60,7 +58,6 @@ def test_a_missing_signal_is_a_dump_and_not_a_hang() -> None:
     assert same(outcome(backend, start, 2), expected)
 
 
-@interpreted
 def test_an_item_that_waits_in_vain_is_named() -> None:
     backend, start = small("mimo", 3, max_polls=300)
     backend.interpreter_options = {"patience": None}
@@ -76,7 +73,6 @@ def test_an_item_that_waits_in_vain_is_named() -> None:
     )
 
 
-@interpreted
 @pytest.mark.parametrize(("name", "fault"), [
     ("L00.combine", "lowered"), ("lm_head", "lowered"), ("accept", "lowered"),
     ("L00.o_proj", "early"), ("L00.down", "early"), ("L00.attention", "early"),
@@ -98,7 +94,6 @@ def test_a_read_before_its_time_is_seen_by_some_schedule(name: str, fault: str) 
     pytest.fail("no schedule shows it")
 
 
-@interpreted
 def test_experts_are_chosen_early_only_behind_a_wait() -> None:
     from speedstack.runtime.backends.gpu.task_table import check_early_choices
 
@@ -110,7 +105,6 @@ def test_experts_are_chosen_early_only_behind_a_wait() -> None:
             check_early_choices(altered(plan, "L00.gate_up", waits=waits))
 
 
-@interpreted
 def test_a_plan_that_is_refused_leaves_the_last_one_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     from speedstack.runtime.backends.gpu import task_table
 

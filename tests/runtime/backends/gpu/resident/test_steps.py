@@ -1,17 +1,12 @@
-"""The resident kernel under seeded schedules: whole steps equal to the reference.
+"""The resident kernel: whole steps equal to the reference, under seeded schedules where it is interpreted.
 
-The kernel is the one that a GPU runs. Its programs are threads that take turns at every counter operation and every
-store, in an order that a seed decides. Triton decides when it is imported whether it interprets, so one test runs this
-file again in a process that has TRITON_INTERPRET set, and the other files of the resident kernel likewise.
+The kernel is the one that a GPU runs. Interpreted, its programs are threads that take turns at every counter operation
+and every store, in an order that a seed decides.
 
 Legend: R rows, V vocabulary.
 """
 
 import importlib.util
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +21,7 @@ from speedstack.runtime.backends.gpu.resident import ResidentBackend
 from speedstack.runtime.backends.reference import ReferenceBackend
 from speedstack.runtime.backends.select import make_backend
 from speedstack.runtime.rounds.sampling import SamplingParams
+from tests.devices import not_interpreted
 from tests.runtime.backends.gpu.plan_cases import (
     CASES,
     NUM_ROWS,
@@ -37,10 +33,7 @@ from tests.runtime.backends.gpu.plan_cases import (
     rows_of,
 )
 from tests.runtime.backends.gpu.resident_cases import (
-    HAS_TRITON,
-    INTERPRETED,
     SPLIT,
-    interpreted,
     outcome,
     resident_of,
     same,
@@ -79,7 +72,7 @@ class Watch:
                 self.seen[phase.name] = found.clone()
 
 
-@interpreted
+@pytest.mark.interpret
 @pytest.mark.parametrize(
     ("case", "num_programs"),
     # FP8 changes nothing about who waits for whom: once is enough.
@@ -87,8 +80,9 @@ class Watch:
 )
 def test_every_buffer_of_every_step_equals_the_reference(case: str, num_programs: int) -> None:
     """Two sequences, one in two splits, over consecutive steps that meet what earlier ones left in all buffers."""
-    reference, ids = prefilled(CASES[case](), [39, 15])
-    backend = resident_of(reference, num_programs, num_rows=NUM_ROWS, prefetch="none", seed=num_programs)
+    weights = CASES[case]()
+    reference, ids = prefilled(weights, [39, 15])
+    backend = resident_of(weights, reference, num_programs, num_rows=NUM_ROWS, prefetch="none", seed=num_programs)
     watch = Watch(backend, 3)
     backend.interpreter_options = {"observe": watch}
     for step, places in enumerate((((1, 15), (1, 16), (0, 39)), ((0, 40), (1, 17)), ((0, 41), (0, 42), (1, 18)))):
@@ -105,11 +99,10 @@ def test_every_buffer_of_every_step_equals_the_reference(case: str, num_programs
     assert backend.next_step == 3 and not any(watch.left.values())
 
 
-@interpreted
 @pytest.mark.parametrize("is_draft", [False, True])
-def test_repeating_a_step_leaves_it_as_it_was(is_draft: bool) -> None:
+def test_repeating_a_step_leaves_it_as_it_was(is_draft: bool, device: torch.device) -> None:
     """However many steps a launch makes of them, rows that the host named stay what they are."""
-    backend, (_, rows) = small("qwen3-mxfp4", 3)
+    backend, (_, rows) = small("qwen3-mxfp4", 3, device)
     if is_draft:
         rows = Rows(rows.tokens, [0, 0], [17, 18])
     logits_WV, best = backend.step(rows, [0, 1])
@@ -120,11 +113,10 @@ def test_repeating_a_step_leaves_it_as_it_was(is_draft: bool) -> None:
     assert torch.equal(again_WV, kept_WV) and best_again == best
 
 
-@interpreted
 @pytest.mark.parametrize("first_step", [715_827_881, 2**31 - 2, 2**32 - 1])
-def test_counters_and_steps_wrap_around(first_step: int) -> None:
+def test_counters_and_steps_wrap_around(first_step: int, device: torch.device) -> None:
     """Thresholds pass 2^31 at the first of these (three programs), steps do at the others."""
-    backend, start = small("qwen3-mxfp4", 3)
+    backend, start = small("qwen3-mxfp4", 3, device)
     expected = outcome(backend, start, 3)
     rates = backend.counters.long() // 3
     assert rates.max() == 3 and rates.min() >= 1
@@ -134,10 +126,9 @@ def test_counters_and_steps_wrap_around(first_step: int) -> None:
     assert torch.equal((backend.counters.long() - rates * backend.next_step) % 2**32, torch.zeros_like(rates))
 
 
-@interpreted
-def test_sampling_goes_on_without_the_host() -> None:
+def test_sampling_goes_on_without_the_host(device: torch.device) -> None:
     """With a temperature too: several steps in one launch are as many launches."""
-    backend, (caches, rows) = small("qwen3-mxfp4", 3)
+    backend, (caches, rows) = small("qwen3-mxfp4", 3, device)
     draws = [Draw(5, 1, SamplingParams(1.5)), None]
     rows = replace(rows, draws=draws)
     start = (caches, rows)
@@ -176,7 +167,7 @@ def fetched(backend: ResidentBackend, run: Callable[[], Any], monkeypatch: pytes
     return {address for first, last in pieces for address in range(first, last, 16)}
 
 
-@interpreted
+@pytest.mark.interpret
 @pytest.mark.parametrize("case", SMALL_CASES)
 def test_what_is_prefetched_is_what_a_step_reads(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All weights that every step reads, of the experts the chosen ones alone, and nothing else."""
@@ -201,7 +192,7 @@ def test_what_is_prefetched_is_what_a_step_reads(case: str, monkeypatch: pytest.
         assert len(found & some) < len(some), "an expert that nobody chose was fetched"
 
 
-@interpreted
+@pytest.mark.interpret
 def test_features_reach_the_drafter(tiny_model_dir: Path, tiny_drafter_dir: Path) -> None:
     """Its proposals are the reference backend's; a drafter that comes later, and more rows than a step holds."""
     from speedstack.dflash.checkpoint import load_drafter
@@ -226,7 +217,7 @@ def test_features_reach_the_drafter(tiny_model_dir: Path, tiny_drafter_dir: Path
     assert drafts[0].tokens == drafts[1].tokens
 
 
-@interpreted
+@pytest.mark.interpret
 def test_engine_writes_the_same_text(tmp_path: Path, make_tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     model = make_tiny_model(num_hidden_layers=1, layer_types=["sliding_attention"], mlp_layer_types=["sparse"])
     model.save_pretrained(tmp_path)
@@ -234,7 +225,7 @@ def test_engine_writes_the_same_text(tmp_path: Path, make_tiny_model: Callable[.
     check_text(tmp_path, "resident")
 
 
-@interpreted
+@pytest.mark.interpret
 def test_too_many_kinds_of_phases_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from speedstack.runtime.backends.gpu import task_table
 
@@ -243,10 +234,10 @@ def test_too_many_kinds_of_phases_are_refused(monkeypatch: pytest.MonkeyPatch) -
         small("qwen3-mxfp4", 3)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="about a process that does not interpret")
+@not_interpreted
 def test_refused_by_name_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = CASES["qwen3-mxfp4"]()
-    if HAS_TRITON:
+    if importlib.util.find_spec("triton") is not None:
         with pytest.raises(ValueError, match=r"'resident' runs on a GPU; on a CPU .* TRITON_INTERPRET=1"):
             make_backend("resident", weights, None, 1, 32)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -265,20 +256,3 @@ def test_older_gpus_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None
         _multiprocessors(_target_of(torch.device("cuda")))
     properties.major = 9
     assert _multiprocessors(_target_of(torch.device("cuda"))) == 108
-
-
-@pytest.mark.skipif(INTERPRETED, reason="runs the others, which run here by themselves")
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("name", "num_tests"), [("", 30), ("_schedules", 5), ("_faults", 10), ("_rounds", 8), ("_drafter", 5)]
-)
-def test_under_the_interpreter(name: str, num_tests: int) -> None:
-    file = Path(__file__).with_name(f"test_resident{name}.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=1500", str(file)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) >= num_tests, result.stdout[-1000:]

@@ -1,10 +1,8 @@
 """The resident kernel drafts with a DFlash drafter: what the plan's bodies do, buffer by buffer; and texts.
 
-Run by test_resident.py in a process that interprets. Legend: R rows.
+Legend: R rows.
 """
 
-import importlib.util
-import os
 from typing import Any, Literal
 
 import numpy as np
@@ -31,8 +29,8 @@ from tests.runtime.backends.gpu.drafter_cases import (
 from tests.runtime.backends.gpu.test_rounds import check_same
 from tests.runtime.plan.interpret import interpret
 
-if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
-    pytest.skip("runs in the process that interprets", allow_module_level=True)
+pytest.importorskip("triton", reason="triton is not installed: its kernels are not tested")
+pytestmark = pytest.mark.interpret
 
 R, SPLIT = 16, 16
 
@@ -108,7 +106,7 @@ def run(backend: ResidentBackend, start: list[torch.Tensor]) -> tuple[list[list[
     return backend.rounds.run(requests, 2), [tensor.clone() for tensor in state]
 
 
-def test_rounds_are_the_same_under_every_schedule() -> None:
+def test_rounds_are_the_same_under_every_schedule(num_interleavings: int) -> None:
     """With 1, 3 and 8 programs, prefetching or not: bit for bit, keys and values of rejected drafts and masks too."""
     one = backend_of("mimo", 1)
     generator = torch.Generator().manual_seed(0)
@@ -117,7 +115,7 @@ def test_rounds_are_the_same_under_every_schedule() -> None:
     expected = run(one, start)
     assert all(rounds[0].num_proposed > 0 for rounds in expected[0])
     others = [backend_of("mimo", 3, prefetch="none"), backend_of("mimo", 8)]
-    for seed in range(int(os.environ.get("SPEEDSTACK_SCHEDULES", "4")) // 2):
+    for seed in range(-(-num_interleavings // 100)):
         backend = others[seed % 2]
         backend.seed = seed
         found = run(backend, start)

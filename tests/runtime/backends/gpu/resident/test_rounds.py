@@ -1,10 +1,8 @@
 """The resident kernel drafts, verifies, samples and accepts: what the plan's bodies do, buffer by buffer, and texts.
 
-Run by test_resident.py in a process that interprets. Legend: R rows.
+Legend: R rows.
 """
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,8 +27,8 @@ from speedstack.runtime.rounds.speculation import DraftStrategy
 from tests.runtime.backends.gpu.plan_cases import SMALL_CASES
 from tests.runtime.plan.interpret import interpret
 
-if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
-    pytest.skip("runs in the process that interprets", allow_module_level=True)
+pytest.importorskip("triton", reason="triton is not installed: its kernels are not tested")
+pytestmark = pytest.mark.interpret
 
 MAX_LENGTH, NUM_ROWS = 32, 8
 PROMPTS = [[5, 6, 7, 5, 6, 7, 5, 6], [9, 2, 9, 2, 4, 9]]

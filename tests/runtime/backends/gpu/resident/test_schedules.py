@@ -1,26 +1,21 @@
-"""Steps of the resident kernel without the host, in 200 orders that seeds decide: bit for bit the same.
+"""Steps of the resident kernel without the host, in many orders that seeds decide: bit for bit the same.
 
-SPEEDSTACK_SCHEDULES says how many orders instead, over all models together. Run by test_resident.py in a process that
-interprets.
+`--interleavings` says how many, over all models together.
 
 Legend: R rows.
 """
-
-import os
 
 import pytest
 import torch
 
 from speedstack.runtime.backends.base import Rows
 from tests.runtime.backends.gpu.plan_cases import SMALL_CASES, SMALL_LENGTH, prefilled
-from tests.runtime.backends.gpu.resident_cases import interpreted, outcome, same, small
-
-NUM_SCHEDULES = int(os.environ.get("SPEEDSTACK_SCHEDULES", "200"))
+from tests.runtime.backends.gpu.resident_cases import outcome, same, small
 
 
-@interpreted
+@pytest.mark.interpret
 @pytest.mark.parametrize("case", SMALL_CASES)
-def test_steps_without_the_host_are_the_references_under_every_schedule(case: str) -> None:
+def test_steps_without_the_host_are_the_references_under_every_schedule(case: str, num_interleavings: int) -> None:
     """Bit for bit the same with 1, 3 and 8 programs, prefetching or not, whatever the order in which they run."""
     backend, start = small(case, 1)
     expected = outcome(backend, start, 2)
@@ -39,8 +34,7 @@ def test_steps_without_the_host_are_the_references_under_every_schedule(case: st
         small(case, 8)[0],
         small(case, 3)[0],
     ]
-    num_schedules = NUM_SCHEDULES // len(SMALL_CASES)
-    for seed in range(num_schedules):
+    for seed in range(num_interleavings // len(SMALL_CASES)):
         backend = backends[seed % 3]
         backend.seed = seed
         assert same(outcome(backend, start, 2), expected), f"seed {seed}, {backend.plan.num_programs} programs"

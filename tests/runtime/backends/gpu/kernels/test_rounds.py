@@ -1,13 +1,11 @@
 """The kernels of `draft`, `embed` and `accept` alone, on random texts, against the functions of the host's loop.
 
 Texts are longer than the block that a look-up compares at a time, lie in front of what an earlier text left in the
-slot, and end by either of two tokens, by a logit that is no number, or by their length. Started by test_graph.py in a
-process that interprets.
+slot, and end by either of two tokens, by a logit that is no number, or by their length.
 
 Legend: R rows, L positions.
 """
 
-import os
 import random
 
 import pytest
@@ -31,13 +29,9 @@ from speedstack.runtime.plan.record_layout import (
 )
 from speedstack.runtime.rounds.histogram import NUM_BINS
 from speedstack.runtime.rounds.row_allocation import deal
+from tests.runtime.backends.gpu.launch import Launcher
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("runs in the process that interprets", allow_module_level=True)
-
-from speedstack.runtime.backends.gpu.bindings.layers import Constants
-from speedstack.runtime.backends.gpu.interpreter import interpret_grid
-from speedstack.runtime.backends.gpu.kernels.single_op import phase_kernel
+pytest.importorskip("triton", reason="triton is not installed: its kernels are not tested")
 
 R, NUM_SLOTS, NUM_CASES = 16, 3, 40
 EOS = (2, 7)
@@ -68,13 +62,12 @@ def proposals_of(request: RoundsRequest) -> list[int]:
     return NgramIndex(request.ngram_size).propose(request.tokens, min(request.num_drafts, num_left - 1))
 
 
-def run(op: str, *pointers: torch.Tensor, num: int = R, **constants: int | bool) -> None:
+def run(launch: Launcher, op: str, *pointers: torch.Tensor, num: int = R, **constants: int | bool) -> None:
     """Every item of a phase of `num` rows or sequences."""
-    phase = Constants(IS_DRAFT=False, op=op, axes=(num,), R=num, **constants)
-    interpret_grid(phase_kernel, (num,), {"pointers": pointers, "PHASE": phase, "IS_DEPENDENT": False})
+    launch.phase(pointers, op=op, axes=(num,), R=num, **constants)
 
 
-def test_drafts_are_those_of_the_index() -> None:
+def test_drafts_are_those_of_the_index(launch: Launcher) -> None:
     """Token for token, whatever the block; for a sequence that is over, or decoded by the host, nothing is written."""
     rng, num_proposals, num_of_many_blocks = random.Random(0), 0, 0
     for case in range(NUM_CASES):
@@ -85,7 +78,7 @@ def test_drafts_are_those_of_the_index() -> None:
             sequences[0, END] = sequences[0, LENGTH]
         proposals = torch.full((R, R), -9, dtype=torch.int32)
         history = history_of(rng, requests, max_length)
-        run("draft", sequences, history, proposals, STRIDE=max_length, BLOCK=block)
+        run(launch, "draft", sequences, history, proposals, STRIDE=max_length, BLOCK=block)
         for sequence, request in enumerate(requests):
             if sequences[sequence, END] > sequences[sequence, LENGTH]:
                 wanted = proposals_of(request)
@@ -99,7 +92,7 @@ def test_drafts_are_those_of_the_index() -> None:
 
 @pytest.mark.parametrize("has_proposals", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 4, 16])
-def test_rows_are_dealt_as_the_host_deals_them(has_proposals: bool, num_rows: int) -> None:
+def test_rows_are_dealt_as_the_host_deals_them(has_proposals: bool, num_rows: int, launch: Launcher) -> None:
     """Records, sampling states and embeddings of all rows; those that the host has named stay as they are."""
     rng, num_short = random.Random(num_rows), 0
     embedding_VD = torch.arange(24.0)[:, None].expand(24, 8).contiguous()
@@ -132,7 +125,8 @@ def test_rows_are_dealt_as_the_host_deals_them(has_proposals: bool, num_rows: in
         dealing, constants = (sequences, draws, proposals, rows, sampling), {"HAS_PROPOSALS": has_proposals}
         for_norm = (torch.ones(8), torch.empty(16, num_rows), torch.empty(1, num_rows))
         bins = torch.full((num_rows, 2, NUM_BINS), -5)
-        run("embed", *dealing, embedding_VD, hidden_DR, *for_norm, bins, num=num_rows, D=8, NP=1, **constants)
+        pointers = (*dealing, embedding_VD, hidden_DR, *for_norm, bins)
+        run(launch, "embed", *pointers, num=num_rows, D=8, NP=1, **constants)
         assert not bins.any(), "of all rows"
         assert torch.equal(rows, wanted_rows) and torch.equal(sampling, wanted_sampling)
         used = rows[:, TOKEN] >= 0
@@ -141,7 +135,7 @@ def test_rows_are_dealt_as_the_host_deals_them(has_proposals: bool, num_rows: in
     assert num_short > 10 or not has_proposals or num_rows == 1
 
 
-def test_acceptance_is_that_of_the_host() -> None:
+def test_acceptance_is_that_of_the_host(launch: Launcher) -> None:
     """How many drafts stand, what is committed, where the text ends; nothing else of any slot changes."""
     rng, ways = random.Random(1), set[str]()
     max_length = 24
@@ -177,7 +171,7 @@ def test_acceptance_is_that_of_the_host() -> None:
         rows_before = rows.clone()
         constants = {"LP": len(eos), "STRIDE": max_length, "HAS_HISTORY": True, "HAS_PROPOSALS": True}
         constants["REPORT"] = len(report)
-        run("accept", rows, sequences, report, torch.tensor(eos).int(), history, proposals, **constants)
+        run(launch, "accept", rows, sequences, report, torch.tensor(eos).int(), history, proposals, **constants)
         for sequence, (outcome, state) in enumerate(wanted):
             assert report[R + OUTCOME * sequence :][:OUTCOME].tolist() == outcome, (case, requests[sequence])
             assert sequences[sequence, [ANCHOR, LENGTH, END]].tolist() == state, (case, requests[sequence])
