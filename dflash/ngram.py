@@ -1,4 +1,4 @@
-"""Prompt look-up: proposals copied from where the text has said the same before. A baseline that needs no drafter.
+"""Prompt lookup: proposals copied from where the text has said the same before. A baseline that needs no drafter.
 
 The longest run of last tokens, up to `max_size` of them, that occurred earlier is looked up, and what followed it then
 is proposed. Code repeats itself, so this alone saves steps; a drafter that saves fewer is not worth its weights.

@@ -43,7 +43,7 @@ class Draft:
 def propose(
     model: DFlashDraftModel, hidden_KD: Tensor, head: Tensor, anchor: int, adjust: Adjust | None = None
 ) -> Draft:
-    """The most probable token of each slot, drafted left to right; fewer where logits are not numbers.
+    """The most probable token of each slot, drafted left to right; fewer where logits are NaN.
 
     `head`: the target's LM head [V, D], or `model.draft_head` of it; `anchor`: the token before the first proposal;
     `adjust`: what softmax is taken of.

@@ -103,7 +103,7 @@ show(kl_by_bytes, grid)
 
 # %% [markdown]
 # What the bytes buy in speed is the cost model's prediction; a drafter buys more than any format of a model this small,
-# whose steps are hand-offs rather than bytes. Tokens/s that were measured are in the table below.
+# whose steps are synchronizations rather than bytes. Tokens/s that were measured are in the table below.
 
 # %%
 show(kl_by_speed, grid)

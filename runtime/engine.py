@@ -107,7 +107,7 @@ class Engine:
         Args:
             target: Hugging Face directory, experts packed in MXFP4 or not.
             drafter: DFlash directory, or a model in memory (see `set_drafter`); refused when it names another target.
-                `"ngram"` is prompt look-up, which needs no drafter; a directory of that name needs its whole path.
+                `"ngram"` is prompt lookup, which needs no drafter; a directory of that name needs its whole path.
             backend: `reference` is PyTorch on any device, `cpu` compiled kernels for float32 on a CPU, `graph` a Triton
                 kernel a phase on a GPU, `resident` one for whole rounds, several a launch unless drafts are adaptive,
                 or the drafter or the sampling needs the host (see `rounds`); `auto` takes `cpu` where it can and says
@@ -168,7 +168,7 @@ class Engine:
         strategy.num_per_round(model)
         with self._alone():
             self._has_default_strategy = is_default
-            # To a backend a look-up is no drafter: between those two it has nothing to rebuild.
+            # To a backend a prompt lookup is no drafter: between those two it has nothing to rebuild.
             if isinstance(model, DFlashDraftModel) or isinstance(self._drafter, DFlashDraftModel):
                 self.backend.set_drafter(model if isinstance(model, DFlashDraftModel) else None)
             self._plan(model, strategy)
@@ -249,7 +249,7 @@ class Engine:
 
         Raises:
             ValueError: something else as a prompt, an empty one, ids outside the vocabulary, a prompt that does not fit
-                the buffers, a sampling parameter out of range, or logits that are not numbers.
+                the buffers, a sampling parameter out of range, or logits that are NaN.
         """
         listed, is_single = split_prompts(prompts, self.tokenizer)
         params = sampling_params(temperature, top_p, top_k)
@@ -324,8 +324,8 @@ class Engine:
             )
         if stops and self.tokenizer is None:
             raise ValueError("stop strings need text, and the target has no tokenizer files")
-        is_look_up = self._drafter == NGRAM
-        cost = self.backend.round_cost.of_look_up if is_look_up else self.backend.round_cost
+        is_prompt_lookup = self._drafter == NGRAM
+        cost = self.backend.round_cost.of_prompt_lookup if is_prompt_lookup else self.backend.round_cost
         history = self._histories.setdefault(params, DraftHistory())
         return RunningSequence(
             ids,
@@ -336,7 +336,7 @@ class Engine:
             TextStream(self.tokenizer, stops, ids, skip_special_tokens) if self.tokenizer is not None else None,
             self.num_drafts,
             DraftBudget(self.num_drafts, cost, history) if self.strategy.is_adaptive else None,
-            self.strategy.ngram_size if is_look_up else None,
+            self.strategy.ngram_size if is_prompt_lookup else None,
         )
 
     def _run(self, waiting: list[RunningSequence]) -> Iterator[None]:

@@ -91,7 +91,7 @@ def score_continuations(
 
     Raises:
         ValueError: an empty context or continuation, ids outside the vocabulary, more than `engine.max_length` tokens
-            before the last one, or logits that are not numbers. Scores yielded before that stand.
+            before the last one, or logits that are NaN. Scores yielded before that stand.
     """
     sequences = []
     for context, continuation in requests:
@@ -136,8 +136,7 @@ def _step(
     if min(best, default=0) < 0:
         position = positions[wanted[best.index(-1)]] + 1
         raise ValueError(
-            f"the target's logits at position {position} are not numbers; "
-            "the checkpoint is broken or its dtype overflows"
+            f"the target's logits at position {position} are NaN; the checkpoint is broken or its dtype overflows"
         )
     logprobs_WV = torch.log_softmax(logits_WV, -1)
     row = 0

@@ -278,12 +278,12 @@ class Checker:
             raise RuntimeError("no token that is drawn differs from the most probable one")
         return {"num_tokens_compared": num_compared, "num_near_ties": num_ties, "num_not_most_probable": num_changed}
 
-    def check_look_up(self) -> dict[str, Any]:
+    def check_prompt_lookup(self) -> dict[str, Any]:
         """Texts with look-up and without, greedy and sampled.
 
         Raises RuntimeError where they differ, and where no draft was accepted, so that nothing was checked.
         """
-        found = self._compare_texts("ngram", "that are looked up", self.scale.num_look_up)
+        found = self._compare_texts("ngram", "that are looked up", self.scale.num_lookup_tokens)
         if not found["num_accepted"]:
             raise RuntimeError(f"none of {found['num_drafted']} drafts was accepted: give the check longer texts")
         return found

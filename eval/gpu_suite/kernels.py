@@ -102,7 +102,7 @@ def backend_for(job: Job, scale: Scale, target: Target) -> GraphBackend | Reside
     backend = kind(weights, drafter, scale.check_rows if job.is_check else 1, job.length, target=target)
     if job.flavour == LOOK_UP:
         assert isinstance(backend, ResidentBackend)
-        backend.set_look_up(True)
+        backend.set_prompt_lookup(True)
     return backend
 
 

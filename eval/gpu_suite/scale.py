@@ -21,8 +21,8 @@ class Cell:
 class Scale:
     """num_steps: of a timed sample, after `warm_steps` more. check_rows, check_context: of correctness.
 
-    num_generated: tokens of a text that is checked; num_look_up: of one with look-up, long enough to repeat itself;
-    num_with_drafter: of one with a drafter.
+    num_generated: tokens of a text that is checked; num_lookup_tokens: of one with look-up, long enough to repeat
+    itself; num_with_drafter: of one with a drafter.
 
     peer_layers: two depths of each model, from which a whole one is extrapolated. flush_bytes: written between timings
     of phases, to empty the L2 cache.
@@ -38,7 +38,7 @@ class Scale:
     check_rows: int
     check_context: int
     num_generated: int
-    num_look_up: int
+    num_lookup_tokens: int
     num_with_drafter: int
     peer_layers: dict[str, tuple[int, int]]
     compiles_peer: bool
@@ -73,7 +73,7 @@ def scale_for(device: str) -> Scale:
             check_rows=3,
             check_context=6,
             num_generated=2,
-            num_look_up=12,
+            num_lookup_tokens=12,
             num_with_drafter=4,
             peer_layers=dict.fromkeys(("gpt-oss-20b", "mimo-v2-flash", "qwen3-30b-a3b"), (1, 2)),
             compiles_peer=False,
@@ -92,7 +92,7 @@ def scale_for(device: str) -> Scale:
         check_rows=8,
         check_context=530,
         num_generated=24,
-        num_look_up=64,
+        num_lookup_tokens=64,
         num_with_drafter=64,
         # What is between them is as the rest of the model: gpt-oss' kinds of layers take turns, and of MiMo's, whose
         # first one is dense, most are sliding. Its layers of experts are 13 GB each in bfloat16.

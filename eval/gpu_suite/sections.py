@@ -18,7 +18,7 @@ CHECKS = ("check_buffers", "check_row_invariance", "check_text", "check_sampling
 CHECKS_OF = {
     "gpt-oss-20b": (*CHECKS, "check_edges"),
     "mimo-v2-flash": (*CHECKS, "check_fp8"),
-    "qwen3-30b-a3b": (*CHECKS, "check_look_up", "check_drafter"),
+    "qwen3-30b-a3b": (*CHECKS, "check_prompt_lookup", "check_drafter"),
 }
 NOT_AVAILABLE = "not available"
 CORES_LEFT = 4  # by those that compile: for a model's three contestants, whose peer compiles as well, and for the suite

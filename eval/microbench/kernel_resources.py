@@ -176,7 +176,7 @@ def _backend(
             drafter = DFlashDraftModel(drafter_config(spec)).to(torch.bfloat16)
     weights = empty_weights(spec, torch.bfloat16, META, is_packed, has_fp8)
     backend = ResidentBackend(weights, drafter, NUM_SLOTS, MAX_CONTEXT, prefetch=prefetch, target=TARGET)
-    backend.set_look_up(not has_drafter)
+    backend.set_prompt_lookup(not has_drafter)
     return backend
 
 

@@ -21,7 +21,7 @@ from speedstack.eval.speed.device_timing import device_seconds, phase_kinds, rep
 from speedstack.runtime.backends.base import Rows
 from speedstack.runtime.backends.gpu.base import formats_of
 from speedstack.runtime.backends.gpu.graph import GraphBackend
-from speedstack.runtime.backends.gpu.semantics.layers import PlanMemory
+from speedstack.runtime.backends.gpu.semantics.layers import StepSemantics
 from speedstack.runtime.model.weights import ModelWeights
 from speedstack.runtime.plan.step import build_plan
 
@@ -53,18 +53,18 @@ def reference_phase_seconds(weights: ModelWeights, rows: Rows, num_repeats: int)
         raise ValueError("phases of 'reference' are measured on a CPU; on a GPU measure 'graph'")
     context = max(rows.positions) + 1
     plan = build_plan(weights.spec, formats_of(weights), 1, len(rows.tokens), context)
-    memory = PlanMemory(plan, weights)
+    memory = StepSemantics(plan, weights)
     for keys, values in memory.caches:
         keys.normal_()
         values.normal_()
-    bodies = memory.bodies()
+    semantics = memory.semantics()
     samples: dict[str, list[float]] = {phase.name: [] for phase in plan.phases}
     with torch.no_grad():
         for step in range(NUM_WARMUPS + num_repeats):
             # Sampling goes on to the next position: every step is the same again.
             memory.set_rows(list(rows.tokens), list(rows.slots), list(rows.positions))
             for phase in plan.phases:
-                body, started = bodies[phase.op], time.perf_counter()
+                body, started = semantics[phase.op], time.perf_counter()
                 for item in range(phase.num_items):
                     for _ in body(phase, phase.index(item), step) or ():
                         pass

@@ -60,7 +60,7 @@ class RoundsRequest:
 
     `tokens`: all there are, the newest of which, the anchor, has not been computed yet. `end`: how many there may be.
     `watches_eos`: the model's end-of-sequence tokens end it. `num_drafts`: proposals a round at most, of the backend's
-    drafter, or by prompt look-up for runs of up to `ngram_size` tokens. `draw`: None is greedy.
+    drafter, or by prompt lookup for runs of up to `ngram_size` tokens. `draw`: None is greedy.
     """
 
     tokens: Sequence[int]
@@ -76,7 +76,7 @@ class RoundsRequest:
 class Round:
     """What one round of one sequence was: proposals made and verified, how many stand, and tokens that this commits.
 
-    A token of -1 stands for logits that are not numbers.
+    A token of -1 stands for logits that are NaN.
     """
 
     num_proposed: int
@@ -98,7 +98,7 @@ class Rounds(Protocol):
         """
         ...
 
-    def set_look_up(self, is_wanted: bool) -> None:
+    def set_prompt_lookup(self, is_wanted: bool) -> None:
         """Whether requests may ask for drafts that are looked up from now on."""
         ...
 
@@ -133,7 +133,7 @@ class Backend(Protocol):
         """Computes all rows, and the logits of those named in `logit_rows`, which ascend.
 
         Returns float32 logits [len(logit_rows), vocabulary] and the index of the largest logit in each, ties to the
-        lower index; -1 where a logit is not a number. With `rows.draws` that is the token drawn. With a drafter its
+        lower index; -1 where a logit is NaN. With `rows.draws` that is the token drawn. With a drafter its
         context is written for all rows too.
         """
         ...
@@ -141,7 +141,7 @@ class Backend(Protocol):
     def draft(self, requests: Sequence[DraftRequest], num_drafts: int) -> list[Draft]:
         """The first `num_drafts` proposals of each request.
 
-        There are fewer where the drafter's logits are not numbers. Fewer than the drafter was trained for make a
+        There are fewer where the drafter's logits are NaN. Fewer than the drafter was trained for make a
         shorter block, which is cheaper and proposes nearly the same.
         """
         ...

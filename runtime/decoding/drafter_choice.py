@@ -1,4 +1,4 @@
-"""What drafts, as people name it: a directory, a model in memory, prompt look-up (`"ngram"`), or nothing."""
+"""What drafts, as people name it: a directory, a model in memory, prompt lookup (`"ngram"`), or nothing."""
 
 import copy
 from pathlib import Path

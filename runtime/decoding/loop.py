@@ -16,9 +16,9 @@ from speedstack.dflash.propose import Draft
 from speedstack.runtime.backends.base import Backend, Draw, Rounds, RoundsRequest, Rows
 from speedstack.runtime.backends.cpu.sampling import NOT_WANTED, CompiledSampler, SampledRows, load_sampler
 from speedstack.runtime.decoding.proposers import Proposer
-from speedstack.runtime.decoding.sequence import RunningSequence, not_numbers
+from speedstack.runtime.decoding.sequence import RunningSequence, nan_logits
 from speedstack.runtime.model.kv_ring import MAX_ROWS
-from speedstack.runtime.rounds.row_allocation import deal, neighbours
+from speedstack.runtime.rounds.row_allocation import allocate_rows, contiguous_groups
 from speedstack.runtime.rounds.sampling import NoiseTable, sample
 
 
@@ -79,7 +79,7 @@ class Decoder:
             yield
 
     def round(self, sequences: Sequence[RunningSequence]) -> None:
-        """One round of all `sequences`, or several. Raises ValueError when the target's logits are not numbers."""
+        """One round of all `sequences`, or several. Raises ValueError when the target's logits are NaN."""
         started = time.perf_counter()
         requests = [sequence.rounds_request() for sequence in sequences]
         if self._rounds is None or not self._rounds.takes(requests):
@@ -100,7 +100,7 @@ class Decoder:
 
     def _one_round(self, sequences: Sequence[RunningSequence]) -> None:
         noise = NoiseTable(self._vocab_size, self._device)
-        drafts = self._dealt(self._proposer.propose(sequences, noise))
+        drafts = self._allocated(self._proposer.propose(sequences, noise))
         tokens: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
@@ -130,15 +130,15 @@ class Decoder:
             chosen = accept(draft.tokens, target_token)
             sequence.record_round(len(draft.tokens), len(chosen) - 1, sequence.commit(chosen))
 
-    def _dealt(self, drafts: list[Draft]) -> list[Draft]:
-        """What of each draft is verified where steps have a fixed number of rows: see `deal`."""
+    def _allocated(self, drafts: list[Draft]) -> list[Draft]:
+        """What of each draft is verified where steps have a fixed number of rows: see `allocate_rows`."""
         num_rows = self._backend.rows_a_step
         if num_rows is None:
             return drafts
         wanted = [1 + len(draft.tokens) for draft in drafts]
-        groups = neighbours(len(drafts), num_rows)
-        dealt = [rows for group in groups for rows in deal([wanted[index] for index in group], num_rows)]
-        return [draft.leading(rows - 1) for draft, rows in zip(drafts, dealt, strict=True)]
+        groups = contiguous_groups(len(drafts), num_rows)
+        allocated = [rows for group in groups for rows in allocate_rows([wanted[index] for index in group], num_rows)]
+        return [draft.leading(rows - 1) for draft, rows in zip(drafts, allocated, strict=True)]
 
     def _is_drawn_there(self, sequence: RunningSequence) -> bool:
         """Whether the backend draws the sequence's tokens: always the same one, so that a text has one sampler."""
@@ -179,7 +179,7 @@ class Decoder:
     ) -> int:
         """The token at `position`, given the logits that predict it, what the backend says of them, and `_draw`."""
         if best < 0:
-            raise not_numbers(position)
+            raise nan_logits(position)
         if sequence.params.temperature == 0.0 or self._is_drawn_there(sequence):
             return best
         if drawn >= 0:

@@ -1,4 +1,4 @@
-"""Who proposes tokens: the drafter of a backend, or a look-up in the sequence's own text."""
+"""Who proposes tokens: the drafter of a backend, or a prompt lookup in the sequence's own text."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -27,7 +27,7 @@ class NoProposer:
 
 
 class NgramProposer:
-    """Prompt look-up; every sequence keeps its own index."""
+    """Prompt lookup; every sequence keeps its own index."""
 
     def propose(self, sequences: Sequence[RunningSequence], noise: NoiseTable) -> list[Draft]:
         """See `Proposer`."""

@@ -82,7 +82,7 @@ class Score:
 def score_of(steps: Iterable[tuple[torch.Tensor, list[int]]], ids: Sequence[int]) -> Score:
     """Of what a backend's steps give after all of `ids`, in order: logits [rows, vocabulary], and their argmaxes.
 
-    Raises ValueError for logits that are not numbers, whose argmax is -1.
+    Raises ValueError for logits that are NaN, whose argmax is -1.
     """
     logprobs: list[torch.Tensor] = []
     greedy: list[int] = []
@@ -94,5 +94,5 @@ def score_of(steps: Iterable[tuple[torch.Tensor, list[int]]], ids: Sequence[int]
         greedy += best[: len(targets)]
         start += len(best)
     if -1 in greedy:
-        raise ValueError("the target's logits are not numbers; the checkpoint is broken or its dtype overflows")
+        raise ValueError("the target's logits are NaN; the checkpoint is broken or its dtype overflows")
     return Score(torch.cat(logprobs), torch.tensor(greedy) == torch.tensor(ids[1:]))

@@ -13,10 +13,10 @@ from speedstack.runtime.rounds.draft_length import DraftBudget
 from speedstack.runtime.rounds.sampling import SamplingParams, sequence_key
 
 
-def not_numbers(position: int) -> ValueError:
+def nan_logits(position: int) -> ValueError:
     """What is wrong when no token can be chosen for a position."""
     return ValueError(
-        f"the target's logits at position {position} are not numbers; the checkpoint is broken or its dtype overflows"
+        f"the target's logits at position {position} are NaN; the checkpoint is broken or its dtype overflows"
     )
 
 
@@ -25,7 +25,7 @@ class RunningSequence:
 
     `text`: what the tokens are decoded into, None for a target without a tokenizer.
     `num_drafts`: proposals a round at most; `budget` says how many of them are worth it, None for all; `ngram_size`: of
-    the look-up that makes them, None for a drafter.
+    the prompt lookup that makes them, None for a drafter.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class RunningSequence:
         self.stats.num_drafted += len(draft.tokens)
         draft = draft.leading(self.num_left - 1)
         if self._budget and draft.tokens:
-            # A look-up believes in all it finds: how often it was right lately has said how much to ask for.
+            # A prompt lookup believes in all it finds: how often it was right lately has said how much to ask for.
             draft = draft.leading(self._budget.num_to_verify(draft.probabilities or [1.0] * len(draft.tokens)))
         return draft
 
@@ -122,7 +122,7 @@ class RunningSequence:
     def take_rounds(self, rounds: Sequence[Round]) -> None:
         """Commits what was decoded without the host, up to the token that ends the sequence; it arrived all at once.
 
-        Raises ValueError where the target's logits were not numbers.
+        Raises ValueError where the target's logits were NaN.
         """
         num_before = len(self.tokens)
         for one in rounds:
@@ -145,7 +145,7 @@ class RunningSequence:
         num_before = len(self.tokens)
         for token in tokens:
             if token < 0:
-                raise not_numbers(len(self.tokens))
+                raise nan_logits(len(self.tokens))
             self.tokens.append(token)
             if token in self._eos:
                 self.finish_reason = "eos"

@@ -32,7 +32,7 @@ EMBEDDING = ("embed", "block")  # ops that read a few rows of a matrix
 @dataclass(frozen=True)
 class Assumptions:
     """bandwidth_fraction: of the GPU's figure that is reached; a copy reaches about 0.9. The three times are guesses to
-    be replaced by measurements: published hand-offs between programs lie between 0.9 and 8 us."""
+    be replaced by measurements: published synchronizations of programs lie between 0.9 and 8 us."""
 
     bandwidth_fraction: float = 1.0
     handoff_us: float = 1.0

@@ -7,7 +7,7 @@ from speedstack.runtime.model.drafter_spec import DrafterSpec
 from speedstack.runtime.model.spec import ModelSpec
 from speedstack.runtime.model.weight_formats import WeightFormats
 from speedstack.runtime.plan.ir import Axis, Buffer, Counter, Phase, Read, Region, Signal, Wait, Work
-from speedstack.runtime.plan.ops.multi_step import RoundPhases
+from speedstack.runtime.plan.ops.multi_step import MultiStepOps
 from speedstack.runtime.plan.tiling import MMA_TILES, ceil_div, choose_tile
 
 
@@ -16,7 +16,7 @@ class Stack:
     """Layers that run on the same rows: the target's, or the drafter's.
 
     prefix: of the phases' names. first: number of the first in `Phase.layer`. rows: where a phase finds its rows.
-    cache: one buffer for the keys and values of all layers, where a layer does not have its own. is_cut: a
+    cache: one buffer for the keys and values of all layers, where a layer does not have its own. is_skippable: a
     step may have no such rows at all, and the phases then no items.
     """
 
@@ -25,7 +25,7 @@ class Stack:
     formats: WeightFormats
     rows: Read
     cache: str = ""
-    is_cut: bool = False
+    is_skippable: bool = False
 
     def name(self, layer: int) -> str:
         """What the names of a layer's phases begin with."""
@@ -43,7 +43,7 @@ class PlanBuilder:
     split_size: int
     is_sharded: bool
     taps: tuple[int, ...]
-    deciding: RoundPhases
+    deciding: MultiStepOps
     stack: Stack
     drafter: DrafterSpec | None = None
     buffers: dict[str, Buffer] = field(default_factory=dict)
@@ -65,17 +65,17 @@ class PlanBuilder:
         work: Work,
         signals: list[Signal] | None = None,
         num_counters: int = 1,
-        leave: Read | None = None,
+        early_exit: Read | None = None,
     ) -> None:
         """Adds a phase and its counter; unless told otherwise every program signals that once."""
         each: Literal["program"] = "program"
         if layer is not None:
             layer += self.stack.first
-        if self.stack.is_cut:  # to nothing, where the step has no such rows
+        if self.stack.is_skippable:  # to nothing, where the step has no such rows
             axes = (replace(axes[0], is_dynamic=True), *axes[1:])
         phase = Phase(
             name, op, axes, layer, tile, tuple(reads), tuple(writes), tuple(waits),
-            tuple(signals) if signals is not None else (Signal(name, each),), work, leave=leave,
+            tuple(signals) if signals is not None else (Signal(name, each),), work, early_exit=early_exit,
         )  # fmt: skip
         self.append(phase, num_counters)
 
@@ -108,7 +108,7 @@ class PlanBuilder:
         """Every program has finished its items of an earlier phase of this step."""
         return Wait(phase, self.num_programs, self.num_programs)
 
-    def cut(self, width: int, num_groups: int = 1) -> tuple[int, int]:
+    def choose_tiles(self, width: int, num_groups: int = 1) -> tuple[int, int]:
         """Columns of an item of a product, and items in each of the groups of so many columns."""
         tile = choose_tile(width, self.num_programs, MMA_TILES, num_groups)
         return tile, ceil_div(width, tile)

@@ -149,9 +149,9 @@ class Phase:
 
     op: names the device function; phases of one op differ in layer, sizes and counters only.
     tile: columns (or experts, vocabulary entries) that one item computes, 0 where items are not cut by columns.
-    leave: what every program reads behind the waits on entering, with items or not, to learn whether the launch is over
-    and this step is not made any more. Only of a step's first phase: who leaves there leaves counters as they are after
-    whole steps, from which the next launch goes on.
+    early_exit: what every program reads behind the waits on entering, with items or not, to learn whether the launch is
+    over and this step is not made any more. Only of a step's first phase: who leaves there leaves counters as they are
+    after whole steps, from which the next launch goes on.
     """
 
     name: str
@@ -165,7 +165,7 @@ class Phase:
     signals: tuple[Signal, ...] = ()
     work: Work = field(default_factory=Work)
     rotation: int = 0
-    leave: Read | None = None
+    early_exit: Read | None = None
 
     @property
     def num_items(self) -> int:

@@ -1,4 +1,4 @@
-"""The int32 fields of the records by which the host, the plan's bodies and the kernels know a step's rows.
+"""The int32 fields of the records by which the host, the plan's semantics and the kernels know a step's rows.
 
 One definition for all three: kernels take these numbers as compile-time constants, and need Triton to be imported.
 
@@ -10,8 +10,8 @@ a float32; TOP_K and TOP_P, 0 where they keep every token, TOP_P in units of 2**
 
 Of a sequence that is decoded without the host, zeros for all others: CAPACITY, the rows that it may have in a round,
 the anchor's and one for each draft; ANCHOR, its newest token; OWN_SLOT; LENGTH and END, tokens that are committed and
-how many may be, it is over when they are equal; NGRAM, the longest run that a look-up looks for; WATCHES_EOS, whether
-an end-of-sequence token ends it.
+how many may be, it is over when they are equal; NGRAM, the longest run that a prompt lookup looks for; WATCHES_EOS,
+whether an end-of-sequence token ends it.
 
 Of an active expert, in a MoE layer's routes: for each row which of its choices the expert is, -1 where it is none; for
 each row the choice's weight, the bits of a float32; then EXPERT, and NUM_ACTIVE, how many active experts there are.

@@ -8,9 +8,9 @@ from speedstack.runtime.model.spec import ModelSpec
 from speedstack.runtime.model.weight_formats import WeightFormats
 from speedstack.runtime.plan.builder import Stack
 from speedstack.runtime.plan.ir import Plan
-from speedstack.runtime.plan.ops.drafter import DrafterPhases
+from speedstack.runtime.plan.ops.drafter import DrafterOps
 from speedstack.runtime.plan.ops.layers import LayerBuilder
-from speedstack.runtime.plan.ops.multi_step import ELEMENT_BYTES, WIDE_BYTES, RoundPhases
+from speedstack.runtime.plan.ops.multi_step import ELEMENT_BYTES, WIDE_BYTES, MultiStepOps
 from speedstack.runtime.plan.tiling import BLOCK_COLUMNS, num_blocks
 
 MAX_ROWS = 16  # rows of a step: the narrow side of one tensor-core product
@@ -26,14 +26,14 @@ def build_plan(
     split_size: int = SPLIT_SIZE,
     is_sharded: bool = False,
     taps: Sequence[int] = (),
-    has_look_up: bool = False,
+    has_prompt_lookup: bool = False,
     drafter: DrafterSpec | None = None,
 ) -> Plan:
     """The plan for steps of up to `rows` rows over contexts of up to `max_context` positions.
 
     is_sharded: `spec` is one GPU's part; partial sums are exchanged after o_proj and down, logits after lm_head.
     taps: layers whose output is also written to the buffers `features.0`, `features.1`, ..., for a drafter.
-    has_look_up: sequences that are decoded without the host draft by prompt look-up.
+    has_prompt_lookup: sequences that are decoded without the host draft by prompt lookup.
     drafter: they draft with this one, whose context every step extends; `taps` are its target_layer_ids.
 
     Raises ValueError for sizes out of range.
@@ -45,9 +45,9 @@ def build_plan(
     if num_programs < 1 or split_size < 1:
         raise ValueError("a plan needs at least one program and splits of at least one position")
     if drafter is not None:
-        assert not has_look_up and drafter.hidden_size == spec.hidden_size
+        assert not has_prompt_lookup and drafter.hidden_size == spec.hidden_size
         taps = drafter.target_layer_ids
-    deciding = RoundPhases(num_programs, rows, max_context, has_look_up, drafter is not None)
+    deciding = MultiStepOps(num_programs, rows, max_context, has_prompt_lookup, drafter is not None)
     stack = Stack("L", 0, formats, deciding.read_rows())
     builder = StepBuilder(
         spec, num_programs, rows, max_context, split_size, is_sharded, tuple(taps), deciding, stack, drafter
@@ -67,12 +67,12 @@ class StepBuilder(LayerBuilder):
         for tap in range(len(self.taps)):
             name = f"features.{tap}"
             self.buffers[name] = replace(scaled, name=name, memory="features", offset=tap * scaled.num_bytes)
-        drafting = None if self.drafter is None else DrafterPhases(self, self.drafter)
+        drafting = None if self.drafter is None else DrafterOps(self, self.drafter)
         for phase in self.deciding.first_phases():
             self.append(phase)
         if drafting is not None:
             drafting.propose()
-        before = self.embed("embed", "embed", *self.deciding.dealing())
+        before = self.embed("embed", "embed", *self.deciding.row_allocation())
         for index, layer in enumerate(self.spec.layers):
             before = self.layer(index, layer, before)
             if drafting is not None and index == max(self.taps):

@@ -25,7 +25,7 @@ class RoundCost:
     row: float
 
     @property
-    def of_look_up(self) -> "RoundCost":
+    def of_prompt_lookup(self) -> "RoundCost":
         """The same where proposals cost nothing before they are verified."""
         return RoundCost(0.0, 0.0, self.row)
 

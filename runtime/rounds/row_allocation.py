@@ -12,23 +12,23 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 
-def deal(wanted: Sequence[int], num_rows: int) -> list[int]:
+def allocate_rows(wanted: Sequence[int], num_rows: int) -> list[int]:
     """Rows of each sequence. wanted: how many it could use, its anchor's included; 0 for one that is over.
 
     No more sequences may want any than there are rows.
     """
-    dealt = [min(1, number) for number in wanted]
-    num_free = num_rows - sum(dealt)
+    allocated = [min(1, number) for number in wanted]
+    num_free = num_rows - sum(allocated)
     assert num_free >= 0, "every anchor has a row"
-    while num_free and dealt != list(wanted):
+    while num_free and allocated != list(wanted):
         for sequence, number in enumerate(wanted):
-            if num_free and dealt[sequence] < number:
-                dealt[sequence] += 1
+            if num_free and allocated[sequence] < number:
+                allocated[sequence] += 1
                 num_free -= 1
-    return dealt
+    return allocated
 
 
-def neighbours(num_sequences: int, num_rows: int) -> list[range]:
+def contiguous_groups(num_sequences: int, num_rows: int) -> list[range]:
     """Sequences that share a step: as few groups as have a row for every anchor, of sizes that differ by one."""
     num_groups = -(-num_sequences // num_rows)
     ends = [group * num_sequences // num_groups for group in range(num_groups + 1)]

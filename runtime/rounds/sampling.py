@@ -149,7 +149,7 @@ def filter_logits(logits_V: torch.Tensor, params: SamplingParams) -> torch.Tenso
 
     Top-k keeps the k largest. Top-p keeps the fewest of the most probable tokens whose masses (see the module) reach
     `top_p` of what there is after top-k. Both keep all that are equal to the last one kept; order: temperature, top-k,
-    top-p. Where a logit is not a number nothing is dropped.
+    top-p. Where a logit is NaN nothing is dropped.
     """
     # Of a number, PyTorch would multiply by the reciprocal on a GPU, which is not the quotient.
     scaled_V = logits_V.float() / torch.tensor(params.temperature, dtype=torch.float32, device=logits_V.device)

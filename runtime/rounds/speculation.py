@@ -9,7 +9,7 @@ from typing import Literal
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.runtime.model.kv_ring import MAX_ROWS
 
-NGRAM: Literal["ngram"] = "ngram"  # in the place of a drafter's path: prompt look-up
+NGRAM: Literal["ngram"] = "ngram"  # in the place of a drafter's path: prompt lookup
 DEFAULT_NUM_NGRAM_DRAFTS = 7
 
 
@@ -22,7 +22,7 @@ class DraftStrategy:
     `noise`: `none` proposes the drafter's most probable tokens. `shared` proposes what the drafter would sample with
     the very noise, temperature, top-k and top-p that the target samples with at that position; where the target is
     greedy there is no noise, and both are the same.
-    `ngram_size`: longest run of tokens that prompt look-up looks for.
+    `ngram_size`: longest run of tokens that prompt lookup looks for.
     Raises ValueError for values out of range.
     """
 
@@ -59,7 +59,7 @@ class DraftStrategy:
         wanted = self.num_drafts if isinstance(self.num_drafts, int) else None
         if drafter == NGRAM:
             if self.noise != "none":
-                raise ValueError("draft_noise needs a drafter's probabilities, which prompt look-up does not have")
+                raise ValueError("draft_noise needs a drafter's probabilities, which prompt lookup does not have")
             limit, whose = MAX_ROWS - 1, "one step's"
             number = DEFAULT_NUM_NGRAM_DRAFTS if wanted is None else wanted
         else:

@@ -6,7 +6,7 @@ The target writes the text once and its features are computed once, on disk; all
 timed first, taking turns, and each row then gets as many steps as the time budget buys: a loss that costs twice as much
 has to learn twice as much from a step. Rows that are added later are timed beside one of the earlier ones. After
 training, acceptance is simulated on the greedy text of held-out prompts and served by the engine, greedily and at
-temperature 1, also on prompts of code from a file. Prompt look-up, which is not trained, is a row of its own.
+temperature 1, also on prompts of code from a file. Prompt lookup, which is not trained, is a row of its own.
 
 Everything is kept as soon as it is known: the same command goes on with what is missing, whatever ended the last one.
 Rows of one directory have their settings and their prompts in common with what is there, or are refused.
@@ -318,7 +318,7 @@ class Ablation:
         return served
 
     def _lookup(self, text: GreedyText, with_samples: bool) -> DraftedSet:
-        """Prompt look-up on the same text: what it would have proposed at every position, walked like a drafter's."""
+        """Prompt lookup on the same text: what it would have proposed at every position, walked like a drafter's."""
         num_proposals = self.first.drafter.block_size - 1
         rounds: list[list[int]] = []
         for ids, prompt_length, length in zip(text.ids_NT.tolist(), text.prompt_lengths, text.lengths, strict=True):

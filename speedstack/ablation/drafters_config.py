@@ -30,7 +30,7 @@ class AblationConfig(Section):
     num_new_tokens: int = Field(128, ge=2, description="Tokens decoded after each prompt.")
     code_prompts: Path | None = Field(None, description="A .jsonl with a field `prompt`: code prompts to decode too.")
     num_code_prompts: int = Field(16, ge=1, description="Code prompts, the first ones that fit into a window.")
-    ngram_size: int = Field(4, ge=1, description="Longest run of tokens that prompt look-up looks for.")
+    ngram_size: int = Field(4, ge=1, description="Longest run of tokens that prompt lookup looks for.")
 
     def row_config(self, row: str, seed: int, num_steps: int = 1) -> DrafterConfig:
         """The drafter config of a run. Raises ValueError, one line, for a field that does not exist or fit."""

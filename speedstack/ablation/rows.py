@@ -69,7 +69,7 @@ def _notes(rows: list[AblationRow], config: AblateConfig) -> list[str]:
     if predicted.gpu is not None and any(row.predicted_tokens_per_second is not None for row in rows):
         notes.append(
             f"Predicted tokens/s are the cost model's, of one text at {predicted.context} positions, weights that are "
-            f"not quantized in bfloat16, hand-offs of {predicted.handoff_us:g} us; a draft costs the reading of its "
+            f"not quantized in bfloat16, synchronizations of {predicted.handoff_us:g} us; a draft costs reading its "
             "weights and of the LM head. Not measured."
         )
     return notes

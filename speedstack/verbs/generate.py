@@ -54,7 +54,7 @@ class GenerateConfig(ModelConfig):
     )
     max_length: int | None = Field(None, ge=2, description="Positions of the sequence's buffers; None: the model's.")
     drafter: Path | None = Field(
-        None, description="Directory of a DFlash drafter trained for the target, or ngram: prompt look-up; None: none."
+        None, description="Directory of a DFlash drafter trained for the target, or ngram: prompt lookup; None: none."
     )
     num_drafts: int | Literal["adaptive", "all"] | None = Field(
         None, description="Proposals verified a round; adaptive: as many as pay. None: adaptive on a CPU, all on a GPU."

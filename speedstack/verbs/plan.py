@@ -226,7 +226,7 @@ def _print(result: PlanResult, config: PlanConfig, gpu: Gpu) -> None:
     )
     print(
         f"predicted: {_time(result.predicted_seconds)} a step, {result.predicted_tokens_per_second:.0f} tokens/s "
-        f"(items as they divide, {config.handoff_us:g} us a hand-off"
+        f"(items as they divide, {config.handoff_us:g} us a synchronization"
         + (f", {config.all_reduce_us:g} us an exchange" if config.num_gpus > 1 else "")
         + ": assumptions, not measurements)"
     )

@@ -1,4 +1,4 @@
-"""Prompt look-up against a search of the whole text."""
+"""Prompt lookup against a search of the whole text."""
 
 import random
 

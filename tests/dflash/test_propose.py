@@ -75,7 +75,7 @@ def test_proposals_are_taken_from_what_adjust_makes_of_logits(
 
 
 @pytest.mark.parametrize("num_right", [0, 1, 2])
-def test_logits_that_are_not_numbers_end_the_proposals(
+def test_logits_that_are_nan_end_the_proposals(
     num_right: int, drafter: DFlashDraftModel, hidden_KD: torch.Tensor, head_VD: torch.Tensor
 ) -> None:
     whole = propose(drafter, hidden_KD, head_VD, 9)

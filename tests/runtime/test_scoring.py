@@ -136,5 +136,5 @@ def test_logits_that_are_no_numbers_are_named_and_scores_before_them_stand(tiny_
     engine.backend.weights.embedding_VD[broken] = float("nan")  # type: ignore[attr-defined]
     scores = score_continuations(engine, [([3], [4, 5]), ([broken], [4, 5])])
     assert next(scores).index == 0
-    with pytest.raises(ValueError, match="logits at position 1 are not numbers"):
+    with pytest.raises(ValueError, match="logits at position 1 are NaN"):
         next(scores)

@@ -109,7 +109,7 @@ def test_what_was_finished_is_kept(
 
 
 def test_look_up_is_not_timed_under_the_name_of_a_drafter(make_config: Callable[..., BenchConfig]) -> None:
-    with pytest.raises(ValueError, match="prompt look-up is timed beside a drafter anyway"):
+    with pytest.raises(ValueError, match="prompt lookup is timed beside a drafter anyway"):
         make_config(drafter="ngram")
 
 

@@ -204,7 +204,7 @@ class CompiledDrafter:
 
     def _read(self, rows: slice) -> Draft:
         best = self._buffers.best[rows].tolist()
-        # A proposal whose logits are not numbers is none, and neither is what follows it.
+        # A proposal whose logits are NaN is none, and neither is what follows it.
         count = next((i for i, token in enumerate(best) if token < 0), len(best))
         if self.model.d2t is not None:
             best = self._target_ids_U[best[:count]].tolist()

@@ -121,7 +121,7 @@ class PlanBackend:
         self.device = weights.embedding_VD.device
         self._num_rows, self._split_size, self._num_programs = num_rows, split_size, num_programs
         self.rows_a_step: int | None = num_rows
-        self._max_steps, self._has_look_up = max_steps, False
+        self._max_steps, self._has_prompt_lookup = max_steps, False
         self._planned_drafter: DrafterWeights | None = None
         self.drafter: ModuleDrafter | None = None
         self.set_drafter(drafter)
@@ -150,12 +150,12 @@ class PlanBackend:
             if drafter is not None and self.plans_drafters and why_not_planned(drafter.config) is None:
                 self._planned_drafter = read_drafter(drafter, w.embedding_VD.dtype, w.embedding_VD.dtype)
                 try:
-                    self._make_plan(taps, has_look_up=False)
+                    self._make_plan(taps, has_prompt_lookup=False)
                 except TooManyKinds as reason:
                     logger.warning("backend %s: the host drafts, not the kernel, because %s", self.name, reason)
                     self._planned_drafter = None
             if self._planned_drafter is None:
-                self._make_plan(taps, has_look_up=False)
+                self._make_plan(taps, has_prompt_lookup=False)
             else:
                 contexts = self.memory.contexts_of_slots(self.max_length)
             self.drafter = None
@@ -175,12 +175,12 @@ class PlanBackend:
             vars(self).update(before)
             raise
 
-    def _make_plan(self, taps: tuple[int, ...], has_look_up: bool) -> None:
-        w, self._has_look_up = self.weights, has_look_up
+    def _make_plan(self, taps: tuple[int, ...], has_prompt_lookup: bool) -> None:
+        w, self._has_prompt_lookup = self.weights, has_prompt_lookup
         spec = self.planned_drafter
         self.plan = build_plan(
             w.spec, formats_of(w), self._num_programs, self._num_rows, self.max_length, self._split_size, taps=taps,
-            has_look_up=has_look_up, drafter=spec,
+            has_prompt_lookup=has_prompt_lookup, drafter=spec,
         )  # fmt: skip
         caches = self.memory.caches if hasattr(self, "memory") else None
         self.memory = Memory(self.plan, w, self.num_slots, self.max_length, self._max_steps, caches, spec)

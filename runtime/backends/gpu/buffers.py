@@ -30,7 +30,7 @@ from speedstack.runtime.plan.record_layout import (
 )
 from speedstack.runtime.plan.tiling import BLOCK_COLUMNS, num_blocks
 
-# Words of the outbox before the reports: whether a wait was in vain, and how many steps were made. Each, and what
+# Words of the outbox before the reports: whether a wait timed out, and how many steps were made. Each, and what
 # follows, begins at a multiple of 16 bytes, as kernels are compiled for.
 FAILED, NUM_MADE, HEADER = 0, 4, 8
 

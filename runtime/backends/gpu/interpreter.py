@@ -3,7 +3,7 @@
 Triton's own interpreter (TRITON_INTERPRET=1) runs programs one after the other, so that the first wait would hang. Here
 each program is a thread of a `Scheduler` and hands over before every atomic operation and every store. An atomic add of
 zero is a poll; a program that polls one address in vain and does nothing else in between waits. When nobody does
-anything but poll in vain, that is a deadlock, with the addresses in its dump.
+anything but poll without success, that is a deadlock, with the addresses in its dump.
 
 Written for the interpreter of Triton 3.6 and later: it uses the grid index, which it sets whenever a thread gets its
 turn, and methods of the builder. Arguments are CPU tensors; nothing is copied. Kernels whose programs do not wait for
@@ -20,37 +20,37 @@ import numpy as np
 
 from speedstack.runtime.plan.verify.scheduler import Scheduler
 
-_SPINNING = 2  # polls in vain after which a program is taken to wait
-PATIENCE = 4  # rounds of polls in vain by everybody before they are a deadlock
+_SPINNING = 2  # polls without success after which a program is taken to wait
+PATIENCE = 4  # rounds of polls without success by everybody before they are a deadlock
 
 
 class _Polls:
-    """Who polls in vain."""
+    """Who polls without success."""
 
     def __init__(self, num_programs: int) -> None:
         self.num_programs = num_programs
         self.address = [0] * num_programs
         self.value = [0] * num_programs
-        self.in_vain = [0] * num_programs
-        self.progress = 0  # counts whatever is not a poll in vain
+        self.num_failed_polls = [0] * num_programs
+        self.progress = 0  # counts whatever is not a poll without success
         self.since_progress = 0
 
     def record(self, program: int, is_poll: bool, address: int, value: int) -> None:
         if is_poll and (self.address[program], self.value[program]) == (address, value):
-            self.in_vain[program] += 1
+            self.num_failed_polls[program] += 1
             self.since_progress += 1
         else:
             self.acted(program)
             self.address[program], self.value[program] = address, value
 
     def acted(self, program: int) -> None:
-        self.in_vain[program] = 0
+        self.num_failed_polls[program] = 0
         self.address[program] = 0
         self.progress += 1
         self.since_progress = 0
 
     def is_spinning(self, program: int) -> bool:
-        return self.in_vain[program] >= _SPINNING
+        return self.num_failed_polls[program] >= _SPINNING
 
 
 def interpret_triton(
@@ -64,8 +64,8 @@ def interpret_triton(
     """Runs `kernel` with grid (num_programs,) and arguments by its parameters' names; returns the scheduler.
 
     Args:
-        patience: rounds of polls in vain by everybody before they are a deadlock; None leaves the end to the kernel.
-        observe: called after every atomic operation that is not a poll, with its address and the value it left.
+        patience: rounds of polls without success by everybody before they are a deadlock; None leaves the end to the
+        kernel. observe: called after every atomic operation that is not a poll, with its address and the value it left.
 
     Raises:
         Deadlock: nobody does anything but poll.

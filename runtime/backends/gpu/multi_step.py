@@ -1,14 +1,14 @@
 """Rounds without the host on the resident kernel: it drafts, verifies, samples and accepts, several rounds a launch.
 
-The host writes a record of each sequence, and its text where look-up drafts from it, launches, and reads a report of
-every step when all are done. A text stays on the GPU: it is sent again only when the host has computed rows of its slot
-since. All sequences share the steps of a launch as long as there is a row for the anchor of each; drafts get the rest
-(`deal`), anew every round. More sequences than rows take several launches. Texts do not depend on that, nor on how many
-rounds a launch makes.
+The host writes a record of each sequence, and its text where prompt lookup drafts from it, launches, and reads a report
+of every step when all are done. A text stays on the GPU: it is sent again only when the host has computed rows of its
+slot since. All sequences share the steps of a launch as long as there is a row for the anchor of each; drafts get the
+rest (`allocate_rows`), anew every round. More sequences than rows take several launches. Texts do not depend on that,
+nor on how many rounds a launch makes.
 
 A sequence that is over leaves its rows to the others; when all are, the launch ends. What is given for a round by one
-is given to it by the host's loop too, which deals by the same rule: both make the same rounds, until the host admits a
-sequence in the place of one that is over, which here waits for the end of the launch.
+is given to it by the host's loop too, which allocates by the same rule: both make the same rounds, until the host
+admits a sequence in the place of one that is over, which here waits for the end of the launch.
 
 `ROUNDS_A_LAUNCH` is what a stream waits for: with steps of a millisecond its pieces are 8 ms apart, which nobody sees;
 the host's share of a launch, two copies and the commits, is spread over as many rounds.
@@ -32,7 +32,7 @@ from speedstack.runtime.backends.gpu.buffers import Memory, sampling_records
 from speedstack.runtime.backends.torch_drafter import ModuleDrafter
 from speedstack.runtime.model.drafter_spec import DrafterSpec
 from speedstack.runtime.plan.record_layout import CAPACITY, OUTCOME, RECORD, TOKEN, WATCHES_EOS
-from speedstack.runtime.rounds.row_allocation import neighbours
+from speedstack.runtime.rounds.row_allocation import contiguous_groups
 from speedstack.runtime.rounds.speculation import NGRAM, DraftStrategy
 
 ROUNDS_A_LAUNCH = 8  # a guess, not measured: fewer cost launches, more keep a stream waiting
@@ -50,8 +50,8 @@ class Launcher(Protocol):
         """The drafter that the plan has, None where the host drafts."""
         ...
 
-    def set_look_up(self, is_wanted: bool) -> None:
-        """See `Rounds.set_look_up`."""
+    def set_prompt_lookup(self, is_wanted: bool) -> None:
+        """See `Rounds.set_prompt_lookup`."""
         ...
 
     def launch(self, num_steps: int) -> list[list[int]]:
@@ -69,9 +69,9 @@ class ResidentRounds(Rounds):
         self._backend = backend
         self._num_known: dict[int, int] = {}  # by slot: tokens of its text that lie on the GPU
 
-    def set_look_up(self, is_wanted: bool) -> None:
+    def set_prompt_lookup(self, is_wanted: bool) -> None:
         self._num_known.clear()
-        self._backend.set_look_up(is_wanted)
+        self._backend.set_prompt_lookup(is_wanted)
 
     def forget(self, slots: Sequence[int]) -> None:
         """The host computes rows of these slots: they may hold other texts now."""
@@ -95,7 +95,7 @@ class ResidentRounds(Rounds):
     def run(self, requests: Sequence[RoundsRequest], num_rounds: int) -> list[list[Round]]:
         assert self._drafter is not None or self._backend.drafter is None, "a drafter's context would miss these rows"
         assert self.takes(requests)
-        groups = [[requests[index] for index in group] for group in neighbours(len(requests), self.num_rows)]
+        groups = [[requests[index] for index in group] for group in contiguous_groups(len(requests), self.num_rows)]
         return [rounds for group in groups for rounds in self._run(group, num_rounds)]
 
     def _run(self, requests: Sequence[RoundsRequest], num_rounds: int) -> list[list[Round]]:
@@ -132,7 +132,7 @@ def rounds_for(
     if rounds is None:
         return None
     fits = not strategy.is_adaptive and strategy.num_per_round(drafter) < rounds.num_rows
-    rounds.set_look_up(drafter == NGRAM and fits)
+    rounds.set_prompt_lookup(drafter == NGRAM and fits)
     if isinstance(drafter, DFlashDraftModel):
         fits = fits and rounds.has_drafter and strategy.noise == "none"
     return rounds if drafter is None or fits else None

@@ -48,7 +48,7 @@ class ResidentBackend(PlanBackend):
         num_programs: None is one a multiprocessor: a program takes more than half of its registers. The driver refuses
             more than fit; the interpreter takes any number.
         prefetch: see the module.
-        max_polls: polls in vain after which a wait gives up.
+        max_polls: polls without success after which a wait gives up.
         seed: of the order in which the interpreter's programs take turns, for the first launch; later ones count on.
     """
 
@@ -104,9 +104,9 @@ class ResidentBackend(PlanBackend):
         self._rounds.forget(rows.slots)
         super()._step_chunk(rows)
 
-    def set_look_up(self, is_wanted: bool) -> None:
-        """See `Rounds.set_look_up`: that is another plan, and other tables."""
-        if is_wanted != self._has_look_up:
+    def set_prompt_lookup(self, is_wanted: bool) -> None:
+        """See `Rounds.set_prompt_lookup`: that is another plan, and other tables."""
+        if is_wanted != self._has_prompt_lookup:
             assert self.drafter is None or not is_wanted
             taps = () if self.drafter is None else tuple(self.drafter.model.config.target_layer_ids)
             with self._all_or_nothing():
@@ -191,7 +191,7 @@ class ResidentBackend(PlanBackend):
             tensor.zero_()
         self.next_step = 0
         self._rounds.forget(range(self.num_slots))
-        raise RuntimeError(f"the resident kernel waited in vain:\n{message}")
+        raise RuntimeError(f"the resident kernel timed out:\n{message}")
 
 
 def compile_options() -> dict[str, Any]:

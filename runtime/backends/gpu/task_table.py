@@ -105,8 +105,8 @@ def variant_of(binding: Binding) -> Constants:
         signals=tuple(n for n, signal in signals if signal.each == "program"),
         item_signals=item_signals,
         # Signals are given for items that do not exist in a step too.
-        is_cut=not item_signals,
-        may_leave=phase.leave is not None,
+        is_skippable=not item_signals,
+        may_exit_early=phase.early_exit is not None,
         is_known_early=phase.op in KNOWN_EARLY,
         has_undecided_rows=binding.constants.IS_DRAFT and phase.op == FIRST_OF_A_DRAFT,
         pointer_types=tuple(tl.pointer_type(_TYPES[tensor.dtype]) for tensor in binding.pointers),

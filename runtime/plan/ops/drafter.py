@@ -4,7 +4,7 @@
     D00.qkv      and so on: the drafter's layers, as the target's, on the rows of the blocks
     D.lm_head    the drafter's norm and the target's LM head, of which the largest logits are kept
     pick         each sequence's proposals
-    embed ...    the target's step, which deals its rows by what is proposed (see `round_phases`); the tapped layers
+    embed ...    the target's step, which allocates its rows by what is proposed (see `round_phases`); the tapped layers
                  leave their outputs in the buffers `features.*`
     fuse         all features of a row, projected to the hidden size
     context      keys and values of every drafter layer for the rows of the step, before QK-norm and rotary
@@ -20,7 +20,7 @@ three phases of what would be two a layer; it reads the same rows of the weights
 
 Blocks lie one after another, and all of them have to fit the rows of a step: whoever launches sees to that. A step in
 which nobody drafts, as in all whose rows the host names, has none: then the phases of the drafter's layers have no
-items (`Stack.is_cut`), and cost what handing over does.
+items (`Stack.is_skippable`), and cost what handing over does.
 
 Left out: what `drafter_spec.why_not_planned` names, and drafting with noise, or a number of tokens that changes.
 """
@@ -47,7 +47,7 @@ def is_drafting(phase: Phase) -> bool:
     return any(region.buffer == "blocks" for region in (*(read.region for read in phase.reads), *phase.writes))
 
 
-class DrafterPhases:
+class DrafterOps:
     """Adds them to a plan under construction."""
 
     def __init__(self, builder: LayerBuilder, spec: DrafterSpec) -> None:
@@ -57,7 +57,7 @@ class DrafterPhases:
         formats = WeightFormats(plain, plain, plain, plain, plain, plain, target.lm_head)
         builder.buffers["blocks"] = Buffer("blocks", R, RECORD_BYTES)
         blocks = Read(Region("blocks", R), "D.embed")
-        self.stack = Stack("D", builder.spec.num_layers, formats, blocks, CACHE, is_cut=True)
+        self.stack = Stack("D", builder.spec.num_layers, formats, blocks, CACHE, is_skippable=True)
         attention = spec.layers[0].attention
         self.num_heads = len(spec.layers) * attention.num_kv_heads  # of all layers
         self.width = attention.qk_head_dim + attention.v_head_dim  # a head's key and value
@@ -69,7 +69,7 @@ class DrafterPhases:
         builder, target = self.builder, self.builder.stack
         read, wait = builder.deciding.opening()
         builder.stack = self.stack
-        before = builder.embed("D.embed", "block", (read,), (Region("blocks", 1, 0, (1,)),), wait, leave=read)
+        before = builder.embed("D.embed", "block", (read,), (Region("blocks", 1, 0, (1,)),), wait, early_exit=read)
         for index, layer in enumerate(self.spec.layers):
             before = builder.layer(index, layer, before)
         builder.head("D.lm_head", before, "drafter.best", has_logits=False)
@@ -93,7 +93,7 @@ class DrafterPhases:
         """`before`: the last tapped layer's last phase."""
         builder, D = self.builder, self.builder.spec.hidden_size
         num_features = len(builder.taps) * D
-        tile, tiles = builder.cut(D)
+        tile, tiles = builder.choose_tiles(D)
         blocks = tile // BLOCK_COLUMNS
         for name, like in (("context", "scaled"), ("context.squares", "squares")):
             builder.buffers[name] = replace(builder.buffers[like], name=name)
@@ -117,7 +117,7 @@ class DrafterPhases:
 
     def project_context(self) -> None:
         builder, D, R, heads = self.builder, self.builder.spec.hidden_size, self.builder.rows, self.num_heads
-        tile, tiles = builder.cut(self.width, heads)
+        tile, tiles = builder.choose_tiles(self.width, heads)
         num_weights = heads * self.width * D
         raw = builder.buffer("context.kv", heads * tiles * tile, R * ELEMENT_BYTES)
         builder.add(

@@ -10,14 +10,13 @@ A layer is seven phases, or six with a dense MLP:
     gate_up      top-k, then gate, up and activation of one active expert's columns; and who chose that expert
     down         all active experts' columns, in ascending order of expert, added to the hidden state in place
 
-between `embed`, which deals the rows of the step too, and `lm_head`. The phases around these, which choose tokens and
-what to try, are in `round_phases`.
-Decisions, and why:
+between `embed`, which allocates the rows of the step too, and `lm_head`. The phases around these, which choose tokens
+and what to try, are in `round_phases`. Decisions, and why:
 
 - A norm has no phase of its own. Whoever writes columns of the hidden state also writes them times the weight of the
   norm that comes next (`scaled`), and their sums of squares in blocks of 16 (`squares`): whoever needs the state
   normalized multiplies what is scaled, and divides the product by the root mean square. Top-k is repeated by every
-  program. Both read a few KB from the L2 cache and save a hand-off between programs, which costs more.
+  program. Both read a few KB from the L2 cache and save a synchronization of programs, which costs more.
 - QK-norm, rotary and the append lie in `attention`: `qkv` can then be cut finer than a head, which is what keeps all
   programs busy where there are few heads. Only the item whose split holds a row's position appends it.
 - `gate_up` has an item for each (active expert, tile), a number that only the run knows; `down` has an item for each
@@ -56,7 +55,7 @@ class LayerBuilder(PlanBuilder):
     """The phases of a model, in order."""
 
     def embed(
-        self, name: str, op: str, reads: tuple[Read, ...], own: tuple[Region, ...], wait: Wait, leave: Read | None
+        self, name: str, op: str, reads: tuple[Read, ...], own: tuple[Region, ...], wait: Wait, early_exit: Read | None
     ) -> str:
         """Decides what the rows are, and embeds their tokens. own: what else an item writes, of its row alone."""
         D = self.spec.hidden_size
@@ -66,7 +65,7 @@ class LayerBuilder(PlanBuilder):
             # One row of all columns; other rows' items write the same columns of other rows.
             writes=[*own, *(self.whole(each, OWN_COLUMN) for each in ("hidden", "scaled", "squares"))],
             waits=[wait],
-            leave=leave,
+            early_exit=early_exit,
             work=Work(
                 weight_bytes=self.stack.formats.num_bytes("embedding", self.rows * D),
                 activation_bytes=D * ELEMENT_BYTES + norm_bytes(D),
@@ -267,7 +266,7 @@ class LayerBuilder(PlanBuilder):
         blocks = tile // BLOCK_COLUMNS
         writes = [Region("hidden", tile, 0, (tile,)), Region("scaled", tile, 0, (tile,))]
         writes.append(Region("squares", blocks, 0, (blocks,)))
-        if op != "o_proj" and not self.stack.is_cut and index in self.taps:  # the layer's last phase
+        if op != "o_proj" and not self.stack.is_skippable and index in self.taps:  # the layer's last phase
             writes.append(replace(writes[0], buffer=f"features.{self.taps.index(index)}"))
         self.add(
             name, op, (Axis("tile", ceil_div(D, tile)),), index, tile,

@@ -1,9 +1,9 @@
 """The phases of a step that decide: which token follows a row, what of a round stands, and what the next round tries.
 
-    draft    (only with look-up, before `embed`) proposals from a sequence's own text
-    embed    (in `phases`) deals the rows of the step to the sequences, see below
-    weigh    how the tokens of rows with top-k or top-p are spread over bins of logits; nothing for other rows
-    sample   the token after each row, out of what `lm_head` and `weigh` have left
+    draft    (only with prompt lookup, before `embed`) proposals from a sequence's own text
+    embed    (in `phases`) allocates the rows of the step to the sequences, see below
+    logit_histogram    how the tokens of rows with top-k or top-p are spread over bins of logits; nothing for other rows
+    sample   the token after each row, out of what `lm_head` and `logit_histogram` have left
     accept   which drafts are the tokens chosen, and what that commits
 
 `draft` and `accept` have one item a sequence and take two things across steps, both in GPU memory: `sequences`, how far
@@ -11,18 +11,18 @@ each sequence is and when it ends; `history`, its text. `accept` writes what `dr
 reads, so that their waits reach over the step's end. A sequence that the host decodes, one step a launch, has an empty
 record in `sequences`; both phases leave it alone, and `embed` takes the rows that the host has named.
 
-Which rows a sequence has depends on what was proposed for all of them (`deal`), so that somebody has to see all
-proposals before anybody knows a row. That is `embed`: it has to wait for every proposal anyway, and an item of it works
-out, from one number a sequence, whose row it is, writes that row's record and embeds its token. A phase that only deals
-would be one more hand-off between programs in every step, and readers that each dealt for themselves would do so in
-every layer. No item writes another's record, so that nothing here rests on how rows are shared out.
+Which rows a sequence has depends on what was proposed for all of them (`allocate_rows`), so that somebody has to see
+all proposals before anybody knows a row. That is `embed`: it has to wait for every proposal anyway, and an item of it
+works out, from one number a sequence, whose row it is, writes that row's record and embeds its token. A phase that only
+allocates would be one more synchronization of programs in every step, and readers that each allocated for themselves
+would do so in every layer. No item writes another's record, so that nothing here rests on how rows are shared out.
 
 `proposals` says for each sequence how many tokens to try and which (`records`): whatever writes it before `embed`,
 which has to wait for that, is a drafter.
 
 A launch is over when no sequence is left. Every program finds that out where the step's first phase has waited for the
-last round's `accept` (`Phase.leave`): all of them see the same records there, which are not written before all of them
-have gone on, and leave before the step has begun.
+last round's `accept` (`Phase.early_exit`): all of them see the same records there, which are not written before all of
+them have gone on, and leave before the step has begun.
 
 The drafter itself is in `drafter_phases`.
 """
@@ -43,13 +43,13 @@ SUMS = "items add integers to them, each addition atomic: the sums are the same 
 
 
 @dataclass(frozen=True)
-class RoundPhases:
-    """Builds them for steps of up to `rows` rows. has_look_up, has_drafter: who drafts, see the module."""
+class MultiStepOps:
+    """Builds them for steps of up to `rows` rows. has_prompt_lookup, has_drafter: who drafts, see the module."""
 
     num_programs: int
     rows: int
     max_context: int
-    has_look_up: bool
+    has_prompt_lookup: bool
     has_drafter: bool = False
 
     def buffers(self) -> list[Buffer]:
@@ -64,34 +64,34 @@ class RoundPhases:
         ]
         if self.proposer is not None:
             buffers.append(Buffer("proposals", R, R * WIDE_BYTES))
-        if self.has_look_up:
+        if self.has_prompt_lookup:
             buffers.append(Buffer("history", R, self.max_context * WIDE_BYTES))
         return buffers
 
     @property
     def proposer(self) -> str | None:
         """The phase that writes proposals, if any does."""
-        return "draft" if self.has_look_up else "pick" if self.has_drafter else None
+        return "draft" if self.has_prompt_lookup else "pick" if self.has_drafter else None
 
     def opening(self) -> tuple[Read, Wait]:
         """What a step's first phase reads, also to learn that all are over, and what it waits for."""
-        return self._leave(), self._after_last_step()
+        return self._early_exit(), self._after_last_step()
 
     def first_phases(self) -> list[Phase]:
         """What comes before `embed`, but for a drafter's."""
-        return [self._draft()] if self.has_look_up else []
+        return [self._draft()] if self.has_prompt_lookup else []
 
-    def dealing(self) -> tuple[tuple[Read, ...], tuple[Region, ...], Wait, Read | None]:
-        """What `embed` reads to deal rows, what of each it writes, what it waits for; and what says that all are over.
+    def row_allocation(self) -> tuple[tuple[Read, ...], tuple[Region, ...], Wait, Read | None]:
+        """What `embed` reads to allocate rows, what of each it writes, what it waits for; what says that all are over.
 
-        It empties the row's bins too, long before `weigh` adds to them.
+        It empties the row's bins too, long before `logit_histogram` adds to them.
         """
         own = _own("rows")
         reads = (Read(self._whole("sequences"), "accept", 1), Read(own, None))  # the host's, where it named them
         if self.proposer is not None:
             read = Read(self._whole("proposals"), self.proposer)
             return (*reads, read), (own, _own("bins")), self._all_programs(self.proposer), None
-        return reads, (own, _own("bins")), self._after_last_step(), self._leave()
+        return reads, (own, _own("bins")), self._after_last_step(), self._early_exit()
 
     def read_rows(self, region: Region | None = None) -> Read:
         """What a phase behind `embed` knows about the rows of its step."""
@@ -108,9 +108,9 @@ class RoundPhases:
         ]
         peaks = Read(Region("peaks", num_tiles), "lm_head")
         sums = Region("bins", 1, 0, (1, 0), SUMS)
-        weigh = Phase(
-            "weigh",
-            "weigh",
+        logit_histogram = Phase(
+            "logit_histogram",
+            "logit_histogram",
             (Axis("row", R, is_dynamic=True), Axis("slice", num_slices)),
             tile=slice_size,
             reads=(
@@ -121,7 +121,7 @@ class RoundPhases:
             ),
             writes=(sums, Region("chains", 1, 0, (num_slices, 1))),
             waits=(self._all_programs("lm_head"),),
-            signals=(Signal("weigh", "program"),),
+            signals=(Signal("logit_histogram", "program"),),
         )
         sample = Phase(
             "sample",
@@ -132,22 +132,22 @@ class RoundPhases:
                 peaks,
                 Read(Region("logits", vocab_size), "lm_head"),
                 Read(Region("best", num_tiles), "lm_head"),
-                Read(_own("bins"), "weigh"),
-                Read(Region("chains", num_slices, 0, (num_slices,)), "weigh"),
+                Read(_own("bins"), "logit_histogram"),
+                Read(Region("chains", num_slices, 0, (num_slices,)), "logit_histogram"),
             ),
             writes=(_own("chosen"), _own("notes")),
-            waits=(self._all_programs("weigh"),),
+            waits=(self._all_programs("logit_histogram"),),
             signals=(Signal("sample", "program"),),
             work=Work(activation_bytes=num_tiles * 2 * WIDE_BYTES),  # of a row without top-k and top-p
         )
-        return buffers, [weigh, sample]
+        return buffers, [logit_histogram, sample]
 
     def accept(self) -> Phase:
         reads = [self.read_rows(), Read(_own("sequences"), "accept", 1), Read(self._whole("chosen"), "sample")]
         writes = [_own("sequences"), _own("outcome")]
         if self.proposer is not None:
             reads.append(Read(_own("proposals"), self.proposer))
-        if self.has_look_up:
+        if self.has_prompt_lookup:
             writes.append(self._whole("history", OWN_TEXT))
         return Phase(
             "accept",
@@ -171,10 +171,10 @@ class RoundPhases:
             signals=(Signal("draft", "program"),),
             # The text once: what runs of other sizes read lies in the L1 cache by then.
             work=Work(kv_bytes=WIDE_BYTES, activation_bytes=RECORD_BYTES + self.rows * WIDE_BYTES),
-            leave=self._leave(),
+            early_exit=self._early_exit(),
         )
 
-    def _leave(self) -> Read:
+    def _early_exit(self) -> Read:
         return Read(self._whole("sequences"), "accept", 1)
 
     def _whole(self, buffer: str, exclusive: str = "") -> Region:

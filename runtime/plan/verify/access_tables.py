@@ -139,7 +139,7 @@ def check_well_formed(plan: Plan) -> None:
         raise ValueError("phases and counters must have distinct names")
     tables = Tables(plan)
     for phase in plan.phases:
-        reads = [*phase.reads, *([phase.leave] if phase.leave is not None else [])]
+        reads = [*phase.reads, *([phase.early_exit] if phase.early_exit is not None else [])]
         regions = [read.region for read in reads] + list(phase.writes)
         unknown = [region.buffer for region in regions if region.buffer not in plan.buffer_named]
         unknown += [r.producer for r in reads if r.producer is not None and r.producer not in plan.phase_named]
@@ -153,7 +153,7 @@ def check_well_formed(plan: Plan) -> None:
             elements = tables.elements(phase, what)
             if elements.min() < 0 or elements.max() >= sizes[what.counter]:
                 raise ValueError(f"phase {phase.name}: index outside counter {what.counter!r}")
-        if phase.leave is not None and phase.leave.region.strides:
+        if phase.early_exit is not None and phase.early_exit.region.strides:
             raise ValueError(f"phase {phase.name} ends a launch: what says so is the same for all items")
 
 

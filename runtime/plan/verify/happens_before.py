@@ -101,8 +101,8 @@ class Walk:
                             f"items {i} and {j} of {phase.name} meet in {write.region.buffer}: one writes what the "
                             f"other {'writes' if other.is_write else 'reads'}")  # fmt: skip
         for phase in self.plan.phases[1:]:
-            if phase.leave is not None:
-                self.reject("torn step", 0, phase, phase.leave.region.buffer,
+            if phase.early_exit is not None:
+                self.reject("torn step", 0, phase, phase.early_exit.region.buffer,
                             f"programs may leave at {phase.name}, when their step has begun: counters would have "
                             "counted a part of it")  # fmt: skip
         self.check_rates()
@@ -147,8 +147,8 @@ class Walk:
         for wait in phase.waits:
             if not wait.strides:
                 np.maximum(self.clock, self.wait(phase, wait, wait.start, step), out=self.clock)
-        if phase.leave is not None:
-            self.enter(phase, phase.leave, step)
+        if phase.early_exit is not None:
+            self.enter(phase, phase.early_exit, step)
         cases = self.cases(phase, table, step)
         has_items = table.last_round >= 0
         last = np.where(has_items, base + 1 + table.last_round, _NEVER)

@@ -17,7 +17,7 @@ the number of signals that come up to some earlier phase joins the clocks of all
   one of its signals, a later signal would have stood in for it, and the waits behind that one were not fooled.
 - *no race*: of two items that touch a common byte, one of them writing, the one later in the sequential order knows the
   earlier one by its clock. Execution is then equivalent to the sequential one.
-- *one end*: what says whether a launch is over (`Phase.leave`) is read by every program on entering a step's first
+- *one end*: what says whether a launch is over (`Phase.early_exit`) is read by every program on entering a step's first
   phase, items or not, and these reads are ordered like all others: all programs find the same, and leave together
   between two steps, where every counter has counted whole ones.
 - *right value*: in the sequential order, the last writer of what a phase reads is the producer that the read names, and

@@ -9,7 +9,7 @@ Two ways of drawing. Even seeds choose uniformly among those that can go on. Odd
 drop at a few random moments (Burckhardt et al. 2010, PCT): one program is then far ahead or far behind for long, which
 uniform choice hardly ever produces.
 
-`runtime.backends.gpu.interpreter` runs the resident kernel under it; tests run plans with bodies in PyTorch.
+`runtime.backends.gpu.interpreter` runs the resident kernel under it; tests run plans with semantics in PyTorch.
 """
 
 import random

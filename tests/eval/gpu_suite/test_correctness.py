@@ -61,8 +61,8 @@ def test_the_reference_passes(model: str) -> None:
     assert checker.check_text() == {"num_texts": 2, "num_tokens": 4}
     assert ("check_fp8" in CHECKS_OF.get(model, CHECKS)) == (model == "mimo-v2-flash")
     assert checker.check_fp8()["num_tokens_compared"] > 0
-    assert ("check_look_up" in CHECKS_OF.get(model, CHECKS)) == (model == "qwen3-30b-a3b")
-    looked_up = checker.check_look_up()
+    assert ("check_prompt_lookup" in CHECKS_OF.get(model, CHECKS)) == (model == "qwen3-30b-a3b")
+    looked_up = checker.check_prompt_lookup()
     assert looked_up["num_tokens"] == 48 and looked_up["num_drafted"] > looked_up["num_accepted"] > 0
     assert ("check_drafter" in CHECKS_OF.get(model, CHECKS)) == (model == "qwen3-30b-a3b")
     drafted = checker.check_drafter()
@@ -158,15 +158,15 @@ def test_text_that_changes_with_drafts_is_refused(monkeypatch: pytest.MonkeyPatc
 
     breaking(monkeypatch, turn)
     with pytest.raises(RuntimeError, match="a text changes with drafts that are looked up"):
-        checker.check_look_up()
+        checker.check_prompt_lookup()
     with pytest.raises(RuntimeError, match="a text changes with drafts of a drafter"):
         checker.check_drafter()
 
 
 def test_look_up_that_finds_nothing_is_refused() -> None:
-    checker = Checker(replace(SCALE, num_look_up=2), "qwen3-30b-a3b", "reference")
+    checker = Checker(replace(SCALE, num_lookup_tokens=2), "qwen3-30b-a3b", "reference")
     with pytest.raises(RuntimeError, match=r"none of \d+ drafts was accepted: give the check longer texts"):
-        checker.check_look_up()
+        checker.check_prompt_lookup()
 
 
 def drawing(monkeypatch: pytest.MonkeyPatch, offset: int = 1, temperature: float | None = None) -> Checker:

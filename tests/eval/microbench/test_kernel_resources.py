@@ -24,7 +24,7 @@ from speedstack.eval.microbench.kernel_resources import (
 from speedstack.runtime.model.released_models import MODELS
 
 OPS = {"embed", "qkv", "attention", "combine", "o_proj", "router", "expert_gate_up", "expert_down", "lm_head"}
-OPS |= {"draft", "weigh", "sample", "accept"}
+OPS |= {"draft", "logit_histogram", "sample", "accept"}
 WEIGHT_OPS = {"qkv", "o_proj", "expert_gate_up", "expert_down", "lm_head"}
 
 # Bytes of a thread: with 3.6.0 of the one kernel that has all 255 registers, with later versions what the loops of

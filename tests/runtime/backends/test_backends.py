@@ -216,7 +216,7 @@ def test_rejected_rows_leave_no_trace(make: Make, tiny_packed_dir: Path, ids: li
     assert torch.equal(torch.cat(got), expected_TV[:position])
 
 
-def test_logits_that_are_not_numbers_are_named(make: Make, tiny_packed_dir: Path) -> None:
+def test_logits_that_are_nan_are_named(make: Make, tiny_packed_dir: Path) -> None:
     weights = weights_of(tiny_packed_dir)
     weights.norm_D = torch.full_like(weights.norm_D, float("nan"))
     assert make(weights).step(Rows([5], [0], [0]), [0])[1] == [-1]

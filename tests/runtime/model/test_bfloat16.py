@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from speedstack.runtime.backends.gpu.base import formats_of
-from speedstack.runtime.backends.gpu.semantics.layers import PlanMemory
+from speedstack.runtime.backends.gpu.semantics.layers import StepSemantics
 from speedstack.runtime.backends.reference import rms_norm
 from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.released_models import tiny_config
@@ -30,11 +30,11 @@ def test_a_normalized_product_errs_by_its_roundings_alone() -> None:
     norm_D, qkv_OD = weights.layers[0].attention.norm_D, weights.layers[0].attention.qkv_OD
     assert isinstance(qkv_OD, torch.Tensor) and norm_D.max() > 1.1 > 0.9 > norm_D.min()
     plan, R = build_plan(weights.spec, formats_of(weights), 4, 3, 32), 3
-    memory, phase = PlanMemory(plan, weights), plan.phases[plan.phase_named["L00.qkv"]]
+    memory, phase = StepSemantics(plan, weights), plan.phases[plan.phase_named["L00.qkv"]]
     x_RD = (torch.randn(R, spec.hidden_size, generator=torch.Generator().manual_seed(0)) * 5).bfloat16()
     memory.set_rows([1, 2, 3], [0, 1, 2], [0, 0, 0])
     memory.write_hidden(plan.phases[plan.phase_named["embed"]], slice(None), slice(None), x_RD)
-    body = memory.bodies()["qkv"]
+    body = memory.semantics()["qkv"]
     for item in range(phase.num_items):
         for _ in body(phase, phase.index(item), 0) or ():
             pass

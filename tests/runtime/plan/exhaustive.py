@@ -193,9 +193,9 @@ class _Expansion:
         item_signals = [signal for signal in phase.signals if signal.each == "item"]
         entry = tuple((base[wait.counter] + wait.start, wait.threshold(step)) for wait in entry_waits)
         result: list[_Event] = []
-        if phase.leave is not None:
-            (access,) = self.tables.entry(phase.leave).accesses
-            expects = self.expected(step, phase, phase.leave, access, 0, state)
+        if phase.early_exit is not None:
+            (access,) = self.tables.entry(phase.early_exit).accesses
+            expects = self.expected(step, phase, phase.early_exit, access, 0, state)
             result.append(_Event(f"step {step} entry of {phase.name} on {program}", entry, tuple(expects)))
         for item in phase.items_of(program, self.plan.num_programs):
             name, signals = f"step {step} {phase.name}[{item}] on {program}", tuple(counters(item_signals, item))

@@ -1,37 +1,37 @@
-"""Executes a plan with bodies in PyTorch under the seeded scheduler: who waits for whom is then up to the plan."""
+"""Executes a plan with semantics in PyTorch under the seeded scheduler: who waits for whom is then up to the plan."""
 
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from speedstack.runtime.backends.gpu.semantics.multi_step import Body
+from speedstack.runtime.backends.gpu.semantics.multi_step import ItemSemantics
 from speedstack.runtime.plan.ir import Phase, Plan, Signal, Wait, at
 from speedstack.runtime.plan.verify.scheduler import Scheduler
 
 
 def interpret(
     plan: Plan,
-    bodies: Mapping[str, Body],
+    semantics: Mapping[str, ItemSemantics],
     num_steps: int,
     seed: int = 0,
     first_step: int = 0,
     counters: np.ndarray | None = None,
     is_over: Callable[[int], bool] = lambda step: False,
 ) -> None:
-    """Executes the task lists of a plan; `bodies` compute the items, by op.
+    """Executes the task lists of a plan; `semantics` compute the items, by op.
 
-    Items beyond a dynamic axis' cut are handed to the bodies too, which do nothing for them.
+    Items beyond a dynamic axis' cut are handed to the semantics too, which do nothing for them.
 
     Args:
         counters: int64 [plan.num_counters], as an earlier call left them; None are zeros.
         first_step: number of the first step, for counters that have counted earlier ones.
-        is_over: whether the launch is over before this step, by what `Phase.leave` reads; every program asks.
+        is_over: whether the launch is over before this step, by what `Phase.early_exit` reads; every program asks.
 
     Raises:
         Deadlock: nobody can go on.
         ValueError: an op without a body.
     """
-    missing = sorted({phase.op for phase in plan.phases} - set(bodies))
+    missing = sorted({phase.op for phase in plan.phases} - set(semantics))
     if missing:
         raise ValueError(f"no body for {', '.join(missing)}")
     counts = np.zeros(plan.num_counters, np.int64) if counters is None else counters
@@ -60,14 +60,14 @@ def interpret(
                 for what in phase.waits:
                     if not what.strides:
                         wait(program, phase, what, (), step)
-                if phase.leave is not None and is_over(step):
+                if phase.early_exit is not None and is_over(step):
                     return
                 for item in phase.items_of(program, plan.num_programs):
                     index = phase.index(item)
                     for what in phase.waits:
                         if what.strides:
                             wait(program, phase, what, index, step)
-                    for _ in bodies[phase.op](phase, index, step) or ():
+                    for _ in semantics[phase.op](phase, index, step) or ():
                         scheduler.pause(program)
                     for each in phase.signals:
                         if each.each == "item":

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from speedstack.runtime.backends.gpu.multi_step import rounds_inbox
-from speedstack.runtime.backends.gpu.semantics.layers import PlanMemory
+from speedstack.runtime.backends.gpu.semantics.layers import StepSemantics
 from speedstack.runtime.model.config_file import read_model_config
 from speedstack.runtime.model.drafter_spec import drafter_spec, why_not_planned
 from speedstack.runtime.model.weight_formats import WeightFormats
@@ -84,7 +84,7 @@ def test_no_two_phases_that_depend_can_be_swapped() -> None:
         if prove(swapped).is_safe:
             free.append((a.name, b.name))
     # The context and the choice of tokens have nothing to do with each other.
-    assert free == [("context", "lm_head"), ("lm_head", "append"), ("append", "weigh")]
+    assert free == [("context", "lm_head"), ("lm_head", "append"), ("append", "logit_histogram")]
 
 
 def test_buffers_that_live_at_once_cannot_share_memory() -> None:
@@ -135,12 +135,12 @@ def test_a_plan_drafts_what_the_module_drafts(options: str, num_programs: int) -
     weights, model = target(), drafter(options)
     drafter_weights = read(model)
     plan = plan_of(num_programs, R, options)
-    memory, counters = PlanMemory(plan, weights, drafter=drafter_weights), np.zeros(plan.num_counters, np.int64)
+    memory, counters = StepSemantics(plan, weights, drafter=drafter_weights), np.zeros(plan.num_counters, np.int64)
     assert memory.drafter is not None
     host, step = HostRounds(weights, model, PROMPTS), 0
     for rows in prompt_steps(PROMPTS, 8):
         memory.set_rows(list(rows.tokens), list(rows.slots), list(rows.positions))
-        interpret(plan, memory.bodies(), 1, seed=step, first_step=step, counters=counters)
+        interpret(plan, memory.semantics(), 1, seed=step, first_step=step, counters=counters)
         assert (memory.drafter.blocks_RF[:, TOKEN] == -1).all() and not memory.hidden_RD[
             : len(rows.tokens)
         ].isnan().any()
@@ -150,7 +150,7 @@ def test_a_plan_drafts_what_the_module_drafts(options: str, num_programs: int) -
     num_accepted, num_drafted = 0, 0
     for _ in range(9):
         wanted = [host.drafts(slot, end) for slot, end in enumerate(ends)]
-        interpret(plan, memory.bodies(), 1, seed=step, first_step=step, counters=counters)
+        interpret(plan, memory.semantics(), 1, seed=step, first_step=step, counters=counters)
         step += 1
         for slot, end in enumerate(ends):
             num_rows, stood, num_proposed = memory.outcome_RO[slot].tolist()
@@ -178,11 +178,11 @@ def test_items_touch_only_what_their_phases_declare() -> None:
     """Rounds, item by item, with everything poisoned that a phase does not declare to read."""
     weights, model = target(), drafter("mimo")
     plan = plan_of(1, 6, "mimo")
-    memories = [PlanMemory(plan, weights, drafter=read(model)) for _ in range(2)]
+    memories = [StepSemantics(plan, weights, drafter=read(model)) for _ in range(2)]
     host = HostRounds(weights, model, [prompt[:5] for prompt in PROMPTS])
     host.num_drafts = 2
     poisoned, free = memories
-    guarded, bodies, counters = Guarded(plan, poisoned), poisoned.bodies(), np.zeros(plan.num_counters, np.int64)
+    guarded, semantics, counters = Guarded(plan, poisoned), poisoned.semantics(), np.zeros(plan.num_counters, np.int64)
     for memory in memories:
         for keys, values in memory.caches:
             keys.fill_(0.5)
@@ -193,10 +193,10 @@ def test_items_touch_only_what_their_phases_declare() -> None:
         for phase in plan.phases:
             for item in range(phase.num_items):
                 if phase.name.startswith(own):
-                    guarded.run(phase, phase.index(item), bodies[phase.op], step)
+                    guarded.run(phase, phase.index(item), semantics[phase.op], step)
                 else:
-                    list(bodies[phase.op](phase, phase.index(item), step) or ())
-        interpret(plan, free.bodies(), 1, first_step=step, counters=counters)
+                    list(semantics[phase.op](phase, phase.index(item), step) or ())
+        interpret(plan, free.semantics(), 1, first_step=step, counters=counters)
         for name in ("rows_RF", "sequences_RF", "outcome_RO", "proposals_RR"):
             assert torch.equal(getattr(poisoned, name), getattr(free, name)), (step, name)
         assert poisoned.drafter is not None and free.drafter is not None
@@ -208,14 +208,14 @@ def test_a_context_without_numbers_drafts_nothing() -> None:
     """And the text goes on a token a step, as the host's does."""
     weights, model = target(), drafter()
     plan = plan_of(3)
-    memory = PlanMemory(plan, weights, drafter=read(model))
+    memory = StepSemantics(plan, weights, drafter=read(model))
     assert memory.drafter is not None
     host = HostRounds(weights, model, PROMPTS)
     for keys, values in memory.caches[: weights.spec.num_layers]:
         keys.fill_(0.5)
         values.fill_(0.5)
     memory.set_inbox(rounds_inbox(host.requests([MAX_LENGTH] * 2), R))
-    interpret(plan, memory.bodies(), 1)
+    interpret(plan, memory.semantics(), 1)
     assert memory.outcome_RO[:2].tolist() == [[1, 0, 0], [1, 0, 0]]
 
 

@@ -46,27 +46,33 @@ def tiny_spec() -> ModelSpec:
     )
 
 
-def tiny_plan(num_programs: int = 3, rows: int = 3, has_look_up: bool = False) -> Plan:
+def tiny_plan(num_programs: int = 3, rows: int = 3, has_prompt_lookup: bool = False) -> Plan:
     return build_plan(
-        tiny_spec(), WeightFormats(), num_programs, rows, max_context=100, split_size=32, has_look_up=has_look_up
+        tiny_spec(),
+        WeightFormats(),
+        num_programs,
+        rows,
+        max_context=100,
+        split_size=32,
+        has_prompt_lookup=has_prompt_lookup,
     )
 
 
-either = pytest.mark.parametrize("has_look_up", [False, True], ids=["plain", "look-up"])
+either = pytest.mark.parametrize("has_prompt_lookup", [False, True], ids=["plain", "look-up"])
 
 
 @pytest.mark.parametrize("name", ALL_SHAPES)
 def test_plans_of_released_models_are_safe(name: str) -> None:
     spec, formats = read_model_config(SHAPES / f"{name}.json")
     for num_programs, rows, context in ((132, 1, 1024), (148, 16, 2000)):
-        proof = prove(build_plan(spec, formats, num_programs, rows, context, has_look_up=rows > 1))
+        proof = prove(build_plan(spec, formats, num_programs, rows, context, has_prompt_lookup=rows > 1))
         assert proof.is_safe, proof.failure
 
 
 @either
 @pytest.mark.parametrize(("num_programs", "rows"), [(1, 1), (2, 16), (3, 3), (8, 1), (37, 5), (300, 16)])
-def test_any_number_of_programs_and_rows_is_safe(num_programs: int, rows: int, has_look_up: bool) -> None:
-    proof = prove(tiny_plan(num_programs, rows, has_look_up))
+def test_any_number_of_programs_and_rows_is_safe(num_programs: int, rows: int, has_prompt_lookup: bool) -> None:
+    proof = prove(tiny_plan(num_programs, rows, has_prompt_lookup))
     assert proof.is_safe, proof.failure
 
 
@@ -78,9 +84,9 @@ def test_the_largest_model_is_planned_and_proved_in_time() -> None:
 
 
 @either
-def test_no_wait_and_no_signal_of_a_plan_is_idle(has_look_up: bool) -> None:
+def test_no_wait_and_no_signal_of_a_plan_is_idle(has_prompt_lookup: bool) -> None:
     """Every wait and every signal is needed, and every threshold is the least: without it the proof fails."""
-    plan = tiny_plan(has_look_up=has_look_up)
+    plan = tiny_plan(has_prompt_lookup=has_prompt_lookup)
     num_mutants = 0
     for index, phase in enumerate(plan.phases):
         changes: list[dict[str, Any]] = [{"signals": ()}]
@@ -121,13 +127,13 @@ def test_plans_of_random_shapes_are_safe(data: st.DataObject) -> None:
 
 
 @either
-def test_a_built_plan_under_every_interleaving(has_look_up: bool) -> None:
+def test_a_built_plan_under_every_interleaving(has_prompt_lookup: bool) -> None:
     """One layer with experts on two programs: no schedule does harm; a change that does is rejected."""
     attention = AttentionSpec(2, 1, 8, 8, 8, 1e4)
     layer = LayerSpec(attention, MoeSpec(2, 1, 8, "softmax", False, True))
     spec = ModelSpec("least", 16, 32, 1e-5, 64, (), (layer,))
-    plan = build_plan(spec, WeightFormats(), 2, 1, 32, 16, has_look_up=has_look_up)
-    assert len(plan.phases) == 12 + has_look_up and prove(plan).is_safe
+    plan = build_plan(spec, WeightFormats(), 2, 1, 32, 16, has_prompt_lookup=has_prompt_lookup)
+    assert len(plan.phases) == 12 + has_prompt_lookup and prove(plan).is_safe
     for seed in range(3):
         found = search(plan, num_steps=2, lists=Lists(seed))
         assert found.harm is None and found.num_states > 100, found
@@ -145,8 +151,8 @@ def test_a_built_plan_under_every_interleaving(has_look_up: bool) -> None:
 
 
 @either
-def test_no_two_phases_of_a_plan_can_be_swapped(has_look_up: bool) -> None:
-    plan = tiny_plan(has_look_up=has_look_up)
+def test_no_two_phases_of_a_plan_can_be_swapped(has_prompt_lookup: bool) -> None:
+    plan = tiny_plan(has_prompt_lookup=has_prompt_lookup)
     for index in range(len(plan.phases) - 1):
         phases = list(plan.phases)
         phases[index : index + 2] = phases[index : index + 2][::-1]
@@ -154,7 +160,7 @@ def test_no_two_phases_of_a_plan_can_be_swapped(has_look_up: bool) -> None:
 
 
 def test_buffers_that_live_at_once_cannot_share_memory() -> None:
-    plan = tiny_plan(has_look_up=True)
+    plan = tiny_plan(has_prompt_lookup=True)
     names = [buffer.name for buffer in plan.buffers]
     pairs = [("hidden", "router.6"), ("logits", "best"), ("L00.cache", "L01.cache"), ("hidden", "rows")]
     pairs += [("hidden", "sequences"), ("chosen", "rows"), ("chosen", "history"), ("sequences", "rows")]
@@ -172,8 +178,8 @@ def test_phases_and_items() -> None:
     names = [phase.name for phase in plan.phases]
     assert names[:6] == ["embed", "L00.qkv", "L00.attention", "L00.combine", "L00.o_proj", "L00.gate_up"]
     assert names[6:] == ["L00.down", "L01.qkv", "L01.attention", "L01.combine", "L01.o_proj", "L01.router",
-                         "L01.gate_up", "L01.down", "lm_head", "weigh", "sample", "accept"]  # fmt: skip
-    assert [phase.name for phase in tiny_plan(has_look_up=True).phases] == ["draft", *names]
+                         "L01.gate_up", "L01.down", "lm_head", "logit_histogram", "sample", "accept"]  # fmt: skip
+    assert [phase.name for phase in tiny_plan(has_prompt_lookup=True).phases] == ["draft", *names]
     full, sliding = plan.phases[plan.phase_named["L00.attention"]], plan.phases[plan.phase_named["L01.attention"]]
     # 100 positions are 4 splits of 32; a window of 20 and 3 rows span 22 positions, which touch at most 2 splits
     assert [axis.size for axis in full.axes] == [3, 2, 4]
@@ -275,7 +281,7 @@ def test_cost_by_hand() -> None:
 def test_look_up_is_costed_by_its_texts() -> None:
     """One program a sequence reads 4 bytes a token, once, with its share of the bandwidth."""
     gpu = Gpu("test", 4, bandwidth=1e9, bf16_flops=1e9, memory_bytes=1e9)
-    plan = build_plan(tiny_spec(), WeightFormats(), 4, 3, 100, 32, has_look_up=True)
+    plan = build_plan(tiny_spec(), WeightFormats(), 4, 3, 100, 32, has_prompt_lookup=True)
     for rows, sequences in ((2, 1), (3, 3)):
         (draft,) = [one for one in step_cost(plan, gpu, rows, sequences, 60).phases if one.op == "draft"]
         assert (draft.kv_bytes, draft.weight_bytes, draft.num_items) == (sequences * 60 * 4, 0, sequences)

@@ -196,7 +196,7 @@ def test_what_ends_a_launch_is_read_by_programs_without_items_too() -> None:
     """Leaving needs its own order: behind who wrote what says so, and before who overwrites it, on every program."""
     last, all_of_p0 = Wait("c1", 3, 0), Wait("c0", 3, 3)
     plan = two_phases(last, all_of_p0, 3)
-    leaving = with_phase(plan, 0, leave=Read(Region("b1", 1), "p1", 1))
+    leaving = with_phase(plan, 0, early_exit=Read(Region("b1", 1), "p1", 1))
     assert prove(leaving).is_safe and harm_of(leaving) is None
     # p0 signals for its item alone: programs 1 and 2, which have none, may read what p1 already overwrites
     for safe, harm, change in ((True, None, {}), (False, "wrong value", {"leave": Read(Region("b1", 1), "p1", 1)})):
@@ -210,19 +210,19 @@ def test_what_ends_a_launch_is_read_by_programs_without_items_too() -> None:
     # with nothing else to meet in: what p1 wrote may not be there yet
     alone = prove(with_phase(with_phase(leaving, 0, waits=(), reads=(), writes=()), 1, reads=())).failure
     assert alone is not None and (alone.kind, alone.edge) == ("race", ("p0", "p1"))
-    stale = prove(with_phase(leaving, 0, leave=Read(Region("b1", 1), "p0", 1))).failure
+    stale = prove(with_phase(leaving, 0, early_exit=Read(Region("b1", 1), "p0", 1))).failure
     assert stale is not None and stale.kind == "wrong value"
 
 
 def test_a_launch_ends_between_two_steps() -> None:
     """Counters of a step that programs leave in its middle would be those of no number of steps."""
     plan = two_phases(Wait("c1", 2, 0), Wait("c0", 2, 2))
-    failure = prove(with_phase(plan, 1, leave=Read(Region("b0", 1), "p0"))).failure
+    failure = prove(with_phase(plan, 1, early_exit=Read(Region("b0", 1), "p0"))).failure
     assert failure is not None and (failure.kind, failure.edge) == ("torn step", ("p1", "b0"))
     with pytest.raises(ValueError, match="what says so is the same for all items"):
-        prove(with_phase(plan, 0, leave=Read(Region("b1", 1, 0, (1,)), "p1", 1)))
+        prove(with_phase(plan, 0, early_exit=Read(Region("b1", 1, 0, (1,)), "p1", 1)))
     with pytest.raises(ValueError, match="p0 names 'b9'"):
-        prove(with_phase(plan, 0, leave=Read(Region("b9", 1), "p1", 1)))
+        prove(with_phase(plan, 0, early_exit=Read(Region("b9", 1), "p1", 1)))
 
 
 def test_messages_name_the_edge() -> None:

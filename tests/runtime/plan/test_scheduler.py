@@ -15,7 +15,7 @@ from speedstack.quant.fp8 import FP8Tensor, quantize_fp8
 from speedstack.runtime.backends.base import Draw, RoundsRequest, Rows
 from speedstack.runtime.backends.gpu.buffers import step_inbox
 from speedstack.runtime.backends.gpu.multi_step import rounds_inbox
-from speedstack.runtime.backends.gpu.semantics.layers import PlanMemory
+from speedstack.runtime.backends.gpu.semantics.layers import StepSemantics
 from speedstack.runtime.backends.reference import ReferenceBackend
 from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.weight_formats import WeightFormats
@@ -75,7 +75,7 @@ def plan_of(weights: ModelWeights, num_programs: int, rows: int = 3) -> Plan:
 def check_against_reference(weights: ModelWeights, num_programs: int, seed: int) -> None:
     """Prompts of three sequences, then mixed steps: logits, caches and sampled tokens are the reference's."""
     plan = plan_of(weights, num_programs)
-    memory, counters = PlanMemory(plan, weights), np.zeros(plan.num_counters, np.int64)
+    memory, counters = StepSemantics(plan, weights), np.zeros(plan.num_counters, np.int64)
     reference = ReferenceBackend(weights, None, plan.rows, 96)
     rng, lengths = random.Random(seed), [0, 0, 0]
     # Three rows of one sequence, two and one, one of each, one alone: 25 positions or more, past one split and a window
@@ -86,7 +86,7 @@ def check_against_reference(weights: ModelWeights, num_programs: int, seed: int)
         for slot in slots:
             lengths[slot] += 1
         memory.set_rows(tokens, slots, positions)
-        interpret(plan, memory.bodies(), 1, seed=31 * seed + step, first_step=step, counters=counters)
+        interpret(plan, memory.semantics(), 1, seed=31 * seed + step, first_step=step, counters=counters)
         expected_RV, best = reference.step(Rows(tokens, slots, positions), range(len(slots)))
         # float32 sums in another order, through a few layers; logits up to about 20
         torch.testing.assert_close(memory.logits_RV[: len(slots)], expected_RV, rtol=1e-4, atol=1e-4)
@@ -126,7 +126,7 @@ class Guarded:
     """Runs items one by one with everything poisoned that their phase does not declare to read, and sees that nothing
     changes that it does not declare to write."""
 
-    def __init__(self, plan: Plan, memory: PlanMemory) -> None:
+    def __init__(self, plan: Plan, memory: StepSemantics) -> None:
         self.plan, self.memory = plan, memory
         self.num_checked = 0
 
@@ -137,7 +137,7 @@ class Guarded:
             return self.drafter_views(buffer)
         if buffer.endswith(".cache"):
             return [part.movedim(2, 0) for part in memory.caches[int(buffer[1:3])]]
-        if buffer in ("chains", "notes"):  # what kernels note; the bodies sort
+        if buffer in ("chains", "notes"):  # what kernels note; the semantics sort
             return []
         whole = {
             "rows": memory.rows_RF,
@@ -208,30 +208,32 @@ def test_items_touch_only_what_their_phases_declare(build: Callable[[], Any]) ->
     """The proof believes what phases declare; this is where the declarations are held against what is computed."""
     weights = weights_of(build())
     plan = plan_of(weights, 1)
-    memory, reference = PlanMemory(plan, weights), ReferenceBackend(weights, None, 3, 96)
-    guarded, bodies = Guarded(plan, memory), memory.bodies()
+    memory, reference = StepSemantics(plan, weights), ReferenceBackend(weights, None, 3, 96)
+    guarded, semantics = Guarded(plan, memory), memory.semantics()
     for step, (slots, positions) in enumerate([([0, 0, 1], [0, 1, 0]), ([0, 1, 2], [2, 1, 0]), ([0], [3])]):
         tokens = [7 * step + slot for slot in slots]
         memory.set_rows(tokens, slots, positions)
         for phase in plan.phases:
             for item in range(phase.num_items):
-                guarded.run(phase, phase.index(item), bodies[phase.op], step)
+                guarded.run(phase, phase.index(item), semantics[phase.op], step)
         expected_RV, _ = reference.step(Rows(tokens, slots, positions), range(len(slots)))
         # as above
         torch.testing.assert_close(memory.logits_RV[: len(slots)], expected_RV, rtol=1e-4, atol=1e-4)
     assert guarded.num_checked > 1000
 
 
-@pytest.mark.parametrize("has_look_up", [False, True])
-def test_rounds_touch_only_what_their_phases_declare(has_look_up: bool) -> None:
+@pytest.mark.parametrize("has_prompt_lookup", [False, True])
+def test_rounds_touch_only_what_their_phases_declare(has_prompt_lookup: bool) -> None:
     """Two sequences that go on by themselves, one of which ends: they do what they do with nothing poisoned."""
     weights = weights_of(qwen3_moe())
-    plan = build_plan(weights.spec, WeightFormats(), 1, 6, max_context=32, split_size=SPLIT, has_look_up=has_look_up)
+    plan = build_plan(
+        weights.spec, WeightFormats(), 1, 6, max_context=32, split_size=SPLIT, has_prompt_lookup=has_prompt_lookup
+    )
     requests = [
-        RoundsRequest([5, 6, 5], 1, 12, True, 2 * has_look_up, 2),
-        RoundsRequest([7, 7], 0, 4, True, has_look_up, 2),
+        RoundsRequest([5, 6, 5], 1, 12, True, 2 * has_prompt_lookup, 2),
+        RoundsRequest([7, 7], 0, 4, True, has_prompt_lookup, 2),
     ]
-    memories = [PlanMemory(plan, weights) for _ in range(2)]
+    memories = [StepSemantics(plan, weights) for _ in range(2)]
     for memory in memories:
         memory.set_inbox(rounds_inbox(requests, plan.rows))
         for request in requests:
@@ -240,12 +242,12 @@ def test_rounds_touch_only_what_their_phases_declare(has_look_up: bool) -> None:
             keys.fill_(0.5)
             values.fill_(0.5)
     poisoned, free = memories
-    guarded, bodies, counters = Guarded(plan, poisoned), poisoned.bodies(), np.zeros(plan.num_counters, np.int64)
+    guarded, semantics, counters = Guarded(plan, poisoned), poisoned.semantics(), np.zeros(plan.num_counters, np.int64)
     for step in range(4):
         for phase in plan.phases:
             for item in range(phase.num_items):
-                guarded.run(phase, phase.index(item), bodies[phase.op], step)
-        interpret(plan, free.bodies(), 1, first_step=step, counters=counters)
+                guarded.run(phase, phase.index(item), semantics[phase.op], step)
+        interpret(plan, free.semantics(), 1, first_step=step, counters=counters)
         for name in ("rows_RF", "sequences_RF", "outcome_RO", "history_RL"):
             assert torch.equal(getattr(poisoned, name), getattr(free, name)), (step, name)
     assert free.outcome_RO[0, 0] > 0 == free.outcome_RO[1, 0], "one is over"
@@ -254,19 +256,19 @@ def test_rounds_touch_only_what_their_phases_declare(has_look_up: bool) -> None:
 
 def run_alone(weights: ModelWeights, plan: Plan, num_steps: int, seed: int) -> list[list[int]]:
     """Tokens of three sequences that go on by themselves for some steps without the host."""
-    memory = PlanMemory(plan, weights)
+    memory = StepSemantics(plan, weights)
     requests = [RoundsRequest([5 + slot], slot, plan.max_context, False) for slot in range(3)]
     memory.set_inbox(rounds_inbox(requests, plan.rows))
     seen: list[list[int]] = []
-    bodies = dict(memory.bodies())
-    sample = bodies["sample"]
+    semantics = dict(memory.semantics())
+    sample = semantics["sample"]
 
     def recording(phase: Any, index: tuple[int, ...], step: int) -> Any:
         yield from sample(phase, index, step) or ()
         seen.append([step, index[0], int(memory.chosen_R[index[0]])])
 
-    bodies["sample"] = recording
-    interpret(plan, bodies, num_steps, seed=seed)
+    semantics["sample"] = recording
+    interpret(plan, semantics, num_steps, seed=seed)
     return sorted(seen)
 
 
@@ -307,10 +309,10 @@ def test_a_missing_signal_is_a_dump_and_not_a_hang() -> None:
     phases = list(plan.phases)
     index = plan.phase_named["L00.combine"]
     phases[index] = replace(phases[index], signals=())
-    memory = PlanMemory(plan, weights)
+    memory = StepSemantics(plan, weights)
     memory.set_rows([5], [0], [0])
     with pytest.raises(Deadlock) as caught:
-        interpret(replace(plan, phases=tuple(phases)), memory.bodies(), 1)
+        interpret(replace(plan, phases=tuple(phases)), memory.semantics(), 1)
     assert set(caught.value.waiting) == {0, 1, 2}
     assert "program 1: step 0, L00.o_proj: L00.combine[0] is 0 and has to reach 3" in str(caught.value)
 
@@ -353,7 +355,7 @@ def test_how_a_token_is_drawn_is_read_off_the_records() -> None:
     """At the least temperature too, whose float32 lies a little below it."""
     weights = weights_of(qwen3_moe())
     plan = plan_of(weights, 2)
-    memory = PlanMemory(plan, weights)
+    memory = StepSemantics(plan, weights)
     chosen = (SamplingParams(LEAST_TEMPERATURE, 0.5, 3), SamplingParams(0.75, 1.0, 7))
     draws = [*(Draw(1, 2, params) for params in chosen), None]
     memory.set_inbox(step_inbox(Rows([5, 6, 7], [0, 1, 2], [0, 0, 0], draws=draws), plan.rows))
@@ -363,7 +365,7 @@ def test_how_a_token_is_drawn_is_read_off_the_records() -> None:
 def test_every_op_needs_a_body() -> None:
     weights = weights_of(qwen3_moe())
     plan = plan_of(weights, 2)
-    bodies = PlanMemory(plan, weights).bodies()
-    del bodies["router"]
+    semantics = StepSemantics(plan, weights).semantics()
+    del semantics["router"]
     with pytest.raises(ValueError, match="no body for router"):
-        interpret(plan, bodies, 1)
+        interpret(plan, semantics, 1)

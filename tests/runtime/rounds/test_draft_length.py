@@ -73,4 +73,4 @@ def test_what_is_drafted_follows_the_cost() -> None:
     assert DraftBudget(7, IN_PYTORCH).num_to_draft() == 7
     assert play(DraftBudget(7, RoundCost(3.3, 0.34, 0.2)), SURE, num_right=7, num_rounds=40).count(0) > 30
     assert play(DraftBudget(7, COST), SURE, num_right=7, num_rounds=40).count(0) == 0
-    assert DraftBudget(7, COST.of_look_up).num_to_draft() == 4
+    assert DraftBudget(7, COST.of_prompt_lookup).num_to_draft() == 4

@@ -57,7 +57,7 @@ inline void score_blocks(const Op& op, const Query* query, const T* k, int block
 
 // Sums of values by probability, of D vectors of a head from `d` on, over all blocks in ascending order of position.
 template <int Q, int D, class T>
-inline void weigh_values(const Op& op, const Query* query, const T* v, int first, int last, const float* scores,
+inline void histogram_values(const Op& op, const Query* query, const T* v, int first, int last, const float* scores,
                          int64_t stride, const float (&total)[Q], int d) {
     const int dv = op.i[3], num_blocks = op.i[4];
     vf acc[Q][D];
@@ -125,8 +125,8 @@ void attend(const Op& op, const Query* query, const T* k, const T* v, Worker& me
         if (query[g].sink) total[g] += exp_lanes(splat(*query[g].sink - top))[0];
     }
     int d = 0;
-    for (; d + D * W <= dv; d += D * W) weigh_values<Q, D>(op, query, v, first, last, scores, stride, total, d);
-    for (; d < dv; d += W) weigh_values<Q, 1>(op, query, v, first, last, scores, stride, total, d);
+    for (; d + D * W <= dv; d += D * W) histogram_values<Q, D>(op, query, v, first, last, scores, stride, total, d);
+    for (; d < dv; d += W) histogram_values<Q, 1>(op, query, v, first, last, scores, stride, total, d);
 }
 
 template <int Q, class T>

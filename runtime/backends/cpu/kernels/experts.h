@@ -56,7 +56,7 @@ inline void choose(const Item& at) {
         for (int e = 0; e < E; e++) total += score[e];
         for (int e = 0; e < E; e++) score[e] /= total;
     }
-    // What is not a number, or below all numbers, comes last; below it is only what was taken, so that no expert is twice.
+    // What is NaN, or below all numbers, comes last; below it is only what was taken, so that no expert is twice.
     for (int e = 0; e < E; e++) {
         const float value = bias ? score[e] + bias[e] : score[e];
         choice[e] = value > -FLT_MAX ? value : -FLT_MAX;

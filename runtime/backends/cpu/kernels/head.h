@@ -32,7 +32,7 @@ inline void lm_head(const Item& at) {
 inline int argmax_items(const Op& op, const Rows& rows, int) { return rows.num_logit_rows / op.i[3]; }
 
 // Index of the largest logit of a wanted row, of every `step`th from `first` on; ties to the lower index, -1 where a
-// logit is not a number. With a third pointer also the softmax probability of that index.
+// logit is NaN. With a third pointer also the softmax probability of that index.
 inline void argmax(const Item& at) {
     const Op& op = at.op;
     const int V = op.i[0], stride = op.i[1], first = op.i[2], step = op.i[3], r = first + at.item * step;
@@ -41,17 +41,17 @@ inline void argmax(const Item& at) {
     float* probability = (float*)op.p[2];
     const vi lane = lane_numbers();
     vf peak = splat(-INFINITY);
-    vi where = vi{}, not_numbers = vi{};
+    vi where = vi{}, nan_logits = vi{};
     for (int n = 0; n < V; n += W) {
         const vf x = load(row + n);
-        not_numbers |= (vi)(x != x);
+        nan_logits |= (vi)(x != x);
         const vi better = (vi)(x > peak) & (vi)(lane + n < V);
         peak = better ? x : peak;
         where = better ? lane + n : where;
     }
     int best = 0, num_bad = 0;
     for (int l = 0; l < W; l++) {
-        num_bad += not_numbers[l] != 0;
+        num_bad += nan_logits[l] != 0;
         if (peak[l] > peak[best] || (peak[l] == peak[best] && where[l] < where[best])) best = l;
     }
     out[r] = num_bad || peak[best] == -INFINITY ? -1 : where[best];

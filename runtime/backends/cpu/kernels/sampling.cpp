@@ -148,7 +148,7 @@ class Row {
         return (int32_t)(std::find_if(logits_, logits_ + vocab_size_, holds) - logits_);
     }
 
-    // The largest logit of every chunk and of all; false where one is not a number.
+    // The largest logit of every chunk and of all; false where one is NaN.
     bool find_peak() {
         vi is_odd = {};
         vf all = vf{} - INFINITE;

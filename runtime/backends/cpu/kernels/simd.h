@@ -78,7 +78,7 @@ inline void store_value(float* p, float x) { *p = x; }
 inline void store_value(uint16_t* p, float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    // To the nearest, ties to even; what is not a number stays none.
+    // To the nearest, ties to even; what is NaN stays none.
     *p = uint16_t(x != x ? (bits >> 16) | 64 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 

@@ -24,7 +24,7 @@ from speedstack.quant.fp8 import TILE_SIZE, FP8Tensor
 from speedstack.quant.mxfp4 import MXFP4Tensor
 from speedstack.runtime.backends.drafter_weights import DrafterWeights
 from speedstack.runtime.backends.gpu.bindings.drafter import DrafterBinder
-from speedstack.runtime.backends.gpu.bindings.multi_step import Bound, RoundBinder
+from speedstack.runtime.backends.gpu.bindings.multi_step import Bound, MultiStepBinder
 from speedstack.runtime.backends.gpu.bindings.step import StepBinder
 from speedstack.runtime.backends.gpu.buffers import Memory
 from speedstack.runtime.model.qkv_layout import grouped_fp8_qkv, grouped_qkv
@@ -108,7 +108,7 @@ class Binder(StepBinder):
         self.sizes = {"D": D, "R": plan.rows, "CHUNK": CHUNK, "eps": weights.spec.rms_norm_eps}
         self.sizes["NP"] = power_of_two(num_blocks(D))
         self.layer_specs, self.layer_weights = [*self.spec.layers], [*weights.layers]
-        self.deciding = RoundBinder(plan, weights.spec, memory)
+        self.deciding = MultiStepBinder(plan, weights.spec, memory)
         self.drafter = None if drafter is None else DrafterBinder(self, drafter)
         if self.drafter is not None:
             self.layer_specs += self.drafter.spec.layers
@@ -157,9 +157,9 @@ class Binder(StepBinder):
 
     def embed(self, phase: Phase) -> Bound:
         m, proposals = self.memory, self.buffers.get("proposals")
-        dealing = (m.sequences, m.draws, m.rows if proposals is None else proposals, m.rows, m.sampling)
+        row_allocation = (m.sequences, m.draws, m.rows if proposals is None else proposals, m.rows, m.sampling)
         embedded = self.buffers["hidden"], *self.for_norm(phase)
-        pointers = (*dealing, self.weights.embedding_VD, *embedded, self.buffers["bins"])
+        pointers = (*row_allocation, self.weights.embedding_VD, *embedded, self.buffers["bins"])
         return pointers, {"HAS_PROPOSALS": proposals is not None}
 
     def rows(self, phase: Phase) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What the device functions of the phases that decide are given: `draft`, `weigh`, `sample` and `accept`.
+"""What the device functions of the phases that decide are given: `draft`, `logit_histogram`, `sample` and `accept`.
 
 See `round_phases` for these, and `bindings` for all others.
 """
@@ -21,14 +21,14 @@ TEXT_BLOCK = 4096
 Bound = tuple[tuple[torch.Tensor, ...], dict[str, Any]]
 
 
-class RoundBinder:
+class MultiStepBinder:
     """Binds the phases of `round_phases`."""
 
     def __init__(self, plan: Plan, spec: ModelSpec, memory: Memory) -> None:
         self.plan, self.spec, self.memory = plan, spec, memory
         self.bound: dict[str, Callable[[Phase], Bound]] = {
             "draft": self.draft,
-            "weigh": self.weigh,
+            "logit_histogram": self.logit_histogram,
             "sample": self.sample,
             "accept": self.accept,
         }
@@ -41,24 +41,30 @@ class RoundBinder:
         constants = {"STRIDE": stride, "BLOCK": TEXT_BLOCK}
         return (self.memory.sequences, history, *self.buffer("proposals")), constants
 
-    def weigh(self, phase: Phase) -> Bound:
+    def logit_histogram(self, phase: Phase) -> Bound:
         pointers = (self.memory.rows, self.memory.sampling, *self.buffer("logits", "peaks", "bins", "chains"))
         return pointers, self.sizes()
 
     def sample(self, phase: Phase) -> Bound:
         results = self.buffer("logits", "best", "peaks", "bins", "chains", "notes")
-        weigh, head = (self.plan.phases[self.plan.phase_named[name]] for name in ("weigh", "lm_head"))
-        constants = {"SP": power_of_two(weigh.axes[1].size), "TILE": head.tile, "REPORT": self.memory.reports.shape[1]}
+        logit_histogram, head = (
+            self.plan.phases[self.plan.phase_named[name]] for name in ("logit_histogram", "lm_head")
+        )
+        constants = {
+            "SP": power_of_two(logit_histogram.axes[1].size),
+            "TILE": head.tile,
+            "REPORT": self.memory.reports.shape[1],
+        }
         return (self.memory.rows, self.memory.sampling, *results, self.memory.reports), self.sizes() | constants
 
     def sizes(self) -> dict[str, int]:
-        """How a row's logits are cut: among the tiles of the LM head, and into the slices of `weigh`."""
-        weigh = self.plan.phases[self.plan.phase_named["weigh"]]
+        """How a row's logits are cut: among the tiles of the LM head, and into the slices of `logit_histogram`."""
+        logit_histogram = self.plan.phases[self.plan.phase_named["logit_histogram"]]
         return {
             "VOCAB": self.spec.vocab_size,
             "TILES": self.plan.buffer_named["peaks"].num_cells,
-            "SLICE": weigh.tile,
-            "SLICES": weigh.axes[1].size,
+            "SLICE": logit_histogram.tile,
+            "SLICES": logit_histogram.axes[1].size,
             "C": CANDIDATES,
         }
 

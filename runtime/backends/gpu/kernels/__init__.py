@@ -10,11 +10,11 @@
     experts      gate, up and activation of an expert's columns; down and the weighted sum
     head         final norm, LM head, the largest logits or scores
     noise        Gumbel noise
-    weigh        of rows with top-k or top-p: how much lies in which bin of logits
+    logit_histogram        of rows with top-k or top-p: how much lies in which bin of logits
     cut, sample  from which logit on they keep tokens; the token after a row
     accept       which drafts stand, and what is committed
-    draft        prompt look-up in a sequence's text
-    deal         which rows of a step a sequence has, by what is proposed for all of them
+    draft        prompt lookup in a sequence's text
+    row_allocation which rows of a step a sequence has, by what is proposed for all of them
     drafter      a DFlash drafter's blocks, proposals, and the context that a step's rows add
     items        any item of any phase, by the phase's constants
     phase        a phase as one kernel, an item a program, for the `graph` backend

@@ -26,12 +26,20 @@ from speedstack.runtime.backends.gpu.kernels.layers.experts import (
 from speedstack.runtime.backends.gpu.kernels.layers.lm_head import lm_head_item
 from speedstack.runtime.backends.gpu.kernels.layers.projections import dense_gate_up_item, project_item, qkv_item
 from speedstack.runtime.backends.gpu.kernels.layers.router import choose, router_item
-from speedstack.runtime.backends.gpu.kernels.rounds.logit_histogram import empty_bins, weigh_item
+from speedstack.runtime.backends.gpu.kernels.rounds.logit_histogram import empty_bins, histogram_item
 from speedstack.runtime.backends.gpu.kernels.rounds.ngram_draft import draft_item
-from speedstack.runtime.backends.gpu.kernels.rounds.row_allocation import deal_row, end_of_live
+from speedstack.runtime.backends.gpu.kernels.rounds.row_allocation import allocate_row, end_of_live
 from speedstack.runtime.backends.gpu.kernels.rounds.sample import sample_item
 from speedstack.runtime.backends.gpu.kernels.rounds.verify_drafts import accept_item
-from speedstack.runtime.backends.gpu.kernels.rows import NUM_ROWS, TOKEN, field, has_rows, is_cut, is_drawn, is_used
+from speedstack.runtime.backends.gpu.kernels.rows import (
+    NUM_ROWS,
+    TOKEN,
+    field,
+    has_rows,
+    has_topk_or_topp,
+    is_drawn,
+    is_used,
+)
 
 
 @triton.jit
@@ -48,9 +56,9 @@ def begin_phase(p, PHASE: tl.constexpr):
     elif PHASE.op == "combine" or PHASE.op == "sample":
         r_R = tl.arange(0, PHASE.R)
         num_first = tl.max(tl.where(field(p[0], r_R, TOKEN) >= 0, r_R + 1, 0), axis=0)
-    elif PHASE.op == "weigh":
+    elif PHASE.op == "logit_histogram":
         r_R = tl.arange(0, PHASE.R)
-        num_first = tl.max(tl.where(is_cut(p[0], p[1], r_R, PHASE.VOCAB), r_R + 1, 0), axis=0)
+        num_first = tl.max(tl.where(has_topk_or_topp(p[0], p[1], r_R, PHASE.VOCAB), r_R + 1, 0), axis=0)
     elif PHASE.op == "attention" or PHASE.op == "append":
         r_R = tl.arange(0, PHASE.R)
         # A sequence without a row leaves a gap.
@@ -98,7 +106,7 @@ def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
     if PHASE.op == "embed":
         # sequences, draws, proposals, rows, sampling, embedding, hidden, norm, scaled, squares, bins
         empty_bins(i, p[10])
-        token = deal_row(i, p[0], p[1], p[2], p[3], p[4], PHASE.R, PHASE.HAS_PROPOSALS)
+        token = allocate_row(i, p[0], p[1], p[2], p[3], p[4], PHASE.R, PHASE.HAS_PROPOSALS)
         embed_item(i, token, p[5], p[6], p[7], p[8], p[9], p[5], PHASE.D, PHASE.R, PHASE.NP, -1)
     elif PHASE.op == "qkv":  # rows, scaled, squares, weight, bias, qkv
         qkv_item(
@@ -152,8 +160,8 @@ def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
             i, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], scales, shared[0], PHASE.eps, PHASE.VOCAB, PHASE.D,
             PHASE.R, PHASE.NP, PHASE.T, PHASE.CHUNK, PHASE.FP8_ROWS, PHASE.HAS_LOGITS,
         )  # fmt: skip
-    elif PHASE.op == "weigh":  # rows, sampling, logits, peaks, bins, chains
-        weigh_item(
+    elif PHASE.op == "logit_histogram":  # rows, sampling, logits, peaks, bins, chains
+        histogram_item(
             i, j, p[0], p[1], p[2], p[3], p[4], p[5], PHASE.VOCAB, PHASE.TILES, PHASE.SLICE, PHASE.SLICES, PHASE.R,
             PHASE.C,
         )  # fmt: skip

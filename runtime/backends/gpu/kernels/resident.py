@@ -6,7 +6,7 @@ variant is known at compile time. Rows of the table: int64, see RECORD.
 
 A launch of several rounds ends before the first step for which no sequence is left. Programs find that out behind the
 wait of a step's first phase, and leave with every counter as whole steps have left it, for the next launch to go on
-from. The proof knows what they read there and that all of them see the same (`Phase.leave`).
+from. The proof knows what they read there and that all of them see the same (`Phase.early_exit`).
 
 Why `while` loops, and why what is read comes after the wait: see `counters`. Loops are told not to hoist
 (disable_licm), or LLVM computes what any variant needs ahead of all of them, and holds it in registers throughout. The
@@ -52,7 +52,7 @@ def wait_all(
     record_ptr, i, j, k, step, phase, item, counters_ptr, max_polls, dump_ptr, failed_ptr, PHASE: tl.constexpr,
     IS_ITEM: tl.constexpr,
 ):  # fmt: skip
-    """A phase's waits before an item, or before all; false if one was in vain."""
+    """A phase's waits before an item, or before all; false if one timed out."""
     if IS_ITEM:
         WAITS: tl.constexpr = PHASE.item_waits
     else:
@@ -86,7 +86,7 @@ def run_phase(
     NUMBER: tl.constexpr,
     PREFETCHES: tl.constexpr,
 ):
-    """One program's part of a phase. False if it waited in vain or the launch is over; and the next phase's variant."""
+    """One program's part of a phase. False if it timed out or the launch is over; and the next phase's variant."""
     PHASE: tl.constexpr = PHASES[NUMBER]
     p = load_pointers(record_ptr, PHASE)
     first = (tl.program_id(0) + num_programs - tl.load(record_ptr + ROTATION).to(tl.int32)) % num_programs
@@ -101,14 +101,14 @@ def run_phase(
     is_alive = wait_all(
         record_ptr, 0, 0, 0, step, phase, WHOLE_PHASE, counters_ptr, max_polls, dump_ptr, failed_ptr, PHASE, False
     )  # fmt: skip
-    if PHASE.may_leave:
+    if PHASE.may_exit_early:
         is_alive = is_alive & (is_over(sequences_ptr, PHASE.R) == 0)
         # Every step, because a store ahead of the loops costs registers in them.
         if tl.program_id(0) == 0:
             tl.store(num_made_ptr, local_step + is_alive.to(tl.int32))
     if is_alive:
         num_first, shared = begin_phase(p, PHASE)
-        if PHASE.is_cut:
+        if PHASE.is_skippable:
             num_items = num_first * PHASE.num_items_each
         else:
             num_items = PHASE.num_items
@@ -137,8 +137,8 @@ def run_phase(
 @triton.jit
 def is_over(sequences_ptr, R: tl.constexpr):
     """Whether there were sequences to decode without the host, and none is left."""
-    live, is_dealt = end_of_live(sequences_ptr, R)
-    return (live == 0) & is_dealt
+    live, is_allocated = end_of_live(sequences_ptr, R)
+    return (live == 0) & is_allocated
 
 
 # Numbers that say how much there is, so that one kernel serves every launch, and models of any number of layers.
@@ -163,7 +163,7 @@ def resident_kernel(
 ):
     """Steps first_step to first_step + num_steps of a plan, or fewer: num_made_ptr takes how many were made.
 
-    A program leaves when it waited in vain, or when no sequence is left.
+    A program leaves when it timed out, or when no sequence is left.
     phases_ptr: a table of RECORDs. counters_ptr: as the steps before left them. dump_ptr, failed_ptr: see
     `counters.wait_for`, which polls max_polls times. sequences_ptr: the records of sequences. PHASES: the variants.
     PREFETCHES: programs fetch what they need.

@@ -70,7 +70,7 @@ def is_drawn(sampling_ptr, row):
 
 
 @triton.jit
-def is_cut(rows_ptr, sampling_ptr, row, VOCAB: tl.constexpr):
+def has_topk_or_topp(rows_ptr, sampling_ptr, row, VOCAB: tl.constexpr):
     """Whether top-k or top-p may drop tokens of one row, or of several."""
     top_k = field(sampling_ptr, row, TOP_K)
     is_part = ((top_k > 0) & (top_k < VOCAB)) | (field(sampling_ptr, row, TOP_P) > 0)

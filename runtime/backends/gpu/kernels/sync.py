@@ -38,7 +38,7 @@ def read_counter(counter_ptr):
 
 @triton.jit
 def wait_for(counters_ptr, counter, threshold, max_polls, dump_ptr, failed_ptr, step, phase, item):
-    """Until the counter has reached the threshold; false, and a record in the dump, after max_polls polls in vain.
+    """Until the counter has reached the threshold; false, and a record in the dump, after max_polls polls.
 
     Both are 32 bits and wrap around; what counts is the sign of their difference.
     """

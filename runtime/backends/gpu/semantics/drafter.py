@@ -1,4 +1,4 @@
-"""What a DFlash drafter's own phases compute, in PyTorch, on the plan's buffers. Its layers are `bodies`' business.
+"""What a DFlash drafter's own phases compute, in PyTorch, on the plan's buffers. Its layers are `semantics`' business.
 
 Buffers, with R rows (the plan's capacity), `n` tiles of `t` columns:
 
@@ -7,7 +7,7 @@ Buffers, with R rows (the plan's capacity), `n` tiles of `t` columns:
     context       [R, D]            features projected, times the weight of the norm (D in whole blocks of 16)
     context.squares  float32 [R, D / 16]
     context.kv    [R, L * G, n * t] key and value of every layer's head, padding
-    drafter.cache                   see `bodies`: the caches behind those of the target's layers
+    drafter.cache                   see `semantics`: the caches behind those of the target's layers
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Mapping
 import torch
 
 from speedstack.runtime.backends.drafter_weights import DrafterWeights
-from speedstack.runtime.backends.gpu.semantics.memory import StepMemory
-from speedstack.runtime.backends.gpu.semantics.multi_step import Body, Steps
+from speedstack.runtime.backends.gpu.semantics.memory import LayerBuffers
+from speedstack.runtime.backends.gpu.semantics.multi_step import ItemSemantics, Steps
 from speedstack.runtime.backends.reference import rms_norm
 from speedstack.runtime.model.kv_ring import ring_length
 from speedstack.runtime.model.rope import rotate
@@ -42,10 +42,10 @@ from speedstack.runtime.plan.record_layout import (
 )
 
 
-class DrafterBodies:
-    """The buffers that are named above, and the bodies of their phases. memory: all others."""
+class DrafterSemantics:
+    """The buffers that are named above, and the semantics of their phases. memory: all others."""
 
-    def __init__(self, memory: StepMemory, weights: DrafterWeights, num_slots: int) -> None:
+    def __init__(self, memory: LayerBuffers, weights: DrafterWeights, num_slots: int) -> None:
         self.memory, self.weights, self.spec = memory, weights, weights.spec
         plan, like, nan = memory.plan, memory.hidden_RD, float("nan")
         R, attention = plan.rows, weights.spec.layers[0].attention
@@ -68,7 +68,7 @@ class DrafterBodies:
         parts = zip(self.keys_GSTH.split(G), self.values_GSTH.split(G), strict=True)
         return [(keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)) for keys, values in parts]
 
-    def bodies(self, shared: Mapping[str, Body]) -> dict[str, Body]:
+    def semantics(self, shared: Mapping[str, ItemSemantics]) -> dict[str, ItemSemantics]:
         """By op, for `interpret`: those that the drafter's layers share, and its own."""
         own = {
             "block": self._block,
@@ -77,9 +77,9 @@ class DrafterBodies:
             "context": self._context,
             "append": self._append,
         }
-        return {op: self._unless_cut(body) for op, body in shared.items()} | own
+        return {op: self._unless_skipped(body) for op, body in shared.items()} | own
 
-    def _unless_cut(self, body: Body) -> Body:
+    def _unless_skipped(self, body: ItemSemantics) -> ItemSemantics:
         """Nothing where a step has no blocks and the phase computes those alone."""
 
         def run(phase: Phase, index: tuple[int, ...], step: int) -> Steps:

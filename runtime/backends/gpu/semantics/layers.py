@@ -6,9 +6,10 @@ compared with this buffer by buffer; this is compared with the reference backend
 
 Buffers, with R rows (the plan's capacity), `n` tiles of `t` columns:
 
-    rows, sequences, proposals, chosen, outcome, history, logits, best, peaks, bins: see `round_bodies`, which has what
+    rows, sequences, proposals, chosen, outcome, history, logits, best, peaks, bins: see `multi_step_semantics`, which
+    has what
               decides
-    router, routes, act of a mixture: see `mixture_bodies`;  blocks, context, drafter.*: see `drafter_bodies`
+    router, routes, act of a mixture: see `moe_semantics`;  blocks, context, drafter.*: see `drafter_semantics`
     hidden    [R, D];  scaled  [R, D]  times the weight of the next norm;  squares  float32 [R, D / 16]
               (D in whole blocks of 16, as F in act);  features.*  as scaled, unscaled
     qkv.*     [R, G, n * t]       a key/value head's group: its query heads, its key head, its value head, padding
@@ -26,10 +27,10 @@ import torch.nn.functional as F
 from speedstack.runtime.backends.base import Rows
 from speedstack.runtime.backends.drafter_weights import DrafterWeights
 from speedstack.runtime.backends.gpu.buffers import step_inbox
-from speedstack.runtime.backends.gpu.semantics.drafter import DrafterBodies
-from speedstack.runtime.backends.gpu.semantics.memory import StepMemory
-from speedstack.runtime.backends.gpu.semantics.moe import MixtureBodies
-from speedstack.runtime.backends.gpu.semantics.multi_step import Body, Steps
+from speedstack.runtime.backends.gpu.semantics.drafter import DrafterSemantics
+from speedstack.runtime.backends.gpu.semantics.memory import LayerBuffers
+from speedstack.runtime.backends.gpu.semantics.moe import MoeSemantics
+from speedstack.runtime.backends.gpu.semantics.multi_step import ItemSemantics, Steps
 from speedstack.runtime.backends.reference import rms_norm
 from speedstack.runtime.model.kv_ring import ring_length
 from speedstack.runtime.model.rope import rotary_tables, rotate
@@ -40,8 +41,8 @@ from speedstack.runtime.plan.ops.drafter import is_drafting
 from speedstack.runtime.plan.record_layout import FIRST_ROW, NUM_ROWS, POSITION, SLOT, TOKEN
 
 
-class PlanMemory(StepMemory):
-    """The buffers of a plan for a model's weights, and the bodies that compute on them.
+class StepSemantics(LayerBuffers):
+    """The buffers of a plan for a model's weights, and the semantics that compute on them.
 
     A drafter's layers come after the target's, as in `Phase.layer`.
     """
@@ -56,7 +57,7 @@ class PlanMemory(StepMemory):
         """num_slots: sequences whose contexts there are; None is as many as rows."""
         super().__init__(plan, weights, num_slots)
         like, R = weights.embedding_VD, plan.rows
-        self.drafter = None if drafter is None else DrafterBodies(self, drafter, num_slots or R)
+        self.drafter = None if drafter is None else DrafterSemantics(self, drafter, num_slots or R)
         if drafter is not None:
             self.layer_specs += drafter.spec.layers
             self.layer_weights += drafter.layers
@@ -76,7 +77,7 @@ class PlanMemory(StepMemory):
             self.caches += self.drafter.caches()
         for phase in plan.phases:
             self._allocate(phase, like)
-        self.mixture = MixtureBodies(self)
+        self.mixture = MoeSemantics(self)
 
     def _allocate(self, phase: Phase, like: torch.Tensor) -> None:
         R, layer = self.plan.rows, None if phase.layer is None else self.layer_specs[phase.layer]
@@ -96,9 +97,9 @@ class PlanMemory(StepMemory):
         elif phase.op == "dense_gate_up":
             self.shared[name] = like.new_full((R, self.plan.buffer_named[name].num_cells), nan)
 
-    def bodies(self) -> dict[str, Body]:
+    def semantics(self) -> dict[str, ItemSemantics]:
         """By op, for `interpret`."""
-        own: dict[str, Body] = {
+        own: dict[str, ItemSemantics] = {
             "embed": self._embed,
             "qkv": self._qkv,
             "attention": self._attention,
@@ -108,8 +109,8 @@ class PlanMemory(StepMemory):
             "dense_down": self._dense_down,
             "lm_head": self._lm_head,
         }
-        own |= self.round_bodies() | self.mixture.bodies()
-        return own if self.drafter is None else self.drafter.bodies(own)
+        own |= self.multi_step_semantics() | self.mixture.semantics()
+        return own if self.drafter is None else self.drafter.semantics(own)
 
     def set_rows(self, tokens: list[int], slots: list[int], positions: list[int]) -> None:
         """The host's part: what the next step computes."""
@@ -142,13 +143,13 @@ class PlanMemory(StepMemory):
             return self.weights.norm_behind(is_attention, layer)
         return drafter.weights.norm_behind(is_attention, None if layer is None else layer - self.spec.num_layers)
 
-    def _drafting(self, phase: Phase) -> DrafterBodies | None:
+    def _drafting(self, phase: Phase) -> DrafterSemantics | None:
         """The drafter, where a phase computes rows of its blocks."""
         return self.drafter if is_drafting(phase) else None
 
     def _embed(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         (row,) = index
-        yield from self.deal_row(row)
+        yield from self.allocate_row(row)
         token = int(self.rows_RF[row, TOKEN])
         yield
         if token >= 0:

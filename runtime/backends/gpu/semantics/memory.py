@@ -5,14 +5,14 @@ from abc import abstractmethod
 import torch
 import torch.nn.functional as F
 
-from speedstack.runtime.backends.gpu.semantics.multi_step import RoundBodies
+from speedstack.runtime.backends.gpu.semantics.multi_step import MultiStepSemantics
 from speedstack.runtime.model.spec import AttentionSpec
 from speedstack.runtime.model.weights import ModelWeights
 from speedstack.runtime.plan.ir import Phase, Plan
 from speedstack.runtime.plan.tiling import BLOCK_COLUMNS
 
 
-class StepMemory(RoundBodies):
+class LayerBuffers(MultiStepSemantics):
     """Hidden states of R rows, and what the next norm takes of them. See `layers` for the layouts."""
 
     def __init__(self, plan: Plan, weights: ModelWeights, num_slots: int | None) -> None:

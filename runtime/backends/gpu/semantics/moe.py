@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from speedstack.runtime.backends.gpu.semantics.memory import StepMemory
-from speedstack.runtime.backends.gpu.semantics.multi_step import Body, Steps
+from speedstack.runtime.backends.gpu.semantics.memory import LayerBuffers
+from speedstack.runtime.backends.gpu.semantics.multi_step import ItemSemantics, Steps
 from speedstack.runtime.model.moe import expert_matrices, route, swiglu
 from speedstack.runtime.model.spec import MoeSpec
 from speedstack.runtime.model.weights import MoeWeights
@@ -20,10 +20,10 @@ from speedstack.runtime.plan.ir import Phase
 from speedstack.runtime.plan.record_layout import EXPERT, NUM_ACTIVE, TOKEN, route_words
 
 
-class MixtureBodies:
-    """The buffers that are named above, and the bodies of their phases. memory: all others."""
+class MoeSemantics:
+    """The buffers that are named above, and the semantics of their phases. memory: all others."""
 
-    def __init__(self, memory: StepMemory) -> None:
+    def __init__(self, memory: LayerBuffers) -> None:
         self.memory = memory
         self.shared: dict[str, torch.Tensor] = {}
         plan, nan = memory.plan, float("nan")
@@ -37,7 +37,7 @@ class MixtureBodies:
                 self.shared[routes] = torch.full((records, route_words(plan.rows)), nan)
                 self.shared[act] = memory.hidden_RD.new_full((plan.rows * moe.top_k, moe.intermediate_size), nan)
 
-    def bodies(self) -> dict[str, Body]:
+    def semantics(self) -> dict[str, ItemSemantics]:
         """By op, for `interpret`."""
         return {"router": self._router, "expert_gate_up": self._gate_up, "expert_down": self._down}
 

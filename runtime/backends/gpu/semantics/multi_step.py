@@ -1,4 +1,4 @@
-"""What `draft`, `sample` and `accept` compute on the plan's buffers, in PyTorch, and how `embed` deals rows: by the
+"""What `draft`, `sample` and `accept` compute on the plan's buffers, in PyTorch, and how `embed` allocates rows: by the
 functions of the host's loop.
 
 The records of rows, sampling and sequences are those of the kernels, field by field (`records`). Buffers, with R rows
@@ -6,7 +6,7 @@ The records of rows, sampling and sequences are those of the kernels, field by f
 
     rows, sequences  int64 [R, 8]       and `sampling` of rows, `draws` of sequences, which to the plan are part of them
     proposals        int64 [R, R]       of each sequence: how many, and the tokens
-    chosen           int64 [R]          the token after each row, -1 where a logit is not a number
+    chosen           int64 [R]          the token after each row, -1 where a logit is NaN
     outcome          int64 [R, 3]       of each sequence: rows in the step, drafts that stand, proposals made
     history          int64 [R, L]       the text in each slot
     logits           float32 [R, V];  best  [R, T, 2] of each tile the largest logit and its index; with a temperature,
@@ -44,7 +44,7 @@ from speedstack.runtime.plan.record_layout import (
     TOP_P,
 )
 from speedstack.runtime.rounds.histogram import NUM_BINS, bins_of
-from speedstack.runtime.rounds.row_allocation import deal
+from speedstack.runtime.rounds.row_allocation import allocate_rows
 from speedstack.runtime.rounds.sampling import (
     LEAST_TEMPERATURE,
     SHARE_BITS,
@@ -56,11 +56,11 @@ from speedstack.runtime.rounds.sampling import (
 
 Steps = Generator[None, None, None]
 # Computes an item of a phase in a step. A generator lets others go on where it yields: between reads and writes, say.
-Body = Callable[[Phase, tuple[int, ...], int], Steps | None]
+ItemSemantics = Callable[[Phase, tuple[int, ...], int], Steps | None]
 
 
-class RoundBodies:
-    """The buffers that are named above, and the bodies of their phases."""
+class MultiStepSemantics:
+    """The buffers that are named above, and the semantics of their phases."""
 
     def __init__(self, plan: Plan, vocab_size: int, eos_token_ids: Sequence[int], num_slots: int | None = None) -> None:
         R = plan.rows
@@ -88,17 +88,22 @@ class RoundBodies:
         records_SF = self.sequences_RF[self.sequences_RF[:, CAPACITY] > 0]
         return len(records_SF) > 0 and bool((records_SF[:, LENGTH] == records_SF[:, END]).all())
 
-    def round_bodies(self) -> dict[str, Body]:
+    def multi_step_semantics(self) -> dict[str, ItemSemantics]:
         """By op, for `interpret`."""
-        return {"draft": self._draft, "weigh": self._weigh, "sample": self._sample, "accept": self._accept}
+        return {
+            "draft": self._draft,
+            "logit_histogram": self._logit_histogram,
+            "sample": self._sample,
+            "accept": self._accept,
+        }
 
     def is_used(self, row: int) -> bool:
         return bool(self.rows_RF[row, TOKEN] >= 0)
 
-    def _weigh(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
+    def _logit_histogram(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         row, number = index
         params = self.params(row)
-        if not self.is_used(row) or not self.is_cut(params):
+        if not self.is_used(row) or not self.has_topk_or_topp(params):
             return
         temperature = torch.tensor(params.temperature, dtype=torch.float32)
         scaled_V = self.logits_RV[row, number * phase.tile : (number + 1) * phase.tile] / temperature
@@ -116,8 +121,8 @@ class RoundBodies:
         (row,) = index
         best_T2, logits_V, is_used = self.best_RT2[row].clone(), self.logits_RV[row].clone(), self.is_used(row)
         params = self.params(row)
-        noise_V = self.noise(row) if self.is_cut(params) else None
-        masses_weighed, num_weighed = self.bins_R2N[row].sum(-1).tolist()
+        noise_V = self.noise(row) if self.has_topk_or_topp(params) else None
+        masses_counted, num_counted = self.bins_R2N[row].sum(-1).tolist()
         yield
         if not is_used:
             return
@@ -126,8 +131,8 @@ class RoundBodies:
         elif noise_V is not None:
             scaled_V = logits_V / torch.tensor(params.temperature, dtype=torch.float32)
             # What kernels take from the bins is sorted out here: they have to hold all of it nevertheless.
-            assert not params.top_p_share or masses_weighed == int(masses(scaled_V, scaled_V.max()).sum())
-            assert not params.top_k or num_weighed == len(logits_V)
+            assert not params.top_p_share or masses_counted == int(masses(scaled_V, scaled_V.max()).sum())
+            assert not params.top_k or num_counted == len(logits_V)
             self.chosen_R[row] = sample(logits_V, noise_V, params)
         else:
             self.chosen_R[row] = int(best_T2[int(best_T2[:, 0].argmax()), 1])
@@ -140,7 +145,7 @@ class RoundBodies:
         top_k, share = self.sampling_RF[row, TOP_K : TOP_P + 1].tolist()
         return SamplingParams(temperature, share / 2**SHARE_BITS if share else 1.0, top_k)
 
-    def is_cut(self, params: SamplingParams) -> bool:
+    def has_topk_or_topp(self, params: SamplingParams) -> bool:
         """Whether top-k or top-p may drop tokens."""
         return params.temperature > 0.0 and (0 < params.top_k < self.logits_RV.shape[1] or params.top_p_share > 0)
 
@@ -185,7 +190,7 @@ class RoundBodies:
         self.proposals_RR[sequence, NUM_PROPOSED] = len(drafts)
         self.proposals_RR[sequence, FIRST_PROPOSED : FIRST_PROPOSED + len(drafts)] = torch.tensor(drafts)
 
-    def deal_row(self, row: int) -> Steps:
+    def allocate_row(self, row: int) -> Steps:
         """Writes the record of this row, and the fields of the sequence of that index; the host's stay as they are.
 
         Empties the row's bins.
@@ -198,10 +203,10 @@ class RoundBodies:
             (1 + (own[NUM_PROPOSED] if self._has_proposals else 0)) if record[LENGTH] < record[END] else 0
             for record, own in zip(sequences, proposals, strict=True)
         ]
-        dealt = deal(wanted, self.plan.rows)
-        first = [sum(dealt[:sequence]) for sequence in range(self.plan.rows)]
-        record, draws = [-1, 0, 0, 0, first[row], dealt[row], 0, 0], torch.zeros(RECORD, dtype=torch.int64)
-        owners = [sequence for sequence in range(self.plan.rows) if 0 <= row - first[sequence] < dealt[sequence]]
+        allocated = allocate_rows(wanted, self.plan.rows)
+        first = [sum(allocated[:sequence]) for sequence in range(self.plan.rows)]
+        record, draws = [-1, 0, 0, 0, first[row], allocated[row], 0, 0], torch.zeros(RECORD, dtype=torch.int64)
+        owners = [sequence for sequence in range(self.plan.rows) if 0 <= row - first[sequence] < allocated[sequence]]
         if owners:
             (sequence,) = owners
             own, number, draws = sequences[sequence], row - first[sequence], self.draws_RF[sequence].clone()

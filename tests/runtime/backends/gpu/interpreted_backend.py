@@ -1,4 +1,4 @@
-"""A backend that executes plans with their bodies in PyTorch, under seeded schedules: engines without Triton.
+"""A backend that executes plans with their semantics in PyTorch, under seeded schedules: engines without Triton.
 
 Legend: R rows, V vocabulary.
 """
@@ -16,7 +16,7 @@ from speedstack.runtime.backends.base import DraftRequest, Rounds, Rows
 from speedstack.runtime.backends.drafter_weights import read_drafter
 from speedstack.runtime.backends.gpu.buffers import step_inbox
 from speedstack.runtime.backends.gpu.multi_step import ResidentRounds
-from speedstack.runtime.backends.gpu.semantics.layers import PlanMemory
+from speedstack.runtime.backends.gpu.semantics.layers import StepSemantics
 from speedstack.runtime.backends.torch_drafter import ModuleDrafter
 from speedstack.runtime.model.drafter_spec import DrafterSpec
 from speedstack.runtime.model.weight_formats import WeightFormats
@@ -54,7 +54,7 @@ class InterpretedBackend:
         self.weights, self.max_length, self.num_rows, self.num_programs = weights, max_length, num_rows, num_programs
         self.seed, self.num_launches, self.rows_a_step = seed, 0, num_rows
         self.num_steps, self.num_slots = 0, num_slots  # steps that were made
-        self.has_look_up, self.model = False, drafter
+        self.has_prompt_lookup, self.model = False, drafter
         self._rounds = ResidentRounds(self, num_rows)  # type: ignore[arg-type]
         self.rounds = self._rounds
         self.make_plan()
@@ -63,14 +63,14 @@ class InterpretedBackend:
         self._planned = read_drafter(self.model, torch.float32, torch.float32) if self.model is not None else None
         self.plan = build_plan(
             self.weights.spec, WeightFormats(), self.num_programs, self.num_rows, self.max_length, 16,
-            has_look_up=self.has_look_up, drafter=self.planned_drafter,
+            has_prompt_lookup=self.has_prompt_lookup, drafter=self.planned_drafter,
         )  # fmt: skip
         assert prove(self.plan).is_safe
         self.use(self.plan)
 
     def use(self, plan: Plan) -> None:
         """Executes this plan from now on, safe or not, with nothing in its buffers."""
-        self.plan, self.state = plan, PlanMemory(plan, self.weights, self.num_slots, self._planned)
+        self.plan, self.state = plan, StepSemantics(plan, self.weights, self.num_slots, self._planned)
         self.drafter = None
         if self.model is not None:
             caches = self.state.caches[self.weights.spec.num_layers :]
@@ -81,13 +81,13 @@ class InterpretedBackend:
             self.drafter = ModuleDrafter(
                 self.model, w.embedding_VD, w.lm_head_VD, len(contexts), self.max_length, contexts
             )
-        buffers = {"history": self.state.history_RL} if self.has_look_up else {}
+        buffers = {"history": self.state.history_RL} if self.has_prompt_lookup else {}
         self.memory = SimpleNamespace(inbox=SimpleNamespace(copy_=self.state.set_inbox), buffers=buffers)
         self.counters, self.next_step = np.zeros(plan.num_counters, np.int64), 0
 
-    def set_look_up(self, is_wanted: bool) -> None:
-        if is_wanted != self.has_look_up:
-            self.has_look_up = is_wanted
+    def set_prompt_lookup(self, is_wanted: bool) -> None:
+        if is_wanted != self.has_prompt_lookup:
+            self.has_prompt_lookup = is_wanted
             self.make_plan()
 
     @property
@@ -104,9 +104,9 @@ class InterpretedBackend:
         self.make_plan()
 
     def launch(self, num_steps: int) -> list[list[int]]:
-        state, bodies, R = self.state, self.state.bodies(), self.plan.rows
+        state, semantics, R = self.state, self.state.semantics(), self.plan.rows
         reports = [[-1] * ((1 + OUTCOME) * R) for _ in range(num_steps)]
-        accept, ends = bodies["accept"], set[int]()
+        accept, ends = semantics["accept"], set[int]()
 
         def reporting(phase: Any, index: tuple[int, ...], step: int) -> Any:
             report, (sequence,) = reports[step - self.next_step], index
@@ -121,8 +121,8 @@ class InterpretedBackend:
                 ends.add(step)
             return state.is_over()
 
-        bodies["accept"] = reporting
-        interpret(self.plan, bodies, num_steps, self.seed, self.next_step, self.counters, is_over=is_over)
+        semantics["accept"] = reporting
+        interpret(self.plan, semantics, num_steps, self.seed, self.next_step, self.counters, is_over=is_over)
         assert len(ends) <= 1, "programs leave at one step"
         num_made = min(ends, default=self.next_step + num_steps) - self.next_step
         self.next_step += num_made

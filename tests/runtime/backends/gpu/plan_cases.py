@@ -132,7 +132,7 @@ def placed(weights: ModelWeights, device: torch.device) -> ModelWeights:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
 
     def there(owner: Any) -> Any:
-        moved = {}
+        moved: dict[str, Any] = {}
         for name, value in vars(owner).items():
             if isinstance(value, MXFP4Tensor | FP8Tensor):
                 moved[name] = value.to(device)

@@ -53,7 +53,7 @@ def outcome(backend: ResidentBackend, start: tuple[list[torch.Tensor], Rows], nu
 
 
 def same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Bit for bit, what is not a number too."""
+    """Bit for bit, what is NaN too."""
     pairs = [(a[1], b[1]), *zip(a[2], b[2], strict=True)]
     return a[0] == b[0] and all(torch.equal(bits_of(x), bits_of(y)) for x, y in pairs)
 

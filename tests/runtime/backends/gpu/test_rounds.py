@@ -24,7 +24,7 @@ from speedstack.runtime.model.weights import ModelWeights
 from speedstack.runtime.plan.ir import Plan
 from speedstack.runtime.plan.record_layout import CAPACITY, END, FIRST_ROW, LENGTH, NUM_ROWS, SEED, TOKEN
 from speedstack.runtime.plan.verify.proof import prove
-from speedstack.runtime.rounds.row_allocation import deal, neighbours
+from speedstack.runtime.rounds.row_allocation import allocate_rows, contiguous_groups
 from speedstack.runtime.rounds.sampling import SamplingParams
 from speedstack.runtime.rounds.speculation import DraftStrategy
 from tests.runtime.backends.gpu.interpreted_backend import InterpretedBackend
@@ -61,7 +61,7 @@ def reference_of(
     tokenizer: Any = None,
     num_rows: int = 8,
 ) -> Engine:
-    """An engine whose rounds the host makes, dealing as many rows."""
+    """An engine whose rounds the host makes, row_allocation as many rows."""
     engine = Engine(weights, drafter, tokenizer, "reference", MAX_LENGTH, 3, strategy)
     engine.backend.rows_a_step = num_rows
     return engine
@@ -115,7 +115,7 @@ def test_look_up_drafts_and_accepts_as_the_host_does(
     assert sum(sum(one.stats.accepted_by_position) for one in found) > 5, "nothing was accepted"
     drafted = sum(one.stats.num_drafted for one in found)
     assert drafted > sum(sum(one.stats.accepted_by_position) for one in found), "everything was accepted"
-    assert backend.has_look_up
+    assert backend.has_prompt_lookup
 
 
 def test_end_of_sequence_ends_one_and_disturbs_no_other(weights: ModelWeights, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,15 +183,15 @@ def test_one_launch_tells_nothing_but_when_the_host_needs_to(
         return backend.num_launches - before - 2  # the prompt takes two
 
     rounds_adaptive = launches()
-    assert rounds_adaptive > 3 and not backend.has_look_up
+    assert rounds_adaptive > 3 and not backend.has_prompt_lookup
     # one step a launch is drawn by the same sampler: the backend's, from keys that the host gives
     drawn: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.4, "seed": 9, "top_k": 40, "top_p": 0.9}
     sampled = engine.generate(PROMPTS[0], **drawn).tokens
     assert sampled == reference.generate(PROMPTS[0], **drawn).tokens
     engine.set_strategy(DraftStrategy(num_drafts=3))
-    assert launches() <= 2 and backend.has_look_up
+    assert launches() <= 2 and backend.has_prompt_lookup
     engine.set_strategy(DraftStrategy(num_drafts=4))
-    assert launches() > 3 and not backend.has_look_up
+    assert launches() > 3 and not backend.has_prompt_lookup
     engine.set_drafter(None)
     assert launches() == 2
     assert engine.generate(PROMPTS[0], **drawn).tokens == sampled
@@ -252,8 +252,8 @@ def test_rows_are_dealt_by_what_the_index_proposes(weights: ModelWeights) -> Non
     rng, num_cut = random.Random(0), 0
     for num_rows in (4, 16):
         backend = InterpretedBackend(weights, MAX_LENGTH, num_rows=num_rows, num_programs=1)
-        backend.set_look_up(True)
-        bodies, (draft, embed) = backend.state.bodies(), backend.plan.phases[:2]
+        backend.set_prompt_lookup(True)
+        semantics, (draft, embed) = backend.state.semantics(), backend.plan.phases[:2]
         for _ in range(40):
             size, num_drafts = rng.randint(1, 5), rng.randint(1, min(7, num_rows - 1))
             texts = [[rng.randrange(rng.randint(1, 6)) for _ in range(rng.randint(1, 40))] for _ in range(3)]
@@ -271,14 +271,14 @@ def test_rows_are_dealt_by_what_the_index_proposes(weights: ModelWeights) -> Non
             backend.state.set_inbox(inbox)
             for phase in (draft, embed):
                 for item in range(phase.num_items):
-                    for _ in bodies[phase.op](phase, (item,), 0) or ():
+                    for _ in semantics[phase.op](phase, (item,), 0) or ():
                         pass
             proposed = [
                 NgramIndex(size).propose(one.tokens, min(num_drafts, one.end - len(one.tokens) - 1)) for one in requests
             ]
             wanted = [0 if over else 1 + len(tokens) for over, tokens in zip(is_over, proposed, strict=True)]
             rows, first = backend.state.rows_RF, 0
-            for sequence, number in enumerate(deal(wanted, num_rows)):
+            for sequence, number in enumerate(allocate_rows(wanted, num_rows)):
                 request, last = requests[sequence], len(requests[sequence].tokens) - 1
                 for row, token in enumerate([request.tokens[-1], *proposed[sequence]][:number]):
                     assert rows[first + row, :FIRST_ROW].tolist() == [token, request.slot, last + row, last]
@@ -296,18 +296,18 @@ def test_rows_are_dealt_by_what_the_index_proposes(weights: ModelWeights) -> Non
 @given(st.lists(st.integers(0, 16), min_size=1, max_size=16))
 def test_rows_are_dealt_as_evenly_as_they_are_wanted(wanted: list[int]) -> None:
     """Nobody gets more than it wants or none; no row is left that is wanted; nobody has two more than one who wants."""
-    dealt = deal(wanted, 16)
-    assert all(min(1, number) <= got <= number for got, number in zip(dealt, wanted, strict=True))
-    assert sum(dealt) == min(16, sum(wanted)) or dealt == wanted
-    short = [got for got, number in zip(dealt, wanted, strict=True) if got < number]
-    assert not short or max(dealt) <= min(short) + 1
-    for (one, first), (other, second) in pairwise(zip(dealt, wanted, strict=True)):
+    allocated = allocate_rows(wanted, 16)
+    assert all(min(1, number) <= got <= number for got, number in zip(allocated, wanted, strict=True))
+    assert sum(allocated) == min(16, sum(wanted)) or allocated == wanted
+    short = [got for got, number in zip(allocated, wanted, strict=True) if got < number]
+    assert not short or max(allocated) <= min(short) + 1
+    for (one, first), (other, second) in pairwise(zip(allocated, wanted, strict=True)):
         assert one >= other or first < second, "of two that want as many the first has no fewer"
 
 
 @pytest.mark.parametrize(("num_sequences", "sizes"), [(1, [1]), (16, [16]), (17, [8, 9]), (40, [13, 13, 14])])
 def test_sequences_without_a_row_make_another_group(num_sequences: int, sizes: list[int]) -> None:
-    groups = neighbours(num_sequences, 16)
+    groups = contiguous_groups(num_sequences, 16)
     assert [len(group) for group in groups] == sizes
     assert [index for group in groups for index in group] == list(range(num_sequences))
 
@@ -367,13 +367,13 @@ def faulty(plan: Plan, name: str) -> Plan:
     return replace(plan, phases=tuple(phases))
 
 
-@pytest.mark.parametrize("name", ["draft", "embed", "weigh", "sample", "accept"])
+@pytest.mark.parametrize("name", ["draft", "embed", "logit_histogram", "sample", "accept"])
 def test_a_missing_wait_is_rejected_and_seen_by_some_schedule(weights: ModelWeights, name: str) -> None:
     cut = Draw(1, 2, SamplingParams(0.7, top_p=0.9, top_k=300))
     requests = [RoundsRequest(PROMPTS[0], 0, 30, True, 3, 3), RoundsRequest(PROMPTS[2], 1, 30, True, 3, 3)]
     requests.append(RoundsRequest(PROMPTS[1], 2, 30, True, 0, 3, cut))
     backend = InterpretedBackend(weights, MAX_LENGTH)
-    backend.set_look_up(True)
+    backend.set_prompt_lookup(True)
     assert backend.rounds is not None
     sound = backend.plan
 

@@ -50,7 +50,7 @@ def pick_item(
 ):  # fmt: skip
     """One sequence's proposals: of every row of its block the largest logit of all TILES tiles, STEP at a time.
 
-    They end before the first of which a logit is not a number.
+    They end before the first of which a logit is NaN.
     """
     first_row, num_rows = field(blocks_ptr, sequence, FIRST_ROW), field(blocks_ptr, sequence, NUM_ROWS)
     own_ptr = proposals_ptr + sequence * R

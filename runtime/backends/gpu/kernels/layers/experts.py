@@ -97,7 +97,7 @@ def expert_gate_up_item(
             gate_TR += tl.load(bias_ptr + gate_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
             up_TR += tl.load(bias_ptr + up_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
         if IS_CLAMPED:
-            # Comparisons, because a minimum would replace what is not a number by the limit.
+            # Comparisons, because a minimum would replace what is NaN by the limit.
             gate_TR = tl.where(gate_TR > limit, limit, gate_TR)
             up_TR = tl.where(up_TR > limit, limit, tl.where(up_TR < -limit, -limit, up_TR))
             out_TR = (up_TR + 1.0) * (gate_TR * tl.sigmoid(gate_TR * alpha))

@@ -2,7 +2,7 @@
 legend.
 
 Noise is added where the logits are, by all programs; a row's token is then chosen among the best of each tile (see
-`sample`). Which tokens top-k and top-p keep is not known before all logits are: see `weigh`.
+`sample`). Which tokens top-k and top-p keep is not known before all logits are: see `logit_histogram`.
 """
 
 import triton
@@ -36,7 +36,7 @@ def lm_head_item(
     FP8_ROWS: tl.constexpr,
     HAS_LOGITS: tl.constexpr,
 ):
-    """T logits of every row; of each row the largest and its index, ties to the lower, -1 if one is not a number.
+    """T logits of every row; of each row the largest and its index, ties to the lower, -1 if one is NaN.
 
     Of a row with a temperature, the largest of logits / temperature + noise; num_drawn such rows there are. best is
     int32 [tiles, 2, R]: bits of the float32 value, and the index. peaks, float32 [tiles, R], takes the largest logits

@@ -4,7 +4,7 @@ All programs take part, each with a slice of a row's tokens; `cut` then finds in
 are those of `runtime.rounds.histogram`. What is added to them is integers, so that the sums are the same in whatever
 order; the tokens of a slice that share a bin are a chain, whose order has no bearing on anything.
 
-Left out: going without the phase's wait in steps that have no such row. They pay one more hand-off between programs.
+Left out: going without the phase's wait in steps that have no such row. They pay one more synchronization of programs.
 
 See the package for the legend; C tokens at a time. Per row, bins are int64 [2, BINS]: masses, and numbers of tokens.
 Per row and slice of so many tokens, chains are int32: the first token of each bin, BINS of them, then what comes after
@@ -14,7 +14,7 @@ each of the slice's tokens; tokens are counted from the slice's first, and -1 en
 import triton
 import triton.language as tl
 
-from speedstack.runtime.backends.gpu.kernels.rows import TEMPERATURE, TOP_K, TOP_P, field, is_cut
+from speedstack.runtime.backends.gpu.kernels.rows import TEMPERATURE, TOP_K, TOP_P, field, has_topk_or_topp
 from speedstack.runtime.rounds import histogram, sampling
 
 BINS = tl.constexpr(histogram.NUM_BINS)
@@ -73,7 +73,7 @@ def empty_bins(row, bins_ptr):
 
 
 @triton.jit
-def weigh_item(
+def histogram_item(
     row,
     number,
     rows_ptr,
@@ -91,9 +91,9 @@ def weigh_item(
 ):
     """Adds a slice of SLICE tokens, that of this number of SLICES, to its row's bins, and chains them.
 
-    Nothing for a row that keeps all its tokens. A logit that is not a number is in no bin.
+    Nothing for a row that keeps all its tokens. A logit that is NaN is in no bin.
     """
-    if is_cut(rows_ptr, sampling_ptr, row, VOCAB):
+    if has_topk_or_topp(rows_ptr, sampling_ptr, row, VOCAB):
         temperature = field(sampling_ptr, row, TEMPERATURE).to(tl.float32, bitcast=True)
         top_k, share = field(sampling_ptr, row, TOP_K), field(sampling_ptr, row, TOP_P)
         chain_ptr, first = chains_ptr + (row * SLICES + number) * (BINS + SLICE), number * SLICE

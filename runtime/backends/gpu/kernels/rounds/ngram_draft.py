@@ -1,4 +1,4 @@
-"""Drafts without the host: prompt look-up in a sequence's own text, which lies in GPU memory.
+"""Drafts without the host: prompt lookup in a sequence's own text, which lies in GPU memory.
 
 The rule is `speedstack.dflash.ngram`: the longest run of last tokens that occurred before, its latest occurrence, and
 what followed it, copied round. One program scans the whole text every round; no index is kept. What it loads depends on
@@ -29,7 +29,7 @@ GRAMS = tl.constexpr(4)  # sizes of runs that are compared at a time
 def draft_item(
     sequence, sequences_ptr, history_ptr, proposals_ptr, R: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """What a look-up proposes for one sequence, if it goes on: how many tokens, and which.
+    """What a prompt lookup proposes for one sequence, if it goes on: how many tokens, and which.
 
     There are never more than could be committed with the target's own token behind them.
     """

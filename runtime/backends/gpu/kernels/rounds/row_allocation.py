@@ -1,6 +1,6 @@
 """Who gets the rows of a step, as `runtime.rounds.row_allocation` has it, and when there is nobody left to get any.
 
-An item deals for itself: from how many rows each sequence wants it works out whose row it is, and how many rows the
+An item allocates for itself: from how many rows each sequence wants it works out whose row it is, and how many rows the
 sequence of its own index has. Tiles have one dimension: those of two take registers of the persistent kernel outside of
 this phase too. See the package for the legend; S sequences, as many as rows.
 """
@@ -61,7 +61,7 @@ def rows_of_sequences(sequences_ptr, proposals_ptr, R: tl.constexpr, HAS_PROPOSA
 
 
 @triton.jit
-def deal_row(
+def allocate_row(
     row,
     sequences_ptr,
     draws_ptr,
@@ -77,8 +77,8 @@ def deal_row(
     has written both.
     """
     token = field(rows_ptr, row, TOKEN)
-    _, is_dealt = end_of_live(sequences_ptr, R)
-    if is_dealt:
+    _, is_allocated = end_of_live(sequences_ptr, R)
+    if is_allocated:
         num_S, past_S = rows_of_sequences(sequences_ptr, proposals_ptr, R, HAS_PROPOSALS)
         sequence, number, token = write_record(row, sequences_ptr, rows_ptr, num_S, past_S, R)
         is_used = sequence < R

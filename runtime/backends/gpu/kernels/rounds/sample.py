@@ -14,7 +14,7 @@ import triton.language as tl
 from speedstack.runtime.backends.gpu.kernels.rounds.gumbel import gumbel, row_words
 from speedstack.runtime.backends.gpu.kernels.rounds.logit_histogram import peak_of
 from speedstack.runtime.backends.gpu.kernels.rounds.topk_topp import find_edge, key_of
-from speedstack.runtime.backends.gpu.kernels.rows import NO_TOKEN, TEMPERATURE, TOKEN, field, is_cut
+from speedstack.runtime.backends.gpu.kernels.rows import NO_TOKEN, TEMPERATURE, TOKEN, field, has_topk_or_topp
 
 
 @triton.jit
@@ -40,10 +40,10 @@ def sample_item(
 ):
     """token[row]: the best of all TILES tiles' or, with top-k or top-p, of the tokens that these keep.
 
-    -1 where a logit is not a number. What lies at the other pointers: see `head.keep_tile`, `weigh` and `cut`.
+    -1 where a logit is NaN. What lies at the other pointers: see `head.keep_tile`, `logit_histogram` and `cut`.
     """
     if field(rows_ptr, row, TOKEN) >= 0:
-        is_part, edge = is_cut(rows_ptr, sampling_ptr, row, VOCAB), row * 0
+        is_part, edge = has_topk_or_topp(rows_ptr, sampling_ptr, row, VOCAB), row * 0
         temperature = tl.where(is_part, field(sampling_ptr, row, TEMPERATURE).to(tl.float32, bitcast=True), 1.0)
         notes_ptr += row * (2 * VOCAB + TILES)
         if is_part:

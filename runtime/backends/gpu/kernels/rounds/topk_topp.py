@@ -1,9 +1,10 @@
 """Top-k and top-p: from which logit on a row keeps its tokens. `speedstack.runtime.rounds.sampling` is the definition.
 
 Both keep all tokens from some logit on, the edge: the largest for which enough tokens, or enough mass, lie at it or
-above. `weigh` has added up both for every bin, so that the bin in which the edge lies is known at once. Its tokens are
-noted, and the edge found among them by halving the interval where it can lie. Logits are compared as integers of the
-same order; counts and masses are integers too, so that it is the same edge in whatever order they are added.
+above. `logit_histogram` has added up both for every bin, so that the bin in which the edge lies is known at once. Its
+tokens are noted, and the edge found among them by halving the interval where it can lie. Logits are compared as
+integers of the same order; counts and masses are integers too, so that it is the same edge in whatever order they are
+added.
 
 A bin holds few of a vocabulary's tokens, unless their logits are nearly equal: the fewer bins they share, the longer
 this takes.
@@ -74,7 +75,7 @@ def find_edge(
             if is_top_p:
                 # All that top-k keeps; of the last bin's tokens it may keep only some.
                 total = tl.sum(tl.where(b_B < last, weight_B, 0), axis=0)
-                total += _weigh(notes_ptr, count, edge, is_top_p, VOCAB, C)
+                total += _amount_from(notes_ptr, count, edge, is_top_p, VOCAB, C)
                 needed = share_of(total, share)
             last = tl.minimum(tl.sum((tl.cumsum(weight_B, axis=0) < needed).to(tl.int32), axis=0), BINS - 1)
             needed -= tl.sum(tl.where(b_B < last, weight_B, 0), axis=0)
@@ -86,7 +87,7 @@ def find_edge(
             tl.debug_barrier()
             while low < high:
                 middle = (low + high + 1) >> 1
-                is_enough = _weigh(notes_ptr, count, middle, is_top_p, VOCAB, C) >= needed
+                is_enough = _amount_from(notes_ptr, count, middle, is_top_p, VOCAB, C) >= needed
                 low = tl.where(is_enough, middle, low)
                 high = tl.where(is_enough, high, middle - 1)
             edge = low
@@ -120,7 +121,7 @@ def _note(
 
 
 @triton.jit
-def _weigh(notes_ptr, count, edge, is_mass, VOCAB: tl.constexpr, C: tl.constexpr):
+def _amount_from(notes_ptr, count, edge, is_mass, VOCAB: tl.constexpr, C: tl.constexpr):
     """Noted tokens whose keys reach the edge: their mass, or how many they are; int64."""
     sum_C = tl.zeros((C,), tl.int64)
     for start in range(0, count, C):

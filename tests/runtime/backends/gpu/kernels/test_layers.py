@@ -105,7 +105,7 @@ def test_experts_are_the_references_choice(scoring: Any, launch: Launcher) -> No
 
 
 def test_lm_head_names_its_largest_logit(launch: Launcher) -> None:
-    """Of each tile and row: the first of equals; -1 where one is not a number; nothing past the vocabulary."""
+    """Of each tile and row: the first of equals; -1 where one is NaN; nothing past the vocabulary."""
     D, V = 24, 21
     generator = torch.Generator().manual_seed(0)
     hidden_DR, head_VD = torch.randn(D, R, generator=generator), torch.randn(V, D, generator=generator)

@@ -1,7 +1,7 @@
 """The kernels of `draft`, `embed` and `accept` alone, on random texts, against the functions of the host's loop.
 
-Texts are longer than the block that a look-up compares at a time, lie in front of what an earlier text left in the
-slot, and end by either of two tokens, by a logit that is no number, or by their length.
+Texts are longer than the block that a prompt lookup compares at a time, lie in front of what an earlier text left in
+the slot, and end by either of two tokens, by a logit that is no number, or by their length.
 
 Legend: R rows, L positions.
 """
@@ -28,7 +28,7 @@ from speedstack.runtime.plan.record_layout import (
     TOKEN,
 )
 from speedstack.runtime.rounds.histogram import NUM_BINS
-from speedstack.runtime.rounds.row_allocation import deal
+from speedstack.runtime.rounds.row_allocation import allocate_rows
 from tests.runtime.backends.gpu.launch import Launcher
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are not tested")
@@ -113,7 +113,7 @@ def test_rows_are_dealt_as_the_host_deals_them(has_proposals: bool, num_rows: in
                 for own, on in zip(proposals.tolist(), live, strict=True)
             ]
             first = 0
-            for sequence, number in enumerate(deal(wanted, num_rows)):
+            for sequence, number in enumerate(allocate_rows(wanted, num_rows)):
                 _, anchor, slot, length, *_ = sequences[sequence].tolist()
                 for row, token in enumerate([anchor, *proposals[sequence, 1:].tolist()][:number]):
                     wanted_rows[first + row, :FIRST_ROW] = torch.tensor([token, slot, length - 1 + row, length - 1])
@@ -122,10 +122,10 @@ def test_rows_are_dealt_as_the_host_deals_them(has_proposals: bool, num_rows: in
                 first += number
                 num_short += number < wanted[sequence]
         hidden_DR = torch.full((8, num_rows), -1.0)
-        dealing, constants = (sequences, draws, proposals, rows, sampling), {"HAS_PROPOSALS": has_proposals}
+        row_allocation, constants = (sequences, draws, proposals, rows, sampling), {"HAS_PROPOSALS": has_proposals}
         for_norm = (torch.ones(8), torch.empty(16, num_rows), torch.empty(1, num_rows))
         bins = torch.full((num_rows, 2, NUM_BINS), -5)
-        pointers = (*dealing, embedding_VD, hidden_DR, *for_norm, bins)
+        pointers = (*row_allocation, embedding_VD, hidden_DR, *for_norm, bins)
         run(launch, "embed", *pointers, num=num_rows, D=8, NP=1, **constants)
         assert not bins.any(), "of all rows"
         assert torch.equal(rows, wanted_rows) and torch.equal(sampling, wanted_sampling)

@@ -120,7 +120,7 @@ def edge_kernel(
 
 
 class Head:
-    """Three rows of logits through `lm_head`'s tiles of T tokens, slices of `weigh`, and `sample`, C at a time."""
+    """Three rows of logits through `lm_head`'s tiles of T tokens, slices of a histogram, and `sample`, C at a time."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Head:
         launch(tiles_kernel, (self.tiles,), *pointers, self.num_drawn, VOCAB=self.V, R=R, T=T)
         assert torch.equal(self.logits_VR.view(torch.int32), given_VR.view(torch.int32)), "logits stay what they are"
         pointers = (self.rows, self.sampling, self.logits_VR, self.peaks, self.bins, self.chains)
-        self.run("weigh", (R, self.slices), pointers)
+        self.run("logit_histogram", (R, self.slices), pointers)
 
     def run(self, op: str, axes: tuple[int, ...], pointers: tuple[torch.Tensor, ...]) -> None:
         sizes = {"TILES": self.tiles, "TILE": self.T, "SLICE": self.slice, "SLICES": self.slices, "SP": self.padded}
@@ -162,7 +162,7 @@ class Head:
     def padded(self) -> int:
         return power_of_two(self.slices)
 
-    def is_cut(self, params: SamplingParams) -> bool:
+    def has_topk_or_topp(self, params: SamplingParams) -> bool:
         return params.temperature > 0 and (0 < params.top_k < self.V or params.top_p_share > 0)
 
     def tokens(self) -> list[int]:
@@ -321,7 +321,7 @@ def test_edges_are_those_of_the_host(kind: str, V: int, T: int, C: int, slices: 
         params = [SamplingParams(0.9, **cut) for cut in CUTS[first : first + 3]]  # type: ignore[arg-type]
         head = Head(launch, logits_RV, params, [1, 2, 3], T, C, slices)
         for logits_V, p, edge in zip(logits_RV, params, head.edges(), strict=False):
-            if head.is_cut(p):
+            if head.has_topk_or_topp(p):
                 scaled_V, filtered_V = filter_logits(logits_V, SamplingParams(0.9)), filter_logits(logits_V, p)
                 assert torch.equal(torch.where(keys_of(scaled_V) >= edge, scaled_V, -INF), filtered_V), (kind, p, edge)
                 assert (keys_of(scaled_V) == edge).any(), "the edge is a token's"

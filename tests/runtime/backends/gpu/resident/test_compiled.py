@@ -44,14 +44,14 @@ def compiled(
     layers: tuple[LayerSpec, ...] = LAYERS,
     has_drafter: bool = False,
 ) -> tuple[Tasks, Any]:
-    """The tables and the compiled kernel of a tiny model, with look-up where there is no drafter."""
+    """The tables and the compiled kernel of a tiny model, with prompt lookup where there is no drafter."""
     weights = empty_weights(ModelSpec("test", 256, 64, 1e-5, 512, (), layers), torch.bfloat16, META, True, has_fp8)
     drafter = None
     if has_drafter:
         with META:
             drafter = DFlashDraftModel(drafter_config(weights.spec)).to(torch.bfloat16)
     backend = ResidentBackend(weights, drafter, 2, 512, prefetch=prefetch, target=Target((9, 0), 132))
-    backend.set_look_up(not has_drafter)
+    backend.set_prompt_lookup(not has_drafter)
     (built,) = backend.compile()
     return backend.tasks, built
 

@@ -1,4 +1,4 @@
-"""The resident kernel drafts with a DFlash drafter: what the plan's bodies do, buffer by buffer; and texts.
+"""The resident kernel drafts with a DFlash drafter: what the plan's semantics do, buffer by buffer; and texts.
 
 Legend: R rows.
 """
@@ -13,7 +13,7 @@ from speedstack.runtime import Engine
 from speedstack.runtime.backends.base import Round, RoundsRequest
 from speedstack.runtime.backends.gpu.multi_step import rounds_inbox
 from speedstack.runtime.backends.gpu.resident import ResidentBackend
-from speedstack.runtime.backends.gpu.semantics.layers import PlanMemory
+from speedstack.runtime.backends.gpu.semantics.layers import StepSemantics
 from speedstack.runtime.plan.record_layout import NUM_ROWS, OUTCOME, RECORD, TOKEN
 from speedstack.runtime.rounds.speculation import DraftStrategy
 from tests.runtime.backends.gpu.drafter_cases import (
@@ -46,52 +46,52 @@ def test_every_step_leaves_the_buffers_of_the_bodies(options: str) -> None:
     """Prompts by the host's steps, then rounds: blocks, proposals, rows, contexts, all that was written."""
     backend, weights, model = backend_of(options, 3), target(), drafter(options)
     plan, buffers = backend.plan, backend.memory.buffers
-    bodies = PlanMemory(plan, weights, 2, read(model))
-    assert bodies.drafter is not None
+    semantics = StepSemantics(plan, weights, 2, read(model))
+    assert semantics.drafter is not None
     host, counters, step = HostRounds(weights, model, PROMPTS), np.zeros(plan.num_counters, np.int64), 0
 
     def check() -> None:
-        assert bodies.drafter is not None
-        blocks, used = buffers["blocks"].view(R, RECORD), bodies.drafter.blocks_RF[:, TOKEN] >= 0
+        assert semantics.drafter is not None
+        blocks, used = buffers["blocks"].view(R, RECORD), semantics.drafter.blocks_RF[:, TOKEN] >= 0
         fields = slice(TOKEN, NUM_ROWS + 1)
-        assert blocks[:, fields].tolist() == bodies.drafter.blocks_RF[:, fields].tolist()
-        assert backend.memory.rows.tolist() == bodies.rows_RF.tolist()
-        assert backend.memory.sequences.tolist() == bodies.sequences_RF.tolist()
-        rows_used = bodies.rows_RF[:, TOKEN] >= 0
+        assert blocks[:, fields].tolist() == semantics.drafter.blocks_RF[:, fields].tolist()
+        assert backend.memory.rows.tolist() == semantics.rows_RF.tolist()
+        assert backend.memory.sequences.tolist() == semantics.sequences_RF.tolist()
+        rows_used = semantics.rows_RF[:, TOKEN] >= 0
         wide: dict[str, Any] = {
             "rtol": 1e-4,
             "atol": 3e-5,
         }  # float32 sums of up to 80 terms in another order, through four layers
-        heads = bodies.drafter.num_heads
+        heads = semantics.drafter.num_heads
         raw = buffers["context.kv"].view(heads, -1, R)[:, :48].permute(2, 0, 1)
-        torch.testing.assert_close(raw[rows_used], bodies.drafter.kv_RGC[rows_used][:, :, :48], **wide)
-        for found, wanted in zip(backend.memory.contexts, bodies.caches[weights.spec.num_layers :], strict=True):
+        torch.testing.assert_close(raw[rows_used], semantics.drafter.kv_RGC[rows_used][:, :, :48], **wide)
+        for found, wanted in zip(backend.memory.contexts, semantics.caches[weights.spec.num_layers :], strict=True):
             both = torch.cat(wanted, dim=-1).permute(2, 0, 1, 3)
             torch.testing.assert_close(found, both.nan_to_num(0.0), **wide)
         if used.any():
             best = buffers["drafter.best"].view(-1, 2, R)
             values = best[:, 0].contiguous().view(torch.float32).T[used]
-            torch.testing.assert_close(values, bodies.drafter.best_RT2[used][:, :, 0], **wide)
-            assert best[:, 1].T[used].tolist() == bodies.drafter.best_RT2[used][:, :, 1].int().tolist()
-        for sequence, count in enumerate(bodies.proposals_RR[:2, 0].tolist()):
+            torch.testing.assert_close(values, semantics.drafter.best_RT2[used][:, :, 0], **wide)
+            assert best[:, 1].T[used].tolist() == semantics.drafter.best_RT2[used][:, :, 1].int().tolist()
+        for sequence, count in enumerate(semantics.proposals_RR[:2, 0].tolist()):
             found = buffers["proposals"].view(R, R)[sequence, : 1 + count]
-            assert found.tolist() == bodies.proposals_RR[sequence, : 1 + count].tolist()
+            assert found.tolist() == semantics.proposals_RR[sequence, : 1 + count].tolist()
 
     for rows in prompt_steps(PROMPTS, 8):
         backend.step(rows, [])
-        bodies.set_rows(list(rows.tokens), list(rows.slots), list(rows.positions))
-        interpret(plan, bodies.bodies(), 1, seed=step, first_step=step, counters=counters)
+        semantics.set_rows(list(rows.tokens), list(rows.slots), list(rows.positions))
+        interpret(plan, semantics.semantics(), 1, seed=step, first_step=step, counters=counters)
         step += 1
         check()
     inbox = rounds_inbox(host.requests([MAX_LENGTH, 9]), R)
     backend.memory.inbox.copy_(inbox)
-    bodies.set_inbox(inbox)
+    semantics.set_inbox(inbox)
     for _ in range(3):
         (report,) = backend.launch(1)
-        interpret(plan, bodies.bodies(), 1, seed=step, first_step=step, counters=counters)
+        interpret(plan, semantics.semantics(), 1, seed=step, first_step=step, counters=counters)
         step += 1
         check()
-        assert report[R:] == bodies.outcome_RO.flatten().tolist()
+        assert report[R:] == semantics.outcome_RO.flatten().tolist()
     assert report[R + OUTCOME] == 0 < report[R], "the second is over and the first is not"
 
 

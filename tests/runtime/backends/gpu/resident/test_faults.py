@@ -49,7 +49,7 @@ def test_a_missing_signal_is_a_dump_and_not_a_hang() -> None:
     backend.max_polls, backend.interpreter_options = 300, {"patience": None}
     backend.counters.zero_()
     backend.next_step = 0
-    with pytest.raises(RuntimeError, match="the resident kernel waited in vain") as failed:
+    with pytest.raises(RuntimeError, match="the resident kernel timed out") as failed:
         outcome(backend, start, 2)
     for program in range(3):
         line = f"  program {program}: step 0, L00.o_proj: L00.combine[0] is 0 and has to reach 3"
@@ -58,7 +58,7 @@ def test_a_missing_signal_is_a_dump_and_not_a_hang() -> None:
     assert same(outcome(backend, start, 2), expected)
 
 
-def test_an_item_that_waits_in_vain_is_named() -> None:
+def test_an_item_that_times_out_is_named() -> None:
     backend, start = small("mimo", 3, max_polls=300)
     backend.interpreter_options = {"patience": None}
     phase = backend.plan.phases[backend.plan.phase_named["L00.attention"]]

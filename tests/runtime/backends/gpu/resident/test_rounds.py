@@ -1,4 +1,4 @@
-"""The resident kernel drafts, verifies, samples and accepts: what the plan's bodies do, buffer by buffer, and texts.
+"""The resident kernel drafts, verifies, samples and accepts: what the plan's semantics do, buffer by buffer, and texts.
 
 Legend: R rows.
 """
@@ -16,7 +16,7 @@ from speedstack.runtime.backends.base import Draw, Round, RoundsRequest, Rows
 from speedstack.runtime.backends.gpu.multi_step import rounds_inbox
 from speedstack.runtime.backends.gpu.resident import ResidentBackend
 from speedstack.runtime.backends.gpu.semantics import multi_step
-from speedstack.runtime.backends.gpu.semantics.layers import PlanMemory
+from speedstack.runtime.backends.gpu.semantics.layers import StepSemantics
 from speedstack.runtime.decoding.results import Generation
 from speedstack.runtime.model.weights import ModelWeights
 from speedstack.runtime.plan.ir import Plan
@@ -36,17 +36,17 @@ CUT_PROMPT = [8, 1, 8]
 EOS = 3
 
 
-def backend_of(weights: ModelWeights, num_programs: int, has_look_up: bool, **options: Any) -> ResidentBackend:
+def backend_of(weights: ModelWeights, num_programs: int, has_prompt_lookup: bool, **options: Any) -> ResidentBackend:
     backend = ResidentBackend(
         weights, None, 3, MAX_LENGTH, num_rows=NUM_ROWS, split_size=16, num_programs=num_programs, **options
     )
-    backend.set_look_up(has_look_up)
+    backend.set_prompt_lookup(has_prompt_lookup)
     return backend
 
 
-def requests_of(has_look_up: bool) -> list[RoundsRequest]:
+def requests_of(has_prompt_lookup: bool) -> list[RoundsRequest]:
     """Three, in no order of slots: one greedy; one drawn, that may commit five tokens; one drawn after a cut."""
-    drafts = (3, 2) if has_look_up else (0, 0)
+    drafts = (3, 2) if has_prompt_lookup else (0, 0)
     return [
         RoundsRequest(PROMPTS[0], 1, MAX_LENGTH, False, drafts[0], 3),
         RoundsRequest(PROMPTS[1], 0, len(PROMPTS[1]) + 5, True, drafts[1], 2, Draw(2**63 + 1, 77, SamplingParams(0.8))),
@@ -61,40 +61,40 @@ def fill(backend: ResidentBackend) -> None:
         cache.fill_(0.5)
 
 
-@pytest.mark.parametrize("has_look_up", [False, True], ids=["plain", "look-up"])
-def test_every_round_leaves_the_buffers_of_the_bodies(has_look_up: bool) -> None:
+@pytest.mark.parametrize("has_prompt_lookup", [False, True], ids=["plain", "look-up"])
+def test_every_round_leaves_the_buffers_of_the_bodies(has_prompt_lookup: bool) -> None:
     """After every number of rounds: rows, sequences, texts, and reports of what stood."""
     weights = SMALL_CASES["dense"]()
     weights = replace(weights, spec=replace(weights.spec, eos_token_ids=(EOS,)))
-    backend, requests, R = backend_of(weights, 3, has_look_up), requests_of(has_look_up), NUM_ROWS
-    bodies = PlanMemory(backend.plan, weights)
-    for keys, values in bodies.caches:
+    backend, requests, R = backend_of(weights, 3, has_prompt_lookup), requests_of(has_prompt_lookup), NUM_ROWS
+    semantics = StepSemantics(backend.plan, weights)
+    for keys, values in semantics.caches:
         keys.fill_(0.5)
         values.fill_(0.5)
-    bodies.set_inbox(rounds_inbox(requests, R))
+    semantics.set_inbox(rounds_inbox(requests, R))
     for request in requests:
-        bodies.history_RL[request.slot, : len(request.tokens)] = torch.tensor(request.tokens)
+        semantics.history_RL[request.slot, : len(request.tokens)] = torch.tensor(request.tokens)
     accepted = 0
     fill(backend)
     backend.memory.inbox.copy_(rounds_inbox(requests, R))
-    if has_look_up:
-        backend.memory.buffers["history"].copy_(bodies.history_RL[:3])
+    if has_prompt_lookup:
+        backend.memory.buffers["history"].copy_(semantics.history_RL[:3])
     counters = np.zeros(backend.plan.num_counters, np.int64)
     for step in range(7):
         (report,) = backend.launch(1)
-        interpret(backend.plan, bodies.bodies(), 1, seed=step, first_step=step, counters=counters)
-        wanted_inbox = (bodies.rows_RF, bodies.sampling_RF, bodies.sequences_RF, bodies.draws_RF)
+        interpret(backend.plan, semantics.semantics(), 1, seed=step, first_step=step, counters=counters)
+        wanted_inbox = (semantics.rows_RF, semantics.sampling_RF, semantics.sequences_RF, semantics.draws_RF)
         for found, wanted in zip(backend.memory.inbox, wanted_inbox, strict=True):
             assert found.tolist() == wanted.tolist(), step
-        if has_look_up:
-            for request, length in zip(requests, bodies.sequences_RF[:, multi_step.LENGTH].tolist(), strict=False):
+        if has_prompt_lookup:
+            for request, length in zip(requests, semantics.sequences_RF[:, multi_step.LENGTH].tolist(), strict=False):
                 text = backend.memory.buffers["history"][request.slot, :length]
-                assert text.tolist() == bodies.history_RL[request.slot, :length].tolist()
-        assert report[R:] == bodies.outcome_RO.flatten().tolist()
-        used = [row for row in range(R) if bodies.chosen_R[row] >= 0]
-        assert [report[row] for row in used] == bodies.chosen_R[used].tolist()
-        accepted += int(bodies.outcome_RO[:, 1].sum())
-    assert accepted > 2 or not has_look_up
+                assert text.tolist() == semantics.history_RL[request.slot, :length].tolist()
+        assert report[R:] == semantics.outcome_RO.flatten().tolist()
+        used = [row for row in range(R) if semantics.chosen_R[row] >= 0]
+        assert [report[row] for row in used] == semantics.chosen_R[used].tolist()
+        accepted += int(semantics.outcome_RO[:, 1].sum())
+    assert accepted > 2 or not has_prompt_lookup
     assert report[R + OUTCOME] == 0 < report[R], "the second is over and the first is not"
 
 
@@ -102,8 +102,8 @@ def run(backend: ResidentBackend, num_rounds: int = 4) -> tuple[list[list[Round]
     fill(backend)
     assert backend.rounds is not None
     backend._rounds.forget([0, 1, 2])
-    has_look_up = "history" in backend.plan.buffer_named
-    rounds = backend.rounds.run(requests_of(has_look_up), num_rounds)
+    has_prompt_lookup = "history" in backend.plan.buffer_named
+    rounds = backend.rounds.run(requests_of(has_prompt_lookup), num_rounds)
     return rounds, [cache.clone() for cache in backend.memory.caches]
 
 
@@ -123,15 +123,15 @@ def test_rounds_are_the_same_under_every_schedule() -> None:
         assert same(run(backend), expected), f"seed {seed}, {backend.plan.num_programs} programs"
 
 
-@pytest.mark.parametrize("has_look_up", [False, True], ids=["plain", "look-up"])
-def test_a_launch_ends_with_its_last_sequence(has_look_up: bool) -> None:
+@pytest.mark.parametrize("has_prompt_lookup", [False, True], ids=["plain", "look-up"])
+def test_a_launch_ends_with_its_last_sequence(has_prompt_lookup: bool) -> None:
     """What comes next is as after as many steps: counters, rounds, and steps of the host's."""
     weights = SMALL_CASES["dense"]()
-    requests = [replace(one, end=len(one.tokens) + 2 + 2 * n) for n, one in enumerate(requests_of(has_look_up))]
+    requests = [replace(one, end=len(one.tokens) + 2 + 2 * n) for n, one in enumerate(requests_of(has_prompt_lookup))]
     longest = max(one.end - len(one.tokens) for one in requests)
     ways: list[dict[str, Any]] = [{}, {"prefetch": "none"}]
     for number, options in enumerate(ways):
-        backend = backend_of(weights, 3, has_look_up, seed=number, **options)
+        backend = backend_of(weights, 3, has_prompt_lookup, seed=number, **options)
         backend.step(Rows([1], [0], [0]), [0])
         rates, expected, num_made = backend.counters.clone(), None, 1
         for _ in range(2):
@@ -186,7 +186,7 @@ def counts(found: Sequence[Generation]) -> list[Any]:
 
 
 def test_an_engine_writes_the_references_text_and_counts_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy and sampled, with look-up in the kernel, without, and an end-of-sequence token on the way."""
+    """Greedy and sampled, with prompt lookup in the kernel, without, and an end-of-sequence token on the way."""
     weights, strategy = SMALL_CASES["dense"](), DraftStrategy(num_drafts=5)
     launches = list[int]()
     launch = ResidentBackend._launch
