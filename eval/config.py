@@ -202,6 +202,12 @@ class BenchConfig(ModelConfig):
     peer_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="dtype of transformers and vLLM where it is another one: what people would run them in."
     )
+    dense_dtype: Literal["int8"] | None = Field(
+        None, description="int8: the engine's attention, dense MLPs and LM head in eight bits (CPU); None: as stored."
+    )
+    kv_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="dtype of the engine's key/value buffers (CPU); None: float32."
+    )
     num_threads: int | None = Field(None, ge=1, description="Threads of torch and of the kernels; None: torch's own.")
     gpu_hour_usd: float | None = Field(
         None, gt=0, description="Price of an hour of this machine in US dollars; adds the cost of a million tokens."

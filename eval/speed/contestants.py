@@ -61,7 +61,8 @@ class TimingSettings:
 
     The peer "unpacked" is our own engine on the same values with experts that are not packed. `gguf` is the file that
     llama.cpp reads, or one with each of `gguf_weights` is made in `copies`, where unpacked copies are too. Interpreters
-    are those of `peer_process.peer_python` where they are None.
+    are those of `peers.process.peer_python` where they are None. `dense_dtype` and `kv_dtype`: our engines', see
+    `Engine.from_target`.
     """
 
     num_new_tokens: int = 128
@@ -70,6 +71,8 @@ class TimingSettings:
     device: str = "cpu"
     backend: Literal["auto", "reference", "cpu", "graph", "resident"] = "auto"
     peers: tuple[Peer, ...] = ("transformers", "assisted")
+    dense_dtype: Literal["int8"] | None = None
+    kv_dtype: Literal["float32", "bfloat16"] | None = None
     look_up: bool = False
     num_warmups: int = 1
     peer_dtype: str | None = None
@@ -202,14 +205,22 @@ def engine_contestants(
         """An engine, and what it took until it can be called, the common load included."""
         started = time.perf_counter()
         engine = Engine.from_target(
-            loaded, with_drafter, settings.backend, max_length, max_batch_size=max(settings.batch_sizes)
+            loaded,
+            with_drafter,
+            settings.backend,
+            max_length,
+            max_batch_size=max(settings.batch_sizes),
+            dense_dtype=settings.dense_dtype,
+            kv_dtype=settings.kv_dtype,
         )
         return engine, load_seconds + time.perf_counter() - started
 
     plain, plain_seconds = make(None)
     identity = {"target": str(target), "target_sha256": plain.target_sha256}
     packed = "".join(f", {part}" for part in packed_parts(plain.memory_bytes()))
-    backend = f"speedstack Engine, {plain.backend_name} backend{packed}"
+    held = {"dense layers": settings.dense_dtype, "key/value buffers": settings.kv_dtype}
+    options = "".join(f", {part} in {dtype}" for part, dtype in held.items() if dtype is not None)
+    backend = f"speedstack Engine, {plain.backend_name} backend{packed}{options}"
     contestants = [
         Contestant(
             name=ENGINE,

@@ -62,6 +62,8 @@ def bench(config: BenchConfig) -> None:
                 device=choose_device(config.device).type,
                 backend=config.backend,
                 peers=config.peers,
+                dense_dtype=config.dense_dtype,
+                kv_dtype=config.kv_dtype,
                 look_up=config.look_up,
                 num_warmups=config.num_warmups,
                 batch_sizes=config.batch_sizes,

@@ -127,6 +127,14 @@ def test_batches_and_unpacked_experts_say_the_same(tiny_packed_dir: Path, tmp_pa
     assert copy.stat().st_ctime_ns == before.st_ctime_ns
 
 
+def test_how_the_engine_holds_weights_and_buffers_is_said_and_passed_on(tiny_packed_dir: Path) -> None:
+    settings = TimingSettings(4, 1, peers=(), backend="cpu", dense_dtype="int8", kv_dtype="bfloat16")
+    result = measure_timing(tiny_packed_dir, None, ONE, settings, progress=False)
+    assert "dense layers in int8, key/value buffers in bfloat16" in result.contestants[0].description
+    with pytest.raises(ValueError, match="dense_dtype and kv_dtype are options of backend 'cpu'"):
+        measure_timing(tiny_packed_dir, None, ONE, dataclasses.replace(settings, backend="reference"))
+
+
 def test_experts_that_are_not_packed_need_no_unpacking(tiny_model_dir: Path, tmp_path: Path) -> None:
     settings = TimingSettings(4, 1, backend="reference", peers=("unpacked",), copies=tmp_path)
     result = measure_timing(tiny_model_dir, None, ONE, settings, progress=False)
