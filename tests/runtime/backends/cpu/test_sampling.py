@@ -3,10 +3,8 @@
 Legend: V vocabulary, R rows, W rows with logits.
 """
 
-import ctypes
 import logging
 import platform
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +12,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from speedstack.quant.kernels.build import find_compiler
+from speedstack.quant.kernels.build import load_library
 from speedstack.runtime import Engine
 from speedstack.runtime.backends.base import Draw
 from speedstack.runtime.backends.cpu import sampling as compiled_sampling
 from speedstack.runtime.backends.cpu.kernels.build import FLAGS, INSTRUCTION_SETS, available_sets
-from speedstack.runtime.backends.cpu.sampling import AMBIGUOUS, NOT_WANTED, SOURCE, CompiledSampler, SampledRows
+from speedstack.runtime.backends.cpu.sampling import AMBIGUOUS, HEADER, NOT_WANTED, SOURCE, CompiledSampler, SampledRows
 from speedstack.runtime.decoding import loop
 from speedstack.runtime.rounds.sampling import SHARE_BITS, SamplingParams, gumbel, gumbel_noise, masses, sample
 from tests.runtime.strategy_cases import NUM_NEW, PROMPTS, SAMPLING, MakeDrafter
@@ -41,15 +39,13 @@ class Case(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=[*INSTRUCTION_SETS, "no intrinsics"])
-def sampler(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CompiledSampler:
+def sampler(request: pytest.FixtureRequest) -> CompiledSampler:
     """Of every instruction set that the machine has, and without any: four lanes, as NEON has."""
     if request.param in available_sets():
         return compiled_sampling.load_for(request.param)
     if request.param in INSTRUCTION_SETS or platform.machine() != "x86_64":
         pytest.skip(f"this machine does not run {request.param}")
-    library = tmp_path_factory.mktemp("sampling") / "sampling.so"
-    subprocess.run([find_compiler("the test"), *FLAGS, "-march=x86-64", str(SOURCE), "-o", str(library)], check=True)
-    return CompiledSampler(ctypes.CDLL(str(library)))
+    return CompiledSampler(load_library(SOURCE, "the test", [HEADER], (*FLAGS, "-march=x86-64")))
 
 
 def noise_at(position: int, vocab_size: int) -> torch.Tensor:

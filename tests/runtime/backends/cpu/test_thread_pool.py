@@ -29,8 +29,8 @@ def here() -> Machine:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-def test_every_item_once_and_in_order(seed: int, here: Machine, tmp_path: Path) -> None:
-    check = here.build(HERE / "thread_pool_check.cpp", tmp_path / "check", "-ldl")
+def test_every_item_once_and_in_order(seed: int, here: Machine) -> None:
+    check = here.build(HERE / "thread_pool_check.cpp", "-ldl")
     assert here.run(check, "6000", str(seed)) == "right\n"
 
 
@@ -45,7 +45,7 @@ def test_no_data_races(here: Machine, tmp_path: Path) -> None:
     if empty.returncode or subprocess.run([*fixed, str(tmp_path / "empty")], capture_output=True).returncode:
         pytest.skip("ThreadSanitizer does not work here")
     sanitized = Machine(here.name, here.compiler, (*here.flags, "-O1", "-g", "-fsanitize=thread"), tuple(fixed))
-    check = sanitized.build(HERE / "thread_pool_check.cpp", tmp_path / "check", "-ldl")
+    check = sanitized.build(HERE / "thread_pool_check.cpp", "-ldl")
     assert sanitized.run(check, "1500", "3") == "right\n"
 
 
