@@ -71,7 +71,9 @@ def save(model: PreTrainedModel, path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family(family: str, make_family: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:
+def test_fake_quant_changes_routed_experts_alone(
+    family: str, make_family: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
     model = make_family(family)
     keys = list(model.state_dict())
     before = outputs_of_first_block(model)

@@ -111,7 +111,7 @@ def edge_cases() -> torch.Tensor:
 
 @pytest.mark.parametrize("scale_rule", SCALE_RULES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_edges_equal_the_reference(
+def test_edge_cases_equal_the_reference(
     kernels: Kernels, scale_rule: ScaleRule, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if INTERPRETS:

@@ -71,7 +71,7 @@ def test_greedy_equals_transformers_generate(plain: Engine, tiny_packed_dir: Pat
 
 
 @pytest.mark.parametrize("sampling", SAMPLING, ids=["greedy", "temperature-1", "top-p-top-k"])
-def test_text_is_the_same_with_and_without_drafts_alone_and_together(
+def test_text_is_equal_with_and_without_drafter_alone_and_batched(
     plain: Engine, drafting: Engine, sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = dict(max_new_tokens=NUM_NEW, seed=11, ignore_eos=True) | sampling
@@ -106,7 +106,7 @@ def test_statistics_count_rounds_and_positions(
     assert stats.num_prompt_tokens == 4
 
 
-def test_more_prompts_than_slots(plain: Engine, tiny_packed_dir: Path) -> None:
+def test_more_prompts_than_slots_are_decoded_in_turn(plain: Engine, tiny_packed_dir: Path) -> None:
     narrow = Engine.from_pretrained(tiny_packed_dir, backend=plain.backend_name, max_batch_size=2)  # type: ignore[arg-type]
     prompts = [[token] for token in range(5, 12)]
     lengths = [g.tokens for g in narrow.generate(prompts, max_new_tokens=9, ignore_eos=True)]
@@ -320,7 +320,7 @@ def test_memory_is_what_the_backend_holds(tiny_packed_dir: Path, tiny_packed_dra
     assert sum(engine.memory_bytes().values()) == weights + engine.backend.cache_bytes()
 
 
-def test_an_engine_does_one_thing_at_a_time(plain: Engine) -> None:
+def test_a_call_during_a_stream_is_refused(plain: Engine) -> None:
     expected = plain.generate("def f(x):", max_new_tokens=20, ignore_eos=True).text
     stream = plain.stream("def f(x):", max_new_tokens=20, ignore_eos=True)
     first = next(stream)
@@ -332,7 +332,7 @@ def test_an_engine_does_one_thing_at_a_time(plain: Engine) -> None:
     assert plain.generate("def f(x):", max_new_tokens=20, ignore_eos=True).text == expected
 
 
-def test_a_drafter_without_numbers_changes_no_token(
+def test_text_is_equal_with_a_drafter_of_nan(
     backend: str, plain: Engine, tiny_packed_dir: Path, tiny_packed_drafter_dir: Path
 ) -> None:
     drafter = load_drafter(tiny_packed_drafter_dir)
@@ -378,7 +378,7 @@ def test_auto_falls_back_and_says_why(
     assert "there is no compiler today" in caplog.text
 
 
-def test_adaptive_drafts_change_rows_and_no_token(
+def test_text_is_equal_with_adaptive_drafts(
     plain: Engine, tiny_packed_dir: Path, tiny_packed_drafter_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adaptive = Engine.from_pretrained(

@@ -227,7 +227,9 @@ def test_a_tokenizer_of_another_model(
     assert tokenizer_files(tmp_path / "out") == []
 
 
-def test_places(fails: Callable[..., str], tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_sources_and_destinations_that_cannot_be_are_refused(
+    fails: Callable[..., str], tiny_model_dir: Path, tmp_path: Path
+) -> None:
     assert "no model directory at" in fails(tmp_path / "nowhere")
     assert "is or holds" in fails(tiny_model_dir, "--out", tiny_model_dir)
     (tmp_path / "notes").mkdir()

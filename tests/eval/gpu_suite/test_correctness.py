@@ -102,7 +102,7 @@ def test_ties_of_experts_and_ends_of_scales(monkeypatch: pytest.MonkeyPatch) -> 
         checker.check_edges()
 
 
-def test_wrong_logits_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_logits_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     checker = Checker(SCALE, "qwen3-30b-a3b", "reference")
     breaking(monkeypatch, lambda logits, rows: logits * 1.001)
     with pytest.raises(RuntimeError, match=r"logits is off by 1\.00e-03 of its norm, allowed 1e-04"):
@@ -129,7 +129,7 @@ def test_wrong_tokens_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("number", "company"), [(3, "first among 2 others"), (2, "behind its own last token, as a draft")]
 )
-def test_bits_that_depend_on_company_are_found(monkeypatch: pytest.MonkeyPatch, number: int, company: str) -> None:
+def test_rows_that_depend_on_other_rows_are_found(monkeypatch: pytest.MonkeyPatch, number: int, company: str) -> None:
     """One unit in the last place, in steps of so many rows."""
     checker = Checker(SCALE, "gpt-oss-20b", "reference")
 

@@ -7,7 +7,7 @@ import torch
 from speedstack.eval.quality.divergence import token_kl, token_nll, top1_matches
 
 
-def test_by_definition() -> None:
+def test_divergence_equals_its_definition() -> None:
     teacher = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]).log()
     student = torch.tensor([[0.25, 0.25, 0.5], [0.1, 0.8, 0.1]]).log() + 3.0  # logits need not be normalized
     expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)

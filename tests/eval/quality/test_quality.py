@@ -114,7 +114,7 @@ def test_limit_caps_the_documents(engine: Engine, task_dir: Path) -> None:
     assert {score.num_documents for score in scores} == {2}
 
 
-def test_bad_input_is_named(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_refused_by_name(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def without_defaults(include_path: str, include_defaults: bool) -> TaskManager:
         return TaskManager(include_path=include_path, include_defaults=False)
 

@@ -25,7 +25,7 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[3] / "notebooks").glob("*.i
 NAMES = [path.stem for path in NOTEBOOKS]
 
 
-def test_there_are_three() -> None:
+def test_there_are_three_notebooks() -> None:
     assert NAMES == ["drafter_acceptance", "precision_vs_accuracy", "where_the_time_goes"]
 
 
@@ -38,7 +38,7 @@ def test_no_output_is_committed(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
-def test_pair_is_in_step(path: Path) -> None:
+def test_each_notebook_equals_its_paired_script(path: Path) -> None:
     jupytext = pytest.importorskip("jupytext", reason="jupytext is not installed")
     halves = [jupytext.read(path), jupytext.read(path.with_suffix(".py"))]
     cells = [[(cell.cell_type, cell.source) for cell in half.cells] for half in halves]

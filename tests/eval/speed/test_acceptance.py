@@ -78,7 +78,7 @@ def test_a_strategy_is_measured_and_put_back(drafting_engine: Engine) -> None:
     assert drafting_engine.strategy == before
 
 
-def test_bad_input_is_named(engine: Engine, drafting_engine: Engine) -> None:
+def test_bad_input_is_refused_by_name(engine: Engine, drafting_engine: Engine) -> None:
     with pytest.raises(ValueError, match="acceptance needs a drafter"):
         measure_acceptance(engine, {"a": ["x"]})
     with pytest.raises(ValueError, match="at least one prompt"):

@@ -412,7 +412,7 @@ def test_rounds_of_a_foreign_decoder_are_counted_as_ours() -> None:
     assert stats.accepted_by_position == [2, 1, 1]
 
 
-def test_bad_input_is_named(tiny_model_dir: Path) -> None:
+def test_bad_input_is_refused_by_name(tiny_model_dir: Path) -> None:
     with pytest.raises(ValueError, match="dtype is 'float16': use 'float32' or 'bfloat16'"):
         measure_timing(tiny_model_dir, None, ONE, TimingSettings(dtype="float16"))
     with pytest.raises(ValueError, match="peer_dtype is 'float16'"):

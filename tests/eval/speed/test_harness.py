@@ -293,7 +293,7 @@ def test_standings_are_handed_out_after_every_set_of_every_repeat() -> None:
     assert seen[-1] == final
 
 
-def test_bad_input_is_named() -> None:
+def test_bad_input_is_refused_by_name() -> None:
     for sets, num_new_tokens, num_repeats, num_warmups in (
         ({}, 4, 1, 1),
         ({"a": []}, 4, 1, 1),

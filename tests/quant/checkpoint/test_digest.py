@@ -11,7 +11,7 @@ from speedstack.quant.checkpoint import convert, weights_sha256
 from speedstack.quant.checkpoint.digest import model_sha256
 
 
-def test_is_the_sha256_of_the_files(tmp_path: Path) -> None:
+def test_the_digest_is_the_sha256_of_the_files(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(
         '{"weight_map": {"x": "b.safetensors", "y": "a.safetensors"}}'
     )
@@ -21,7 +21,7 @@ def test_is_the_sha256_of_the_files(tmp_path: Path) -> None:
     assert weights_sha256(tmp_path) == hashlib.sha256(b"firstsecond").hexdigest()
 
 
-def test_follows_the_weights_alone(tiny_packed_dir: Path, tmp_path: Path) -> None:
+def test_the_digest_changes_with_the_weights_alone(tiny_packed_dir: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_packed_dir, tmp_path / "copy"))
     (copy / "config.json").unlink()
     assert weights_sha256(copy) == weights_sha256(tiny_packed_dir)
@@ -61,7 +61,7 @@ def test_a_model_is_the_shards_that_its_index_means(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:experts.gguf holds the routed experts alone")
-def test_follows_experts_in_gguf(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_the_digest_changes_with_experts_in_gguf(tiny_model_dir: Path, tmp_path: Path) -> None:
     """Their safetensors files are the same bytes, whatever the experts."""
     convert(tiny_model_dir, "gguf", tmp_path / "even", scale_rule="even")
     convert(tiny_model_dir, "gguf", tmp_path / "floor", scale_rule="floor")

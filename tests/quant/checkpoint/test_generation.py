@@ -62,7 +62,7 @@ def test_end_tokens(config: Any, generation: Any, own: int | None, expected: tup
     ("config", "generation"),
     [(7, None), ([9, 7], None), (7, 9), (7, [11, 9]), (ABSENT, [5, 6]), (ABSENT, None), (None, 5)],
 )
-def test_they_are_those_of_transformers(
+def test_end_tokens_are_those_of_transformers(
     family: str, config: Any, generation: Any, make_family: Callable[[str], PreTrainedModel], tmp_path: Path
 ) -> None:
     """A config class has an end token of its own where the file has none, which nobody said of this model's texts."""

@@ -67,7 +67,7 @@ def test_shared_noise_of_a_pruned_vocabulary_is_that_of_its_tokens() -> None:
     assert torch.equal(scores_U, (logits_V + noise[0])[ids_U])
 
 
-def test_noise_is_drawn_once_and_is_its_positions_own() -> None:
+def test_noise_of_a_position_is_drawn_once() -> None:
     table = NoiseTable(50, torch.device("cpu"))
     first = table.rows([(1, 2, 3), (1, 2, 4), (1, 2, 3)])
     assert first[0] is first[2] and not torch.equal(first[0], first[1])
@@ -75,7 +75,7 @@ def test_noise_is_drawn_once_and_is_its_positions_own() -> None:
     assert torch.equal(again[0], first[1]) and table.rows([(1, 2, 4)])[0] is first[1]
 
 
-def test_greedy_proposals_know_no_noise(tiny_packed_dir: Path, make_drafter: MakeDrafter) -> None:
+def test_greedy_proposals_ignore_noise(tiny_packed_dir: Path, make_drafter: MakeDrafter) -> None:
     engine = Engine.from_pretrained(tiny_packed_dir, make_drafter(), backend="cpu", draft_noise="shared")
     shared = engine.generate(PROMPTS[0], NUM_NEW, ignore_eos=True)
     engine.set_strategy(DraftStrategy())

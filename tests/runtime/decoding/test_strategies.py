@@ -35,7 +35,7 @@ def expected(backend: str, tiny_packed_dir: Path) -> dict[str, list[list[int]]]:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_drafter_option_leaves_the_text_alone(
+def test_text_is_equal_with_every_drafter_option(
     option: str, backend: str, expected: dict[str, list[list[int]]], tiny_packed_dir: Path, make_drafter: MakeDrafter
 ) -> None:
     model = make_drafter(**OPTIONS[option])
@@ -89,7 +89,7 @@ def test_backends_draft_the_same(
         assert set(oracle.draft([DraftRequest(7, 0, 40)], 7)[0].tokens) <= allowed
 
 
-def test_what_the_kernels_lack_is_said_and_served_beside_them(
+def test_drafter_options_without_a_kernel_are_logged_and_served_by_pytorch(
     weights: ModelWeights, make_drafter: MakeDrafter, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make_drafter(head_dim=24, markov_rank=8)
@@ -101,7 +101,7 @@ def test_what_the_kernels_lack_is_said_and_served_beside_them(
     )
 
 
-def test_prompt_look_up_leaves_the_text_alone(
+def test_text_is_equal_with_and_without_prompt_lookup(
     backend: str, expected: dict[str, list[list[int]]], tiny_packed_dir: Path
 ) -> None:
     engine = Engine.from_pretrained(tiny_packed_dir, "ngram", backend=backend)  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def test_prompt_look_up_leaves_the_text_alone(
             assert [g.tokens for g in found] == expected[name]
 
 
-def test_prompt_look_up_finds_what_was_there(tiny_packed_dir: Path) -> None:
+def test_prompt_lookup_proposes_what_followed_before(tiny_packed_dir: Path) -> None:
     plain = Engine.from_pretrained(tiny_packed_dir, backend="cpu")
     tokens = plain.generate(PROMPTS[0], 40, ignore_eos=True).tokens
     # The prompt holds its own continuation already; then only the first look-ups can miss.
@@ -140,7 +140,7 @@ def test_prompt_look_up_finds_what_was_there(tiny_packed_dir: Path) -> None:
         ({"drafter": "ngram", "num_drafts": 64}, "num_drafts 64 must be 'adaptive' or between 1 and one step's 63"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(
+def test_impossible_strategies_are_refused_in_one_line(
     options: dict[str, Any], message: str, tiny_packed_dir: Path, make_drafter: MakeDrafter
 ) -> None:
     with pytest.raises(ValueError, match=message) as error:

@@ -204,7 +204,7 @@ def test_items_touch_only_what_their_phases_declare() -> None:
     assert guarded.num_checked > 1000
 
 
-def test_a_context_without_numbers_drafts_nothing() -> None:
+def test_a_context_of_nan_drafts_nothing() -> None:
     """And the text goes on a token a step, as the host's does."""
     weights, model = target(), drafter()
     plan = plan_of(3)

@@ -70,7 +70,7 @@ def test_logits_equal_the_references(weights: ModelWeights, loaded_set: str) -> 
 
 
 @pytest.mark.parametrize("held", [HeldAs(), HeldAs("int8", "bfloat16")], ids=["as stored", "fewer bits"])
-def test_rows_threads_and_sets_change_no_bit(
+def test_logits_are_bit_identical_for_any_rows_threads_and_instruction_set(
     held: HeldAs, weights: ModelWeights, with_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_threads(1)
@@ -86,7 +86,9 @@ def test_rows_threads_and_sets_change_no_bit(
                 assert torch.equal(found_TV, alone_TV), f"{name}, {num_threads} threads, chunks of {chunk}"
 
 
-def test_company_changes_no_bit(weights: ModelWeights, loaded_set: str, with_threads: Callable[[int], None]) -> None:
+def test_a_row_is_bit_identical_alone_and_among_others(
+    weights: ModelWeights, loaded_set: str, with_threads: Callable[[int], None]
+) -> None:
     with_threads(2)
     alone_TV = run(CpuBackend(weights, None, 1, 128), 1)
     together = CpuBackend(weights, None, 4, 128)

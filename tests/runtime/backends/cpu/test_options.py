@@ -16,7 +16,7 @@ PROMPTS = [[5, 9, 200, 31], list(range(60, 130)), [7] * 20]
 
 
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(16, 32), (40, 96), (33, 160), (48, 64)])
-def test_eight_bits_are_the_nearest_of_a_block(num_outputs: int, num_inputs: int) -> None:
+def test_int8_rounds_to_the_nearest_of_a_block(num_outputs: int, num_inputs: int) -> None:
     w_NK = torch.randn(num_outputs, num_inputs, generator=torch.Generator().manual_seed(0))
     w_NK[3, :32] = 0.0
     codes_NK, scales_NB = int8_blocks(w_NK)
@@ -45,7 +45,7 @@ def test_fp8_is_what_it_dequantizes_to(num_outputs: int, num_inputs: int) -> Non
     assert held.format == BFLOAT16 and bool(unpacked(held, num_outputs)[0, 0].isnan())
 
 
-def test_what_eight_bits_cannot_hold() -> None:
+def test_int8_needs_whole_blocks_of_finite_values() -> None:
     assert panels(torch.randn(16, 48), to_int8=True).format != INT8  # no whole blocks
     with pytest.raises(ValueError, match="not finite, which eight bits cannot hold"):
         panels(torch.full((16, 32), float("nan")), to_int8=True)

@@ -98,7 +98,7 @@ def cases() -> list[Case]:
     return found
 
 
-def test_the_token_is_the_definitions(sampler: CompiledSampler, cases: list[Case]) -> None:
+def test_the_compiled_sampler_draws_the_defined_token(sampler: CompiledSampler, cases: list[Case]) -> None:
     before, num_ambiguous = sampler.num_ambiguous, 0
     for case in cases:
         [token] = choose(sampler, case.logits_V[None], case.params, [case.position])
@@ -226,7 +226,7 @@ def engine_texts(target: Path, make_drafter: MakeDrafter, options: dict[str, Any
 
 
 @pytest.mark.parametrize("sampling", ["temperature 1", "top-p and top-k"])
-def test_a_text_is_the_same_whoever_samples_it(
+def test_text_is_equal_with_compiled_and_pytorch_sampling(
     sampling: str, tiny_packed_dir: Path, make_drafter: MakeDrafter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All rows in compiled code, none, and every third left to the definition, with what follows it in its draft."""

@@ -29,7 +29,7 @@ def here() -> Machine:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-def test_every_item_once_and_in_order(seed: int, here: Machine) -> None:
+def test_the_pool_runs_every_item_once_and_in_order(seed: int, here: Machine) -> None:
     check = here.build(HERE / "thread_pool_check.cpp", "-ldl")
     assert here.run(check, "6000", str(seed)) == "right\n"
 
@@ -83,7 +83,7 @@ def all_right(products: list[Product]) -> bool:
     return verdicts == [True] * len(products)
 
 
-def test_two_callers_and_children_of_forks() -> None:
+def test_the_pool_works_for_two_callers_and_in_forked_children() -> None:
     products = [Product(seed) for seed in (1, 2)]
     assert all_right(products)
     for _ in range(3):
@@ -99,7 +99,7 @@ def test_two_callers_and_children_of_forks() -> None:
         assert all_right(products)
 
 
-def test_a_fork_while_another_thread_works() -> None:
+def test_the_pool_works_after_a_fork_during_work() -> None:
     products = [Product(seed) for seed in (3, 4)]
     is_over = threading.Event()
 

@@ -95,7 +95,7 @@ def test_sampled_text_is_that_of_the_host(monkeypatch: pytest.MonkeyPatch) -> No
     assert backend.num_host_drafts == 0
 
 
-def test_end_of_sequence_and_lost_numbers_end_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_of_sequence_and_nan_end_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, model = target(), drafter()
     free = Engine(weights, model, None, "reference", MAX_LENGTH, 3).generate(PROMPTS[0], max_new_tokens=20)
     for eos in sorted(set(free.tokens)):
@@ -117,7 +117,7 @@ def test_end_of_sequence_and_lost_numbers_end_a_text(monkeypatch: pytest.MonkeyP
     [DraftStrategy(num_drafts="adaptive"), DraftStrategy(noise="shared"), DraftStrategy(num_drafts=2)],
     ids=["adaptive", "shared noise", "two"],
 )
-def test_who_drafts(strategy: DraftStrategy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_drafts_where_a_launch_cannot(strategy: DraftStrategy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host, where a launch cannot; the text is the same."""
     engine, backend, reference = engines_of(drafter(), monkeypatch, strategy, num_programs=2)
     options: dict[str, Any] = {"max_new_tokens": 10, "temperature": 0.7, "seed": 3}
@@ -125,7 +125,7 @@ def test_who_drafts(strategy: DraftStrategy, monkeypatch: pytest.MonkeyPatch) ->
     assert (backend.num_host_drafts == 0) == (strategy.num_drafts == 2)
 
 
-def test_a_context_without_numbers_drafts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_context_of_nan_drafts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The text goes on a token a step, as it does with the host."""
     model = drafter()
     model.norm.weight.fill_(float("nan"))

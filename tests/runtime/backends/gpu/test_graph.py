@@ -98,7 +98,7 @@ def test_fp8_in_registers_is_bit_for_bit_what_it_dequantizes_to(device: torch.de
 
 
 @pytest.mark.parametrize("case", ["mimo", "gpt-oss-mxfp4"])
-def test_nothing_flows_from_what_a_step_has_not_written(case: str, device: torch.device) -> None:
+def test_unwritten_memory_has_no_influence(case: str, device: torch.device) -> None:
     """What fills blocks and tiles, and rows that the step does not have: numbers or not, results are the same bits."""
     weights = placed(CASES[case](), device)
     reference, ids = prefilled(weights, [39, 15])
@@ -118,7 +118,7 @@ def test_nothing_flows_from_what_a_step_has_not_written(case: str, device: torch
 
 
 @pytest.mark.parametrize("case", ["mimo", "gpt-oss-mxfp4"])
-def test_bits_of_a_row_are_its_own(case: str, device: torch.device) -> None:
+def test_a_row_is_bit_identical_alone_and_among_others(case: str, device: torch.device) -> None:
     """The same row alone, as the last of a draft that crosses a split, and behind other rows, one of them lost."""
     weights = placed(CASES[case](), device)
     reference, ids = prefilled(weights, [31, 5, 20])

@@ -137,7 +137,9 @@ def test_end_of_sequence_ends_one_and_disturbs_no_other(weights: ModelWeights, m
     assert seen == {"eos", "length"}
 
 
-def test_the_buffers_end_is_the_last_position(weights: ModelWeights, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_may_fill_the_buffers_to_the_last_position(
+    weights: ModelWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt, strategy = PROMPTS[0], DraftStrategy(num_drafts=5)
     num_new = MAX_LENGTH - len(prompt)
     engine, _ = engine_of(weights, monkeypatch, "ngram", strategy)
@@ -168,7 +170,7 @@ def test_sampled_text_is_that_of_the_host(weights: ModelWeights, drafter: Any, m
         check_same(found, reference.generate(PROMPTS, **options | cut))
 
 
-def test_one_launch_tells_nothing_but_when_the_host_needs_to(
+def test_a_launch_makes_one_round_only_where_the_host_has_to_draft(
     weights: ModelWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Adaptive drafts, and drafts that do not fit a step go round by round; set_strategy changes it any time."""
@@ -223,7 +225,7 @@ def test_stop_strings_and_streams(weights: ModelWeights, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("drafter", [None, "ngram"])
-def test_logits_that_are_no_numbers_are_the_same_error(
+def test_nan_logits_raise_the_same_error_as_on_the_host(
     weights: ModelWeights, drafter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the token on whose embedding is lost; text that ends before it is not touched by it."""

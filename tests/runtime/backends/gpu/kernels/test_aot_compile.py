@@ -78,7 +78,7 @@ def backend_of(kind: Any, num_layers: int, is_real: bool) -> Any:
 
 
 @pytest.mark.slow
-def test_launches_of_phases_find_them(hits: list[bool]) -> None:
+def test_launches_of_phases_hit_the_cache_of_compiled_kernels(hits: list[bool]) -> None:
     shapes = backend_of(GraphBackend, 1, is_real=False)
     with aot_compile.compilations() as compiled:
         built = shapes.compile()
@@ -99,7 +99,7 @@ def test_launches_of_phases_find_them(hits: list[bool]) -> None:
 
 
 @pytest.mark.slow
-def test_launches_of_whole_steps_find_it_whatever_they_are_told(
+def test_launches_of_whole_steps_hit_the_cache_whatever_their_arguments(
     hits: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a step's number nor how many there are, nor numbers of phases that the JIT might specialize."""
@@ -121,7 +121,7 @@ def test_launches_of_whole_steps_find_it_whatever_they_are_told(
 
 
 @pytest.mark.parametrize("kind", [GraphBackend, ResidentBackend])
-def test_what_kernels_are_given_begins_at_sixteen_bytes(kind: Any) -> None:
+def test_pointers_of_kernels_are_aligned_to_sixteen_bytes(kind: Any) -> None:
     """On a GPU an allocation does: what counts is how far behind its beginning a tensor lies."""
     backend = backend_of(kind, 2, is_real=True)
     given = [tensor for binding in _bindings(backend) for tensor in binding.pointers]
@@ -139,7 +139,7 @@ def test_a_backend_for_another_gpu_computes_nothing() -> None:
             backend.step(Rows([1], [0], [0]), [0])
 
 
-def test_a_drafter_with_too_many_kinds_of_phases_is_the_hosts(
+def test_the_host_drafts_where_a_drafter_has_too_many_kinds_of_phases(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = backend_of(ResidentBackend, 2, is_real=True)
@@ -165,7 +165,7 @@ def test_only_the_first_phase_of_a_draft_looks_at_blocks_that_may_change(monkeyp
         task_table.check_early_choices(backend.plan)
 
 
-def test_a_driver_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_is_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot_compile.driver, "_active", None)
     with pytest.raises(KeyError), aot_compile.driven_by(aot_compile.AbsentGpu((9, 0))):
         assert aot_compile.driver.active.get_current_target().arch == 90

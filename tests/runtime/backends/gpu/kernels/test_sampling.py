@@ -314,7 +314,9 @@ def some_logits(kind: str, V: int) -> torch.Tensor:
         ("equal", 131, 16, 32, 16),
     ],
 )
-def test_edges_are_those_of_the_host(kind: str, V: int, T: int, C: int, slices: int, launch: Launcher) -> None:
+def test_top_k_and_top_p_keep_what_the_host_keeps(
+    kind: str, V: int, T: int, C: int, slices: int, launch: Launcher
+) -> None:
     """The least logit that is kept, bit for bit, at vocabularies that fill no tile, and notes of several chunks."""
     logits_RV = some_logits(kind, V)
     for first in range(0, len(CUTS), 3):
@@ -328,7 +330,9 @@ def test_edges_are_those_of_the_host(kind: str, V: int, T: int, C: int, slices: 
 
 
 @pytest.mark.parametrize(("kind", "T", "slices"), [("ties", 16, 3), ("flat", 32, 32), ("equal", 128, 20)])
-def test_tokens_are_drawn_among_what_is_kept(kind: str, T: int, slices: int, launch: Launcher) -> None:
+def test_tokens_are_drawn_among_those_that_top_k_and_top_p_keep(
+    kind: str, T: int, slices: int, launch: Launcher
+) -> None:
     """At a temperature where the best of most tiles is dropped, and one where it is kept; whatever the cut."""
     logits_RV, different, seeds = some_logits(kind, 261), 0, [7, 8, 9]
     for first in range(0, len(CUTS), 3):
@@ -340,7 +344,7 @@ def test_tokens_are_drawn_among_what_is_kept(kind: str, T: int, slices: int, lau
     assert different > 0 or kind == "equal", "nothing was cut"
 
 
-def test_what_is_no_number_and_what_cannot_be_cut(launch: Launcher) -> None:
+def test_nan_logits_and_cuts_that_keep_everything(launch: Launcher) -> None:
     """Not a number; all -inf; an infinite peak; top-k of all tokens, which is none; temperature 0 with a top-k."""
     logits_RV = torch.randn(R, 130, generator=torch.Generator().manual_seed(5))
     both = [SamplingParams(1.0, top_k=3), SamplingParams(1.0, top_p=0.5), SamplingParams(1.0, top_k=9, top_p=0.5)]

@@ -178,7 +178,7 @@ def test_weights_are_fetched_into_the_cache(own: tuple[Tasks, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_fp8_weights_are_decoded_there_too(own: tuple[Tasks, Any]) -> None:
+def test_fp8_weights_are_decoded_in_the_resident_kernel(own: tuple[Tasks, Any]) -> None:
     _, built = compiled(has_fp8=True, layers=LAYERS[:1])
     assert "e4m3x2" in built.asm["ptx"] and "e4m3x2" not in own[1].asm["ptx"]
     assert not list(unguarded_acquires(ptx_of(built))) and "ld.global.nc" not in built.asm["ptx"]
@@ -220,7 +220,7 @@ def test_a_first_value_is_given_once_and_never_to_an_address() -> None:
     assert with_first_values(own_address) == own_address
 
 
-def test_a_hook_of_somebody_else_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compilation_hook_of_others_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     def hook(*arguments: Any) -> Any:
