@@ -4,16 +4,14 @@ Read from the source, so that imports in functions, under TYPE_CHECKING and of n
 command line has its verbs) count like all others.
 """
 
-import ast
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("quant", "dflash", "runtime", "eval", "train")
+from tools.import_graph import PACKAGES, ROOT, Graph, import_graph, imported_names, product_files
+
 MAX_FILES, MAX_LINES = 15, 400
 # Ground floor first. A module belongs to the longest of these names that its own begins with; those that share a floor
 # do not import each other.
@@ -35,41 +33,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("speedstack.cli",),
     ("speedstack.__main__",),
 )
-
-Graph = dict[str, set[str]]  # module -> modules of ours that it imports
-
-
-def product_files(root: Path = ROOT) -> dict[str, Path]:
-    """Module name -> file. The packages lie beside speedstack/, which has links to them."""
-    found = {}
-    for folder in ("speedstack", *PACKAGES):
-        for file in sorted((root / folder).rglob("*.py")):
-            parts = file.relative_to(root).with_suffix("").parts
-            if folder == "speedstack" and len(parts) > 2 and parts[1] in PACKAGES:
-                continue
-            name = ".".join(parts if folder == "speedstack" else ("speedstack", *parts))
-            found[name.removesuffix(".__init__")] = file
-    return found
-
-
-def imported_names(file: Path) -> Iterator[str]:
-    """Dotted names of all that a file imports: modules, and what is taken from them."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module is not None, f"{file}: an import is relative"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and re.fullmatch(r"speedstack(\.\w+)+:\w+", str(node.value)):
-            yield str(node.value).partition(":")[0]
-
-
-def import_graph(files: dict[str, Path]) -> Graph:
-    graph: Graph = {}
-    for module, file in files.items():
-        targets = {name if name in files else name.rpartition(".")[0] for name in imported_names(file)}
-        graph[module] = (targets & files.keys()) - {module}
-    return graph
 
 
 def floor_of(module: str) -> tuple[int, str]:

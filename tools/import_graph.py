@@ -9,71 +9,83 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("speedstack", "train", "eval", "runtime", "quant", "dflash")
+PACKAGES = ("quant", "dflash", "runtime", "eval", "train")
 # Drawn as one room each: what lies below is nobody else's business.
-CLOSED = ("quant", "dflash", "eval/report", "eval/speed", "eval/lm_eval", "runtime/backends", "runtime/plan")
-NAMED = re.compile(r"speedstack(\.\w+)+:\w+")  # as the command line names its verbs
+CLOSED = (
+    "quant",
+    "dflash",
+    "eval/report",
+    "eval/speed",
+    "eval/lm_eval",
+    "runtime/backends",
+    "runtime/model",
+    "runtime/plan",
+)
 COLUMN, ROW, WIDTH, HEIGHT = 178, 92, 160, 40
 
+Graph = dict[str, set[str]]  # module, or room, -> those of ours that it imports
 
-def room_of(path: str) -> str:
-    """The room of a file, by its path from the root: its folder, or the closed folder that it lies in."""
-    folder = path.rpartition("/")[0]
+
+def product_files(root: Path = ROOT) -> dict[str, Path]:
+    """Module name -> file. The packages lie beside speedstack/, which has links to them."""
+    found = {}
+    for folder in ("speedstack", *PACKAGES):
+        for file in sorted((root / folder).rglob("*.py")):
+            parts = file.relative_to(root).with_suffix("").parts
+            if folder == "speedstack" and len(parts) > 2 and parts[1] in PACKAGES:
+                continue
+            name = ".".join(parts if folder == "speedstack" else ("speedstack", *parts))
+            found[name.removesuffix(".__init__")] = file
+    return found
+
+
+def imported_names(file: Path) -> Iterator[str]:
+    """Dotted names of all that a file imports: modules, and what is taken from them."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None, f"{file}: an import is relative"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"speedstack(\.\w+)+:\w+", str(node.value)):
+            yield str(node.value).partition(":")[0]
+
+
+def import_graph(files: dict[str, Path]) -> Graph:
+    graph: Graph = {}
+    for module, file in files.items():
+        targets = {name if name in files else name.rpartition(".")[0] for name in imported_names(file)}
+        graph[module] = (targets & files.keys()) - {module}
+    return graph
+
+
+def room_of(module: str, files: dict[str, Path]) -> str:
+    """The room of a module: its file's folder, or the closed folder that it lies in."""
+    folder = files[module].relative_to(ROOT).parent.as_posix()
     for closed in CLOSED:
         if folder == closed or folder.startswith(closed + "/"):
             return closed
     return folder
 
 
-def file_of(module: str) -> str | None:
-    """The file of one of our modules, by its path from the root; None for others' modules and for names."""
-    parts = module.split(".")
-    if parts[0] != "speedstack":
-        return None
-    base = "/".join(parts[1:] if len(parts) > 1 and parts[1] in FOLDERS else parts)
-    for candidate in (f"{base}.py", f"{base}/__init__.py"):
-        if (ROOT / candidate).is_file():
-            return candidate
-    return None
-
-
-def imported(path: Path) -> set[str]:
-    """Files that a file imports, now or when a verb is called."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            names += [node.module] if any(file_of(name) is None for name in names) else []
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and NAMED.fullmatch(node.value):
-            names = [node.value.partition(":")[0]]
-        found |= {file for name in names if (file := file_of(name)) is not None}
-    return found - {"speedstack/__init__.py"}  # the version, which anybody may read
-
-
-def room_graph() -> dict[str, set[str]]:
-    """Room -> rooms that its files import."""
-    graph: dict[str, set[str]] = {}
-    for folder in FOLDERS:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            name = path.relative_to(ROOT).as_posix()
-            if any((ROOT / parent).is_symlink() for parent in Path(name).parents):
-                continue
-            room = graph.setdefault(room_of(name), set())
-            room |= {room_of(other) for other in imported(path)} - {room_of(name)}
-    for rooms in list(graph.values()):
-        for room in rooms:
-            graph.setdefault(room, set())
+def room_graph(files: dict[str, Path]) -> Graph:
+    """Room -> rooms that its files import. Anybody may read the package's version."""
+    graph: Graph = {}
+    for module, targets in import_graph(files).items():
+        room = room_of(module, files)
+        others = {room_of(target, files) for target in targets if target != "speedstack"}
+        graph.setdefault(room, set()).update(others - {room})
+        for other in others:
+            graph.setdefault(other, set())
     return graph
 
 
-def reachable(graph: dict[str, set[str]], room: str) -> set[str]:
+def reachable(graph: Graph, room: str) -> set[str]:
     """All rooms below one. Raises ValueError for a circle."""
     below: set[str] = set()
     waiting = [*graph[room]]
@@ -87,14 +99,15 @@ def reachable(graph: dict[str, set[str]], room: str) -> set[str]:
     return below
 
 
-def reduced(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+def reduced(graph: Graph) -> Graph:
     """The graph without arrows that follow from others."""
     below = {room: reachable(graph, room) for room in graph}
     return {room: {o for o in rooms if not any(o in below[other] for other in rooms)} for room, rooms in graph.items()}
 
 
-def draw(graph: dict[str, set[str]]) -> str:
+def draw(graph: Graph) -> str:
     """An SVG: a room lies above all that it imports."""
+    arrows = reduced(graph)
     levels: dict[str, int] = {}
 
     def level(room: str) -> int:
@@ -105,7 +118,6 @@ def draw(graph: dict[str, set[str]]) -> str:
     floors: dict[int, list[str]] = {}
     for room in sorted(graph):
         floors.setdefault(level(room), []).append(room)
-    arrows = reduced(graph)
     centre: dict[str, float] = {}
     for number in sorted(floors):
         # Above the middle of what it imports, as far as its neighbours leave room.
@@ -147,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path, help="the SVG")
     out = parser.parse_args().out
-    out.write_text(draw(room_graph()), encoding="utf-8")
+    out.write_text(draw(room_graph(product_files())), encoding="utf-8")
     print(f"imports: {out}")
 
 
