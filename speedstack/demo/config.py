@@ -38,7 +38,7 @@ class QualitySection(Section):
 
 
 class AcceptanceSection(Section):
-    num_prompts: int = Field(8, ge=1, description="Held-out prompts of each kind (module openings, function bodies).")
+    num_prompts: int = Field(4, ge=1, description="Held-out prompts of each kind (module openings, function bodies).")
     num_prompt_tokens: int = Field(64, ge=2, description="Tokens in a prompt.")
     num_new_tokens: int = Field(128, ge=2, description="Tokens generated after each prompt, greedily.")
 

@@ -16,8 +16,8 @@ from speedstack.train.config.recipes import DrafterConfig
 from speedstack.train.core.distributed import World
 from speedstack.train.data import selftext
 from speedstack.train.data.packing import PADDING
-from speedstack.train.drafter import evaluation
-from speedstack.train.drafter import recipe as drafter
+from speedstack.train.drafter import evaluation, recipe
+from speedstack.train.drafter import job as drafter_job
 from speedstack.train.drafter.evaluation import GreedyText, simulate
 from speedstack.train.drafter.job import train_drafter
 from speedstack.train.drafter.recipe import DrafterRecipe
@@ -344,7 +344,8 @@ def test_serving_that_fails_in_training_is_said_and_no_more(config, tmp_path, mo
     def measure(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(drafter, "measure_acceptance", measure)
+    for module in (recipe, drafter_job):
+        monkeypatch.setattr(module, "measure_acceptance", measure)
     job = changed(config, run={"out": tmp_path}, loop={"num_steps": 1}, drafter={"num_served_prompts": 1})
     with pytest.warns(UserWarning, match="tau_served_t1 is not measured: no room"):
         result = train_drafter(job, on_step=lambda *_: None)

@@ -20,6 +20,7 @@ from speedstack.runtime import Engine
 from speedstack.runtime.backends.base import Draw, RoundsRequest
 from speedstack.runtime.backends.gpu.multi_step import ROUNDS_A_LAUNCH, rounds_inbox
 from speedstack.runtime.decoding.results import Generation, GenerationStats
+from speedstack.runtime.model.kv_ring import MAX_ROWS
 from speedstack.runtime.model.weights import ModelWeights
 from speedstack.runtime.plan.ir import Plan
 from speedstack.runtime.plan.record_layout import CAPACITY, END, FIRST_ROW, LENGTH, NUM_ROWS, SEED, TOKEN
@@ -61,10 +62,17 @@ def reference_of(
     tokenizer: Any = None,
     num_rows: int = 8,
 ) -> Engine:
-    """An engine whose rounds the host makes, row_allocation as many rows."""
+    """An engine whose rounds the host makes, with as many rows a step."""
     engine = Engine(weights, drafter, tokenizer, "reference", MAX_LENGTH, 3, strategy)
     engine.backend.rows_a_step = num_rows
     return engine
+
+
+def num_prompt_steps(prompts: Sequence[Sequence[int]], num_rows: int) -> int:
+    """Steps of a backend of `num_rows` rows for prompts that are admitted together: they share the engine's steps."""
+    num_tokens = sum(map(len, prompts))
+    chunks = [min(MAX_ROWS, num_tokens - start) for start in range(0, num_tokens, MAX_ROWS)]
+    return sum(-(-chunk // num_rows) for chunk in chunks)
 
 
 def counts(stats: GenerationStats) -> dict[str, Any]:
@@ -90,8 +98,7 @@ def test_plain_text_is_that_of_one_step_at_a_time(
     engine, backend = engine_of(weights, monkeypatch, num_programs=num_programs, seed=num_programs)
     reference = reference_of(weights)
     check_same(engine.generate(PROMPTS, max_new_tokens=19), reference.generate(PROMPTS, max_new_tokens=19))
-    num_prompt_steps = 3  # no prompt is longer than a step
-    assert backend.num_launches == num_prompt_steps + -(-18 // ROUNDS_A_LAUNCH)
+    assert backend.num_launches == num_prompt_steps(PROMPTS, 8) + -(-18 // ROUNDS_A_LAUNCH)
     alone = engine.generate(PROMPTS[2], max_new_tokens=40)
     assert len(alone.tokens) == 40 and alone.stats.num_rounds == 39
     check_same([alone], [reference.generate(PROMPTS[2], max_new_tokens=40)])
@@ -108,8 +115,7 @@ def test_look_up_drafts_and_accepts_as_the_host_does(
     found = engine.generate(PROMPTS, max_new_tokens=30)
     host = reference_of(weights, "ngram", strategy, num_rows=num_rows)
     check_same(found, host.generate(PROMPTS, max_new_tokens=30))
-    num_prompt_steps = sum(-(-len(prompt) // num_rows) for prompt in PROMPTS)
-    assert backend.num_steps - num_prompt_steps == max(one.stats.num_rounds for one in found)
+    assert backend.num_steps - num_prompt_steps(PROMPTS, num_rows) == max(one.stats.num_rounds for one in found)
     plain = reference_of(weights).generate(PROMPTS, max_new_tokens=30)
     assert [one.tokens for one in found] == [one.tokens for one in plain]
     assert sum(sum(one.stats.accepted_by_position) for one in found) > 5, "nothing was accepted"
@@ -335,7 +341,7 @@ def test_many_sequences_take_no_more_steps_than_without_drafts(
         expected = host.generate(prompts, max_new_tokens=14)
         assert [one.tokens for one in found] == [one.tokens for one in expected]
         rounds = [one.stats.num_rounds for one in found]
-        num_steps = backend.num_steps - num_sequences  # a prompt takes one
+        num_steps = backend.num_steps - num_prompt_steps(prompts, num_rows)
         assert max(rounds) <= 13 and sum(rounds) < 13 * num_sequences, "a round commits a token or more"
         if num_sequences <= num_rows:
             check_same(found, expected)
