@@ -101,7 +101,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class Signal:
-    """Adds one to counter `name[start + sum(stride * index)]` after each item, or once per program at the phase's end."""
+    """Adds one to counter `name[start + sum(stride * index)]` after each item, or once per program at phase end."""
 
     counter: str
     each: Literal["item", "program"]
