@@ -71,9 +71,7 @@ class CompiledDrafter:
         self._parts: dict[int, list[tuple[Records, range]]] = {}
 
     def _draft_head(self, lm_head: Panels) -> Panels:
-        """The target's LM head, or its rows for a pruned vocabulary, in bfloat16 to save bytes: a draft reads it for
-        few rows.
-        """
+        """The target's LM head in bfloat16, or its rows for a pruned vocabulary; a draft reads it for few rows."""
         self._shared_bytes = 0
         if self.model.d2t is None and lm_head.format != FLOAT32:
             self._shared_bytes = lm_head.nbytes
