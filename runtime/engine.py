@@ -1,10 +1,9 @@
 """The engine: a target, an optional drafter and a backend, behind `generate`, `stream`, `score` and `logits`.
 
-Decoding is a loop of rounds (see `decoder.py`) that verify proposals. With row invariance and position-keyed sampling
-noise the text is bit for bit the text without them. Sequences are admitted as others finish; who runs beside whom
-changes nothing either.
+Decoding is a loop of rounds that propose and verify tokens (`decoding/loop.py`). Row invariance and position-keyed
+sampling noise make the text bit-identical with and without a drafter, and independent of the batch.
 
-Left out: paged buffers, prefix sharing and preemption; every sequence owns a slot of `max_length` positions.
+Left out: paged buffers, prefix sharing and preemption. Every sequence owns a slot of `max_length` positions.
 """
 
 from collections.abc import Generator, Iterator
@@ -61,7 +60,7 @@ class Engine:
         dense_dtype: str | None = None,
         kv_dtype: str | None = None,
     ) -> None:
-        """See `from_pretrained`; this takes weights that are already in memory."""
+        """Like `from_pretrained`, with weights that are already in memory."""
         spec = weights.spec
         default_length = min(spec.max_position_embeddings, DEFAULT_MAX_LENGTH)
         self.max_length = default_length if max_length is None else max_length
@@ -102,32 +101,31 @@ class Engine:
         dense_dtype: Literal["int8"] | None = None,
         kv_dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> "Engine":
-        """Loads a target, and a drafter that was trained for it, from directories.
+        """Loads a target, and a drafter trained for it, from directories.
 
         Args:
-            target: Hugging Face directory, experts packed in MXFP4 or not.
-            drafter: DFlash directory, or a model in memory (see `set_drafter`); refused when it names another target.
-                `"ngram"` is prompt lookup, which needs no drafter; a directory of that name needs its whole path.
-            backend: `reference` is PyTorch on any device, `cpu` compiled kernels for float32 on a CPU, `graph` a Triton
-                kernel a phase on a GPU, `resident` one for whole rounds, several a launch unless drafts are adaptive,
-                or the drafter or the sampling needs the host (see `rounds`); `auto` takes `cpu` where it can and says
-                why where it cannot, and else `reference`.
-            device: `cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is one.
-            dtype: of everything but packed experts, and matrices in FP8 where the backend reads them; None is float32
-                on a CPU and bfloat16 on a GPU.
-            max_length: positions that each sequence's buffers hold; None takes the model's, at most 4096.
+            target: Hugging Face directory, with or without MXFP4 experts.
+            drafter: DFlash directory or a model in memory (see `set_drafter`); one made for another target is refused.
+                `"ngram"` is prompt lookup; a directory of that name needs a path such as `./ngram`.
+            backend: `reference`: PyTorch, any device. `cpu`: compiled kernels, float32. `graph`: one Triton kernel per
+                phase. `resident`: one Triton kernel for whole rounds, several per launch unless the draft length is
+                adaptive or the drafter or sampling needs the host. `auto`: `cpu` where it can run, else `reference`
+                with a warning that says why.
+            device: `cpu`, `cuda`, `cuda:1`; `auto` takes CUDA if available.
+            dtype: for all weights but packed experts and FP8 matrices that the backend reads as FP8. None: float32 on a
+                CPU, bfloat16 on a GPU.
+            max_length: positions per sequence; None takes the model's limit, at most 4096.
             max_batch_size: sequences decoded together.
-            num_drafts: proposals verified a round; `all` verifies all that the drafter makes, `adaptive` drafts and
-                verifies as many as are worth their cost, none where none is. None is `adaptive` on backend `cpu`, which
-                measures what they cost, and else `all`.
-            draft_noise: `shared` proposes what the drafter would sample with the target's own noise; see
-                `DraftStrategy`. Greedy decoding has no noise: there it changes nothing.
-            dense_dtype: `int8` holds attention, dense MLPs and LM head in eight bits, in blocks of 32, for machines
-                whose memory binds; it changes logits a little. None: as stored. `cpu` backend only.
-            kv_dtype: of key/value buffers; `bfloat16` halves them and changes logits a little. `cpu` backend only.
+            num_drafts: proposals verified per round. `all`: every proposal. `adaptive`: as many as pay for their cost,
+                possibly none. None: `adaptive` on `cpu`, which measures the cost, else `all`.
+            draft_noise: `shared` samples proposals with the target's own noise (see `DraftStrategy`); no effect on
+                greedy decoding.
+            dense_dtype: `int8` stores attention, dense MLPs and the LM head in 8-bit blocks of 32, which changes logits
+                slightly. None: as stored. `cpu` only.
+            kv_dtype: of key/value buffers; `bfloat16` halves them and changes logits slightly. `cpu` only.
 
         Raises:
-            ValueError: with one line that says what is wrong and what would be right.
+            ValueError: one line that says what is wrong and what would be right.
         """
         strategy = DraftStrategy(None if num_drafts == "all" else num_drafts, draft_noise)
         loaded = load_target(target, device, dtype)
@@ -147,7 +145,7 @@ class Engine:
         dense_dtype: Literal["int8"] | None = None,
         kv_dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> "Engine":
-        """As `from_pretrained`, of a target in memory: engines of one target share its weights."""
+        """Like `from_pretrained`, for a target in memory; engines of one target share its weights."""
         w = target.weights
         model, sha256 = load_drafter_for(drafter, w.spec, target.sha256, w.dtype, w.embedding_VD.device)
         options = (backend, max_length, max_batch_size, strategy, dense_dtype, kv_dtype)
@@ -156,11 +154,11 @@ class Engine:
         return engine
 
     def set_drafter(self, drafter: str | Path | DFlashDraftModel | None) -> None:
-        """Drafts with another drafter from now on, or with none: one in training is measured this way.
+        """Switches to another drafter, or to none with None, which resets the strategy to the backend's default.
 
-        Takes what `from_pretrained` takes. The weights of a model in memory are copied, so that training may go on.
-        With None the strategy is reset to the backend's default. Raises ValueError for a drafter of another target, one
-        that the engine's strategy does not fit, or while a stream is read; then nothing has changed.
+        Takes what `from_pretrained` takes. A model in memory is copied, so its training may go on. Raises ValueError,
+        with nothing changed, for another target's drafter, one that does not fit the strategy, or while a stream is
+        being read.
         """
         model, sha256 = load_drafter_for(drafter, self.spec, self.target_sha256, self.dtype, self.device)
         is_default = drafter is None or self._has_default_strategy
@@ -168,29 +166,29 @@ class Engine:
         strategy.num_per_round(model)
         with self._alone():
             self._has_default_strategy = is_default
-            # To a backend a prompt lookup is no drafter: between those two it has nothing to rebuild.
+            # Prompt lookup needs nothing from the backend, so switching between it and no drafter rebuilds nothing.
             if isinstance(model, DFlashDraftModel) or isinstance(self._drafter, DFlashDraftModel):
                 self.backend.set_drafter(model if isinstance(model, DFlashDraftModel) else None)
             self._plan(model, strategy)
         self.drafter_sha256 = sha256
 
     def set_strategy(self, strategy: DraftStrategy) -> None:
-        """Speculates differently from now on; the text stays the same.
+        """Changes how the engine speculates; the text stays the same.
 
-        Raises ValueError where the drafter or the backend cannot do so, or while a stream is read.
+        Raises ValueError if the drafter or the backend does not support it, or while a stream is being read.
         """
         with self._alone():
             self._plan(self._drafter, strategy)
             self._has_default_strategy = False
 
     def _default_strategy(self, drafter: Drafter) -> DraftStrategy:
-        """As many drafts as pay where the backend has measured what they cost, else all."""
+        """Adaptive if the backend has measured the cost of a draft, else all drafts."""
         is_adaptive = drafter is not None and self.backend.has_measured_cost
         return DraftStrategy("adaptive") if is_adaptive else DraftStrategy()
 
     def _plan(self, drafter: Drafter, strategy: DraftStrategy) -> None:
         num_drafts = strategy.num_per_round(drafter)
-        rounds = rounds_for(self.backend, drafter, strategy)  # which may fail, and then nothing has changed
+        rounds = rounds_for(self.backend, drafter, strategy)  # # may fail; nothing has changed yet
         self._drafter, self.strategy, self.num_drafts = drafter, strategy, num_drafts
         self._histories: dict[SamplingParams, DraftHistory] = {}
         proposer: Proposer = DrafterProposer(self.backend, strategy)
@@ -204,7 +202,7 @@ class Engine:
 
     @property
     def prepare_seconds(self) -> float:
-        """Time that compiling kernels and arranging weights took, once."""
+        """Time spent once on compiling kernels and packing weights."""
         return self.backend.prepare_seconds
 
     @property
@@ -212,7 +210,7 @@ class Engine:
         return self.spec.vocab_size
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes of weights by part, as the backend holds them, and of the key/value buffers."""
+        """Bytes of weights by part, as the backend stores them, and of the key/value buffers."""
         return self.backend.weight_bytes() | {"KV cache": self.backend.cache_bytes()}
 
     def generate(
@@ -229,27 +227,26 @@ class Engine:
     ) -> Any:
         """Continues one prompt, or each of a list.
 
-        What is sampled for a prompt depends on the prompt and its seed alone: give a list of seeds to draw several
-        continuations of one prompt.
+        Each result depends only on its prompt and seed: pass a list of seeds to sample one prompt several times.
 
         Args:
-            prompts: text, token ids [T] as a list, tuple, range, array or tensor, or what a tokenizer returned; several
-                are a list of these or an array [N, T]. Padding that an attention mask names is taken off. Text gets
-                what the tokenizer adds by itself, such as BOS, unless it begins with BOS (see `encode_text`).
-            temperature: 0 is greedy. Sampling defaults of the model's generation_config.json are not taken.
-            seed: one integer for all prompts, or one a prompt.
-            stop: string, or strings, that end a sequence; they are cut from the text, and their tokens are kept. They
-                may be special tokens. None is none.
-            ignore_eos: go on past end tokens, to `max_new_tokens`. End tokens are `spec.eos_token_ids`: of a directory
-                those of `end_token_ids`. The one that ends a sequence is in its tokens and not in its text.
-            skip_special_tokens: leave special tokens out of the text; all are in the tokens.
+            prompts: text, token ids [T] (list, tuple, range, array, tensor) or a tokenizer's output; or a list of
+                these, or an array [N, T]. Padding named by an attention mask is removed. Text gets the tokenizer's
+                special tokens unless it begins with BOS (see `encode_text`).
+            temperature: 0 is greedy. Defaults in the model's generation_config.json are ignored.
+            seed: one integer for all prompts, or one for each.
+            stop: one or more strings that end a sequence. They are cut from the text; their tokens are kept. Special
+                tokens are allowed.
+            ignore_eos: continue past end tokens (`spec.eos_token_ids`; for a directory, `end_token_ids`) to
+                `max_new_tokens`. A final end token is in the tokens, not in the text.
+            skip_special_tokens: leave special tokens out of the text; the tokens keep them.
 
         Returns:
             A `Generation`, or a list of them in the order of the prompts.
 
         Raises:
-            ValueError: something else as a prompt, an empty one, ids outside the vocabulary, a prompt that does not fit
-                the buffers, a sampling parameter out of range, or logits that are NaN.
+            ValueError: an invalid or empty prompt, ids outside the vocabulary, a prompt too long for the buffers, a
+                sampling parameter out of range, or NaN logits.
         """
         listed, is_single = split_prompts(prompts, self.tokenizer)
         params = sampling_params(temperature, top_p, top_k)
@@ -274,7 +271,7 @@ class Engine:
         ignore_eos: bool = False,
         skip_special_tokens: bool = True,
     ) -> Generator[str, None, Generation]:
-        """Yields the text of `generate` as it is committed, piece by piece; returns its result. Needs a tokenizer."""
+        """Yields the text of `generate` piece by piece and returns its result. Needs a tokenizer."""
         if self.tokenizer is None:
             raise ValueError("stream yields text, and the target has no tokenizer files; use generate with token ids")
         found, params = single_prompt(prompt, self.tokenizer), sampling_params(temperature, top_p, top_k)
@@ -288,20 +285,19 @@ class Engine:
         return sequence.result()
 
     def score(self, prompts: Any) -> Any:
-        """Log-probabilities of all tokens but the first, each given those before it: a `Score`, or a list of them.
-
-        Takes prompts as `generate` does: one, or several.
+        """Log-probability of every token but the first, given the tokens before it: a `Score`, or a list for several
+        prompts.
         """
         listed, is_single = split_prompts(prompts, self.tokenizer)
         scores = [self._score(self.encode(prompt)) for prompt in listed]
         return scores[0] if is_single else scores
 
     def logits(self, prompt: Any) -> torch.Tensor:
-        """Float32 logits [T, vocabulary] after each of the prompt's T tokens; takes it as `stream` does."""
+        """Float32 logits [T, vocabulary] after each of the prompt's T tokens."""
         return torch.cat([logits.clone() for logits, _ in self._prefill_logits(self.encode(prompt))])
 
     def encode(self, prompt: Any) -> list[int]:
-        """Token ids of a prompt, checked: not empty, all in the vocabulary, at most `max_length` of them."""
+        """Token ids of a prompt: at least one, at most `max_length`, all in the vocabulary."""
         return encode_prompt(prompt, self.tokenizer, self.spec.vocab_size, self.max_length)
 
     def _sequence(
@@ -340,7 +336,7 @@ class Engine:
         )
 
     def _run(self, waiting: list[RunningSequence]) -> Iterator[None]:
-        """Decodes all sequences, `max_batch_size` at a time; yields after prompts and after every round or several."""
+        """Decodes all sequences, `max_batch_size` at a time; yields after prompts and after each launch of rounds."""
         free = list(range(self.max_batch_size))[::-1]
         running: list[RunningSequence] = []
         waiting = waiting[::-1]
@@ -361,7 +357,7 @@ class Engine:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keeps two calls from sharing the buffers: a stream may be left half read."""
+        """Refuses a second call while a stream still uses the buffers."""
         if self._is_decoding:
             raise ValueError("this engine is decoding already: finish or close that stream, or use a second engine")
         self._is_decoding = True

@@ -1,14 +1,10 @@
-"""Log-probabilities of many texts that begin alike, computing what they share once.
+"""Log-probabilities of many texts with common prefixes, computing each shared prefix once per slot.
 
-Multiple choice asks for several continuations of one context, few-shot tasks for many contexts with one beginning. In
-the order of their tokens, neighbours share the longest beginnings; a cache slot that holds one sequence then needs only
-the rows in which the next one differs. Rows of the sequence before, past the shared part, are overwritten or never
-read, exactly as rejected drafts are. A row's bits depend on its own sequence and position alone, so sharing changes no
-bit of any score.
+Sequences are visited in token order, where neighbours share the longest prefixes, so a cache slot computes only the
+rows in which the next sequence differs. Stale rows are overwritten or never read, like rejected drafts. Row invariance
+keeps every score's bits. Several slots walk disjoint parts of the order, so that short remainders share a step.
 
-Several slots walk through disjoint parts of the order side by side, so that short remainders fill a step together.
-
-Left out: slots that share with each other; a beginning shared by everything is computed once a slot in use.
+Left out: sharing between slots.
 """
 
 import itertools
@@ -22,14 +18,14 @@ from speedstack.runtime.decoding.results import Score
 from speedstack.runtime.engine import Engine
 from speedstack.runtime.model.kv_ring import MAX_ROWS, ring_length
 
-# Cutting the order between two sequences makes a second slot compute what they share. Up to this many tokens (a prefix
-# token, "Question:") that costs less than the steps which walking side by side saves.
+# A cut makes the second slot recompute the shared prefix. Up to this many tokens (a prefix token, "Question:") that
+# costs less than the steps saved by walking in parallel.
 MAX_SHARED_AT_A_CUT = 8
 
 
 @dataclass(frozen=True)
 class ContinuationScore:
-    """Score of the request `index`, whose tokens are all of its continuation."""
+    """Score of the request `index`; its tokens are the continuation only."""
 
     index: int
     score: Score
@@ -37,9 +33,9 @@ class ContinuationScore:
 
 @dataclass
 class _Pass:
-    """One input sequence, and the requests that differ from each other in their last token or their context's length.
+    """One input sequence and its requests, which differ in the last token or the context length.
 
-    `first_scored` is the first row whose logits any of them needs.
+    `first_scored`: the first row whose logits any request needs.
     """
 
     inputs: list[int]
@@ -48,7 +44,7 @@ class _Pass:
 
 
 class _Lane:
-    """One cache slot and the passes it has still to compute, in order."""
+    """One cache slot and its remaining passes, in order."""
 
     def __init__(self, slot: int, passes: list[_Pass], slack: int) -> None:
         self.slot, self._slack = slot, slack
@@ -62,16 +58,16 @@ class _Lane:
         self.advance()
 
     def advance(self) -> None:
-        """Turn to the next pass, keeping the rows of the slot that are also its own."""
+        """Moves to the next pass and keeps the slot's rows that it shares."""
         self.logprobs, self.is_greedy = [], []
         if not self._waiting:
             self.current = None
             return
         self.current = self._waiting.pop()
-        # The first scored row is computed again: its logits were not kept.
+        # The first scored row is recomputed: its logits were not kept.
         keep = min(_common_length(self._held, self.current.inputs), self.current.first_scored)
         if self._high_water - keep > self._slack:
-            # Rings of sliding-window layers have lost keys that these rows would attend to.
+            # The rings of sliding-window layers no longer hold keys that these rows attend to.
             keep, self._high_water = 0, 0
         self._held = self.current.inputs
         self._high_water = max(self._high_water, len(self.current.inputs))
@@ -85,19 +81,19 @@ class _Lane:
 def score_continuations(
     engine: Engine, requests: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> Iterator[ContinuationScore]:
-    """Scores each (context ids, continuation ids), in whichever order they are finished.
+    """Scores each (context ids, continuation ids), in order of completion.
 
-    The score of a request is that of `engine.score(context + continuation)`, cut to the continuation, bit for bit.
+    Bit-identical to `engine.score(context + continuation)` cut to the continuation.
 
     Raises:
         ValueError: an empty context or continuation, ids outside the vocabulary, more than `engine.max_length` tokens
-            before the last one, or logits that are NaN. Scores yielded before that stand.
+            before the last one, or NaN logits. Scores already yielded stay valid.
     """
     sequences = []
     for context, continuation in requests:
         if not context or not continuation:
             raise ValueError("scoring a continuation needs a context of one token or more, and a token to score")
-        # The last token is looked up in the logits before it and needs no position of its own.
+        # The last token is only looked up in the logits before it and needs no position.
         sequences.append([*engine.encode([*context, *continuation][:-1]), *engine.encode([continuation[-1]])])
     passes = _passes(sequences, [len(context) for context, _ in requests])
     if not passes:
@@ -114,7 +110,7 @@ def _step(
     sequences: Sequence[list[int]],
     requests: Sequence[tuple[Sequence[int], Sequence[int]]],
 ) -> Iterator[ContinuationScore]:
-    """One step of the target over all lanes that fit, and the scores it completes."""
+    """One target step over all lanes that fit, and the scores it completes."""
     tokens: list[int] = []
     slots: list[int] = []
     positions: list[int] = []
@@ -145,7 +141,7 @@ def _step(
         assert one is not None
         rows_WV, row_best = logprobs_WV[row : row + num_logits], best[row : row + num_logits]
         row += num_logits
-        # Each row but a pass's last is followed by one token, whoever asks.
+        # Every request of a pass has the same next token after each row but the last.
         followers = one.inputs[lane.position - num_logits + 1 : lane.position + 1]
         lane.logprobs.append(rows_WV[range(len(followers)), followers].cpu())
         lane.is_greedy += [a == b for a, b in zip(row_best, followers, strict=False)]
@@ -161,7 +157,7 @@ def _step(
 
 
 def _passes(sequences: Sequence[list[int]], context_lengths: Sequence[int]) -> list[_Pass]:
-    """The distinct input sequences in the order of their tokens; a sequence's last token is no input."""
+    """The distinct input sequences in token order, each without its last token."""
     passes: list[_Pass] = []
     for index in sorted(range(len(sequences)), key=lambda index: sequences[index][:-1]):
         inputs = sequences[index][:-1]
@@ -175,7 +171,7 @@ def _passes(sequences: Sequence[list[int]], context_lengths: Sequence[int]) -> l
 
 
 def _cut(passes: list[_Pass], max_parts: int) -> list[list[_Pass]]:
-    """At most `max_parts` stretches of about equal work, cut only where neighbours share next to nothing."""
+    """At most `max_parts` parts of about equal work, cut only where neighbours share almost nothing."""
     shared = [0, *(_common_length(a.inputs, b.inputs) for a, b in itertools.pairwise(passes))]
     rows = [max(1, len(p.inputs) - common) for p, common in zip(passes, shared, strict=True)]
     even_share = sum(rows) / max_parts
@@ -191,7 +187,7 @@ def _cut(passes: list[_Pass], max_parts: int) -> list[list[_Pass]]:
 
 
 def _slack(engine: Engine) -> int:
-    """How far behind the last row written a slot may go on: as far as every ring still holds the keys of its window."""
+    """How far behind its last written row a slot may resume with every ring still holding its window."""
     slacks = [engine.max_length]
     for layer in engine.spec.layers:
         window = layer.attention.window

@@ -1,8 +1,8 @@
-"""What an engine asks of the code that computes: steps of the target, and proposals of the drafter.
+"""The backend interface: steps of the target, and proposals of the drafter.
 
-A backend owns weights on its device and the static key/value buffers of `num_slots` sequences. It keeps no notion of
-length: a row names its slot and position, writes its keys and values there and attends to what lies before it, so that
-rejected drafts need no clean-up; they are overwritten before anything reads them.
+A backend owns weights and static key/value buffers for `num_slots` sequences, without lengths: a row names its slot and
+position, writes its keys and values there and attends to earlier positions. Rejected drafts are overwritten before they
+are read.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from speedstack.runtime.rounds.sampling import GREEDY, SamplingParams
 
 @dataclass(frozen=True)
 class Draw:
-    """How the token after a row is drawn: `sampling.sample` with the noise of its position. Temperature is above 0."""
+    """How the token after a row is sampled (`sampling.sample`). Temperature is above 0."""
 
     seed: int
     sequence: int
@@ -28,9 +28,9 @@ class Draw:
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens to compute in one step. Rows of a sequence are in ascending, gapless order of position.
+    """Tokens of one step. Rows of a sequence have ascending, consecutive positions.
 
-    `draws`: of each row, None for the most probable token; only for backends that have `rounds`.
+    `draws`: per row, None for the argmax; only for backends with `rounds`.
     """
 
     tokens: Sequence[int]
@@ -41,10 +41,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """Proposals are wanted after `anchor`, from the context of `slot` before the anchor's position.
+    """Asks for proposals after `anchor`, from the context of `slot` before it.
 
-    `params` and `noise`: how the target will sample the tokens after the anchor, one float32 [V] a position. Without
-    noise, proposals are the most probable tokens.
+    `params`, `noise`: the target's sampling of the tokens after the anchor, float32 [V] per position. Without noise,
+    proposals are the most probable tokens.
     """
 
     anchor: int
@@ -56,11 +56,11 @@ class DraftRequest:
 
 @dataclass(frozen=True)
 class RoundsRequest:
-    """A sequence that is to be decoded for some rounds without the host.
+    """A sequence to decode for some rounds without the host.
 
-    `tokens`: all there are, the newest of which, the anchor, has not been computed yet. `end`: how many there may be.
-    `watches_eos`: the model's end-of-sequence tokens end it. `num_drafts`: proposals a round at most, of the backend's
-    drafter, or by prompt lookup for runs of up to `ngram_size` tokens. `draw`: None is greedy.
+    `tokens`: all so far; the last is the anchor, not computed yet. `end`: the most tokens there may be. `watches_eos`:
+    whether EOS ends it. `num_drafts`: most proposals per round, by the drafter or by prompt lookup for runs of up to
+    `ngram_size` tokens. `draw`: None is greedy.
     """
 
     tokens: Sequence[int]
@@ -74,9 +74,8 @@ class RoundsRequest:
 
 @dataclass(frozen=True)
 class Round:
-    """What one round of one sequence was: proposals made and verified, how many stand, and tokens that this commits.
-
-    A token of -1 stands for logits that are NaN.
+    """One round of one sequence: proposals made, verified and accepted, and tokens committed; token -1 means NaN
+    logits.
     """
 
     num_proposed: int
@@ -86,72 +85,70 @@ class Round:
 
 
 class Rounds(Protocol):
-    """Rounds that a backend makes one after another without the host, which hears of them when all are done."""
+    """Runs several rounds without the host, which gets the results at the end."""
 
     max_rounds: int
-    num_rows: int  # of a step: what the anchor and the drafts of one sequence have to fit into
+    num_rows: int  # # rows of a step, an upper bound for a sequence's anchor and drafts
 
     def run(self, requests: Sequence[RoundsRequest], num_rounds: int) -> list[list[Round]]:
-        """Up to `num_rounds` rounds of each sequence, fewer of one that is over before. Raises RuntimeError as `step`.
+        """Up to `num_rounds` rounds of each sequence. Raises RuntimeError as `Backend.step`.
 
-        Keys and values of all tokens but the anchor have to be there.
+        Keys and values of all tokens but the anchor must be present.
         """
         ...
 
     def set_prompt_lookup(self, is_wanted: bool) -> None:
-        """Whether requests may ask for drafts that are looked up from now on."""
+        """Whether requests may ask for prompt lookup from now on."""
         ...
 
     @property
     def has_drafter(self) -> bool:
-        """Whether requests may ask for drafts of the backend's drafter."""
+        """Whether requests may use the backend's drafter."""
         ...
 
     def takes(self, requests: Sequence[RoundsRequest]) -> bool:
-        """Whether so many sequences with so many drafts share a launch; the host makes the rounds of others."""
+        """Whether these requests fit one launch; the host runs the rounds of others."""
         ...
 
 
 class Backend(Protocol):
-    """One way of computing a step. All return values may be overwritten by the next call."""
+    """One implementation of a step. The next call may overwrite returned values."""
 
     name: str
     prepare_seconds: float
-    # Whether `round_cost` was measured on this machine: then as many drafts as pay are the default.
+    # Whether `round_cost` was measured on this machine; then adaptive drafting is the default.
     has_measured_cost: bool
-    # Rows that cost about one step together, for which drafts compete; None where each row costs its own.
+    # Rows that cost about one step together, for which drafts compete; None if each row has its own cost.
     rows_a_step: int | None
-    # What makes several rounds without the host, and samples by itself; None where every round needs the host.
+    # Runs several rounds and samples without the host; None if every round needs the host.
     rounds: Rounds | None
 
     @property
     def round_cost(self) -> RoundCost:
-        """What a round takes with the present drafter."""
+        """The cost of a round with the present drafter."""
         ...
 
     def step(self, rows: Rows, logit_rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
-        """Computes all rows, and the logits of those named in `logit_rows`, which ascend.
+        """Computes all rows, and logits for those in `logit_rows`, which ascend; extends the drafter's context.
 
-        Returns float32 logits [len(logit_rows), vocabulary] and the index of the largest logit in each, ties to the
-        lower index; -1 where a logit is NaN. With `rows.draws` that is the token drawn. With a drafter its
-        context is written for all rows too.
+        Returns float32 logits [len(logit_rows), vocabulary] and the argmax of each, ties to the lower index, -1 for
+        NaN. With `rows.draws` it is the sampled token.
         """
         ...
 
     def draft(self, requests: Sequence[DraftRequest], num_drafts: int) -> list[Draft]:
-        """The first `num_drafts` proposals of each request.
+        """The first `num_drafts` proposals of each request; fewer if the drafter's logits are NaN.
 
-        There are fewer where the drafter's logits are NaN. Fewer than the drafter was trained for make a
-        shorter block, which is cheaper and proposes nearly the same.
+        Fewer drafts than in training make a shorter, cheaper block with nearly the same proposals.
         """
         ...
 
     def set_drafter(self, drafter: DFlashDraftModel | None) -> None:
-        """Drafts with another drafter from now on, in the dtype and on the device of the weights, or with none."""
+        """Changes or removes the drafter; it is converted to the weights' dtype and device."""
         ...
 
     def weight_bytes(self) -> dict[str, int]:
-        """Bytes of weights as this backend holds them, by part of the model; see `weights.packed_parts`."""
+        """Bytes of weights as stored by this backend, by part of the model (see `weights.packed_parts`)."""
         ...
 
     def cache_bytes(self) -> int:

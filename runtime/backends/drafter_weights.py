@@ -1,4 +1,4 @@
-"""A drafter's weights, in the structures of a target's with a smaller layer count: one set of kernels serves both.
+"""A drafter's weights in the target's structures, so that one set of kernels serves both.
 
 Legend: D hidden, C tapped features, V vocabulary, U draft vocabulary, R rank of the Markov head.
 """
@@ -14,9 +14,9 @@ from speedstack.runtime.model.weights import AttentionWeights, DenseWeights, Lay
 
 @dataclass
 class DrafterWeights(Layers):
-    """A DFlash drafter in the target's structures: every layer is attention with QK-norm and a dense SwiGLU.
+    """A DFlash drafter: every layer is attention with QK-norm and a dense SwiGLU.
 
-    `markov_w1_VR`, `markov_w2_UR`: of its Markov head, None without one.
+    `markov_w1_VR`, `markov_w2_UR`: the Markov head, None without one.
     """
 
     spec: DrafterSpec
@@ -29,7 +29,7 @@ class DrafterWeights(Layers):
     markov_w2_UR: torch.Tensor | None = None
 
     def joined_bytes(self) -> int:
-        """Bytes of matrices that the checkpoint does not have like this; those of attention are kept sorted too."""
+        """Bytes of matrices that were copied to join them; attention's are also kept sorted."""
         dense = [layer.mlp.gate_up_FD for layer in self.layers if isinstance(layer.mlp, DenseWeights)]
         return sum(matrix.nbytes for matrix in dense) + 2 * sum(layer.attention.qkv_OD.nbytes for layer in self.layers)
 
@@ -37,17 +37,17 @@ class DrafterWeights(Layers):
 def read_drafter(
     model: DFlashDraftModel, matrices: torch.dtype = torch.bfloat16, vectors: torch.dtype = torch.float32
 ) -> DrafterWeights:
-    """Arranges a drafter's parameters for a backend with kernels of its own, in these dtypes.
+    """A drafter's parameters in these dtypes, for a backend with its own kernels.
 
-    Drafters are stored in bfloat16, so that this changes nothing; of one that is not, proposals may change, and with
-    them the speed, but never the text.
+    Drafters are stored in bfloat16, which this keeps. Rounding any other dtype may change proposals and speed, never
+    the text.
     """
     config = model.config
     tensors = {name: tensor.detach().to(vectors) for name, tensor in model.state_dict().items()}
 
     def rows(*names: str) -> torch.Tensor:
         parts = [tensors[f"{name}.weight"] for name in names]
-        together = torch.cat(parts) if len(parts) > 1 else parts[0]  # of a single one this would be a copy
+        together = torch.cat(parts) if len(parts) > 1 else parts[0]  # # cat of a single tensor would copy it
         return together.to(matrices) if together.dim() == 2 else together
 
     layers = []
@@ -75,7 +75,7 @@ def read_drafter(
         layers=layers,
         norm_D=tensors["norm.weight"],
         mask_embedding_D=tensors.get("mask_embedding"),
-        # Gathered a row at a time, like the embedding: bytes do not matter.
+        # Read a row at a time like the embedding, so its bytes do not matter.
         markov_w1_VR=tensors["markov_head.markov_w1.weight"] if has_markov else None,
         markov_w2_UR=rows("markov_head.markov_w2") if has_markov else None,
     )

@@ -1,12 +1,9 @@
-"""The reference backend: a step in plain PyTorch, on any device. The oracle for faster backends.
+"""The reference backend: a step in plain PyTorch, on any device; the oracle for faster backends.
 
-Row invariance. BLAS libraries choose their reduction order by the number of rows, so every step is cut into groups of
-exactly `GROUP` rows, the last one padded with idle rows: at a fixed number a row's bits depend neither on its place nor
-on its neighbours. Experts are a batched product a (row, choice) pair, with fixed shapes too. Attention walks keys in
-chunks of `KEY_CHUNK` absolute positions with a running softmax; a chunk that a row does not see changes none of its
-bits. Rows of a prompt chunk go through in ascending order, so that a group attends to what earlier groups wrote.
-
-Matrices in FP8 are dequantized once, when the backend is made, and held in the engine's dtype.
+Row invariance: BLAS chooses its reduction order by the number of rows, so a step is cut into groups of exactly `GROUP`
+rows, padded with idle ones. Experts are a batched product per (row, choice). Attention walks chunks of `KEY_CHUNK`
+absolute positions with a running softmax; invisible chunks change no bit. Prompt rows go in ascending order, so a group
+sees what earlier groups wrote. FP8 matrices are dequantized once to the engine's dtype.
 
 Left out: speed. Packed experts are unpacked for every group.
 
@@ -57,7 +54,7 @@ class _LayerCache:
 
 
 class ReferenceBackend:
-    """A step in PyTorch; see the module. `drafter`: in the same dtype and on the same device as the weights."""
+    """A step in PyTorch. `drafter`: in the weights' dtype, on their device."""
 
     name = "reference"
     prepare_seconds = 0.0
@@ -75,7 +72,7 @@ class ReferenceBackend:
         self.device, self.dtype = weights.embedding_VD.device, weights.dtype
         spec = weights.spec
         self.max_length = max_length
-        # One slot more than sequences: idle rows of a padded group write there.
+        # One extra slot, where the idle rows of a padded group write.
         self.caches = [
             _LayerCache(layer.attention, num_slots + 1, max_length, self.weights.embedding_VD) for layer in spec.layers
         ]
@@ -110,7 +107,7 @@ class ReferenceBackend:
                 logits_RV = (final_RD @ plain_matrix(self.weights.lm_head_VD, self.dtype).T).float()
                 for row in here:
                     logits_WV[wanted[row]] = logits_RV[row - start]
-        # numpy's argmax takes the first of equals, torch's makes no promise; NaN rows are named, not chosen from.
+        # numpy's argmax takes the first of ties, torch's makes no promise; NaN rows get -1.
         best = [-1 if bool(torch.isnan(row_V).any()) else int(row_V.numpy(force=True).argmax()) for row_V in logits_WV]
         return logits_WV, best
 
@@ -199,7 +196,7 @@ def _attend(
         places_C = keys_C % k_RLGH.shape[1]
         k_RCGH, v_RCGH = k_RLGH[:, places_C].float(), v_RLGH[:, places_C].float()
         visible_RC = (keys_C >= first_R[:, None]) & (keys_C <= last_R[:, None])
-        # What lies beyond the row's position may be anything: 0 * inf would leak it into the sum.
+        # Values past the row's position may be anything: 0 * inf would leak into the sum.
         v_RCGH = v_RCGH.masked_fill(~visible_RC[:, :, None, None], 0.0)
         scores = torch.matmul(q_RGMH, k_RCGH.permute(0, 2, 3, 1)).masked_fill(~visible_RC[:, None, None], float("-inf"))
         new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))

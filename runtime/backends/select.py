@@ -1,4 +1,4 @@
-"""Which backend an engine runs on, and why."""
+"""Selection of an engine's backend."""
 
 import logging
 
@@ -23,12 +23,10 @@ def make_backend(
     max_length: int,
     held: HeldAs = AS_STORED,
 ) -> Backend:
-    """The backend asked for; `auto` tries the compiled one on a CPU and falls back to PyTorch with a warning.
+    """The named backend; `auto` tries `cpu` on a CPU and falls back to `reference` with a warning.
 
-    On a GPU `auto` is PyTorch too: neither `graph` nor `resident` has been measured on one.
-
-    Raises:
-        ValueError: an unknown name, or a model that the named backend cannot take, with the reason.
+    On a GPU `auto` is `reference`: `graph` and `resident` have not been measured on one. Raises ValueError, with the
+    reason, for an unknown name or a model that the backend cannot run.
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; use {', '.join(BACKENDS)}")

@@ -1,6 +1,6 @@
-"""A drafter as it is: the PyTorch module, with a context for every slot. Serves every option, on any device.
+"""The drafter as its PyTorch module, with a context per slot: every option, any device.
 
-The reference backend drafts with it, and so does the compiled one where its kernels cannot take the drafter's sizes.
+The reference backend uses it, and so does `cpu` if its kernels do not support the drafter's sizes.
 
 Legend: R rows, C features, K block slots, D hidden, U draft vocabulary, V vocabulary.
 """
@@ -18,7 +18,7 @@ from speedstack.runtime.rounds.sampling import filter_logits
 
 
 def draft_scores(logits_U: torch.Tensor, request: DraftRequest, depth: int, target_ids_U: torch.Tensor) -> torch.Tensor:
-    """What a request's proposal at `depth` is the largest of: the drafter's logits as the target would sample them."""
+    """Scores whose argmax is the proposal at `depth`: the drafter's logits with the target's sampling applied."""
     if request.params.temperature == 0.0:
         return logits_U
     scores_U = filter_logits(logits_U, request.params)
@@ -26,9 +26,9 @@ def draft_scores(logits_U: torch.Tensor, request: DraftRequest, depth: int, targ
 
 
 class ModuleDrafter:
-    """A `DFlashDraftModel` and its contexts; in the dtype and on the device of the target's embedding.
+    """A `DFlashDraftModel` and its contexts, in the dtype and on the device of the target's embedding.
 
-    Of a head in FP8 it holds the rows that it reads in that dtype.
+    The head's rows it reads are dequantized if the head is FP8.
     """
 
     @torch.no_grad()
@@ -41,7 +41,7 @@ class ModuleDrafter:
         max_length: int,
         contexts: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> None:
-        """contexts: keys and values of every slot that somebody else keeps (see `DraftContext`); None makes its own."""
+        """contexts: existing keys and values of every slot (see `DraftContext`); None allocates them."""
         self.model, self._embedding_VD = model, embedding_VD
         self._head_UD = model.draft_head(plain_matrix(lm_head_VD, embedding_VD.dtype))
         self._has_own_head = self._head_UD is not lm_head_VD
@@ -52,16 +52,15 @@ class ModuleDrafter:
         ]
 
     def weight_bytes(self) -> int:
-        """Bytes of the module, and of the rows of the head that a pruned vocabulary or a head in FP8 copies."""
+        """Bytes of the module and of copied head rows (pruned vocabulary or FP8 head)."""
         return sum(p.nbytes for p in self.model.parameters()) + self._has_own_head * self._head_UD.nbytes
 
     def cache_bytes(self) -> int:
-        """Bytes of all contexts."""
         return sum(context.keys_LTGH.nbytes + context.values_LTGH.nbytes for context in self.contexts)
 
     @torch.no_grad()
     def write(self, features_RC: torch.Tensor, slots: Sequence[int], positions: Sequence[int]) -> None:
-        """Adds rows' features to the contexts of their slots; rows of a slot are in gapless order of position."""
+        """Adds rows' features to their slots' contexts; rows of a slot have consecutive positions."""
         for slot, rows in groupby(range(len(slots)), key=lambda row: slots[row]):
             run = list(rows)
             self.contexts[slot].write(self.model, features_RC[run[0] : run[-1] + 1], positions[run[0]])

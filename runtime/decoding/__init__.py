@@ -1,1 +1,1 @@
-"""The decode loop: sequences, proposers, text; it knows of a backend only what `backends.base` says."""
+"""The decode loop. It uses only the backend interface in `backends/base.py`."""

@@ -1,4 +1,4 @@
-"""From token ids to text as it is decoded: whole characters only, and nothing past a stop string."""
+"""Incremental detokenization: emits whole characters only, and nothing past a stop string."""
 
 import bisect
 import itertools
@@ -6,24 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 REPLACEMENT = "�"
-# A character has at most so many bytes, each of which may be a token.
+# Bytes in a UTF-8 character; each may be a token.
 MAX_BYTES = 4
 FEWEST_PROMPT_TOKENS = 8
-# Ends that tokenizers with `clean_up_tokenization_spaces` may write in another way once more follows: " '" in " 's".
+# `clean_up_tokenization_spaces` may rewrite these endings once more text follows: " '" in " 's".
 UNCLEAN_ENDS = (" ", " '", " n", " n'", " 'v", " 'r")
 
 
 class TextStream:
-    """Decodes a growing list of tokens that continue a prompt, and watches for stop strings.
+    """Decodes the tokens that continue a prompt and watches for stop strings.
 
-    The prompt's text and this one are together what the tokenizer makes of all tokens: a tokenizer of whole words
-    (SentencePiece) drops the space before the first token that it is given, so the tokens before have to be there. Only
-    the tail that can still change is decoded again, together with the tokens before it.
+    The prompt's text plus this text is what the tokenizer makes of all tokens. SentencePiece drops the space before the
+    first token it is given, so the tail is decoded with the tokens before it; settled text is not decoded again.
 
-    A token may end in the middle of a UTF-8 character, and text so far may end in the middle of a stop string: both are
-    held back until more tokens decide. A character that the prompt begins and the first tokens end is theirs, whole.
-
-    Stop strings are looked for with special tokens and, where those are left out of the text, also without.
+    An incomplete UTF-8 character or a possible start of a stop string is held back until more tokens decide. A
+    character that the prompt begins belongs to the new text. Stop strings are searched with special tokens and, if the
+    text leaves them out, also without.
     """
 
     def __init__(
@@ -33,25 +31,25 @@ class TextStream:
         prompt: Sequence[int] | None = None,
         skip_special_tokens: bool = True,
     ) -> None:
-        """`prompt`: the tokens before; None where they are not known, and the text continues that of any whole word."""
+        """`prompt`: the tokens before; None if unknown, and the text then continues any whole word."""
         self._stop = tuple(stop)
         self._shown = _View(tokenizer, skip_special_tokens)
         self._views = [self._shown]
         if self._stop and skip_special_tokens:
             self._views.append(_View(tokenizer, skip_special_tokens=False))
         self._is_cleaned = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
-        self._context: Sequence[int] | None = None  # tokens before the tail, of which some are to be seen
+        self._context: Sequence[int] | None = None  # # tokens before the tail, some of them visible
         self._tail: list[int] = []
         if prompt is not None:
             self._continue(prompt)
-        # How long the settled text with special tokens and the one shown were, each time that some was settled.
+        # Lengths of the settled text, with special tokens and as shown, each time text was settled.
         self._lengths: list[tuple[int, int]] = [(0, 0)]
         self._num_taken = 0
         self.stopped = False
 
     def push(self, *tokens: int) -> None:
-        """Adds tokens; afterwards `stopped` says whether the text now holds a stop string."""
-        # One by one, where it matters which of them a stop string ends in.
+        """Adds tokens; `stopped` then says whether the text holds a stop string."""
+        # One by one if it matters which token completes a stop string.
         size = 1 if self._stop else max(1, len(tokens))
         for start in range(0, len(tokens), size):
             self._push(list(tokens[start : start + size]))
@@ -63,11 +61,11 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """Everything decoded so far, cut before the first stop string."""
+        """All text so far, cut before the first stop string."""
         return self._shown.text[: min([len(self._shown.text), *self._stop_places()])]
 
     def take(self, is_last: bool) -> str:
-        """Text that is certain and was not taken before; at the end, all that is left."""
+        """New text that can no longer change; with `is_last`, all that is left."""
         if is_last or self.stopped:
             text = self.text
         else:
@@ -81,7 +79,7 @@ class TextStream:
         return piece
 
     def _continue(self, prompt: Sequence[int]) -> None:
-        """Keeps as many of the prompt's last tokens as tell how to go on; an unfinished character is decoded anew."""
+        """Keeps the last prompt tokens needed as context; an unfinished character is decoded again."""
         length = FEWEST_PROMPT_TOKENS
         while length < len(prompt) and self._shown.decode(prompt[-length:])[:1] in ("", REPLACEMENT):
             length *= 2
@@ -105,7 +103,7 @@ class TextStream:
             return
         if self._shown.tail:
             self._context, self._tail = self._tail, []
-        elif not self._shown.num_before:  # nothing is to be seen of any token yet
+        elif not self._shown.num_before:  # # no token is visible yet
             self._context, self._tail = [*self._context, *self._tail], []
         else:
             self._tail = []
@@ -117,7 +115,7 @@ class TextStream:
         return text.endswith(REPLACEMENT) or (self._is_cleaned and text.endswith(UNCLEAN_ENDS))
 
     def _stop_places(self) -> list[int]:
-        """Where the text shown ends before a stop string, of each that was found."""
+        """Lengths of the shown text before each stop string found."""
         return [
             self._num_shown(view, view.text.index(stop))
             for stop in self._stop
@@ -126,7 +124,7 @@ class TextStream:
         ]
 
     def _num_shown(self, view: "_View", length: int) -> int:
-        """Characters of the text shown that the first `length` of a view's text are."""
+        """Characters of the shown text that correspond to the first `length` of a view's text."""
         if view is self._shown:
             return length
         index = bisect.bisect_right(self._lengths, length, key=lambda lengths: lengths[0]) - 1
@@ -138,15 +136,15 @@ class TextStream:
 
 
 class _View:
-    """One way to read the tokens, with special tokens or without: text that is settled, and the tail's."""
+    """One reading of the tokens, with or without special tokens: settled text plus the tail's."""
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
         self._tokenizer, self._skips = tokenizer, skip_special_tokens
         self.settled = ""
-        self.decoded = ""  # the tail's tokens, those of the prompt included
+        self.decoded = ""  # # the tail's tokens and the prompt's
         self.tail = ""
         self.num_before = 0  # characters of the tokens before the tail
-        self._unfinished = ""  # what the prompt's text ends with in place of a character that the tail may finish
+        self._unfinished = ""  # # replacement characters at the prompt's end that the tail may complete
 
     @property
     def text(self) -> str:
@@ -160,16 +158,16 @@ class _View:
         self._unfinished = self.decode([*context, *unfinished])[self.num_before :] if unfinished else ""
 
     def see(self, tokens: Sequence[int]) -> None:
-        """The context's tokens and the tail's."""
+        """Decodes the context's tokens and the tail's."""
         self.decoded = self.decode(tokens)[self.num_before :]
         self.tail = self.decoded.removeprefix(self._unfinished)
 
     def settle(self, context: Sequence[int]) -> None:
-        """The tail's text is certain; `context` comes before the next."""
+        """Makes the tail's text final; `context` precedes the next tail."""
         self.settled, self.tail = self.text, ""
         self.follow(context)
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((n for n in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""What drafts, as people name it: a directory, a model in memory, prompt lookup (`"ngram"`), or nothing."""
+"""Loads the drafter a user names: a directory, a model in memory, prompt lookup (`"ngram"`), or none."""
 
 import copy
 from pathlib import Path
@@ -22,9 +22,9 @@ def load_drafter_for(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Drafter, str | None]:
-    """What drafts for a target of these shapes, in eval mode, and the SHA-256 of its weights if they are on disk.
+    """The drafter for this target, in eval mode, and the SHA-256 of its weights if they are on disk.
 
-    A model in memory is copied. Raises ValueError, one line, for a drafter that was made for another target.
+    A model in memory is copied. Raises ValueError for a drafter made for another target.
     """
     if drafter is None:
         return None, None

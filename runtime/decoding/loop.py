@@ -1,8 +1,8 @@
-"""The decode loop's two steps: a prompt's prefill, and a round of proposals, verification and acceptance.
+"""The decode loop: prefill of prompts, and rounds of proposals, verification and acceptance.
 
-In a round every sequence contributes its newest token (the anchor, whose keys and values the target has not computed
-yet) and the proposals after it; the target computes all rows in one step, the token after each row is chosen from its
-logits, and proposals are kept as long as they are the tokens chosen. A backend that can makes several rounds by itself.
+In a round, each sequence contributes its anchor (the newest token, whose keys and values are not computed yet) and the
+proposals after it. The target computes all rows in one step and chooses a token after each; proposals are accepted
+while they equal the chosen tokens. Some backends run several rounds without the host.
 """
 
 import time
@@ -25,7 +25,7 @@ from speedstack.runtime.rounds.sampling import NoiseTable, sample
 class Decoder:
     """Runs sequences on a backend, with a proposer.
 
-    `rounds`: the backend's, if it makes the proposer's drafts too; every round then runs there.
+    `rounds`: set if the backend makes the proposer's drafts itself; every round then runs there.
     """
 
     def __init__(
@@ -40,17 +40,17 @@ class Decoder:
         self._vocab_size, self._device, self._rounds = vocab_size, device, rounds
 
     def prefill(self, sequences: Sequence[RunningSequence]) -> Iterator[None]:
-        """Computes prompts, as many rows of them a step as there may be, and commits each one's first new token.
+        """Computes prompts, as many rows per step as fit, and commits each one's first new token.
 
-        Yields after every step that ended a prompt. Raises ValueError as `round`.
+        Yields after every step that completes a prompt. Raises ValueError as `round`.
         """
         if any(self._host_draw(sequence) is not None for sequence in sequences):
-            _ = self._sampler  # which may have to be compiled, before the clock starts
+            _ = self._sampler  # # compile it before the clock starts
         started = time.perf_counter()
         waiting = [(sequence, position) for sequence in sequences for position in range(len(sequence.tokens))]
         for first in range(0, len(waiting), MAX_ROWS):
             step = waiting[first : first + MAX_ROWS]
-            # Only after a prompt's last row a token is wanted.
+            # Only a prompt's last row needs a next token.
             ends = [row for row, (sequence, position) in enumerate(step) if position == len(sequence.tokens) - 1]
             finished = [step[row][0] for row in ends]
             draws: list[Draw | None] = [None] * len(step)
@@ -79,7 +79,7 @@ class Decoder:
             yield
 
     def round(self, sequences: Sequence[RunningSequence]) -> None:
-        """One round of all `sequences`, or several. Raises ValueError when the target's logits are NaN."""
+        """Runs one round of all `sequences`, or several. Raises ValueError for NaN logits."""
         started = time.perf_counter()
         requests = [sequence.rounds_request() for sequence in sequences]
         if self._rounds is None or not self._rounds.takes(requests):
@@ -131,7 +131,7 @@ class Decoder:
             sequence.record_round(len(draft.tokens), len(chosen) - 1, sequence.commit(chosen))
 
     def _allocated(self, drafts: list[Draft]) -> list[Draft]:
-        """What of each draft is verified where steps have a fixed number of rows: see `allocate_rows`."""
+        """The part of each draft that is verified if steps have a fixed number of rows (see `allocate_rows`)."""
         num_rows = self._backend.rows_a_step
         if num_rows is None:
             return drafts
@@ -141,11 +141,11 @@ class Decoder:
         return [draft.leading(rows - 1) for draft, rows in zip(drafts, allocated, strict=True)]
 
     def _is_drawn_there(self, sequence: RunningSequence) -> bool:
-        """Whether the backend draws the sequence's tokens: always the same one, so that a text has one sampler."""
+        """Whether the backend samples this sequence. It never changes, so that a text has one sampler."""
         return self._backend.rounds is not None and sequence.draw() is not None
 
     def _host_draw(self, sequence: RunningSequence) -> Draw | None:
-        """How the host chooses the sequence's tokens; None where the backend does, and greedily."""
+        """How the host samples the sequence; None if it is greedy or the backend samples."""
         return None if self._is_drawn_there(sequence) else sequence.draw()
 
     @cached_property
@@ -160,10 +160,10 @@ class Decoder:
         positions: Sequence[int],
         noise: NoiseTable,
     ) -> list[int]:
-        """What compiled code draws after each row: see `CompiledSampler.choose`; without it, nothing."""
+        """Tokens that compiled code draws after each row (`CompiledSampler.choose`); empty without it."""
         if sampled and self._sampler is not None:
             return self._sampler.choose(logits_WV, sampled, tokens, positions)
-        # Noise is drawn together, whatever of it the rows come to use.
+        # Noise is drawn for all rows at once, although some may not use it.
         of_rows = ((draw, positions[first : first + num_rows]) for draw, first, num_rows in sampled)
         noise.rows([(draw.seed, draw.sequence, position + 1) for draw, its in of_rows for position in its])
         return [NOT_WANTED] * len(tokens)
@@ -177,7 +177,7 @@ class Decoder:
         position: int,
         noise: NoiseTable,
     ) -> int:
-        """The token at `position`, given the logits that predict it, what the backend says of them, and `_draw`."""
+        """The token at `position`, from its logits, the backend's argmax and the result of `_draw`."""
         if best < 0:
             raise nan_logits(position)
         if sequence.params.temperature == 0.0 or self._is_drawn_there(sequence):

@@ -1,8 +1,7 @@
-"""What people pass as prompts, sampling parameters, seeds and stop strings, as the engine takes it.
+"""Checks and converts prompts, sampling parameters, seeds and stop strings.
 
-Ids come as lists, tuples, ranges, NumPy arrays, tensors of any device, or what a tokenizer returned, whose padding is
-taken off. What could be read in two ways, or holds anything else, is a ValueError of one line: floats and booleans are
-no ids, and rows of an array that look padded are not decoded with their padding.
+Anything ambiguous is a one-line ValueError: floats and booleans are no ids, and array rows that look padded are
+refused. A tokenizer's output loses its padding.
 """
 
 import operator
@@ -23,9 +22,9 @@ ACCEPTED = (
 
 
 def split_prompts(prompts: Any, tokenizer: Any = None) -> tuple[list[Prompt], bool]:
-    """Prompts one by one, each text or ids, and whether it was a single one. The tokenizer knows what padding is.
+    """The prompts, each text or ids, and whether there was a single one. Raises ValueError for any other type.
 
-    Raises ValueError, one line, for anything else.
+    The tokenizer names the padding token.
     """
     if isinstance(prompts, str):
         return [str(prompts)], True
@@ -41,7 +40,7 @@ def split_prompts(prompts: Any, tokenizer: Any = None) -> tuple[list[Prompt], bo
 
 
 def single_prompt(prompt: Any, tokenizer: Any = None) -> Prompt:
-    """The prompt of a call that takes one; a batch of one is one. Raises ValueError as `split_prompts`."""
+    """The one prompt, or that of a batch of one. Raises ValueError as `split_prompts`."""
     found, _ = split_prompts(prompt, tokenizer)
     if not found:  # an empty list is an empty prompt here
         return []
@@ -51,10 +50,9 @@ def single_prompt(prompt: Any, tokenizer: Any = None) -> Prompt:
 
 
 def encode_text(text: str, tokenizer: Any) -> list[int]:
-    """The ids of a text, with those that the tokenizer adds by itself, such as a begin-of-sequence token.
+    """The ids of a text, with the special tokens that the tokenizer adds, as in transformers, vLLM and lm-eval.
 
-    That is how transformers, vLLM and lm-eval encode a prompt. A text that begins with the begin-of-sequence token
-    already, as chat templates write it, gets no second one, nor any other; for another choice there are token ids.
+    A text that already begins with BOS, as chat templates write it, gets no special tokens.
     """
     bos = tokenizer.bos_token
     begins_with_it = bool(bos) and text.startswith(bos)
@@ -62,7 +60,7 @@ def encode_text(text: str, tokenizer: Any) -> list[int]:
 
 
 def encode_prompt(prompt: Any, tokenizer: Any, vocab_size: int, max_length: int) -> list[int]:
-    """Token ids of one prompt: at least one, at most `max_length`, all in the vocabulary. Raises ValueError if not."""
+    """Token ids of one prompt. Raises ValueError unless there are 1 to `max_length`, all in the vocabulary."""
     found = single_prompt(prompt, tokenizer)
     if isinstance(found, str):
         if tokenizer is None:
@@ -79,12 +77,12 @@ def encode_prompt(prompt: Any, tokenizer: Any, vocab_size: int, max_length: int)
 
 
 def sampling_params(temperature: Any, top_p: Any, top_k: Any) -> SamplingParams:
-    """Of numbers of Python, NumPy or tensors. Raises ValueError for anything else, and for a value out of range."""
+    """Accepts Python, NumPy and tensor numbers. Raises ValueError for other types and values out of range."""
     return SamplingParams(real("temperature", temperature), real("top_p", top_p), integer("top_k", top_k))
 
 
 def seeds_for(seed: Any, num_prompts: int) -> list[int]:
-    """A seed for each prompt, of one for all or one for each. Raises ValueError for anything but integers."""
+    """One seed per prompt. Raises ValueError for anything but integers."""
     if _is_scalar(seed):
         return [integer("seed", seed)] * num_prompts
     if not (_is_array(seed) and seed.ndim == 1) and not (isinstance(seed, Sequence) and not isinstance(seed, str)):
@@ -96,7 +94,7 @@ def seeds_for(seed: Any, num_prompts: int) -> list[int]:
 
 
 def stop_strings(stop: Any) -> tuple[str, ...]:
-    """None is none. Raises ValueError for anything but strings, and for an empty one."""
+    """None means none. Raises ValueError for an empty string or anything that is no string."""
     found = () if stop is None else (stop,) if isinstance(stop, str) else stop
     if not isinstance(found, Sequence | set | frozenset) or not all(isinstance(one, str) for one in found):
         raise ValueError(f"stop must be a string or a list of strings, not {_brief(stop)}")
@@ -106,7 +104,7 @@ def stop_strings(stop: Any) -> tuple[str, ...]:
 
 
 def integer(name: str, value: Any) -> int:
-    """An integer of Python, NumPy or a tensor. Raises ValueError for anything else, a boolean included."""
+    """A Python, NumPy or tensor integer. Raises ValueError for anything else, booleans included."""
     number = _as_integer(value)
     if number is None:
         raise ValueError(f"{name} must be an integer, not {_brief(value)}")
@@ -114,7 +112,7 @@ def integer(name: str, value: Any) -> int:
 
 
 def real(name: str, value: Any) -> float:
-    """A number of Python, NumPy or a tensor. Raises ValueError for anything else, a boolean included."""
+    """A Python, NumPy or tensor number. Raises ValueError for anything else, booleans included."""
     if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
@@ -161,7 +159,7 @@ def _one_of_several(prompt: Any, index: int, tokenizer: Any) -> Prompt:
 
 
 def _array(array: torch.Tensor | np.ndarray, tokenizer: Any, is_masked: bool = False) -> tuple[list[Prompt], bool]:
-    """Ids [T] or [N, T]; or an array of texts, or of lists."""
+    """Ids [T] or [N, T], or an array of texts or lists."""
     if isinstance(array, np.ndarray) and array.dtype.kind in "UOT" and array.ndim == 1:
         return split_prompts(array.tolist(), tokenizer)
     is_integer = (
@@ -180,7 +178,7 @@ def _array(array: torch.Tensor | np.ndarray, tokenizer: Any, is_masked: bool = F
 
 
 def _encoded(encoding: Mapping[str, Any], tokenizer: Any) -> tuple[list[Prompt], bool]:
-    """What a tokenizer returned: input_ids of one text or several, those that attention_mask leaves out taken off."""
+    """A tokenizer's output: `input_ids` of one or several texts, without what `attention_mask` masks."""
     if "input_ids" not in encoding:
         raise ValueError(
             f"a mapping is a prompt if it has input_ids, as a tokenizer returns it; this one has "
@@ -191,7 +189,7 @@ def _encoded(encoding: Mapping[str, Any], tokenizer: Any) -> tuple[list[Prompt],
     if isinstance(ids, str | Mapping):
         raise ValueError(f"input_ids must be token ids, not {type(ids).__name__}")
     rows, is_single = _array(ids, tokenizer, is_masked=True) if _is_array(ids) else split_prompts(ids, tokenizer)
-    if not rows:  # of an empty text
+    if not rows:  # # an empty text
         return [[]], True
     if any(isinstance(row, str) for row in rows):
         raise ValueError("input_ids must be token ids, not text")
@@ -206,7 +204,7 @@ def _encoded(encoding: Mapping[str, Any], tokenizer: Any) -> tuple[list[Prompt],
 
 
 def _plain(mask: Any) -> Any:
-    """Arrays and sequences, in one another, as lists."""
+    """Nested arrays and sequences as lists."""
     if _is_array(mask):
         return mask.tolist()
     return [_plain(one) for one in mask] if isinstance(mask, Sequence) and not isinstance(mask, str) else mask
@@ -224,7 +222,7 @@ def _unpadded(ids: list[int], mask: list[Any]) -> list[int]:
 
 
 def _refuse_padding(rows: Sequence[list[int]], tokenizer: Any) -> None:
-    """Raises ValueError for rows that begin or end with the padding token, unless that is their common BOS or EOS."""
+    """Raises ValueError for rows that begin or end with the padding token, unless it is their common BOS or EOS."""
     pad = None if tokenizer is None else tokenizer.pad_token_id
     if pad is None:
         return

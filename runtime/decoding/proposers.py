@@ -1,4 +1,4 @@
-"""Who proposes tokens: the drafter of a backend, or a prompt lookup in the sequence's own text."""
+"""Proposers of draft tokens: none, prompt lookup, or the backend's drafter."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,15 +11,15 @@ from speedstack.runtime.rounds.speculation import DraftStrategy
 
 
 class Proposer(Protocol):
-    """Drafts to verify, one a sequence; a sequence that wants none, or for which there is none, gets an empty one."""
+    """One draft per sequence; empty if the sequence wants none or none is found."""
 
     def propose(self, sequences: Sequence[RunningSequence], noise: NoiseTable) -> list[Draft]:
-        """`noise` is the round's, from which the target will sample."""
+        """`noise`: the round's, with which the target will sample."""
         ...
 
 
 class NoProposer:
-    """One token a round."""
+    """Decodes one token per round."""
 
     def propose(self, sequences: Sequence[RunningSequence], noise: NoiseTable) -> list[Draft]:
         """See `Proposer`."""
@@ -35,7 +35,7 @@ class NgramProposer:
 
 
 class DrafterProposer:
-    """The drafter of a backend; sequences that want proposals are drafted together."""
+    """The backend's drafter, run once for all sequences that want proposals."""
 
     def __init__(self, backend: Backend, strategy: DraftStrategy) -> None:
         self._backend, self._strategy = backend, strategy

@@ -12,16 +12,15 @@ import torch
 
 @dataclass
 class GenerationStats:
-    """Counts and times of one sequence. Decode time is shared when sequences are decoded together.
+    """Counts and times of one sequence; sequences decoded together share the decode time.
 
-    A round is one pass of the target after the prompt; position i of the two lists counts draft position i + 1 of the
-    block: how often it was verified, and how often it was accepted. A round commits one token more than it accepts,
-    always: of a round in which the text ends, by an end token, a stop string or its length, the last token counts as
-    the target's own.
+    A round is one target pass after the prompt. The lists count, for each draft position, how often it was verified and
+    accepted. A round commits one token more than it accepts; if the text ends in it, the last token counts as the
+    target's own.
 
-    `num_rows` are the rows that the target computed in rounds, anchors included; `num_drafted` the proposals made,
-    verified or not. `arrivals` are the times of `time.perf_counter()` at which tokens were committed, and how many
-    each time: the prompt's pass first, then every round, or every launch of several rounds that the host did not see.
+    `num_rows`: target rows computed in rounds, anchors included. `num_drafted`: proposals made, verified or not.
+    `arrivals`: `time.perf_counter()` of every commit and its number of tokens: the prompt's pass, then each round or
+    each launch of several rounds.
     """
 
     num_prompt_tokens: int = 0
@@ -38,31 +37,30 @@ class GenerationStats:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens committed a round, the target's own included (tau): 1.0 without a drafter, at most the block size."""
+        """Tokens committed per round, bonus token included (tau): 1.0 without a drafter, at most the block size."""
         return self.num_round_tokens / self.num_rounds if self.num_rounds else float("nan")
 
     @property
     def rows_per_token(self) -> float:
-        """Rows of the target a token committed in rounds: what speculation costs where rows are not free."""
+        """Target rows per token committed in rounds."""
         return self.num_rows / self.num_round_tokens if self.num_round_tokens else float("nan")
 
     @property
     def drafted_per_token(self) -> float:
-        """Proposals made a token committed in rounds."""
+        """Proposals per token committed in rounds."""
         return self.num_drafted / self.num_round_tokens if self.num_round_tokens else float("nan")
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoded tokens a second, the prompt and the token that its pass yields left out."""
+        """Decoded tokens per second, without the prompt and its first token."""
         return self.num_round_tokens / self.decode_seconds if self.decode_seconds else float("nan")
 
 
 @dataclass
 class Generation:
-    """One sequence's new tokens, and the text that they add to the prompt's (see `runtime.decoding.detokenizer`).
+    """One sequence's new tokens and the text they add (see `decoding/detokenizer.py`).
 
-    The text ends before a stop string or an end token, the tokens end with it. Special tokens are in the text only
-    where that was asked for.
+    A stop string or end token is in the tokens, not in the text.
     """
 
     tokens: list[int]
@@ -73,16 +71,16 @@ class Generation:
 
 @dataclass
 class Score:
-    """Float32 log-probabilities of ids[1:] given what precedes them, and whether each was the most probable token."""
+    """Float32 log-probabilities of ids[1:] given the tokens before, and whether each was the argmax."""
 
     logprobs: torch.Tensor
     is_greedy: torch.Tensor
 
 
 def score_of(steps: Iterable[tuple[torch.Tensor, list[int]]], ids: Sequence[int]) -> Score:
-    """Of what a backend's steps give after all of `ids`, in order: logits [rows, vocabulary], and their argmaxes.
+    """The score of `ids` from a backend's steps: logits [rows, vocabulary] and their argmaxes, in order.
 
-    Raises ValueError for logits that are NaN, whose argmax is -1.
+    Raises ValueError for NaN logits, whose argmax is -1.
     """
     logprobs: list[torch.Tensor] = []
     greedy: list[int] = []

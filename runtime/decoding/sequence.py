@@ -1,4 +1,4 @@
-"""One sequence while it is decoded: its tokens, what may still come, and why it ends."""
+"""One sequence being decoded: its tokens, its limits, and why it ends."""
 
 import time
 from collections.abc import Sequence
@@ -14,18 +14,17 @@ from speedstack.runtime.rounds.sampling import SamplingParams, sequence_key
 
 
 def nan_logits(position: int) -> ValueError:
-    """What is wrong when no token can be chosen for a position."""
+    """The error for a position whose logits are NaN."""
     return ValueError(
         f"the target's logits at position {position} are NaN; the checkpoint is broken or its dtype overflows"
     )
 
 
 class RunningSequence:
-    """State of one prompt's continuation. `slot` is the cache slot, -1 until the engine admits it.
+    """State of one prompt's continuation. `slot`: the cache slot, -1 before the engine admits it.
 
-    `text`: what the tokens are decoded into, None for a target without a tokenizer.
-    `num_drafts`: proposals a round at most; `budget` says how many of them are worth it, None for all; `ngram_size`: of
-    the prompt lookup that makes them, None for a drafter.
+    `text`: the detokenizer, None without a tokenizer. `num_drafts`: most proposals per round. `budget`: chooses how
+    many are worth it, None for all. `ngram_size`: for prompt lookup, None with a drafter.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class RunningSequence:
         self._num_prompt_tokens, self._max_new_tokens = len(prompt), max_new_tokens
         self._eos = frozenset(eos_token_ids)
         self._text = text
-        # Decoding a token costs as much as a small model's step: it waits until somebody looks.
+        # Detokenizing can cost as much as a small model's step, so it waits until the text is read.
         self._undecoded: list[int] = []
         self._num_drafts = num_drafts
         self._ngram_size = ngram_size or 0
@@ -71,44 +70,43 @@ class RunningSequence:
         return self._max_new_tokens - (len(self.tokens) - self._num_prompt_tokens)
 
     def num_to_draft(self) -> int:
-        """Proposals to ask for in the next round: none that could not be committed."""
+        """Proposals to ask for in the next round, at most as many as could be committed."""
         wanted = self._budget.num_to_draft() if self._budget else self._num_drafts
         return min(wanted, self.num_left - 1)
 
     def look_up(self, count: int) -> list[int]:
-        """Up to `count` tokens that followed when the text last said what it says now."""
+        """Up to `count` tokens that followed the previous occurrence of the text's current end."""
         assert self._ngrams is not None
         return self._ngrams.propose(self.tokens, count)
 
     def noise_key(self, position: int) -> tuple[int, int, int]:
-        """What names the sampling noise of a position: see `NoiseTable`."""
+        """The (seed, sequence, position) of the position's sampling noise (see `NoiseTable`)."""
         return self.seed, self.key, position
 
     def draw(self) -> Draw | None:
-        """How tokens are drawn; None is greedily."""
+        """How tokens are sampled; None is greedy."""
         return self._draw
 
     def rounds_request(self) -> RoundsRequest:
-        """For rounds without the host: this sequence to its end."""
+        """A request to decode this sequence to its end without the host."""
         end = len(self.tokens) + self.num_left
         return RoundsRequest(
             self.tokens, self.slot, end, bool(self._eos), self._num_drafts, self._ngram_size, self.draw()
         )
 
     def worth_verifying(self, draft: Draft) -> Draft:
-        """The leading proposals that are worth a row of the target."""
+        """The leading proposals that are worth a target row."""
         self.stats.num_drafted += len(draft.tokens)
         draft = draft.leading(self.num_left - 1)
         if self._budget and draft.tokens:
-            # A prompt lookup believes in all it finds: how often it was right lately has said how much to ask for.
+            # Prompt lookup has no probabilities; its recent hit rate already limited the request.
             draft = draft.leading(self._budget.num_to_verify(draft.probabilities or [1.0] * len(draft.tokens)))
         return draft
 
     def record_round(self, num_verified: int, num_accepted: int, num_committed: int) -> None:
-        """Counts a round: proposals verified, how many of them stand, how many tokens `commit` added.
+        """Counts a round: proposals verified and accepted, and tokens that `commit` added.
 
-        Of a round that ends the text the last token added counts as the target's own, as in every other one, though
-        more proposals than those before it may stand.
+        If the text ends in the round, its last token counts as the target's own even if more proposals match.
         """
         if self._budget:
             self._budget.record(num_verified, num_accepted)
@@ -120,9 +118,9 @@ class RunningSequence:
             self.stats.accepted_by_position[i] += i < num_committed - 1
 
     def take_rounds(self, rounds: Sequence[Round]) -> None:
-        """Commits what was decoded without the host, up to the token that ends the sequence; it arrived all at once.
+        """Commits tokens decoded without the host, up to the one that ends the sequence, as one arrival.
 
-        Raises ValueError where the target's logits were NaN.
+        Raises ValueError for NaN logits.
         """
         num_before = len(self.tokens)
         for one in rounds:
@@ -132,7 +130,7 @@ class RunningSequence:
         self._arrive(len(self.tokens) - num_before)
 
     def commit(self, tokens: Sequence[int]) -> int:
-        """Adds tokens up to the one that ends the sequence; how many were added."""
+        """Adds tokens up to the one that ends the sequence; returns how many were added."""
         num_added = self._add(tokens)
         self._arrive(num_added)
         return num_added
@@ -160,7 +158,7 @@ class RunningSequence:
         return len(self.tokens) - num_before
 
     def take_text(self) -> str:
-        """New text that is certain by now."""
+        """New text that can no longer change."""
         return self._decode().take(is_last=self.is_finished)
 
     def result(self) -> Generation:

@@ -1,1 +1,1 @@
-"""A model as the engine holds it: its spec, its weights, and the layouts that every backend shares."""
+"""A model as the engine holds it: its spec, its weights, and layouts shared by all backends."""

@@ -1,8 +1,8 @@
-"""A model's shape from its config.json alone, without weights, and without a class in transformers where there is none.
+"""A model's shape from its config.json alone, without weights.
 
-What transformers has a class for is read as everywhere (`quant.checkpoint.config`), but that keys without which the
-shape is unknown are asked for: here no weights contradict what a class would put in their place. The MiMo models of
-type `mimo_v2` (V2.5, V2.5-Pro) are read directly, with the names of their makers' configuration files.
+Types that transformers knows are read through `quant/checkpoint/config.py`, but keys that decide the shape must be
+present: no weights contradict a wrong default here. `mimo_v2` (MiMo-V2.5, V2.5-Pro) has no class in transformers and is
+read directly.
 """
 
 from pathlib import Path
@@ -18,11 +18,10 @@ from speedstack.runtime.model.weight_formats import WeightFormats, formats_from_
 
 
 def read_model_config(path: Path) -> tuple[ModelSpec, WeightFormats]:
-    """The shape and the weight formats that a model directory's config.json, or a JSON file itself, describes.
+    """The shape and weight formats of a model directory's config.json, or of a JSON file.
 
     Raises:
-        ValueError: one line, for a missing or broken file, a family that the runtime does not know, missing keys, and a
-            setting that it does not compute.
+        ValueError: one line, for a missing or broken file, an unknown family, missing keys, or an unsupported setting.
     """
     file = path if path.is_file() else path / CONFIG_FILE
     if not file.is_file():
@@ -35,7 +34,7 @@ def read_model_config(path: Path) -> tuple[ModelSpec, WeightFormats]:
 
 
 def spec_from_fields(fields: dict[str, Any]) -> ModelSpec:
-    """The spec of a parsed config.json. Raises ValueError as `read_model_config`, without the file's name."""
+    """The spec of a parsed config.json. Raises ValueError as `read_model_config`, without the file name."""
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in (*FAMILIES, mimo_v2.MODEL_TYPE):
         known = ", ".join(sorted([*FAMILIES, mimo_v2.MODEL_TYPE]))
@@ -64,7 +63,7 @@ def spec_from_fields(fields: dict[str, Any]) -> ModelSpec:
 
 
 def _check_sizes(spec: ModelSpec) -> None:
-    """Raises ValueError for sizes that no weights have: here none contradict them."""
+    """Raises ValueError for impossible sizes."""
     if not spec.layers:
         raise ValueError("the configuration has no layers")
     sizes: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Which device and dtype a model is held on."""
+"""The device and dtype of a model."""
 
 import torch
 
@@ -6,7 +6,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_device(device: str) -> torch.device:
-    """A torch device for `auto`, `cpu`, `cuda` or `cuda:N`. Raises ValueError when it is not there."""
+    """The torch device for `auto`, `cpu`, `cuda` or `cuda:N`. Raises ValueError if this machine does not have it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -21,7 +21,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Float32 on a CPU and bfloat16 on a GPU unless one of the two is asked for."""
+    """The dtype asked for; by default float32 on a CPU and bfloat16 on a GPU. Raises ValueError for other dtypes."""
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype

@@ -1,8 +1,8 @@
-"""A DFlash drafter's shapes, as plans and backends with kernels of their own take them: attention and dense layers.
+"""A DFlash drafter's shapes, for plans and for backends with their own kernels.
 
-A drafter is made of the target's kinds of layers, so that one set of phases and kernels serves both. What differs is
-that the rows of a block see each other whatever their order (`AttentionSpec.ahead`), and that a context comes from the
-target's hidden states.
+A drafter has the target's kinds of layers, so that one set of phases and kernels serves both. Two things differ: rows
+of a block attend to each other in both directions (`AttentionSpec.ahead`), and the context comes from the target's
+hidden states.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,10 @@ from speedstack.runtime.model.spec import AttentionSpec, DenseSpec, LayerSpec
 
 @dataclass(frozen=True)
 class DrafterSpec:
-    """Layers, and how their input and their proposals are made.
+    """A drafter's layers, inputs and proposals.
 
-    target_layer_ids: the target's layers whose outputs, side by side, are the context.
-    first_slot: the slot of a block whose output is the first proposal: 0 where the anchor's predicts the token after
-    it, else 1.
+    target_layer_ids: target layers whose concatenated outputs are the context.
+    first_slot: block slot whose output is the first proposal: 0 if the anchor's output predicts the next token, else 1.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -30,7 +29,7 @@ class DrafterSpec:
 
 
 def drafter_spec(config: DFlashConfig) -> DrafterSpec:
-    """The shapes of a drafter with this configuration; what `why_not_planned` names is left out."""
+    """The shapes of a drafter with this configuration, without what `why_not_planned` names."""
     dense = DenseSpec(config.intermediate_size)
     return DrafterSpec(
         layers=tuple(LayerSpec(_attention(config, i), dense) for i in range(config.num_hidden_layers)),
@@ -44,7 +43,7 @@ def drafter_spec(config: DFlashConfig) -> DrafterSpec:
 
 
 def why_not_planned(config: DFlashConfig) -> str | None:
-    """What of a drafter has no phases in a plan, in a few words; None where all has."""
+    """The drafter's feature that plans do not support, in a few words; None if they support it."""
     if config.markov_rank:
         return "a Markov head, which drafts a token at a time"
     if config.draft_vocab_size is not None:

@@ -1,8 +1,7 @@
-"""A target in memory: its weights as backends take them, its digest, its tokenizer.
+"""A target in memory: weights, digest, tokenizer.
 
-Engines that are built from one share its weights, as far as their backends compute on them as they are; the `cpu`
-backend arranges them for its kernels, `reference` on a CPU widens those in bfloat16, and so they have copies of their
-own.
+Engines of one target share its weights, except where a backend copies them: `cpu` packs them for its kernels,
+`reference` on a CPU widens bfloat16.
 """
 
 import warnings
@@ -26,7 +25,7 @@ from speedstack.runtime.model.weights import ModelWeights, read_weights
 
 @dataclass(frozen=True)
 class LoadedTarget:
-    """What `Engine.from_target` takes. `sha256` is of the directory's weights; `tokenizer`: None where it has none."""
+    """Input of `Engine.from_target`. `sha256`: of the directory's weights; `tokenizer`: None if there is none."""
 
     weights: ModelWeights
     sha256: str
@@ -34,16 +33,14 @@ class LoadedTarget:
 
 
 def load_target(path: str | Path, device: str = "auto", dtype: str | torch.dtype | None = None) -> LoadedTarget:
-    """Reads the Hugging Face directory `path`, experts in MXFP4 and other matrices in FP8 as they are stored.
+    """Loads a Hugging Face directory; MXFP4 experts and FP8 matrices stay as stored. See `Engine.from_pretrained`.
 
-    See `Engine.from_pretrained`.
-
-    Raises ValueError, one line, for a directory or a tokenizer that is broken, a model that the runtime does not know,
-    and a device or dtype that is not there.
+    Raises ValueError, one line, for a broken directory or tokenizer, an unknown model, or an unavailable device or
+    dtype.
     """
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, torch_device)
-    # Before the weights: what cannot be decoded is said by its config.
+    # The config is checked before the weights are read.
     spec = check_decodable(path)
     tokenizer = find_tokenizer(path)
     spec = replace(spec, eos_token_ids=end_token_ids(path, spec.vocab_size, tokenizer))
@@ -57,15 +54,15 @@ def load_target(path: str | Path, device: str = "auto", dtype: str | torch.dtype
 
 
 def check_decodable(path: str | Path) -> ModelSpec:
-    """The spec that the config of a model directory says, before anything large is read.
+    """The spec of a model directory's config, before any weights are read.
 
-    Raises ValueError, one line, for a directory or config that is broken, and for a model that no backend decodes.
+    Raises ValueError, one line, for a broken directory or config and for a model that no backend decodes.
     """
     return spec_from_config(read_config(checkpoint_directory(path))[0])
 
 
 def warn_if_not_decodable(config: PreTrainedConfig) -> None:
-    """For work whose result others may serve: says before it that this runtime will not."""
+    """Warns before a job starts that this runtime cannot decode its result."""
     try:
         spec_from_config(config)
     except ValueError as error:

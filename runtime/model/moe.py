@@ -1,4 +1,4 @@
-"""A Mixture-of-Experts MLP in PyTorch: routing, and the weighted sum of what a row's experts compute.
+"""A Mixture-of-Experts MLP in PyTorch: routing and the weighted sum over a row's experts.
 
 Legend: R rows, D hidden, E experts, K choices a row, I expert intermediate.
 """
@@ -12,7 +12,7 @@ from speedstack.runtime.model.weights import MoeWeights, Weight
 
 
 def route(logits_RE: torch.Tensor, bias_E: torch.Tensor | None, spec: MoeSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expert indices [R, K] and their weights, float32, best choice first, ties to the lower index."""
+    """Expert indices [R, K], best first with ties to the lower index, and their float32 weights."""
     scores_RE = logits_RE.sigmoid() if spec.scoring == "sigmoid" else logits_RE.softmax(-1)
     choice_RE = scores_RE if bias_E is None else scores_RE + bias_E
     experts_RK = torch.sort(choice_RE, dim=-1, descending=True, stable=True).indices[:, : spec.top_k]
@@ -23,7 +23,7 @@ def route(logits_RE: torch.Tensor, bias_E: torch.Tensor | None, spec: MoeSpec) -
 
 
 def expert_matrices(weight: Weight, index_P: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The matrices of these experts, unpacked."""
+    """The dequantized matrices of these experts."""
     if isinstance(weight, MXFP4Tensor):
         return MXFP4Tensor(weight.codes[index_P], weight.scales[index_P]).dequantize(dtype)
     return weight[index_P]
@@ -39,7 +39,7 @@ def swiglu(gate_up_RI: torch.Tensor, spec: MoeSpec) -> torch.Tensor:
 
 
 def mixture(x_RD: torch.Tensor, moe: MoeWeights, spec: MoeSpec) -> torch.Tensor:
-    """Sum over a row's experts in the order of choice; one matrix-vector product a (row, choice) pair."""
+    """Sum over a row's experts in the order of choice, one matrix-vector product per (row, choice)."""
     logits_RE = x_RD.float() @ moe.router_ED.T
     if moe.router_bias_E is not None:
         logits_RE = logits_RE + moe.router_bias_E

@@ -1,4 +1,4 @@
-"""The rows of a projection to queries, keys and values, sorted as the kernels take them: by key/value head.
+"""Layout of qkv projections for the kernels: rows grouped by key/value head.
 
 Legend: O rows, I columns, P and Q the tiles of a scale.
 """
@@ -12,7 +12,7 @@ from speedstack.runtime.model.spec import AttentionSpec
 
 
 def grouped_fp8_qkv(weight: FP8Tensor, spec: AttentionSpec, columns: int) -> FP8Tensor:
-    """`grouped_qkv` of a projection in FP8. Tiles have as many rows as keep each inside one tile of `weight`."""
+    """`grouped_qkv` for FP8. Tiles get as few rows as keep each inside one tile of `weight`."""
     tile_rows = math.gcd(weight.tile_rows, spec.qk_head_dim, spec.v_head_dim, columns)
     codes = grouped_qkv(weight.codes_OI.view(torch.uint8), spec, columns).view(weight.codes_OI.dtype)
     scales = grouped_qkv(weight.with_tile_rows(1).scales_PQ, spec, columns)[::tile_rows]
@@ -20,7 +20,7 @@ def grouped_fp8_qkv(weight: FP8Tensor, spec: AttentionSpec, columns: int) -> FP8
 
 
 def grouped_qkv(weight_OD: torch.Tensor, spec: AttentionSpec, columns: int) -> torch.Tensor:
-    """Rows of a qkv projection (or its bias) by key/value head: its queries, key and value, zeros up to `columns`."""
+    """Rows of a qkv projection or bias by key/value head: its queries, key, value, then zeros up to `columns`."""
     sizes = [
         spec.num_heads * spec.qk_head_dim,
         spec.num_kv_heads * spec.qk_head_dim,

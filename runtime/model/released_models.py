@@ -1,7 +1,7 @@
-"""Released models by name, as transformers configs: their shapes, and tiny models of the same families.
+"""Released models by name, as transformers configs, and tiny models of the same families.
 
-Sources: config.json of openai/gpt-oss-20b, Qwen/Qwen3-30B-A3B and XiaomiMiMo/MiMo-V2-Flash. What decides a shape or a
-result is spelled out: defaults of transformers change from one release to the next.
+Sources: config.json of openai/gpt-oss-20b, Qwen/Qwen3-30B-A3B and XiaomiMiMo/MiMo-V2-Flash. Everything that decides a
+shape or a result is written out, because defaults change between transformers releases.
 """
 
 from typing import Any
@@ -11,21 +11,21 @@ from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.spec import ModelSpec
 
 MODELS = ("gpt-oss-20b", "mimo-v2-flash", "qwen3-30b-a3b")
-# Nobody released it: Qwen3-30B-A3B at a size for CPUs, which is larger than their caches all the same.
+# Not a release: Qwen3-30B-A3B scaled down for CPUs, still larger than their caches.
 LAPTOP_MODEL = "qwen3-moe-1b"
 MIMO_GLOBAL_LAYERS = (0, 5, 11, 17, 23, 29, 35, 41, 47)
 
 
 def released_config(model: str, num_layers: int | None = None) -> Any:
-    """The transformers config of a released model, or of LAPTOP_MODEL, cut to its first layers if asked.
+    """The transformers config of a released model or LAPTOP_MODEL, cut to `num_layers` if given.
 
-    Raises ValueError for an unknown model, naming the known ones.
+    Raises ValueError, with the known names, for an unknown model.
     """
     return _config(model, _REAL, num_layers)
 
 
 def tiny_config(model: str, num_layers: int | None = None) -> Any:
-    """The same family at sizes for which no kernel's tile is filled, with all its ingredients in two or three layers.
+    """The same family with all its ingredients in two or three layers, too small to fill a kernel tile.
 
     Raises ValueError as `released_config`.
     """
@@ -38,7 +38,7 @@ def released_spec(model: str) -> ModelSpec:
 
 
 def drafter_config(spec: ModelSpec) -> DFlashConfig:
-    """A DFlash drafter for a model of these shapes: two layers with its heads, which tap its first and last layer."""
+    """A two-layer DFlash drafter for these shapes, with the target's heads; it taps the first and last layer."""
     attention, last = spec.layers[-1].attention, len(spec.layers) - 1
     return DFlashConfig(
         hidden_size=spec.hidden_size,
@@ -130,7 +130,7 @@ _REAL: dict[str, dict[str, Any]] = {
         "n_routed_experts": 256,
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 2048,
-        # The file says 128 tokens before the token itself.
+        # The file says 128, without the token itself.
         "sliding_window": 129,
         "rope_parameters": _mimo_rope(0.334),
         "attention_value_scale": 0.707,
@@ -171,7 +171,7 @@ _REAL: dict[str, dict[str, Any]] = {
     },
 }
 
-# Hidden sizes are multiples of an MXFP4 block; nothing else is round: three heads a group, five experts.
+# Hidden sizes are multiples of an MXFP4 block; the rest is odd on purpose: three heads a group, five experts.
 _TINY: dict[str, dict[str, Any]] = {
     "gpt-oss-20b": {
         "vocab_size": 70,

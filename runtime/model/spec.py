@@ -1,7 +1,6 @@
-"""What a model is, as far as decoding it goes: shapes and switches of every layer.
+"""A model's spec: shapes and switches of every layer.
 
-Backends see a `ModelSpec` and weights, never a transformers class, so that a new family is a new file in `families` and
-nothing else.
+Backends see a `ModelSpec` and weights, never a transformers class, so a new family only needs a file in `families`.
 """
 
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Literal
 class YarnSpec:
     """YaRN's stretched rotary frequencies (Peng et al. 2023, section 3.4), with every default resolved.
 
-    Frequencies that turn more than `beta_fast` times in `original_length` positions stay, those that turn less than
-    `beta_slow` times are divided by `factor`, a ramp lies between. Cosines and sines are multiplied by `magnitude`.
+    Frequencies with more than `beta_fast` turns in `original_length` positions stay, those with fewer than `beta_slow`
+    are divided by `factor`, with a ramp between. Cosines and sines are multiplied by `magnitude`.
     """
 
     factor: float
@@ -26,10 +25,10 @@ class YarnSpec:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Attention of one layer. Head sizes are in elements; `window` counts the token itself; None attends to all.
+    """Attention of one layer. `window` counts the token itself; None attends to all positions.
 
-    `rotary_dim` is the divisor of the frequencies' exponents; an odd one rotates one dimension more (transformers).
-    `ahead`: positions after its own that a row sees, as far as its step has them: none but in a drafter's block.
+    `rotary_dim` divides the frequencies' exponents; if odd, one more dimension rotates (transformers). `ahead`: later
+    positions of its step that a row sees, nonzero only in a drafter's block.
     """
 
     num_heads: int
@@ -62,9 +61,9 @@ class DenseSpec:
 class MoeSpec:
     """A router and its SwiGLU experts, without shared experts.
 
-    has_bias: the router's logits and both of an expert's projections have biases.
-    swiglu_limit: None is silu(gate) * up. Otherwise gpt-oss' variant: the gate is clamped from above and up on both
-        sides at the limit, then (up + 1) * gate * sigmoid(swiglu_alpha * gate).
+    has_bias: of the router and both expert projections.
+    swiglu_limit: None is silu(gate) * up. Otherwise gpt-oss' variant: the gate clamped from above and up on both sides,
+    then (up + 1) * gate * sigmoid(swiglu_alpha * gate).
     """
 
     num_experts: int

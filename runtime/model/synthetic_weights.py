@@ -1,7 +1,7 @@
-"""Weights of a model's shapes without their values, or with random ones: what kernels are compiled for and timed on.
+"""Weights with a model's shapes, uninitialized or random, for compiling and timing kernels.
 
-On the meta device they take no memory, so that kernels of a model of any size can be compiled anywhere. Random ones are
-drawn where they lie, packed experts as bytes, so that a model as large as the device's memory needs no other.
+On the meta device they take no memory. Random weights are drawn in place, packed experts as bytes, so a model may fill
+the device's memory.
 
 Legend: D hidden, O qkv rows, N heads, H head dim, F dense intermediate, E experts, I expert intermediate, V vocabulary.
 """
@@ -28,9 +28,9 @@ from speedstack.runtime.model.weights import (
 def empty_weights(
     spec: ModelSpec, dtype: torch.dtype, device: torch.device, is_packed: bool, has_fp8: bool = False
 ) -> ModelWeights:
-    """Uninitialized weights. is_packed: experts in MXFP4; has_fp8: attention, dense MLPs and LM head in FP8.
+    """Uninitialized weights in `dtype`; routers are float32.
 
-    All the rest is in `dtype`, but for routers, which are in float32.
+    is_packed: experts in MXFP4. has_fp8: attention, dense MLPs and LM head in FP8.
     """
     shapes = _Shapes(spec.hidden_size, dtype, device, is_packed, has_fp8)
     D, V = spec.hidden_size, spec.vocab_size
@@ -47,13 +47,12 @@ def empty_weights(
 def random_weights(
     spec: ModelSpec, dtype: torch.dtype, device: torch.device, is_packed: bool, seed: int = 0, has_fp8: bool = False
 ) -> ModelWeights:
-    """Weights of `empty_weights`, drawn so that a step's values stay near one and tokens stay apart.
+    """Like `empty_weights`, with values that keep activations near one and tokens distinct.
 
-    Embeddings are normal; every matrix is normal with variance 1 / columns, those that add to the hidden state divided
-    by twice the number of layers besides, as GPT-2 does. A token's own embedding then dominates its hidden state in
-    every layer, so that rows reach routers in independent directions and their experts are nearly independent and
-    uniform draws: as many different experts as a step of those rows can be expected to read, an upper bound for text.
-    Packed experts have uniform codes under one of two scales, which give the same variance.
+    Embeddings are normal. Matrices are normal with variance 1 / columns; those that add to the hidden state are also
+    divided by twice the number of layers, as in GPT-2. A token's embedding then dominates its hidden state, so routing
+    is nearly independent and uniform: the number of active experts is an upper bound for text. Packed experts have
+    uniform codes under two scales with the same variance.
     """
     weights = empty_weights(spec, dtype, device, is_packed, has_fp8)
     filler = _Filler(torch.Generator(device).manual_seed(seed), (2 * spec.num_layers) ** -0.5)
@@ -73,11 +72,11 @@ class _Filler:
         self.generator, self.residual_scale = generator, residual_scale
 
     def fill(self, name: str, value: Any) -> None:
-        """Draws the values of a weight in place; what is no weight stays."""
+        """Draws a weight's values in place; other values stay."""
         if isinstance(value, MXFP4Tensor):
             exponent = math.log2(self.deviation(name, value) / _E2M1_RMS)
             value.codes.random_(0, 256, generator=self.generator)
-            # The variance of equal shares of 2**e and 2**(e - 1) is 0.625 times that of the larger.
+            # An equal mix of 2**e and 2**(e - 1) has 0.625 times the variance of 2**e.
             largest = 127 + round(exponent - math.log2(0.625) / 2)
             value.scales.random_(largest - 1, largest + 1, generator=self.generator)
         elif isinstance(value, FP8Tensor):
@@ -93,7 +92,6 @@ class _Filler:
                 value.normal_(0.0, self.deviation(name, value), generator=self.generator)
 
     def deviation(self, name: str, value: Weight | FP8Tensor) -> float:
-        """Standard deviation of a weight's values."""
         if name == "embedding_VD":
             return 1.0
         if "bias" in name or "sinks" in name:
@@ -111,7 +109,7 @@ class _Shapes:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
     def linear(self, *rows: int, columns: int) -> Linear:
-        """Matrices of so many rows each, joined as a checkpoint's are."""
+        """Joined matrices with these numbers of rows."""
         if not self.has_fp8:
             return self.plain(sum(rows), columns)
         tiles = -(-columns // TILE_SIZE)

@@ -1,4 +1,4 @@
-"""One GPU's share of a model under tensor parallelism, as a spec that plans are made of."""
+"""One GPU's share of a model under tensor parallelism, as a spec."""
 
 import math
 from dataclasses import replace
@@ -7,12 +7,10 @@ from speedstack.runtime.model.spec import ModelSpec
 
 
 def shard(spec: ModelSpec, num_gpus: int) -> ModelSpec:
-    """What one of `num_gpus` GPUs computes under tensor parallelism: heads, columns and vocabulary are divided.
+    """The part of the model that one of `num_gpus` GPUs computes: heads, columns and vocabulary are divided.
 
-    Key/value heads are repeated where there are fewer than GPUs. Experts keep whole MXFP4 blocks, so the first GPUs
-    may hold one block more; this is the largest share.
-
-    Raises ValueError when the heads cannot be divided.
+    Key/value heads are repeated if there are fewer than GPUs. Experts keep whole MXFP4 blocks; this is the largest
+    share. Raises ValueError if the heads cannot be divided.
     """
     layers = []
     for layer in spec.layers:

@@ -1,10 +1,9 @@
-"""How many bits a model's weights take in memory, part by part.
+"""Storage formats of a model's weights, by part.
 
-With MXFP4 experts the other parts are most of what a step reads, so each is named. FP8 means E4M3 under one float32
-scale a tile of 128 x 128 (`speedstack.quant.fp8`), MXFP4 blocks of 32 under one byte (`speedstack.quant.mxfp4`). Tiles
-may have fewer rows where rows of several matrices are put together (`fp8.joined`, `grouped.grouped_fp8_qkv`); their
-scales, at 64 rows one byte in two thousand, are not counted. The other number formats of `speedstack.quant.formats` can
-be planned too: what a step would cost, not what serves them.
+With MXFP4 experts, the other parts are most of what a step reads. FP8 is E4M3 with a float32 scale per 128 x 128 tile
+(`quant/fp8.py`), MXFP4 blocks of 32 with a one-byte scale (`quant/mxfp4.py`). Joined matrices may have tiles of fewer
+rows (`fp8.joined`, `grouped_fp8_qkv`); their extra scales, one byte in two thousand at 64 rows, are not counted. Other
+formats of `quant/formats.py` can be planned, not served.
 """
 
 from collections.abc import Sequence
@@ -17,18 +16,18 @@ from speedstack.quant.fp8 import HEAD_FIELD
 WeightFormat = Literal[
     "float32", "bf16", "fp8", "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "nvfp4", "int4_g32", "int2_g32"
 ]
-# A format whose name is spelled otherwise in checkpoints' configurations.
+# Formats with another name in checkpoint configs.
 _NAMES = {"fp8_block128": "fp8"}
 BITS: dict[str, float] = {"float32": 32, "bf16": 16}
 BITS |= {_NAMES.get(each.name, each.name): each.bits_per_weight for each in FORMATS.values()}
 assert set(BITS) == set(get_args(WeightFormat))
-# Modules that a list of what is not quantized names whole.
+# Module names that may stand in a list of unquantized modules.
 _ATTENTION, _MLP = ("self_attn", "attn"), ("mlp", "ffn")
 
 
 @dataclass(frozen=True)
 class WeightFormats:
-    """The format of each part. Norms, biases and sinks are counted as bf16."""
+    """The format of each part. Norms, biases and sinks count as bf16."""
 
     attention: WeightFormat = "bf16"
     attention_output: WeightFormat = "bf16"
@@ -43,7 +42,7 @@ class WeightFormats:
 
 
 def weight_format(number_format: str) -> WeightFormat:
-    """The name here of a format of `speedstack.quant.formats`. Raises ValueError for an unknown one."""
+    """This module's name for a format of `quant/formats.py`. Raises ValueError for an unknown one."""
     name = _NAMES.get(number_format, number_format)
     if name not in BITS:
         raise ValueError(f"the plan knows no number format {number_format!r}; known: {', '.join(BITS)}")
@@ -51,10 +50,7 @@ def weight_format(number_format: str) -> WeightFormat:
 
 
 def formats_from_fields(fields: dict[str, Any]) -> WeightFormats:
-    """What a config.json says of its checkpoint's weights.
-
-    Raises ValueError for a quantization it does not know, by name.
-    """
+    """The weight formats that a config.json describes. Raises ValueError for an unknown quantization."""
     model_type = str(fields.get("model_type"))
     # MiMo's routers are float32 (MiMo-V2-Flash paper, section 2.1).
     router: WeightFormat = "float32" if model_type.startswith("mimo_v2") else "bf16"
@@ -81,10 +77,7 @@ def formats_from_fields(fields: dict[str, Any]) -> WeightFormats:
         own = [path for path in paths if not any("expert" in segment for segment in path)]
 
         def of(modules: tuple[str, ...], *leaves: str) -> WeightFormat:
-            """A part of which some matrices are not in FP8 is counted as if none were.
-
-            A name in the list stands for all that is below it: for a matrix, its module, or its layer.
-            """
+            """A part counts as FP8 only if all its matrices are; a name in the list covers everything below it."""
             is_ignored = any(
                 path[-1].endswith(leaves) or path[-1] in modules or path[-2:-1] == ["layers"] for path in own
             )
@@ -103,7 +96,7 @@ def formats_from_fields(fields: dict[str, Any]) -> WeightFormats:
 
 
 def _is_of_model(path: Sequence[str], num_layers: int | None) -> bool:
-    """Whether a module is one of the model's layers or beside them, and not of a head for multi-token prediction."""
+    """Whether a module belongs to the model and not to a multi-token-prediction head."""
     numbers = [int(path[i + 1]) for i in range(len(path) - 1) if path[i] == "layers" and path[i + 1].isdigit()]
     is_beyond = num_layers is not None and any(number >= num_layers for number in numbers)
     return "mtp" not in path and not is_beyond

@@ -1,9 +1,8 @@
-"""A model's weights as the backends take them: projections joined per layer, experts in MXFP4, others in FP8, or plain.
+"""A model's weights for the backends: joined projections, MXFP4 or plain experts, FP8 or plain matrices.
 
-Joining query, key and value (and gate and up) projections happens once, at load. Packed experts stay packed, and linear
-layers in FP8 stay in FP8: their codes and scales are those of the checkpoint. Matrices in bfloat16 may be kept so for
-an engine in float32; everything else is converted to the engine's dtype. A drafter has the same structures
-(`backends.drafter_weights`), so that one set of kernels serves both.
+Query, key and value (and gate and up) projections are joined once, at load. MXFP4 and FP8 keep the checkpoint's codes
+and scales; bfloat16 matrices may stay so in a float32 engine; the rest is converted to the engine's dtype. Drafters use
+the same structures (`backends/drafter_weights.py`).
 
 Legend: D hidden, N heads, H head dim, F dense intermediate, E experts, I expert intermediate, V vocabulary.
 """
@@ -23,21 +22,21 @@ logger = logging.getLogger("speedstack.runtime")
 
 Weight = torch.Tensor | MXFP4Tensor
 Linear = torch.Tensor | FP8Tensor
-# What follows a part's name in `nbytes_by_part` and in backends' `weight_bytes` where it is stored in this format.
+# Suffixes of part names in `nbytes_by_part` and `weight_bytes`, by storage format.
 MXFP4_PART, FP8_PART, INT8_PART = " (MXFP4)", " (FP8)", " (int8)"
 WeightT = TypeVar("WeightT", torch.Tensor, MXFP4Tensor, Weight)
 
 
 def packed_parts(parts: Iterable[str]) -> list[str]:
-    """Those of the parts of `nbytes_by_part` or `weight_bytes` that are in MXFP4, FP8 or int8."""
+    """The parts of `nbytes_by_part` or `weight_bytes` stored in MXFP4, FP8 or int8."""
     return [part for part in parts if part.endswith((MXFP4_PART, FP8_PART, INT8_PART))]
 
 
 def plain_matrix(weight: Linear, dtype: torch.dtype) -> torch.Tensor:
-    """What a matrix is multiplied by, in the engine's dtype.
+    """The matrix in the engine's dtype.
 
-    The one definition for FP8: element times scale in float32, rounded to bfloat16, the dtype of these checkpoints'
-    other weights, whatever the engine's. So a text is the same whether a backend keeps FP8 or not.
+    FP8 is defined here alone: element times scale in float32, rounded to bfloat16 whatever the engine's dtype. So the
+    text does not depend on whether a backend keeps FP8.
     """
     return weight.dequantize(torch.bfloat16).to(dtype) if isinstance(weight, FP8Tensor) else weight
 
@@ -64,7 +63,7 @@ class DenseWeights:
 @dataclass
 class MoeWeights:
     norm_D: torch.Tensor
-    router_ED: torch.Tensor  # float32 always: near ties between experts must not depend on the engine's dtype
+    router_ED: torch.Tensor  # # always float32: near ties between experts must not depend on the engine's dtype
     correction_bias_E: torch.Tensor | None
     gate_up_EID: Weight  # gate rows, then up rows
     down_EDI: Weight
@@ -80,13 +79,13 @@ class LayerWeights:
 
 
 class Layers:
-    """Layers one after another, and the norm behind the last."""
+    """A stack of layers and its final norm."""
 
     layers: list[LayerWeights]
     norm_D: torch.Tensor
 
     def norm_behind(self, is_attention: bool, layer: int | None) -> torch.Tensor:
-        """The weight [D] of the norm that comes after a layer's attention, or its MLP, or the embedding (None)."""
+        """The weight [D] of the norm after a layer's attention, its MLP, or the embedding (None)."""
         if layer is not None and is_attention:
             return self.layers[layer].mlp.norm_D
         following = 0 if layer is None else layer + 1
@@ -103,11 +102,10 @@ class ModelWeights(Layers):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the engine computes. Vectors are held in it; matrices may be narrower."""
+        """The compute dtype. Vectors are stored in it; matrices may be narrower."""
         return self.norm_D.dtype
 
     def linears(self) -> Iterator[Linear]:
-        """Every matrix that may be in FP8."""
         for layer in self.layers:
             yield from (layer.attention.qkv_OD, layer.attention.output_DO)
             if isinstance(layer.mlp, DenseWeights):
@@ -115,10 +113,7 @@ class ModelWeights(Layers):
         yield self.lm_head_VD
 
     def plain(self) -> "ModelWeights":
-        """The same with every matrix in FP8 as `plain_matrix` has it; all others are shared with these.
-
-        Itself where nothing is in FP8.
-        """
+        """These weights with FP8 matrices dequantized by `plain_matrix`; the rest is shared. Itself without FP8."""
         if not self.num_fp8():
             return self
         dtype = self.dtype
@@ -133,10 +128,7 @@ class ModelWeights(Layers):
         return replace(self, layers=layers, lm_head_VD=plain_matrix(self.lm_head_VD, dtype))
 
     def widened(self) -> "ModelWeights":
-        """The same with every matrix of another dtype in the engine's, but for what is packed or in FP8.
-
-        Itself where there is none; all others are shared with these.
-        """
+        """These weights with plain matrices in the engine's dtype; the rest is shared. Itself if nothing changes."""
 
         def wide(owner: Any) -> Any:
             narrow = {
@@ -155,11 +147,11 @@ class ModelWeights(Layers):
         return replace(found, layers=layers, lm_head_VD=found.embedding_VD if is_tied else found.lm_head_VD)
 
     def num_fp8(self) -> int:
-        """How many matrices are in FP8."""
+        """The number of FP8 matrices."""
         return sum(isinstance(matrix, FP8Tensor) for matrix in self.linears())
 
     def nbytes_by_part(self) -> dict[str, int]:
-        """Bytes of every part, by the names that reports show; what is packed or FP8 has names of its own."""
+        """Bytes of every part under the names that reports show; packed and FP8 parts have their own."""
         sizes: dict[str, int] = {}
 
         def add(part: str, *weights: Weight | FP8Tensor | None) -> None:
@@ -188,16 +180,15 @@ class ModelWeights(Layers):
         return sizes
 
 
-# What names of matrices end with; norms end with `norm.weight`.
+# Suffixes of matrix names; norms end with `norm.weight`.
 _MATRICES = ("_proj.weight", "_proj", "embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass
 class _Reader:
-    """Hands out checkpoint tensors by name, converted, and remembers which were not asked for.
+    """Returns checkpoint tensors by name, converted, and tracks those never asked for.
 
-    keeps_bfloat16: matrices in bfloat16 stay so.
-    partly_fp8: projections in FP8 that are joined with others that are not.
+    keeps_bfloat16: bfloat16 matrices stay so. partly_fp8: FP8 projections joined with unquantized ones.
     """
 
     tensors: Mapping[str, Weight | FP8Tensor]
@@ -231,7 +222,7 @@ class _Reader:
         return tensor
 
     def linear(self, *names_and_rows: tuple[str, int], columns: int) -> Linear:
-        """Matrices joined by rows, each [rows, columns]; in FP8 where all of them are."""
+        """Matrices [rows, columns] joined by rows; FP8 only if all are."""
         shapes = [(name, (rows, columns)) for name, rows in names_and_rows]
         found = [self._tensor(name, shape) for name, shape in shapes]
         fp8 = [_float32_scales(tensor.to(self.device)) for tensor in found if isinstance(tensor, FP8Tensor)]
@@ -243,7 +234,7 @@ class _Reader:
 
 
 def _float32_scales(tensor: FP8Tensor) -> FP8Tensor:
-    """As every backend takes it; a float32 holds each E8M0 scale."""
+    """Scales as all backends take them; float32 represents every E8M0 scale."""
     exact = tensor.with_scales(torch.float32)
     assert exact is not None
     return exact
@@ -257,16 +248,16 @@ def read_weights(
     tied: bool,
     keeps_bfloat16: bool = False,
 ) -> ModelWeights:
-    """Arranges a checkpoint's tensors (transformers' own names, experts fused) for decoding.
+    """Arranges a checkpoint's tensors (transformers' names, fused experts) for decoding.
 
-    Linear layers in FP8 are held so, but for projections that are joined with unquantized ones, which is logged.
+    Matrices in FP8 stay so, except projections joined with unquantized ones, which is logged.
 
     Args:
-        tied: the LM head is the embedding, whether or not the checkpoint stores it twice.
-        keeps_bfloat16: matrices stored in bfloat16 stay so, for backends that widen them as they compute.
+        tied: the LM head is the embedding, even if the checkpoint stores both.
+        keeps_bfloat16: bfloat16 matrices stay so, for backends that widen them on the fly.
 
     Raises:
-        ValueError: a tensor is missing or has another shape than the config says.
+        ValueError: a tensor is missing or its shape contradicts the config.
     """
     reader = _Reader(tensors, dtype, device, keeps_bfloat16)
     exact = _Reader(tensors, torch.float32, device, used=reader.used)
@@ -341,7 +332,7 @@ def _read_moe(reader: _Reader, exact: _Reader, at: str, moe: MoeSpec, norm_D: to
 
 
 def _read_gpt_oss_moe(reader: _Reader, exact: _Reader, at: str, moe: MoeSpec, norm_D: torch.Tensor) -> MoeWeights:
-    """gpt-oss names its router otherwise, lets gate and up rows take turns, and transposes experts not packed."""
+    """gpt-oss has other router names, interleaved gate and up rows, and transposed unpacked experts."""
     D, E, I = norm_D.shape[0], moe.num_experts, moe.intermediate_size  # noqa: E741
 
     def expert(name: str, out: int, contraction: int) -> Weight:
@@ -362,7 +353,7 @@ def _read_gpt_oss_moe(reader: _Reader, exact: _Reader, at: str, moe: MoeSpec, no
 
 
 def _gate_rows_first(weight: WeightT) -> WeightT:
-    """[E, 2I, ...] whose gate and up rows take turns, with all gate rows first."""
+    """De-interleaves the gate and up rows of [E, 2I, ...]: all gate rows first."""
     if isinstance(weight, MXFP4Tensor):
         return MXFP4Tensor(_gate_rows_first(weight.codes), _gate_rows_first(weight.scales))
     return torch.cat([weight[:, 0::2], weight[:, 1::2]], dim=1)

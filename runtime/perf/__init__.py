@@ -1,1 +1,1 @@
-"""What a plan costs on a GPU, and its timeline."""
+"""A plan's cost on a GPU, and its timeline."""

@@ -1,23 +1,19 @@
-"""What a plan's step reads and computes, and how long that takes at best: a roofline, phase by phase.
-
-For `rows` rows of `sequences` sequences, each seeing `context` positions, a phase
+"""Cost of a plan's step: a roofline per phase. For `rows` rows of `sequences` sequences with `context` positions each,
 
     bytes    = weight_bytes + active experts * expert_bytes + sequences * visible positions * kv_bytes
     flops    = rows * (row_flops + visible positions * position_flops)
     roofline = max(bytes / bandwidth, flops / peak)
 
-with visible = min(context, window), and active experts expected under uniform independent routing,
-E * (1 - (1 - K / E) ** rows). Trained routers are less uniform, above all for neighbouring rows of one text, so this
-is an upper bound that measured routing stays below. Activations are small and stay in the L2 cache; they are counted
-but not charged. A second figure, `predicted`, adds what a roofline leaves out, each by a stated assumption:
+with visible = min(context, window) and E * (1 - (1 - K / E) ** rows) active experts, expected under uniform independent
+routing. Trained routers are less uniform, so this is an upper bound. Activations stay in L2: counted, not charged.
+`predicted` adds, under stated assumptions,
 
     predicted = roofline / balance + handoff (+ all_reduce)
     balance   = items / (programs * ceil(items / programs))       how evenly the items divide
     handoff   = from the last signal of a phase to the first wait that sees it
     all_reduce= one exchange among GPUs, where partial sums are
 
-and nothing for sampling: noise, and the passes of top-k and top-p over a row's logits. Tokens per second =
-sequences * acceptance_length / (step + draft).
+Sampling (noise, top-k, top-p) is not counted. Tokens per second = sequences * acceptance_length / (step + draft).
 """
 
 import math
@@ -43,7 +39,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """One phase of one step. op: after `D.` for a drafter's layers. num_items: expected, after dynamic axes are cut."""
+    """One phase of one step. op: without a drafter's `D.`. num_items: expected, with dynamic axes cut."""
 
     name: str
     op: str
@@ -92,16 +88,16 @@ class StepCost:
 
 
 def active_experts(num_experts: int, top_k: int, rows: int) -> float:
-    """Expected number of different experts that `rows` rows choose, uniformly and independently."""
+    """Expected distinct experts of `rows` rows that choose uniformly and independently."""
     return num_experts * (1.0 - (1.0 - top_k / num_experts) ** rows)
 
 
 def step_cost(
     plan: Plan, gpu: Gpu, rows: int, sequences: int, context: int, assumptions: Assumptions | None = None
 ) -> StepCost:
-    """Costs of a step of `rows` rows.
+    """Cost of a step of `rows` rows.
 
-    Raises ValueError when rows are more than the plan's, not a multiple of the sequences, or the context is too long.
+    Raises ValueError if rows exceed the plan's or are not a multiple of the sequences, or the context is too long.
     """
     if not 1 <= rows <= plan.rows:
         raise ValueError(f"{rows} rows are outside the plan's 1 to {plan.rows}")
@@ -147,6 +143,6 @@ def _phase_cost(
 
 
 def weights_bytes(plan: Plan, embedding_bytes: float) -> float:
-    """Bytes of all weights that must lie in a GPU's memory: every expert, and the whole embedding."""
+    """Bytes of all weights in a GPU's memory, with every expert and the whole embedding."""
     parts = (phase.work for phase in plan.phases if phase.op not in EMBEDDING)
     return embedding_bytes + sum(work.weight_bytes + work.num_experts * work.expert_bytes for work in parts)

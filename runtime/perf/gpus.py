@@ -11,7 +11,7 @@ from speedstack.support.near_miss import did_you_mean
 
 @dataclass(frozen=True)
 class Gpu:
-    """bandwidth: bytes/s of the memory. bf16_flops: per second, of the tensor cores, products and sums counted."""
+    """bandwidth: memory bytes/s. bf16_flops: tensor-core FLOP/s, multiplications and additions counted."""
 
     name: str
     num_sms: int
@@ -36,7 +36,7 @@ GPUS = {
 
 
 def gpu_named(name: str) -> Gpu:
-    """Case and blanks do not matter. Raises ValueError, with the nearest known name, for another."""
+    """Ignores case and blanks. Raises ValueError, with the nearest known name, for an unknown GPU."""
     plain = name.upper().replace(" ", "").replace("-", "")
     if plain in GPUS:
         return GPUS[plain]

@@ -1,8 +1,7 @@
-"""Timelines of decode steps in the Trace Event Format, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
+"""Timelines of decode steps in the Trace Event Format, for Perfetto (ui.perfetto.dev) and chrome://tracing.
 
-A track is a list of spans. Predicted steps have two: the phases of a step one after another as the cost model has them,
-and their roofline, started at the same moments, so that the gap between a phase and its bound is seen. Spans are named
-as the plan names its phases; a backend that measures them adds a track of its own by the same names.
+Predicted steps have two tracks with the same start times: the cost model's phases and their rooflines. A backend that
+measures phases adds a track with the same span names.
 
 Source of the format: Google, "Trace Event Format" (complete events, ph "X"; times in microseconds).
 """
@@ -19,7 +18,7 @@ from speedstack.support.files import write_atomically
 
 @dataclass(frozen=True)
 class Span:
-    """Something that lasted. details: shown when it is selected."""
+    """A time span. details: shown when it is selected."""
 
     name: str
     category: str
@@ -29,7 +28,7 @@ class Span:
 
 
 def predicted_tracks(cost: StepCost, num_steps: int = 1) -> dict[str, list[Span]]:
-    """Steps of a cost, one after another: a track of predicted phases and one of their rooflines."""
+    """Consecutive steps as a track of predicted phases and one of their rooflines."""
     predicted, roofline = list[Span](), list[Span]()
     now = 0.0
     for step in range(num_steps):
@@ -45,7 +44,7 @@ def predicted_tracks(cost: StepCost, num_steps: int = 1) -> dict[str, list[Span]
 
 
 def measured_track(seconds: Mapping[str, float], cost: StepCost, num_steps: int = 1) -> list[Span]:
-    """Steps of measured phases, name -> seconds, one after another; the predicted times are in the details."""
+    """Consecutive steps of measured phases, name -> seconds, with the predicted times as details."""
     predicted = {phase.name: phase for phase in cost.phases}
     spans, now = list[Span](), 0.0
     for step in range(num_steps):
@@ -69,7 +68,7 @@ def _details(phase: PhaseCost) -> dict[str, Any]:
 
 
 def trace_events(tracks: dict[str, list[Span]], process: str) -> dict[str, Any]:
-    """The document: one process, one thread a track."""
+    """The trace document: one process, one thread per track."""
     events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": process}}]
     for thread, (track, spans) in enumerate(tracks.items(), start=1):
         events.append({"ph": "M", "name": "thread_name", "pid": 1, "tid": thread, "args": {"name": track}})
@@ -84,11 +83,11 @@ def _event(span: Span, thread: int) -> dict[str, Any]:
 
 
 def save_trace(tracks: dict[str, list[Span]], process: str, path: Path) -> Path:
-    """Write the document, whole or not at all. Raises OSError as the file system does."""
+    """Writes the document atomically. Raises OSError."""
     return write_atomically(path, json.dumps(trace_events(tracks, process)))
 
 
 def total_seconds(spans: Iterable[Span]) -> float:
-    """From the start of the first to the end of the last."""
+    """Seconds from the first start to the last end."""
     spans = list(spans)
     return max(span.start_seconds + span.seconds for span in spans) - min(span.start_seconds for span in spans)

@@ -1,4 +1,4 @@
-"""A plan under construction: buffers, phases and counters by name, and who waits for whom."""
+"""A plan under construction: buffers, phases and counters by name, and dependencies between phases."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -13,11 +13,11 @@ from speedstack.runtime.plan.tiling import MMA_TILES, ceil_div, choose_tile
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers that run on the same rows: the target's, or the drafter's.
+    """Layers that run on the same rows: the target's or the drafter's.
 
-    prefix: of the phases' names. first: number of the first in `Phase.layer`. rows: where a phase finds its rows.
-    cache: one buffer for the keys and values of all layers, where a layer does not have its own. is_skippable: a
-    step may have no such rows at all, and the phases then no items.
+    prefix: of phase names. first: number of the first layer in `Phase.layer`. rows: the buffer that describes the rows.
+    cache: one key/value buffer for all layers, if they share one. is_skippable: a step may have no such rows, and the
+    phases then have no items.
     """
 
     prefix: str
@@ -28,7 +28,7 @@ class Stack:
     is_skippable: bool = False
 
     def name(self, layer: int) -> str:
-        """What the names of a layer's phases begin with."""
+        """The prefix of a layer's phase names."""
         return f"{self.prefix}{layer:02d}."
 
 
@@ -67,7 +67,7 @@ class PlanBuilder:
         num_counters: int = 1,
         early_exit: Read | None = None,
     ) -> None:
-        """Adds a phase and its counter; unless told otherwise every program signals that once."""
+        """Adds a phase and its counter, which every program signals once by default."""
         each: Literal["program"] = "program"
         if layer is not None:
             layer += self.stack.first
@@ -80,7 +80,7 @@ class PlanBuilder:
         self.append(phase, num_counters)
 
     def append(self, phase: Phase, num_counters: int = 1) -> None:
-        """Adds a phase where the items of the one before it end, and its counter, if it signals."""
+        """Adds a phase and, if it signals, its counter. Its items begin at the program where the previous ones end."""
         if phase.signals:
             self.counters.append(Counter(phase.name, num_counters))
         self.phases.append(replace(phase, rotation=self.rotation))
@@ -101,20 +101,20 @@ class PlanBuilder:
         return Read(Region(buffer, length, 0, strides), producer)
 
     def normalized(self, producer: str) -> list[Read]:
-        """What a phase reads that needs the hidden state normalized."""
+        """The reads of a phase that needs the normalized hidden state."""
         return [self.stack.rows, self.read_whole("scaled", producer), self.read_whole("squares", producer)]
 
     def all_programs(self, phase: str) -> Wait:
-        """Every program has finished its items of an earlier phase of this step."""
+        """Waits until every program has finished an earlier phase of this step."""
         return Wait(phase, self.num_programs, self.num_programs)
 
     def choose_tiles(self, width: int, num_groups: int = 1) -> tuple[int, int]:
-        """Columns of an item of a product, and items in each of the groups of so many columns."""
+        """Columns per item of a product, and items per group of `width` columns."""
         tile = choose_tile(width, self.num_programs, MMA_TILES, num_groups)
         return tile, ceil_div(width, tile)
 
     def num_splits(self, window: int | None) -> int:
-        """Splits that the rows of one sequence can see between them, wherever they stand."""
+        """Most splits of the context that the rows of one sequence can see."""
         total = ceil_div(self.max_context, self.split_size)
         if window is None:
             return total

@@ -1,22 +1,21 @@
-"""A decode step as data: phases of work items, the buffers they read and write, the counters they wait on and signal.
+"""A decode step as data: phases of work items, buffers they read and write, counters they wait on and signal.
 
-What executes a plan: `num_programs` programs (thread blocks of a persistent kernel, or threads of an interpreter), each
-of which runs, for step 0, 1, 2, ... and for every phase in order,
+A plan runs on `num_programs` programs (thread blocks, or threads of an interpreter). Each program runs, for step 0, 1,
+2, ... and every phase in order,
 
     wait for the phase's waits that name one counter for all items
     for item in range((program - rotation) mod num_programs, number of items, num_programs):
         wait for the counters of this item;  read;  compute;  write;  signal the counters of this item
     signal, once, the counters that count programs: also from a program that had no item
 
-so that a program's task list follows from its number alone and nothing is scheduled at run time. Items are the cells of
-the row-major product of the phase's axes. A dynamic axis is cut short at run time (experts that rows chose, sequences
-and rows of this step, splits that a context has): an item beyond the cut reads and writes nothing, yet signals. Its
-static size bounds it; nothing else about it is known before the launch, and nothing else may be assumed.
+so a program's task list is static. Items are the cells of the row-major product of the phase's axes. A dynamic axis is
+cut at run time (active experts, sequences and rows of a step, splits of a context): items beyond the cut access nothing
+but still signal.
 
-Counters only ever grow: they are zero when the kernel starts and are never reset, so that no reset can race. A wait's
-threshold is `per_step * step + offset`. Kernels compare as signed 32-bit differences, which survives overflow.
+Counters start at zero and only grow, so no reset can race. A wait's threshold is `per_step * step + offset`. Kernels
+compare signed 32-bit differences, which survives overflow.
 
-Everything else is derived: the proof (`proof`), the cost (`cost`), what tests execute, the kernels.
+The proof (`plan/verify/proof.py`), the cost (`perf/cost.py`), the tests and the kernels derive from this.
 """
 
 import math
@@ -27,10 +26,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Buffer:
-    """`num_cells` cells of `cell_bytes` bytes, one after another from byte `offset` of the allocation `memory`.
+    """`num_cells` cells of `cell_bytes` bytes from byte `offset` of the allocation `memory`.
 
-    A cell is the piece of a tensor that items read and write: a column of all rows, a head of a row, ... Buffers may
-    share an allocation; the proof sees bytes.
+    A cell is the unit that items access: a column of all rows, a head of a row, ... Buffers may share an allocation;
+    the proof works on bytes.
     """
 
     name: str
@@ -50,10 +49,10 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Region:
-    """Cells [first, first + length) of a buffer with first = start + sum(stride * index), cut at the buffer's end.
+    """Cells [first, first + length) of a buffer, first = start + sum(stride * index), cut at the buffer's end.
 
-    exclusive: why different items of one phase never meet in this region although the formula allows it, for whatever
-        lists the run brings; empty where the formula itself keeps them apart.
+    exclusive: why items of one phase never overlap here, whatever the run's lists, although the formula allows it;
+    empty if the formula keeps them apart.
     """
 
     buffer: str
@@ -65,9 +64,9 @@ class Region:
 
 @dataclass(frozen=True)
 class Read:
-    """A region read, and the phase whose writes it must see, `steps_ago` steps before this one.
+    """A region, and the phase whose writes it must see, `steps_ago` steps before this one.
 
-    producer None: state that lives across steps and is written in place, by the host before the first.
+    producer None: state that lives across steps, written in place and first by the host.
     """
 
     region: Region
@@ -85,9 +84,9 @@ class Counter:
 
 @dataclass(frozen=True)
 class Wait:
-    """Until counter `name[start + sum(stride * index)]` is at least per_step * step + offset.
+    """Waits until counter `name[start + sum(stride * index)]` is at least per_step * step + offset.
 
-    Without strides every program waits once on entering the phase, items or not; with strides before each item.
+    Without strides, every program waits once on entering the phase, even without items; with strides, before each item.
     """
 
     counter: str
@@ -102,7 +101,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class Signal:
-    """Adds one to counter `name[start + sum(stride * index)]` after each item, or once a program at the phase's end."""
+    """Adds one to counter `name[start + sum(stride * index)]` after each item, or once per program at phase end."""
 
     counter: str
     each: Literal["item", "program"]
@@ -112,7 +111,7 @@ class Signal:
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of a phase's items; `is_dynamic`: at most `size` of them exist in a step."""
+    """One dimension of a phase's items; with `is_dynamic`, a step has at most `size` of them."""
 
     name: str
     size: int
@@ -121,13 +120,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Work:
-    """What a phase moves and computes, as coefficients: the same plan serves any number of rows and any context.
+    """Bytes and FLOPs of a phase as coefficients, for any number of rows and any context.
 
-    weight_bytes: read once a step. repeated_bytes: the same, of weights that another phase has as well. expert_bytes:
-    for each expert that some row chose, of `num_experts`, `top_k` a row.
-    kv_bytes: for each position that a sequence sees, at most `window`, of keys and values, or of its text.
-    activation_bytes: read and written for each row. row_flops: for each row. position_flops: for each row and position
-    it sees. all_reduce_bytes: exchanged between GPUs after the phase, for each row.
+    weight_bytes: per step. repeated_bytes: the same, for weights that another phase also has. expert_bytes: per active
+    expert, of `num_experts` with `top_k` per row. kv_bytes: per visible position of a sequence, at most `window`.
+    activation_bytes, row_flops: per row. position_flops: per row and visible position. all_reduce_bytes: per row,
+    exchanged between GPUs after the phase.
     """
 
     weight_bytes: float = 0.0
@@ -147,11 +145,9 @@ class Work:
 class Phase:
     """Items that may run at the same time.
 
-    op: names the device function; phases of one op differ in layer, sizes and counters only.
-    tile: columns (or experts, vocabulary entries) that one item computes, 0 where items are not cut by columns.
-    early_exit: what every program reads behind the waits on entering, with items or not, to learn whether the launch is
-    over and this step is not made any more. Only of a step's first phase: who leaves there leaves counters as they are
-    after whole steps, from which the next launch goes on.
+    op: the device function. tile: columns (or experts, vocabulary entries) per item, 0 if not cut by columns.
+    early_exit: what every program reads after the entry waits, items or not, to learn whether the launch is over. Only
+    a step's first phase has one: counters then stay at whole steps, where the next launch continues.
     """
 
     name: str
@@ -169,7 +165,7 @@ class Phase:
 
     @property
     def num_items(self) -> int:
-        """At most; dynamic axes may cut it."""
+        """Upper bound; dynamic axes may cut it."""
         return math.prod(axis.size for axis in self.axes)
 
     def index(self, item: int) -> tuple[int, ...]:
@@ -181,13 +177,13 @@ class Phase:
         return tuple(reversed(coordinates))
 
     def items_of(self, program: int, num_programs: int) -> range:
-        """Items of one program, in its order."""
+        """Items of one program, in order."""
         return range((program - self.rotation) % num_programs, self.num_items, num_programs)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """See the module. rows: the capacity of a step; a step may hold fewer."""
+    """A plan for steps of up to `rows` rows; see the module."""
 
     model_type: str
     num_programs: int
@@ -209,7 +205,7 @@ class Plan:
 
     @cached_property
     def counter_base(self) -> dict[str, int]:
-        """Index of every counter's first element in one array of all."""
+        """Index of each counter's first element in the array of all counters."""
         bases, total = {}, 0
         for counter in self.counters:
             bases[counter.name] = total

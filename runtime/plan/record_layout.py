@@ -1,22 +1,20 @@
-"""The int32 fields of the records by which the host, the plan's semantics and the kernels know a step's rows.
+"""The int32 fields of the records that describe a step's rows to the host, the semantics and the kernels.
 
-One definition for all three: kernels take these numbers as compile-time constants, and need Triton to be imported.
+Kernels take these as compile-time constants; this file does not import Triton.
 
-Of a row: TOKEN, -1 for an idle one; SLOT, POSITION; FIRST_POSITION, where its sequence begins in this step. In the
-record whose index is a sequence's, as they are numbered in order: FIRST_ROW and NUM_ROWS, 0 where there is none.
+Row: TOKEN, -1 if idle; SLOT; POSITION; FIRST_POSITION, where its sequence starts in this step. The record at a
+sequence's index also has FIRST_ROW and NUM_ROWS, 0 if there is none.
 
-Of a row's sampling state, and of the draws of a sequence: SEED and SEQUENCE, two words each; TEMPERATURE, the bits of
-a float32; TOP_K and TOP_P, 0 where they keep every token, TOP_P in units of 2**-24.
+Sampling state: SEED and SEQUENCE, two words each; TEMPERATURE, float32 bits; TOP_K; TOP_P in units of 2**-24. Zero
+top-k or top-p keeps every token.
 
-Of a sequence that is decoded without the host, zeros for all others: CAPACITY, the rows that it may have in a round,
-the anchor's and one for each draft; ANCHOR, its newest token; OWN_SLOT; LENGTH and END, tokens that are committed and
-how many may be, it is over when they are equal; NGRAM, the longest run that a prompt lookup looks for; WATCHES_EOS,
-whether an end-of-sequence token ends it.
+Sequence decoded without the host (others are zero): CAPACITY, rows per round for anchor and drafts; ANCHOR, its newest
+token; OWN_SLOT; LENGTH and END, tokens committed and allowed, equal when it is finished; NGRAM, longest prompt-lookup
+run; WATCHES_EOS, whether an end-of-sequence token ends it.
 
-Of an active expert, in a MoE layer's routes: for each row which of its choices the expert is, -1 where it is none; for
-each row the choice's weight, the bits of a float32; then EXPERT, and NUM_ACTIVE, how many active experts there are.
+Active expert: for each row, which choice it is, or -1; for each row, the weight's float32 bits; EXPERT; NUM_ACTIVE.
 
-Of a sequence's proposals, as many words as a step has rows: NUM_PROPOSED, and from FIRST_PROPOSED on the tokens.
+Proposals, as many words as rows: NUM_PROPOSED, then tokens from FIRST_PROPOSED.
 """
 
 RECORD = 8  # fields of each but the last
@@ -30,5 +28,5 @@ OUTCOME = 3  # words a sequence in a report: rows in the step, drafts that stand
 
 
 def route_words(num_rows: int) -> int:
-    """Of an active expert's record, whole sixteens of bytes."""
+    """Words in an active expert's record, rounded up to 16 bytes."""
     return 2 * num_rows + 4

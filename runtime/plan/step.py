@@ -1,4 +1,4 @@
-"""Builds the plan of a decode step: the phases of a model's layers, and of what is decided around them."""
+"""Builds the plan of a decode step: the model's layers, the drafter, and the phases that choose tokens."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,9 +31,9 @@ def build_plan(
 ) -> Plan:
     """The plan for steps of up to `rows` rows over contexts of up to `max_context` positions.
 
-    is_sharded: `spec` is one GPU's part; partial sums are exchanged after o_proj and down, logits after lm_head.
-    taps: layers whose output is also written to the buffers `features.0`, `features.1`, ..., for a drafter.
-    has_prompt_lookup: sequences that are decoded without the host draft by prompt lookup.
+    is_sharded: `spec` is one GPU's part; exchanges follow o_proj, down and lm_head.
+    taps: layers whose outputs are also written to `features.0`, `features.1`, ..., for a drafter.
+    has_prompt_lookup: sequences decoded without the host draft by prompt lookup.
     drafter: they draft with this one, whose context every step extends; `taps` are its target_layer_ids.
 
     Raises ValueError for sizes out of range.

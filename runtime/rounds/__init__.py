@@ -1,1 +1,1 @@
-"""What a round of decoding decides, as pure functions that the loop, the plan and the kernels share."""
+"""Decisions of a decoding round, as pure functions shared by the loop, the plan and the kernels."""

@@ -1,13 +1,8 @@
-"""How many tokens to draft in a round, and how many of the proposals to verify.
+"""How many tokens to draft in a round, and how many proposals to verify.
 
-Drafting and verifying rows cost time, and a proposal brings a token only if all before it are right as well. Where text
-is easy a whole block pays; where it is hard one step a token is faster than any draft. Two estimates decide: before
-drafting, how often this sequence's recent proposals were right; after it, the drafter's own probabilities. Each time
-the number with the most expected tokens a unit of time is taken. Whatever is chosen, the text is the same: only rows
-that would be thrown away are saved.
-
-What a round costs is the backend's to say, for the drafter it has. One that measures it on the running machine makes
-other rounds on another; the text is the same on all.
+A proposal counts only if all before it are right, so long drafts pay on easy text only. Two estimates maximize expected
+tokens per unit of time: before drafting, the sequence's recent acceptance; after it, the drafter's probabilities. The
+backend gives the cost of a round, possibly measured on this machine. The choice never changes the text.
 """
 
 from collections.abc import Sequence
@@ -16,8 +11,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RoundCost:
-    """What drafting and verifying take, in steps of a single row: a draft of k tokens `draft + draft_token * k`, a step
-    of R rows `1 + row * (R - 1)`.
+    """Cost in steps of a single row: a draft of k tokens is `draft + draft_token * k`, a step of R rows `1 + row * (R -
+    1)`.
     """
 
     draft: float
@@ -26,23 +21,22 @@ class RoundCost:
 
     @property
     def of_prompt_lookup(self) -> "RoundCost":
-        """The same where proposals cost nothing before they are verified."""
+        """The same cost with free drafting."""
         return RoundCost(0.0, 0.0, self.row)
 
 
-# Measured on a 12M-parameter model and a two-layer drafter. Where all is PyTorch, calls are most of a step whatever its
-# rows are, and a draft has few of them. With compiled kernels bytes decide; that is what plans for GPUs, which nobody
-# has timed, take for granted.
+# Measured on a 12M-parameter model and a two-layer drafter. In PyTorch, call overhead dominates a step whatever its
+# rows, and a draft has few calls. With compiled kernels bytes dominate; GPU plans, which nobody has timed, assume that.
 IN_PYTORCH = RoundCost(draft=0.05, draft_token=0.004, row=0.012)
 COMPILED = RoundCost(draft=0.45, draft_token=0.08, row=0.2)
 
 
-# Weight of a sequence's past rounds after one more round: about the last five count. Of all sequences': the last fifty.
+# Weight of past rounds after one more: about the last five count for a sequence, the last fifty over all sequences.
 _MEMORY, _LONG_MEMORY = 0.8, 0.98
-# What is believed before the first round of all: four proposals in five right, worth two observations.
+# Prior before the first round: four of five proposals right, worth two observations.
 _PRIOR_RIGHT, _PRIOR_WRONG = 1.6, 0.4
-# After so many rounds without a draft the text may have become easy again: try. Twice as many after every try that
-# says no, so that where drafts never pay they cost next to nothing.
+# Rounds without a draft before the next try, because the text may have become easy. The interval doubles after every
+# failed try, so that drafts that never pay cost almost nothing.
 _ROUNDS_TO_RETRY, _MOST_ROUNDS_TO_RETRY = 8, 128
 
 
@@ -50,8 +44,8 @@ def num_worth(chances: Sequence[float], base_cost: float, token_cost: float) -> 
     """The number of leading proposals, 0 to all, that maximizes expected tokens over time.
 
     Args:
-        chances: probability of each proposal to be right if those before it are.
-        base_cost: of taking any proposal at all, beside the step of one row.
+        chances: probability that each proposal is right if those before it are.
+        base_cost: of taking any proposal, in addition to a step of one row.
         token_cost: of each proposal.
     """
     best, best_rate = 0, 1.0
@@ -66,7 +60,7 @@ def num_worth(chances: Sequence[float], base_cost: float, token_cost: float) -> 
 
 
 class DraftHistory:
-    """What rounds of all sequences that are sampled alike taught of a drafter; a new sequence begins with it."""
+    """Acceptance over all sequences with the same sampling parameters; the prior of a new sequence."""
 
     def __init__(self) -> None:
         self.right, self.wrong = _PRIOR_RIGHT, _PRIOR_WRONG
@@ -74,7 +68,7 @@ class DraftHistory:
 
     @property
     def chance(self) -> float:
-        """How often a proposal was right if those before it were."""
+        """Fraction of proposals that were right, given that those before them were."""
         return self.right / (self.right + self.wrong)
 
     def record(self, num_right: int, is_wrong: bool) -> None:
@@ -83,7 +77,7 @@ class DraftHistory:
 
 
 class DraftBudget:
-    """One sequence's choice of how much to draft and verify; `limit` is the most that the drafter proposes."""
+    """One sequence's choice of how much to draft and verify; `limit`: the most that the drafter proposes."""
 
     def __init__(self, limit: int, cost: RoundCost, history: DraftHistory | None = None) -> None:
         self._limit, self._cost, self._history = limit, cost, history or DraftHistory()
@@ -93,7 +87,7 @@ class DraftBudget:
         self._has_drafted = self._is_retry = False
 
     def num_to_draft(self) -> int:
-        """Proposals worth asking for, judged by what was right lately."""
+        """Proposals worth asking for, by recent acceptance."""
         count = self._num_that_pay()
         self._is_retry = count == 0 and self._num_skipped >= self._history.rounds_to_retry
         return (self._limit + 1) // 2 if self._is_retry else count
@@ -103,18 +97,18 @@ class DraftBudget:
         return num_worth([chance] * self._limit, self._cost.draft, self._cost.draft_token + self._cost.row)
 
     def num_to_verify(self, probabilities: Sequence[float]) -> int:
-        """Leading proposals worth verifying, judged by the drafter's probabilities; drafting is paid for by now."""
+        """Leading proposals worth verifying, by the drafter's probabilities; drafting is already paid for."""
         self._has_drafted = True
         return num_worth(probabilities, base_cost=0.0, token_cost=self._cost.row)
 
     def record(self, num_verified: int, num_accepted: int) -> None:
-        """Remembers a round; 0 verified is a round without a draft, or one whose drafts were not worth a row."""
+        """Records a round; 0 verified means no draft, or a draft not worth a row."""
         has_drafted, self._has_drafted = self._has_drafted, False
         if not has_drafted:
             self._num_skipped += 1
             return
         self._num_skipped = 0
-        # A draft that was not worth verifying was paid for as well: it counts as wrong.
+        # A draft that was not worth verifying still cost time: it counts as wrong.
         is_wrong = num_accepted < num_verified or num_verified == 0
         self._right = self._right * _MEMORY + num_accepted
         self._wrong = self._wrong * _MEMORY + is_wrong

@@ -1,11 +1,10 @@
-"""Who gets the rows of a step: one a sequence, for its anchor, and the rest for drafts, as evenly as they are wanted.
+"""Allocation of a step's rows: one anchor per sequence, the rest for drafts, round-robin.
 
-A step costs nearly the same whatever it holds, and the first draft of a sequence stands more often than its second. So
-a round is one step: every sequence commits at least a token in it, drafts are given in turns (the first of every
-sequence, then the second of every one, in order of sequences), and those that no row is left for are not verified.
-That never takes more steps than decoding without drafts, where verifying all of them in several steps may.
+A step costs nearly the same whatever it holds, and early drafts are accepted more often than later ones. So a round is
+one step, each sequence commits at least one token, and drafts without a row are not verified. This never takes more
+steps than decoding without drafts. Texts do not depend on it.
 
-`kernels.rounds.row_allocation` does the same on a GPU. Texts do not depend on it.
+`kernels/rounds/row_allocation.py` does the same on a GPU.
 """
 
 from collections.abc import Sequence
@@ -13,9 +12,8 @@ from itertools import pairwise
 
 
 def allocate_rows(wanted: Sequence[int], num_rows: int) -> list[int]:
-    """Rows of each sequence. wanted: how many it could use, its anchor's included; 0 for one that is over.
-
-    No more sequences may want any than there are rows.
+    """Rows of each sequence. wanted: rows it could use, anchor included; 0 if it is finished. At most `num_rows` are
+    nonzero.
     """
     allocated = [min(1, number) for number in wanted]
     num_free = num_rows - sum(allocated)
@@ -29,7 +27,9 @@ def allocate_rows(wanted: Sequence[int], num_rows: int) -> list[int]:
 
 
 def contiguous_groups(num_sequences: int, num_rows: int) -> list[range]:
-    """Sequences that share a step: as few groups as have a row for every anchor, of sizes that differ by one."""
+    """Sequences that share a step: the fewest groups with a row for every anchor, with sizes that differ by at most
+    one.
+    """
     num_groups = -(-num_sequences // num_rows)
     ends = [group * num_sequences // num_groups for group in range(num_groups + 1)]
     return [range(start, end) for start, end in pairwise(ends)]

@@ -1,7 +1,4 @@
-"""How an engine speculates: how many proposals a round, and from which noise.
-
-None of it changes the text. It changes how many rows are drafted and verified for it.
-"""
+"""Options of speculation: proposals per round, and their noise. They never change the text."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,21 +6,18 @@ from typing import Literal
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.runtime.model.kv_ring import MAX_ROWS
 
-NGRAM: Literal["ngram"] = "ngram"  # in the place of a drafter's path: prompt lookup
+NGRAM: Literal["ngram"] = "ngram"  # # given instead of a drafter's path: prompt lookup
 DEFAULT_NUM_NGRAM_DRAFTS = 7
 
 
 @dataclass(frozen=True)
 class DraftStrategy:
-    """Options of speculation.
+    """Options of speculation. Raises ValueError for values out of range.
 
-    `num_drafts`: proposals a round; None takes all that the drafter makes, `adaptive` drafts and verifies as many as
-    are worth their cost.
-    `noise`: `none` proposes the drafter's most probable tokens. `shared` proposes what the drafter would sample with
-    the very noise, temperature, top-k and top-p that the target samples with at that position; where the target is
-    greedy there is no noise, and both are the same.
-    `ngram_size`: longest run of tokens that prompt lookup looks for.
-    Raises ValueError for values out of range.
+    `num_drafts`: proposals per round; None takes all of the drafter's, `adaptive` as many as pay for their cost.
+    `noise`: `none` proposes the drafter's most probable tokens; `shared` samples them with the target's noise,
+    temperature, top-k and top-p of that position. Both are the same for greedy decoding.
+    `ngram_size`: longest run of tokens that prompt lookup searches for.
     """
 
     num_drafts: int | Literal["adaptive"] | None = None
@@ -43,9 +37,8 @@ class DraftStrategy:
         return self.num_drafts == "adaptive"
 
     def num_per_round(self, drafter: DFlashDraftModel | Literal["ngram"] | None) -> int:
-        """The most proposals a round that this drafter makes, 0 for none.
-
-        Raises ValueError for an option that the drafter does not have.
+        """The most proposals per round with this drafter, 0 without one. Raises ValueError for an option it does not
+        support.
         """
         if drafter is None:
             given: tuple[tuple[str, object, object], ...] = (

@@ -1,14 +1,12 @@
-"""The CPU backend: the step as a program of fused C++ operations, run by one call a step.
+"""The CPU backend: a step as a program of fused C++ operations, run by one call.
 
-The program is data, an array of operation records with pointers, built once from the model spec; a pool of threads
-claims the work of one operation after another (see kernels/decode_cpu.cpp, which also says why a row's bits depend on
-nothing but the row). The
-reference backend is its oracle. PyTorch calls cost microseconds each, hundreds of them a step: for a model whose
-weights a CPU reads in a tenth of a millisecond that would be most of the time.
+The program is an array of operation records built once from the spec; a thread pool works through it
+(kernels/decode_cpu.cpp, which also says why rows are invariant). Hundreds of PyTorch calls, microseconds each, would
+dominate the step of a model whose weights a CPU reads in a tenth of a millisecond. The reference backend is the oracle.
 
-Left out: activations other than float32, and sizes that are not multiples of 16 (32 for packed experts' contraction
-axes); such models are refused by name. Packed experts stay MXFP4, and what a checkpoint has in bfloat16 stays so.
-Matrices in FP8 stay in FP8, but for those with elements that are no numbers, which are held in bfloat16.
+Left out, refused by name: activations other than float32, and sizes that are not multiples of 16 (32 for packed
+experts' contraction axes). MXFP4, bfloat16 and FP8 weights stay so, except FP8 matrices with NaN elements, which become
+bfloat16.
 """
 
 import logging
@@ -38,7 +36,7 @@ EMBEDDING_PART = "embedding and LM head"
 
 
 def check_supported(weights: ModelWeights) -> None:
-    """Raises ValueError, naming the size, when the kernels cannot take the model."""
+    """Raises ValueError, naming the size, for a model that the kernels do not support."""
     spec = weights.spec
     multiples = [("hidden_size", spec.hidden_size, 32)]
     for layer in spec.layers:
@@ -55,10 +53,10 @@ def check_supported(weights: ModelWeights) -> None:
 
 @dataclass(frozen=True)
 class HeldAs:
-    """How weights and buffers are held where that is a choice between bytes and precision.
+    """Storage options that trade precision for bytes. Raises ValueError for other values.
 
-    `dense_dtype`: matrices of attention, dense MLPs and LM head; None is as they are stored, `int8` is eight bits in
-    blocks of 32 with a bfloat16 scale. `kv_dtype`: key/value buffers; None is float32. Raises ValueError for others.
+    `dense_dtype`: attention, dense MLPs and LM head; None as stored, `int8` in blocks of 32 with a bfloat16 scale.
+    `kv_dtype`: key/value buffers; None is float32.
     """
 
     dense_dtype: str | None = None
@@ -83,7 +81,7 @@ AS_STORED = HeldAs()
 
 
 class CpuBackend:
-    """The compiled program for one model and drafter; see the module."""
+    """The compiled program for one model and drafter."""
 
     name = "cpu"
     rows_a_step: int | None = None
@@ -124,7 +122,7 @@ class CpuBackend:
         for layer, layer_spec in zip(weights.layers, spec.layers, strict=True):
             assembler.add_layer(layer, layer_spec, spec.rms_norm_eps)
             self._layer_ends.append(len(self._target.ops) - 1)
-        # A head in a format of its own is named apart from the embedding, which is a table.
+        # A head in its own format is reported apart from the embedding, which is a table.
         self._target.part = "LM head" if self._lm_head.format in (FP8, INT8) else EMBEDDING_PART
         assembler.add_head(weights.norm_D, self._lm_head, spec.rms_norm_eps)
         assembler.add_best(spec.vocab_size)
@@ -157,7 +155,7 @@ class CpuBackend:
             self._measure_drafts(drafter.config.num_proposals)
 
     def _measure_steps(self) -> None:
-        """Which number of threads is best, and what rows cost; writes to positions that nothing has been written to."""
+        """Measures the best number of threads and the cost of rows, at positions not written yet."""
         for _ in self._threads.trials():
             self._try_step(1)
         self._step_seconds = median_seconds(lambda: self._try_step(1), lambda: self._try_step(SMALL_STEP_ROWS))
@@ -212,7 +210,6 @@ class CpuBackend:
         return self._buffers.logits[:num_logits, : self.spec.vocab_size], self._buffers.best[:num_logits].tolist()
 
     def _num_threads(self, num_rows: int) -> int:
-        """As many as help, and at most as many as PyTorch has."""
         if torch.get_num_threads() != self._threads.most:
             self._threads = ThreadChoice(torch.get_num_threads())
         return self._threads.next(num_rows)

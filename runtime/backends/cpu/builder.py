@@ -1,4 +1,4 @@
-"""Programs for the CPU kernels, put together from weights: the layers of a target or of a drafter as operations.
+"""Builds programs for the CPU kernels: the layers of a target or a drafter as operations.
 
 Legend: D hidden, F dense intermediate, E experts, K choices a row, R rank of a Markov head, V vocabulary, U draft
 vocabulary.
@@ -52,7 +52,7 @@ class Buffers:
 
     @classmethod
     def of(cls, hidden_size: int, layers: Sequence[LayerSpec], num_tokens: int) -> "Buffers":
-        """Wide enough for any of the layers, and for logits of `num_tokens`."""
+        """Buffers wide enough for every layer and for logits of `num_tokens`."""
 
         def rows(width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(MAX_ROWS, width, dtype=dtype)
@@ -78,9 +78,9 @@ class Buffers:
 
 
 class Assembler:
-    """Appends a model's operations to `program`; `caches` are the key/value rings made on the way, in `kv_dtype`.
+    """Appends a model's operations to `program`; `caches` collects its key/value rings in `kv_dtype`.
 
-    to_int8: the matrices of attention and dense MLPs in eight bits; see `panels`.
+    to_int8: attention and dense MLPs in eight bits (see `panels`).
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Assembler:
         self._num_slots, self._max_length = num_slots, max_length
 
     def new_cache(self, spec: AttentionSpec, length: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Keys, values and the number of blocks of a ring of `length` positions for every slot."""
+        """Keys, values and number of blocks of a ring of `length` positions for every slot."""
         blocks = length // POSITIONS_PER_BLOCK
         slots = (self._num_slots, spec.num_kv_heads)
         keys = torch.zeros(*slots, blocks, spec.qk_head_dim, LANES, dtype=self._kv_dtype)
@@ -115,9 +115,9 @@ class Assembler:
         cache: tuple[torch.Tensor, torch.Tensor, int],
         has_queries: bool,
     ) -> None:
-        """Norm, projections, rotary embedding and cache append: of hidden states, or of a drafter's context."""
+        """Norm, projections, rotary embedding and cache append, of hidden states or a drafter's context."""
         b, (keys, values, blocks) = self.buffers, cache
-        # A ring may be shorter than the text, and a drafter's is longer by a block.
+        # A ring may be shorter than the text; a drafter's is longer by a block.
         cos, sin = rotary_tables(spec, max(blocks * POSITIONS_PER_BLOCK, self._max_length), keys.device)
         heads = spec.num_heads if has_queries else 0
         self.program.add(
@@ -149,9 +149,9 @@ class Assembler:
         cache: tuple[torch.Tensor, torch.Tensor, int],
         reach: int = UNBOUNDED,
     ) -> None:
-        """Attention over a cache and the output projection, added to the hidden states.
+        """Attention over a cache, and the output projection added to the hidden states.
 
-        A row sees what its window holds up to the end that the step names for it, and at most `reach` later positions.
+        A row sees its window up to the end that the step gives it, and at most `reach` later positions.
         """
         b, (keys, values, blocks) = self.buffers, cache
         self.program.add(
@@ -171,13 +171,13 @@ class Assembler:
     def add_embedding(
         self, embedding_VD: torch.Tensor, mask_token: int = 0, mask_embedding_D: torch.Tensor | None = None
     ) -> None:
-        """Rows of the table, float32 or bfloat16; `mask_token` has a vector of its own where there is one."""
+        """Rows of the table, float32 or bfloat16; `mask_token` may have its own vector."""
         is_bfloat16 = int(embedding_VD.dtype == torch.bfloat16)
         sizes = [embedding_VD.shape[1], mask_token, is_bfloat16]
         self.program.add(EMBED, sizes, (), [embedding_VD, self.buffers.hidden, mask_embedding_D])
 
     def add_layer(self, layer: LayerWeights, spec: LayerSpec, eps: float) -> None:
-        """A layer of the target; its last operation is the one that a drafter may tap."""
+        """A layer of the target; a drafter may tap its last operation."""
         self.program.part = "attention"
         cache = self.new_cache(spec.attention, ring_length(spec.attention.window, self._max_length))
         a = layer.attention
@@ -224,12 +224,12 @@ class Assembler:
         self.program.add(EXPERT_DOWN, [size, D, E, K], (), [*tensors, None, mlp.down_bias_ED])
 
     def add_head(self, norm_D: torch.Tensor, head: Panels, eps: float) -> None:
-        """Final norm and LM head of the wanted rows."""
+        """Final norm and LM head of the rows whose logits are wanted."""
         b = self.buffers
         self.program.add(LM_HEAD, [norm_D.shape[0], b.logits.shape[1]], [eps], [b.hidden, norm_D, head, b.logits])
 
     def add_best(self, num_tokens: int, with_probability: bool = False, first: int = 0, step: int = 1) -> None:
-        """The largest of `num_tokens` logits of every `step`th wanted row from `first` on, and its probability."""
+        """Argmax of `num_tokens` logits, for every `step`th wanted row from `first`, and its probability."""
         b = self.buffers
         probability = b.probability if with_probability else None
         self.program.add(ARGMAX, [num_tokens, b.logits.shape[1], first, step], (), [b.logits, b.best, probability])
@@ -243,10 +243,10 @@ class Assembler:
         num_drafts: int,
         first_slot: int,
     ) -> None:
-        """A Markov head's correction of the logits at `depth` of every block, by the best token of the depth before.
+        """A Markov head's correction of the logits at `depth` of every block, from the best token one depth before.
 
-        Blocks have `num_drafts` wanted rows, of which the first is `first_slot` rows after the anchor's.
-        `target_ids_U`: int32 ids of a pruned vocabulary, None where they are the target's own.
+        Blocks have `num_drafts` wanted rows, the first `first_slot` rows after the anchor's. `target_ids_U`: int32 ids
+        of a pruned vocabulary, else None.
         """
         b = self.buffers
         sizes = [w1_VR.shape[1], b.logits.shape[1], depth, num_drafts, first_slot]

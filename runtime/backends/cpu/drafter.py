@@ -1,8 +1,7 @@
-"""The drafter in the CPU kernels: one program that extends its context after a step, one that drafts a block.
+"""The drafter in the CPU kernels: one program extends its context after a step, another drafts a block.
 
-Every option of a drafter is compiled. A Markov head corrects a proposal's logits by the token before it, so that the
-operations after the LM head go from left to right, a depth at a time. Draft noise is added to the logits in PyTorch,
-then between those depths.
+Every drafter option is compiled. A Markov head needs the previous token, so the operations after the LM head run one
+depth at a time; PyTorch adds draft noise between depths.
 
 Legend: R rows, C features, D hidden, U draft vocabulary, V vocabulary.
 """
@@ -25,7 +24,7 @@ from speedstack.runtime.model.weights import DenseWeights
 
 
 def why_not_compiled(model: DFlashDraftModel) -> str | None:
-    """What the kernels lack for a drafter, in a few words; None where they have all."""
+    """What the kernels lack for this drafter, in a few words; None if nothing."""
     config = model.config
     for name, size in (("head", config.head_dim), ("intermediate", config.intermediate_size)):
         if size % LANES:
@@ -34,7 +33,7 @@ def why_not_compiled(model: DFlashDraftModel) -> str | None:
 
 
 class BlockRows(NamedTuple):
-    """The rows of some blocks, as `Runner.run` takes them; the wanted ones carry proposals."""
+    """Rows of some blocks, for `Runner.run`; the wanted rows carry proposals."""
 
     tokens: list[int]
     slots: list[int]
@@ -44,7 +43,7 @@ class BlockRows(NamedTuple):
 
 
 class CompiledDrafter:
-    """`context` runs after every step of the target, whose taps it finds in `features_RC`."""
+    """`context` runs after every target step and reads the taps from `features_RC`."""
 
     def __init__(
         self,
@@ -72,7 +71,7 @@ class CompiledDrafter:
         self._parts: dict[int, list[tuple[Records, range]]] = {}
 
     def _draft_head(self, lm_head: Panels) -> Panels:
-        """The target's LM head, or its rows for a pruned vocabulary, in bfloat16: a draft reads all for a few rows."""
+        """The target's LM head in bfloat16, or its rows for a pruned vocabulary; a draft reads it for few rows."""
         self._shared_bytes = 0
         if self.model.d2t is None and lm_head.format != FLOAT32:
             self._shared_bytes = lm_head.nbytes
@@ -84,7 +83,7 @@ class CompiledDrafter:
         self, weights: DrafterWeights, embedding_VD: torch.Tensor, head: Panels, features_RC: torch.Tensor
     ) -> None:
         config, b, eps = self.model.config, self._buffers, weights.spec.rms_norm_eps
-        # A draft block is written behind the context, up to block_size - 1 positions past the last committed one.
+        # A draft block is written after the context, up to block_size - 1 positions past the last committed one.
         length = ring_length(None, self._max_length + config.block_size)
         assembler = self._assembler(self.context)
         specs = [layer.attention for layer in weights.spec.layers]
@@ -98,7 +97,7 @@ class CompiledDrafter:
             kv_OD = attention.qkv_OD[spec.num_heads * spec.qk_head_dim :]
             assembler.add_qkv(weights.hidden_norm_D, kv_OD, attention, spec, eps, cache, has_queries=False)
 
-        # A block's keys and values lie past the context and are overwritten when rows commit.
+        # A block's keys and values lie after the context; committed rows overwrite them.
         assembler = self._assembler(self._block)
         assembler.add_embedding(embedding_VD, config.mask_token_id, weights.mask_embedding_D)
         for layer, spec, cache in zip(weights.layers, specs, caches, strict=True):
@@ -119,7 +118,7 @@ class CompiledDrafter:
         self._markov_w2 = panels(torch.nn.functional.pad(weights.markov_w2_UR, odd))
 
     def _choosing(self, num_drafts: int) -> list[tuple[Program, range]]:
-        """What finds the proposals from the LM head's logits, in parts, each with the depths that it is for."""
+        """The parts that find proposals from the LM head's logits, each with its depths."""
         num_tokens = self.model.config.num_draft_tokens
         parts = []
         if self._markov_w1_VR is None or self._markov_w2 is None:
@@ -135,7 +134,7 @@ class CompiledDrafter:
         return parts
 
     def _prepare(self, num_drafts: int) -> None:
-        """Make the records of a draft from beginning to end, and of its parts after the block."""
+        """Builds the records of a whole draft, and of its parts after the block."""
         parts = self._choosing(num_drafts)
         self._whole[num_drafts] = records_of(self._block, *(program for program, _ in parts))
         self._parts[num_drafts] = [(records_of(program), depths) for program, depths in parts]
@@ -144,7 +143,7 @@ class CompiledDrafter:
         return Assembler(program, self._buffers, self._num_slots, self._max_length, kv_dtype=self._kv_dtype)
 
     def weight_bytes(self) -> int:
-        """Bytes of all matrices but those of the target."""
+        """Bytes of all matrices except the target's."""
         total = sum(sum(program.weight_bytes.values()) for program in (self.context, self._block)) - self._shared_bytes
         if self._markov_w1_VR is not None and self._markov_w2 is not None:
             total += self._markov_w1_VR.nbytes + self._markov_w2.nbytes
@@ -185,7 +184,7 @@ class CompiledDrafter:
     def _sample(
         self, runner: Runner, rows: BlockRows, requests: Sequence[DraftRequest], num_drafts: int, num_threads: int
     ) -> None:
-        """Part by part: proposals of requests with noise are drawn before the depth after them is corrected."""
+        """Runs part by part: requests with noise sample each proposal before the next depth is corrected."""
         runner.run(self._block_records, *rows, num_threads)
         for records, depths in self._parts[num_drafts]:
             runner.run(records, *rows, num_threads)
@@ -204,7 +203,7 @@ class CompiledDrafter:
 
     def _read(self, rows: slice) -> Draft:
         best = self._buffers.best[rows].tolist()
-        # A proposal whose logits are NaN is none, and neither is what follows it.
+        # A NaN proposal and everything after it are dropped.
         count = next((i for i, token in enumerate(best) if token < 0), len(best))
         if self.model.d2t is not None:
             best = self._target_ids_U[best[:count]].tolist()

@@ -1,13 +1,9 @@
-"""Weights in the order that the CPU kernels read them: panels of 16 outputs (see kernels/weights.h).
+"""Weight layout of the CPU kernels: panels of 16 outputs (see kernels/weights.h).
 
-[N, K] becomes [N/16, chunks, 16] words of 32 bits: a chunk of 16 words holds one contraction position of float32, two
-of bfloat16, four of FP8 or in eight bits, or eight of MXFP4, for the panel's 16 outputs. Bits are moved, never changed.
-
-A float32 matrix that holds nothing but values of bfloat16, as one from a bfloat16 checkpoint does, is moved as
-bfloat16: half the bytes, the same products.
-
-The order of MXFP4's codes is one that the instruction set of the kernels reads fast, so that there are two of them, and
-kernels run nothing that was packed for others.
+[N, K] becomes [N/16, chunks, 16] 32-bit words. A chunk of 16 words holds, for the panel's 16 outputs, one contraction
+position of float32, two of bfloat16, four of FP8 or int8, or eight of MXFP4. Packing moves bits and changes none. A
+float32 matrix with bfloat16 values only is stored as bfloat16: half the bytes, the same products. MXFP4 codes have one
+order per kind of instruction set; kernels reject the other one.
 
 Legend: N outputs, K inputs (the contraction axis), F the SwiGLU width, P panels, C chunks, L lanes, G scale groups.
 """
@@ -24,14 +20,14 @@ from speedstack.runtime.model.weights import Linear, Weight, plain_matrix
 
 LANES = 16
 FLOAT32, BFLOAT16, MXFP4_WORDS, MXFP4_BYTES, INT8, FP8 = range(6)
-# Chunks of codes that follow a chunk of scales.
+# Code chunks after each chunk of scales.
 _CODES_A_GROUP = 16
 _BLOCK = 32  # k that share a scale
 _LARGEST_INT8 = 127
 
 
 class Matrices(ctypes.Structure):
-    """What is packed; mirrors the struct of kernels/pack.h."""
+    """The input of packing; mirrors the struct in kernels/pack.h."""
 
     _fields_ = (
         ("format", ctypes.c_int32),
@@ -47,9 +43,8 @@ class Matrices(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Panels:
-    """One weight matrix, or a stack of them, for the kernels. `format` is the enum of the C++ source.
-
-    `data`: float32 or int32 words [..., P, C, 16].
+    """One weight matrix, or a stack, in panels. `format`: the enum of the C++ source. `data`: float32 or int32 [..., P,
+    C, 16].
     """
 
     format: int
@@ -61,12 +56,12 @@ class Panels:
 
 
 def panels(weight: Weight | Linear, is_gate_up: bool = False, to_int8: bool = False) -> Panels:
-    """[..., N, K] in panels.
+    """Packs [..., N, K].
 
-    is_gate_up: the gate rows, then as many up rows; their panels come out alternating.
-    to_int8: rounded to eight bits in blocks of 32 inputs, where K is whole blocks; never what is packed already.
+    is_gate_up: gate rows, then as many up rows; their panels alternate in the result.
+    to_int8: round to eight bits in blocks of 32 inputs if K is whole blocks and the weight is not packed.
 
-    Raises ValueError where the kernels cannot be built (see `load_kernels`), or eight bits cannot hold a value.
+    Raises ValueError if the kernels cannot be built (see `load_kernels`) or int8 cannot hold a value.
     """
     if isinstance(weight, MXFP4Tensor):
         format = load_kernels().speedstack_mxfp4_format()
@@ -107,16 +102,15 @@ def _packed(
 
 
 def holds_bfloat16(weight: torch.Tensor) -> bool:
-    """Whether every value of a float32 tensor is one of bfloat16."""
-    # Rows at a time: of a large matrix a second copy is what is to be spared.
+    """Whether every value of a float32 tensor is a bfloat16 value."""
+    # In parts, to avoid a second copy of a large matrix.
     rows = weight.reshape(-1, weight.shape[-1]).split(4096)
     return all(not bool((part.contiguous().view(torch.int32) & 0xFFFF).any()) for part in rows)
 
 
 def int8_blocks(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes, int8 [N, K] from -127 to 127, and scales, bfloat16 [N, K/32]: code times scale is nearest the weight.
-
-    Raises ValueError for values that are not finite.
+    """Int8 codes [N, K] in -127..127 and bfloat16 scales [N, K/32], rounded to nearest. Raises ValueError unless
+    finite.
     """
     w_NBK = weight_NK.float().unflatten(-1, (-1, _BLOCK))
     scales_NB = (w_NBK.abs().amax(-1) / _LARGEST_INT8).to(torch.bfloat16)
@@ -128,7 +122,7 @@ def int8_blocks(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def unpacked(matrix: Panels, num_outputs: int) -> torch.Tensor:
-    """The values [N, K] that the kernels multiply by, in float32; not of MXFP4."""
+    """The float32 values [N, K] that the kernels multiply by; not for MXFP4."""
     if matrix.format in (INT8, FP8):
         codes_PCL, scales_PGL = _without_scales(matrix.data)
         dtype = torch.int8 if matrix.format == INT8 else ELEMENT_DTYPE
@@ -148,7 +142,7 @@ def unpacked(matrix: Panels, num_outputs: int) -> torch.Tensor:
 
 
 def _fp8_scales(weight: FP8Tensor) -> torch.Tensor:
-    """Float32 scales of every output and group of chunks of codes, [N, G]."""
+    """Float32 scales [N, G] of every output and group of code chunks."""
     num_outputs, num_inputs = weight.shape
     scales_NQ = weight.scales_PQ.float().repeat_interleave(weight.tile_rows, 0)[:num_outputs]
     num_groups = -(-num_inputs // (4 * _CODES_A_GROUP))

@@ -1,6 +1,6 @@
-"""Programs for the CPU kernels: operation records that hold sizes and pointers, and the tensors they point into.
+"""Programs for the CPU kernels: operation records with sizes and pointers, and the tensors they point to.
 
-The layouts mirror kernels/program.h field by field; the backend compares their sizes before it runs anything.
+The layouts mirror kernels/program.h field by field; the backend compares sizes before running.
 """
 
 import ctypes
@@ -19,9 +19,9 @@ NUM_INTEGERS, NUM_FLOATS, NUM_POINTERS = 12, 4, 12
 
 EMBED, QKV, ATTENTION, LINEAR, GATE_UP, ROUTER, CHOOSE, EXPERT_GATE_UP, EXPERT_DOWN, LM_HEAD, ARGMAX, MARKOV = range(12)
 
-# What follows the name of a part whose matrix is in one of these formats.
+# Part-name suffixes by matrix format.
 _PART_OF = {MXFP4_WORDS: MXFP4_PART, MXFP4_BYTES: MXFP4_PART, FP8: FP8_PART, INT8: INT8_PART}
-# Where an operation that can be tapped keeps the tap's stride and pointer.
+# Indices of a tap's stride and pointer in an operation's record.
 _TAPS = {LINEAR: (3, 3), EXPERT_DOWN: (4, 5)}
 
 
@@ -48,9 +48,9 @@ class RowArrays(ctypes.Structure):
 
 @dataclass
 class Program:
-    """Operation records, and the tensors that their pointers point into.
+    """Operation records and the tensors they point to.
 
-    `weight_bytes` counts matrices by part of the model; `part` names the one that is being added. `taps`: see `tap`.
+    `weight_bytes`: matrix bytes by part of the model; `part`: the part being added; `taps`: see `tap`.
     """
 
     ops: list[Op] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Program:
         floats: Sequence[float] = (),
         tensors: Sequence[torch.Tensor | Panels | None] = (),
     ) -> None:
-        """Appends an operation; what each number and pointer means is said where the kernels read it."""
+        """Appends an operation; the kernels document its numbers and pointers."""
         op = Op(kind=kind)
         op.i[: len(integers)] = list(integers)
         op.f[: len(floats)] = list(floats)
@@ -82,7 +82,7 @@ class Program:
         self.ops.append(op)
 
     def tap(self, columns: dict[int, torch.Tensor]) -> None:
-        """Operation number -> columns of a wider buffer that take a copy of its result; other taps are removed."""
+        """Copies results of operations (by number) into columns of a wider buffer; replaces earlier taps."""
         for index in self.taps.keys() | columns.keys():
             tensor = columns.get(index)
             op = self.ops[index]
@@ -101,13 +101,13 @@ Records = ctypes.Array[Op]
 
 
 def records_of(*programs: Program) -> Records:
-    """Programs that run one after the other, as the kernels take them; a copy, which later changes do not reach."""
+    """Consecutive programs as an array for the kernels; a copy, unaffected by later changes."""
     ops = [op for program in programs for op in program.ops]
     return (Op * len(ops))(*ops)
 
 
 class Runner:
-    """Calls the kernels, with the arrays that name a step's rows."""
+    """Calls the kernels with the arrays that describe a step's rows."""
 
     def __init__(self) -> None:
         self._kernels = load_kernels()

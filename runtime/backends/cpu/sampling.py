@@ -1,8 +1,7 @@
-"""Calls `kernels/sampling.cpp`: the tokens that `sampling.sample` gives, for the rows of a round at once.
+"""Calls `kernels/sampling.cpp`: the tokens of `sampling.sample`, for all rows of a round at once.
 
-PyTorch's logarithms differ in the last bits from build to build: what they give cannot be computed elsewhere, but can
-be bounded. A token that is the largest within these bounds is the one; where two are too close, which happens in a few
-rows of a million, the caller asks the definition.
+PyTorch's logarithms differ in the last bits between builds, so the kernel bounds them. A token that is the largest
+within the bounds is certain; if two are too close, a few rows in a million, the caller asks the definition.
 
 Legend: V vocabulary, W rows with logits.
 """
@@ -27,15 +26,15 @@ logger = logging.getLogger("speedstack.runtime")
 SOURCE = Path(__file__).parent / "kernels" / "sampling.cpp"
 HEADER = SOURCE.with_name("philox.h")
 
-# As in the C++ source, in place of a token.
+# Stand for a token, as in the C++ source.
 NOT_WANTED, AMBIGUOUS = -1, -2
-# A sequence there: seed, key, top_k, temperature, top_p_share, first_row, num_rows, and padding.
+# A sequence's record: seed, key, top_k, temperature, top_p_share, first_row, num_rows, padding.
 _RECORD = struct.Struct("=QQqdIii4x")
 _UNSIGNED = (1 << 64) - 1
 
 
 class SampledRows(NamedTuple):
-    """The rows of a step whose next tokens are drawn for one sequence: `first`, its newest token, and its drafts."""
+    """The rows of one sequence whose next tokens are sampled: from `first`, its newest token, through its drafts."""
 
     draw: Draw
     first: int
@@ -43,7 +42,7 @@ class SampledRows(NamedTuple):
 
 
 class CompiledSampler:
-    """`num_ambiguous` counts the rows that were left to the definition."""
+    """`num_ambiguous` counts rows left to the definition."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, count = ctypes.c_void_p, ctypes.c_int64
@@ -59,16 +58,15 @@ class CompiledSampler:
         tokens: Sequence[int],
         positions: Sequence[int],
     ) -> list[int]:
-        """The token after each row, drawn where it is wanted: after a sequence's first row, and after right drafts.
+        """The sampled token after each row that needs one: a sequence's first row, and rows after right drafts.
 
         Args:
             logits_WV: float32 on the CPU.
-            sequences: whose rows; after all others stands NOT_WANTED.
+            sequences: rows to sample; others get NOT_WANTED.
             tokens, positions: of all rows, as in `Rows`.
 
         Returns:
-            A token a row, NOT_WANTED, or AMBIGUOUS: `sampling.sample` has to decide, and drafts after it were not
-            looked at.
+            Per row a token, NOT_WANTED, or AMBIGUOUS: call `sampling.sample`; drafts after it were not checked.
         """
         assert logits_WV.dtype == torch.float32 and logits_WV.is_cpu and logits_WV.stride(1) == 1
         vocab_size = logits_WV.shape[1]
@@ -84,7 +82,7 @@ class CompiledSampler:
             )
             for draw, first, num_rows in sequences
         )
-        # Of each row its token and position, and room for the token after it
+        # Each row's token and position, and space for the next token
         rows = array("i", (*tokens, *positions, *tokens))
         address, _ = rows.buffer_info()
         self._sample(
@@ -96,7 +94,7 @@ class CompiledSampler:
 
 
 def load_sampler() -> CompiledSampler | None:
-    """The compiled sampler, built on first use; None, with the reason in the log: the definition is as right."""
+    """The compiled sampler, built on first use; None, with the reason logged, if it cannot be built."""
     try:
         return load_for(choose_set())
     except ValueError as reason:

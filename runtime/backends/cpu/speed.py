@@ -1,9 +1,7 @@
-"""How fast the CPU kernels are on this machine: how many threads help a step, and what a round of drafts costs.
+"""Measures the CPU kernels on this machine and model: the best number of threads and the cost of a round.
 
-Both are measured on the model at hand, when the backend is made. Other work on the machine changes how many threads
-help: when steps become much slower or faster than they were, the numbers are tried again, on the steps that are asked
-for anyway.
-None of it changes a bit of what is computed.
+Other load changes how many threads help. If steps become much slower or faster, thread counts are tried again on the
+steps being served. Results never change.
 """
 
 import statistics
@@ -13,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from speedstack.runtime.rounds.draft_length import RoundCost
 
-# Rows of a step that is called small: a sequence's newest token and a block of drafts. Larger ones take all threads.
+# Largest "small" step: an anchor and a block of drafts. Larger steps take all threads.
 SMALL_STEP_ROWS = 8
 _TRIALS = 3
-# More threads have to save so much of a step's time: beside other work each is one more that may have to be waited for.
+# Least share of a step's time that more threads must save: under load each may delay the step.
 _WORTH = 0.05
 _CHANGE, _RECENT_STEPS = 1.5, 16
 
@@ -27,10 +25,9 @@ def thread_counts(most: int) -> list[int]:
 
 
 class ThreadChoice:
-    """How many threads, at most `most`, a small step gets.
+    """Chooses a small step's number of threads, at most `most`.
 
-    `row_cost`: what a row beside the first adds to a step, in steps of a single row, so that steps of different numbers
-    of rows can be compared.
+    `row_cost`: cost of each row after the first, in one-row steps, to compare steps of different sizes.
     """
 
     def __init__(self, most: int) -> None:
@@ -42,20 +39,20 @@ class ThreadChoice:
         self._usual = float("inf")
 
     def trials(self) -> Iterator[int]:
-        """The numbers to try, each several times and in turn; `record` takes what each of them took."""
+        """Thread counts to try, repeatedly and interleaved; `record` takes their times."""
         if len(self._counts) > 1:
             self._begin()
         while self._waiting:
             yield self._waiting[-1]
 
     def next(self, num_rows: int) -> int:
-        """Threads for the step that comes."""
+        """Threads for the next step."""
         if num_rows > SMALL_STEP_ROWS:
             return self.most
         return self._waiting[-1] if self._waiting else self.chosen
 
     def record(self, num_rows: int, seconds: float) -> None:
-        """What the step took for which `next` was asked."""
+        """Records the time of the step for which `next` was called."""
         if num_rows > SMALL_STEP_ROWS or len(self._counts) == 1:
             return
         seconds /= 1.0 + self.row_cost * (num_rows - 1)
@@ -85,7 +82,7 @@ class ThreadChoice:
 
 
 def median_seconds(*actions: Callable[[], object]) -> list[float]:
-    """What each action takes: the median of a few times, in turn, after one that is not counted."""
+    """Median seconds of each action, measured in turn after a warm-up."""
     times: list[list[float]] = [[] for _ in actions]
     for trial in range(1 + _TRIALS):
         for action, its_times in zip(actions, times, strict=True):
@@ -101,7 +98,7 @@ def round_cost(step: Sequence[float], draft: Sequence[float], num_drafts: int) -
 
     Args:
         step: seconds of a step of one row, and of `SMALL_STEP_ROWS`.
-        draft: seconds of a draft of one proposal, and of `num_drafts`; empty where nothing drafts.
+        draft: seconds of a draft of one proposal, and of `num_drafts`; empty without a drafter.
         num_drafts: the most proposals of a draft.
     """
     one, several = step

@@ -1,1 +1,1 @@
-"""Triton kernels: one an operation (`graph`), or one that stays on the GPU (`resident`)."""
+"""Triton kernels: one per operation (`graph`), or one that stays on the GPU (`resident`)."""

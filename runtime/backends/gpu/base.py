@@ -1,8 +1,7 @@
-"""What the backends that execute plans on a GPU have in common: plan, memory, rows in, logits and features out.
+"""The common part of the backends that execute plans on a GPU: plan, memory, rows in, logits and features out.
 
-A step holds up to `phases.MAX_ROWS` rows; the engine's larger ones are cut. Without a GPU the kernels run under
-Triton's interpreter, in float32, which is slow and meant for tests: TRITON_INTERPRET=1 has to be set before the process
-starts.
+A step holds up to `MAX_ROWS` rows (`plan/step.py`); larger engine steps are split. Without a GPU the kernels run in
+Triton's interpreter in float32, slowly, for tests; set TRITON_INTERPRET=1 before the process starts.
 
 Legend: R rows, C features, W wanted rows, V vocabulary.
 """
@@ -35,15 +34,15 @@ from speedstack.runtime.rounds.draft_length import COMPILED
 
 logger = logging.getLogger("speedstack.runtime")
 
-# Triton makes E4M3 to float16 one instruction, which older GPUs do not have.
+# Older GPUs lack the instruction that Triton uses for E4M3 to float16.
 FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU that need not be there: a backend made for it compiles its kernels and computes nothing.
+    """A GPU to compile for; it need not be present, and weights may be on any device, meta included.
 
-    Weights may then be on any device, the meta device too. capability: major and minor; num_sms: its multiprocessors.
+    capability: major and minor. num_sms: number of multiprocessors.
     """
 
     capability: tuple[int, int]
@@ -51,11 +50,11 @@ class Target:
 
 
 class TooManyKinds(ValueError):
-    """A plan has more kinds of phases than one kernel takes."""
+    """The plan has more kinds of phases than one kernel supports."""
 
 
 def check_supported(name: str, weights: ModelWeights, target: Target | None) -> bool:
-    """Whether kernels are interpreted. Raises ValueError, with the reason, where they can neither run nor be."""
+    """Whether kernels are interpreted. Raises ValueError, with the reason, if they can neither be run nor compiled."""
     if importlib.util.find_spec("triton") is None:
         raise ValueError(f"backend {name!r} needs Triton, which is not installed: pip install triton")
     import triton
@@ -80,7 +79,7 @@ def check_supported(name: str, weights: ModelWeights, target: Target | None) -> 
 
 
 def check_fp8(name: str, weights: ModelWeights, capability: tuple[int, int]) -> None:
-    """Raises ValueError for weights in FP8 on a GPU whose compute capability has no instruction that decodes it."""
+    """Raises ValueError for FP8 weights if the GPU has no instruction that decodes them."""
     if capability < FP8_CAPABILITY and weights.num_fp8():
         raise ValueError(
             f"backend {name!r} reads FP8 on GPUs of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}; this "
@@ -89,15 +88,15 @@ def check_fp8(name: str, weights: ModelWeights, capability: tuple[int, int]) -> 
 
 
 class PlanBackend:
-    """One way of executing plans. A subclass builds its kernels in `_prepare` and begins a step in `_start`.
+    """Executes plans. Subclasses build kernels in `_prepare` and begin a step in `_start`.
 
-    num_rows: of a step; split_size: positions that one item of attention takes; powers of two. num_programs: what the
-    plan is cut for. target: a GPU that kernels are compiled for and not run on; None for the one that weights are on.
+    num_rows: per step; split_size: positions per attention item; both powers of two. num_programs: that the plan is cut
+    for. target: compile for this GPU without running; None uses the weights' GPU.
     """
 
     name: str
     rounds: Rounds | None = None
-    plans_drafters = False  # whether plans have phases for those that can (`drafter_spec.why_not_planned`)
+    plans_drafters = False  # # whether its plans include drafters (`drafter_spec.why_not_planned`)
     has_measured_cost = False
     round_cost = COMPILED
     plan: Plan
@@ -128,19 +127,19 @@ class PlanBackend:
         self.prepare_seconds = time.perf_counter() - started
 
     def _prepare(self) -> None:
-        """Builds kernels and their arguments for `plan` and `memory`."""
+        """Builds the kernels and arguments for `plan` and `memory`."""
         raise NotImplementedError
 
     def compile(self) -> list[Any]:
-        """Compiles what a step launches for `target`, into Triton's cache on disk. Triton's compiled kernels."""
+        """Compiles a step's kernels for `target` into Triton's disk cache and returns them."""
         raise NotImplementedError
 
     def _start(self) -> None:
-        """Begins to compute the rows in `memory.rows`."""
+        """Starts computing the rows in `memory.rows`."""
         raise NotImplementedError
 
     def _finish(self) -> None:
-        """Looks after what `_start` began; raises RuntimeError where it failed."""
+        """Waits for what `_start` began; raises RuntimeError if it failed."""
 
     def set_drafter(self, drafter: DFlashDraftModel | None) -> None:
         w, contexts = self.weights, None
@@ -166,7 +165,7 @@ class PlanBackend:
 
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """What fails inside leaves this backend as it was: a plan never runs on the tables of another one."""
+        """Restores the backend if the block fails, so that plan and tables always match."""
         before = dict(vars(self))
         try:
             yield
@@ -188,7 +187,7 @@ class PlanBackend:
 
     @property
     def planned_drafter(self) -> DrafterSpec | None:
-        """The drafter that the plan has phases for."""
+        """The drafter that the plan includes, if any."""
         return None if self._planned_drafter is None else self._planned_drafter.spec
 
     def weight_bytes(self) -> dict[str, int]:
@@ -202,13 +201,13 @@ class PlanBackend:
         return sum(cache.nbytes for cache in self.memory.caches) + drafter
 
     def repeat(self, num_steps: int) -> None:
-        """Computes the newest step again, so many times, with as little of the host as there can be: for timing."""
+        """Repeats the newest step with minimal host work, for timing."""
         with self._on_device():
             for _ in range(num_steps):
                 self._start()
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
-        # Kernels are launched on the current device, which need not be the weights'.
+        # Kernels launch on the current device, which may not be the weights'.
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     @torch.no_grad()
@@ -243,7 +242,7 @@ class PlanBackend:
 
 
 def formats_of(weights: ModelWeights) -> WeightFormats:
-    """What the plan's cost is counted by. A part is in FP8 if all of its matrices are, in every layer."""
+    """The weight formats for the plan's cost. A part counts as FP8 if all its matrices are."""
     plain: WeightFormat = "float32" if weights.embedding_VD.dtype == torch.float32 else "bf16"
     layers = [layer.mlp for layer in weights.layers if isinstance(layer.mlp, MoeWeights)]
     is_packed = any(isinstance(mlp.gate_up_EID, MXFP4Tensor) for mlp in layers)

@@ -1,7 +1,6 @@
-"""What a step works on: the plan's buffers, the key/value buffers of all sequences, and the records of its rows.
+"""Memory of a step: the plan's buffers, all key/value buffers, and the row records.
 
-What the host writes for a launch is one tensor, the inbox, and what it reads after it is another, the outbox: a copy
-each.
+The host writes one tensor per launch (the inbox) and reads one after it (the outbox).
 
 Legend: R rows, D hidden, V vocabulary, C features; in caches G key/value heads, H query/key and V value head size.
 """
@@ -30,8 +29,8 @@ from speedstack.runtime.plan.record_layout import (
 )
 from speedstack.runtime.plan.tiling import BLOCK_COLUMNS, num_blocks
 
-# Words of the outbox before the reports: whether a wait timed out, and how many steps were made. Each, and what
-# follows, begins at a multiple of 16 bytes, as kernels are compiled for.
+# Outbox words before the reports: whether a wait timed out, and the number of steps. All begin at multiples of 16
+# bytes, which kernels are compiled for.
 FAILED, NUM_MADE, HEADER = 0, 4, 8
 
 WIDE = {
@@ -47,7 +46,7 @@ INTEGER["bins"] = torch.int64
 
 
 class Memory:
-    """The plan's buffers, the key/value buffers of `num_slots` sequences, and what a step gets and gives."""
+    """The plan's buffers, the key/value buffers of `num_slots` sequences, and a step's inputs and outputs."""
 
     def __init__(
         self,
@@ -59,9 +58,8 @@ class Memory:
         caches: list[torch.Tensor] | None = None,
         drafter: DrafterSpec | None = None,
     ) -> None:
-        """max_steps: that one launch may make. caches: the key/value buffers to go on with; None makes new ones.
-
-        drafter: the plan's, whose contexts come after the target's caches.
+        """max_steps: per launch. caches: existing key/value buffers; None allocates them. drafter: its contexts follow
+        the caches.
         """
         like = weights.embedding_VD
         self.num_slots = num_slots
@@ -70,7 +68,7 @@ class Memory:
         self.inbox = torch.zeros(4, R, RECORD, dtype=torch.int32, device=device)
         self.rows, self.sampling, self.sequences, self.draws = self.inbox
         self.rows[:, TOKEN] = -1
-        # A report a step: tokens chosen [R], and the outcome of each sequence [R, OUTCOME].
+        # One report per step: chosen tokens [R] and each sequence's outcome [R, OUTCOME].
         length = (1 + OUTCOME) * R
         self.outbox = torch.zeros(HEADER + max_steps * length, dtype=torch.int32, device=device)
         self.failed, self.num_made = self.outbox[FAILED:][:1], self.outbox[NUM_MADE:][:1]
@@ -81,13 +79,13 @@ class Memory:
         for name, num_bytes in plan.memory_bytes().items():
             if name.endswith(".cache") or name in self.buffers:
                 continue
-            if name == "history":  # of more sequences than a step holds, as the caches are
+            if name == "history":  # # for all slots, as the caches
                 self.buffers[name] = torch.zeros(num_slots, max_length, dtype=torch.int32, device=device)
                 continue
             dtype = INTEGER.get(name, WIDE.get(name, like.dtype))
             size = num_bytes // (ELEMENT_BYTES if dtype == like.dtype and name not in WIDE else dtype.itemsize)
             self.buffers[name] = torch.zeros(size, dtype=dtype, device=like.device)
-        # What a drafter taps, a tensor a layer, in blocks of columns.
+        # Drafter taps, one tensor per layer, in blocks of columns.
         taps = self.buffers.setdefault("features", like.new_zeros(0))
         self.features = taps.view(-1, num_blocks(weights.spec.hidden_size), R, BLOCK_COLUMNS)
         self.hidden_DR = self.buffers["hidden"].view(weights.spec.hidden_size, plan.rows)
@@ -98,16 +96,16 @@ class Memory:
             self.contexts = self.new_contexts(drafter, like, max_length)
 
     def features_RC(self, num_rows: int) -> torch.Tensor:
-        """What the newest step's rows leave for a drafter."""
+        """The newest step's features for a drafter."""
         D = self.hidden_DR.shape[0]
         return torch.cat([tap.transpose(0, 1).flatten(1)[:num_rows, :D] for tap in self.features], dim=-1)
 
     def report_words(self, num_steps: int) -> torch.Tensor:
-        """The header and the reports of the newest launch's steps."""
+        """The header and the newest launch's reports."""
         return self.outbox[: HEADER + num_steps * self.reports.shape[1]]
 
     def new_caches(self, weights: ModelWeights, max_length: int) -> list[torch.Tensor]:
-        """A layer's keys and values, [G, slots, positions, H + V]."""
+        """Keys and values per layer, [G, slots, positions, H + V]."""
         caches = []
         for layer in weights.spec.layers:
             a = layer.attention
@@ -117,20 +115,20 @@ class Memory:
         return caches
 
     def new_contexts(self, drafter: DrafterSpec, like: torch.Tensor, max_length: int) -> torch.Tensor:
-        """Keys and values of all layers of a drafter, [L, G, slots, positions, H + V]."""
+        """Keys and values of all drafter layers, [L, G, slots, positions, H + V]."""
         a = drafter.layers[0].attention
         shape = (a.num_kv_heads, self.num_slots, ring_length(None, max_length), a.qk_head_dim + a.v_head_dim)
         return like.new_zeros(len(drafter.layers), *shape)
 
     def contexts_of_slots(self, max_length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """A drafter's keys and values by slot, [L, positions, G, H] and [L, positions, G, V]: views."""
+        """A drafter's keys [L, positions, G, H] and values [L, positions, G, V] by slot, as views."""
         size = self.contexts.shape[-1] // 2
         keys, values = self.contexts[..., :max_length, :].transpose(1, 3).split(size, dim=-1)
         return [(keys[:, :, slot], values[:, :, slot]) for slot in range(self.num_slots)]
 
 
 def row_records(rows: Rows, capacity: int) -> torch.Tensor:
-    """Int32 [capacity, RECORD] on the CPU; fields as in `records`. Rows of a sequence are neighbours."""
+    """Int32 [capacity, RECORD] on the CPU (`plan/record_layout.py`). Rows of a sequence are adjacent."""
     starts = [row for row, slot in enumerate(rows.slots) if row == 0 or slot != rows.slots[row - 1]]
     assert len({rows.slots[row] for row in starts}) == len(starts), "the rows of a sequence have to be neighbours"
     records = [[-1] + [0] * (RECORD - 1) for _ in range(capacity)]
@@ -147,7 +145,7 @@ def row_records(rows: Rows, capacity: int) -> torch.Tensor:
 
 
 def step_inbox(rows: Rows, capacity: int) -> torch.Tensor:
-    """`Memory.inbox` for a step of which the host says what it computes; int32 [4, capacity, RECORD] on the CPU."""
+    """`Memory.inbox` for a step whose rows the host names; int32 [4, capacity, RECORD] on the CPU."""
     draws = rows.draws or [None] * len(rows.tokens)
     sampling = sampling_records(draws, capacity)
     nobody = torch.zeros_like(sampling)
@@ -155,7 +153,7 @@ def step_inbox(rows: Rows, capacity: int) -> torch.Tensor:
 
 
 def sampling_records(draws: Sequence[Draw | None], capacity: int) -> torch.Tensor:
-    """Int32 [capacity, RECORD] on the CPU: how tokens of rows, or sequences, are drawn; zeros for the most probable."""
+    """Int32 [capacity, RECORD] on the CPU: sampling of rows or sequences; zeros are greedy."""
     records = torch.zeros(capacity, RECORD, dtype=torch.int32)
     drawn = [(row, draw) for row, draw in enumerate(draws) if draw is not None]
     if drawn:

@@ -1,7 +1,7 @@
-"""What every phase of a step must leave in its buffer, by the reference's own functions, and what a backend left there.
+"""Expected buffers of every phase, from the reference backend, and the buffers a GPU backend computed.
 
-For comparing a backend's kernels one by one, on the device where they run. Legend: R rows, D hidden, O qkv rows,
-F dense intermediate, V vocabulary, E experts, K choices of a row, I expert intermediate.
+For comparing kernels one by one on their device. Legend: R rows, D hidden, O qkv rows, F dense intermediate, V
+vocabulary, E experts, K choices of a row, I expert intermediate.
 """
 
 from dataclasses import replace
@@ -23,9 +23,9 @@ from speedstack.runtime.plan.tiling import BLOCK_COLUMNS, num_blocks
 
 @torch.no_grad()
 def expected_buffers(backend: ReferenceBackend, rows: Rows) -> dict[str, torch.Tensor]:
-    """By name of the phase, rows first; phases whose buffers have a layout of their own are left out.
+    """Expected results by phase name, rows first; phases whose buffers have their own layout are left out.
 
-    Rows attend to what the backend's key/value buffers hold, and write theirs.
+    Rows read and write the backend's key/value buffers.
     """
     weights, eps, device = backend.weights, backend.weights.spec.rms_norm_eps, backend.device
     slots_R, positions_R = torch.tensor(rows.slots, device=device), torch.tensor(rows.positions, device=device)
@@ -79,7 +79,7 @@ def _mixture(
 
 
 def found_buffer(backend: PlanBackend, phase: Phase, num_rows: int) -> torch.Tensor | None:
-    """What a phase wrote, rows first, in the reference's order of columns; None where that is not compared."""
+    """A phase's result, rows first, in the reference's column order; None if it is not compared."""
     R = backend.plan.rows
     buffers, weights = backend.memory.buffers, backend.weights
     if phase.op in ("embed", "o_proj", "dense_down", "expert_down"):

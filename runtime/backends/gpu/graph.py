@@ -1,7 +1,7 @@
-"""The graph backend: the plan's phases as Triton kernels, one after another, replayed as one CUDA graph.
+"""The graph backend: the plan's phases as Triton kernels, replayed as one CUDA graph.
 
-The baseline for the persistent kernel, and its device functions' proving ground: what a phase computes is the same
-code. Kernels begin while the one before them ends (programmatic dependent launch).
+It is the resident kernel's baseline and runs the same device functions. Each kernel starts while the previous one ends
+(programmatic dependent launch).
 """
 
 from typing import Any
@@ -15,12 +15,12 @@ from speedstack.runtime.backends.gpu.buffers import row_records
 from speedstack.runtime.model.weights import ModelWeights
 from speedstack.runtime.plan.step import MAX_ROWS, SPLIT_SIZE
 
-# Under the interpreter the programs of a grid take turns; a few make every phase have more than one item.
+# Interpreted programs of a grid run in turn; with few, every phase has programs with several items.
 INTERPRETED_PROGRAMS = 4
 
 
 class GraphBackend(PlanBackend):
-    """See the module. num_rows, split_size, target: see `PlanBackend`."""
+    """num_rows, split_size, target: see `PlanBackend`."""
 
     name = "graph"
 
@@ -58,7 +58,7 @@ class GraphBackend(PlanBackend):
         self._graph.replay()
 
     def compile(self, is_dependent: bool = True) -> list[Any]:
-        """See `PlanBackend`. Not is_dependent: kernels that let none begin before the one ahead of it ends."""
+        """See `PlanBackend`. is_dependent: kernels may start before the previous one ends."""
         from speedstack.runtime.backends.gpu.kernels.aot_compile import compile_kernel
         from speedstack.runtime.backends.gpu.kernels.single_op import phase_kernel
 
@@ -72,11 +72,11 @@ class GraphBackend(PlanBackend):
 
     def _launch_all(self, is_dependent: bool) -> None:
         for index, launch in enumerate(self.launches):
-            # The first kernel of a step follows the copy of its rows, which lets nothing begin early.
+            # The first kernel follows the copy of the rows, which cannot overlap.
             launch.run(is_dependent and index > 0)
 
     def _capture(self) -> "torch.cuda.CUDAGraph":
-        # Without rows: kernels are compiled and run once, and write nothing that a row reads.
+        # Without rows, so that compiling and running once writes nothing that a row reads.
         rows = self.memory.rows.clone()
         self.memory.rows.copy_(row_records(Rows([], [], []), self.plan.rows))
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()

@@ -1,14 +1,13 @@
-"""Runs a Triton kernel whose programs wait for each other on a CPU, under a scheduler that a seed decides.
+"""Runs a Triton kernel whose programs wait for each other on a CPU, scheduled by a seed.
 
-Triton's own interpreter (TRITON_INTERPRET=1) runs programs one after the other, so that the first wait would hang. Here
-each program is a thread of a `Scheduler` and hands over before every atomic operation and every store. An atomic add of
-zero is a poll; a program that polls one address in vain and does nothing else in between waits. When nobody does
-anything but poll without success, that is a deadlock, with the addresses in its dump.
+Triton's interpreter (TRITON_INTERPRET=1) runs programs one after another, so the first wait would hang. Here each
+program is a thread of a `Scheduler` and yields before every atomic and store. An atomic add of zero is a poll; a
+program that only polls one address in vain is waiting. If all programs only poll in vain, that is a deadlock, reported
+with the addresses.
 
-Written for the interpreter of Triton 3.6 and later: it uses the grid index, which it sets whenever a thread gets its
-turn, and methods of the builder. Arguments are CPU tensors; nothing is copied. Kernels whose programs do not wait for
-each other run here as well (`interpret_grid`): in half the time, and under versions of NumPy that Triton's own way of
-starting them fails with.
+Requires the interpreter of Triton 3.6 or later: it uses its grid index, set at each turn, and its builder. Arguments
+are CPU tensors, not copied. Kernels without waits run here too (`interpret_grid`), in half the time, and with NumPy
+versions that break Triton's own launcher.
 """
 
 import dataclasses
@@ -20,19 +19,19 @@ import numpy as np
 
 from speedstack.runtime.plan.verify.scheduler import Scheduler
 
-_SPINNING = 2  # polls without success after which a program is taken to wait
-PATIENCE = 4  # rounds of polls without success by everybody before they are a deadlock
+_SPINNING = 2  # # failed polls after which a program counts as waiting
+PATIENCE = 4  # # rounds of failed polls by all programs that make a deadlock
 
 
 class _Polls:
-    """Who polls without success."""
+    """Programs whose polls fail."""
 
     def __init__(self, num_programs: int) -> None:
         self.num_programs = num_programs
         self.address = [0] * num_programs
         self.value = [0] * num_programs
         self.num_failed_polls = [0] * num_programs
-        self.progress = 0  # counts whatever is not a poll without success
+        self.progress = 0  # # counts everything except failed polls
         self.since_progress = 0
 
     def record(self, program: int, is_poll: bool, address: int, value: int) -> None:
@@ -61,15 +60,15 @@ def interpret_triton(
     patience: int | None = PATIENCE,
     observe: Callable[[int, int], None] | None = None,
 ) -> Scheduler:
-    """Runs `kernel` with grid (num_programs,) and arguments by its parameters' names; returns the scheduler.
+    """Runs `kernel` with grid (num_programs,) and arguments by parameter name; returns the scheduler.
 
     Args:
-        patience: rounds of polls without success by everybody before they are a deadlock; None leaves the end to the
-        kernel. observe: called after every atomic operation that is not a poll, with its address and the value it left.
+        patience: rounds of failed polls by all programs that make a deadlock; None leaves timeouts to the kernel.
+        observe: called after every atomic operation except polls, with its address and new value.
 
     Raises:
-        Deadlock: nobody does anything but poll.
-        ValueError: the kernel is compiled, because TRITON_INTERPRET=1 was not set when its module was imported.
+        Deadlock: all programs only poll.
+        ValueError: TRITON_INTERPRET=1 was not set when the kernel's module was imported.
     """
     with _ready(kernel, arguments, (num_programs, 1, 1)) as (interpreter, run_program):
         builder, add = interpreter.interpreter_builder, interpreter._ir.ATOMIC_OP.ADD
@@ -119,10 +118,7 @@ def interpret_triton(
 
 
 def interpret_grid(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
-    """Runs the programs of a kernel that do not wait for each other, one after another, as Triton's interpreter does.
-
-    Raises ValueError as `interpret_triton` does.
-    """
+    """Runs programs that do not wait for each other in order. Raises ValueError as `interpret_triton`."""
     sizes = (*grid, 1, 1)[:3]
     with _ready(kernel, arguments, sizes) as (interpreter, run_program):
         for index in np.ndindex(*sizes):
@@ -132,23 +128,23 @@ def interpret_grid(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, A
 
 @contextmanager
 def _ready(kernel: Any, arguments: Mapping[str, Any], grid: Sequence[int]) -> Iterator[tuple[Any, Callable[[], None]]]:
-    """The interpreter's module, and what runs the program whose grid index is set."""
+    """The interpreter's module, and a function that runs the program at the grid index."""
     from triton.runtime import interpreter
 
     if not isinstance(kernel, interpreter.InterpretedFunction):
         raise ValueError("the kernel is compiled; set TRITON_INTERPRET=1 before its module is imported")
     language = interpreter.tl
     patches = interpreter._patch_lang(kernel.fn)
-    # Triton's own functions in its language, such as sums, call the core of the language by another name.
+    # Triton's library functions, such as sums, refer to the language core by another name.
     core_patches = interpreter._patch_lang(language.sum.fn)
     try:
-        # Device functions would patch the language once more at each call, for milliseconds, and never undo it.
+        # Otherwise device functions patch the language at each call, for milliseconds, and never undo it.
         patches.set_attr(interpreter, "_patch_lang", lambda function: None)
-        # A scalar is an array of one element, which NumPy 2.4 no longer takes for an integer.
+        # A scalar is a one-element array, which NumPy 2.4 rejects as an integer.
         patches.set_attr(language.core.tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
-        # Versions before 3.9 take the condition of any loop for true.
+        # Versions before 3.9 treat every loop condition as true.
         patches.set_attr(language.condition, "__bool__", lambda self: bool(self.condition))
-        # Looking for integer overflows takes half of the time, and counters are meant to wrap around.
+        # Overflow checks take half the time, and counters wrap on purpose.
         options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
         patches.set_attr(interpreter.interpreter_builder, "options", options)
         function = kernel.rewrite()

@@ -1,24 +1,22 @@
-"""Rounds without the host on the resident kernel: it drafts, verifies, samples and accepts, several rounds a launch.
+"""Several rounds per launch on the resident kernel: it drafts, verifies, samples and accepts without the host.
 
-The host writes a record of each sequence, and its text where prompt lookup drafts from it, launches, and reads a report
-of every step when all are done. A text stays on the GPU: it is sent again only when the host has computed rows of its
-slot since. All sequences share the steps of a launch as long as there is a row for the anchor of each; drafts get the
-rest (`allocate_rows`), anew every round. More sequences than rows take several launches. Texts do not depend on that,
-nor on how many rounds a launch makes.
+The host writes a record per sequence, and its text if prompt lookup needs it, and reads a report of every step after
+the launch. Texts stay on the GPU and are sent again only after the host computed rows of their slot. All sequences
+share the steps if each anchor has a row; drafts get the other rows (`allocate_rows`), anew each round. More sequences
+than rows take several launches. Texts do not depend on this.
 
-A sequence that is over leaves its rows to the others; when all are, the launch ends. What is given for a round by one
-is given to it by the host's loop too, which allocates by the same rule: both make the same rounds, until the host
-admits a sequence in the place of one that is over, which here waits for the end of the launch.
+A finished sequence frees its rows; the launch ends when all are finished. The host's loop allocates by the same rule,
+so both run the same rounds until the host admits a new sequence, which here waits for the end of the launch.
 
-`ROUNDS_A_LAUNCH` is what a stream waits for: with steps of a millisecond its pieces are 8 ms apart, which nobody sees;
-the host's share of a launch, two copies and the commits, is spread over as many rounds.
+With 1 ms steps, `ROUNDS_A_LAUNCH` makes stream pieces 8 ms apart; host work (two copies and the commits) is spread over
+as many rounds.
 
-A DFlash drafter runs in the launch as well (`drafter_phases`), as long as the blocks of all sequences fit the rows of a
-step: with blocks of eight and steps of sixteen rows those are two sequences. Of more of them the host makes every
-round, with the drafter's module, whose contexts are the launch's own; so either may follow the other at any time.
+A DFlash drafter runs in the launch (`plan/ops/drafter.py`) if all sequences' blocks fit a step's rows: two sequences
+for blocks of eight and 16 rows. Otherwise the host drafts with the module on the same contexts, so the two may
+alternate.
 
-Left out, so that the host makes every round: what `drafter_spec.why_not_planned` names, drafts with shared noise, and
-adaptive numbers of drafts. Stop strings it finds after the launch, dropping what came behind them.
+Left out, so that the host runs every round: what `drafter_spec.why_not_planned` names, shared draft noise, and adaptive
+draft lengths. The host finds stop strings after the launch and drops later tokens.
 """
 
 from collections.abc import Sequence
@@ -39,7 +37,7 @@ ROUNDS_A_LAUNCH = 8  # a guess, not measured: fewer cost launches, more keep a s
 
 
 class Launcher(Protocol):
-    """What launches the kernel: the resident backend."""
+    """The resident backend, as `ResidentRounds` uses it."""
 
     memory: Memory
     max_length: int
@@ -47,7 +45,7 @@ class Launcher(Protocol):
 
     @property
     def planned_drafter(self) -> DrafterSpec | None:
-        """The drafter that the plan has, None where the host drafts."""
+        """The plan's drafter, None if the host drafts."""
         ...
 
     def set_prompt_lookup(self, is_wanted: bool) -> None:
@@ -55,26 +53,26 @@ class Launcher(Protocol):
         ...
 
     def launch(self, num_steps: int) -> list[list[int]]:
-        """The reports of up to so many steps of what `memory.inbox` says. Raises RuntimeError as `Backend.step`."""
+        """Reports of up to `num_steps` steps of `memory.inbox`. Raises RuntimeError as `Backend.step`."""
         ...
 
 
 class ResidentRounds(Rounds):
-    """See the module, and `Rounds`."""
+    """`Rounds` on the resident backend."""
 
     max_rounds = ROUNDS_A_LAUNCH
 
     def __init__(self, backend: Launcher, num_rows: int) -> None:
         self.num_rows = num_rows
         self._backend = backend
-        self._num_known: dict[int, int] = {}  # by slot: tokens of its text that lie on the GPU
+        self._num_known: dict[int, int] = {}  # # by slot: tokens of its text on the GPU
 
     def set_prompt_lookup(self, is_wanted: bool) -> None:
         self._num_known.clear()
         self._backend.set_prompt_lookup(is_wanted)
 
     def forget(self, slots: Sequence[int]) -> None:
-        """The host computes rows of these slots: they may hold other texts now."""
+        """The host computes rows of these slots, so their texts on the GPU are stale."""
         for slot in slots:
             self._num_known.pop(slot, None)
 
@@ -127,7 +125,7 @@ class ResidentRounds(Rounds):
 def rounds_for(
     backend: Backend, drafter: DFlashDraftModel | Literal["ngram"] | None, strategy: DraftStrategy
 ) -> Rounds | None:
-    """The backend's rounds, ready for this way of drafting; None where every round needs the host (see the module)."""
+    """The backend's rounds for this way of drafting; None if every round needs the host."""
     rounds = backend.rounds
     if rounds is None:
         return None
@@ -139,9 +137,9 @@ def rounds_for(
 
 
 def rounds_inbox(requests: Sequence[RoundsRequest], capacity: int) -> torch.Tensor:
-    """What `Memory.inbox` holds when sequences begin to go on by themselves; int32 [4, capacity, RECORD] on the CPU.
+    """`Memory.inbox` for sequences decoded without the host; int32 [4, capacity, RECORD] on the CPU.
 
-    Fields as in `records`. No row is anybody's yet.
+    Fields: `plan/record_layout.py`. No row is allocated yet.
     """
     assert len(requests) <= capacity, "every anchor of a group has a row"
     assert len({request.slot for request in requests}) == len(requests), "every sequence has a slot of its own"

@@ -1,18 +1,16 @@
 """The resident backend: a decode step as one persistent Triton kernel.
 
-Programs wait for each other on the counters of the plan, which is proved safe before anything runs; there is no barrier
-over all of them. Counters are never reset: every launch goes on from the step where the last one ended. All programs
-have to be on the GPU at once, so there are as many as it holds, and the driver refuses a launch that would not fit
-(cooperative launch) instead of letting it hang.
+Programs synchronize on the plan's counters, which are proved safe first; there is no grid barrier. Counters are never
+reset: each launch continues at the next step. All programs must be resident, so the driver (cooperative launch) refuses
+more than fit instead of hanging.
 
-A wait gives up after so many polls that only a fault can be the reason. The kernel then says who waits for what, and
-`step` raises that as a RuntimeError; counters start again from zero, and the sequences of that step are lost.
+A wait gives up after `max_polls` failed polls. The kernel then reports who waits for what, `step` raises RuntimeError,
+counters restart at zero, and the step's sequences are lost.
 
-`prefetch` says who brings weights into the L2 cache before they are needed: `own`, every program those of its own first
-item before it waits; `none`. The default is a guess that has not been measured.
+`prefetch`: `own` lets each program load its first item's weights into L2 before it waits; `none` does not. The default
+is a guess, not measured.
 
-A launch makes one step of rows that the host names, or several rounds without it, drafts and acceptance included (see
-`rounds`); it ends when no sequence is left.
+A launch runs one step of rows named by the host, or several rounds without it (`multi_step.py`).
 """
 
 from typing import Any, Literal, get_args
@@ -31,25 +29,25 @@ from speedstack.runtime.plan.verify.proof import prove
 Prefetching = Literal["own", "none"]
 
 INTERPRETED_PROGRAMS = 3
-# Attention, and the choice among 256 experts, hold more in registers than four warps have.
+# Attention, and the choice among 256 experts, need more registers than four warps have.
 NUM_WARPS = 8
 MAX_STEPS = 16  # of one launch
-# If a poll takes a microsecond, which is a guess, this is seconds, where a step takes milliseconds.
+# Seconds if a poll takes a microsecond (a guess); a step takes milliseconds.
 MAX_POLLS = 1 << 22
-# The instructions of prefetching and of cooperative launches that are used here, and 227 KiB of shared memory.
+# For the prefetch and cooperative-launch instructions used, and 227 KiB of shared memory.
 CAPABILITY = (9, 0)
 
 
 class ResidentBackend(PlanBackend):
-    """See the module.
+    """Runs plans as one persistent kernel.
 
     Args:
         num_rows, split_size, target: see `PlanBackend`.
-        num_programs: None is one a multiprocessor: a program takes more than half of its registers. The driver refuses
-            more than fit; the interpreter takes any number.
+        num_programs: None is one per multiprocessor, because a program takes more than half its registers. The driver
+            refuses more than fit; the interpreter takes any number.
         prefetch: see the module.
-        max_polls: polls without success after which a wait gives up.
-        seed: of the order in which the interpreter's programs take turns, for the first launch; later ones count on.
+        max_polls: failed polls after which a wait gives up.
+        seed: of the interpreter's schedule for the first launch; later launches count up.
     """
 
     name = "resident"
@@ -105,7 +103,7 @@ class ResidentBackend(PlanBackend):
         super()._step_chunk(rows)
 
     def set_prompt_lookup(self, is_wanted: bool) -> None:
-        """See `Rounds.set_prompt_lookup`: that is another plan, and other tables."""
+        """See `Rounds.set_prompt_lookup`; it changes the plan and its tables."""
         if is_wanted != self._has_prompt_lookup:
             assert self.drafter is None or not is_wanted
             taps = () if self.drafter is None else tuple(self.drafter.model.config.target_layer_ids)
@@ -113,9 +111,8 @@ class ResidentBackend(PlanBackend):
                 self._make_plan(taps, is_wanted)
 
     def launch(self, num_steps: int) -> list[list[int]]:
-        """The reports (see `Memory`) of up to so many steps of what `memory.inbox` says: of those that were made.
-
-        Raises RuntimeError as `step` does.
+        """Reports (see `Memory`) of the steps made of `memory.inbox`, at most `num_steps`. Raises RuntimeError as
+        `step`.
         """
         assert 1 <= num_steps <= MAX_STEPS
         with self._on_device():
@@ -123,7 +120,7 @@ class ResidentBackend(PlanBackend):
             return self._reports(num_steps)
 
     def repeat(self, num_steps: int) -> None:
-        """See `PlanBackend`: many steps a launch. Raises RuntimeError as `step` does."""
+        """See `PlanBackend`; many steps per launch. Raises RuntimeError as `step`."""
         assert not self.memory.sequences.any(), "the newest step's rows are the host's"
         with self._on_device():
             for start in range(0, num_steps, MAX_STEPS):
@@ -134,7 +131,7 @@ class ResidentBackend(PlanBackend):
             self._give_up()
 
     def arguments(self, num_steps: int) -> dict[str, Any]:
-        """The kernel's, by its parameters."""
+        """Kernel arguments by parameter name."""
         return {
             "phases_ptr": self.tasks.phases,
             "num_phases": len(self.plan.phases),
@@ -173,7 +170,7 @@ class ResidentBackend(PlanBackend):
                 resident_kernel[(num_programs,)](**arguments, **compile_options())
 
     def _reports(self, num_steps: int) -> list[list[int]]:
-        # The first copy from the GPU, which waits for the kernel.
+        # The first copy from the GPU waits for the kernel.
         words = self.memory.report_words(num_steps).tolist()
         if words[FAILED]:
             self._give_up()
@@ -183,7 +180,7 @@ class ResidentBackend(PlanBackend):
         return [words[HEADER + step * length :][:length] for step in range(num_made)]
 
     def _give_up(self) -> None:
-        """Raises what the dump says, with everything as before the first step."""
+        """Raises the dump as an error, with counters as before the first step."""
         from speedstack.runtime.backends.gpu.task_table import explain
 
         message = explain(self.plan, self.dump.cpu())
@@ -195,7 +192,7 @@ class ResidentBackend(PlanBackend):
 
 
 def compile_options() -> dict[str, Any]:
-    """How the kernel is compiled and launched."""
+    """Compile and launch options of the kernel."""
     return {"num_warps": NUM_WARPS, "enable_fp_fusion": True, "launch_cooperative_grid": True}
 
 

@@ -1,6 +1,6 @@
-"""The tables that the resident kernel walks, made from a plan; and its dump of what was waited for in vain, in words.
+"""The resident kernel's tables, built from a plan, and a readable dump of waits that timed out.
 
-Phases that differ in layer alone are one variant, compiled once: which variants there are follows from the constants.
+Phases that differ only in layer share a variant, which is compiled once.
 """
 
 import math
@@ -15,11 +15,11 @@ from speedstack.runtime.backends.gpu.bindings.layers import Binding, Constants
 from speedstack.runtime.backends.gpu.kernels import resident, sync
 from speedstack.runtime.plan.ir import Plan, Signal, Wait
 
-# All variants are one kernel: its registers are those of the hungriest, and compiling takes the sum.
+# All variants are one kernel: it needs the registers of the largest and the compile time of all.
 MAX_VARIANTS = 48
-# Ops that have weights, which are known before their wait is over.
+# Ops whose weights are known before their wait is over.
 KNOWN_EARLY = ("qkv", "o_proj", "dense_gate_up", "dense_down", "router", "expert_down", "lm_head", "fuse", "context")
-# Of those that compute the rows of blocks, the one whose weights may be fetched while blocks are still written.
+# The drafter op whose weights may be fetched while blocks are still being written.
 FIRST_OF_A_DRAFT = "qkv"
 
 _TYPES = {
@@ -37,7 +37,7 @@ _MAX_POINTERS = resident.RECORD.value - resident.POINTERS.value
 
 @dataclass(frozen=True)
 class Tasks:
-    """phases: int64, a record each. kept: what their pointers point to."""
+    """phases: int64, one record per phase. kept: tensors that the records point to."""
 
     variants: tuple[Constants, ...]
     phases: torch.Tensor
@@ -47,8 +47,7 @@ class Tasks:
 def build_tasks(plan: Plan, bindings: Sequence[Binding], device: torch.device) -> Tasks:
     """The tables of a plan.
 
-    Raises ValueError for a plan that does not fit them: too many waits or signals of one phase, or, as TooManyKinds,
-    too many kinds of phases.
+    Raises ValueError for too many waits or signals in a phase, or (TooManyKinds) too many variants.
     """
     numbers: dict[Constants, int] = {}
     records, kept = [], []
@@ -88,10 +87,10 @@ def build_tasks(plan: Plan, bindings: Sequence[Binding], device: torch.device) -
 
 
 def variant_of(binding: Binding) -> Constants:
-    """What the kernel is compiled for to run a phase.
+    """The constants of a phase's variant.
 
-    waits, item_waits: (number among the phase's waits, per step, offset, three strides), before all items and before
-    each. signals: numbers among the phase's signals. item_signals: (number, three strides).
+    waits, item_waits: (index among the phase's waits, per step, offset, three strides), on entry and per item. signals:
+    indices among the phase's signals. item_signals: (index, three strides).
     """
     phase = binding.phase
     waits, signals = list(enumerate(phase.waits)), list(enumerate(phase.signals))
@@ -104,7 +103,7 @@ def variant_of(binding: Binding) -> Constants:
         item_waits=tuple((n, w.per_step, w.offset, *_strides(w)) for n, w in waits if w.strides),
         signals=tuple(n for n, signal in signals if signal.each == "program"),
         item_signals=item_signals,
-        # Signals are given for items that do not exist in a step too.
+        # Items cut from a step signal too.
         is_skippable=not item_signals,
         may_exit_early=phase.early_exit is not None,
         is_known_early=phase.op in KNOWN_EARLY,
@@ -114,11 +113,11 @@ def variant_of(binding: Binding) -> Constants:
 
 
 def check_early_choices(plan: Plan) -> None:
-    """Asserts what the proof does not know, of what is read before a phase's own wait to fetch its weights.
+    """Asserts that reads before a phase's own wait, made to prefetch weights, are safe; the proof does not cover them.
 
-    `expert_down` chooses experts, and a drafter's phases ask whether there are blocks. What is read has to lie behind a
-    wait of an earlier phase of the same step, which every program has passed. Only FIRST_OF_A_DRAFT reads what others
-    may be writing; its threads agree on what they have read (`counters.agreed`), and nothing but fetching follows.
+    `expert_down` reads the chosen experts, and drafter phases read whether blocks exist. An earlier phase's wait in the
+    same step must cover these reads. Only FIRST_OF_A_DRAFT may race with the writes: its threads agree on the value
+    (`sync.agreed`) and only fetch.
     """
     for index, phase in enumerate(plan.phases):
         what = "router." if phase.op == "expert_down" else "blocks"
@@ -129,13 +128,13 @@ def check_early_choices(plan: Plan) -> None:
         producer = producers.pop()
         assert producer is not None
         between = plan.phases[plan.phase_named[producer] + 1 : index]
-        whole = Wait(producer, plan.num_programs, plan.num_programs)  # of all programs in this step
+        whole = Wait(producer, plan.num_programs, plan.num_programs)  # # by all programs, in this step
         is_behind = any(whole in one.waits for one in between)
         assert is_behind, f"{phase.name} looks before anything has waited for {producer}"
 
 
 def explain(plan: Plan, dump: torch.Tensor) -> str:
-    """A line for each program that gave up: what it waits for, and what it saw. dump: int32 [programs, DUMP_RECORD]."""
+    """One line per program that gave up: its wait and the value it saw. dump: int32 [programs, DUMP_RECORD]."""
     names = [
         (counter.name, element) for counter in plan.counters for element in range(counter.size)
     ]  # fmt: skip

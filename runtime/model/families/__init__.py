@@ -1,1 +1,1 @@
-"""The families that the engine decodes: config.json to a spec, one file a family."""
+"""The families that the engine decodes: config.json to spec, one file per family."""

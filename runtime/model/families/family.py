@@ -1,4 +1,4 @@
-"""What a family says of itself, and what several of them read alike."""
+"""The description of a family, and config fields that several families share."""
 
 import math
 from collections.abc import Callable
@@ -19,11 +19,11 @@ COMMON_KEYS = (
 
 @dataclass(frozen=True)
 class Family:
-    """A family that transformers has a class for.
+    """A family with a class in transformers.
 
-    layers: reads its config; raises ValueError for a setting that is not computed.
-    required_keys: without these a config.json alone does not say what the model is.
-    num_experts_keys: one of them has to be there; which one depends on who wrote the file.
+    layers: builds the layer specs; raises ValueError for an unsupported setting.
+    required_keys: config.json keys that determine the shape.
+    num_experts_keys: at least one is required; writers use different ones.
     """
 
     model_type: str
@@ -33,14 +33,14 @@ class Family:
 
 
 def default_rope_theta(parameters: dict[str, Any], where: str) -> float:
-    """The base of an ordinary rotary embedding. Raises ValueError for a stretched one."""
+    """The base of an unscaled rotary embedding. Raises ValueError for a scaled one."""
     if parameters.get("rope_type", "default") != "default":
         raise ValueError(f"rotary type {parameters['rope_type']!r} of {where} is not supported, only 'default' is")
     return float(parameters["rope_theta"])
 
 
 def yarn_spec(parameters: dict[str, Any]) -> YarnSpec | None:
-    """The stretch of a rotary embedding, None where there is none; defaults as in transformers."""
+    """The YaRN scaling of a rotary embedding, None without one; defaults as in transformers."""
     kind = parameters.get("rope_type", "default")
     if kind == "default":
         return None

@@ -26,12 +26,12 @@ def _layers(config: Any) -> tuple[LayerSpec, ...]:
             num_experts=config.num_local_experts,
             top_k=config.num_experts_per_tok,
             intermediate_size=config.intermediate_size,
-            # The softmax of the chosen logits alone is the softmax of all, renormalized over the chosen.
+            # Softmax over the chosen logits equals softmax over all, renormalized over the chosen.
             scoring="softmax",
             has_correction_bias=False,
             renormalize=True,
             has_bias=True,
-            # Releases of transformers whose config lacks the two compute with these numbers.
+            # Values used by transformers releases whose config lacks these two fields.
             swiglu_limit=float(getattr(config, "swiglu_limit", 7.0)),
             swiglu_alpha=float(getattr(config, "swiglu_alpha", 1.702)),
         )

@@ -1,6 +1,6 @@
-"""MiMo-V2.5 and V2.5-Pro by their makers' names (as in their vLLM and SGLang model files); transformers has no class.
+"""MiMo-V2.5 and V2.5-Pro with the names of their vLLM and SGLang files; transformers has no class.
 
-Their decode steps can be planned; nothing reads their weights yet.
+Their steps can be planned; loading their weights is not implemented.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ REQUIRED_KEYS: tuple[str, ...] = (
     "swa_head_dim",
     "swa_v_head_dim",
 )
-# What the plans of `mimo_v2` compute whatever its file says: of each key, the values that mean that, beside null.
+# Settings fixed in the plans of `mimo_v2`: for each key, the accepted values beside null.
 _HARD_WIRED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "scoring_func": ("sigmoid",),
@@ -40,7 +40,7 @@ _HARD_WIRED: dict[str, tuple[Any, ...]] = {
 
 
 def mimo_v2_spec(fields: dict[str, Any]) -> ModelSpec:
-    """The spec of a parsed config.json. Raises ValueError for settings that plans do not compute."""
+    """The spec of a parsed config.json. Raises ValueError for unsupported settings."""
     for key, values in _HARD_WIRED.items():
         value = fields.get(key)
         if value is not None and value not in values:
@@ -68,7 +68,7 @@ def mimo_v2_spec(fields: dict[str, Any]) -> ModelSpec:
             v_head_dim=fields[prefix + "v_head_dim"],
             rotary_dim=int(head_dim * fields["partial_rotary_factor"]),
             rope_theta=float(fields[prefix + "rope_theta"]),
-            # So many tokens before the token itself.
+            # The file's window leaves out the token itself.
             window=int(window) + 1 if is_sliding and window else None,
             has_sinks=bool(has_sinks),
             value_scale=1.0 if scale is None else float(scale),

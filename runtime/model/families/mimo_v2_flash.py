@@ -1,6 +1,4 @@
-"""MiMo-V2-Flash: sigmoid router with a correction bias, sliding windows with sinks, partial rotary embedding, query/key
-and value heads of different sizes.
-"""
+"""MiMo-V2-Flash: sigmoid router with correction bias, sliding windows with sinks, partial RoPE, unequal head sizes."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Every family with a class in transformers, and the spec of a config of theirs."""
+"""The families with a class in transformers, and the spec of their configs."""
 
 from typing import Any
 
@@ -11,11 +11,7 @@ FAMILIES = {family.model_type: family for family in (GPT_OSS, MIMO_V2_FLASH, QWE
 
 
 def spec_from_config(config: Any) -> ModelSpec:
-    """Reads a transformers config (`PreTrainedConfig`).
-
-    Raises:
-        ValueError: the family, or a setting of it, is not one that the runtime computes; the message names it.
-    """
+    """The spec of a transformers `PreTrainedConfig`. Raises ValueError for an unsupported family or setting."""
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"the runtime cannot decode model type {config.model_type!r}; it can decode {', '.join(sorted(FAMILIES))}"

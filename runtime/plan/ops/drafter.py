@@ -1,28 +1,25 @@
-"""The phases of a DFlash drafter: it drafts at the beginning of a step, and the step's rows extend its context.
+"""The phases of a DFlash drafter: it drafts at the start of a step, and the step's rows extend its context.
 
-    D.embed      the rows of a block for each sequence, its newest token and masked ones, and their embeddings
-    D00.qkv      and so on: the drafter's layers, as the target's, on the rows of the blocks
-    D.lm_head    the drafter's norm and the target's LM head, of which the largest logits are kept
+    D.embed      block rows of each sequence (newest token, then masks) and their embeddings
+    D00.qkv ...  the drafter's layers on the block rows, as the target's
+    D.lm_head    the drafter's norm and the target's LM head; keeps the largest logits
     pick         each sequence's proposals
-    embed ...    the target's step, which allocates its rows by what is proposed (see `round_phases`); the tapped layers
-                 leave their outputs in the buffers `features.*`
+    embed ...    the target's step; it allocates rows by the proposals (`plan/ops/multi_step.py`); tapped layers write
+    `features.*`
     fuse         all features of a row, projected to the hidden size
-    context      keys and values of every drafter layer for the rows of the step, before QK-norm and rotary
-    append       QK-norm, rotary, and into the drafter's own buffers
+    context      keys and values of every drafter layer, before QK-norm and rotary
+    append       QK-norm and rotary, into the drafter's own buffers
 
-A step appends all of its rows, drafts that will not stand included: what lies past the newest token is overwritten
-before it is read, by the next block's own keys and values and then by the next step's rows. So the context is right
-after every step, whoever decided what its rows are; a prompt that the host has computed needs no more.
+A step appends all its rows, rejected drafts included: positions past the newest token are overwritten before they are
+read. So the context is right after every step, also after a prompt that the host computes.
 
-`fuse` and `context` follow the last tapped layer and the last layer, `append` the LM head: each comes when what it
-waits for is long done, so that the context costs the step little but its bytes. Projecting all layers at once makes
-three phases of what would be two a layer; it reads the same rows of the weights as the layers' own projections.
+`fuse` follows the last tapped layer, `context` the last layer, `append` the LM head, so their waits are over early.
+Projecting all layers at once takes three phases instead of two per layer and reads the same weight rows.
 
-Blocks lie one after another, and all of them have to fit the rows of a step: whoever launches sees to that. A step in
-which nobody drafts, as in all whose rows the host names, has none: then the phases of the drafter's layers have no
-items (`Stack.is_skippable`), and cost what handing over does.
+All blocks must fit the step's rows; the launcher checks that. In a step without drafting, the drafter's phases have no
+items (`Stack.is_skippable`) and cost only their synchronization.
 
-Left out: what `drafter_spec.why_not_planned` names, and drafting with noise, or a number of tokens that changes.
+Left out: what `drafter_spec.why_not_planned` names, draft noise, and a varying number of drafts.
 """
 
 from __future__ import annotations
@@ -43,12 +40,12 @@ APPENDED = "each row has a slot and position of its own"
 
 
 def is_drafting(phase: Phase) -> bool:
-    """Whether a phase computes rows of blocks."""
+    """Whether a phase computes block rows."""
     return any(region.buffer == "blocks" for region in (*(read.region for read in phase.reads), *phase.writes))
 
 
 class DrafterOps:
-    """Adds them to a plan under construction."""
+    """Adds the drafter's phases to a plan."""
 
     def __init__(self, builder: LayerBuilder, spec: DrafterSpec) -> None:
         self.builder, self.spec = builder, spec
@@ -65,7 +62,7 @@ class DrafterOps:
         builder.buffer(CACHE, self.num_heads, R * positions * self.width * ELEMENT_BYTES)
 
     def propose(self) -> None:
-        """`D.embed` to `pick`."""
+        """Adds `D.embed` to `pick`."""
         builder, target = self.builder, self.builder.stack
         read, wait = builder.deciding.opening()
         builder.stack = self.stack
@@ -81,7 +78,7 @@ class DrafterOps:
         return Phase(
             "pick",
             "pick",
-            (Axis("sequence", R),),  # all of them: one without a block says so
+            (Axis("sequence", R),),  # # all: one without a block must say so
             reads=(self.stack.rows, Read(Region("drafter.best", tiles), "D.lm_head")),
             writes=(Region("proposals", 1, 0, (1,)),),
             waits=(self.builder.all_programs("D.lm_head"),),
@@ -90,7 +87,7 @@ class DrafterOps:
         )
 
     def fuse(self, before: str) -> None:
-        """`before`: the last tapped layer's last phase."""
+        """`before`: the last phase of the last tapped layer."""
         builder, D = self.builder, self.builder.spec.hidden_size
         num_features = len(builder.taps) * D
         tile, tiles = builder.choose_tiles(D)
@@ -110,7 +107,7 @@ class DrafterOps:
         )  # fmt: skip
 
     def _features(self, tap: int) -> Read:
-        """The buffer of one tapped layer, whose last phase is the last that writes there."""
+        """The buffer of one tapped layer, and the phase that writes it last."""
         buffer = f"features.{tap}"
         writers = [phase for phase in self.builder.phases if any(each.buffer == buffer for each in phase.writes)]
         return self.builder.read_whole(buffer, writers[-1].name)

@@ -1,35 +1,32 @@
-"""Builds the plan of a decode step from a model's spec: which phases, cut how, waiting for what.
-
-A layer is seven phases, or six with a dense MLP:
+"""The phases of a model's layers. A layer has seven, or six with a dense MLP:
 
     qkv          norm and projection, cut by columns inside each key/value head's group
-    attention    QK-norm, rotary, append to the cache, attention of one split of the context; waits for its group only
+    attention    QK-norm, rotary, cache append, attention of one split of the context; waits for its group only
     combine      the splits of a head, in order
     o_proj       output projection, added to the hidden state in place
     router       norm and router logits
-    gate_up      top-k, then gate, up and activation of one active expert's columns; and who chose that expert
+    gate_up      top-k; gate, up and activation of one active expert's columns; writes the expert's rows
     down         all active experts' columns, in ascending order of expert, added to the hidden state in place
 
-between `embed`, which allocates the rows of the step too, and `lm_head`. The phases around these, which choose tokens
-and what to try, are in `round_phases`. Decisions, and why:
+`embed`, which also allocates the step's rows, comes before the layers and `lm_head` after. `plan/ops/multi_step.py` has
+the phases that choose tokens. Decisions:
 
-- A norm has no phase of its own. Whoever writes columns of the hidden state also writes them times the weight of the
-  norm that comes next (`scaled`), and their sums of squares in blocks of 16 (`squares`): whoever needs the state
-  normalized multiplies what is scaled, and divides the product by the root mean square. Top-k is repeated by every
-  program. Both read a few KB from the L2 cache and save a synchronization of programs, which costs more.
-- QK-norm, rotary and the append lie in `attention`: `qkv` can then be cut finer than a head, which is what keeps all
-  programs busy where there are few heads. Only the item whose split holds a row's position appends it.
-- `gate_up` has an item for each (active expert, tile), a number that only the run knows; `down` has an item for each
-  tile of the hidden state and walks the active experts inside, so that its load does not depend on routing, and the
-  weighted sum has one fixed order and needs no atomics.
-- Splits of the context have a fixed size and absolute bounds, so a row's bits depend on its position alone. Tiles only
-  cut columns: an element's sum runs over the whole contraction axis inside one item, whatever the tile.
+- A norm has no phase. The writer of hidden columns also writes them times the next norm's weight (`scaled`) and their
+sums of squares in blocks of 16 (`squares`). The reader multiplies `scaled` and divides the product by the root mean
+square. Every program repeats top-k. Both read a few KB from L2 and save a synchronization, which costs more.
+- QK-norm, rotary and append are in `attention`, so `qkv` can be cut finer than a head and keeps all programs busy with
+few heads. The item whose split holds a row's position appends it.
+- `gate_up` has an item per (active expert, tile), a number known only at run time. `down` has an item per hidden tile
+and loops over the active experts: its load does not depend on routing, and the weighted sum has one order and needs no
+atomics.
+- Splits have a fixed size and absolute bounds, so a row's bits depend on its position alone. Tiles cut columns only:
+one item sums an element's whole contraction axis.
 
-Items compute all rows of a step's capacity, those that a step does not have as zeros. What lies in buffers for these is
-garbage, from which nothing flows into other rows.
+Items compute all rows of a step's capacity, missing ones as zeros. Buffers may hold garbage for missing rows; it never
+reaches other rows.
 
-Left out: the exchange between GPUs: a plan is of one GPU. Of a shard's plan the cost model counts it, and nothing
-executes one: `scaled` and `squares` would have to be written after the exchange, not before.
+Left out: the exchange between GPUs. The cost model counts it for a shard's plan, but such plans are not executed:
+`scaled` and `squares` would have to be written after the exchange.
 """
 
 from dataclasses import replace
@@ -52,17 +49,17 @@ SEQUENCES = (
 
 
 class LayerBuilder(PlanBuilder):
-    """The phases of a model, in order."""
+    """Adds the phases of a model, in order."""
 
     def embed(
         self, name: str, op: str, reads: tuple[Read, ...], own: tuple[Region, ...], wait: Wait, early_exit: Read | None
     ) -> str:
-        """Decides what the rows are, and embeds their tokens. own: what else an item writes, of its row alone."""
+        """Determines the rows and embeds their tokens. own: other regions that an item writes for its row."""
         D = self.spec.hidden_size
         self.add(
-            name, op, (Axis("row", self.rows),),  # all of them: one that is idle says so to the others
+            name, op, (Axis("row", self.rows),),  # # all: an idle row must say so
             reads=list(reads),
-            # One row of all columns; other rows' items write the same columns of other rows.
+            # An item writes one row of all columns; other items write other rows of the same columns.
             writes=[*own, *(self.whole(each, OWN_COLUMN) for each in ("hidden", "scaled", "squares"))],
             waits=[wait],
             early_exit=early_exit,
@@ -74,8 +71,8 @@ class LayerBuilder(PlanBuilder):
         return name
 
     def layer(self, index: int, layer: LayerSpec, before: str) -> str:
-        """The phases of a layer of the stack; the last one's name."""
-        self.rotation = 0  # layers of one kind get one task list
+        """Adds a layer of the stack; returns its last phase's name."""
+        self.rotation = 0  # # layers of one kind share a task list
         before = self.attention(index, layer.attention, before)
         if isinstance(layer.mlp, DenseSpec):
             return self.dense(index, layer.mlp, before)
@@ -87,7 +84,7 @@ class LayerBuilder(PlanBuilder):
         width = heads * a.qk_head_dim + a.qk_head_dim + a.v_head_dim
         tile = choose_tile(width, self.num_programs, MMA_TILES, G)
         tiles = ceil_div(width, tile)
-        # Layers of different shapes share the memory of their results: no two layers are under way at once.
+        # Layers of different shapes share memory for their results: only one layer runs at a time.
         shape = f"{G}x{width}x{tile}"
         qkv = self.buffer(f"qkv.{shape}", G * tiles * tile, R * ELEMENT_BYTES, "qkv")
         splits = self.num_splits(a.window)
@@ -182,7 +179,7 @@ class LayerBuilder(PlanBuilder):
     def moe(self, index: int, moe: MoeSpec, before: str) -> str:
         at, D, R, E, K = self.stack.name(index), self.spec.hidden_size, self.rows, moe.num_experts, moe.top_k
         width = moe.intermediate_size
-        # One row already makes top_k experts' items: the case to balance, since more rows make more items.
+        # Balanced for one row, which already makes top_k experts' items; more rows make more items.
         tile = choose_tile(width, self.num_programs, MMA_TILES, K)
         router_tile = choose_tile(E, self.num_programs, VECTOR_TILES)
         logits = self.buffer(f"router.{E}", E, R * WIDE_BYTES, "router")
@@ -216,7 +213,7 @@ class LayerBuilder(PlanBuilder):
                 **sizes,
             ),
         )  # fmt: skip
-        # The logits are for those who fetch weights before the routes are written.
+        # Prefetching reads the logits before the routes are written.
         reads = [self.read_whole(logits, f"{at}router")]
         reads += [self.read_whole(act, f"{at}gate_up"), self.read_whole(routes, f"{at}gate_up")]
         self.project(
@@ -232,7 +229,7 @@ class LayerBuilder(PlanBuilder):
         return f"{at}down"
 
     def head(self, name: str, before: str, best: str, has_logits: bool) -> None:
-        """The LM head: its largest logits into the buffer `best`, and all where something else needs them."""
+        """Adds the LM head: the largest logits go to `best`, and all logits are kept if another phase needs them."""
         D, V, R = self.spec.hidden_size, self.spec.vocab_size, self.rows
         tile = choose_tile(V, self.num_programs, MMA_TILES)
         matrix_bytes = self.stack.formats.num_bytes("lm_head", V * D)
@@ -241,7 +238,7 @@ class LayerBuilder(PlanBuilder):
         writes = [Region(self.buffer(best, tiles, R * 2 * WIDE_BYTES), 1, 0, (1,))]
         if has_logits:
             writes.insert(0, Region(self.buffer("logits", V, R * WIDE_BYTES), tile, 0, (tile,)))
-            # the largest logit where `best` has a score
+            # the largest logit, for rows whose `best` is a score
             writes.insert(1, Region(self.buffer("peaks", tiles, R * WIDE_BYTES), 1, 0, (1,)))
         self.add(
             name, "lm_head", (Axis("tile", tiles),), None, tile,
@@ -260,7 +257,7 @@ class LayerBuilder(PlanBuilder):
     def project(
         self, name: str, op: str, index: int, reads: list[Read], waits_for: str, hidden_of: str, work: Work
     ) -> None:
-        """A projection to the hidden size, added to the hidden state in place."""
+        """Adds a projection to the hidden size, added to the hidden state in place."""
         D = self.spec.hidden_size
         tile = choose_tile(D, self.num_programs, MMA_TILES)
         blocks = tile // BLOCK_COLUMNS
@@ -278,5 +275,5 @@ class LayerBuilder(PlanBuilder):
 
 
 def norm_bytes(columns: int) -> int:
-    """Of a row, what a norm takes: the state that is scaled, and the sums of squares."""
+    """Bytes that a norm reads per row: the scaled state and the sums of squares."""
     return columns * ELEMENT_BYTES + num_blocks(columns) * WIDE_BYTES

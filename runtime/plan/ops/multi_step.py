@@ -1,30 +1,25 @@
-"""The phases of a step that decide: which token follows a row, what of a round stands, and what the next round tries.
+"""The phases that choose tokens, accept drafts and propose new ones.
 
-    draft    (only with prompt lookup, before `embed`) proposals from a sequence's own text
-    embed    (in `phases`) allocates the rows of the step to the sequences, see below
-    logit_histogram    how the tokens of rows with top-k or top-p are spread over bins of logits; nothing for other rows
-    sample   the token after each row, out of what `lm_head` and `logit_histogram` have left
-    accept   which drafts are the tokens chosen, and what that commits
+    draft            (with prompt lookup, before `embed`) proposals from a sequence's own text
+    embed            (in `plan/ops/layers.py`) allocates the step's rows to sequences
+    logit_histogram  counts and masses per logit bin, for rows with top-k or top-p
+    sample           the token after each row, from `lm_head` and `logit_histogram`
+    accept           which drafts equal the chosen tokens, and what is committed
 
-`draft` and `accept` have one item a sequence and take two things across steps, both in GPU memory: `sequences`, how far
-each sequence is and when it ends; `history`, its text. `accept` writes what `draft`, or `embed`, of the next step
-reads, so that their waits reach over the step's end. A sequence that the host decodes, one step a launch, has an empty
-record in `sequences`; both phases leave it alone, and `embed` takes the rows that the host has named.
+`draft` and `accept` have one item per sequence and share two buffers across steps: `sequences` (progress and limits)
+and `history` (texts). `accept` writes what the next step's `draft` or `embed` reads, so their waits cross steps. A
+sequence decoded by the host has an empty record in `sequences`, and `embed` takes the rows the host named.
 
-Which rows a sequence has depends on what was proposed for all of them (`allocate_rows`), so that somebody has to see
-all proposals before anybody knows a row. That is `embed`: it has to wait for every proposal anyway, and an item of it
-works out, from one number a sequence, whose row it is, writes that row's record and embeds its token. A phase that only
-allocates would be one more synchronization of programs in every step, and readers that each allocated for themselves
-would do so in every layer. No item writes another's record, so that nothing here rests on how rows are shared out.
+A sequence's rows depend on all proposals (`allocate_rows`). `embed` waits for all proposals anyway, so each of its
+items computes its own row's owner, writes that row's record and embeds its token. A separate phase would add a
+synchronization to every step. No item writes another's record, so the proof does not depend on the allocation.
 
-`proposals` says for each sequence how many tokens to try and which (`records`): whatever writes it before `embed`,
-which has to wait for that, is a drafter.
+`proposals` holds each sequence's number of drafts and their tokens (`plan/record_layout.py`), written by a drafter
+(`plan/ops/drafter.py`) before `embed`.
 
-A launch is over when no sequence is left. Every program finds that out where the step's first phase has waited for the
-last round's `accept` (`Phase.early_exit`): all of them see the same records there, which are not written before all of
-them have gone on, and leave before the step has begun.
-
-The drafter itself is in `drafter_phases`.
+A launch ends when no sequence is left. Every program learns this after the first phase's wait for the last `accept`
+(`Phase.early_exit`): all read the same records, which nobody overwrites before all have read them, and all leave before
+the step begins.
 """
 
 from dataclasses import dataclass
@@ -44,7 +39,7 @@ SUMS = "items add integers to them, each addition atomic: the sums are the same 
 
 @dataclass(frozen=True)
 class MultiStepOps:
-    """Builds them for steps of up to `rows` rows. has_prompt_lookup, has_drafter: who drafts, see the module."""
+    """Builds these phases for steps of up to `rows` rows. has_prompt_lookup, has_drafter: who drafts."""
 
     num_programs: int
     rows: int
@@ -53,13 +48,13 @@ class MultiStepOps:
     has_drafter: bool = False
 
     def buffers(self) -> list[Buffer]:
-        """Those that no other phase writes."""
+        """The buffers that no other phase writes."""
         R = self.rows
         buffers = [
             Buffer("rows", R, RECORD_BYTES),
             Buffer("sequences", R, RECORD_BYTES),
             Buffer("chosen", R, WIDE_BYTES),
-            Buffer("bins", R, 2 * NUM_BINS * SUM_BYTES),  # masses, and numbers of tokens
+            Buffer("bins", R, 2 * NUM_BINS * SUM_BYTES),  # # masses and token counts
             Buffer("outcome", R, OUTCOME * WIDE_BYTES),
         ]
         if self.proposer is not None:
@@ -70,35 +65,35 @@ class MultiStepOps:
 
     @property
     def proposer(self) -> str | None:
-        """The phase that writes proposals, if any does."""
+        """The phase that writes proposals, None without one."""
         return "draft" if self.has_prompt_lookup else "pick" if self.has_drafter else None
 
     def opening(self) -> tuple[Read, Wait]:
-        """What a step's first phase reads, also to learn that all are over, and what it waits for."""
+        """The first phase's read, which also tells that all sequences are finished, and its wait."""
         return self._early_exit(), self._after_last_step()
 
     def first_phases(self) -> list[Phase]:
-        """What comes before `embed`, but for a drafter's."""
+        """The phases before `embed`, except a drafter's."""
         return [self._draft()] if self.has_prompt_lookup else []
 
     def row_allocation(self) -> tuple[tuple[Read, ...], tuple[Region, ...], Wait, Read | None]:
-        """What `embed` reads to allocate rows, what of each it writes, what it waits for; what says that all are over.
+        """The reads, own writes and wait of `embed`, and the read that tells that all sequences are finished.
 
-        It empties the row's bins too, long before `logit_histogram` adds to them.
+        `embed` also clears its row's bins, long before `logit_histogram` adds to them.
         """
         own = _own("rows")
-        reads = (Read(self._whole("sequences"), "accept", 1), Read(own, None))  # the host's, where it named them
+        reads = (Read(self._whole("sequences"), "accept", 1), Read(own, None))  # # rows that the host named
         if self.proposer is not None:
             read = Read(self._whole("proposals"), self.proposer)
             return (*reads, read), (own, _own("bins")), self._all_programs(self.proposer), None
         return reads, (own, _own("bins")), self._after_last_step(), self._early_exit()
 
     def read_rows(self, region: Region | None = None) -> Read:
-        """What a phase behind `embed` knows about the rows of its step."""
+        """The row records, for a phase after `embed`."""
         return Read(self._whole("rows") if region is None else region, "embed")
 
     def choosing(self, vocab_size: int, num_tiles: int) -> tuple[list[Buffer], list[Phase]]:
-        """The phases that choose tokens out of what `lm_head` has left in so many tiles, and their own buffers."""
+        """The phases that choose tokens from `num_tiles` tiles of logits, and their buffers."""
         R, own = self.rows, self.read_rows(_own("rows"))
         slice_size = ceil_div(vocab_size, self.num_programs)
         num_slices = ceil_div(vocab_size, slice_size)
@@ -138,7 +133,7 @@ class MultiStepOps:
             writes=(_own("chosen"), _own("notes")),
             waits=(self._all_programs("logit_histogram"),),
             signals=(Signal("sample", "program"),),
-            work=Work(activation_bytes=num_tiles * 2 * WIDE_BYTES),  # of a row without top-k and top-p
+            work=Work(activation_bytes=num_tiles * 2 * WIDE_BYTES),  # # for a row without top-k and top-p
         )
         return buffers, [logit_histogram, sample]
 
@@ -152,7 +147,7 @@ class MultiStepOps:
         return Phase(
             "accept",
             "accept",
-            (Axis("sequence", self.rows),),  # all of them: one that is over says so to the host
+            (Axis("sequence", self.rows),),  # # all: one that is finished must tell the host
             reads=tuple(reads),
             writes=tuple(writes),
             waits=(self._all_programs("sample"),),
@@ -169,7 +164,7 @@ class MultiStepOps:
             writes=(_own("proposals"),),
             waits=(self._after_last_step(),),
             signals=(Signal("draft", "program"),),
-            # The text once: what runs of other sizes read lies in the L1 cache by then.
+            # The text is counted once: later run sizes read it from L1.
             work=Work(kv_bytes=WIDE_BYTES, activation_bytes=RECORD_BYTES + self.rows * WIDE_BYTES),
             early_exit=self._early_exit(),
         )
@@ -188,5 +183,5 @@ class MultiStepOps:
 
 
 def _own(buffer: str) -> Region:
-    """The cell of the item's row, or of its sequence."""
+    """The cell of the item's row or sequence."""
     return Region(buffer, 1, 0, (1,))

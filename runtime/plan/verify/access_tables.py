@@ -1,7 +1,7 @@
-"""The items of a plan's phases as arrays: who runs them, which counters they wait on, which bytes they touch.
+"""A plan's items as arrays: their programs, counters and bytes.
 
-A step of a large model has a hundred thousand items, but layers of one kind have the same ones. Tables are therefore
-computed once for every distinct geometry and hold numpy arrays over the items of a phase.
+A step of a large model has a hundred thousand items, but layers of one kind share them, so tables of numpy arrays are
+computed once per distinct geometry.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ Ints = np.ndarray  # int64
 
 @dataclass(frozen=True)
 class Access:
-    """One region that a phase touches. low, high: int64, first byte and byte past the last of every item."""
+    """One region that a phase accesses. low, high: int64, first byte and byte past the last, per item."""
 
     memory: str
     low: Ints
@@ -32,7 +32,7 @@ class Access:
 
     @cached_property
     def is_covered(self) -> bool:
-        """Whether the items together leave no byte of the hull out. An exclusive region is shared out completely."""
+        """Whether the items cover the whole hull. An exclusive region is always covered."""
         if self.exclusive:
             return True
         order = np.argsort(self.low, kind="stable")
@@ -42,9 +42,10 @@ class Access:
 
 @dataclass(frozen=True)
 class ItemTable:
-    """A phase's items. programs, rounds: who runs an item, and how many of its items of this phase come before.
+    """A phase's items. programs, rounds: each item's program, and how many items of the phase that program runs before
+    it.
 
-    accesses: one for each of the phase's reads, then one for each of its writes. Several phases share a table.
+    accesses: the phase's reads, then its writes. Phases may share a table.
     """
 
     programs: Ints
@@ -59,7 +60,7 @@ class ItemTable:
 
 
 class Tables:
-    """Item tables of a plan's phases, and the counters of each item."""
+    """Item tables of a plan's phases, and each item's counters."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -74,7 +75,7 @@ class Tables:
         return self._tables[key]
 
     def entry(self, read: Read) -> ItemTable:
-        """What every program reads on entering a phase, as if each had an item for it, ahead of its others."""
+        """The read that every program does on entering a phase, as an item before its others."""
         P, buffer = self.plan.num_programs, self.plan.buffer_named[read.region.buffer]
         last = min(read.region.start + read.region.length, buffer.num_cells)
         assert 0 <= read.region.start < last, f"a launch ends by what lies outside of {read.region.buffer}"
@@ -84,7 +85,7 @@ class Tables:
         return ItemTable(np.arange(P), ahead, ahead, (access,), False)
 
     def elements(self, phase: Phase, what: Wait | Signal) -> Ints:
-        """Index within its counter that each item waits on or signals."""
+        """The counter element that each item waits on or signals."""
         key = (phase.axes, what.start, what.strides)
         if key not in self._elements:
             self._elements[key] = self._affine(phase, what.start, what.strides)
@@ -94,7 +95,7 @@ class Tables:
         for region, is_write in _regions(phase):
             buffer = self.plan.buffer_named[region.buffer]
             place = (buffer.allocation, buffer.offset, buffer.cell_bytes, buffer.num_cells)
-            # Names of layers differ, places do not, except where a layer has its own buffer.
+            # Layers use different names for the same places, except where a layer has its own buffer.
             yield (place, region.length, region.start, region.strides, region.exclusive, is_write)
 
     def _build(self, phase: Phase) -> ItemTable:
@@ -125,7 +126,7 @@ class Tables:
 
 
 def _regions(phase: Phase) -> Iterator[tuple[Region, bool]]:
-    """Reads in their order, then writes in theirs."""
+    """Regions with whether they are written: reads, then writes."""
     for read in phase.reads:
         yield read.region, False
     for write in phase.writes:
@@ -133,7 +134,7 @@ def _regions(phase: Phase) -> Iterator[tuple[Region, bool]]:
 
 
 def check_well_formed(plan: Plan) -> None:
-    """Raises ValueError where a plan names what is not there."""
+    """Raises ValueError for a reference to something that the plan does not have."""
     sizes = {counter.name: counter.size for counter in plan.counters}
     if len(plan.phase_named) != len(plan.phases) or len(sizes) != len(plan.counters):
         raise ValueError("phases and counters must have distinct names")
@@ -158,7 +159,7 @@ def check_well_formed(plan: Plan) -> None:
 
 
 def conflict_within(table: ItemTable) -> tuple[Access, Access, int, int] | None:
-    """Two accesses of one phase, at least one a write, that meet in different items; None if there are none."""
+    """Two accesses of one phase, at least one a write, that overlap in different items; None if there are none."""
     writes = [access for access in table.accesses if access.is_write]
     for write in writes:
         for other in table.accesses:
@@ -171,13 +172,13 @@ def conflict_within(table: ItemTable) -> tuple[Access, Access, int, int] | None:
 
 
 def _meeting(write: Access, other: Access) -> tuple[int, int] | None:
-    """Items i of `write` and j of `other`, i != j, that touch a common byte."""
+    """Items i of `write` and j of `other`, i != j, that access a common byte."""
     order = np.argsort(write.low, kind="stable")
     low, high = write.low[order], write.high[order]
     clash = np.nonzero(low[1:] < np.maximum.accumulate(high)[:-1])[0]
     if len(clash):  # write against itself: whatever the items, two of them meet
         return int(order[clash[0]]), int(order[clash[0] + 1])
-    # The writes are disjoint and sorted, so those that an item meets are a run of neighbours.
+    # The writes are disjoint and sorted, so an item overlaps a contiguous run of them.
     first = np.searchsorted(high, other.low, side="right")
     past = np.searchsorted(low, other.high, side="left")
     items = np.arange(len(first))

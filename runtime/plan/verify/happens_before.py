@@ -1,8 +1,7 @@
-"""The walk behind the proof: a plan's phases in sequential order, with what every program then knows.
+"""Walks a plan's phases in sequential order and tracks what every program knows; `plan/verify/proof.py` says why.
 
-`proof` says what is checked and why that is enough. Clocks are int64, one row a program and one column a program: the
-last event of the column's program that is known to have happened before. Events are numbered along the walk, phase by
-phase and round by round of items, so that one number names an event of a program.
+Clocks are int64 [program, program]: the column program's last event known to the row program. Events are numbered along
+the walk, phase by phase and round by round of items, so a number identifies an event of a program.
 """
 
 from collections import defaultdict
@@ -19,7 +18,7 @@ _NEVER = -(2**62)  # a clock's entry for a program of which nothing is known
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a plan is rejected. edge: the phase at which it was found, and the phase, counter or buffer it fails with."""
+    """Why a plan is rejected. edge: the phase where it failed, and the other phase, counter or buffer."""
 
     kind: str
     step: int
@@ -37,9 +36,9 @@ class Rejected(Exception):
 
 @dataclass
 class _Group:
-    """The signals that one phase of one step adds to one counter. last: each program's last of them, as an event.
+    """Signals that one phase of one step adds to one counter. last: each program's last one, as an event.
 
-    count: signals up to here. knows: what is known once all of them and all before have come.
+    count: signals up to here. knows: what is known once these and all earlier ones have arrived.
     """
 
     instance: int
@@ -50,7 +49,7 @@ class _Group:
 
 @dataclass
 class _Cases:
-    """Groups of a phase's items. programs, knows: of each group; case_of: the group of each item."""
+    """Groups of a phase's items. programs, knows: per group; case_of: each item's group."""
 
     programs: Ints
     knows: Ints
@@ -59,7 +58,7 @@ class _Cases:
 
 @dataclass
 class _Touched:
-    """An access of a phase that ran, as long as some program may not know that it is over."""
+    """A past access that some program may not know to be over."""
 
     instance: int
     phase: Phase
@@ -70,10 +69,10 @@ class _Touched:
 
 @dataclass
 class Walk:
-    """One proof under way. `run` returns if the plan is safe, and raises Rejected if not.
+    """One proof. `run` returns if the plan is safe and raises Rejected otherwise.
 
-    groups: signals so far, by counter and element. touched: accesses that some program may not know to be over.
-    written: writes of the last steps. instance: phases walked so far, all steps counted.
+    groups: signals by counter and element. touched: accesses that some program may not know to be over. written: writes
+    of the last steps. instance: phases walked, over all steps.
     """
 
     plan: Plan
@@ -88,7 +87,7 @@ class Walk:
     def __post_init__(self) -> None:
         self.tables = Tables(self.plan)
         P = self.plan.num_programs
-        # Events of an instance of a phase are numbered round by round; the last number is the end of the phase.
+        # A phase instance numbers its events round by round; the last number is its end.
         self.stride = max(phase.num_items for phase in self.plan.phases) // P + 3
         self.clock = np.full((P, P), _NEVER, np.int64)
 
@@ -123,7 +122,7 @@ class Walk:
         raise Rejected(Failure(kind, step, (phase.name, other), f"step {step}: {message}"))
 
     def check_rates(self) -> None:
-        """Every threshold grows by what its counter grows by."""
+        """Every threshold grows as fast as its counter."""
         rates: dict[tuple[str, int], int] = defaultdict(int)
         for phase in self.plan.phases:
             for signal in phase.signals:
@@ -175,7 +174,7 @@ class Walk:
         self.forget()
 
     def enter(self, phase: Phase, read: Read, step: int) -> None:
-        """Every program reads, behind the waits that all have passed and before its first item."""
+        """Every program reads after the entry waits, before its first item."""
         entry, everyone = self.tables.entry(read), np.arange(self.plan.num_programs)
         (access,) = entry.accesses
         self.check_order(phase, step, entry, access, _Cases(everyone, self.clock, everyone))
@@ -184,7 +183,7 @@ class Walk:
         self.touched[access.memory].append(_Touched(self.instance, phase, entry, access, last))
 
     def cases(self, phase: Phase, table: ItemTable, step: int) -> _Cases:
-        """Items of one program with the same waits know the same: that, for each such group of items."""
+        """Groups items of one program with the same waits: they know the same."""
         waits = [wait for wait in phase.waits if wait.strides]
         key = np.array(table.programs)
         for wait in waits:
@@ -224,7 +223,7 @@ class Walk:
             last = np.full(self.plan.num_programs, _NEVER, np.int64)
             np.maximum.at(last, table.programs[chosen], base + 1 + table.rounds[chosen])
             those = np.unique(cases.case_of[chosen])
-            # An item that does not exist signals without having waited.
+            # Items cut from a dynamic axis signal without having waited.
             knows = self.clock[cases.programs] if table.has_dynamic_axis else cases.knows
             count = int(chosen.sum())
             self.add_group(phase, signal, int(element), step, count, cases.programs[those], knows[those], last)
@@ -240,7 +239,7 @@ class Walk:
         knows: Ints,
         last: Ints,
     ) -> None:
-        """Signals of one phase to one counter, `count` of them. knows: what each of `programs` knows on signalling."""
+        """Adds `count` signals of one phase to one counter. knows: each program's knowledge when it signals."""
         together = np.maximum(knows.max(axis=0), last)
         groups = self.groups[signal.counter, element]
         if groups:
@@ -257,7 +256,7 @@ class Walk:
         groups.append(_Group(self.instance, count, last, together))
 
     def check_order(self, phase: Phase, step: int, table: ItemTable, access: Access, cases: _Cases) -> None:
-        """Every earlier access that conflicts with this one is known to the items that make it."""
+        """Checks that the items know every earlier access that conflicts with this one."""
         least = cases.knows.min(axis=0)
         for earlier in self.touched[access.memory]:
             if not (access.is_write or earlier.access.is_write) or not _overlap(access.hull, earlier.access.hull):
@@ -269,7 +268,7 @@ class Walk:
     def check_items(
         self, phase: Phase, step: int, table: ItemTable, access: Access, cases: _Cases, earlier: _Touched
     ) -> None:
-        """The same item by item. Items of one case that touch the same bytes are checked once."""
+        """The same per item. Items of one case that access the same bytes are checked once."""
         lows, low_of = np.unique(access.low, return_inverse=True)
         _, examples = np.unique(cases.case_of * len(lows) + low_of, return_index=True)
         base = earlier.instance * self.stride
@@ -283,7 +282,7 @@ class Walk:
                 np.maximum.at(needed, earlier.table.programs[meets], base + 1 + earlier.table.rounds[meets])
                 needed_of[low, high] = needed
             unknown = cases.knows[case] < needed_of[low, high]
-            unknown[program] = False  # its own list is in order
+            unknown[program] = False  # # a program runs its own items in order
             if unknown.any():
                 verb = "writes" if access.is_write else "reads"
                 did = "written" if earlier.access.is_write else "read"
@@ -293,7 +292,7 @@ class Walk:
                             f"as {earlier.access.region.buffer})")  # fmt: skip
 
     def check_value(self, phase: Phase, step: int, access: Access, read: Read) -> None:
-        """The producer is the last that wrote what is read, and wrote all of it."""
+        """Checks that the producer wrote the region last and completely."""
         if read.producer is None:
             return
         expected = (step - read.steps_ago) * len(self.plan.phases) + self.plan.phase_named[read.producer]
@@ -313,7 +312,7 @@ class Walk:
                         f"{phase.name} reads {access.region.buffer}, {read.producer} has not written it")  # fmt: skip
 
     def forget(self) -> None:
-        """Drops accesses that all programs know to be over: whatever comes now comes after them."""
+        """Drops accesses that all programs know to be over."""
         known = self.clock.min(axis=0)
         for memory, accesses in list(self.touched.items()):
             self.touched[memory] = [touched for touched in accesses if not (touched.last <= known).all()]
@@ -321,7 +320,7 @@ class Walk:
                 del self.touched[memory]
 
     def state(self) -> tuple | None:
-        """All that later verdicts depend on, counted from the current step; None while it reaches too far back."""
+        """Everything later verdicts depend on, relative to the current step; None while it reaches too far back."""
         now, horizon = self.instance, 2 * len(self.plan.phases)
         for memory, writes in self.written.items():
             self.written[memory] = [write for write in writes if write[0] >= now - horizon]
@@ -334,7 +333,7 @@ class Walk:
         for memory, accesses in sorted(self.touched.items()):
             if any(access.instance < now - horizon for access in accesses):
                 return None
-            # A phase's position in the step says which access it is.
+            # A phase's position in the step identifies the access.
             touched.append((memory, [(a.instance - now, a.access.region, a.access.is_write) for a in accesses]))
         counters = []
         for key, groups in sorted(self.groups.items()):

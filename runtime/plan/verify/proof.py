@@ -1,40 +1,36 @@
-"""Proves that a plan can neither deadlock nor race, whatever the interleaving, expert lists and number of steps.
+"""Proves that a plan can neither deadlock nor race, for any interleaving, expert lists and number of steps.
 
-**What is claimed.** Call *sequential* the order step by step, phase by phase, item by item. If the proof accepts, every
-execution on `num_programs` programs that run their task lists in order makes progress for ever, and every read sees
-what it sees in the sequential order. The memory model is that of the kernels: a signal releases what its program did
-before it, a wait acquires what was released by the signals it counted.
+**Claim.** The *sequential* order runs step by step, phase by phase, item by item. If the proof accepts, every execution
+on `num_programs` programs, each running its task list in order, makes progress, and every read sees what it sees in the
+sequential order. A signal releases what its program did before; a wait acquires what the counted signals released.
 
-**How.** Every program has a clock: a vector with, for each program, the last of its events known to have happened
-before (Lamport's happens-before, Mattern's vectors). Phases are walked in sequential order. A wait whose threshold is
-the number of signals that come up to some earlier phase joins the clocks of all those signals. Then
+**Method.** Every program has a vector clock: the last known event of each program (Lamport's happens-before, Mattern's
+vectors). Phases are walked in sequential order. A wait whose threshold is the number of signals up to some earlier
+phase joins the clocks of all those signals. Checks:
 
-- *no deadlock*: every wait's threshold is reached by signals that lie before it in the sequential order. That order
-  extends every program's own; so of the events that have not happened, the first in it is never blocked.
-- *no fooled wait*: a counter counts, it does not say whose signals it counted. Hence signals of a later phase or step
-  must not arrive before all of an earlier one did: each must know, by its clock, all of them. This is what makes the
-  join above true, by induction over the wall-clock order of the waits that pass: were a wait the first to pass without
-  one of its signals, a later signal would have stood in for it, and the waits behind that one were not fooled.
-- *no race*: of two items that touch a common byte, one of them writing, the one later in the sequential order knows the
-  earlier one by its clock. Execution is then equivalent to the sequential one.
-- *one end*: what says whether a launch is over (`Phase.early_exit`) is read by every program on entering a step's first
-  phase, items or not, and these reads are ordered like all others: all programs find the same, and leave together
-  between two steps, where every counter has counted whole ones.
-- *right value*: in the sequential order, the last writer of what a phase reads is the producer that the read names, and
-  it wrote all of it. Two buffers that share memory while both are alive fail here.
+- *no deadlock*: signals that precede a wait in the sequential order reach its threshold. That order extends every
+program's own, so the first event that has not happened is never blocked.
+- *no fooled wait*: a counter does not say whose signals it counted, so signals of a later phase or step must know, by
+their clocks, all signals of earlier ones. By induction over the wall-clock order of passing waits, the join is then
+true: in the first wait to pass too early, a later signal would have replaced a missing one, although the waits behind
+that signal were not fooled.
+- *no race*: of two items that access a common byte, one writing, the later one knows the earlier one. Execution is then
+equivalent to the sequential one.
+- *one end*: every program reads `Phase.early_exit` on entering a step's first phase, with items or not. These reads are
+ordered like all others, so all programs agree and leave between two steps, with whole counters.
+- *right value*: the last writer of a read region is the named producer, and it wrote all of it. This rejects live
+buffers that share memory.
 
-**Unknown lists.** Dynamic axes are taken at full size for conflicts, a superset of what any run touches; a wait inside
-an item that may not exist teaches its program nothing; signals do not depend on lists. What different items of a phase
-share out by a list (`Region.exclusive`) is disjoint by the definition of the list, and the whole region against any
-other phase.
+**Unknown lists.** Dynamic axes count at full size for conflicts. A wait inside an item that may not exist teaches
+nothing. Signals do not depend on lists. Items that divide a `Region.exclusive` by a list are disjoint by the list's
+definition; against other phases the whole region counts.
 
-**All steps.** Everything that a step's verdicts depend on is finite once step numbers are counted from the current
-step: clocks, accesses not yet known to all, the counts and clocks behind each counter. The walk goes on until this
-state comes back; since thresholds grow with the step exactly as counters do (checked), every later step repeats one
-that was proved. A plan whose state does not come back within `walk.MAX_STEPS` is rejected.
+**All steps.** Relative to the current step, the state (clocks, open accesses, counts and clocks per counter) is finite.
+The walk continues until the state repeats. Thresholds grow like their counters (checked), so every later step repeats a
+proved one. A plan whose state does not repeat within `happens_before.MAX_STEPS` is rejected.
 
-Left out: the arithmetic of the items, which the tests of the kernels cover, and the bound of 2^31 on the distance of
-two counters that are compared, which holds as no program can be two steps ahead.
+Left out: the items' arithmetic, which the kernel tests cover, and the bound of 2^31 between compared counters, which
+holds because no program can be two steps ahead.
 """
 
 import time
@@ -47,7 +43,7 @@ from speedstack.runtime.plan.verify.happens_before import Failure, Rejected, Wal
 
 @dataclass(frozen=True)
 class Proof:
-    """The verdict. num_steps: steps walked until the state came back. num_conflicts: pairs of accesses compared."""
+    """The verdict. num_steps: steps until the state repeated. num_conflicts: pairs of accesses compared."""
 
     failure: Failure | None
     num_phases: int
@@ -63,10 +59,7 @@ class Proof:
 
 
 def prove(plan: Plan) -> Proof:
-    """Checks a plan; see the module. Never raises for a wrong plan: the verdict says what is wrong.
-
-    Raises ValueError for a plan that is not well-formed: unknown names, indices outside a counter or buffer.
-    """
+    """Proves a plan safe, or returns the reason why not. Raises ValueError only for a plan that is not well-formed."""
     check_well_formed(plan)
     started = time.perf_counter()
     walk = Walk(plan)

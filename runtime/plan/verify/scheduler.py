@@ -1,15 +1,12 @@
-"""Runs programs that wait for each other on a CPU, one thread each, under a scheduler that a seed decides.
+"""Runs programs that wait for each other on a CPU: one thread each, scheduled by a seed.
 
-Exactly one thread runs at a time. It hands over where programs can influence each other: before a wait, before a
-signal, and wherever a program pauses. Who goes on is drawn from the seed, so that an interleaving can be run again; the
-list of choices (`Scheduler.trace`) replays it without the seed. When nobody can go on, the run ends with a `Deadlock`
-that says who waits for what, instead of hanging.
+One thread runs at a time and yields before waits, before signals and at pauses. The seed draws the next thread;
+`Scheduler.trace` replays the choices without it. If no thread can run, `Deadlock` says who waits for what.
 
-Two ways of drawing. Even seeds choose uniformly among those that can go on. Odd seeds give programs priorities, which
-drop at a few random moments (Burckhardt et al. 2010, PCT): one program is then far ahead or far behind for long, which
-uniform choice hardly ever produces.
+Even seeds choose uniformly. Odd seeds use priorities that drop at a few random moments (Burckhardt et al. 2010, PCT),
+so one program runs far ahead or behind, which uniform choice rarely produces.
 
-`runtime.backends.gpu.interpreter` runs the resident kernel under it; tests run plans with semantics in PyTorch.
+`backends/gpu/interpreter.py` runs the resident kernel under it; tests run plans with PyTorch semantics.
 """
 
 import random
@@ -17,11 +14,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-_PRIORITY_CHANGES = 3  # moments at which the running program falls behind all others, in a run of odd seed
+_PRIORITY_CHANGES = 3  # # priority drops of the running program, in a run of odd seed
 
 
 class Deadlock(RuntimeError):
-    """Nobody can go on. `waiting`: what each program that is not done waits for."""
+    """No program can continue. `waiting`: what each unfinished program waits for."""
 
     def __init__(self, waiting: Mapping[int, str]) -> None:
         self.waiting = dict(waiting)
@@ -43,7 +40,7 @@ class _Program:
 
 
 class Scheduler:
-    """Threads that take turns. trace: the program chosen at each hand-over; give it to replay a run."""
+    """Threads that take turns. trace: the program chosen at each switch; pass it in to replay a run."""
 
     def __init__(self, seed: int = 0, trace: Sequence[int] | None = None) -> None:
         self.trace: list[int] = []
@@ -58,16 +55,13 @@ class Scheduler:
         self._finished = threading.Semaphore(0)
 
     def run(self, num_programs: int, body: Callable[[int], None]) -> None:
-        """Runs `body(program)` for every program to its end.
-
-        Raises Deadlock, or what the first body to fail raised.
-        """
+        """Runs `body(program)` for every program. Raises Deadlock, or the first exception of a body."""
         assert not self._programs, "a scheduler runs once"
         for program in range(num_programs):
             thread = threading.Thread(target=self._main, args=(program, body), daemon=True)
             self._programs.append(_Program(thread, threading.Semaphore(0)))
         self._priorities = [self._random.random() for _ in range(num_programs)]
-        # About as many hand-overs as a small plan has; a longer run has its changes early.
+        # About the switches of a small plan; in a longer run all changes come early.
         self._changes = {self._random.randrange(200 * num_programs) for _ in range(_PRIORITY_CHANGES)}
         for state in self._programs:
             state.thread.start()
@@ -80,15 +74,14 @@ class Scheduler:
 
     @property
     def unfinished(self) -> list[int]:
-        """Programs that are not done."""
         return [program for program, state in enumerate(self._programs) if not state.is_done]
 
     def pause(self, program: int) -> None:
-        """Lets others go on."""
+        """Lets other programs run."""
         self.wait(program, None, "its turn")
 
     def wait(self, program: int, can_go: Callable[[], bool] | None, what: str) -> None:
-        """Lets others go on, and comes back once `can_go()`; `what` describes it in a dump."""
+        """Lets other programs run until `can_go()`; `what` describes the wait in a dump."""
         state = self._programs[program]
         state.can_go, state.what = can_go, what
         following = self._choose()
@@ -108,7 +101,7 @@ class Scheduler:
         ]
         if not ready:
             waiting = {program: state.what for program, state in enumerate(self._programs) if not state.is_done}
-            # Kept here already: what the deadlock passes through on its way up may wrap it.
+            # Kept now: the deadlock may be wrapped on its way up.
             self._error = self._error or Deadlock(waiting)
             raise self._error
         if self._replay is not None:

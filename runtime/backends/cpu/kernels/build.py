@@ -13,22 +13,22 @@ HEADERS = (
     *("simd.h", "weights.h", "matmul.h", "program.h", "thread_pool.h"),
     *("attention.h", "dense.h", "experts.h", "head.h", "pack.h"),
 )
-# No -march=native: what is built is what was asked for, and a set that the machine has beside its best can be tested.
-# No -ffast-math, no contraction: a sum's order and where it is rounded are in the source, the same on every set.
+# No -march=native: any of the machine's instruction sets can be built and tested. No -ffast-math and no contraction:
+# the source fixes the order and rounding of sums on every set.
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-pthread", "-shared", "-fPIC")
-# Best first, with what /proc/cpuinfo has to name.
+# Best first, with the required flags of /proc/cpuinfo.
 INSTRUCTION_SETS = {
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"),
     "avx2": ("avx2", "fma", "f16c"),
     "neon": (),
 }
-# Which of equal instructions, in which order: measured, a third of the speed of two rows on AVX2.
+# Choice and order of equivalent instructions: measured, a third of the speed of two rows on AVX2.
 TUNING = {"avx2": ("-mtune=haswell",)}
 VARIABLE = "SPEEDSTACK_CPU"
 
 
 def available_sets() -> list[str]:
-    """Names in INSTRUCTION_SETS that this machine has, best first."""
+    """This machine's INSTRUCTION_SETS, best first."""
     machine = platform.machine().lower()
     if machine in ("aarch64", "arm64"):
         return ["neon"]
@@ -39,10 +39,7 @@ def available_sets() -> list[str]:
 
 
 def choose_set() -> str:
-    """The instruction set to build for: what SPEEDSTACK_CPU names, else the machine's best.
-
-    Raises ValueError where the machine has none of them, or not the one that is named.
-    """
+    """The instruction set to build for: SPEEDSTACK_CPU, else the best. Raises ValueError if the machine lacks it."""
     available, wanted = available_sets(), os.environ.get(VARIABLE)
     if not available:
         raise ValueError("backend 'cpu' needs a processor with AVX2 and FMA, or NEON; use backend='reference'")
@@ -60,7 +57,7 @@ def flags_of(instruction_set: str) -> tuple[str, ...]:
 
 
 def load_kernels() -> ctypes.CDLL:
-    """The compiled kernels, built on first use. Raises ValueError as `load_library` and `choose_set` do."""
+    """The compiled kernels, built on first use. Raises ValueError as `load_library` and `choose_set`."""
     return _load(choose_set())
 
 

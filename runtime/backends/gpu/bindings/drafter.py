@@ -1,7 +1,7 @@
-"""What the device functions of a drafter's own phases are given; those of its layers are `bindings`' business.
+"""Arguments of the drafter's own device functions; `layers.py` has those of its layers.
 
-Its projections to queries, keys and values are sorted by head like the target's and lie one layer after another, so
-that the phase that makes the context's keys and values reads the rows of all layers out of one tensor.
+Its qkv projections are sorted by head like the target's and stored layer after layer, so that one phase reads all
+layers' key and value rows from one tensor.
 
 Legend: L layers, G key/value heads, O rows of a group, D hidden, H head size.
 """
@@ -20,11 +20,11 @@ from speedstack.runtime.model.qkv_layout import grouped_qkv
 from speedstack.runtime.plan.ir import Phase
 from speedstack.runtime.plan.tiling import power_of_two
 
-TILES_AT_A_TIME = 128  # of the LM head's, whose largest logits are compared; has no bearing on anything
+TILES_AT_A_TIME = 128  # # LM-head tiles compared at a time; does not affect results
 
 
 class DrafterBinder:
-    """Binds a drafter's phases with what all bindings share."""
+    """Binds a drafter's phases."""
 
     def __init__(self, binder: StepBinder, weights: DrafterWeights) -> None:
         self.binder, self.weights, self.spec, self.layers = binder, weights, weights.spec, weights.layers
@@ -47,7 +47,7 @@ class DrafterBinder:
         }
 
     def grouped(self, layer: int) -> torch.Tensor:
-        """A layer's projection to queries, keys and values, sorted by head."""
+        """A layer's qkv projection, sorted by head."""
         return self.qkv_LOD[layer]
 
     def block(self, phase: Phase) -> Bound:
@@ -83,7 +83,7 @@ class DrafterBinder:
 
     def append(self, phase: Phase) -> Bound:
         binder, a = self.binder, self.spec.layers[0].attention
-        cos_TH, sin_TH = binder.tables(replace(a, window=None, ahead=0))  # layers differ in these two alone
+        cos_TH, sin_TH = binder.tables(replace(a, window=None, ahead=0))  # # layers differ in these two fields only
         rows, raw = binder.buffer("rows", "context.kv")
         return (rows, raw, self.k_norm_LH, cos_TH, sin_TH, binder.memory.contexts), {
             "value_scale": float(a.value_scale),

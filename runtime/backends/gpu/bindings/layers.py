@@ -1,17 +1,15 @@
-"""What the device function of each phase is given: the tensors it works on, and the values it is compiled for.
+"""Arguments of each phase's device function: its tensors and compile-time constants.
 
-Which phases there are, how they are cut and what lies where, the plan says; here each phase finds its buffers, weights
-and sizes, for every backend that executes plans in Triton. Weights stay as they are, but for the projection to queries,
-keys and values, whose rows are sorted by key/value head and padded to whole tiles, and for the sampling state, which
-the plan knows as part of the rows.
+The plan decides phases, tiles and layouts; this file finds their buffers, weights and sizes for all Triton backends.
+Weights stay as loaded, except qkv rows, which are sorted by key/value head and padded to whole tiles. The plan treats
+the sampling state as part of the rows.
 
-Scales of weights in FP8 come last among a phase's pointers: one a tile of FP8_ROWS rows and 128 columns, which is 128
-rows but where the order of qkv rows puts rows of different tiles side by side. Then tiles have as many rows as head
-sizes and the group's columns have in common: 64 for heads of 192 and 128, that is one scale for 8,192 weights; at worst
-one a row, 3 % more bytes.
+FP8 scales come last among a phase's pointers, one per tile of FP8_ROWS rows and 128 columns. FP8_ROWS is 128, except
+for sorted qkv rows: the common divisor of head sizes and group columns. That is 64 for heads of 192 and 128 (one scale
+per 8,192 weights), at worst one per row, 3 % more bytes.
 
-Legend: R rows, D hidden, N heads, G key/value heads, M heads of a group, H query/key head size, V value head size,
-O qkv rows of the checkpoint, T positions.
+Legend: R rows, D hidden, N heads, G key/value heads, M heads of a group, H query/key head size, V value head size, O
+qkv rows of the checkpoint, T positions.
 """
 
 from collections.abc import Callable
@@ -42,26 +40,25 @@ from speedstack.runtime.plan.ir import Phase, Plan
 from speedstack.runtime.plan.ops.drafter import is_drafting
 from speedstack.runtime.plan.tiling import BLOCK_COLUMNS, num_blocks, power_of_two
 
-# Fixed, so that the order of every sum is: elements of a slice of a contraction axis at a time, (row, head) pairs of a
-# query tile, keys at a time, splits combined at a time.
+# Fixed, to fix the order of every sum: elements per slice step of a contraction axis, (row, head) pairs per query tile,
+# keys at a time, splits combined at a time.
 CHUNK = 64
 assert TILE_SIZE % CHUNK == 0, "a chunk lies under one scale"
-# Of a product of MXFP4 weights: elements of a slice of the contraction axis, a block of 32 for each of four lanes, and
-# the most slices at a time, one a warp.
+# For MXFP4 products: elements per slice step (a block of 32 for each of four lanes), and the most slices, one per warp.
 SLICE = 128
 SLICES = 8
-# The largest E8M0 scale whose product with 2**126 is a bfloat16: those above take a product more to decode.
+# The largest E8M0 scale whose product with 2**126 is a bfloat16; larger ones need another multiplication.
 LARGEST_NARROW_SCALE = 128
 QUERIES = 32
-LONG_CHUNK = 512  # where the sum is no tensor core's
+LONG_CHUNK = 512  # # for sums without tensor cores
 KEY_CHUNK = 64
 SPLITS_AT_A_TIME = 16
 
 
 class Constants:
-    """Values that a kernel is compiled for, by name: `constants.D`.
+    """Compile-time values of a kernel, by name: `constants.D`.
 
-    Triton takes this for one compile-time value. It tells two apart by hash and text, so equal values have equal ones.
+    Triton treats this as one constexpr and compares hash and text, so equal values have equal ones.
     """
 
     def __init__(self, **values: Any) -> None:
@@ -86,7 +83,7 @@ class Constants:
 
 @dataclass(frozen=True)
 class Binding:
-    """One phase's. pointers: in the order in which `kernels.dispatch` takes them, contiguous."""
+    """One phase's arguments. pointers: contiguous tensors in the order of `kernels/dispatch.py`."""
 
     phase: Phase
     pointers: tuple[torch.Tensor, ...]
@@ -94,13 +91,13 @@ class Binding:
 
 
 def bind(plan: Plan, weights: ModelWeights, memory: Memory, drafter: DrafterWeights | None = None) -> list[Binding]:
-    """The bindings of a step's phases in order. drafter: the one that the plan was built with."""
+    """Bindings of a step's phases in order. drafter: the plan's."""
     builder = Binder(plan, weights, memory, drafter)
     return [builder.bind(phase) for phase in plan.phases]
 
 
 class Binder(StepBinder):
-    """Finds what each phase is given; a drafter's layers come after the target's, as in `Phase.layer`."""
+    """Finds each phase's arguments; a drafter's layers follow the target's, as in `Phase.layer`."""
 
     def __init__(self, plan: Plan, weights: ModelWeights, memory: Memory, drafter: DrafterWeights | None) -> None:
         super().__init__(plan, weights, memory)
@@ -120,14 +117,14 @@ class Binder(StepBinder):
         pointers, constants = elsewhere[phase.op](phase) if phase.op in elsewhere else _BOUND[phase.op](self, phase)
         assert all(tensor.is_contiguous() for tensor in pointers), f"{phase.name}: a tensor has gaps"
         axes = tuple(axis.size for axis in phase.axes)
-        # A drafter's layers have nothing to do where there are no blocks; its own phases see for themselves.
+        # A drafter's layers skip steps without blocks; its own phases check for themselves.
         sizes = self.sizes | {"IS_DRAFT": is_drafting(phase) and phase.op not in own}
         if self.drafter is not None and (is_drafting(phase) or phase.op in own):
             sizes["eps"] = self.drafter.spec.rms_norm_eps
         return Binding(phase, pointers, Constants(op=phase.op, axes=axes, T=phase.tile, **sizes, **constants))
 
     def linear(self, weight: Linear) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], dict[str, Any]]:
-        """A matrix or its codes, its scales if it is in FP8, and the constant that says so."""
+        """A matrix or its codes, its FP8 scales if any, and the constant that says so."""
         if isinstance(weight, FP8Tensor):
             return weight.codes_OI, (weight.scales_PQ,), {"FP8_ROWS": weight.tile_rows}
         return weight, (), {"FP8_ROWS": 0}
@@ -149,7 +146,7 @@ class Binder(StepBinder):
         return spec, weights
 
     def tap(self, phase: Phase) -> torch.Tensor | None:
-        """Where a copy of the phase's result goes."""
+        """The buffer for a copy of the phase's result, None without one."""
         for region in phase.writes:
             if region.buffer.startswith("features."):
                 return self.memory.features[int(region.buffer.removeprefix("features."))]
@@ -163,11 +160,11 @@ class Binder(StepBinder):
         return pointers, {"HAS_PROPOSALS": proposals is not None}
 
     def rows(self, phase: Phase) -> torch.Tensor:
-        """The records of the rows that a phase computes."""
+        """Records of the rows that a phase computes."""
         return self.buffers["blocks" if is_drafting(phase) else "rows"]
 
     def for_norm(self, phase: Phase) -> tuple[torch.Tensor, ...]:
-        """The weight of the norm behind a phase that writes the hidden state, and where what that norm needs goes."""
+        """The next norm's weight, and the buffers for its inputs."""
         owner: Layers = self.weights
         layer = phase.layer
         if self.drafter is not None and is_drafting(phase):
@@ -175,7 +172,7 @@ class Binder(StepBinder):
         return (owner.norm_behind(phase.op == "o_proj", layer), *self.buffer("scaled", "squares"))
 
     def to_norm(self, phase: Phase) -> tuple[torch.Tensor, ...]:
-        """What a phase begins with that normalizes the hidden state."""
+        """The first pointers of a phase that normalizes the hidden state."""
         return (self.rows(phase), *self.buffer("scaled", "squares"))
 
     def qkv(self, phase: Phase) -> Bound:
@@ -201,7 +198,7 @@ class Binder(StepBinder):
         cache = [*self.memory.caches, *self.memory.contexts][phase.layer]
         heads = spec.num_heads // spec.num_kv_heads
         head_tile, head_size = power_of_two(heads), max(16, power_of_two(spec.qk_head_dim))
-        # Wide heads take the registers of more queries and keys.
+        # Wide heads need more registers, so fewer queries and keys at a time.
         queries, keys = (QUERIES, KEY_CHUNK) if head_size <= 64 else (QUERIES // 2, KEY_CHUNK // 2)
         q_norm, k_norm = self.optional(weights.q_norm_H), self.optional(weights.k_norm_H)
         grouped, partial = self.buffer("qkv", "partial")
@@ -266,7 +263,7 @@ class Binder(StepBinder):
         weight: Linear,
         bias: torch.Tensor | None,
     ) -> Bound:
-        """A projection to the hidden size. x_step, x_row_step: of sixteen elements, and of a row, in x."""
+        """A projection to the hidden size. x_step, x_row_step: strides of sixteen elements and of a row in x."""
         tap = self.tap(phase)
         matrix, scales, constants = self.linear(weight)
         result = (self.buffers["hidden"], *self.for_norm(phase), self.optional(tap))
@@ -294,7 +291,7 @@ class Binder(StepBinder):
         }
 
     def choice(self, phase: Phase) -> Bound:
-        """What chooses experts, which comes first in the phases that need it."""
+        """The pointers that choose experts, first in the phases that need them."""
         spec, weights = self.moe_of(phase)
         rows, logits = self.buffer("rows", "router")
         return (rows, logits, self.optional(weights.correction_bias_E)), {
@@ -314,7 +311,7 @@ class Binder(StepBinder):
         constants |= {"SLICES": min(SLICES, power_of_two(-(-weight.shape[-1] // SLICE))), "IS_WIDE": False}
         if not isinstance(weight, MXFP4Tensor):
             return (weight, weight, self.optional(bias)), constants
-        # Shapes without values, which are compiled for and not run, are taken to have the scales that weights have.
+        # Weights on the meta device are assumed to have ordinary scales.
         if not weight.scales.is_meta:
             constants["IS_WIDE"] = bool((weight.scales > LARGEST_NARROW_SCALE).any())
         return (weight.codes, weight.scales, self.optional(bias)), constants

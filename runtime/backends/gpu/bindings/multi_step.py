@@ -1,7 +1,4 @@
-"""What the device functions of the phases that decide are given: `draft`, `logit_histogram`, `sample` and `accept`.
-
-See `round_phases` for these, and `bindings` for all others.
-"""
+"""Arguments of the device functions `draft`, `logit_histogram`, `sample` and `accept` (`plan/ops/multi_step.py`)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +10,7 @@ from speedstack.runtime.model.spec import ModelSpec
 from speedstack.runtime.plan.ir import Phase, Plan
 from speedstack.runtime.plan.tiling import power_of_two
 
-# Without any bearing on results: tokens that top-k and top-p look at at a time, and tokens of a text that are compared
-# at a time.
+# Do not affect results: tokens that top-k and top-p process at a time, and text tokens compared at a time.
 CANDIDATES = 512
 TEXT_BLOCK = 4096
 
@@ -22,7 +18,7 @@ Bound = tuple[tuple[torch.Tensor, ...], dict[str, Any]]
 
 
 class MultiStepBinder:
-    """Binds the phases of `round_phases`."""
+    """Binds the phases of `plan/ops/multi_step.py`."""
 
     def __init__(self, plan: Plan, spec: ModelSpec, memory: Memory) -> None:
         self.plan, self.spec, self.memory = plan, spec, memory
@@ -58,7 +54,7 @@ class MultiStepBinder:
         return (self.memory.rows, self.memory.sampling, *results, self.memory.reports), self.sizes() | constants
 
     def sizes(self) -> dict[str, int]:
-        """How a row's logits are cut: among the tiles of the LM head, and into the slices of `logit_histogram`."""
+        """How a row's logits are cut into LM-head tiles and `logit_histogram` slices."""
         logit_histogram = self.plan.phases[self.plan.phase_named["logit_histogram"]]
         return {
             "VOCAB": self.spec.vocab_size,
@@ -72,7 +68,7 @@ class MultiStepBinder:
         history, stride = self.history()
         proposals = self.memory.buffers.get("proposals")
         eos = self.spec.eos_token_ids
-        # -2 is no token, nor what stands for one.
+        # -2 is neither a token nor a marker.
         padded = [*eos, *[-2] * (power_of_two(max(1, len(eos))) - len(eos))]
         eos_L = torch.tensor(padded, dtype=torch.int32, device=self.memory.rows.device)
         pointers = (self.memory.rows, self.memory.sequences, self.memory.reports, eos_L, history)
@@ -85,6 +81,6 @@ class MultiStepBinder:
         }
 
     def history(self) -> tuple[torch.Tensor, int]:
-        """Texts of all slots and the tokens from one to the next; 0 of them, and no texts, where nobody reads them."""
+        """Texts of all slots and their stride in tokens; stride 0 if nobody reads them."""
         history = self.memory.buffers.get("history")
         return (self.memory.rows, 0) if history is None else (history, history.shape[1])

@@ -1,4 +1,4 @@
-"""What the bindings of all phases share: the plan, its buffers, and the tables of rotary angles."""
+"""The common part of all bindings: the plan, its buffers, and the rotary tables."""
 
 from abc import ABC, abstractmethod
 
@@ -12,7 +12,7 @@ from speedstack.runtime.plan.ir import Phase, Plan
 
 
 class StepBinder(ABC):
-    """Finds buffers by name; what lies behind a norm depends on whose layers a phase is of."""
+    """Finds buffers by name; the next norm depends on the phase's stack."""
 
     def __init__(self, plan: Plan, weights: ModelWeights, memory: Memory) -> None:
         self.plan, self.weights, self.memory = plan, weights, memory
@@ -21,13 +21,13 @@ class StepBinder(ABC):
 
     @abstractmethod
     def for_norm(self, phase: Phase) -> tuple[torch.Tensor, ...]:
-        """The weight of the norm behind a phase that writes the hidden state, and where what that norm needs goes."""
+        """The next norm's weight, and the buffers for its inputs."""
 
     def buffer(self, *names: str) -> tuple[torch.Tensor, ...]:
         return tuple(self.buffers[name] for name in names)
 
     def optional(self, tensor: torch.Tensor | None) -> torch.Tensor:
-        """Something to point to where there is nothing."""
+        """The tensor, or a placeholder for None."""
         return self.memory.hidden_DR if tensor is None else tensor
 
     def tables(self, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,9 +1,8 @@
-"""Compiling kernels without the GPU that they are for, into Triton's cache on disk: to look at, or for its JIT to find.
+"""Compiles kernels without their GPU into Triton's disk cache, for inspection or for its JIT to find.
 
-At a kernel's first launch Triton's JIT looks in that cache for what it would compile, and compiles one kernel at a time
-where it finds nothing. What is compiled here goes through the JIT itself, with a driver that knows no more than which
-GPU there would be. So it is filed under what a launch looks for: the source, the types, alignments and values of
-arguments as the JIT specializes them, options and target.
+Compiling goes through the JIT with a driver that only knows the GPU's target, so the cache key is that of a real
+launch: source, types, alignments and values of arguments, options and target. The JIT itself compiles kernels one at a
+time, at their first launch.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ HOPPER = (9, 0)
 
 
 class AbsentGpu:
-    """All that the JIT asks of a driver before it launches anything. It launches nothing."""
+    """What the JIT asks of a driver before a launch; it cannot launch."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
@@ -29,7 +28,7 @@ class AbsentGpu:
         return self.target
 
     def get_current_device(self) -> str:
-        # The JIT keeps kernels by device: not under the number of one that is there.
+        # The JIT keys kernels by device: do not collide with a real one.
         return f"sm_{self.target.arch}, not there"
 
     def get_current_stream(self, device: str) -> int:
@@ -38,7 +37,7 @@ class AbsentGpu:
 
 @contextmanager
 def driven_by(other: Any) -> Iterator[None]:
-    """Triton takes `other` for its driver inside."""
+    """Makes `other` Triton's driver inside the block."""
     before = driver._active
     driver.set_active(other)
     try:
@@ -49,7 +48,7 @@ def driven_by(other: Any) -> Iterator[None]:
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """The kernels that Triton compiles inside, because it does not find them on disk, by name."""
+    """Names of the kernels that Triton compiles inside the block because the disk cache lacks them."""
     found, before = list[str](), knobs.compilation.listener
 
     def listen(**what: Any) -> None:
@@ -68,10 +67,9 @@ def compilations() -> Iterator[list[str]]:
 def compile_kernel(
     kernel: Any, arguments: Mapping[str, Any], options: Mapping[str, Any], capability: tuple[int, int] = HOPPER
 ) -> Any:
-    """Compiles what a launch with these arguments and options would, or takes it from the cache. Triton's kernel.
+    """Compiles the kernel that this launch would need, or takes it from the cache; returns Triton's kernel.
 
-    Tensors may be on any device, the meta device too; an allocation is taken to begin at a multiple of 16 bytes, as on
-    a GPU.
+    Tensors may be on any device, meta included; allocations are assumed to start at multiples of 16 bytes, as on a GPU.
     """
     with driven_by(AbsentGpu(capability)), first_values():
         return kernel.warmup(**arguments, **options, grid=(1,))

@@ -1,9 +1,7 @@
-"""Any item of any phase: from a phase's constants and pointers to its device function. The one definition of what a
-phase computes, for all GPU backends.
+"""Runs any item of any phase: maps a phase's constants and pointers to its device function, for all GPU backends.
 
-A phase's constants (`runtime.backends.gpu.bindings.layers.Constants`) hold its op, its axes and all sizes; whatever
-depends on them is decided at compile time. Pointers are a tuple in the order that is written here; the scales of a
-weight in FP8 come last, and are not there where FP8_ROWS is 0.
+The constants (`bindings.layers.Constants`) hold op, axes and sizes, and all choices are made at compile time. Pointers
+are a tuple in the order written here; FP8 scales come last and are absent if FP8_ROWS is 0.
 """
 
 import triton
@@ -44,10 +42,10 @@ from speedstack.runtime.backends.gpu.kernels.rows import (
 
 @triton.jit
 def begin_phase(p, PHASE: tl.constexpr):
-    """How many coordinates of the first axis exist in this step, and what the items of the phase share.
+    """The size of the first axis in this step, and values shared by the phase's items.
 
-    Shared are experts [KP, R], their weights [KP, R] and ranks [EP] (see `router.choose`); how many active experts
-    there are; for `lm_head`, how many rows have a temperature; or nothing.
+    Shared: experts [KP, R], weights [KP, R] and ranks [EP] (`router.choose`); the number of active experts; for
+    `lm_head`, the number of rows with a temperature; or nothing.
     """
     num_first = PHASE.axes[0]
     shared = ()
@@ -61,7 +59,7 @@ def begin_phase(p, PHASE: tl.constexpr):
         num_first = tl.max(tl.where(has_topk_or_topp(p[0], p[1], r_R, PHASE.VOCAB), r_R + 1, 0), axis=0)
     elif PHASE.op == "attention" or PHASE.op == "append":
         r_R = tl.arange(0, PHASE.R)
-        # A sequence without a row leaves a gap.
+        # A sequence without rows leaves a gap.
         num_first = tl.max(tl.where(field(p[0], r_R, NUM_ROWS) > 0, r_R + 1, 0), axis=0)
     elif PHASE.IS_DRAFT:
         num_first = tl.where(has_rows(p[0], PHASE.R), PHASE.axes[0], 0)
@@ -70,7 +68,7 @@ def begin_phase(p, PHASE: tl.constexpr):
         shared = choose_experts(p, PHASE)
         num_first = tl.max(shared[2], axis=0)
     elif PHASE.op == "expert_down":
-        # Without rows there is no item before that says how many experts there are.
+        # Without rows, no earlier item has written the number of experts.
         shared = (tl.where(has_rows(p[0], PHASE.R), load_num_active(p[12], PHASE.R), 0),)  # type: ignore[assignment]
     elif PHASE.op == "lm_head":
         is_drawn_R = is_used(p[0], PHASE.R) & is_drawn(p[6], tl.arange(0, PHASE.R))
@@ -80,7 +78,7 @@ def begin_phase(p, PHASE: tl.constexpr):
 
 @triton.jit
 def choose_experts(p, PHASE: tl.constexpr):
-    """What rows chose, in a phase whose pointers begin with those that say so."""
+    """The rows' experts, for a phase whose pointers begin with the router's."""
     return choose(
         p[0], p[1], p[2], PHASE.routed_scale, PHASE.E, PHASE.R, PHASE.K, PHASE.EP, PHASE.KP,
         PHASE.IS_SIGMOID, PHASE.HAS_CORRECTION, PHASE.RENORMALIZE,
@@ -89,7 +87,7 @@ def choose_experts(p, PHASE: tl.constexpr):
 
 @triton.jit
 def coordinates(item, PHASE: tl.constexpr):
-    """Of an item along the axes; zeros for axes that there are not."""
+    """An item's coordinates along the axes, 0 for missing axes."""
     i, j, k = item, item * 0, item * 0
     if len(PHASE.axes) == 2:
         i, j = item // PHASE.axes[1], item % PHASE.axes[1]
@@ -101,7 +99,7 @@ def coordinates(item, PHASE: tl.constexpr):
 
 @triton.jit
 def run_item(i, j, k, local_step, shared, p, PHASE: tl.constexpr):
-    """The item at coordinates (i, j, k) of the phase's axes, as many as it has. local_step: of this launch."""
+    """Runs the item at (i, j, k) of the phase's axes. local_step: step within this launch."""
     scales = p[len(p) - 1]
     if PHASE.op == "embed":
         # sequences, draws, proposals, rows, sampling, embedding, hidden, norm, scaled, squares, bins

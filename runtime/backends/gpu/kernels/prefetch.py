@@ -1,11 +1,8 @@
-"""Asking for weights to be brought into the L2 cache before they are needed.
+"""Prefetches weights into the L2 cache.
 
-Nothing is read for its value but what names the experts and what says whether a drafter has blocks, and nothing is
-written: whatever an item here does, results stay what they are. What is fetched together are whole rows of a weight,
-which lie one after another.
-
-Of a phase's items the first of every program are fetched. More would not arrive before the wait is over, and the LM
-head alone is larger than the cache.
+It reads values only to learn which experts and blocks there are and writes nothing, so it cannot change results. It
+fetches whole weight rows, contiguous in memory, of each program's first item: more would not arrive before the wait
+ends, and the LM head alone exceeds the cache.
 """
 
 import triton
@@ -17,22 +14,22 @@ from speedstack.runtime.backends.gpu.kernels.rows import has_rows
 from speedstack.runtime.backends.gpu.kernels.sync import agreed
 
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_LANES = tl.constexpr(256)  # pieces of a block, one a thread of eight warps
+_LANES = tl.constexpr(256)  # # 16-byte pieces, one per thread of eight warps
 _LINE = tl.constexpr(128)  # bytes of a cache line
 
 
 @triton.jit
 def prefetch_item(first, p, PHASE: tl.constexpr, scratch_ptr=None):
-    """The weights of a program's first item of a phase, if the program has one.
+    """Prefetches the weights of a program's first item of a phase, if it has one.
 
-    scratch_ptr: given by those who ask whether there are blocks while others may write them.
+    scratch_ptr: set if other programs may be writing the blocks that this reads.
     """
     num_items = PHASE.num_items
     rank_E = tl.zeros((1,), tl.int32)
     if PHASE.op == "expert_down":
         rank_E = choose_experts(p, PHASE)[2]
     if PHASE.IS_DRAFT:
-        # To the phase that comes first, it may be what the step before had.
+        # In the first phase, this may be the previous step's value.
         is_wanted = has_rows(p[0], PHASE.R).to(tl.int32)
         if scratch_ptr is not None:
             is_wanted = agreed(is_wanted, scratch_ptr)
@@ -68,7 +65,7 @@ def prefetch_item(first, p, PHASE: tl.constexpr, scratch_ptr=None):
 
 @triton.jit
 def prefetch_expert_rows(p, row, num_rows, K: tl.constexpr, PHASE: tl.constexpr):
-    """T rows of K elements of an expert's weight, codes and scales where it is packed."""
+    """T rows of K elements of an expert's weight, or their codes and scales."""
     if PHASE.IS_PACKED:
         prefetch_rows(p[3], row, num_rows, PHASE.T, K // 2)
         prefetch_rows(p[4], row, num_rows, PHASE.T, K // 32)
@@ -78,7 +75,7 @@ def prefetch_expert_rows(p, row, num_rows, K: tl.constexpr, PHASE: tl.constexpr)
 
 @triton.jit
 def prefetch_linear_rows(p, WEIGHT: tl.constexpr, row, num_rows, K: tl.constexpr, PHASE: tl.constexpr):
-    """T rows of K elements of the weight p[WEIGHT], and their scales where it is in FP8."""
+    """T rows of K elements of the weight p[WEIGHT], and their FP8 scales."""
     prefetch_rows(p[WEIGHT], row, num_rows, PHASE.T, K)
     if PHASE.FP8_ROWS > 0:
         first = row // PHASE.FP8_ROWS
@@ -88,7 +85,7 @@ def prefetch_linear_rows(p, WEIGHT: tl.constexpr, row, num_rows, K: tl.constexpr
 
 @triton.jit
 def prefetch_rows(weight_ptr, row, num_rows, T: tl.constexpr, K: tl.constexpr):
-    """At most T rows of K elements from `row` on, of which there are num_rows; bytes are cut to whole sixteens."""
+    """At most T rows of K elements from `row`, of num_rows; bytes are rounded down to multiples of 16."""
     ROW_BYTES: tl.constexpr = K * weight_ptr.dtype.element_ty.primitive_bitwidth // 8
     PIECE: tl.constexpr = (T * ROW_BYTES + _LANES * _LINE - 1) // (_LANES * _LINE) * _LINE
     begin = weight_ptr.to(tl.int64) + row.to(tl.int64) * ROW_BYTES
@@ -100,9 +97,9 @@ def prefetch_rows(weight_ptr, row, num_rows, T: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def fetch(address_L, num_bytes_L):
-    """Pieces of memory, where num_bytes is positive; addresses and sizes are multiples of sixteen."""
+    """Prefetches pieces of memory with positive num_bytes; addresses and sizes are multiples of 16."""
     if _IS_INTERPRETED:
-        # The interpreter knows no assembly. It reads the first and the last byte.
+        # The interpreter cannot run assembly: it reads the first and last byte.
         byte_L = address_L.to(tl.pointer_type(tl.uint8))
         tl.load(byte_L, mask=num_bytes_L > 0)
         tl.load(byte_L + num_bytes_L - 1, mask=num_bytes_L > 0)

@@ -1,13 +1,12 @@
-"""Gives a first value to registers that Triton 3.6 loads under a predicate and does not set otherwise.
+"""Initializes registers that Triton 3.6 loads under a predicate and leaves unset otherwise.
 
-The last part of a reduction over several warps is loaded from shared memory by as many threads as it has elements. The
-register of the others has no value then, and needs none; but the assembler takes it to keep the one that it had, from
-one iteration of every loop around to the next. In the persistent kernel all reductions lie in one loop: dozens of
-registers that serve nothing else, and spills. A `mov` before each such load ends that. Later versions (seen: 3.9.0)
-load without a predicate, and nothing is changed.
+The last part of a reduction over several warps is loaded by as many threads as it has elements. The other threads'
+registers need no value, but ptxas keeps their old ones alive across every loop iteration: in the persistent kernel,
+dozens of registers and spills. A `mov` before each such load prevents that. Later versions (seen: 3.9.0) load without a
+predicate and are left alone.
 
-Triton calls a hook when it knows by which stages it will compile; ours adds to the one that makes PTX. Triton 3.6 does
-not count the hook in the name of what it caches on disk: kernels cached with it are taken without it too.
+Triton's stage hook installs this for PTX. Triton 3.6 does not include the hook in its disk cache key: kernels cached
+with it are also used without it.
 """
 
 import re
@@ -24,7 +23,7 @@ _LOAD = re.compile(r"@!?%p\d+ ld\.shared\.b(16|32|64) (%\w+), (\[[^\]]*\];)")
 
 
 def with_first_values(ptx: str) -> str:
-    """PTX in which every register that shared memory is loaded into under a predicate is zero before."""
+    """PTX with every register that is loaded from shared memory under a predicate set to zero before."""
 
     def define(load: re.Match[str]) -> str:
         bits, register, address = load.groups()
@@ -36,15 +35,12 @@ def with_first_values(ptx: str) -> str:
 
 @contextmanager
 def first_values() -> Iterator[None]:
-    """What is compiled inside has first values. A hook that somebody else has set goes on working.
-
-    One thread at a time: the hook is the process's.
-    """
+    """Applies the workaround to kernels compiled inside the block; another hook keeps working. Not thread-safe."""
     with _LOCK:
         other = knobs.runtime.add_stages_inspection_hook
 
         def hook(*arguments: Any) -> Any:
-            if not arguments:  # asked what tells kernels of this hook from others, as text and as hash
+            if not arguments:  # # asked for the hook's cache key, as text and hash
                 texts = other() if other is not None else ("", "")
                 return tuple(_KEY + text for text in texts)
             if other is not None:

@@ -1,19 +1,17 @@
-"""A whole decode step in one kernel, whose programs wait for each other: the plan executed as `plan` describes it.
+"""A whole decode step as one kernel whose programs wait for each other, as `plan/ir.py` describes.
 
-Every program walks the phases in order. A phase's record says which of the kernel's variants computes it (phases that
-differ in layer alone are one variant), the counters that it waits on and signals, and its pointers; all else about a
-variant is known at compile time. Rows of the table: int64, see RECORD.
+Every program walks the phases in order. A phase's record (int64, see RECORD) names its variant, the counters it waits
+on and signals, and its pointers; the rest of a variant is known at compile time. Phases that differ only in layer share
+a variant.
 
-A launch of several rounds ends before the first step for which no sequence is left. Programs find that out behind the
-wait of a step's first phase, and leave with every counter as whole steps have left it, for the next launch to go on
-from. The proof knows what they read there and that all of them see the same (`Phase.early_exit`).
+A launch of several rounds ends before the first step without a sequence. Programs learn this after the first phase's
+wait and leave with whole counters, from which the next launch continues (`Phase.early_exit`).
 
-Why `while` loops, and why what is read comes after the wait: see `counters`. Loops are told not to hoist
-(disable_licm), or LLVM computes what any variant needs ahead of all of them, and holds it in registers throughout. The
-hint hangs on a loop's one way back to its start. The loops over steps and phases therefore end with one comparison: of
-two conditions LLVM may make two ways back, and then it forgets the hint.
+`sync.py` explains the `while` loops and why reads come after waits. Loops use disable_licm, or LLVM hoists what any
+variant needs and keeps it in registers throughout. The hint is lost if a loop gets two back edges, so the loops over
+steps and phases end with one comparison: LLVM may split two conditions into two.
 
-Variants are inlined: as functions of their own (`noinline`) they take more registers.
+Variants are inlined: as separate functions (`noinline`) they take more registers.
 """
 
 import triton
@@ -24,8 +22,7 @@ from speedstack.runtime.backends.gpu.kernels.prefetch import prefetch_item
 from speedstack.runtime.backends.gpu.kernels.rounds.row_allocation import end_of_live
 from speedstack.runtime.backends.gpu.kernels.sync import DUMP_RECORD, SCRATCH, signal, wait_for
 
-# A phase's record: its variant, the rotation of its items, counters of its waits and of its signals, the variant of the
-# phase that comes next, then pointers.
+# A phase's record: variant, rotation, wait counters, signal counters, next phase's variant, pointers.
 RECORD = tl.constexpr(24)
 VARIANT = tl.constexpr(0)
 ROTATION = tl.constexpr(1)
@@ -33,13 +30,13 @@ WAIT_COUNTERS = tl.constexpr(2)
 SIGNAL_COUNTERS = tl.constexpr(4)
 FOLLOWING = tl.constexpr(6)
 POINTERS = tl.constexpr(7)
-# Stands for an item in the dump.
+# In the dump, instead of an item.
 WHOLE_PHASE = tl.constexpr(-1)
 
 
 @triton.jit
 def load_pointers(record_ptr, PHASE: tl.constexpr):
-    """A phase's pointers out of its record, with the alignment that allocations have."""
+    """A phase's pointers from its record, with the alignment of allocations."""
     p = ()
     for n in tl.static_range(len(PHASE.pointer_types)):
         address = tl.load(record_ptr + POINTERS + n)
@@ -52,7 +49,7 @@ def wait_all(
     record_ptr, i, j, k, step, phase, item, counters_ptr, max_polls, dump_ptr, failed_ptr, PHASE: tl.constexpr,
     IS_ITEM: tl.constexpr,
 ):  # fmt: skip
-    """A phase's waits before an item, or before all; false if one timed out."""
+    """A phase's waits before an item, or on entry; false after a timeout."""
     if IS_ITEM:
         WAITS: tl.constexpr = PHASE.item_waits
     else:
@@ -86,13 +83,13 @@ def run_phase(
     NUMBER: tl.constexpr,
     PREFETCHES: tl.constexpr,
 ):
-    """One program's part of a phase. False if it timed out or the launch is over; and the next phase's variant."""
+    """One program's part of a phase. Returns False if it timed out or the launch is over, and the next phase's variant."""
     PHASE: tl.constexpr = PHASES[NUMBER]
     p = load_pointers(record_ptr, PHASE)
     first = (tl.program_id(0) + num_programs - tl.load(record_ptr + ROTATION).to(tl.int32)) % num_programs
     if PREFETCHES:  # noqa: SIM102
         if PHASE.is_known_early:
-            # What rows chose has been known since the wait of `expert_gate_up`, which every program has behind it.
+            # Known since the wait of `expert_gate_up`, which every program has passed.
             if PHASE.has_undecided_rows:
                 scratch_ptr = dump_ptr + tl.program_id(0) * DUMP_RECORD + SCRATCH
                 prefetch_item(first, p, PHASE, scratch_ptr)
@@ -103,7 +100,7 @@ def run_phase(
     )  # fmt: skip
     if PHASE.may_exit_early:
         is_alive = is_alive & (is_over(sequences_ptr, PHASE.R) == 0)
-        # Every step, because a store ahead of the loops costs registers in them.
+        # In every step: a store before the loops costs registers in them.
         if tl.program_id(0) == 0:
             tl.store(num_made_ptr, local_step + is_alive.to(tl.int32))
     if is_alive:
@@ -126,7 +123,7 @@ def run_phase(
                     counter += i * PHASE.item_signals[n][1] + j * PHASE.item_signals[n][2]
                     signal(counters_ptr, counter + k * PHASE.item_signals[n][3])
             item += num_programs
-    # What comes next cannot begin without it: it arrives while the signal is held back for what was stored.
+    # Loaded here so that it arrives while the signal waits for the stores.
     following = tl.load(record_ptr + FOLLOWING).to(tl.int32)
     if is_alive:
         for n in tl.static_range(len(PHASE.signals)):
@@ -136,12 +133,12 @@ def run_phase(
 
 @triton.jit
 def is_over(sequences_ptr, R: tl.constexpr):
-    """Whether there were sequences to decode without the host, and none is left."""
+    """Whether all sequences decoded without the host are finished, and there were any."""
     live, is_allocated = end_of_live(sequences_ptr, R)
     return (live == 0) & is_allocated
 
 
-# Numbers that say how much there is, so that one kernel serves every launch, and models of any number of layers.
+# Not specialized, so that one kernel serves every launch and any number of layers.
 _UNSPECIALIZED = ["num_phases", "num_programs", "first_step", "num_steps", "max_polls"]
 
 
@@ -161,12 +158,10 @@ def resident_kernel(
     PHASES: tl.constexpr,
     PREFETCHES: tl.constexpr,
 ):
-    """Steps first_step to first_step + num_steps of a plan, or fewer: num_made_ptr takes how many were made.
+    """Runs steps first_step to first_step + num_steps of a plan; num_made_ptr receives how many were made.
 
-    A program leaves when it timed out, or when no sequence is left.
-    phases_ptr: a table of RECORDs. counters_ptr: as the steps before left them. dump_ptr, failed_ptr: see
-    `counters.wait_for`, which polls max_polls times. sequences_ptr: the records of sequences. PHASES: the variants.
-    PREFETCHES: programs fetch what they need.
+    Ends early on a timeout or when no sequence is left. phases_ptr: table of RECORDs. counters_ptr: as earlier steps
+    left them. dump_ptr, failed_ptr, max_polls: see `sync.wait_for`. PHASES: the variants.
     """
     local_step = num_steps * 0
     is_alive = num_steps > 0

@@ -1,11 +1,11 @@
-"""The rows of a step as kernels see them: `speedstack.runtime.plan.record_layout` as compile-time constants."""
+"""A step's rows in kernels: `speedstack.runtime.plan.record_layout` as compile-time constants."""
 
 import triton
 import triton.language as tl
 
 from speedstack.runtime.plan import record_layout
 
-# Stands for a token where there is none to choose: more than any index.
+# No token: larger than any index.
 NO_TOKEN = tl.constexpr(2**31 - 1)
 RECORD = tl.constexpr(record_layout.RECORD)
 TOKEN = tl.constexpr(record_layout.TOKEN)
@@ -14,13 +14,13 @@ POSITION = tl.constexpr(record_layout.POSITION)
 FIRST_POSITION = tl.constexpr(record_layout.FIRST_POSITION)
 FIRST_ROW = tl.constexpr(record_layout.FIRST_ROW)
 NUM_ROWS = tl.constexpr(record_layout.NUM_ROWS)
-# Of a row's sampling state.
+# Row sampling state.
 SEED = tl.constexpr(record_layout.SEED)
 SEQUENCE = tl.constexpr(record_layout.SEQUENCE)
 TEMPERATURE = tl.constexpr(record_layout.TEMPERATURE)
 TOP_K = tl.constexpr(record_layout.TOP_K)
 TOP_P = tl.constexpr(record_layout.TOP_P)
-# Of a sequence's record.
+# Sequence record.
 CAPACITY = tl.constexpr(record_layout.CAPACITY)
 ANCHOR = tl.constexpr(record_layout.ANCHOR)
 OWN_SLOT = tl.constexpr(record_layout.OWN_SLOT)
@@ -28,10 +28,10 @@ LENGTH = tl.constexpr(record_layout.LENGTH)
 END = tl.constexpr(record_layout.END)
 NGRAM = tl.constexpr(record_layout.NGRAM)
 WATCHES_EOS = tl.constexpr(record_layout.WATCHES_EOS)
-# Of a sequence's proposals, and words of its outcome.
+# A sequence's proposals, and the words of its outcome.
 NUM_PROPOSED = tl.constexpr(record_layout.NUM_PROPOSED)
 FIRST_PROPOSED = tl.constexpr(record_layout.FIRST_PROPOSED)
-# Of an active expert's record, behind the rows' words.
+# An active expert's record, after the rows' words.
 EXPERT = tl.constexpr(record_layout.EXPERT)
 NUM_ACTIVE = tl.constexpr(record_layout.NUM_ACTIVE)
 OUTCOME = tl.constexpr(record_layout.OUTCOME)
@@ -39,25 +39,25 @@ OUTCOME = tl.constexpr(record_layout.OUTCOME)
 
 @triton.jit
 def field(rows_ptr, row, FIELD: tl.constexpr):
-    """A field of one row, or of several; or of a sequence."""
+    """A field of one or several rows or sequences."""
     return tl.load(rows_ptr + row * RECORD + FIELD)
 
 
 @triton.jit
 def is_used(rows_ptr, R: tl.constexpr):
-    """Which rows the step has, [R]."""
+    """Which rows of the step are in use, [R]."""
     return field(rows_ptr, tl.arange(0, R), TOKEN) >= 0
 
 
 @triton.jit
 def has_rows(rows_ptr, R: tl.constexpr):
-    """Whether the step has any."""
+    """Whether the step has any rows."""
     return tl.max(is_used(rows_ptr, R).to(tl.int32), axis=0) > 0
 
 
 @triton.jit
 def last_position_of(row, rows_ptr, R: tl.constexpr):
-    """The last position that the sequence of this row has in the step."""
+    """The last position in the step of this row's sequence."""
     r_R = tl.arange(0, R)
     is_same_R = is_used(rows_ptr, R) & (field(rows_ptr, r_R, SLOT) == field(rows_ptr, row, SLOT))
     return tl.max(tl.where(is_same_R, field(rows_ptr, r_R, POSITION), 0), axis=0)
@@ -65,13 +65,13 @@ def last_position_of(row, rows_ptr, R: tl.constexpr):
 
 @triton.jit
 def is_drawn(sampling_ptr, row):
-    """Whether the token after one row, or after each of several, has noise added: its temperature is not zero."""
-    return field(sampling_ptr, row, TEMPERATURE) > 0  # bits of a number that is not negative
+    """Whether noise is added after these rows: their temperature is not zero."""
+    return field(sampling_ptr, row, TEMPERATURE) > 0  # # bits of a nonnegative float
 
 
 @triton.jit
 def has_topk_or_topp(rows_ptr, sampling_ptr, row, VOCAB: tl.constexpr):
-    """Whether top-k or top-p may drop tokens of one row, or of several."""
+    """Whether top-k or top-p may drop tokens of these rows."""
     top_k = field(sampling_ptr, row, TOP_K)
     is_part = ((top_k > 0) & (top_k < VOCAB)) | (field(sampling_ptr, row, TOP_P) > 0)
     return (field(rows_ptr, row, TOKEN) >= 0) & is_drawn(sampling_ptr, row) & is_part

@@ -1,4 +1,4 @@
-"""A phase as one kernel, an item a program, for the `graph` backend."""
+"""A phase as one kernel, one item per program, for the `graph` backend."""
 
 import triton
 import triton.language as tl
@@ -9,11 +9,10 @@ from speedstack.runtime.backends.gpu.kernels.dispatch import begin_phase, run_it
 
 @triton.jit
 def phase_kernel(pointers, PHASE: tl.constexpr, IS_DEPENDENT: tl.constexpr):
-    """The item at this program's place in the grid, which has the phase's axes.
+    """Runs the item at this program's grid index; the grid is the phase's axes.
 
-    With IS_DEPENDENT the kernel is launched while the one before it still runs (programmatic dependent launch), and
-    waits before it touches memory. Every program of every kernel waits, so that a kernel that has begun to work knows
-    that all before it are done, not only the last.
+    IS_DEPENDENT: launched while the previous kernel runs (programmatic dependent launch). Every program of every kernel
+    waits before it accesses memory, so all earlier kernels, not only the last, are done then.
     """
     if IS_DEPENDENT:
         gdc_wait()

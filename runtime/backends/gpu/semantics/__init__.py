@@ -1,1 +1,1 @@
-"""The operations of a plan in PyTorch: what their kernels are compared with."""
+"""A plan's operations in PyTorch, the reference for their kernels."""

@@ -1,13 +1,13 @@
-"""What a DFlash drafter's own phases compute, in PyTorch, on the plan's buffers. Its layers are `semantics`' business.
+"""The DFlash drafter's own phases in PyTorch, on the plan's buffers; `layers.py` has its layers.
 
 Buffers, with R rows (the plan's capacity), `n` tiles of `t` columns:
 
-    blocks        int64 [R, 8]      rows of the blocks, fields as in `records`
+    blocks        int64 [R, 8]      block rows, fields as in `plan/record_layout.py`
     drafter.best  [R, T, 2]         the largest logit of each tile and its index
     context       [R, D]            features projected, times the weight of the norm (D in whole blocks of 16)
     context.squares  float32 [R, D / 16]
     context.kv    [R, L * G, n * t] key and value of every layer's head, padding
-    drafter.cache                   see `semantics`: the caches behind those of the target's layers
+    drafter.cache                   as the target's caches, after them
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from speedstack.runtime.plan.record_layout import (
 
 
 class DrafterSemantics:
-    """The buffers that are named above, and the semantics of their phases. memory: all others."""
+    """The drafter's buffers and semantics. memory: all other buffers."""
 
     def __init__(self, memory: LayerBuffers, weights: DrafterWeights, num_slots: int) -> None:
         self.memory, self.weights, self.spec = memory, weights, weights.spec
@@ -57,19 +57,19 @@ class DrafterSemantics:
         self.squares_RB = torch.full_like(memory.squares_RB, nan)
         columns = plan.buffer_named["context.kv"].num_cells // self.num_heads
         self.kv_RGC = like.new_full((R, self.num_heads, columns), nan)
-        # Keys and values of every layer's heads, one after another.
+        # Keys and values of all layers' heads, in layer order.
         shape = (self.num_heads, num_slots, ring_length(None, plan.max_context))
         self.keys_GSTH = like.new_full((*shape, attention.qk_head_dim), nan)
         self.values_GSTH = like.new_full((*shape, attention.v_head_dim), nan)
 
     def caches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of each layer, [slots, positions, G, H]."""
+        """Per layer, [slots, positions, G, H]."""
         G = self.spec.layers[0].attention.num_kv_heads
         parts = zip(self.keys_GSTH.split(G), self.values_GSTH.split(G), strict=True)
         return [(keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)) for keys, values in parts]
 
     def semantics(self, shared: Mapping[str, ItemSemantics]) -> dict[str, ItemSemantics]:
-        """By op, for `interpret`: those that the drafter's layers share, and its own."""
+        """By op, for `interpret`: shared with the target's layers, and its own."""
         own = {
             "block": self._block,
             "pick": self._pick,
@@ -80,7 +80,7 @@ class DrafterSemantics:
         return {op: self._unless_skipped(body) for op, body in shared.items()} | own
 
     def _unless_skipped(self, body: ItemSemantics) -> ItemSemantics:
-        """Nothing where a step has no blocks and the phase computes those alone."""
+        """Does nothing for a block-only phase in a step without blocks."""
 
         def run(phase: Phase, index: tuple[int, ...], step: int) -> Steps:
             if not is_drafting(phase) or (self.blocks_RF[:, TOKEN] >= 0).any():
@@ -89,7 +89,7 @@ class DrafterSemantics:
         return run
 
     def num_rows(self, sequence: int) -> int:
-        """Rows of a sequence's block: as many as make proposals that could be committed."""
+        """Rows of a sequence's block, limited to proposals that could be committed."""
         capacity, length, end = self.memory.sequences_RF[sequence, [CAPACITY, LENGTH, END]].tolist()
         num_drafts = min(capacity, end - length) - 1
         return num_drafts + self.spec.first_slot if num_drafts > 0 else 0

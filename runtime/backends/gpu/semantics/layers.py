@@ -1,17 +1,15 @@
-"""What each item of a plan computes, in PyTorch: the meaning of a plan's operations and the layout of its buffers.
+"""Every item of a plan in PyTorch: the meaning of its operations and the layout of its buffers.
 
-Slow, in float32 or bfloat16 as the weights are, and cut exactly as the plan cuts: an item reads the regions that its
-phase declares and writes those, between a `yield`, so that an interpreter can run others in between. Kernels are
-compared with this buffer by buffer; this is compared with the reference backend.
+Slow, in the weights' dtype (float32 or bfloat16), cut as the plan cuts: an item accesses the declared regions, with a
+`yield` between reads and writes so that others can run. Kernels are compared with it buffer by buffer, and it with the
+reference backend.
 
 Buffers, with R rows (the plan's capacity), `n` tiles of `t` columns:
 
-    rows, sequences, proposals, chosen, outcome, history, logits, best, peaks, bins: see `multi_step_semantics`, which
-    has what
-              decides
-    router, routes, act of a mixture: see `moe_semantics`;  blocks, context, drafter.*: see `drafter_semantics`
-    hidden    [R, D];  scaled  [R, D]  times the weight of the next norm;  squares  float32 [R, D / 16]
-              (D in whole blocks of 16, as F in act);  features.*  as scaled, unscaled
+    rows, sequences, proposals, chosen, outcome, history, logits, best, peaks, bins: see `multi_step.py`
+    router, routes, act of a mixture: see `moe.py`;  blocks, context, drafter.*: see `drafter.py`
+    hidden    [R, D];  scaled  [R, D]  times the weight of the next norm;  squares  float32 [R, D / 16] (D in whole
+    blocks of 16, as F in act);  features.*  as scaled, unscaled
     qkv.*     [R, G, n * t]       a key/value head's group: its query heads, its key head, its value head, padding
     partial.* float32 [R, N, S, v + 2]   a split's unnormalized sum of values, largest score, sum of exponentials
     attended.* [R, N, v]
@@ -42,9 +40,9 @@ from speedstack.runtime.plan.record_layout import FIRST_ROW, NUM_ROWS, POSITION,
 
 
 class StepSemantics(LayerBuffers):
-    """The buffers of a plan for a model's weights, and the semantics that compute on them.
+    """A plan's buffers for a model's weights, and the semantics on them.
 
-    A drafter's layers come after the target's, as in `Phase.layer`.
+    A drafter's layers follow the target's, as in `Phase.layer`.
     """
 
     def __init__(
@@ -54,7 +52,7 @@ class StepSemantics(LayerBuffers):
         num_slots: int | None = None,
         drafter: DrafterWeights | None = None,
     ) -> None:
-        """num_slots: sequences whose contexts there are; None is as many as rows."""
+        """num_slots: sequences with a context; None is as many as rows."""
         super().__init__(plan, weights, num_slots)
         like, R = weights.embedding_VD, plan.rows
         self.drafter = None if drafter is None else DrafterSemantics(self, drafter, num_slots or R)
@@ -113,21 +111,21 @@ class StepSemantics(LayerBuffers):
         return own if self.drafter is None else self.drafter.semantics(own)
 
     def set_rows(self, tokens: list[int], slots: list[int], positions: list[int]) -> None:
-        """The host's part: what the next step computes."""
+        """Names the next step's rows, as the host does."""
         self.set_inbox(step_inbox(Rows(tokens, slots, positions), self.plan.rows))
 
     def _records(self, phase: Phase) -> torch.Tensor:
-        """The rows that a phase computes, [R, RECORD]."""
+        """Records of the rows that a phase computes, [R, RECORD]."""
         drafter = self._drafting(phase)
         return self.rows_RF if drafter is None else drafter.blocks_RF
 
     def _sequence(self, phase: Phase, number: int) -> list[int]:
-        """Rows of the step's sequence of that number."""
+        """Rows of the step's `number`th sequence."""
         first, num_rows = self._records(phase)[number, [FIRST_ROW, NUM_ROWS]].tolist()
         return list(range(first, first + num_rows))
 
     def _splits(self, phase: Phase, a: AttentionSpec, rows: list[int]) -> range:
-        """Absolute numbers of the splits that rows of one sequence see between them."""
+        """Numbers of the splits that these rows of one sequence see."""
         records_RF = self._records(phase)
         first, last = int(records_RF[rows[0], POSITION]), int(records_RF[rows[-1], POSITION])
         start = 0 if a.window is None else max(0, first - a.window + 1)
@@ -144,7 +142,7 @@ class StepSemantics(LayerBuffers):
         return drafter.weights.norm_behind(is_attention, None if layer is None else layer - self.spec.num_layers)
 
     def _drafting(self, phase: Phase) -> DrafterSemantics | None:
-        """The drafter, where a phase computes rows of its blocks."""
+        """The drafter if the phase computes block rows, else None."""
         return self.drafter if is_drafting(phase) else None
 
     def _embed(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
@@ -202,7 +200,7 @@ class StepSemantics(LayerBuffers):
     def _heads(
         self, phase: Phase, a: AttentionSpec, w: AttentionWeights, rows: list[int], group: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, key and value of some rows as attention takes them: normalized, rotated, scaled."""
+        """Normalized, rotated and scaled queries, key and value of some rows."""
         heads, eps = a.num_heads // a.num_kv_heads, self.eps(phase)
         sizes = [heads * a.qk_head_dim, a.qk_head_dim, a.v_head_dim]
         raw = self.shared[phase.reads[1].region.buffer][rows, group, : sum(sizes)]
@@ -292,7 +290,7 @@ class StepSemantics(LayerBuffers):
 
 
 def _group_rows(a: AttentionSpec, group: int) -> torch.Tensor:
-    """Rows of the joined projection that belong to a key/value head's group, in the plan's order."""
+    """Rows of the joined projection in a key/value head's group, in the plan's order."""
     heads = a.num_heads // a.num_kv_heads
     q, k, v = heads * a.qk_head_dim, a.qk_head_dim, a.v_head_dim
     keys, values = a.num_heads * a.qk_head_dim, (a.num_heads + a.num_kv_heads) * a.qk_head_dim

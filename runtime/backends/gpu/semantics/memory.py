@@ -1,4 +1,4 @@
-"""The buffers that all phases of a step's layers share, and how they are read and written."""
+"""Buffers shared by the phases of a step's layers, and access to them."""
 
 from abc import abstractmethod
 
@@ -13,11 +13,11 @@ from speedstack.runtime.plan.tiling import BLOCK_COLUMNS
 
 
 class LayerBuffers(MultiStepSemantics):
-    """Hidden states of R rows, and what the next norm takes of them. See `layers` for the layouts."""
+    """Hidden states of R rows, and the inputs of the next norm. Layouts: `layers.py`."""
 
     def __init__(self, plan: Plan, weights: ModelWeights, num_slots: int | None) -> None:
         super().__init__(plan, weights.spec.vocab_size, weights.spec.eos_token_ids, num_slots)
-        # An item takes its columns of a matrix: unpacking the whole for each would be most of the work.
+        # Unpacked once: items take columns, and unpacking a matrix for each would dominate.
         self.weights, self.spec = weights.plain(), weights.spec
         like, R = weights.embedding_VD, plan.rows
         self.hidden_RD = like.new_full((R, self.spec.hidden_size), float("nan"))
@@ -32,22 +32,22 @@ class LayerBuffers(MultiStepSemantics):
 
     @abstractmethod
     def eps(self, phase: Phase) -> float:
-        """What the norm in front of a phase adds to the mean square."""
+        """The epsilon of the norm before a phase."""
 
     @abstractmethod
     def norm_behind(self, phase: Phase) -> torch.Tensor:
-        """The weight of the norm that comes after a phase which writes the hidden state."""
+        """The weight of the norm after a phase that writes the hidden state."""
 
     def columns(self, phase: Phase, index: tuple[int, ...], width: int) -> slice:
         return slice(index[-1] * phase.tile, min((index[-1] + 1) * phase.tile, width))
 
     def norm(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a product takes of the hidden state, and what its result is multiplied by, float32 [R, 1]."""
+        """The scaled hidden state, and the factor for a product's result, float32 [R, 1]."""
         mean_R1 = self.squares_RB.sum(-1, keepdim=True) / self.spec.hidden_size
         return self.scaled_RD[:, : self.spec.hidden_size].clone(), torch.rsqrt(mean_R1 + self.eps(phase))
 
     def write_hidden(self, phase: Phase, rows: int | slice, columns: slice, hidden: torch.Tensor) -> None:
-        """Rows or columns of the hidden state, what the norm behind them needs, and the copy that a drafter reads."""
+        """Writes rows or columns of the hidden state, the next norm's inputs, and the drafter's copy."""
         hidden = hidden.to(self.hidden_RD.dtype)
         self.hidden_RD[rows, columns] = hidden
         self.write_for_norm(self.scaled_RD, self.squares_RB, rows, columns, hidden, self.norm_behind(phase))
@@ -64,7 +64,7 @@ class LayerBuffers(MultiStepSemantics):
         values: torch.Tensor,
         norm_D: torch.Tensor,
     ) -> None:
-        """Rows or columns of what is to be normalized with this weight; columns are whole blocks."""
+        """Writes a norm's inputs for these rows or columns; columns are whole blocks."""
         scaled_RD[:, : self.spec.hidden_size][rows, columns] = values * norm_D[columns]
         padded = F.pad(values.float(), (0, -values.shape[-1] % BLOCK_COLUMNS))
         blocks = slice((columns.start or 0) // BLOCK_COLUMNS, None)

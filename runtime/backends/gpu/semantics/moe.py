@@ -1,4 +1,4 @@
-"""What a mixture's phases compute, in PyTorch, on the plan's buffers: the router's, and those of the experts.
+"""The phases of a mixture of experts in PyTorch, on the plan's buffers.
 
 Buffers, with R rows (the plan's capacity):
 
@@ -21,7 +21,7 @@ from speedstack.runtime.plan.record_layout import EXPERT, NUM_ACTIVE, TOKEN, rou
 
 
 class MoeSemantics:
-    """The buffers that are named above, and the semantics of their phases. memory: all others."""
+    """The buffers above and their semantics. memory: all other buffers."""
 
     def __init__(self, memory: LayerBuffers) -> None:
         self.memory = memory
@@ -59,7 +59,7 @@ class MoeSemantics:
         self.shared[phase.writes[0].buffer][:, columns] = logits
 
     def _routes(self, phase: Phase, logits: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """Every row's experts, ascending, and their weights; and the experts that rows in use chose, ascending."""
+        """Each row's experts, ascending, and their weights; and the active experts, ascending."""
         w, moe = self._moe(phase)
         experts_RK, weights_RK = route(self.shared[logits], w.correction_bias_E, moe)
         experts_RK, order_RK = experts_RK.sort(dim=-1)
@@ -94,7 +94,7 @@ class MoeSemantics:
     def _down(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         (w, moe), R = self._moe(phase), self.memory.plan.rows
         act_RKI = self.shared[phase.reads[1].region.buffer].unflatten(0, (-1, moe.top_k)).clone()
-        routes_NW = self.shared[phase.reads[2].region.buffer].nan_to_num()  # read too early it is no number yet
+        routes_NW = self.shared[phase.reads[2].region.buffer].nan_to_num()  # # NaN if read too early
         num_active = int(routes_NW[0, 2 * R + NUM_ACTIVE]) if (self.memory.rows_RF[:, TOKEN] >= 0).any() else 0
         columns = self.memory.columns(phase, index, self.memory.spec.hidden_size)
         before = self.memory.hidden_RD[:, columns].clone()

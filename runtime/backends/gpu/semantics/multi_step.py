@@ -1,20 +1,19 @@
-"""What `draft`, `sample` and `accept` compute on the plan's buffers, in PyTorch, and how `embed` allocates rows: by the
-functions of the host's loop.
+"""`draft`, `sample`, `accept` and the row allocation of `embed` in PyTorch, by the host loop's functions.
 
-The records of rows, sampling and sequences are those of the kernels, field by field (`records`). Buffers, with R rows
-(the plan's capacity), V vocabulary, T tiles, L positions:
+Records have the kernels' fields (`plan/record_layout.py`). Buffers, with R rows (the plan's capacity), V vocabulary, T
+tiles, L positions:
 
     rows, sequences  int64 [R, 8]       and `sampling` of rows, `draws` of sequences, which to the plan are part of them
-    proposals        int64 [R, R]       of each sequence: how many, and the tokens
+    proposals        int64 [R, R]       per sequence: the number, and the tokens
     chosen           int64 [R]          the token after each row, -1 where a logit is NaN
-    outcome          int64 [R, 3]       of each sequence: rows in the step, drafts that stand, proposals made
+    outcome          int64 [R, 3]       per sequence: rows in the step, drafts accepted, proposals made
     history          int64 [R, L]       the text in each slot
-    logits           float32 [R, V];  best  [R, T, 2] of each tile the largest logit and its index; with a temperature,
-                     the largest of logits / temperature + noise
+    logits           float32 [R, V];  best  [R, T, 2] largest logit per tile and its index; with a temperature, of
+    logits / temperature + noise
     peaks            float32 [R, T]     the largest logits of rows with a temperature
-    bins             int64 [R, 2, N]    masses and numbers of the tokens of rows that top-k or top-p cuts (see `bins`)
+    bins             int64 [R, 2, N]    masses and token counts of rows with top-k or top-p (`rounds/histogram.py`)
 
-`chains` and `notes`, which kernels keep for the choice of a token, are not here: `sample` sorts.
+The kernels' `chains` and `notes` are not here: `sample` sorts.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -55,12 +54,12 @@ from speedstack.runtime.rounds.sampling import (
 )
 
 Steps = Generator[None, None, None]
-# Computes an item of a phase in a step. A generator lets others go on where it yields: between reads and writes, say.
+# Computes an item of a phase in a step. A generator lets other items run at each yield.
 ItemSemantics = Callable[[Phase, tuple[int, ...], int], Steps | None]
 
 
 class MultiStepSemantics:
-    """The buffers that are named above, and the semantics of their phases."""
+    """The buffers above and the semantics of their phases."""
 
     def __init__(self, plan: Plan, vocab_size: int, eos_token_ids: Sequence[int], num_slots: int | None = None) -> None:
         R = plan.rows
@@ -78,13 +77,13 @@ class MultiStepSemantics:
         self.bins_R2N = torch.full((R, 2, NUM_BINS), -1)
 
     def set_inbox(self, inbox: torch.Tensor) -> None:
-        """The host's part, as `Memory.inbox` takes it: what the next step computes."""
+        """Takes the host's `Memory.inbox` for the next step."""
         buffers = (self.rows_RF, self.sampling_RF, self.sequences_RF, self.draws_RF)
         for buffer, records in zip(buffers, inbox, strict=True):
             buffer.copy_(records)
 
     def is_over(self) -> bool:
-        """Whether there were sequences to decode without the host, and none is left."""
+        """Whether all sequences decoded without the host are finished, and there were any."""
         records_SF = self.sequences_RF[self.sequences_RF[:, CAPACITY] > 0]
         return len(records_SF) > 0 and bool((records_SF[:, LENGTH] == records_SF[:, END]).all())
 
@@ -130,7 +129,7 @@ class MultiStepSemantics:
             self.chosen_R[row] = -1
         elif noise_V is not None:
             scaled_V = logits_V / torch.tensor(params.temperature, dtype=torch.float32)
-            # What kernels take from the bins is sorted out here: they have to hold all of it nevertheless.
+            # `sample` sorts instead of reading the bins, but they must still be complete.
             assert not params.top_p_share or masses_counted == int(masses(scaled_V, scaled_V.max()).sum())
             assert not params.top_k or num_counted == len(logits_V)
             self.chosen_R[row] = sample(logits_V, noise_V, params)
@@ -138,9 +137,9 @@ class MultiStepSemantics:
             self.chosen_R[row] = int(best_T2[int(best_T2[:, 0].argmax()), 1])
 
     def params(self, row: int) -> SamplingParams:
-        """How the token after a row is chosen."""
+        """The sampling parameters of a row."""
         temperature = float(self.sampling_RF[row, TEMPERATURE].to(torch.int32).view(torch.float32))
-        if temperature > 0.0:  # the float32 of the least lies a little below it
+        if temperature > 0.0:  # # the smallest temperature as float32 is slightly below the limit
             temperature = max(temperature, LEAST_TEMPERATURE)
         top_k, share = self.sampling_RF[row, TOP_K : TOP_P + 1].tolist()
         return SamplingParams(temperature, share / 2**SHARE_BITS if share else 1.0, top_k)
@@ -191,9 +190,8 @@ class MultiStepSemantics:
         self.proposals_RR[sequence, FIRST_PROPOSED : FIRST_PROPOSED + len(drafts)] = torch.tensor(drafts)
 
     def allocate_row(self, row: int) -> Steps:
-        """Writes the record of this row, and the fields of the sequence of that index; the host's stay as they are.
-
-        Empties the row's bins.
+        """Writes this row's record and the fields of the sequence at its index, unless the host did; clears the row's
+        bins.
         """
         self.bins_R2N[row] = 0
         sequences, proposals = self.sequences_RF.tolist(), self.proposals_RR.tolist()

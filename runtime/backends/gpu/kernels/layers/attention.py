@@ -1,8 +1,8 @@
-"""Attention of one split of a context, and the combination of splits. See the package for the legend.
+"""Attention of one split of a context, and the combination of splits. Legend: see the package.
 
-A split is a block of absolute positions, walked in chunks of absolute positions, so that a row's partial result depends
-on its own position alone. An item takes all rows of one sequence, a tile of QUERIES (row, head) pairs at a time; it
-appends the keys and values of those rows that lie in its split before it reads any.
+A split is a block of absolute positions walked in absolute chunks, so a row's partial result depends on its position
+alone. An item takes all rows of one sequence, QUERIES (row, head) pairs at a time, and appends those rows' keys and
+values that lie in its split first.
 """
 
 import triton
@@ -21,7 +21,7 @@ from speedstack.runtime.backends.gpu.kernels.rows import (
     last_position_of,
 )
 
-# Rows whose keys and values are appended at a time.
+# Rows appended at a time.
 APPENDED = tl.constexpr(4)
 
 
@@ -42,10 +42,10 @@ def rotated(
     R: tl.constexpr,
     HAS_QK_NORM: tl.constexpr,
 ):
-    """Heads [I, HP] that begin at columns column_I: QK-norm, then rotary of the first 2 * HALF dimensions.
+    """Heads [I, HP] from columns column_I: QK-norm, then rotary of the first 2 * HALF dimensions.
 
-    A dimension's partner in the rotation is loaded a second time, because lanes cannot reach each other's values.
-    Cosines and sines are [positions, HALF] in the activations' dtype.
+    The rotation partner is loaded again, because lanes cannot read each other's values. Cosines and sines are
+    [positions, HALF] in the activations' dtype.
     """
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     h_H = tl.arange(0, HP)
@@ -89,10 +89,10 @@ def append_rows(
     VP: tl.constexpr,
     HAS_QK_NORM: tl.constexpr,
 ):
-    """Keys and values of rows first_row to end_row, of one sequence, into its ring; row r is at position r + shift.
+    """Appends keys and values of rows first_row to end_row of one sequence to its ring; row r is at position r + shift.
 
-    column: of the key's first dimension, which its value follows. A few rows at a time, because a step appends few, and
-    the rotation of a whole step's fills the registers.
+    column: of the key's first dimension; the value follows. A few rows at a time: a step appends few, and rotating all
+    of them at once fills the registers.
     """
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     h_H, v_V = tl.arange(0, HP), tl.arange(0, VP)
@@ -151,12 +151,11 @@ def attention_item(
     HAS_QK_NORM: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """One sequence, key/value head and split: appends its rows there, and writes every row's partial result.
+    """One sequence, key/value head and split: appends its rows, then writes every row's partial result.
 
-    A row sees the AHEAD positions after its own too, as far as the sequence has rows there.
-
-    Splits are counted from the first that the sequence's first row sees; one past the last row does nothing. A partial
-    result is V unnormalized sums, the peak and the total of the softmax. HP, VP, MP: H, V, M as powers of two.
+    A row also sees AHEAD later positions that the step has. Splits count from the first that the sequence's first row
+    sees; one past the last row does nothing. A partial result is V unnormalized sums, the softmax's peak and its total.
+    HP, VP, MP: H, V, M as powers of two.
     """
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     num_rows = field(rows_ptr, sequence, NUM_ROWS)
@@ -177,14 +176,14 @@ def attention_item(
                 first_new, end_new, first_position - first_row, own_columns + M * H, qkv_ptr, k_norm_ptr, cos_ptr,
                 sin_ptr, keys_ptr, eps, value_scale, H, V, HALF, R, RING, HP, VP, HAS_QK_NORM,
             )  # fmt: skip
-            # Other threads of this program read what these stored.
+            # Other threads of this program read these stores.
             tl.debug_barrier()
 
             i_I = tl.arange(0, QUERIES)
             head_I = i_I % MP
             begin = tl.maximum(start, low) // C * C
             end = tl.minimum(start + SPLIT, last_position + 1)
-            # Mostly one tile: what its keys need is not worth registers from one to the next.
+            # Usually one tile: hoisting its keys' addresses is not worth the registers.
             for first in tl.range(0, num_rows, QUERIES // MP, disable_licm=True):
                 nth_I = first + i_I // MP
                 valid_I = (nth_I < num_rows) & (head_I < M)
@@ -202,7 +201,7 @@ def attention_item(
                 sum_IV = tl.zeros((QUERIES, VP), tl.float32)
                 for chunk in range(begin, end, C):
                     key_C = chunk + tl.arange(0, C)
-                    # What lies outside may be anything, numbers or not; it must not even be multiplied by zero.
+                    # Values outside may be anything, even NaN; they must not be multiplied by zero.
                     is_there_C = (key_C >= low) & (key_C <= last_position)
                     place_C = (key_C % RING) * (H + V)
                     k_HC = tl.load(
@@ -250,7 +249,7 @@ def combine_item(
     R: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """The splits that one row sees, S absolute ones at a time in ascending order; a sink only adds to the total."""
+    """Combines one row's splits, S absolute ones at a time, ascending; a sink only adds to the total."""
     if field(rows_ptr, row, TOKEN) >= 0:
         position = field(rows_ptr, row, POSITION)
         base = first_visible(field(rows_ptr, row, FIRST_POSITION), WINDOW) // SPLIT

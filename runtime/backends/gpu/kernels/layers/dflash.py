@@ -1,5 +1,6 @@
-"""A DFlash drafter's own phases: blocks, proposals, and the context that a step's rows add. Its layers are the target's
-device functions, on the rows of the blocks. See the package for the legend.
+"""The DFlash drafter's own phases: blocks, proposals, and context. Its layers use the target's device functions.
+
+Legend: see the package.
 """
 
 import triton
@@ -28,10 +29,9 @@ from speedstack.runtime.backends.gpu.kernels.rows import (
 
 @triton.jit
 def block_row(row, sequences_ptr, blocks_ptr, R: tl.constexpr, MASK: tl.constexpr, FIRST_SLOT: tl.constexpr):
-    """The token of one row of the blocks, -1 if it is idle; writes the row's record.
+    """A block row's token, -1 if idle; writes its record and that of the sequence at its index.
 
-    With it goes what the record says of the sequence whose index is the row's. A block is the sequence's newest token
-    and MASK, as many rows as make the proposals that it wants: none that could not be committed.
+    A block is the newest token and MASK, with as many rows as the sequence can use proposals.
     """
     s_S = tl.arange(0, R)
     capacity_S, length_S = field(sequences_ptr, s_S, CAPACITY), field(sequences_ptr, s_S, LENGTH)
@@ -48,10 +48,7 @@ def pick_item(
     sequence, blocks_ptr, best_ptr, proposals_ptr, TILES: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr,
     FIRST_SLOT: tl.constexpr,
 ):  # fmt: skip
-    """One sequence's proposals: of every row of its block the largest logit of all TILES tiles, STEP at a time.
-
-    They end before the first of which a logit is NaN.
-    """
+    """One sequence's proposals: for each block row the argmax over TILES tiles, STEP at a time, up to the first NaN."""
     first_row, num_rows = field(blocks_ptr, sequence, FIRST_ROW), field(blocks_ptr, sequence, NUM_ROWS)
     own_ptr = proposals_ptr + sequence * R
     count = num_rows * 0
@@ -66,7 +63,7 @@ def pick_item(
             value_TR = tl.where(is_tile_T1, value_TR, float("-inf"))
             index_TR = tl.load(at_TR + R, mask=is_tile_T1, other=NO_TOKEN)
             largest_R = tl.max(value_TR, axis=0)
-            # A tile with what is no number has the index -1, which is the least.
+            # A tile with NaN has the index -1, the smallest.
             is_best_TR = (value_TR == largest_R[None, :]) | (index_TR < 0)
             best_R = tl.min(tl.where(is_best_TR, index_TR, NO_TOKEN), axis=0)
             is_better_R = (largest_R > value_R) | (best_R < 0) | (token_R == NO_TOKEN)
@@ -96,9 +93,9 @@ def fuse_item(
     T: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """T columns of the projection of all features, for the norm of weight norm_ptr (see `products`).
+    """T columns of the projection of all features, prepared for the norm with weight norm_ptr (see `matmul.py`).
 
-    Features [TAPS, D / 16, R, 16] lie TAP_STEP elements apart; a row of the weight has D columns for each.
+    Features [TAPS, D / 16, R, 16] lie TAP_STEP elements apart; a weight row has D columns for each.
     """
     r_R = tl.arange(0, R)
     valid_R = is_used(rows_ptr, R)
@@ -132,7 +129,7 @@ def context_item(
     TILES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """T columns of one head's key and value, WIDTH together: rows FIRST and on of its COLUMNS of the weight."""
+    """T columns of one head's key and value (WIDTH in all), from weight row FIRST of its COLUMNS."""
     r_R, t_T = tl.arange(0, R), tile * T + tl.arange(0, T)
     valid_R, valid_T = is_used(rows_ptr, R), t_T < WIDTH
     out_TR = multiply(
@@ -167,7 +164,7 @@ def append_item(
     HP: tl.constexpr,
     VP: tl.constexpr,
 ):
-    """Keys and values of one head, of all layers' G each, for all rows of one sequence."""
+    """Appends the keys and values of one of all layers' heads (G each) for all rows of one sequence."""
     num_rows = field(rows_ptr, sequence, NUM_ROWS)
     if num_rows > 0:
         first_row = field(rows_ptr, sequence, FIRST_ROW)

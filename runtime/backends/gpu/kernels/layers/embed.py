@@ -1,4 +1,4 @@
-"""A row's embedding. See the package for the legend."""
+"""A row's embedding. Legend: see the package."""
 
 import triton
 import triton.language as tl
@@ -21,9 +21,9 @@ def embed_item(
     NP: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """hidden[:, row] = embedding[token], and what its norm needs (see `products`). NP blocks, a power of two.
+    """hidden[:, row] = embedding[token], and the norm's inputs (see `matmul.py`). NP blocks, a power of two.
 
-    Nothing for an idle row, whose token is -1. The token MASK, where that is one, has the embedding at mask_ptr.
+    Skips an idle row (token -1). The token MASK, if not negative, has its embedding at mask_ptr.
     """
     if token >= 0:
         n_N, b_B = tl.arange(0, NP), tl.arange(0, BLOCK)

@@ -1,9 +1,8 @@
-"""Routed experts, plain or MXFP4. See the package for the legend.
+"""Routed experts, plain or MXFP4. Legend: see the package.
 
-What rows chose (`router.choose`) every program finds out by itself from the router's logits: they are a few KB that lie
-in the L2 cache, and a phase of its own would cost a wait. For `expert_down`, which walks all active experts, the items
-of `expert_gate_up` write it down, a record an expert (see `records`): it would take more instructions to look for the
-next expert and its rows than to multiply its weights.
+Every program derives the chosen experts (`router.choose`) from the logits, a few KB in L2; a separate phase would cost
+a wait. `expert_gate_up` writes a record per active expert (`plan/record_layout.py`) for `expert_down`, where searching
+for the next expert would cost more instructions than multiplying its weights.
 """
 
 import triton
@@ -52,11 +51,11 @@ def expert_gate_up_item(
     IS_CLAMPED: tl.constexpr,
     IS_SORTED: tl.constexpr,
 ):
-    """T columns of the nth of the experts that rows chose, of which there are more than nth.
+    """T columns of the nth active expert.
 
-    experts_KR, weights_KR, rank_E: as `router.choose` has them. Of rows that chose others nothing is read.
-    IS_CLAMPED is gpt-oss's SwiGLU. Gate rows of weights and biases come before up rows. IS_SORTED: columns of a row's
-    activations lie as `mxfp4.experts_sum_mxfp4` takes them. The first tile's item writes the expert's record.
+    experts_KR, weights_KR, rank_E: from `router.choose`. The kernel does not read rows that are not routed here.
+    IS_CLAMPED: gpt-oss's SwiGLU. Gate rows of weights and biases precede up rows. IS_SORTED: activation columns are
+    stored in the order of `experts_sum_mxfp4`. The first tile's item writes the expert's record.
     """
     KP: tl.constexpr = experts_KR.shape[0]
     expert = nth_expert(nth, rank_E)
@@ -97,7 +96,7 @@ def expert_gate_up_item(
             gate_TR += tl.load(bias_ptr + gate_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
             up_TR += tl.load(bias_ptr + up_T, mask=valid_T, other=0.0).to(tl.float32)[:, None]
         if IS_CLAMPED:
-            # Comparisons, because a minimum would replace what is NaN by the limit.
+            # Comparisons keep NaN; a minimum would replace it by the limit.
             gate_TR = tl.where(gate_TR > limit, limit, gate_TR)
             up_TR = tl.where(up_TR > limit, limit, tl.where(up_TR < -limit, -limit, up_TR))
             out_TR = (up_TR + 1.0) * (gate_TR * tl.sigmoid(gate_TR * alpha))
@@ -134,10 +133,10 @@ def expert_down_item(
     HAS_BIAS: tl.constexpr,
     HAS_TAP: tl.constexpr,
 ):
-    """T columns of the hidden size: the weighted sum over all chosen experts, in ascending order, added in place
-    (see `projections.add_to_hidden`).
+    """T hidden columns of the weighted sum over active experts, ascending, added in place
+    (`projections.add_to_hidden`).
 
-    num_experts: how many there are; routes_ptr: their records. Biases are added up after all products.
+    num_experts: active experts; routes_ptr: their records. Biases are added after all products.
     """
     PART: tl.constexpr = _part(T, IS_PACKED)
     for part in range(T // PART):
@@ -160,7 +159,7 @@ def _experts_sum(
     act_ptr, routes_ptr, num_experts, w_ptr, scales_ptr, first, D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """`mxfp4.experts_sum_mxfp4` of plain weights; activations are in the order of columns."""
+    """`matmul_mxfp4.experts_sum_mxfp4` for plain weights, with activations in column order."""
     r_R = tl.arange(0, R)
     sum_TR = tl.zeros((T, R), tl.float32)
     nth = num_experts * 0
@@ -179,7 +178,7 @@ def _experts_sum(
 def _biases_sum(
     routes_ptr, num_experts, bias_ptr, first, D: tl.constexpr, T: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
-    """Float32 [T, R]: the weighted sum of all chosen experts' biases, in ascending order."""
+    """Float32 [T, R]: the weighted sum of the active experts' biases, ascending."""
     column_T = first + tl.arange(0, T)
     sum_TR = tl.zeros((T, R), tl.float32)
     nth = num_experts * 0
@@ -193,7 +192,7 @@ def _biases_sum(
 
 @triton.jit
 def load_route(routes_ptr, nth, R: tl.constexpr):
-    """The nth active expert, which choice of each row it is, -1 where it is none, and the choices' weights."""
+    """The nth active expert, each row's choice number for it (-1 if not routed here), and the choices' weights."""
     r_R = tl.arange(0, R)
     record_ptr = routes_ptr + nth * route_words(R)
     weight_R = tl.load(record_ptr + R + r_R).to(tl.float32, bitcast=True)
@@ -202,24 +201,24 @@ def load_route(routes_ptr, nth, R: tl.constexpr):
 
 @triton.jit
 def load_num_active(routes_ptr, R: tl.constexpr):
-    """How many active experts there are in a step that has rows."""
+    """The number of active experts, in a step that has rows."""
     return tl.load(routes_ptr + 2 * R + NUM_ACTIVE)
 
 
 @triton.constexpr_function
 def _part(tile: int, is_packed: bool) -> int:
-    """Columns computed at a time: decoded weights and two products' sums have to fit into registers."""
+    """Columns computed at a time, limited by registers for decoded weights and two products' sums."""
     return min(tile, PART_COLUMNS) if is_packed else tile
 
 
 @triton.jit
 def nth_expert(nth, rank_E):
-    """The nth of the chosen experts in ascending order."""
+    """The nth active expert, ascending."""
     EP: tl.constexpr = rank_E.shape[0]
     return tl.sum(tl.where(rank_E == nth + 1, tl.arange(0, EP), 0), axis=0)
 
 
 @triton.jit
 def _choice(experts_KR, expert, KP: tl.constexpr):
-    """Which choice of each row an expert is, int32 [R]; -1 where it is none."""
+    """Each row's choice number for an expert, int32 [R], or -1."""
     return tl.max(tl.where(experts_KR == expert, tl.arange(0, KP)[:, None], -1), axis=0)

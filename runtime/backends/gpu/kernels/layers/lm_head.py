@@ -1,8 +1,7 @@
-"""Final norm and LM head, and of each tile of the vocabulary the token that may follow a row. See the package for the
-legend.
+"""Final norm, LM head, and the best token of each vocabulary tile for every row. Legend: see the package.
 
-Noise is added where the logits are, by all programs; a row's token is then chosen among the best of each tile (see
-`sample`). Which tokens top-k and top-p keep is not known before all logits are: see `logit_histogram`.
+All programs add noise to their own logits; `sample` then chooses among the tiles' best. Top-k and top-p need all logits
+first: see `logit_histogram`.
 """
 
 import triton
@@ -36,11 +35,11 @@ def lm_head_item(
     FP8_ROWS: tl.constexpr,
     HAS_LOGITS: tl.constexpr,
 ):
-    """T logits of every row; of each row the largest and its index, ties to the lower, -1 if one is NaN.
+    """T logits of every row; per row the largest and its index, ties to the lower, -1 if one is NaN.
 
-    Of a row with a temperature, the largest of logits / temperature + noise; num_drawn such rows there are. best is
-    int32 [tiles, 2, R]: bits of the float32 value, and the index. peaks, float32 [tiles, R], takes the largest logits
-    if there are. scaled_ptr, squares_ptr, NP: see `products`; scales_ptr, FP8_ROWS: see `products.multiply`.
+    For a row with a temperature (num_drawn of them), the largest of logits / temperature + noise; peaks, float32
+    [tiles, R], then gets the largest logits. best is int32 [tiles, 2, R]: float32 bits, and the index. Other
+    parameters: see `matmul.py`.
     """
     r_R = tl.arange(0, R)
     valid_R = is_used(rows_ptr, R)
@@ -59,7 +58,7 @@ def keep_tile(
     tile, logits_TR, logits_ptr, best_ptr, peaks_ptr, rows_ptr, sampling_ptr, num_drawn, VOCAB: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, HAS_LOGITS: tl.constexpr = True,
 ):  # fmt: skip
-    """What is kept of a tile's logits: see `lm_head_item`. Without HAS_LOGITS the largest alone, and no noise."""
+    """Stores a tile's results (see `lm_head_item`). Without HAS_LOGITS only the largest, without noise."""
     r_R = tl.arange(0, R)
     v_T = (tile * T + tl.arange(0, T)).to(tl.int64)
     valid_T = v_T < VOCAB
@@ -73,7 +72,7 @@ def keep_tile(
     best_R = tl.min(tl.where(is_broken_TR, -1, index_TR), axis=0)
     if HAS_LOGITS:  # noqa: SIM102
         if num_drawn > 0:
-            # Four tokens share a draw, and lie in different lanes: the logits are read again.
+            # Four tokens in different lanes share a draw: read the logits again.
             tl.debug_barrier()
             score_R, index_R = best_scores(tile, rows_ptr, sampling_ptr, logits_ptr, VOCAB, R, T)
             is_drawn_R = is_drawn(sampling_ptr, r_R)
@@ -87,12 +86,12 @@ def keep_tile(
 
 @triton.jit
 def best_scores(tile, rows_ptr, sampling_ptr, logits_ptr, VOCAB: tl.constexpr, R: tl.constexpr, T: tl.constexpr):
-    """Of a tile's logits / temperature + noise, the largest of each row and its index, ties to the lower."""
+    """Per row, the largest of a tile's logits / temperature + noise and its index, ties to the lower."""
     tl.static_assert(T % 4 == 0)
     r_R = tl.arange(0, R)
     block_B = tile * (T // 4) + tl.arange(0, T // 4)
     temperature_R = field(sampling_ptr, r_R, TEMPERATURE).to(tl.float32, bitcast=True)
-    # Of rows that are not drawn nothing is kept.
+    # Results of greedy rows are discarded.
     temperature_R = tl.where(temperature_R > 0.0, temperature_R, 1.0)
     words = row_words(block_B[:, None] + r_R[None, :] * 0, r_R[None, :], rows_ptr, sampling_ptr)
     largest_BR = tl.full((T // 4, R), float("-inf"), tl.float32)
@@ -102,7 +101,7 @@ def best_scores(tile, rows_ptr, sampling_ptr, logits_ptr, VOCAB: tl.constexpr, R
         at_BR = logits_ptr + v_B.to(tl.int64)[:, None] * R + r_R[None, :]
         logit_BR = tl.load(at_BR, mask=(v_B < VOCAB)[:, None], other=float("-inf"))
         score_BR = tl.math.div_rn(logit_BR, temperature_R[None, :]) + gumbel(words[lane])
-        # Where every score is -inf the first of them, as for the host.
+        # If every score is -inf, the first token, as on the host.
         is_better_BR = (score_BR > largest_BR) | ((index_BR == NO_TOKEN) & (v_B < VOCAB)[:, None])
         largest_BR = tl.where(is_better_BR, score_BR, largest_BR)
         index_BR = tl.where(is_better_BR, v_B[:, None], index_BR)

@@ -1,17 +1,15 @@
 """Norms, and products of weight rows with all rows of a step.
 
-Weights are the tall operand (T of their rows a product) and the step's rows the narrow one, which is what suits tensor
-cores when there are few rows. A row's column of the result depends on no other column.
+The weight is the tall operand (T rows per product) and the step's rows the narrow one, which suits tensor cores with
+few rows. A result column depends on its own row only.
 
-Each warp has a slice of every stretch of the contraction axis for itself, and all T rows of the tile; the slices' sums
-are added at the end. Were the tile's rows shared out among warps, there would be too few: with 16 rows and eight warps
-all would load and decode the same weights. And so much is loaded at a time that memory is kept busy.
+Each warp takes a slice of every stretch of the contraction axis for all T rows; the slices' sums are added at the end.
+Sharing 16 rows among eight warps would make all of them load and decode the same weights. Loads are large enough to
+keep memory busy.
 
-RMSNorm is divided between those who write the hidden state and those who need it normalized. Whoever writes columns of
-it also writes them times the weight of the norm that comes next (`scaled`), and their sums of squares; a product of
-what is scaled is then divided by the root of the mean square, row by row, when it is done. So nothing is normalized
-inside a product's loop, where every item would do it again, and a mean needs the sums alone. It rounds to the
-activations' dtype once, where PyTorch does twice.
+RMSNorm is split. The writer of hidden columns also writes them times the next norm's weight (`scaled`) and their sums
+of squares; the reader multiplies `scaled` and divides each row by the root mean square at the end. So no product loop
+normalizes, and rounding to the activations' dtype happens once, where PyTorch does it twice.
 """
 
 import triton
@@ -21,20 +19,20 @@ from speedstack.runtime.plan.tiling import BLOCK_COLUMNS, PART_COLUMNS
 
 BLOCK = tl.constexpr(BLOCK_COLUMNS)
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_FP8_COLUMNS = tl.constexpr(128)  # that share a scale
+_FP8_COLUMNS = tl.constexpr(128)  # # columns per scale
 _PART = tl.constexpr(PART_COLUMNS)
-_SLICES = 8  # at most: one for each of eight warps
+_SLICES = 8  # # at most: one per warp
 
 
 @triton.jit
 def in_blocks(column_T, R: tl.constexpr):
-    """Where columns of all rows lie in a buffer of [columns / 16, R, 16], [T, R]."""
+    """Positions of columns, for all rows, in a buffer [columns / 16, R, 16]; [T, R]."""
     return (column_T // BLOCK * (BLOCK * R) + column_T % BLOCK)[:, None] + (tl.arange(0, R) * BLOCK)[None, :]
 
 
 @triton.jit
 def write_for_norm(x_TR, first, norm_ptr, scaled_ptr, squares_ptr, D: tl.constexpr):
-    """What the norm of float32 columns first, first + 1, ... needs: see the module. T and `first` are whole blocks."""
+    """Writes the norm's inputs for float32 columns from `first`; T and `first` are whole blocks."""
     T: tl.constexpr = x_TR.shape[0]
     R: tl.constexpr = x_TR.shape[1]
     column_T, r_R = first + tl.arange(0, T), tl.arange(0, R)
@@ -50,7 +48,7 @@ def write_for_norm(x_TR, first, norm_ptr, scaled_ptr, squares_ptr, D: tl.constex
 
 @triton.jit
 def inverse_rms(squares_ptr, valid_R, eps, D: tl.constexpr, R: tl.constexpr, NP: tl.constexpr):
-    """1 / sqrt(mean of squares + eps) of valid rows, out of the sums of NP blocks, a power of two."""
+    """1 / sqrt(mean of squares + eps) of valid rows, from sums of NP blocks, a power of two."""
     n_N, r_R = tl.arange(0, NP), tl.arange(0, R)
     mask_NR = (n_N * BLOCK < D)[:, None] & valid_R[None, :]
     squares_NR = tl.load(squares_ptr + n_N[:, None] * R + r_R[None, :], mask=mask_NR, other=0.0)
@@ -59,15 +57,15 @@ def inverse_rms(squares_ptr, valid_R, eps, D: tl.constexpr, R: tl.constexpr, NP:
 
 @triton.jit
 def normed(x, rms, weight, dtype: tl.constexpr):
-    """RMSNorm of float32 values: rounded to `dtype` before and after the weight, as the reference does."""
+    """RMSNorm of float32 values, rounded to `dtype` before and after the weight, as in the reference."""
     return (weight.to(tl.float32) * (x * rms).to(dtype).to(tl.float32)).to(dtype)
 
 
 @triton.jit
 def load_x(x_ptr, x_step, x_R, valid_R, k_B, K: tl.constexpr):
-    """Elements k_B of every row, [B, R]; zeros where a row is not valid, of which nothing is read.
+    """Elements k_B of every row, [B, R]; invalid rows are zeros and not read.
 
-    Sixteen neighbours lie together: element k of row r at x_ptr + x_R[r] + k // 16 * x_step + k % 16.
+    Element k of row r is at x_ptr + x_R[r] + k // 16 * x_step + k % 16.
     """
     at_B = k_B // BLOCK * x_step + k_B % BLOCK
     return tl.load(x_ptr + at_B[:, None] + x_R[None, :], mask=(k_B < K)[:, None] & valid_R[None, :], other=0.0)
@@ -89,20 +87,18 @@ def multiply(
     FP8_ROWS: tl.constexpr = 0,
     STEP: tl.constexpr = 0,
 ):
-    """Float32 [T, R]: rows `row` to row + T of a weight [.., K] times every row's K elements. row: int64.
+    """Float32 [T, R]: weight rows `row` (int64) to row + T, [.., K], times every row's K elements.
 
-    Rows of the weight lie STEP elements apart, K where that is 0.
-
-    Of the T rows num_rows are there, at least one; results of others are garbage. x_ptr, x_step, x_R, valid_R: see
-    `load_x`. With FP8_ROWS, weights are E4M3 [.., K], without NaN, and float32 scales [.. / FP8_ROWS, ceil(K / 128)]:
-    what is multiplied is their product in float32, rounded to bfloat16.
+    num_rows of the T rows exist, at least one; other results are garbage. STEP: distance of weight rows, K if 0.
+    Activations: see `load_x`. FP8_ROWS: weights are E4M3 [.., K] without NaN, scales float32 [.. / FP8_ROWS, ceil(K /
+    128)]; their product in float32 is rounded to bfloat16.
     """
     R: tl.constexpr = x_R.shape[0]
     H: tl.constexpr = T if T < _PART else _PART
     P: tl.constexpr = T // H
     p_P = tl.arange(0, P)
     sum_PHR = tl.zeros((P, H, R), tl.float32)
-    # Where no rows are left, the last one again: none behind the weight are read.
+    # Past the last row, repeat it, so that nothing after the weight is read.
     for part in range(P):
         left = tl.maximum(num_rows - part * H, 1)
         first = row + tl.minimum(part * H, num_rows - 1)
@@ -118,12 +114,12 @@ def _multiply_part(
     x_ptr, x_step, x_R, valid_R, w_ptr, scales_ptr, row, num_rows, K: tl.constexpr, T: tl.constexpr,
     CHUNK: tl.constexpr, FP8_ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """`multiply` of as many rows as a program has the registers and the shared memory for."""
+    """`multiply` for as many rows as registers and shared memory allow."""
     R: tl.constexpr = x_R.shape[0]
     S: tl.constexpr = num_slices(K, CHUNK)
     NUM_SCALES: tl.constexpr = (K + _FP8_COLUMNS - 1) // _FP8_COLUMNS
     tl.static_assert(_FP8_COLUMNS % CHUNK == 0)
-    # Offsets are 32 bits wide: of 64 they would take the registers of whole variants.
+    # 32-bit offsets: 64-bit ones would take the registers of whole variants.
     t_T = tl.minimum(tl.arange(0, T), num_rows - 1)
     k_SB = tl.arange(0, S)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     at_SBR = (k_SB // BLOCK * x_step + k_SB % BLOCK)[:, :, None] + x_R[None, None, :]
@@ -146,9 +142,9 @@ def _multiply_part(
 
 @triton.jit
 def not_constant(K: tl.constexpr, num_rows):
-    """K, the end of a loop that may be entered or not.
+    """K, as a loop end that the compiler cannot prove positive.
 
-    Of loops that are known to be entered the compiler unrolls more, and holds all their addresses at once.
+    For loops that surely run, it unrolls more and keeps all their addresses.
     """
     if _IS_INTERPRETED:
         return K
@@ -158,23 +154,23 @@ def not_constant(K: tl.constexpr, num_rows):
 
 @triton.constexpr_function
 def num_slices(num_elements: int, chunk: int) -> int:
-    """Slices of a contraction axis that are walked side by side, a power of two."""
+    """Slices of a contraction axis walked in parallel, a power of two."""
     return min(_SLICES, triton.next_power_of_2(triton.cdiv(num_elements, chunk)))
 
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b in float32; float32 operands are not rounded to TF32."""
+    """acc + a @ b in float32, without TF32 rounding."""
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
 def rounded_to_bfloat16(x, dtype: tl.constexpr):
-    """Finite float32 values rounded to the nearest of bfloat16, ties to even, in `dtype`, bfloat16 or float32."""
+    """Finite float32 rounded to the nearest bfloat16, ties to even, in `dtype` (bfloat16 or float32)."""
     if dtype == tl.bfloat16:
         return x.to(tl.bfloat16)
     else:
-        # What the interpreter computes with; its own conversion rounds towards zero.
+        # For the interpreter, whose own conversion rounds towards zero.
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         return bits.to(tl.float32, bitcast=True)

@@ -1,23 +1,22 @@
 """Products of MXFP4 weights with all rows of a step; weights are decoded in registers, two at a time.
 
-A GPU reads memory so fast that a program may spend about three instructions of a lane on a weight of four bits, its
-share of everything else included. Hence the shape of this product, which no other has:
+At memory speed, a program may spend about three lane instructions per 4-bit weight, everything included. Hence:
 
-- Each warp has a slice of the contraction axis for itself, and all T rows of the tile. No two warps decode the same
-  weight, which they would if they shared a tile's few rows out among them. The slices' sums are added at the end.
-- A lane reads a block of 32 weights at once, 16 bytes under one scale, and keeps them: what it decodes is its own part
-  of the tensor core's operand. That needs another order of the contraction axis, into which the activations are brought
-  too; those between an expert's two products are written in it.
-- A code's bits are moved to the sign, the low exponent and the high mantissa bits of a bfloat16, both halves of a word
-  at once. What stands there is the value times 2**-126, also for the code 1, which is subnormal in both formats. One
-  product with a power of two makes it the weight. All this is exact.
-- Words come by asynchronous copies, several rounds ahead. Scales are bytes, of which there are no such copies: they are
-  loaded a round ahead, so that nobody waits for memory between a round's beginning and its products.
+- Each warp takes a slice of the contraction axis for all T rows, so no two warps decode the same weight. The slices'
+sums are added at the end.
+- A lane reads a block of 32 weights, 16 bytes under one scale, and decodes its own part of the tensor core's operand.
+This permutes the contraction axis; activations are permuted to match, and those between an expert's two products are
+stored so.
+- A code's bits become the sign, low exponent and high mantissa bits of a bfloat16, in both halves of a word at once.
+That is the value times 2**-126, also for code 1, which is subnormal in both formats. One multiplication by a power of
+two gives the weight. All this is exact.
+- Words come by asynchronous copies, several rounds ahead. Scales are bytes, which such copies do not support: they are
+loaded a round ahead.
 
-That no value moves between lanes hangs on the layout that Triton gives to what is loaded: axes that are not consecutive
-in memory are dealt out first to lanes, then to warps, then to registers. Triton 3.6 begins with the first of them and
-3.9.0 with the last (`_axis`). It hangs also on how many neighbours a lane has of the operand (`_NEIGHBOURS`). If
-another version does otherwise, operands move through shared memory: the same numbers, later.
+No value moves between lanes because of Triton's layout of loads: axes that are not contiguous in memory go to lanes,
+then warps, then registers, first axis first in Triton 3.6 and last first in 3.9.0 (`_axis`). It also depends on the
+lane's neighbours in the operand (`_NEIGHBOURS`). Under another version, operands move through shared memory: the same
+numbers, slower.
 
 Legend, besides the package's: S slices (there: splits), C lanes that share a row of the operand, U rows of a group of
 eight, V groups of eight rows, W words of a block. U and V are T, S and C and W are blocks and words of a stretch of the
@@ -36,9 +35,9 @@ _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _SLICE = tl.constexpr(SLICE)
 _IS_FIRST_DEALT_FIRST = tl.constexpr(triton.__version__.startswith("3.6."))
 route_words = triton.constexpr_function(record_layout.route_words)
-_STAGES = tl.constexpr(4)  # of `experts_sum_mxfp4`: one more than rounds whose words are under way
-# Pairs of elements next to each other that a lane has of either half of a tensor core's operand, as the two versions of
-# Triton deal out operands that are joined of several: for another number they would move through shared memory.
+_STAGES = tl.constexpr(4)  # # of `experts_sum_mxfp4`: rounds of words in flight, plus one
+# Adjacent element pairs that a lane has of each half of a tensor core operand, for joined operands in either Triton
+# version; another number would move them through shared memory.
 _NEIGHBOURS = tl.constexpr(2 if _IS_FIRST_DEALT_FIRST.value else 1)
 _ONE_BITS = tl.constexpr(0x3F800000)
 _HALF_BITS = tl.constexpr(0x3F000000)
@@ -48,8 +47,8 @@ _NAN_BITS = tl.constexpr(0x7FC00000)
 def _decode(is_wide: bool) -> str:
     """PTX from a word of codes ($8) and a power of two in both halves of a word ($9) to eight bfloat16, in order.
 
-    Codes 16 bits apart make a pair: bits a and b are the same pair's sign and magnitude at their places, what else the
-    product brings along is cleared. Wide: scales of all sizes, which takes two products.
+    Codes 16 bits apart form a pair; masks clear the other bits. Wide: for scales of all sizes, with two
+    multiplications.
     """
     lines = ["{ .reg .b32 q, a, b, c, d;", "shr.u32 q, $8, 8;"]
     for pair, source, mask, shifts in (
@@ -88,12 +87,12 @@ def multiply_pair_mxfp4(
     SLICES: tl.constexpr,
     IS_WIDE: tl.constexpr,
 ):
-    """Two results, float32 [T, R]: rows `row` to row + T of weights [.., K] times every row's K elements, and the rows
-    `step` further on.
+    """Two float32 [T, R]: weight rows `row` to row + T, [.., K], times every row's K elements, and the rows `step`
+    later.
 
-    Of the T rows num_rows are there; results of others are garbage. It may be negative: rows end at row + num_rows, and
-    none behind that is read. Codes are uint8 [.., K / 2], scales uint8 [.., K / 32]; without IS_WIDE none is above
-    `bindings.LARGEST_NARROW_SCALE`. x_ptr, x_step, x_R, valid_R: see `products.load_x`.
+    num_rows of the T rows exist; other results are garbage. It may be negative: nothing past row + num_rows is read.
+    Codes are uint8 [.., K / 2], scales uint8 [.., K / 32], at most `LARGEST_NARROW_SCALE` without IS_WIDE. Activations:
+    see `matmul.load_x`.
     """
     R: tl.constexpr = x_R.shape[0]
     STRETCH: tl.constexpr = _stretch(SLICES)
@@ -134,15 +133,15 @@ def experts_sum_mxfp4(
     SLICES: tl.constexpr,
     IS_WIDE: tl.constexpr,
 ):
-    """Float32 [T, R]: rows first to first + T of every active expert's weights [.., N, K] times the activations that
-    rows of the step have for it, times the choice's weight, added up in ascending order of expert.
+    """Float32 [T, R]: rows first to first + T of each active expert's weights [.., N, K] times the activations routed
+    to it times the choice's weight, summed in ascending order of expert.
 
-    routes_ptr: records of num_experts active experts (see `records`). x_ptr: [R * TOP_K, K], columns in the order of
-    `sorted_column`. w_ptr, scales_ptr, IS_WIDE: see `multiply_pair_mxfp4`. Results of rows from N on are garbage.
+    routes_ptr: records of num_experts active experts. x_ptr: [R * TOP_K, K], columns in the order of `sorted_column`.
+    w_ptr, scales_ptr, IS_WIDE: see `multiply_pair_mxfp4`. Results from row N on are garbage.
 
-    All experts are one loop, so that an expert's weights are on their way while others' are multiplied, and slices are
-    added up once. What the loop needs to know of an expert comes an iteration ahead: a load whose address another load
-    of the same iteration brings would halve the distance at which both are issued.
+    One loop covers all experts, so that weights load while others are multiplied, and slices are added once. An
+    expert's record is loaded an iteration ahead: an address loaded in the same iteration would halve the prefetch
+    distance.
     """
     STRETCH: tl.constexpr = _stretch(SLICES)
     ROUNDS: tl.constexpr = _num_rounds(K, SLICES)
@@ -152,7 +151,7 @@ def experts_sum_mxfp4(
     r_R, r_UV = tl.arange(0, R), _rows_of_lanes(R)
     sum_STR = tl.zeros((SLICES, T, R), tl.float32)
     num_units = num_experts * ROUNDS
-    # Where there is none, a record holds whatever was there before.
+    # Without an active expert, its record is stale.
     expert, choice_UV = tl.load(routes_ptr + EXPERT_WORD, mask=num_units > 0, other=0), tl.load(routes_ptr + r_UV)
     weight_R = tl.load(routes_ptr + R + r_R)
     scale = _scales(scales_ptr, expert.to(tl.int64) * N + first, N - first, 0, K, T, SLICES)
@@ -168,7 +167,7 @@ def experts_sum_mxfp4(
         part_STR = dot(w, x_SBR, tl.zeros((SLICES, T, R), tl.float32))
         later_STR = sum_STR + part_STR * weight_R.to(tl.float32, bitcast=True)[None, None, :]
         if IS_WIDE:
-            # There may be a weight that is no number, which zeros do not take away.
+            # A weight may be NaN, which zero activations do not remove.
             choice_R = tl.load(routes_ptr + unit // ROUNDS * WORDS + r_R)
             later_STR = tl.where((choice_R >= 0)[None, None, :], later_STR, sum_STR)
         sum_STR = later_STR
@@ -179,7 +178,7 @@ def experts_sum_mxfp4(
 
 @triton.constexpr_function
 def _stretch(num_slices: int) -> int:
-    """Elements of the contraction axis in a round of all slices."""
+    """Elements of the contraction axis per round of all slices."""
     return num_slices * SLICE
 
 
@@ -190,7 +189,7 @@ def _num_rounds(num_elements: int, num_slices: int) -> int:
 
 @triton.jit
 def sorted_column(column):
-    """Where a column lies among activations that `experts_sum_mxfp4` takes: codes c and c + 4 of a word in turn."""
+    """A column's place in the activations of `experts_sum_mxfp4`: codes c and c + 4 of a word in turn."""
     return column // 8 * 8 + column % 4 * 2 + column % 8 // 4
 
 
@@ -198,9 +197,9 @@ def sorted_column(column):
 def _activations(
     x_ptr, r_UV, choice_UV, start, K: tl.constexpr, TOP_K: tl.constexpr, SLICES: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
-    """A stretch of the rows' activations for an expert [S, B, R], in the product's order; zeros of other rows.
+    """A stretch of the activations routed to an expert, [S, B, R] in the product's order; zeros for other rows.
 
-    A lane reads 64 bytes each of its rows of the operand, and keeps them, as with weights.
+    A lane reads and keeps 64 bytes of each of its rows of the operand.
     """
     U: tl.constexpr = R if R < 8 else 8
     V: tl.constexpr = R // U
@@ -217,14 +216,14 @@ def _activations(
 
 @triton.jit
 def _rows_of_lanes(R: tl.constexpr):
-    """The step's rows, along axes U and V of `_activations`."""
+    """The step's rows along axes U and V of `_activations`."""
     U: tl.constexpr = R if R < 8 else 8
     return _along(tl.arange(0, R // U), 3, 6) * U + _along(tl.arange(0, U), 1, 6)
 
 
 @triton.jit
 def _sorted(x_SBR):
-    """Activations [S, B, R] from the order in which they lie to the product's: codes c and c + 4 in turn."""
+    """Activations [S, B, R] from storage order to the product's: codes c and c + 4 in turn."""
     S: tl.constexpr = x_SBR.shape[0]
     R: tl.constexpr = x_SBR.shape[2]
     x = tl.permute(tl.reshape(x_SBR, (S, 4, 4, 2, 4, R)), (0, 1, 2, 4, 3, 5))
@@ -243,7 +242,7 @@ def _in_order(x_SC):
 
 @triton.jit
 def _scales(scales_ptr, row, num_rows, start, K: tl.constexpr, T: tl.constexpr, SLICES: tl.constexpr):
-    """Scales of a stretch of T rows, uint8 [C, U, S, V, 1] or [V, S, U, C, 1]; zeros behind the end."""
+    """Scales of a stretch of T rows, uint8 [C, U, S, V, 1] or [V, S, U, C, 1]; zeros past the end."""
     block_CS = _blocks(start, SLICES)
     at_CUSV = _rows_of_tile(num_rows, T) * (K // 32) + block_CS
     return tl.load(scales_ptr + row * (K // 32) + at_CUSV, mask=block_CS < K // 32, other=0)
@@ -251,7 +250,7 @@ def _scales(scales_ptr, row, num_rows, start, K: tl.constexpr, T: tl.constexpr, 
 
 @triton.jit
 def _words(w_ptr, row, num_rows, start, K: tl.constexpr, T: tl.constexpr, SLICES: tl.constexpr):
-    """Words of codes of a stretch of T rows, int32 [C, U, S, V, W] or [V, S, U, C, W]; zeros behind the end."""
+    """Code words of a stretch of T rows, int32 [C, U, S, V, W] or [V, S, U, C, W]; zeros past the end."""
     block_CS = _blocks(start, SLICES)
     at_CUSV = _rows_of_tile(num_rows, T) * (K // 8) + block_CS * 4
     words_ptr = w_ptr.to(tl.pointer_type(tl.int32)) + row * (K // 8)
@@ -261,8 +260,8 @@ def _words(w_ptr, row, num_rows, start, K: tl.constexpr, T: tl.constexpr, SLICES
 
 @triton.jit
 def _blocks(start, SLICES: tl.constexpr):
-    """Which block of the contraction axis each lane has."""
-    # The same as without the product and remainder, but not seen to be consecutive: else a lane gets several scales.
+    """Each lane's block of the contraction axis."""
+    # Written so that the compiler does not see consecutive blocks, or a lane would get several scales.
     return start // 32 + _along(tl.arange(0, SLICES), 2, 5) * 4 + _along(tl.arange(0, 4) * 5 % 4, 0, 5)
 
 
@@ -273,7 +272,7 @@ def _rows_of_tile(num_rows, T: tl.constexpr):
 
 @triton.jit
 def _along(x_N, NUMBER: tl.constexpr, RANK: tl.constexpr):
-    """N elements along axis C, U, S, V or W, number 0 to 4, of RANK axes, the last of which lies in memory."""
+    """N elements along axis C, U, S, V or W (0 to 4) of RANK axes, the last one contiguous."""
     AXIS: tl.constexpr = _axis(NUMBER, RANK)
     for axis in tl.static_range(RANK):
         if axis != AXIS:
@@ -288,9 +287,9 @@ def _axis(number: int, rank: int) -> int:
 
 @triton.jit
 def decoded(word, scale, IS_WIDE: tl.constexpr):
-    """The eight values of words of codes, int32, under E8M0 scales, int32; float32 where interpreted, else bfloat16."""
+    """Eight values of int32 code words under int32 E8M0 scales; bfloat16, or float32 if interpreted."""
     if _IS_INTERPRETED:
-        # The interpreter knows no assembly.
+        # The interpreter cannot run assembly.
         power = power_of_two(scale)
         return (
             e2m1(word) * power, e2m1(word >> 4) * power, e2m1(word >> 8) * power, e2m1(word >> 12) * power,
@@ -339,7 +338,7 @@ def _operand(w, dtype: tl.constexpr):
 
 @triton.jit
 def e2m1(code):
-    """The float32 value of the low four bits of an int32: 0, 0.5, then exponent and mantissa moved to their place."""
+    """The float32 value of an int32's low four bits."""
     index = code & 7
     bits = tl.where(index < 2, index * _HALF_BITS, (index << 22) + (_ONE_BITS - (2 << 22)))
     return (bits | ((code & 8) << 28)).to(tl.float32, bitcast=True)

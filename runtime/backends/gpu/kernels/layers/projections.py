@@ -1,4 +1,4 @@
-"""Projections whose weights all rows share. See the package for the legend."""
+"""Projections with weights shared by all rows. Legend: see the package."""
 
 import triton
 import triton.language as tl
@@ -36,7 +36,7 @@ def qkv_item(
 ):
     """Norm, then T columns of a group's queries, key and value. COLUMNS of a group, padded to whole tiles.
 
-    scaled_ptr, squares_ptr, NP: see `products`; scales_ptr, FP8_ROWS: see `products.multiply`; here and below.
+    scaled_ptr, squares_ptr, NP, scales_ptr, FP8_ROWS: see `matmul.py`; here and below.
     """
     r_R = tl.arange(0, R)
     valid_R = is_used(rows_ptr, R)
@@ -77,7 +77,7 @@ def project_item(
 ):
     """T columns of a projection to the hidden size, added in place (see `add_to_hidden`).
 
-    x_step, x_row_step: from sixteen elements to the next, and from a row to the next (see `products.load_x`).
+    x_step, x_row_step: strides of sixteen elements and of a row (see `matmul.load_x`).
     """
     r_R = tl.arange(0, R)
     first = (tile * T).to(tl.int64)
@@ -96,9 +96,9 @@ def project_item(
 def add_to_hidden(
     out_TR, first, hidden_ptr, norm_ptr, scaled_ptr, squares_ptr, tap_ptr, D: tl.constexpr, HAS_TAP: tl.constexpr
 ):
-    """Adds float32 [T, R] to columns first, first + 1, ... of the hidden state, and writes what the next norm needs.
+    """Adds float32 [T, R] to hidden columns from `first` and writes the next norm's inputs.
 
-    norm_ptr is that norm's weight. tap_ptr [D / 16, R, 16] takes a copy of the sum where that is wanted.
+    norm_ptr: the next norm's weight. tap_ptr [D / 16, R, 16]: optional copy of the sum.
     """
     T: tl.constexpr = out_TR.shape[0]
     R: tl.constexpr = out_TR.shape[1]
@@ -131,7 +131,7 @@ def dense_gate_up_item(
     CHUNK: tl.constexpr,
     FP8_ROWS: tl.constexpr,
 ):
-    """Norm, then silu(gate) * up of T columns; gate rows of the weight come before up rows."""
+    """Norm, then silu(gate) * up of T columns; the weight's gate rows precede its up rows."""
     r_R = tl.arange(0, R)
     valid_R = is_used(rows_ptr, R)
     first, num_rows = (tile * T).to(tl.int64), WIDTH - tile * T

@@ -1,4 +1,4 @@
-"""Router logits, and which experts rows chose. See the package for the legend."""
+"""Router logits, and the choice of experts. Legend: see the package."""
 
 import triton
 import triton.language as tl
@@ -27,7 +27,7 @@ def router_item(
     CHUNK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Norm, then the logits of T experts, one after another: an expert's sum has one shape, whatever the tile."""
+    """Norm, then the logits of T experts, one at a time, so that a sum's shape does not depend on the tile."""
     r_R = tl.arange(0, R)
     valid_R = is_used(rows_ptr, R)
     rms_R = inverse_rms(squares_ptr, valid_R, eps, D, R, NP)
@@ -46,7 +46,7 @@ def router_item(
 
 @triton.jit
 def scores(logits_XR, peak_R, total_R, IS_SIGMOID: tl.constexpr):
-    """What logits [.., R] are worth: sigmoids, or the softmax whose peak and total of exponentials are given."""
+    """Sigmoids of logits [.., R], or their softmax with the given peak and total."""
     if IS_SIGMOID:
         return tl.sigmoid(logits_XR)
     else:
@@ -68,11 +68,11 @@ def choose(
     HAS_CORRECTION: tl.constexpr,
     RENORMALIZE: tl.constexpr,
 ):
-    """Experts int32 [KP, R] and weights float32 [KP, R], best choice first, ties to the lower index; ranks int32 [EP].
+    """Experts int32 [KP, R] and weights float32 [KP, R], best first, ties to the lower index; ranks int32 [EP].
 
-    E stands for no expert: choices past K, and all of idle rows. EP, KP: powers of two, at least E and K. The rank of
-    an expert that any row chose is its place among them in ascending order, from 1; others have 0. A logit that is not
-    a number is chosen last; the row is lost already, yet must not lead outside of the weights.
+    E means no expert: choices past K, and idle rows. EP, KP: powers of two, at least E and K. An active expert's rank
+    is its place among them, ascending from 1; others have 0. NaN logits are chosen last: the row is lost, but indices
+    stay inside the weights.
     """
     e_E, r_R, k_K = tl.arange(0, EP), tl.arange(0, R), tl.arange(0, KP)
     is_expert_E = e_E < E
@@ -86,14 +86,14 @@ def choose(
     values_ER = scores(logits_ER, peak_R, total_R, IS_SIGMOID)
     if HAS_CORRECTION:
         values_ER += tl.load(correction_ptr + e_E, mask=is_expert_E, other=0.0)[:, None]
-    # Above what has been chosen, so that nobody is chosen twice.
+    # Above the value of chosen experts, so that none is chosen twice.
     values_ER = tl.where(values_ER > _LEAST, values_ER, _LEAST)
     left_ER = tl.where(is_expert_E[:, None], values_ER, float("-inf"))
     is_row_R = is_used(rows_ptr, R)
     experts_KR, weights_KR = tl.full((KP, R), E, tl.int32), tl.zeros((KP, R), tl.float32)
-    # Not unrolled: code of its own for every choice, and with Triton 3.6.0 registers too, which then stay taken.
+    # Not unrolled: that would add code per choice and, in Triton 3.6.0, registers that stay allocated.
     for k in range(K):
-        # Value and place in one reduction, which ends at a barrier.
+        # Value and index in one reduction, which ends at a barrier.
         largest_R, best_R = tl.max(left_ER, axis=0, return_indices=True, return_indices_tie_break_left=True)
         left_ER = tl.where(e_E[:, None] == best_R[None, :], float("-inf"), left_ER)
         is_here_KR = (k_K == k)[:, None] & is_row_R[None, :]
@@ -102,7 +102,7 @@ def choose(
             weight_R = tl.where(largest_R > _LEAST, largest_R, float("nan"))
             weights_KR = tl.where(is_here_KR, weight_R[None, :], weights_KR)
     if HAS_CORRECTION:
-        # Their logits once more, because lanes cannot reach each other's values.
+        # Load their logits again, because lanes cannot read each other's values.
         is_choice_KR = experts_KR < E
         logits_KR = tl.load(logits_ptr + experts_KR * R + r_R[None, :], mask=is_choice_KR, other=0.0)
         weights_KR = tl.where(is_choice_KR, scores(logits_KR, peak_R, total_R, IS_SIGMOID), 0.0)

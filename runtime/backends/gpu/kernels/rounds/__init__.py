@@ -1,1 +1,1 @@
-"""Device functions of what a round decides."""
+"""Device functions of sampling, acceptance and row allocation."""

@@ -1,5 +1,6 @@
-"""Gumbel noise: the same Philox integers and uniform numbers as `runtime.rounds.sampling`. Logarithms may differ in
-the last bits from PyTorch's. See the package for the legend.
+"""Gumbel noise with the Philox integers and uniform numbers of `runtime.rounds.sampling`.
+
+Logarithms may differ from PyTorch's in the last bits. Legend: see the package.
 """
 
 import triton
@@ -13,8 +14,8 @@ _MOST_UNIFORM = tl.constexpr(sampling.MOST_UNIFORM)
 
 @triton.jit
 def row_words(block, row, rows_ptr, sampling_ptr):
-    """Four uint32 words of each block of four tokens, for the token after each row; shapes of block and row agree."""
-    position = (field(rows_ptr, row, POSITION) + 1).to(tl.uint32)  # the token's that is chosen
+    """Four uint32 words per block of four tokens, for the token after each row; block and row broadcast."""
+    position = (field(rows_ptr, row, POSITION) + 1).to(tl.uint32)  # # of the chosen token
     at = sampling_ptr + row * RECORD
     return uniform_words(
         block, position, _word(at + SEQUENCE), _word(at + SEQUENCE + 1), _word(at + SEED), _word(at + SEED + 1)
@@ -23,7 +24,7 @@ def row_words(block, row, rows_ptr, sampling_ptr):
 
 @triton.jit
 def uniform_words(block, position, sequence_low, sequence_high, seed_low, seed_high):
-    """Four uint32 words a block of four tokens: Philox4x32-10 of (block, position, sequence), keyed by the seed."""
+    """Four uint32 words per block of four tokens: Philox4x32-10 of (block, position, sequence), keyed by the seed."""
     c0 = block.to(tl.uint32)
     zero = c0 * 0
     c1, c2, c3 = zero + position, zero + sequence_low, zero + sequence_high
@@ -32,9 +33,10 @@ def uniform_words(block, position, sequence_low, sequence_high, seed_low, seed_h
 
 @triton.jit
 def gumbel(word):
-    """Standard Gumbel noise of a uint32 word: `sampling.gumbel`, whose -log(1 - v) is v * log(u) / (u - 1) with u the
-    float32 next to 1 - v (Goldberg, "What every computer scientist should know about floating-point arithmetic", 1991,
-    theorem 4): what rounding makes of 1 - v, it makes of both.
+    """Standard Gumbel noise of a uint32 word, as `sampling.gumbel`.
+
+    -log(1 - v) is v * log(u) / (u - 1) with u the float32 nearest 1 - v; the rounding of u cancels (Goldberg, "What
+    every computer scientist should know about floating-point arithmetic", 1991, theorem 4).
     """
     v = tl.minimum((word.to(tl.float32) + 0.5) * (2.0**-32), _MOST_UNIFORM)
     u = 1.0 - v

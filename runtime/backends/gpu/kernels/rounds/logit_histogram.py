@@ -1,14 +1,14 @@
-"""Of rows that top-k or top-p cuts: how much mass and how many tokens each bin has, and which tokens those are.
+"""Histogram of logits for rows with top-k or top-p: mass, count and tokens of each bin (`rounds/histogram.py`).
 
-All programs take part, each with a slice of a row's tokens; `cut` then finds in one program what the row keeps. Bins
-are those of `runtime.rounds.histogram`. What is added to them is integers, so that the sums are the same in whatever
-order; the tokens of a slice that share a bin are a chain, whose order has no bearing on anything.
+All programs take part, each with a slice of a row's tokens; `topk_topp.py` then finds in one program what the row
+keeps. Only integers are added, so any order gives the same sums. A slice's tokens in one bin form a chain, whose order
+does not matter.
 
-Left out: going without the phase's wait in steps that have no such row. They pay one more synchronization of programs.
+Left out: skipping the phase's wait in steps without such rows, which pay one more synchronization.
 
-See the package for the legend; C tokens at a time. Per row, bins are int64 [2, BINS]: masses, and numbers of tokens.
-Per row and slice of so many tokens, chains are int32: the first token of each bin, BINS of them, then what comes after
-each of the slice's tokens; tokens are counted from the slice's first, and -1 ends a chain.
+Legend: see the package; C tokens at a time. Per row, bins are int64 [2, BINS]: masses, and numbers of tokens. Per row
+and slice, chains are int32: the first token of each bin (BINS), then each token's successor; tokens count from the
+slice's first, and -1 ends a chain.
 """
 
 import triton
@@ -29,21 +29,21 @@ _DEGREE = tl.constexpr(len(sampling.MASS_COEFFICIENTS))
 
 @triton.jit
 def steps_below(x, peak):
-    """`sampling.steps_below`, as int32; 0 for what is no number."""
+    """`sampling.steps_below` as int32; 0 for NaN."""
     below = tl.where((x == peak) | (x != x), 0.0, tl.minimum(peak - x, _FARTHEST))
     return (below * _STEPS_A_NAT).to(tl.int32)
 
 
 @triton.jit
 def bin_of(steps):
-    """`bins.bins_of`."""
+    """`histogram.bins_of`."""
     return tl.minimum(steps >> _BIN_SHIFT, BINS - 1)
 
 
 @triton.jit
 def mass_of(steps):
-    """`sampling.masses`, as int32."""
-    # As a part of 2**32, so that the upper half of a product is what the definition shifts down.
+    """`sampling.masses` as int32."""
+    # As a fraction of 2**32, so that the upper half of a product is the definition's shifted value.
     fraction = steps.to(tl.uint32) << (32 - _OCTAVE_BITS)
     zero = fraction * 0
     mass = zero + _MASS_COEFFICIENTS[_DEGREE - 1]
@@ -55,7 +55,7 @@ def mass_of(steps):
 
 @triton.jit
 def peak_of(row, peaks_ptr, temperature, TILES: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """The largest scaled logit of a row that is a number, out of the largest of each tile; C tiles at a time."""
+    """A row's largest scaled logit, NaN ignored, from the tiles' largest; C tiles at a time."""
     largest_C = tl.full((C,), float("-inf"), tl.float32)
     for start in range(0, TILES, C):
         tile_C = start + tl.arange(0, C)
@@ -67,7 +67,7 @@ def peak_of(row, peaks_ptr, temperature, TILES: tl.constexpr, R: tl.constexpr, C
 
 @triton.jit
 def empty_bins(row, bins_ptr):
-    """Makes a row's bins ready for this step's sums."""
+    """Clears a row's bins."""
     b_B = tl.arange(0, 2 * BINS)
     tl.store(bins_ptr + row * (2 * BINS) + b_B, tl.zeros((2 * BINS,), tl.int64))
 
@@ -89,9 +89,9 @@ def histogram_item(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Adds a slice of SLICE tokens, that of this number of SLICES, to its row's bins, and chains them.
+    """Adds slice `number` (of SLICES slices of SLICE tokens) to its row's bins and chains.
 
-    Nothing for a row that keeps all its tokens. A logit that is NaN is in no bin.
+    Skips rows that keep all tokens. NaN logits are in no bin.
     """
     if has_topk_or_topp(rows_ptr, sampling_ptr, row, VOCAB):
         temperature = field(sampling_ptr, row, TEMPERATURE).to(tl.float32, bitcast=True)
@@ -99,7 +99,7 @@ def histogram_item(
         chain_ptr, first = chains_ptr + (row * SLICES + number) * (BINS + SLICE), number * SLICE
         tl.store(chain_ptr + tl.arange(0, BINS), tl.full((BINS,), -1, tl.int32))
         peak = peak_of(row, peaks_ptr, temperature, TILES, R, C)
-        # All chains are empty before one of them begins.
+        # All chains must be empty before any begins.
         tl.debug_barrier()
         num_tokens = tl.minimum(VOCAB - first, SLICE)
         for start in range(0, num_tokens, C):

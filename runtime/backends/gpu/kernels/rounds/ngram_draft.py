@@ -1,11 +1,9 @@
-"""Drafts without the host: prompt lookup in a sequence's own text, which lies in GPU memory.
+"""Prompt lookup in a sequence's own text, in GPU memory. The rule is `speedstack.dflash.ngram`'s.
 
-The rule is `speedstack.dflash.ngram`: the longest run of last tokens that occurred before, its latest occurrence, and
-what followed it, copied round. One program scans the whole text every round; no index is kept. What it loads depends on
-nothing that it has loaded, so that many loads are under way at once: of BLOCK places, the tokens of GRAMS sizes. See
-the package for the legend.
+One program scans the whole text every round, without an index. No load depends on another, so many are in flight:
+tokens at BLOCK places for GRAMS run sizes. Legend: see the package.
 
-Left out: a text that is cut among programs, whose results somebody would have to combine behind one more wait.
+Left out: sharing a text among programs, which would need one more wait to combine results.
 """
 
 import triton
@@ -22,17 +20,14 @@ from speedstack.runtime.backends.gpu.kernels.rows import (
     RECORD,
 )
 
-GRAMS = tl.constexpr(4)  # sizes of runs that are compared at a time
+GRAMS = tl.constexpr(4)  # # run sizes compared at a time
 
 
 @triton.jit
 def draft_item(
     sequence, sequences_ptr, history_ptr, proposals_ptr, R: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """What a prompt lookup proposes for one sequence, if it goes on: how many tokens, and which.
-
-    There are never more than could be committed with the target's own token behind them.
-    """
+    """Writes one sequence's prompt-lookup proposals: their number and tokens, no more than could be committed."""
     record_ptr = sequences_ptr + sequence * RECORD
     length = tl.load(record_ptr + LENGTH)
     num_left = tl.load(record_ptr + END) - length
@@ -54,9 +49,9 @@ def draft_item(
 
 @triton.jit
 def latest_follower(text_ptr, length, ngram, BLOCK: tl.constexpr):
-    """The place behind the latest occurrence of the longest run of last tokens, up to `ngram` of them; else `length`.
+    """The place after the latest occurrence of the longest run of last tokens, at most `ngram`; else `length`.
 
-    BLOCK places are compared at a time, each with as many runs as end before it.
+    Compares BLOCK places at a time.
     """
     longest, found = length * 0, length
     for start in range(0, length, BLOCK):
@@ -68,7 +63,7 @@ def latest_follower(text_ptr, length, ngram, BLOCK: tl.constexpr):
                 is_there_B = (place_B >= size) & (place_B < tl.where(size <= ngram, length, 0))
                 token_B = tl.load(text_ptr + place_B - size, mask=is_there_B, other=-1)
                 last = tl.load(text_ptr + tl.maximum(length - size, 0))
-                # A run of this size ends here if the run that is shorter by one does.
+                # A run of this size ends here if the one shorter by one does.
                 size_B += (is_there_B & (size_B == size - 1) & (token_B == last)).to(tl.int32)
         largest = tl.max(size_B, axis=0)
         latest = tl.max(tl.where(size_B == largest, place_B, 0), axis=0)

@@ -1,8 +1,8 @@
-"""Who gets the rows of a step, as `runtime.rounds.row_allocation` has it, and when there is nobody left to get any.
+"""Allocation of a step's rows, as in `runtime.rounds.row_allocation`.
 
-An item allocates for itself: from how many rows each sequence wants it works out whose row it is, and how many rows the
-sequence of its own index has. Tiles have one dimension: those of two take registers of the persistent kernel outside of
-this phase too. See the package for the legend; S sequences, as many as rows.
+Each item allocates for itself: from the rows each sequence wants, it derives its row's sequence and the rows of the
+sequence at its own index. Tiles are one-dimensional: two-dimensional ones cost the persistent kernel registers in other
+phases too. Legend: see the package; S sequences, as many as rows.
 """
 
 import triton
@@ -29,7 +29,7 @@ from speedstack.runtime.backends.gpu.kernels.rows import (
 
 @triton.jit
 def end_of_live(sequences_ptr, R: tl.constexpr):
-    """One past the last sequence that goes on, 0 if none does; and whether any is, or was, decoded without the host."""
+    """One past the last unfinished sequence, 0 without one; and whether any was decoded without the host."""
     s_S = tl.arange(0, R)
     is_own_S = field(sequences_ptr, s_S, CAPACITY) > 0
     is_live_S = is_own_S & (field(sequences_ptr, s_S, LENGTH) < field(sequences_ptr, s_S, END))
@@ -38,15 +38,14 @@ def end_of_live(sequences_ptr, R: tl.constexpr):
 
 @triton.jit
 def rows_of_sequences(sequences_ptr, proposals_ptr, R: tl.constexpr, HAS_PROPOSALS: tl.constexpr):
-    """Of each sequence, [S]: how many rows it has, and those of all up to it and its own."""
+    """Rows of each sequence, [S], and their inclusive prefix sums."""
     s_S = tl.arange(0, R)
     is_live_S = field(sequences_ptr, s_S, LENGTH) < field(sequences_ptr, s_S, END)
     num_S = is_live_S.to(tl.int32)
     if HAS_PROPOSALS:
         drafts_S = tl.load(proposals_ptr + s_S * R + NUM_PROPOSED, mask=is_live_S, other=0)
         num_free = R - tl.sum(num_S, axis=0)
-        # Whole turns: the most drafts that all of them may have alike, if they want them, found bit by bit; then one
-        # more for the first.
+        # Full turns: the most drafts that all can get alike, found bit by bit; then one more for the first sequences.
         num_turns = num_free * 0
         bit = num_turns + R // 2
         while bit > 0:
@@ -71,10 +70,9 @@ def allocate_row(
     R: tl.constexpr,
     HAS_PROPOSALS: tl.constexpr,
 ):
-    """The token of a row, -1 if it is idle; writes the row's record and sampling state.
+    """A row's token, -1 if idle; writes its record, its sampling state and that of the sequence at its index.
 
-    With it goes what the record says of the sequence whose index is the row's. Where the host decodes all sequences, it
-    has written both.
+    If the host decodes all sequences, it has written both.
     """
     token = field(rows_ptr, row, TOKEN)
     _, is_allocated = end_of_live(sequences_ptr, R)
@@ -95,13 +93,13 @@ def allocate_row(
 
 @triton.jit
 def write_record(row, sequences_ptr, rows_ptr, num_S, past_S, R: tl.constexpr):
-    """Writes a row's record but for its token, and what it says of the sequence whose index is the row's.
+    """Writes a row's record except its token, and that of the sequence at its index.
 
-    num_S, past_S: rows of each sequence, and of all up to it and its own. Returns the row's sequence, R if it is idle,
-    its number among that sequence's rows, and the sequence's newest token, -1 for an idle one.
+    num_S, past_S: rows per sequence and their inclusive prefix sums. Returns the row's sequence (R if idle), its number
+    within it, and the sequence's newest token (-1 if idle).
     """
     s_S = tl.arange(0, R)
-    # Sequences without a row end where the one before them does.
+    # A sequence without rows ends where the previous one does.
     sequence = tl.sum((past_S <= row).to(tl.int32), axis=0)
     is_used = sequence < R
     number = row - tl.sum(tl.where(s_S == sequence, past_S - num_S, 0), axis=0)

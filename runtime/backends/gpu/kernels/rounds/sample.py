@@ -1,11 +1,10 @@
-"""The token after a row, as `speedstack.runtime.rounds.sampling` defines it: Gumbel-max, after top-k and top-p.
+"""The token after a row (`speedstack.runtime.rounds.sampling`): Gumbel-max after top-k and top-p.
 
-`lm_head` has added the noise and kept the best token of each tile. Of a row that top-k or top-p cuts, that may be one
-which the row drops. The best of those that it keeps is nearly always the best of all: a tile whose best token is
-dropped is looked at again only if that token beats it, and if the tile has a token that is kept. The number of tokens
-that beat it is expected to be the dropped mass over the kept one.
+`lm_head` has added noise and kept each tile's best token, which top-k or top-p may drop. A tile is scanned again only
+if its best token is dropped, beats the best kept token, and the tile has a kept token. The expected number of dropped
+tokens that beat it is the ratio of dropped to kept mass.
 
-See the package for the legend; C tiles, or tokens, at a time.
+Legend: see the package; C tiles, or tokens, at a time.
 """
 
 import triton
@@ -38,9 +37,9 @@ def sample_item(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    """token[row]: the best of all TILES tiles' or, with top-k or top-p, of the tokens that these keep.
+    """token[row]: the best token of all TILES tiles that top-k and top-p keep; -1 for NaN logits.
 
-    -1 where a logit is NaN. What lies at the other pointers: see `head.keep_tile`, `logit_histogram` and `cut`.
+    Other pointers: see `lm_head.keep_tile`, `logit_histogram` and `topk_topp.py`.
     """
     if field(rows_ptr, row, TOKEN) >= 0:
         is_part, edge = has_topk_or_topp(rows_ptr, sampling_ptr, row, VOCAB), row * 0
@@ -63,12 +62,12 @@ def sample_item(
             token_C = tl.where(is_better_C, index_C, token_C)
             least_C = tl.minimum(least_C, index_C)
         value, token = _first_of_largest(value_C, token_C)
-        # A tile with what is no number has the index -1.
+        # A tile with NaN has the index -1.
         token = tl.where(tl.min(least_C, axis=0) < 0, -1, token)
         if is_part & (token >= 0):
             tiles_ptr = notes_ptr + 2 * VOCAB
             num_tiles = row * 0
-            # Without a token, the largest of none: -inf, which every tile reaches.
+            # Without a kept token the largest is -inf, which every tile reaches.
             for start in range(0, TILES, C):
                 tile_C = start + tl.arange(0, C)
                 best_C, _, is_kept_C = _best_of(
@@ -90,7 +89,7 @@ def sample_item(
 
 @triton.jit
 def _best_of(tile_C, row, best_ptr, logits_ptr, temperature, edge, is_part, TILES: tl.constexpr, R: tl.constexpr):
-    """Of each tile the largest score, whose it is, and whether the row keeps that token; not of tiles past the last."""
+    """Each tile's largest score, its token, and whether the row keeps that token; C tiles."""
     at_C = best_ptr + tile_C * (2 * R) + row
     best_C = tl.load(at_C, mask=tile_C < TILES, other=0).to(tl.float32, bitcast=True)
     index_C = tl.load(at_C + R, mask=tile_C < TILES, other=NO_TOKEN)
@@ -106,7 +105,7 @@ def _best_in(
     row, num_tiles, tiles_ptr, rows_ptr, sampling_ptr, logits_ptr, temperature, edge, VOCAB: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The largest score of a token that the row keeps in these tiles, and whose it is; NO_TOKEN if there is none."""
+    """The largest score of a kept token in these tiles, and the token; NO_TOKEN without one."""
     value_C, token_C = tl.full((C,), float("-inf"), tl.float32), tl.full((C,), NO_TOKEN, tl.int32)
     for start in range(0, num_tiles * T, C):
         i_C = start + tl.arange(0, C)
@@ -126,6 +125,6 @@ def _best_in(
 
 @triton.jit
 def _first_of_largest(value_C, token_C):
-    """The largest value and its token, the lowest of equals; NO_TOKEN where there is none."""
+    """The largest value and its lowest token; NO_TOKEN without one."""
     value = tl.max(value_C, axis=0)
     return value, tl.min(tl.where(value_C == value, token_C, NO_TOKEN), axis=0)

@@ -1,16 +1,11 @@
-"""Top-k and top-p: from which logit on a row keeps its tokens. `speedstack.runtime.rounds.sampling` is the definition.
+"""Top-k and top-p: the logit from which a row keeps its tokens (`speedstack.runtime.rounds.sampling`).
 
-Both keep all tokens from some logit on, the edge: the largest for which enough tokens, or enough mass, lie at it or
-above. `logit_histogram` has added up both for every bin, so that the bin in which the edge lies is known at once. Its
-tokens are noted, and the edge found among them by halving the interval where it can lie. Logits are compared as
-integers of the same order; counts and masses are integers too, so that it is the same edge in whatever order they are
-added.
+The edge is the largest logit with enough tokens, or enough mass, at or above it. `logit_histogram`'s sums give its bin;
+bisection over that bin's tokens gives the edge. Logits are compared as order-preserving integers, and counts and masses
+are integers, so any order of addition gives the same edge. Many nearly equal logits share few bins, which takes longer.
 
-A bin holds few of a vocabulary's tokens, unless their logits are nearly equal: the fewer bins they share, the longer
-this takes.
-
-See the package for the legend; C tokens at a time. Of a row, notes are int32: VOCAB keys, their masses, and TILES
-numbers of tiles.
+Legend: see the package; C tokens at a time. Of a row, notes are int32: VOCAB keys, their masses, and TILES numbers of
+tiles.
 """
 
 import triton
@@ -28,7 +23,7 @@ _SHARE_MASK = tl.constexpr((1 << sampling.SHARE_BITS) - 1)
 
 @triton.jit
 def key_of(x):
-    """An int32 for each float32 that is a number, in the same order; the two zeros are equal."""
+    """An order-preserving int32 for each float32 except NaN; both zeros are equal."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -55,10 +50,9 @@ def find_edge(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    """The least key, an int32, that a row's top-k and top-p keep, of which there is one.
+    """The least key, int32, that a row's top-k and top-p keep; any key if a logit is NaN.
 
-    peak: the row's largest scaled logit. SP: SLICES, rounded up to a power of two. Of a row with a logit that is not a
-    number it is any key.
+    peak: the row's largest scaled logit. SP: SLICES as a power of two.
     """
     temperature = field(sampling_ptr, row, TEMPERATURE).to(tl.float32, bitcast=True)
     top_k, share = field(sampling_ptr, row, TOP_K), field(sampling_ptr, row, TOP_P)
@@ -73,13 +67,13 @@ def find_edge(
             weight_B = tl.load(own_bins_ptr + tl.where(is_top_p, 0, BINS) + b_B)
             needed = top_k.to(tl.int64)
             if is_top_p:
-                # All that top-k keeps; of the last bin's tokens it may keep only some.
+                # What top-k keeps; it may keep only part of the last bin.
                 total = tl.sum(tl.where(b_B < last, weight_B, 0), axis=0)
                 total += _amount_from(notes_ptr, count, edge, is_top_p, VOCAB, C)
                 needed = share_of(total, share)
             last = tl.minimum(tl.sum((tl.cumsum(weight_B, axis=0) < needed).to(tl.int32), axis=0), BINS - 1)
             needed -= tl.sum(tl.where(b_B < last, weight_B, 0), axis=0)
-            # What was noted before may still be read.
+            # Earlier notes may still be read.
             tl.debug_barrier()
             count, low, high = _note(
                 row, last, peak, temperature, logits_ptr, own_chains_ptr, notes_ptr, VOCAB, SLICE, SLICES, SP, R
@@ -99,7 +93,7 @@ def _note(
     row, number, peak, temperature, logits_ptr, chains_ptr, notes_ptr, VOCAB: tl.constexpr, SLICE: tl.constexpr,
     SLICES: tl.constexpr, SP: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Notes keys and masses of the tokens of one bin: how many, and the least and the largest key, int64."""
+    """Stores keys and masses of one bin's tokens; returns their number, least and largest key, int64."""
     s_S = tl.arange(0, SP)
     chain_ptr_S = chains_ptr + s_S * (BINS + SLICE)
     i_S = tl.load(chain_ptr_S + number, mask=s_S < SLICES, other=-1)
@@ -122,7 +116,7 @@ def _note(
 
 @triton.jit
 def _amount_from(notes_ptr, count, edge, is_mass, VOCAB: tl.constexpr, C: tl.constexpr):
-    """Noted tokens whose keys reach the edge: their mass, or how many they are; int64."""
+    """Mass or number of noted tokens with keys at or above the edge; int64."""
     sum_C = tl.zeros((C,), tl.int64)
     for start in range(0, count, C):
         i_C = start + tl.arange(0, C)

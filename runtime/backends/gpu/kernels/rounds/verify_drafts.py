@@ -1,7 +1,6 @@
-"""Acceptance without the host: which drafts stand, and what that commits.
+"""Acceptance of drafts without the host, by the rule of `speedstack.dflash.accept`.
 
-The rule is `speedstack.dflash.accept` for drafts in a chain: a draft stands when it is the token that the target chose
-after the row before it, and all before it stood. See the package for the legend; L end-of-sequence tokens.
+Legend: see the package; L end-of-sequence tokens.
 """
 
 import triton
@@ -40,12 +39,11 @@ def accept_item(
     HAS_HISTORY: tl.constexpr,
     HAS_PROPOSALS: tl.constexpr,
 ):
-    """Commits what one sequence's rows of this step have earned; nothing for one that the host decodes.
+    """Commits the tokens of one sequence's rows; nothing for a sequence that the host decodes.
 
-    outcome[sequence]: its rows in this step, 0 if it is over, how many of its drafts stand, and of how many that were
-    proposed. A sequence is over after an end-of-sequence token, after its last token, and after a logit that is not a
-    number, where it commits -1. HAS_HISTORY: committed tokens are appended to the sequence's text, STRIDE tokens from a
-    slot's to the next one's. LP: tokens at eos_ptr, a power of two.
+    outcome[sequence]: its rows in this step (0 if finished), drafts accepted, and drafts proposed. A sequence ends
+    after an end-of-sequence token, its last token, or NaN logits, where it commits -1. HAS_HISTORY: committed tokens
+    are appended to the text, whose slots lie STRIDE tokens apart. LP: tokens at eos_ptr, a power of two.
     """
     record_ptr = sequences_ptr + sequence * RECORD
     capacity = tl.load(record_ptr + CAPACITY)
@@ -67,7 +65,7 @@ def accept_item(
         ends_R = (chosen_R < 0) | (is_eos_R & (watches_eos > 0))
         last = tl.minimum(num_accepted, tl.min(tl.where(ends_R, i_R, R), axis=0))
         is_ended = tl.max((ends_R & (i_R == last)).to(tl.int32), axis=0) > 0
-        # Every warp has read these records before one of them changes them.
+        # All warps must have read these records before one changes them.
         tl.debug_barrier()
         is_committed_R = i_R <= last
         new_length = length + last + 1
