@@ -4,8 +4,8 @@
 
 Resume is exact: examples are numbered (`batches.py`), the learning rate is a function of the step, and the global
 random generators are seeded from (seed, step), so a checkpoint is parameters, optimizer state and a few counters. A
-resumed run has the same bits wherever the device's kernels are deterministic: on a CPU all are, except those for gpt-oss's
-expert biases on several threads. One process runs plain PyTorch, several run DeepSpeed (`trainer.py`).
+resumed run has the same bits wherever the device's kernels are deterministic: on a CPU all are, except those for
+gpt-oss's expert biases on several threads. One process runs plain PyTorch, several run DeepSpeed (`trainer.py`).
 """
 
 from __future__ import annotations
