@@ -189,7 +189,7 @@ def _trained_names(student: PreTrainedModel, trainable: Literal["experts", "all_
 
 
 def _check_teacher(config: QatConfig, world: World) -> None:
-    """Check the teacher. Raises ValueError if its KL to itself is too noisy or windows exceed its positions.
+    """Raise ValueError for a packed teacher, which leaves nothing to distil, and for windows beyond its positions.
 
     Warns if our engine will not decode the result.
     """
