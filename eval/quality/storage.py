@@ -82,7 +82,8 @@ def bytes_in_format(
 ) -> tuple[int, int]:
     """Bytes of an unpacked model and of its routed experts with the weights of `modules` in a number format.
 
-    Other experts keep their dtype; non-experts are taken to have it too. Raises as `weights_of` and `bytes_per_weight`.
+    Other weights stay as stored; weights of `modules` outside the experts are taken to have their dtype. Raises as
+    `weights_of` and `bytes_per_weight`.
     """
     chosen = number_format(format_name)
     weights = weights_of(build_skeleton(read_config(Path(path))[0]), modules)

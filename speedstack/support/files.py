@@ -20,7 +20,7 @@ _RANDOM_DIGITS = 32
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
-    """Write a file in UTF-8, flushed to disk, with parent directories; returns the path. Line ends stay. Raises OSError."""
+    """Write a file in UTF-8, flushed to disk, with parent directories; line ends stay. Raises OSError."""
     path = Path(path)
     with atomic_path(path) as partial, partial.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
