@@ -32,7 +32,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages with a role (system, developer, user, assistant or tool) and text; `tools` as chat templates take them."""
+    """Messages with role (system, developer, user, assistant or tool) and text; `tools` as chat templates take them."""
 
     messages: Sequence[Message]
     tools: list[dict[str, Any]] | None = None

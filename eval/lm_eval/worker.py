@@ -32,7 +32,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class WriteRequest:
-    """Continue `prompt` up to a stop string; the answer is the fields of a `Written`. `think_end`: of `find_think_end`."""
+    """Continue `prompt` up to a stop string; answers with the fields of `Written`. `think_end`: of `find_think_end`."""
 
     key: str
     prompt: tuple[int, ...]
