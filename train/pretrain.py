@@ -1,7 +1,7 @@
 """Pretrain the model of record from scratch: next-token cross-entropy on packed windows of the corpus.
 
-The model is MiMoV2FlashForCausalLM of transformers, the open relative of the model this package is about, at a size
-that trains in minutes. The recipe brings the tokenizer along: both are trained on the same documents.
+The model is transformers' MiMoV2FlashForCausalLM at a size that trains in minutes. Its tokenizer is trained on the same
+documents.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from speedstack.train.core.objective import heldout_batches, next_token_cross_en
 from speedstack.train.data.corpus import corpus_for
 from speedstack.train.data.digest import corpus_digest
 
-# Base of the rotary frequencies: long for global attention, short for a window.
+# Base of the rotary frequencies: large for global attention, small for a window.
 _ROPE_THETA = {"full_attention": 5e5, "sliding_attention": 1e4}
 
 
@@ -79,7 +79,7 @@ class PretrainRecipe(Recipe):
         exported = copy.deepcopy(model)
         for parameter in exported.parameters():
             parameter.data = parameter.data.to(getattr(torch, self.config.model.export_dtype))
-        # Buffers keep their dtype: transformers loads the router's correction bias in float32 as well.
+        # Not cast: transformers too loads the router's correction bias in float32.
         exported.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
@@ -119,8 +119,5 @@ def model_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> M
 
 
 def pretrain(config: PretrainConfig, on_step: OnStep | None = None) -> RunResult:
-    """Pretrain to the end of `config`; the export is a transformers directory with its tokenizer.
-
-    Raises as `speedstack.train.core.loop.run`.
-    """
+    """Pretrain to the end of `config`; exports a transformers directory with its tokenizer. Raises as `loop.run`."""
     return run(PretrainRecipe(config), config, on_step)

@@ -1,7 +1,7 @@
 """Chats as text, in the chat template of a model's tokenizer.
 
-A template is a program of its makers: it may refuse a chat, leave out what it has no place for, or write a beginning
-and an answer differently from what serving sees. Whatever it does not say in full makes a row unusable.
+A template is its authors' program: it may refuse a chat, drop parts, or write beginning and answer unlike in serving. A
+row that it does not render in full is unusable.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from speedstack.eval.data.rows import UnusableRow
 
 
 def check_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raises ValueError for variables where there is no chat template, and for those that it does not read."""
+    """Raise ValueError for variables without a chat template, or that it does not read."""
     if not kwargs:
         return
     source = template_source(tokenizer)
@@ -29,7 +29,7 @@ def check_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
 
 
 def template_source(tokenizer: Any) -> str:
-    """The text of the chat template, or of all where there are several. Raises ValueError where there is none."""
+    """The text of the chat template, or of several. Raises ValueError if there is none."""
     template = tokenizer.chat_template
     if not template:
         raise ValueError(
@@ -40,10 +40,10 @@ def template_source(tokenizer: Any) -> str:
 
 
 class ChatTemplate:
-    """The chat template of `tokenizer`, told `kwargs`; `num_rendered` counts the chats it was asked for.
+    """The chat template of `tokenizer` with variables `kwargs`; `num_rendered` counts rendered chats.
 
-    Raises ValueError as `check_template_kwargs`; the methods raise it for a tokenizer without a template, and
-    UnusableRow for a chat that the template refuses or does not say in full.
+    Raises ValueError as `check_template_kwargs`; methods raise it without a template, and UnusableRow for a chat that
+    the template refuses or does not render in full.
     """
 
     def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
@@ -52,12 +52,12 @@ class ChatTemplate:
         self.num_rendered = 0
 
     def check_used(self) -> None:
-        """Raises ValueError where variables were given and no chat has met them."""
+        """Raise ValueError if variables were given and no chat used them."""
         if self._kwargs and not self.num_rendered:
             raise ValueError("chat_template_kwargs are for chats, and no prompt is one: drop them, or use the template")
 
     def prompt(self, where: str, chat: Chat) -> str:
-        """What a server is asked: all messages but the last answer, and the beginning of the one to come."""
+        """The text sent to a server: all messages before the last answer, and the answer's header."""
         asked = chat.without_answer()
         if not asked.messages:
             raise UnusableRow(where, "the chat has nothing but an answer")
@@ -69,7 +69,7 @@ class ChatTemplate:
         return text
 
     def answer(self, where: str, chat: Chat, prompt: str) -> str:
-        """The last answer with the end that the template gives it, as it follows `prompt`, which `prompt()` made."""
+        """The last answer with the template's end, as it follows `prompt`, from `prompt()`."""
         whole = self._render(where, chat, is_prompt=False)
         if not whole.startswith(prompt):
             raise UnusableRow(where, "the chat template changes the prompt once an answer follows: give both as text")
@@ -94,7 +94,7 @@ class ChatTemplate:
         return text
 
     def _check_nothing_is_lost(self, where: str, chat: Chat, text: str) -> None:
-        """Templates pass over roles they do not know, and messages where they expect none, without a word."""
+        """Templates silently drop unknown roles and misplaced messages."""
         for index, message in enumerate(chat.messages):
             content = message["content"].strip()
             if message["role"] == "assistant":  # whose thinking is dropped on purpose

@@ -1,8 +1,8 @@
-"""What a row of people's data asks: text, token ids, or a chat, whose messages a model's chat template makes into text.
+"""Prompts in rows of public data: text, token ids, or chats, which a model's chat template turns into text.
 
-Chats come as lists of messages with role and content, or with ShareGPT's from and value. Their content is text, or
-parts, of which the texts are joined as chat templates join them; it is null beside tool calls and reasoning. What has
-no clear meaning (images, unknown roles) makes the row unusable. The last answer is not part of what is asked.
+Chats are lists of messages with role and content, or ShareGPT's from and value. Content is text, parts whose texts are
+joined as templates join them, or null beside tool calls and reasoning. Images and unknown roles make a row unusable.
+The last answer is not part of the prompt.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from speedstack.eval.data.rows import UnusableRow
 
-# Fields that hold messages; a table of plain columns keeps their JSON.
+# Fields that hold messages; tables of plain columns keep their JSON.
 _MESSAGES = ("messages", "conversations", "conversation")
 FIELDS = (*_MESSAGES, "prompt", "turns", "question", "problem", "text")
 _ROLES = {
@@ -24,7 +24,7 @@ _ROLES = {
     "human": "user",
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
-# What an assistant may say beside its content, which is null then.
+# Fields of an assistant's message beside a null content.
 _BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 Message = dict[str, Any]
@@ -32,17 +32,14 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages with a role, which is one of system, developer, user, assistant and tool, and content, which is text.
-
-    `tools` are the functions that the assistant may call, as chat templates take them.
-    """
+    """Messages with role (system, developer, user, assistant or tool) and text; `tools` as chat templates take them."""
 
     messages: Sequence[Message]
     tools: list[dict[str, Any]] | None = None
 
     @property
     def answer(self) -> Message | None:
-        """The last message where it is the assistant's."""
+        """The last message if it is the assistant's."""
         return self.messages[-1] if self.messages[-1]["role"] == "assistant" else None
 
     def with_answer(self, answer: Message) -> Chat:
@@ -56,9 +53,9 @@ Prompt = str | list[int] | Chat
 
 
 def prompt_of(where: str, row: dict[str, Any] | UnusableRow, field: str | None = None) -> Prompt:
-    """The prompt of a row: text, token ids, the first of several turns, or a chat, its answer included.
+    """A row's prompt: text, token ids, the first of several turns, or a chat with its answer.
 
-    `field` has it; None: the first of FIELDS that is there. Raises UnusableRow, a ValueError, naming the row.
+    It is in `field`, or the first of FIELDS present. Raises UnusableRow, a ValueError, naming the row.
     """
     if isinstance(row, UnusableRow):
         raise row
@@ -82,7 +79,7 @@ def prompt_of(where: str, row: dict[str, Any] | UnusableRow, field: str | None =
 
 
 def checked_text(where: str, what: str, text: str) -> str:
-    """`text`, where it says something and a tokenizer can take it. Raises UnusableRow otherwise."""
+    """`text` if it is not empty and can be tokenized. Raises UnusableRow otherwise."""
     if not text.strip():
         raise UnusableRow(where, f"{what} is empty")
     try:
@@ -93,7 +90,7 @@ def checked_text(where: str, what: str, text: str) -> str:
 
 
 def checked_ids(where: str, ids: list[int], tokenizer: Any) -> list[int]:
-    """`ids`, where all are tokens of `tokenizer`. Raises UnusableRow otherwise."""
+    """`ids` if all are tokens of `tokenizer`. Raises UnusableRow otherwise."""
     outside = next((token for token in ids if not 0 <= token < len(tokenizer)), None)
     if outside is not None:
         raise UnusableRow(where, f"token id {outside} is none of the tokenizer's {len(tokenizer)}")
@@ -101,12 +98,12 @@ def checked_ids(where: str, ids: list[int], tokenizer: Any) -> list[int]:
 
 
 def messages_of(where: str, items: Sequence[Message]) -> list[Message]:
-    """Messages in one spelling: role and content, and whatever else is said of them. Raises UnusableRow."""
+    """Messages normalized to role and content, with their other fields. Raises UnusableRow."""
     return [_message(where, number, item) for number, item in enumerate(items, start=1)]
 
 
 def _message(where: str, number: int, item: Message) -> Message:
-    # Tables give every message the keys of all, with nulls.
+    # Tables give every message the union of keys, with nulls.
     item = {key: value for key, value in item.items() if value is not None}
     role, content = _either(where, number, item, "role", "from"), _either(where, number, item, "content", "value")
     known = _known_role(role)
@@ -124,7 +121,7 @@ def _message(where: str, number: int, item: Message) -> Message:
 
 
 def _either(where: str, number: int, item: Message, name: str, other: str) -> Any:
-    """What a message has under one of two names, taken out. Raises UnusableRow where both are there and differ."""
+    """Pop a field that has two names. Raises UnusableRow if both are there and differ."""
     value, same = item.pop(name, None), item.pop(other, None)
     if value is None or same is None:
         return same if value is None else value
@@ -138,7 +135,7 @@ def _known_role(role: Any) -> str | None:
 
 
 def _joined(where: str, number: int, content: Any) -> str:
-    """The text of a content, which may be parts."""
+    """The text of a content, joined from its parts."""
     parts = [content] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise UnusableRow(where, f"the content of message {number} is neither text nor parts")
@@ -157,7 +154,7 @@ def _joined(where: str, number: int, content: Any) -> str:
 
 
 def _calls(where: str, number: int, calls: Any) -> list[dict[str, Any]]:
-    """Tool calls with their arguments as an object: templates write its JSON, APIs send the JSON already."""
+    """Tool calls with their arguments as objects, which templates serialize; APIs send JSON text."""
     made = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -179,7 +176,7 @@ def _tools(where: str, tools: Any) -> list[dict[str, Any]] | None:
 
 
 def _json_or_same(value: Any) -> Any:
-    """The object or list whose JSON a text is, as tables of one type a column keep it; anything else as it is."""
+    """The object or list in a JSON string, as tables of one type keep it; else the value unchanged."""
     if not isinstance(value, str):
         return value
     try:

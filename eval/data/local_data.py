@@ -1,12 +1,9 @@
-"""Data sets of lm-eval's tasks from local files, and what to provide where there are neither files nor a network.
-
-lm-eval's tasks name data sets of the Hugging Face Hub. A directory may hold them instead, one file a split:
+"""Data sets of lm-eval's tasks from local files instead of the Hugging Face Hub, one file per split:
 
     DIRECTORY/<data set>/<configuration, or "default">/<split>.jsonl        (or .parquet)
     DIRECTORY/openai/gsm8k/main/test.jsonl
 
-lm-eval offers no place to say so, group members least of all, hence for the time that tasks are loaded the one function
-through which they all ask is replaced.
+lm-eval has no setting for this, so the one function that loads data sets is replaced while tasks are loaded.
 """
 
 import glob
@@ -22,9 +19,9 @@ FORMATS = {".jsonl": "json", ".parquet": "parquet"}
 
 @contextmanager
 def local_data(directory: Path | None) -> Iterator[None]:
-    """Within the block data sets come from `directory` where it has them, and from the Hub otherwise.
+    """Within the block data sets come from `directory` if it has them, else from the Hub.
 
-    Raises ValueError for a file that cannot be read and, naming those that would do, for a data set that neither has.
+    Raises ValueError for an unreadable file and, naming the missing files, for a data set that neither has.
     """
     load_from_hub = datasets.load_dataset
 
@@ -42,7 +39,7 @@ def local_data(directory: Path | None) -> Iterator[None]:
             return datasets.DatasetDict({split: read(file) for split, file in files.items()})
         try:
             return load_from_hub(path, name, **options)
-        # Whatever it was (no network, offline mode, a renamed or gated data set, a full disk), local files would do.
+        # Whatever the cause (no network, offline mode, a renamed or gated data set, a full disk), local files help.
         except Exception as error:
             place = data_place(directory or Path("DIR"), path, name)
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
@@ -60,11 +57,11 @@ def local_data(directory: Path | None) -> Iterator[None]:
 
 
 def data_place(directory: Path, path: str, name: str | None) -> Path:
-    """Where the splits of a data set's configuration lie."""
+    """The directory of a configuration's splits."""
     return directory / path / (name or "default")
 
 
 def split_files(directory: Path, path: str, name: str | None) -> dict[str, Path]:
-    """Split -> file, for the splits that are there."""
+    """Split -> file, for existing splits."""
     files = sorted(data_place(directory, path, name).glob("*.*"))
     return {file.stem: file for file in files if file.suffix in FORMATS}

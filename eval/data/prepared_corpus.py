@@ -1,4 +1,4 @@
-"""A prepared corpus as it lies on disk, for whoever reads one; it is `train`'s to write.
+"""A prepared corpus on disk, for its readers; `train` writes it.
 
 corpus.json   settings it was made with
 train/ heldout/   `datasets` sets with a column `input_ids` whose documents end in the separator; held-out has `text`
@@ -20,10 +20,7 @@ _NUM_COMPARED, _MAX_COMPARED_CHARACTERS = 8, 200_000
 def corpus_part(
     corpus: Path, part: Literal["train", "heldout"], columns: Sequence[str] = ("input_ids",)
 ) -> datasets.Dataset:
-    """The documents of one part of the directory `corpus`, which have `columns`.
-
-    Raises ValueError, one line, for a directory that is no prepared corpus, and for files that cannot be read.
-    """
+    """One part's documents with `columns`. Raises ValueError for an unreadable or unprepared directory."""
     directory = corpus / part
     if not directory.is_dir():
         raise ValueError(
@@ -32,7 +29,7 @@ def corpus_part(
     check_name(corpus)
     try:
         documents = datasets.load_from_disk(str(directory))
-    # Of `datasets`, which trusts the keys and types in its JSON, and of pyarrow.
+    # `datasets`, which trusts keys and types in its JSON, and pyarrow raise these.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{directory} is damaged ({' '.join(str(error).split())}): delete the corpus to prepare it again"
@@ -45,15 +42,15 @@ def corpus_part(
 
 
 def check_name(corpus: Path) -> None:
-    """Raises ValueError for a path that `datasets` would take for another one."""
+    """Raise ValueError for a path that `datasets` would misread."""
     if "::" in str(corpus):
         raise ValueError(f"the path {corpus} has '::' in it, which `datasets` takes for two paths: choose another one")
 
 
 def reads_alike(heldout: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether `tokenizer` makes the ids of the first held-out texts that are not very long.
+    """Whether `tokenizer` reproduces the ids of the first held-out texts of moderate length.
 
-    Equal vocabularies do not say so: merges and the splitting of words decide too.
+    Equal vocabularies are not enough, because merges and word splitting matter too.
     """
     return all(
         len(row["text"]) > _MAX_COMPARED_CHARACTERS

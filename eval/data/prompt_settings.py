@@ -1,4 +1,4 @@
-"""Settings of whoever reads prompts and chats: which field, what the chat template is told, how much dirt is borne."""
+"""Settings of reading prompts and chats: field, chat template variables, tolerated unusable rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from tyro.constructors import PrimitiveConstructorSpec
 
-# What transformers' `apply_chat_template` takes by itself; a template's variables have other names.
+# Arguments of transformers' `apply_chat_template` itself; template variables have other names.
 _NOT_OF_THE_TEMPLATE = frozenset(
     {
         "add_generation_prompt",
@@ -31,7 +31,7 @@ _NOT_OF_THE_TEMPLATE = frozenset(
 
 
 def _parsed(value: Any) -> Any:
-    """A flag is the JSON of an object; a YAML file has the mapping itself."""
+    """A flag's JSON object or a YAML file's mapping."""
     if not isinstance(value, str):
         return value
     try:
@@ -57,7 +57,7 @@ ChatTemplateKwargs = Annotated[
     PrimitiveConstructorSpec(
         nargs=1,
         metavar="JSON",
-        # What is no JSON is refused by the validator, in its words.
+        # The validator refuses what is not JSON.
         instance_from_str=lambda words: words[0],  # type: ignore[arg-type, return-value]
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda value: [json.dumps(value)],

@@ -1,10 +1,8 @@
 """Prompts of measurements, by the name of their set: public benchmarks, held-out code, long code, a file of one's own.
 
-Benchmarks come from files in a directory, or from the Hugging Face Hub; the first turn of a chat is taken, since the
-later ones answer what a model said. Held-out prompts and long ones are made of a prepared corpus, which the model has
-not seen. Nothing here is random tokens: what a drafter guesses right of those says nothing.
-
-What rows hold is read as training reads it (`rows.py`, `chats.py`): a file that trained a drafter measures it too.
+Benchmarks come from files in a directory or from the Hub; only a chat's first turn is used, since later turns answer a
+model's text. Held-out and long prompts come from a prepared corpus unseen by the model. None are random tokens, which
+say nothing about a drafter. Rows are read as in training (`rows.py`, `chats.py`).
 """
 
 import json
@@ -36,9 +34,9 @@ _REASON = "{}\nPlease reason step by step, and put your final answer within \\bo
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark's prompts are: names of files without suffix, and a split of a data set of the Hub.
+    """A benchmark's files (names without suffix) and its split on the Hub.
 
-    `instruction` goes round a prompt in a chat, as the DFlash benchmarks word it; rows with `turns` bring their own.
+    `instruction` wraps a prompt in a chat, as in the DFlash benchmarks; rows with `turns` have their own.
     """
 
     files: tuple[str, ...]
@@ -65,7 +63,7 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Token ids of a set's prompts, where they came from, and what a reader of the result has to know about them."""
+    """Token ids of a set's prompts, their source, and notes for readers of the result."""
 
     name: str
     source: str
@@ -75,11 +73,10 @@ class PromptSet:
 
 @dataclass
 class PromptLoader:
-    """Sets by name, for one model. `max_tokens` is the longest prompt that leaves its window room for an answer.
+    """Sets by name, for one model. `max_tokens` is the longest prompt that leaves room for an answer.
 
-    `corpus` is a prepared corpus, for `heldout` and `long`; `directory` has files of benchmarks. With `chat_template` a
-    benchmark's prompt is a user's message, in the template of the tokenizer, as chats are anyway. `settings` say how
-    rows are read.
+    `corpus` is a prepared corpus, for `heldout` and `long`; `directory` has benchmark files. With `chat_template` a
+    benchmark's prompt is a user's message in the tokenizer's template, as chats always are.
     """
 
     tokenizer: Any
@@ -98,10 +95,10 @@ class PromptLoader:
         self._template = ChatTemplate(self.tokenizer, self.settings.chat_template_kwargs)
 
     def load(self, names: Sequence[str]) -> list[PromptSet]:
-        """The sets of these names, in order; `heldout` is two. A name may be the path of a file or directory of rows.
+        """The named sets, in order; `heldout` is two. A name may be a file or directory of rows.
 
-        Raises ValueError, one line, for an unknown name, for files that are not there or cannot be read, for more
-        unusable rows than are borne, for fewer prompts than were asked for, and for settings of chats without a chat.
+        Raises ValueError for an unknown name, unreadable files, too many unusable rows, too few prompts, and chat
+        settings without a chat.
         """
         found = [found for name in names for found in self._load(name)]
         self._template.check_used()
@@ -148,13 +145,13 @@ class PromptLoader:
         return PromptSet(LONG, f"held-out documents of {self.corpus}, joined", prompts, notes)
 
     def read_file(self, file: Path) -> tuple[list[list[int]], tuple[str, ...]]:
-        """Token ids of all prompts of a file that fit, and notes on the others. Raises ValueError as `load`."""
+        """Token ids of a file's prompts that fit, and notes on the others. Raises ValueError as `load`."""
         fitting, notes = self._fitting(file.stem, str(file), read_rows(file), "{}")
         self._template.check_used()
         return fitting, notes
 
     def _chosen(self, name: str, source: str, rows: Sequence[Row], instruction: str) -> PromptSet:
-        """Prompts from the whole set, evenly spaced: benchmarks grow harder, or change their subject, on the way."""
+        """Evenly spaced prompts of the set, because benchmarks change in difficulty or subject along the way."""
         num_rendered, kwargs = self._template.num_rendered, self.settings.chat_template_kwargs
         fitting, notes = self._fitting(name, source, rows, instruction)
         if len(fitting) < self.num_prompts:
@@ -218,12 +215,12 @@ class PromptLoader:
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text as it stands, without a beginning or an end of its own."""
+    """Token ids of a text without special tokens."""
     return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 def corpus_documents(corpus: Path) -> dict[str, str]:
-    """Name -> text of a prepared corpus' held-out documents. Raises ValueError for a directory that is none."""
+    """Name -> text of a corpus' held-out documents. Raises ValueError if it is not prepared."""
     heldout = corpus_part(corpus, "heldout", ("name", "text"))
     return dict(zip(heldout["name"], heldout["text"], strict=True))
 
@@ -231,9 +228,9 @@ def corpus_documents(corpus: Path) -> dict[str, str]:
 def long_prompts(
     documents: dict[str, str], encode: Encode, num_prompts: int, num_tokens: int, separator: int, seed: int = 0
 ) -> list[list[int]]:
-    """Prompts of `num_tokens` ids each: whole documents in a drawn order, each after `separator`, the last one cut.
+    """Prompts of `num_tokens` ids: documents in a drawn order, each after `separator`, the last one cut.
 
-    No document is in two prompts. Raises ValueError when the documents are too few.
+    No document is in two prompts. Raises ValueError for too few documents.
     """
     names = sorted(documents)
     order = iter(random.Random(f"long:{seed}").sample(names, len(names)))
@@ -253,10 +250,10 @@ def long_prompts(
 
 
 def benchmark_rows(name: str, directory: Path | None) -> tuple[list[Row], str]:
-    """Rows of a benchmark and where they were found: files of `directory` first, then the Hub.
+    """A benchmark's rows and where they were found: files of `directory` first, then the Hub.
 
-    In the directory <file>.jsonl or .parquet will do, and the layout that `eval --data` reads. Raises ValueError, one
-    line that names the files to provide, where there is neither.
+    Files may be <file>.jsonl or .parquet, or in the layout of `eval --data`. Raises ValueError naming the missing
+    files.
     """
     benchmark = BENCHMARKS[name]
     if directory is not None:
@@ -269,7 +266,7 @@ def benchmark_rows(name: str, directory: Path | None) -> tuple[list[Row], str]:
             return read_rows(file_or_none), str(file_or_none)
     try:
         table = datasets.load_dataset(benchmark.hub, benchmark.configuration, split=benchmark.split)
-    # Whatever it was (no network, offline mode, a renamed or gated data set, a full disk), local files would do.
+    # Whatever the cause (no network, offline mode, a renamed or gated data set, a full disk), local files help.
     except Exception as error:
         place = directory or Path("DIR")
         tree = data_place(place, benchmark.hub, benchmark.configuration) / f"{benchmark.split}.jsonl"
@@ -285,5 +282,5 @@ def benchmark_rows(name: str, directory: Path | None) -> tuple[list[Row], str]:
 
 
 def spaced(items: Sequence[T], count: int) -> list[T]:
-    """`count` of at least as many items, evenly spaced from the first on."""
+    """`count` evenly spaced items, from the first on."""
     return [items[i * len(items) // count] for i in range(count)]

@@ -1,7 +1,7 @@
-"""Rows of people's data: files and data sets read in one way, and what becomes of rows that cannot be used.
+"""Rows of public data: files and data sets read in one way, and counts of unusable rows.
 
-Public data is dirty. A row that cannot be used is left out, counted and named, and ends a job only where such rows are
-more than the job's config bears: a broken line is a row too. `chats.py` says what a row holds.
+An unusable row, such as a broken line, is left out, counted and named; it ends a job only beyond the config's limit.
+`chats.py` reads a row's content.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-# Of a directory one kind is read. Data sets bring .json files that describe them, and a README.txt.
+# Only one kind is read of a directory. Data sets bring .json descriptions and a README.txt.
 _PREFERENCE = (".parquet", ".jsonl", ".json", ".txt")
-# What a prepared corpus is known by, in its directory.
+# Marks the directory of a prepared corpus.
 CORPUS_FILE = "corpus.json"
 _NUM_EXAMPLES = 3
 _BATCH_ROWS = 256
 
 
 class UnusableRow(ValueError):
-    """A row of which nothing can be made: `where` it stands, and the `reason`."""
+    """An unusable row: `where` it is, and the `reason`."""
 
     def __init__(self, where: str, reason: str) -> None:
         super().__init__(f"{where}: {reason}")
         self.where, self.reason = where, reason
 
 
-# Where it stands, for errors; and its fields, or why it has none.
+# Where the row is, for errors; and its fields, or why it is unusable.
 Row = tuple[str, dict[str, Any] | UnusableRow]
 
 
 @dataclass
 class RowTally:
-    """What became of the rows of `source` that were looked at.
+    """Counts of the rows read from `source`.
 
-    `unusable` rows are faults of the data, of which `max_unusable_fraction` is borne; `left_out` counts, by reason, the
-    rows that do not fit the settings.
+    `unusable` rows are faults of the data, tolerated up to `max_unusable_fraction`; `left_out` counts, by reason, rows
+    that do not fit the settings.
     """
 
     source: str
@@ -51,7 +51,7 @@ class RowTally:
     left_out: Counter[str] = field(default_factory=Counter)
 
     def check(self) -> None:
-        """Raises ValueError where more rows cannot be used than are borne."""
+        """Raise ValueError for too many unusable rows."""
         if len(self.unusable) > self.max_unusable_fraction * self.num_rows:
             raise ValueError(
                 f"{self._num_unusable()}, more than max_unusable_fraction {self.max_unusable_fraction:g} bears: "
@@ -59,7 +59,7 @@ class RowTally:
             )
 
     def summary(self) -> str:
-        """How many rows were left out and why; empty where none was."""
+        """How many rows were left out and why, or an empty string."""
         parts = [f"{self._num_unusable()} and were left out: {self._examples()}"] if self.unusable else []
         if self.left_out:
             reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(self.left_out.items()))
@@ -79,18 +79,16 @@ class RowTally:
 
 
 def read_rows(source: str | Path, split: str = "train") -> list[Row]:
-    """All of `iter_rows`."""
+    """All rows of `iter_rows`."""
     return list(iter_rows(source, split))
 
 
 def iter_rows(source: str | Path, split: str = "train", column: str | None = None) -> Iterator[Row]:
-    """Rows of a .jsonl, .json or .parquet file, of a directory of such files, or of a data set of the Hugging Face Hub.
+    """Rows of a .jsonl, .json or .parquet file, a directory of such files (`source_files`), or a Hub data set.
 
-    A .json is one array, one object, or as a .jsonl. Files have no splits; `source_files` says what is read of a
-    directory. `column`: of tables that have columns, the only one to read.
-
-    Raises ValueError, one line, for a source that is not there or cannot be read, and for a table without `column`; a
-    line that is no JSON object is a row that cannot be used.
+    A .json is one array, one object, or like a .jsonl. Files have no splits. `column`: the only column to read of a
+    table. Raises ValueError for an unreadable source and a table without `column`; a line without a JSON object is an
+    unusable row.
     """
     if Path(source).exists() and split != "train":
         raise ValueError(f"{source} is a file or directory, which has no split '{split}': leave the split out")
@@ -103,12 +101,10 @@ def iter_rows(source: str | Path, split: str = "train", column: str | None = Non
 
 
 def source_files(source: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path] | None:
-    """The files that a source is, in their order; None for the name of a data set of the Hub.
+    """The files of a source, in order; None for the name of a Hub data set.
 
-    Of a directory all files of one kind are read, those of its directories too, but no hidden ones; a warning says what
-    else is there. A path is a path, whatever characters it has.
-
-    Raises ValueError, one line, for a file or directory that is not there, of another kind, or of several kinds.
+    A directory gives all files of one kind, recursively, without hidden ones; a warning names the others. Paths are
+    literal. Raises ValueError for a missing file or directory, or one of another or several kinds.
     """
     if not str(source):
         raise ValueError("the source of the data is empty: give a file, a directory or a dataset")
@@ -136,13 +132,13 @@ def _files_of(directory: Path, suffixes: Sequence[str]) -> list[Path]:
         for entry in directory.rglob("*")
         if not any(part.startswith(".") for part in entry.relative_to(directory).parts)
     )
-    # A corpus that was prepared from a directory, inside of it.
+    # A corpus prepared from a directory, inside it.
     prepared = {entry.parent for entry in entries if entry.name == CORPUS_FILE} - {directory}
     entries = [entry for entry in entries if not prepared & {entry, *entry.parents}]
     lost = [entry for entry in entries if entry.is_symlink() and not entry.exists()]
     if lost:
         raise ValueError(f"{lost[0]} is a link to nothing: download or remove it")
-    # pathlib does not go into linked directories, which is then said.
+    # pathlib does not enter linked directories; they are reported.
     files = [entry for entry in entries if not entry.is_dir() or entry.is_symlink()]
     by_kind = {
         kind: [file for file in files if file.suffix.lower() == kind] for kind in _PREFERENCE if kind in suffixes
@@ -198,7 +194,7 @@ def _read_parquet(file: Path, column: str | None) -> Iterator[Row]:
 
 
 def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """Rows of an Arrow batch or table, or why one has none."""
+    """Rows of an Arrow batch or table, or why a row is unusable."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:
@@ -239,7 +235,7 @@ def _read_json(file: Path) -> Iterator[Row]:
 
 
 def _whole(file: Path, content: bytes) -> list[Any] | None:
-    """The rows of a file that is one array or object; None where it is lines."""
+    """Rows of a file that is one array or object; None for JSON lines."""
     try:
         value = _parsed(content)
     except (ValueError, RecursionError) as error:
@@ -254,7 +250,7 @@ def _parsed(content: bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError for a name that is there twice, of which readers take one or the other."""
+    """The object. Raises ValueError for a repeated name, which readers resolve differently."""
     value = dict(pairs)
     if len(value) < len(pairs):
         twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
@@ -267,7 +263,7 @@ def _row(where: str, item: Any) -> Row:
 
 
 def read_hub(name: str, split: str, column: str | None = None) -> Iterator[Row]:
-    """Rows of a data set of the Hub; see `iter_rows`."""
+    """Rows of a Hub data set; see `iter_rows`."""
     import datasets
 
     try:
@@ -280,7 +276,7 @@ def read_hub(name: str, split: str, column: str | None = None) -> Iterator[Row]:
     if column is not None:
         table = table.select_columns([column])
     number = 0
-    # As Arrow gives them: images and sounds stay as they are stored.
+    # In Arrow's form: images and sounds are not decoded.
     for batch in table.with_format("arrow").iter(_BATCH_ROWS):
         for row in _batch_rows(batch):
             number += 1

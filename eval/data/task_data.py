@@ -1,9 +1,8 @@
 """Data of our lm-eval tasks and the prompts of acceptance and timing, made from held-out source files.
 
-The tasks must be answerable by a model of ten million parameters that has read only source code, so they ask what it
-can know: how likely real code is, which of four real lines comes next, and how the first line of a block closes.
-Everything is a function of (documents, seed), whatever order the documents arrive in. A document is a (name, text)
-entry of a mapping; nothing here reads the training split, so the caller decides what is held out.
+A model of ten million parameters that has read only source code must be able to answer: how likely real code is, which
+of four real lines comes next, how the first line of a block closes. Everything is a function of (documents, seed), in
+any order of documents, a mapping of names to texts. The caller decides what is held out.
 """
 
 import itertools
@@ -21,16 +20,16 @@ NUM_CHOICES = 4
 CONTEXT_LINES = 20
 CONTEXT_CHARS = 900
 MIN_CONTEXT_LINES = 4
-# A choice must say something: neither a lone bracket nor a wrapped comment rule.
+# A choice must be informative: no lone bracket and no comment rule.
 CHOICE_CHARS = range(12, 89)
-# The first line of a block of code, up to the last word; then its closing brackets and the colon.
+# The first line of a code block up to its last word; then its closing brackets and the colon.
 BLOCK_OPENING = re.compile(r"(\s*(?:class|def|elif|except|for|if|while|with) .*\w)([\])}]*:)")
 PER_DOCUMENT_SHARE = 3  # at most this many times the even share of questions from one document
 
 
 @dataclass(frozen=True)
 class TaskSizes:
-    """How many items each task gets at most, and the length of a perplexity document in characters."""
+    """Maximum number of items of each task, and characters of a perplexity document."""
 
     num_perplexity_documents: int = 24
     perplexity_chars: int = 2000
@@ -44,14 +43,14 @@ SUITE_SIZES = TaskSizes(num_perplexity_documents=96, perplexity_chars=4000, num_
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A held-out document cut into lines without trailing blanks."""
+    """A held-out document as lines without trailing blanks."""
 
     name: str
     lines: tuple[str, ...]
 
 
 def read_documents(paths: Sequence[str | Path], root: str | Path | None = None) -> dict[str, str]:
-    """Texts of the files, keyed by path relative to `root`. Raises ValueError naming a file that is no UTF-8 text."""
+    """Texts of the files, by path relative to `root`. Raises ValueError naming a file that is not UTF-8."""
     documents = {}
     for path in map(Path, paths):
         try:
@@ -69,10 +68,10 @@ def make_tasks(
     sizes: TaskSizes | None = None,
     tasks: Collection[str] | None = None,
 ) -> dict[str, int]:
-    """Write one JSON-lines file a task into `out_dir`; returns how many items each has.
+    """Write one JSON-lines file per task into `out_dir`; returns each one's number of items.
 
-    `tasks` are those that are wanted; None: all that the documents have items for, which may be none, and a warning
-    names the others. Raises ValueError when the documents have no item for a task that is wanted.
+    `tasks` None means all that the documents have items for, and a warning names the others. Raises ValueError if a
+    requested task has none.
     """
     sizes = sizes or TaskSizes()
     files = _source_files(documents)
@@ -100,10 +99,9 @@ def make_same_text(
     num_items: int,
     seed: int = 0,
 ) -> int:
-    """Write the data of task `same_text` into `out_dir`; returns how many items it has.
+    """Write the data of task `same_text` into `out_dir`; returns its number of items.
 
-    `write` gives what the full-precision model writes after each context, as the task asks for it. Raises ValueError
-    when no document has a context.
+    `write` returns the full-precision model's text after each context. Raises ValueError without a context.
     """
     files = _source_files(documents)
     rng = random.Random(f"same_text:{seed}")
@@ -131,11 +129,10 @@ def make_prompt_sets(
     prefix_id: int,
     seed: int = 0,
 ) -> dict[str, list[list[int]]]:
-    """Two sets of `num_prompts` prompts of at most `num_tokens` ids: how a module opens, and a function to be written.
+    """Two sets of `num_prompts` prompts of at most `num_tokens` ids: module openings and function bodies.
 
-    "module opening" starts at a document's first token, after the separator `prefix_id` as in training; "function body"
-    ends right after a `def` line with the text before it. Text that has no such line at all has no such set, and a
-    warning says so. Raises ValueError when the documents give fewer prompts.
+    "module opening" starts at a document's first token, after the separator `prefix_id`; "function body" ends right
+    after a `def` line, and is left out with a warning if there is none. Raises ValueError for too few prompts.
     """
     files = _source_files(documents)
     rng = random.Random(f"prompts:{seed}")
@@ -173,17 +170,14 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _source_files(documents: Mapping[str, str]) -> list[SourceFile]:
-    """Documents in name order, so that results do not depend on the mapping's."""
+    """Documents in name order, independent of the mapping's order."""
     return [
         SourceFile(name, tuple(line.rstrip() for line in documents[name].splitlines())) for name in sorted(documents)
     ]
 
 
 def _limit_lines(lines: Sequence[str], max_chars: int) -> str:
-    """The first lines that fit into `max_chars`, each ended by a newline; where none does, the first one's beginning.
-
-    Prose may have a paragraph in a line.
-    """
+    """The first lines that fit into `max_chars`, with newlines; if none fits (prose), the first one's beginning."""
     kept: list[str] = []
     num_chars = 0
     for line in lines:
@@ -206,7 +200,7 @@ def _context_start(lines: Sequence[str], end: int) -> int:
 
 
 def _context(lines: Sequence[str], end: int) -> str:
-    """The lines from `_context_start` on, or the end of the line before where it is too long for one."""
+    """The lines from `_context_start` on, or the end of the previous line if it is too long."""
     start = _context_start(lines, end)
     return ("\n".join(lines[start:end]) if start < end else lines[end - 1][-CONTEXT_CHARS:]) + "\n"
 
@@ -223,7 +217,7 @@ def _perplexity_items(files: Sequence[SourceFile], seed: int, sizes: TaskSizes) 
 def _spread_over_files(
     files: Sequence[SourceFile], rng: random.Random, num_items: int, candidates: Callable[[SourceFile], list[int]]
 ) -> Iterator[tuple[SourceFile, int]]:
-    """Candidate (file, line) places in random order, no file giving much more than its even share."""
+    """Candidate (file, line) places in random order; no file gives much more than its even share."""
     places = {file.name: candidates(file) for file in files}
     useful = [file for file in files if places[file.name]]
     share = PER_DOCUMENT_SHARE * (1 + num_items // max(1, len(useful)))
@@ -242,7 +236,7 @@ def _indent(line: str) -> int:
 
 
 def _next_line_items(files: Sequence[SourceFile], seed: int, num_items: int) -> Iterator[dict]:
-    """Four lines of equal indentation where there are: the true next one, one of the same file, two of other files."""
+    """Four lines, of equal indentation if possible: the true next one, one of the same file, two of other files."""
     rng = random.Random(f"next_line:{seed}")
     by_indent: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for file in files:
@@ -280,7 +274,7 @@ def _next_line_items(files: Sequence[SourceFile], seed: int, num_items: int) -> 
 
 
 def _close_line_items(files: Sequence[SourceFile], seed: int, num_items: int) -> Iterator[dict]:
-    """First lines of blocks without their closing brackets and colon; half of them have brackets to close."""
+    """First lines of blocks without closing brackets and colon; half have brackets to close."""
     rng = random.Random(f"close_line:{seed}")
 
     def openings(has_brackets: bool) -> Iterator[tuple[SourceFile, int]]:

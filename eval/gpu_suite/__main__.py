@@ -30,7 +30,7 @@ SECTIONS = (
 
 @module_command
 def main(arguments: Sequence[str] | None = None, start: StartWorker | None = None) -> int:
-    """Exit status: 0 when every section is complete, 1 when one is not, 2 for settings that cannot be.
+    """Exit status: 0 if every section is complete, 1 if one is not, 2 for bad settings.
 
     `start` makes workers; None: in processes, on a CPU with interpreted kernels.
     """
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None, start: StartWorker | None = Non
         raise ValueError(f"--minutes must be above 0, got {options.minutes:g}")
     _check_device(options.device)
     suite.save()
-    # Every fraction is of the copy's bandwidth: the environment is always measured.
+    # Always measured, because every fraction is of the copy's bandwidth.
     sections = [section for section in SECTIONS if section.name in only or section is ENVIRONMENT]
     try:
         is_complete = run_sections(suite, sections)
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None, start: StartWorker | None = Non
 
 
 def _chosen(what: str, names: str, known: Sequence[str]) -> tuple[str, ...]:
-    """The names of a list with commas. Raises ValueError, with the nearest known one, for another."""
+    """The names in a comma-separated list. Raises ValueError, with the nearest known name, for an unknown one."""
     chosen = tuple(name for name in names.split(",") if name)
     if not chosen:
         raise ValueError(f"name at least one {what}: {', '.join(known)}")

@@ -29,7 +29,7 @@ PHASE_REPEATS = 9
 
 
 def model_config(scale: Scale, model: str, num_layers: int | None = None) -> Any:
-    """What the suite measures under a model's name."""
+    """The measured configuration of a model."""
     return (tiny_config if scale.is_tiny else released_config)(model, num_layers)
 
 
@@ -46,15 +46,12 @@ class BackendContestant:
         self.backend: Any = None
 
     def load(self) -> int:
-        """Bytes of all weights, which are there when it answers."""
+        """Make all weights; returns their bytes."""
         self._wait()
         return sum(self.weights.nbytes_by_part().values())
 
     def prepare(self, cell: Cell) -> dict[str, Any]:
-        """Warms a step of `cell`. Keys and values of the context are drawn: their values take no time.
-
-        num_compiled: kernels that were not compiled ahead.
-        """
+        """Warm up a step of `cell` with random keys and values; `num_compiled` counts kernels not compiled ahead."""
         from speedstack.runtime.backends.gpu.kernels.aot_compile import compilations
 
         started = time.perf_counter()
@@ -85,13 +82,13 @@ class BackendContestant:
         self._wait()
 
     def sample(self) -> float:
-        """Seconds of one step: many, one after another, without the host between them."""
+        """Seconds of one step, from many in a row without the host between them."""
         self.backend.repeat(self.scale.warm_steps)
         num_steps = self.scale.num_steps
         return device_seconds(lambda: self.backend.repeat(num_steps), self.device) / num_steps
 
     def generation(self) -> dict[str, float]:
-        """Tokens/s as a user of `Engine.generate` sees them, one sequence after this cell's context, host included."""
+        """Tokens/s of `Engine.generate` for one sequence after this cell's context, host included."""
         assert self.engine is not None
         num_new = NUM_GENERATED if not self.scale.is_tiny else 2
         generator = torch.Generator().manual_seed(self.seed + 3)
@@ -103,9 +100,9 @@ class BackendContestant:
         }
 
     def cost(self, bandwidth: float) -> dict[str, Any]:
-        """Bytes that the plan says a step reads, and its roofline and prediction at a measured bandwidth.
+        """Bytes a step reads according to the plan, its roofline, and the prediction at a measured bandwidth.
 
-        The routers' choices are counted where the backend can be stopped after a phase, else expected.
+        Router choices are counted if the backend can stop after a phase, else expected.
         """
         found = self._cost(bandwidth)
         counted = self.count_experts() if isinstance(self.backend, GraphBackend) else {}
@@ -130,13 +127,13 @@ class BackendContestant:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         known = next((gpu for gpu in GPUS.values() if gpu.name in name.upper().replace(" ", "")), None)
         plan = self.backend.plan
-        # A GPU whose peak is not known is charged for bytes alone.
+        # A GPU of unknown peak is charged for bytes alone.
         flops = known.bf16_flops if known is not None else float("inf")
         gpu = Gpu(name, plan.num_programs, bandwidth, flops, 0.0)
         return step_cost(plan, gpu, self.cell.rows, 1, self.cell.context)
 
     def count_experts(self) -> dict[int, int]:
-        """How many different experts the rows of the newest step choose in each layer that has any."""
+        """Number of distinct experts chosen by the newest step's rows, by layer with experts."""
         counts: dict[int, int] = {}
         for index, launch in enumerate(self.backend.launches):
             launch.run(is_dependent=self.device.type == "cuda" and index > 0)
@@ -152,10 +149,10 @@ class BackendContestant:
         return counts
 
     def phases(self, bandwidth: float) -> list[dict[str, Any]]:
-        """Time of every kind of phase, measured and predicted, in the order of a layer. Of the graph backend alone.
+        """Measured and predicted time of every kind of phase, in layer order. Graph backend only.
 
-        All phases of a kind follow one another, each with its own layer's weights, so that these come from memory as
-        they do in a step; before every timing the L2 cache is filled with something else.
+        Phases of a kind run in sequence on their own layers' weights, which so come from memory as in a step; the L2
+        cache is overwritten before every timing.
         """
         costs = {phase.name: phase for phase in self._cost(bandwidth).phases}
         flush = torch.empty(self.scale.flush_bytes, dtype=torch.uint8, device=self.device)

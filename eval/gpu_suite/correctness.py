@@ -1,17 +1,14 @@
 """Is what a GPU backend computes right, on tiny models of each family?
 
-The oracle is the reference backend in float32 on the same device, on copies of the same weights and the same key/value
-buffers. Compared are the buffer of every phase (of backends that run phase by phase), the logits, and the tokens.
-Roundings may decide a near tie between two experts, and then everything after differs; so rows whose choice of experts
-is closer than roundings can move it are counted and left out, and so are tokens whose two best logits are.
+The oracle is the reference backend in float32 on the same device, with copies of the weights and key/value buffers.
+Compared are each phase's buffer (if the backend runs by phase), logits and tokens. Rows whose choice of experts, and
+tokens whose best two logits, are closer than rounding error are counted and left out. MiMo, released so, is also
+checked with attention, dense MLP and LM head in FP8.
 
-Of MiMo, whose makers release it so, it is asked once more with attention, dense MLP and LM head in FP8.
-
-Row invariance has no tolerance: a row's logits are the same bits alone, among others, at other places and in a draft,
-and a text is the same token by token as scoring finds it. Tokens that a backend draws by itself are those that the
-sampler draws from its logits, at a vocabulary of 150k too. What ties, and where numbers end, is asked of a model made
-for that (`edges`). Of Qwen3 it is asked whether a text is the same with prompt look-up, and with a random DFlash
-drafter, both of which the `resident` backend has in its kernel.
+Row invariance has no tolerance: a row's logits are bitwise the same alone, among others, at other places and in a
+draft, and text equals what scoring finds, token by token. Tokens drawn by a backend equal the sampler's from its
+logits, also at a vocabulary of 150k. A special model has ties and extreme numbers (`edges`). Qwen3's text must not
+change with prompt lookup or a random DFlash drafter, which are in the `resident` backend's kernel.
 
 Legend: R rows, V vocabulary, D any width, E experts.
 """
@@ -40,9 +37,8 @@ from speedstack.runtime.model.synthetic_weights import random_weights
 from speedstack.runtime.model.weights import ModelWeights
 from speedstack.runtime.rounds.sampling import SamplingParams, gumbel_noise, sample
 
-# Largest error of a row, relative to its norm. bfloat16: up to about 20 roundings of 2**-9 of two or three layers one
-# after another, about sqrt(20) * 2**-9 = 0.9 % where they are independent. float32: sums of up to 96 terms in another
-# order.
+# Largest error relative to a row's norm. bfloat16: about 20 independent roundings of 2**-9 over two or three layers
+# give about sqrt(20) * 2**-9 = 0.9 %. float32: sums of up to 96 terms in another order.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 
 # The models of this check have 70 tokens.
@@ -54,7 +50,7 @@ SAMPLINGS = (
     SamplingParams(5.0),
     SamplingParams(5.0, top_k=30, top_p=0.8),
 )
-# Of a large vocabulary.
+# For a large vocabulary.
 LARGE_SAMPLINGS = (
     SamplingParams(1.0, top_k=50, top_p=0.95),
     SamplingParams(0.7, top_p=0.9),
@@ -78,17 +74,17 @@ class Checker:
         generator = torch.Generator().manual_seed(2)
         shape = (self.num_rows, self.max_length)
         self.ids = torch.randint(0, self.spec.vocab_size, shape, generator=generator).tolist()
-        # Sequences of different lengths, the first the longest; each row of a step follows one.
+        # Sequences of different lengths, the longest first; each row of a step continues one.
         step = max(1, scale.check_context // (2 * self.num_rows))
         self.lengths = [scale.check_context - slot * step for slot in range(self.num_rows)]
 
     def load(self) -> None:
-        """The weights are there when it answers."""
+        """Make the weights, before this returns."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def check_buffers(self) -> dict[str, Any]:
-        """Every phase, logits and tokens against the oracle. Raises RuntimeError that names the first phase off."""
+        """Compare phases, logits and tokens with the oracle. Raises RuntimeError naming the first wrong phase."""
         oracle = ReferenceBackend(widened(self.weights), None, self.num_rows, self.max_length)
         self._fill(oracle)
         backend = self._backend()
@@ -105,7 +101,7 @@ class Checker:
         wanted_RV = expected["lm_head"]
         errors["logits"] = row_error(logits_RV, wanted_RV, decided_R)
         top_R2 = wanted_RV.topk(2, dim=-1).values
-        # An error within the tolerance of a row's norm, spread over its entries, moves two of them by this at most.
+        # An error within the row's tolerance, spread over its entries, moves the two best by at most this.
         clear_R = top_R2[:, 0] - top_R2[:, 1] > 2 * self.tolerance * wanted_RV.square().mean(-1).sqrt()
         compared = [row for row in range(self.num_rows) if decided_R[row] and clear_R[row]]
         wrong = [row for row in compared if tokens[row] != int(wanted_RV[row].argmax())]
@@ -118,7 +114,7 @@ class Checker:
             "num_tokens_compared": len(compared),
             "num_tokens_different": len(wrong),
         }
-        # Not `>`: a NaN has to fail.
+        # Not `>`, so that NaN fails.
         off = [name for name, error in errors.items() if not error <= self.tolerance]
         if off:
             raise RuntimeError(f"{off[0]} is off by {errors[off[0]]:.2e} of its norm, allowed {self.tolerance:.0e}")
@@ -129,7 +125,7 @@ class Checker:
         return found
 
     def check_fp8(self) -> dict[str, Any]:
-        """`check_buffers` with weights in FP8, which the oracle dequantizes."""
+        """`check_buffers` with FP8 weights, which the oracle dequantizes."""
         plain = self.weights
         self.weights = random_weights(self.spec, self.dtype, self.device, is_packed=True, seed=1, has_fp8=True)
         try:
@@ -138,10 +134,10 @@ class Checker:
             self.weights = plain
 
     def check_edges(self) -> dict[str, Any]:
-        """Ties between experts, ends of scales, and sampling, on the model of `edges`.
+        """Ties between experts, extreme scales, and sampling, on the model of `edges`.
 
-        Raises RuntimeError as `check_buffers` and `check_sampling`, and where other rows are lost than those that chose
-        the expert that is no number.
+        Raises RuntimeError as `check_buffers` and `check_sampling`, and if rows are lost other than those that chose
+        the NaN expert.
         """
         plain = self.spec, self.weights
         self.spec, self.weights = edge_spec(self.scale), edge_weights(self.scale, self.dtype, self.device)
@@ -166,7 +162,7 @@ class Checker:
         sampling = self.check_sampling(LARGE_SAMPLINGS)
         experts_RK, _ = route(router_RE, None, moe_of(self.spec))
         chosen_RE = torch.zeros_like(router_RE, dtype=torch.bool).scatter_(1, experts_RK, True)
-        # One that some decided rows chose and some did not.
+        # An expert that some decided rows chose and some did not.
         counts_E = chosen_RE[decided_R].sum(0)
         experts = ((counts_E > 0) & (counts_E < decided_R.sum())).nonzero()
         if not len(experts):
@@ -188,7 +184,7 @@ class Checker:
     def _phase_errors(
         self, backend: GraphBackend, expected: dict[str, torch.Tensor], decided_R: torch.Tensor
     ) -> dict[str, float]:
-        """The newest step again, phase by phase. Its rows write the same keys and values again."""
+        """Errors of the newest step, run phase by phase; it rewrites the same keys and values."""
         errors = {}
         for index, launch in enumerate(backend.launches):
             launch.run(is_dependent=self.device.type == "cuda" and index > 0)
@@ -201,7 +197,7 @@ class Checker:
         return errors
 
     def check_row_invariance(self) -> dict[str, Any]:
-        """One row in many companies, bit by bit. Raises RuntimeError that names the company that changed it."""
+        """Compare one row bitwise among different rows. Raises RuntimeError naming the rows that changed it."""
         backend = self._backend()
         self._fill(backend)
         alone_V = self._logits_of(backend, self._next_rows([0]), 0)
@@ -224,7 +220,7 @@ class Checker:
         return {"companies": ["alone", *companies], "context": self.lengths[0]}
 
     def check_text(self) -> dict[str, Any]:
-        """The engine's own loop on this backend: each token is the one that scoring the text finds best, exactly."""
+        """The engine's decoding: each token must be exactly the best one in scoring the text."""
         num_new = self.scale.num_generated
         engine = Engine(
             self.weights, backend=self.backend_name, max_length=self.max_length, max_batch_size=self.num_rows
@@ -239,10 +235,9 @@ class Checker:
         return {"num_texts": len(texts), "num_tokens": sum(map(len, texts))}
 
     def check_sampling(self, samplings: tuple[SamplingParams, ...] | None = None) -> dict[str, Any]:
-        """Tokens that the backend draws, rows of a step differently: `sample` of its own logits, but for near ties.
+        """Compare the backend's tokens with `sample` of its logits, except near ties; skipped if the host draws.
 
-        Raises RuntimeError where they differ, and where noise decides nothing. Of a backend whose tokens the host draws
-        there is nothing to compare.
+        Raises RuntimeError if they differ, and if noise decides nothing.
         """
         backend = self._backend()
         if backend.rounds is None:
@@ -251,7 +246,7 @@ class Checker:
         rows, num_compared, num_ties, num_changed = self._next_rows(range(self.num_rows)), 0, 0, 0
         samplings = samplings or SAMPLINGS
         for number in range(len(samplings)):
-            # Seeds and sequences of which all 64 bits matter.
+            # Seeds and sequences that use all 64 bits.
             draws = [
                 Draw(
                     2**64 - 1 - self.num_rows * number - row,
@@ -279,9 +274,9 @@ class Checker:
         return {"num_tokens_compared": num_compared, "num_near_ties": num_ties, "num_not_most_probable": num_changed}
 
     def check_prompt_lookup(self) -> dict[str, Any]:
-        """Texts with look-up and without, greedy and sampled.
+        """Compare texts with and without prompt lookup, greedy and sampled.
 
-        Raises RuntimeError where they differ, and where no draft was accepted, so that nothing was checked.
+        Raises RuntimeError if they differ or no draft was accepted.
         """
         found = self._compare_texts("ngram", "that are looked up", self.scale.num_lookup_tokens)
         if not found["num_accepted"]:
@@ -289,9 +284,9 @@ class Checker:
         return found
 
     def check_drafter(self) -> dict[str, Any]:
-        """The same with a random DFlash drafter, which is hardly ever right: of its drafts one or none stands.
+        """Compare texts with and without a random DFlash drafter, whose drafts are hardly ever accepted.
 
-        Raises RuntimeError where texts differ, and where nothing was drafted.
+        Raises RuntimeError if they differ or nothing was drafted.
         """
         drafter = DFlashDraftModel(drafter_config(self.spec))
         drafter.init_weights(4)
@@ -302,7 +297,7 @@ class Checker:
         return found
 
     def _compare_texts(self, drafter: DFlashDraftModel | Literal["ngram"], what: str, num_new: int) -> dict[str, Any]:
-        """Of two texts of `num_new` tokens, greedy and sampled, with a drafter and without."""
+        """Compare two texts of `num_new` tokens, greedy and sampled, with and without a drafter."""
         engine = Engine(
             self.weights, drafter, backend=self.backend_name, max_length=self.max_length, max_batch_size=self.num_rows
         )
@@ -326,13 +321,13 @@ class Checker:
         return make_backend(self.backend_name, self.weights, None, self.num_rows, self.max_length)
 
     def _fill(self, backend: Backend) -> None:
-        """Computes the context of every sequence."""
+        """Compute the context of every sequence."""
         places = [(slot, position) for slot, length in enumerate(self.lengths) for position in range(length)]
         tokens = [self.ids[slot][position] for slot, position in places]
         backend.step(Rows(tokens, [slot for slot, _ in places], [position for _, position in places]), [])
 
     def _next_rows(self, slots: Iterable[int]) -> Rows:
-        """The next token of each of these sequences."""
+        """The next token of each sequence."""
         chosen = list(slots)
         positions = [self.lengths[slot] for slot in chosen]
         return Rows([self.ids[s][p] for s, p in zip(chosen, positions, strict=True)], chosen, positions)
@@ -342,14 +337,14 @@ class Checker:
 
 
 def row_error(found_RD: torch.Tensor, wanted_RD: torch.Tensor, chosen_R: torch.Tensor) -> float:
-    """Largest norm of a chosen row's difference over the norm of what is wanted."""
+    """Largest error norm of a chosen row, relative to the wanted row's norm."""
     difference_RD = found_RD.float() - wanted_RD.float()
     ratio_R = difference_RD.norm(dim=-1) / wanted_RD.float().norm(dim=-1)
     return float(ratio_R[chosen_R].max())
 
 
 def widened(weights: ModelWeights) -> ModelWeights:
-    """The same values in float32; packed experts stay."""
+    """The weights in float32; packed experts stay."""
 
     def wide(owner: Any) -> Any:
         plain = {name: value.float() for name, value in vars(owner).items() if isinstance(value, torch.Tensor)}
@@ -360,7 +355,7 @@ def widened(weights: ModelWeights) -> ModelWeights:
 
 
 def copy_caches(oracle: ReferenceBackend, backend: Any) -> None:
-    """Gives a GPU backend the oracle's keys and values, rounded to its own dtype."""
+    """Copy the oracle's keys and values to a GPU backend, rounded to its dtype."""
     for cache, wanted in zip(backend.memory.caches, oracle.caches, strict=True):
         both_SLGH = torch.cat([wanted.k_SLGH, wanted.v_SLGH], dim=-1)
         cache.copy_(both_SLGH[: cache.shape[1]].permute(2, 0, 1, 3))

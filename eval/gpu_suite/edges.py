@@ -1,10 +1,9 @@
 """A model of edge cases for the checks: experts that tie across warps, the ends of E8M0 scales, and a real vocabulary.
 
-Expert e and expert e + E / 2 have the same router row, and other weights. A row of the router has one element that is
-not zero, so that a logit is one product, and the two are equal to the bit however they are summed; the lower number is
-to be chosen. The number of choices is odd: the last one always decides between two that tie. Some experts' scales lie
-so far up that decoding takes another way (IS_WIDE), some blocks have the lowest scale, 2**-127, and one expert in the
-end the highest byte, which is no number: the rows that chose it are lost, and no others.
+Experts e and e + E / 2 have the same router row and different weights. A router row has one nonzero element, so a logit
+is one product and ties are exact in any summation order; the lower expert must win. The number of choices is odd, so
+the last choice is always between two that tie. Some scales are so high that decoding takes another path (IS_WIDE), some
+blocks have the lowest, 2**-127, and one expert finally gets the NaN byte: only rows that chose it are lost.
 """
 
 import torch
@@ -16,13 +15,13 @@ from speedstack.runtime.model.synthetic_weights import random_weights
 from speedstack.runtime.model.weights import ModelWeights, MoeWeights
 
 HIDDEN, INTERMEDIATE = 64, 64
-# Of the scales of some experts' up rows; their down projection's are as much lower, so that the sum stays near one.
+# Added to scales of some up rows and subtracted in their down projection, so that the sum stays near one.
 SHIFT = 70
 NAN_BYTE = 255
 
 
 def edge_spec(scale: Scale) -> ModelSpec:
-    """One layer; as many experts as MiMo and as many tokens as Qwen3 has, where that takes no time."""
+    """One layer, with as many experts as MiMo and as many tokens as Qwen3 where that costs no time."""
     attention = AttentionSpec(2, 1, 32, 32, 16, 1e4)
     num_experts, top_k, vocab_size = (16, 3, 100) if scale.is_tiny else (256, 7, 151936)
     moe = MoeSpec(num_experts, top_k, INTERMEDIATE, "softmax", has_correction_bias=False, renormalize=True)
@@ -30,7 +29,7 @@ def edge_spec(scale: Scale) -> ModelSpec:
 
 
 def edge_weights(scale: Scale, dtype: torch.dtype, device: torch.device) -> ModelWeights:
-    """See the module; without the expert whose scale is no number."""
+    """Weights as in the module docstring, without the NaN expert."""
     weights = random_weights(edge_spec(scale), dtype, device, is_packed=True, seed=5)
     moe = experts_of(weights)
     expert_E = torch.arange(len(moe.router_ED), device=device)
@@ -45,21 +44,21 @@ def edge_weights(scale: Scale, dtype: torch.dtype, device: torch.device) -> Mode
 
 
 def moe_of(spec: ModelSpec) -> MoeSpec:
-    """The only layer's."""
+    """The only layer's spec."""
     moe = spec.layers[0].mlp
     assert isinstance(moe, MoeSpec)
     return moe
 
 
 def experts_of(weights: ModelWeights) -> MoeWeights:
-    """The only layer's."""
+    """The only layer's experts."""
     moe = weights.layers[0].mlp
     assert isinstance(moe, MoeWeights)
     return moe
 
 
 def lose_expert(weights: ModelWeights, expert: int) -> None:
-    """Makes one block of an expert's weights no numbers."""
+    """Set one block of an expert's weights to NaN."""
     _packed(experts_of(weights).gate_up_EID).scales[expert, 3, 1] = NAN_BYTE
 
 

@@ -1,9 +1,8 @@
 """Compiles every kernel of the suite ahead of its first launch, in processes that need no GPU.
 
-A whole step as one kernel takes a compiler half a minute, its phases ten seconds, and there is a dozen of either: one
-after another they alone would take longer than the suite may. So they are compiled side by side, a process a core,
-while weights are made and the peer compiles, into Triton's cache on disk, where launches find them
-(`speedstack.runtime.backends.gpu.kernels.aot_compile`). What is not found is compiled where it is needed, as ever.
+A whole step as one kernel compiles for half a minute, its phases for ten seconds, and there are a dozen of each. One
+process per core compiles them, while weights are made and the peer compiles, into Triton's disk cache
+(`speedstack.runtime.backends.gpu.kernels.aot_compile`). Missing kernels are compiled at launch.
 """
 
 import threading
@@ -30,16 +29,16 @@ from speedstack.runtime.model.synthetic_weights import empty_weights
 
 META = torch.device("meta")
 PLAIN, FP8, LOOK_UP, DRAFTER, EDGES, APART = "plain", "fp8", "look-up", "drafter", "edges", "apart"
-# What the checks of a model need besides its plain kernels.
+# Additional kernels of a model's checks.
 FLAVOURS = {"gpt-oss-20b": (EDGES,), "mimo-v2-flash": (FP8,), "qwen3-30b-a3b": (DRAFTER, LOOK_UP)}
 
 
 @dataclass(frozen=True)
 class Job:
-    """The kernels of one plan. is_check: of the tiny model of a family, else of the released one.
+    """The kernels of one plan. is_check: of a family's tiny model, else of the released one.
 
-    length: positions of a sequence's buffers. flavour: plain; weights in FP8; with look-up, or phases for a drafter;
-    the model of `edges` instead; or apart, each kernel as it is launched when it does not overlap the one before it.
+    length: positions of a sequence's buffers. flavour: plain, FP8 weights, prompt lookup, phases for a drafter, the
+    model of `edges`, or apart: each kernel as launched without overlap.
     """
 
     is_check: bool
@@ -54,7 +53,7 @@ class Job:
 
 
 def check_jobs(scale: Scale, model: str, backend: str) -> list[Job]:
-    """What the checks of a backend launch on a model, the longest first."""
+    """Kernels that the checks of a backend launch on a model, the longest to compile first."""
     flavours = [*FLAVOURS.get(model, ()), PLAIN]
     if backend != ResidentBackend.name:
         flavours = [each for each in flavours if each != LOOK_UP]  # the host looks up
@@ -62,18 +61,18 @@ def check_jobs(scale: Scale, model: str, backend: str) -> list[Job]:
 
 
 def speed_jobs(scale: Scale, model: str, backend: str, context: int) -> list[Job]:
-    """What a cell after so long a context launches."""
+    """Kernels that a cell with this context launches."""
     return [Job(False, model, backend, scale.cell_length(context))]
 
 
 def phase_jobs(scale: Scale, model: str, backend: str) -> list[Job]:
-    """What timing the phases of the first cell launches besides."""
+    """Additional kernels for timing the phases of the first cell."""
     length = scale.cell_length(scale.cells[0].context)
     return [Job(False, model, backend, length, APART)] if backend == GraphBackend.name else []
 
 
 def all_jobs(scale: Scale, models: Sequence[str], contestants: Iterable[str], sections: Iterable[str]) -> list[Job]:
-    """Every job of the sections, those first that are needed first. models: in the order in which they are timed."""
+    """Every job of the sections, in order of need. models: in timing order."""
     backends, known = [name for name in contestants if name != PEER], set(sections)
     contexts = list(dict.fromkeys(cell.context for cell in scale.cells))
     jobs = list[Job]()
@@ -89,7 +88,7 @@ def all_jobs(scale: Scale, models: Sequence[str], contestants: Iterable[str], se
 
 
 def backend_for(job: Job, scale: Scale, target: Target) -> GraphBackend | ResidentBackend:
-    """A backend with the shapes of those that the suite makes, which compiles what they launch."""
+    """A backend with the suite's shapes, which compiles what it launches."""
     kind = {each.name: each for each in (GraphBackend, ResidentBackend)}[job.backend]
     spec = spec_from_config(tiny_config(job.model)) if job.is_check or scale.is_tiny else released_spec(job.model)
     weights = empty_weights(spec, DTYPES[scale.dtype], META, is_packed=True, has_fp8=job.flavour == FP8)
@@ -114,7 +113,7 @@ class KernelCompiler:
         torch.set_num_threads(1)
 
     def compile(self, job: Job) -> int:
-        """How many kernels that took."""
+        """Compile a job; returns the number of kernels."""
         backend = backend_for(job, self.scale, self.target)
         if job.flavour == APART:
             assert isinstance(backend, GraphBackend)
@@ -123,13 +122,13 @@ class KernelCompiler:
 
 
 class Kernels:
-    """Compiles jobs in their order, `num_processes` at a time, from now on."""
+    """Compiles jobs in order, `num_processes` at a time, from construction on."""
 
     def __init__(
         self, start: StartWorker, factory: Callable[..., Any], arguments: Sequence[Any], jobs: Sequence[Job],
         num_processes: int, deadline: float,
     ) -> None:  # fmt: skip
-        """factory(*arguments) makes what compiles. deadline: a moment of `time.monotonic`, when all of it ends."""
+        """factory(*arguments) makes the compiler. deadline: a `time.monotonic` moment that ends everything."""
         self._start, self._factory, self._arguments, self._deadline = start, factory, arguments, deadline
         self._left, self._jobs = deque(jobs), frozenset(jobs)
         self._began = time.monotonic()
@@ -144,7 +143,7 @@ class Kernels:
             thread.start()
 
     def wait(self, jobs: Iterable[Job], deadline: float) -> float:
-        """Until these of its jobs are compiled, or cannot be, or the deadline has come. Seconds that it took."""
+        """Wait until these jobs are compiled or have failed, or the deadline; returns the seconds."""
         started, wanted = time.monotonic(), self._jobs.intersection(jobs)
         with self._changed:
             self._changed.wait_for(
@@ -153,12 +152,12 @@ class Kernels:
         return time.monotonic() - started
 
     def records(self) -> list[dict[str, Any]]:
-        """Of every job that has ended: what it was, its seconds, when it ended, its number of kernels or its error."""
+        """One record per ended job: description, seconds, end time, and number of kernels or error."""
         with self._changed:
             return [asdict(job) | record for job, record in self._records.items()]
 
     def close(self) -> None:
-        """Ends what is being compiled."""
+        """End running compilations."""
         with self._changed:
             self._is_closed = True
             self._left.clear()
@@ -187,7 +186,7 @@ class Kernels:
                 worker.begin("compile", job)
                 record = {"num_kernels": worker.finish(self._deadline), "error": None}
             except Exception as error:
-                # Whatever it is, those who wait for the job have to hear of it.
+                # Whatever the error, waiters for the job must be told.
                 is_told = isinstance(error, WorkerFailed)
                 record = {"num_kernels": 0, "error": str(error) if is_told else one_line(error)}
             ended = time.monotonic()

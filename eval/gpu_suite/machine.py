@@ -1,4 +1,4 @@
-"""The device: what it is, and the bandwidth that a copy reaches, which every fraction in the results is of."""
+"""The device, and the bandwidth of a copy on it, the denominator of every fraction in the results."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ class Machine:
         self.copy_bytes = scale.copy_bytes
 
     def describe(self) -> dict[str, Any]:
-        """Software and hardware; `free_bytes` of the device's memory as it is found."""
+        """Software and hardware; `free_bytes` of device memory at the start."""
         found: dict[str, Any] = {"software": environment_fields(), "device": str(self.device)}
         if self.device.type == "cuda":
             properties = torch.cuda.get_device_properties(self.device)
@@ -37,7 +37,7 @@ class Machine:
         return found
 
     def copy_bandwidth(self) -> dict[str, Any]:
-        """Bytes/s of a copy from device memory to device memory, bytes read and bytes written both counted."""
+        """Bytes/s of a device-to-device copy, bytes read plus bytes written."""
         source = torch.empty(self.copy_bytes, dtype=torch.uint8, device=self.device)
         source.random_(0, 256)  # zeros can be faster than data
         target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""How close a choice is, of experts or of a token: where roundings may decide it, it says nothing of a backend.
+"""Near ties between experts or tokens: rounding may decide them, so they say nothing about a backend.
 
 Legend: R rows, E experts, V vocabulary.
 """
@@ -11,15 +11,15 @@ from speedstack.runtime.model.spec import MoeSpec
 from speedstack.runtime.model.weights import ModelWeights, MoeWeights
 from speedstack.runtime.rounds.sampling import SamplingParams, filter_logits
 
-# Two scores (logit / temperature + noise) may trade places where they are as close, in float32 units of the largest
-# number that they are made of: each takes two logarithms, of one unit each, and a sum, of half a unit.
+# Scores (logit / temperature + noise) within this many float32 units of their largest term may trade places: each takes
+# two logarithms, of one unit each, and a sum, of half a unit.
 SCORE_ULPS = 8
 
 
 def decided_rows(weights: ModelWeights, expected: Mapping[str, torch.Tensor], tolerance: float) -> torch.Tensor:
-    """Bool [R]: no rounding within `tolerance` of a router's logits changes a row's experts, in any layer.
+    """Bool [R]: no rounding within `tolerance` of the router's logits changes a row's experts in any layer.
 
-    expected: buffers of a step as `expected_buffers` has them.
+    expected: a step's buffers, from `expected_buffers`.
     """
     decided_R = torch.ones_like(expected["lm_head"][:, 0], dtype=torch.bool)
     for index, (layer, spec) in enumerate(zip(weights.layers, weights.spec.layers, strict=True)):
@@ -32,7 +32,7 @@ def decided_rows(weights: ModelWeights, expected: Mapping[str, torch.Tensor], to
 
 
 def choice_gap(logits_RE: torch.Tensor, correction_E: torch.Tensor | None, spec: MoeSpec) -> torch.Tensor:
-    """Float32 [R]: how far the logits of the last expert chosen and the first not chosen are apart, at least."""
+    """Float32 [R]: minimum distance between the logits of the last expert chosen and the first not chosen."""
     if spec.top_k == spec.num_experts:
         return torch.full_like(logits_RE[:, 0], float("inf"))
     if spec.scoring == "softmax":
@@ -40,19 +40,19 @@ def choice_gap(logits_RE: torch.Tensor, correction_E: torch.Tensor | None, spec:
         return best[:, -2] - best[:, -1]
     scores_RE = logits_RE.sigmoid()
     best = (scores_RE if correction_E is None else scores_RE + correction_E).topk(spec.top_k + 1, dim=-1).values
-    # A sigmoid rises by at most a quarter of what its argument does.
+    # A sigmoid's slope is at most a quarter.
     return 4 * (best[:, -2] - best[:, -1])
 
 
 def pair_gap(logits_RE: torch.Tensor, spec: MoeSpec) -> torch.Tensor:
-    """Float32 [R]: how far apart the pairs are whose order decides what a row chooses, at least."""
+    """Float32 [R]: minimum distance between pairs whose order decides a row's choice."""
     pairs = (spec.top_k + 1) // 2
     best = logits_RE[:, : spec.num_experts // 2].topk(pairs + 1, dim=-1).values
     return torch.minimum(best[:, -3] - best[:, -2], best[:, -2] - best[:, -1])
 
 
 def is_near_tie(logits_V: torch.Tensor, noise_V: torch.Tensor, params: SamplingParams) -> bool:
-    """Whether roundings may decide which of the two best scores is the largest; see SCORE_ULPS. NaN is no tie."""
+    """Whether rounding may decide between the best two scores; see SCORE_ULPS. NaN is no tie."""
     scaled_V = filter_logits(logits_V, params)
     best_2, index_2 = (scaled_V + noise_V).topk(2)
     if best_2[1] == float("-inf"):  # one token is kept

@@ -1,9 +1,8 @@
 """The peer: transformers with a static cache, compiled to CUDA graphs (`mode="reduce-overhead"`), in bfloat16.
 
-Compiling 48 layers takes minutes, so the time of a whole model is extrapolated from two depths of it: what is added
-between them is what a layer takes, everything else is there in both. Models are made on the device, with weights drawn
-as ours are, so that rows choose experts alike. Of the ways in which transformers computes experts the faster compiled
-one is taken. Written for what transformers 5.17 and later offer.
+Compiling 48 layers takes minutes, so a whole model's time is extrapolated from two depths; the difference is the time
+of the layers between. Models are made on the device with our weight distribution, so that rows choose experts alike.
+The faster compiled experts implementation is used. Written for transformers 5.17 and later.
 """
 
 import time
@@ -53,7 +52,7 @@ class Peer:
 
     @torch.no_grad()
     def prepare(self, cell: Cell) -> dict[str, Any]:
-        """Compiles both depths for `cell`; for the first one the deeper, with every implementation of experts."""
+        """Compile both depths for `cell`; at the first cell, the deeper one with every experts implementation."""
         started = time.perf_counter()
         self.cell = cell
         torch.compiler.reset()
@@ -78,12 +77,12 @@ class Peer:
 
     @torch.no_grad()
     def sample(self) -> dict[str, float]:
-        """Seconds of a step at both depths, one right after the other, and extrapolated to the whole model."""
+        """Seconds of a step at both depths, in immediate sequence, and extrapolated to the whole model."""
         shallow, deep = (step.seconds() for step in self.steps)
         return {"shallow": shallow, "deep": deep, "seconds": extrapolate(shallow, deep, self.depths, self.num_layers)}
 
     def cost(self, bandwidth: float) -> dict[str, float]:
-        """Bytes that a step of the whole model reads with experts in bfloat16, independent uniform routing assumed."""
+        """Bytes read by a whole-model step with bfloat16 experts, assuming independent uniform routing."""
         spec = spec_from_config(model_config(self.scale, self.model))
         spec = replace(spec, layers=spec.layers[: self.num_layers])
         plan = build_plan(spec, WeightFormats(), num_programs=1, max_context=self.scale.cell_length(self.cell.context))
@@ -96,7 +95,7 @@ class Peer:
         return step
 
     def _fastest_step(self) -> "Step":
-        """Of the deeper model: what is first may have no experts. What was compiled for the fastest one is kept."""
+        """The deeper model's fastest compiled step; the shallow one may have no experts."""
         steps: dict[str, Step] = {}
         seconds: dict[str, float] = {}
         deep = self.models[1]
@@ -110,13 +109,13 @@ class Peer:
         if not seconds:
             raise RuntimeError(f"no implementation of experts runs compiled: {self.unavailable}")
         fastest = self.implementation = min(seconds, key=lambda name: seconds[name])
-        # What is compiled depends on this setting, and is found again with it.
+        # Compiled code depends on this setting, and is found again with it.
         deep.set_experts_implementation(fastest)
         return steps[fastest]
 
 
 class Step:
-    """A compiled decode step of one model over a filled cache. Its newest token is found on the device, as ours is."""
+    """A compiled decode step of one model over a filled cache. The device picks the newest token, as in ours."""
 
     def __init__(self, scale: Scale, model: Any, cell: Cell) -> None:
         from transformers import StaticCache
@@ -124,7 +123,7 @@ class Step:
         self.device, self.cell = torch.device(scale.device), cell
         self.num_steps = SAMPLE_STEPS if not scale.is_tiny else 1
         length = cell.context + max(self.num_steps, WARM_STEPS) * cell.rows
-        # Any: what its layers are called in transformers' types differs from release to release.
+        # Any: layer types differ between transformers releases.
         self.cache: Any = StaticCache(config=model.config, max_cache_len=length)
         self.ids_1R = torch.arange(cell.rows, device=self.device)[None] % model.config.vocab_size
         self.positions_1R = torch.arange(cell.context - cell.rows, cell.context, device=self.device)[None]
@@ -144,18 +143,18 @@ class Step:
         self._rewind(whole=True)
 
     def _rewind(self, whole: bool) -> None:
-        """Sets the cache's length back to the context. Not whole: only what the host keeps, which costs no launch."""
+        """Reset the cache's length to the context. Not whole: only the host's state, without a launch."""
         length = self.cell.context - self.cell.rows
         for layer in self.cache.layers:
             if hasattr(layer, "cumulative_length_int"):
-                # A full window rolls by itself; one that fills would need its device's counter as well, every step.
+                # A full window rolls by itself; a filling one would need its device counter reset every step.
                 assert length >= layer.max_cache_len, "contexts are longer than windows"
                 layer.cumulative_length_int = length
             if whole:
                 layer.cumulative_length.fill_(min(length, layer.max_cache_len))
 
     def run(self, num_steps: int) -> None:
-        """So many steps from the context on."""
+        """Run `num_steps` steps from the context on."""
         self._rewind(whole=True)
         for _ in range(num_steps):
             torch.compiler.cudagraph_mark_step_begin()
@@ -163,18 +162,18 @@ class Step:
             self.decode(self.ids_1R, self.positions_1R)
 
     def seconds(self) -> float:
-        """Of one step, from so many that it matters little how the first begins."""
+        """Seconds of one step, over enough steps that the first one's start hardly matters."""
         self.run(1)
         return device_seconds(lambda: self.run(self.num_steps), self.device) / self.num_steps
 
 
 def cudagraph_skips() -> int:
-    """How often torch.compile has made no CUDA graph of what it was asked to, in this process."""
+    """How often torch.compile has skipped a CUDA graph in this process."""
     from torch._dynamo.utils import counters
 
     return int(counters["inductor"]["cudagraph_skips"])
 
 
 def extrapolate(shallow: float, deep: float, depths: tuple[int, int], num_layers: int) -> float:
-    """The time of `num_layers` layers, from those of two depths."""
+    """The time of `num_layers` layers, from the times of two depths."""
     return shallow + (num_layers - depths[0]) * (deep - shallow) / (depths[1] - depths[0])

@@ -22,9 +22,9 @@ class QuantKernels:
         self.scale, self.device = scale, torch.device(scale.device)
 
     def measure(self, seed: int) -> list[dict[str, Any]]:
-        """Seconds, bytes/s and the fraction of a copy, a row an operation and contestant.
+        """Seconds, bytes/s and fraction of a copy, one row per operation and contestant.
 
-        Raises RuntimeError where there are no kernels: what would be timed is not what the row says.
+        Raises RuntimeError without kernels, because rows would time something else.
         """
         if kernels_for(torch.ones(1, BLOCK_SIZE, device=self.device)) is None:
             raise RuntimeError(f"there are no MXFP4 kernels for {self.device} here")

@@ -1,17 +1,17 @@
-"""How large everything is that the suite does: on a GPU, and on a CPU, where it only shows that it works."""
+"""Sizes of everything in the suite: on a GPU, and on a CPU, where it only shows that the suite works."""
 
 from dataclasses import dataclass
 
 CONTESTANTS = ("resident", "graph", "transformers")
 PEER = "transformers"
-# Of the time for speed; in the order in which models are timed. The first are those that a GPU holds whole.
+# Shares of the time for speed, in timing order: models that fit a GPU whole come first.
 MODEL_SHARES = {"qwen3-30b-a3b": 0.4, "gpt-oss-20b": 0.32, "mimo-v2-flash": 0.28}
 ROOM = 160  # positions after the context: what a cell's steps and generated tokens take
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One speed to measure: a step of so many rows of one sequence (a block that is verified) after such a context."""
+    """One speed measurement: a step of `rows` rows of one sequence (a verified block) after a context."""
 
     rows: int
     context: int
@@ -19,13 +19,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Scale:
-    """num_steps: of a timed sample, after `warm_steps` more. check_rows, check_context: of correctness.
+    """num_steps: of a timed sample, after `warm_steps`. check_rows, check_context: of correctness.
 
-    num_generated: tokens of a text that is checked; num_lookup_tokens: of one with look-up, long enough to repeat
-    itself; num_with_drafter: of one with a drafter.
-
-    peer_layers: two depths of each model, from which a whole one is extrapolated. flush_bytes: written between timings
-    of phases, to empty the L2 cache.
+    num_generated: tokens of a checked text; num_lookup_tokens: with lookup, enough for repetition; num_with_drafter:
+    with a drafter. peer_layers: each model's two depths for extrapolation. flush_bytes: written between phase timings
+    to clear the L2 cache.
     """
 
     device: str
@@ -51,11 +49,11 @@ class Scale:
 
     @property
     def check_length(self) -> int:
-        """Positions that a sequence's buffers hold in checks."""
+        """Positions of a sequence's buffers in checks."""
         return self.check_context + 32
 
     def cell_length(self, context: int) -> int:
-        """Positions that a sequence's buffers hold while a cell with this context is measured."""
+        """Positions of a sequence's buffers in a cell with this context."""
         return context + (16 if self.is_tiny else ROOM)
 
 
@@ -84,7 +82,7 @@ def scale_for(device: str) -> Scale:
         device=device,
         is_tiny=False,
         copy_bytes=4 << 30,
-        # In the order of what must not be missed when time runs out.
+        # In order of importance, in case time runs out.
         cells=(Cell(1, 1024), Cell(8, 1024), Cell(1, 16384), Cell(8, 16384)),
         num_repeats=7,
         num_steps=32,
@@ -94,8 +92,8 @@ def scale_for(device: str) -> Scale:
         num_generated=24,
         num_lookup_tokens=64,
         num_with_drafter=64,
-        # What is between them is as the rest of the model: gpt-oss' kinds of layers take turns, and of MiMo's, whose
-        # first one is dense, most are sliding. Its layers of experts are 13 GB each in bfloat16.
+        # The layers between the depths are typical: gpt-oss alternates its kinds, and most of MiMo's after its dense
+        # first are sliding. MiMo's expert layers are 13 GB each in bfloat16.
         peer_layers={"gpt-oss-20b": (2, 4), "mimo-v2-flash": (1, 3), "qwen3-30b-a3b": (1, 3)},
         compiles_peer=True,
         flush_bytes=256 << 20,

@@ -25,7 +25,7 @@ CORES_LEFT = 4  # by those that compile: for a model's three contestants, whose 
 
 
 def run_environment(suite: Suite, result: dict[str, Any], deadline: float) -> None:
-    """What the machine is, and how fast it copies."""
+    """Describe the machine and measure its copy bandwidth."""
     worker = suite.start(Machine, suite.scale)
     try:
         result["machine"] = call(worker, deadline, "describe")
@@ -39,7 +39,7 @@ def run_environment(suite: Suite, result: dict[str, Any], deadline: float) -> No
 
 
 def compile_ahead(suite: Suite, machine: dict[str, Any]) -> None:
-    """Begins to compile every kernel that the sections will launch on this machine, on all cores but CORES_LEFT."""
+    """Start compiling every kernel of the sections for this machine, on all cores but CORES_LEFT."""
     target = Target(tuple(machine["capability"]), machine["num_programs"])
     models = [model for model in MODEL_SHARES if model in suite.models]
     jobs = all_jobs(suite.scale, models, suite.contestants, suite.names)
@@ -51,7 +51,7 @@ def compile_ahead(suite: Suite, machine: dict[str, Any]) -> None:
 
 
 def why_not(suite: Suite, contestant: str) -> str | None:
-    """Why a backend cannot run here, None where it can."""
+    """Why a backend cannot run here, or None."""
     from speedstack.runtime.backends.select import BACKENDS
 
     if contestant != PEER and contestant not in BACKENDS:
@@ -60,10 +60,10 @@ def why_not(suite: Suite, contestant: str) -> str | None:
 
 
 def run_correctness(suite: Suite, result: dict[str, Any], deadline: float) -> None:
-    """Every check of every backend on every family; each pair has a worker, so that none suffers from another.
+    """Every check of every backend on every family, one isolated worker per pair.
 
-    All workers get ready side by side, and then check in turn. Raises RuntimeError at the end when a check failed, and
-    OutOfTime when one could not begin.
+    Workers prepare in parallel and check in turn. Raises RuntimeError at the end if a check failed, OutOfTime if one
+    could not begin.
     """
     failed, late = list[str](), list[str]()
     backends = [name for name in suite.contestants if name != PEER]
@@ -80,7 +80,7 @@ def run_correctness(suite: Suite, result: dict[str, Any], deadline: float) -> No
     try:
         for number, ((backend, model), worker) in enumerate(workers.items()):
             checks = result[backend][model] = dict[str, Any]()
-            # A kernel that takes long to compile, or that hangs, takes its own share of the time, not the others'.
+            # A kernel that compiles slowly or hangs uses its own share of the time.
             num_left = len(workers) - number
             if suite.kernels is not None:
                 now = time.monotonic()
@@ -117,7 +117,7 @@ def run_correctness(suite: Suite, result: dict[str, Any], deadline: float) -> No
 
 
 def run_quant(suite: Suite, result: dict[str, Any], deadline: float) -> None:
-    """MXFP4 quantization, dequantization and fake quantization against a copy of the weights."""
+    """Compare MXFP4 quantization, dequantization and fake quantization with a copy of the weights."""
     worker = suite.start(QuantKernels, suite.scale)
     try:
         result["timings"] = call(worker, deadline, "measure", random.Random(suite.seed).randrange(2**31))

@@ -1,12 +1,11 @@
-"""Speed of a step: contestants take turns, each in a process with weights of its own, in an order drawn every repeat.
+"""Speed of a step: contestants take turns, each in its own process with its own weights, in a random order per repeat.
 
-Fractions of the bandwidth (MBU) are the bytes that the plan says a step reads, with the experts that its rows chose
-counted, over the median time and the bandwidth that a copy reached in this run.
+Fractions of bandwidth (MBU) are the plan's bytes of a step, with the experts its rows chose counted, over the median
+time and this run's copy bandwidth.
 
-The first cell of the first model is the headline. It is measured before everything else that is timed, and its
-contestants wait for the rest of their model's cells. Ours take turns as soon as they are ready, and once more with the
-peer when it has compiled, which takes minutes: what is known is saved, and what is compared was timed together. The
-peer compiles anew for every cell, and leaves out those for which that would take too long.
+The headline, the first cell of the first model, is timed before all else; its contestants wait for their model's other
+cells. Ours take turns when ready, and again with the peer, which compiles for minutes, so results are saved early but
+compared only if timed together. The peer recompiles for every cell, and skips cells where that takes too long.
 """
 
 import random
@@ -26,12 +25,12 @@ from speedstack.eval.speed.worker import KILLED, Worker, WorkerFailed
 from speedstack.runtime.model.families.registry import spec_from_config
 from speedstack.runtime.model.spec import ModelSpec
 
-# Of a model's time: for the first cell all make their weights, and the peer compiles.
+# Weights of a model's time; the first cell includes making weights and the peer's compilation.
 FIRST_WEIGHT, CELL_WEIGHT = 10, 2
-# Of a model's share, when its first cell has been measured before.
+# Factor on a model's share if its first cell is already measured.
 REST_SHARE = 0.5
-# Seconds before a cell's end at which the peer has to be ready, for all to take turns; and how many times as long as
-# the last time it may take to compile.
+# Seconds before a cell's end at which the peer must be ready, so that all take turns; and the factor on its last
+# compilation time that is allowed.
 TURN_SECONDS = 8.0
 PEER_MARGIN = 1.3
 NOT_MEASURED = "not measured"
@@ -39,7 +38,7 @@ HUNG = "not started again: it was killed with the model before"
 
 
 def run_headline(suite: Suite, result: dict[str, Any], deadline: float) -> None:
-    """The first cell of the first model. Raises RuntimeError at the end when a contestant failed."""
+    """The first cell of the first model. Raises RuntimeError at the end if a contestant failed."""
     model = timed_models(suite)[0]
     race = Race(suite, model, result.setdefault(model, {}), deadline)
     suite.race = race
@@ -50,7 +49,7 @@ def run_headline(suite: Suite, result: dict[str, Any], deadline: float) -> None:
 
 
 def run_speed(suite: Suite, result: dict[str, Any], deadline: float) -> None:
-    """Every model. Raises RuntimeError at the end when a contestant failed, OutOfTime when a cell was not measured."""
+    """Every model. Raises RuntimeError at the end if a contestant failed, OutOfTime if a cell was not measured."""
     problems, late = list[str](), list[str]()
     models = timed_models(suite)
     shares = {model: MODEL_SHARES[model] * (REST_SHARE if _begun(suite, model) else 1.0) for model in models}
@@ -83,12 +82,12 @@ def run_speed(suite: Suite, result: dict[str, Any], deadline: float) -> None:
 
 
 def timed_models(suite: Suite) -> list[str]:
-    """The models in the order in which they are timed: those first that a GPU holds whole."""
+    """Models in timing order: first those that fit a GPU whole."""
     return [model for model in MODEL_SHARES if model in suite.models]
 
 
 def cell_weights(num_cells: int, has_first: bool) -> list[int]:
-    """How the time of a model is shared among the cells that are left; has_first: the first among them."""
+    """Time weights of a model's remaining cells; has_first: the first cell is among them."""
     return [FIRST_WEIGHT if number == 0 and has_first else CELL_WEIGHT for number in range(num_cells)]
 
 
@@ -122,7 +121,7 @@ class Race:
         self._first: dict[str, Any] = {}  # entries of the first cell
 
     def start(self) -> None:
-        """Starts every contestant; ours make their weights. Raises ValueError when no layer fits."""
+        """Start every contestant; ours make their weights. Raises ValueError if no layer fits."""
         names = {name: why_not(self.suite, name) for name in self.suite.contestants}
         names |= {name: HUNG for name in self.suite.hung & set(names)}
         ready = [name for name, reason in names.items() if reason is None]
@@ -135,7 +134,7 @@ class Race:
             if name == PEER:
                 kind = (Peer, self.suite.scale, self.model)
             self.workers[name] = self.suite.start(*kind, num_layers, self.suite.seed)
-        # The peer makes its own when it gets ready, for which nobody waits.
+        # The peer makes its weights while preparing, and nobody waits for it.
         ours = [name for name in ready if name != PEER]
         for name in ours:
             self.workers[name].begin("load")
@@ -143,13 +142,13 @@ class Race:
             self._finish(name, "load", self.deadline)
 
     def go_on(self, found: dict[str, Any], deadline: float) -> None:
-        """Cells from here on are another section's."""
+        """Put the results of later cells into another section's `found`."""
         kept = {name: value for name, value in self.found.items() if name not in ("cells", "failed")}
         self.found, self.deadline = found, deadline
         found |= kept | {"cells": [], "failed": {}}
 
     def measure_rest(self) -> None:
-        """All cells that are left. Raises OutOfTime when one was not measured."""
+        """Measure all remaining cells. Raises OutOfTime if one was not measured."""
         cells = self.suite.scale.cells[self.cells_done :]
         weights = cell_weights(len(cells), has_first=self.cells_done == 0)
         for number, cell in enumerate(cells):
@@ -166,7 +165,7 @@ class Race:
         self.workers.clear()
 
     def _num_layers(self, names: list[str]) -> int:
-        """All that fit beside each other and beside the peer."""
+        """The number of layers that fit with all contestants and the peer in memory."""
         if self.free_bytes is None:
             return self.spec.num_layers
         scale = self.suite.scale
@@ -179,7 +178,7 @@ class Race:
         return layers_that_fit(self.spec, length, num_backends, self.free_bytes - int(peer / USABLE))
 
     def measure(self, cell: Cell, end: float) -> None:
-        """One cell, until `end` at most."""
+        """Measure one cell, until `end` at most."""
         record: dict[str, Any] = {"rows": cell.rows, "context": cell.context, "contestants": {}}
         self.found["cells"].append(record)
         self.cells_done += 1
@@ -229,7 +228,7 @@ class Race:
             entries[name] = answer
 
     def _take_turns(self, names: Iterable[str], entries: dict[str, Any], end: float) -> None:
-        """Samples of those that are ready, each in turn, and what follows from them."""
+        """Sample the ready contestants in turn, and update their results."""
         racing = [name for name in names if name in self.workers and name in entries]
         samples: dict[str, list[Any]] = {name: [] for name in racing}
         orders = random.Random(self.suite.seed)
@@ -255,9 +254,9 @@ class Race:
             entry["mbu"] = entry["read_bytes"] / seconds["median"] / self.bandwidth
 
     def _extras(self) -> None:
-        """What the first cell is enough for: the engine's own rate, and time by phase. Last, so that it costs no cell.
+        """The first cell's extras: the engine's tokens/s, and time by phase. Last, so that they cost no cell.
 
-        Raises OutOfTime when one could not begin.
+        Raises OutOfTime if one could not begin.
         """
         scale = self.suite.scale
         for name in [name for name in self.workers if name != PEER and name in self._first]:
@@ -279,9 +278,9 @@ class Race:
         return self._finish(name, method, end)
 
     def _finish(self, name: str, method: str, end: float) -> Any:
-        """The answer to what was begun. Who fails leaves the race for this model, with its reason.
+        """The answer to a begun call. A contestant that fails leaves this model's race, with the reason.
 
-        Who hangs in a step, rather than in a compiler, is not started for another model.
+        One that hangs in a step, not in a compiler, is not started for other models.
         """
         try:
             return self.workers[name].finish(end)

@@ -1,4 +1,4 @@
-"""Sections one after another, each with a share of the time, and a file that holds what is known so far."""
+"""Sections in sequence, each with a share of the time, and a file of the results so far."""
 
 import contextlib
 import json
@@ -23,25 +23,23 @@ COMPLETE, FAILED, OUT_OF_TIME = "complete", "failed", "out of time"
 
 
 class OutOfTime(Exception):
-    """A section's share of the time is used up; what it had done by then stands."""
+    """A section's share of the time is used up; its results stand."""
 
 
 def print_now(line: str) -> None:
-    """A log shows how far a run came that was killed."""
+    """Print without buffering, so that a log shows how far a killed run came."""
     print(line, flush=True)
 
 
 @dataclass
 class Suite:
-    """One run: what to do it with, and its document.
+    """One run: its settings and its document.
 
-    `document["sections"][name]` holds status, seconds, error and result. What a section puts into its result is saved
-    as often as it calls `save`.
+    `document["sections"][name]` holds status, seconds, error and result; `save` writes it. names: the sections that
+    run; end: the `time.monotonic` moment at which everything ends.
 
-    names: the sections that run; end: the moment of `time.monotonic` at which all of it ends.
-
-    What sections leave for each other: `kernels`, which are being compiled; `race`, the contestants whose first cell
-    has been measured; `hung`, contestants that are not started again. `closing` ends what is left at the end.
+    Sections share `kernels`, being compiled; `race`, the contestants whose first cell is measured; and `hung`,
+    contestants not to start again. `closing` ends the rest.
     """
 
     scale: Scale
@@ -61,16 +59,13 @@ class Suite:
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def save(self) -> None:
-        """Writes the document, whole or not at all; what is no finite number becomes null.
-
-        Raises OSError as the file system does.
-        """
+        """Write the document atomically, with null for numbers that are not finite. Raises OSError."""
         if self.kernels is not None:
             self.document["kernels"] = self.kernels.records()
         write_atomically(self.out, json.dumps(finite(self.document), indent=2, allow_nan=False) + "\n")
 
     def result(self, section: str) -> dict[str, Any]:
-        """What a section has found so far; empty where it has not run."""
+        """A section's results so far; empty if it has not run."""
         found: dict[str, Any] = self.document.get("sections", {}).get(section, {}).get("result", {})
         return found
 
@@ -85,7 +80,7 @@ class Section:
 
 
 def run_sections(suite: Suite, sections: Sequence[Section]) -> bool:
-    """Runs them all, whatever fails; whether all are complete. Time that one leaves is the next ones'."""
+    """Run all, despite failures; returns whether all are complete. Unused time goes to later sections."""
     with suite.closing:
         return _run_sections(suite, sections)
 
@@ -121,7 +116,7 @@ def _run_sections(suite: Suite, sections: Sequence[Section]) -> bool:
         except OutOfTime as error:
             record |= {"status": OUT_OF_TIME, "error": str(error)}
         except Exception as error:
-            # Whatever a section ran into costs that section alone.
+            # Any failure costs its own section alone.
             traceback.print_exc()
             record |= {"status": FAILED, "error": one_line(error)}
         record["seconds"] = round(time.monotonic() - begun, 2)
@@ -134,7 +129,7 @@ def _run_sections(suite: Suite, sections: Sequence[Section]) -> bool:
 
 
 def finite(value: Any) -> Any:
-    """The same, with None for the floats that JSON does not have: one of them must not cost all other results."""
+    """The value with None for numbers JSON lacks, so that one does not cost the other results."""
     if isinstance(value, dict):
         return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -147,7 +142,7 @@ def _because(error: str | None) -> str:
 
 
 def free_path(folder: Path, stem: str) -> Path:
-    """A file that does not exist: a second run on a day does not overwrite the first."""
+    """A path that does not exist, so that a day's second run does not overwrite the first."""
     path, number = folder / f"{stem}.json", 1
     while path.exists():
         number += 1

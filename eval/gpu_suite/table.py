@@ -1,6 +1,6 @@
-"""What the suite found as text: speeds side by side, phases, and what was aimed at.
+"""The suite's results as text: speeds side by side, phases, and targets.
 
-A target is met when every cell that it is about meets it, missed as soon as one does not, and else unmeasured.
+A target is met when all its cells meet it, missed as soon as one does not, and else unmeasured.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ MET, MISSED, UNMEASURED = "met", "missed", "unmeasured"
 
 @dataclass(frozen=True)
 class Target:
-    """`values`: what was found, one a cell, None where it was not measured."""
+    """`values`: measured values, one a cell, None if unmeasured."""
 
     name: str
     at_least: float
@@ -22,13 +22,13 @@ class Target:
 
 
 def races(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(model, what was found of it) of everything that is timed, the headline first."""
+    """(model, its results) of every timed model, the headline first."""
     for section in ("headline", "speed"):
         yield from document.get("sections", {}).get(section, {}).get("result", {}).items()
 
 
 def cells(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(model, cell) of everything that has begun to be timed."""
+    """(model, cell) of every cell whose timing has begun."""
     for model, found in races(document):
         for cell in found.get("cells", []):
             yield model, cell
@@ -71,7 +71,7 @@ TARGETS = (
 
 
 def judge(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row a target: verdict, the lowest and highest value, and how many cells met it of how many there are."""
+    """One row per target: verdict, lowest and highest value, cells that met it, and all cells."""
     rows = []
     for target in TARGETS:
         values = target.values(document)
@@ -94,7 +94,7 @@ def judge(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def text(document: dict[str, Any]) -> str:
-    """How compiling went, speeds, phases, then targets: the last lines are what a reader is after."""
+    """Compilation, speeds, phases, then targets, which readers want most, at the end."""
     lines = [*_kernel_lines(document), *_speed_lines(document), *_phase_lines(document), *_target_lines(document)]
     return "\n".join(lines)
 

@@ -1,12 +1,11 @@
 """lm-eval's view of an `Engine`: log-likelihoods and generation of every lm-eval task run through our runtime.
 
-A `TemplateLM`, so that the split of a (context, continuation) pair into tokens is lm-eval's own, and every choice that
-it leaves open is made as its Hugging Face adapter makes it: what begins a text without context, when a tokenizer adds
-special tokens, where a long text is cut, that special tokens are no part of a generated text. Scores compare with that
-adapter request by request. A generated text is what continues its context, as vLLM's is: with tokenizers of whole words
-(SentencePiece) it begins with the space that the adapter, which decodes it alone, drops.
+A `TemplateLM`, so lm-eval itself splits (context, continuation) pairs into tokens. Open choices follow its Hugging Face
+adapter (prefix of an empty context, special tokens, truncation), so scores compare request by request. Generated text
+continues its context, as vLLM's does: with SentencePiece tokenizers it begins with the space that the adapter, which
+decodes it alone, drops.
 
-To lm-eval there is always one process. Requests are shared out below it (`eval.lm_eval.processes`), not documents.
+lm-eval sees one process; `eval.lm_eval.processes` shares out requests below it.
 """
 
 import logging
@@ -46,11 +45,10 @@ EncodedPair = tuple[tuple[str, str], list[int], list[int]]
 
 @dataclass
 class TaskCounts:
-    """What happened to a task's requests: `num_cached` were known, `num_shortened` lost the beginning of their context.
+    """Counts of a task's requests: `num_cached` were known, `num_shortened` lost the beginning of their context.
 
-    Of generations that have stop strings, `num_unstopped` reached the length limit without one or an end-of-text token.
-    Of those that think before they answer, `num_without_answer` did not come to the end of it.
-    Rounds and the tokens they committed are those of `speedstack.runtime.GenerationStats`.
+    `num_unstopped` generations reached the length limit without a stop string or end-of-text, `num_without_answer` did
+    not finish thinking. Rounds and committed tokens as in `speedstack.runtime.GenerationStats`.
     """
 
     num_requests: int = 0
@@ -67,19 +65,16 @@ class TaskCounts:
 class EngineLM(TemplateLM):
     """An lm-eval model over `engine`.
 
-    `seed` is the sampling seed of every generation, plus the number of equal requests before it, so that samples of one
-    prompt differ; greedy tasks ignore it.
+    `seed` plus the number of earlier equal requests seeds each generation, so that samples of one prompt differ. No
+    request is answered before the generation settings of all `tasks` are checked. `salts`, by task, separate a task's
+    cached answers; `drafting` is the `drafting_key` of an engine whose answers are kept in files.
 
-    `tasks` are the lm-eval tasks whose requests will come: none is answered before all their generation settings are
-    found good. `salts` has more, by task name, that keeps a task's answers apart in the cache; `drafting` is the
-    `drafting_key` of an engine whose answers are kept in files.
+    `chat_template_kwargs` are variables of the chat template. `think_end`, text or a token id (also as digits), ends a
+    model's thinking; only what follows is scored and heeds stop strings, as with lm-eval's vLLM adapter. `max_gen_toks`
+    overrides that of every task.
 
-    `chat_template_kwargs` are variables of the model's chat template. `think_end` ends the thinking of a model that
-    thinks before it answers, as text or as the id of a token (digits are one): what follows it is scored, and only
-    there do stop strings end an answer, as with lm-eval's vLLM adapter. `max_gen_toks` stands for that of every task.
-
-    Raises ValueError when the engine has no tokenizer, or its tokenizer no end-of-text token, for template variables
-    and an end of thinking that the model does not have, and for thinking that is asked for where nothing is generated.
+    Raises ValueError without a tokenizer or end-of-text token, for template variables or an end of thinking that the
+    model lacks, and for thinking where nothing is generated.
     """
 
     def __init__(
@@ -122,22 +117,22 @@ class EngineLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without context is conditioned on: the begin-of-text id, or where there is none, end-of-text."""
+        """The prefix of a text without context: the begin-of-text id, or else end-of-text."""
         bos = self.engine.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def max_length(self) -> int:
-        """Input tokens of one sequence at most; the last token scored is no input."""
+        """Maximum input tokens of one sequence; the last scored token is no input."""
         return self.engine.max_length
 
     @property
     def tokenizer_name(self) -> str:
-        """Fingerprint part of lm-eval's own request cache."""
+        """Part of the fingerprint of lm-eval's own request cache."""
         return self.engine.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
-        """Token ids of `string`; None adds what the tokenizer adds by itself, unless the text begins with it."""
+        """Token ids of `string`; None adds the tokenizer's own special tokens, unless the text begins with them."""
         if kwargs:
             raise ValueError(f"tok_encode takes no {', '.join(sorted(kwargs))}: drop it")
         if add_special_tokens is None:
@@ -145,9 +140,9 @@ class EngineLM(TemplateLM):
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the model's template writes it; without the system's part where the template has none.
+        """The conversation in the model's template, without a system message that the template does not take.
 
-        Raises ValueError for a tokenizer without a template, and for a conversation that it refuses.
+        Raises ValueError without a template, and for a conversation that it refuses.
         """
         if not self.tokenizer.chat_template:
             raise ValueError(
@@ -180,11 +175,11 @@ class EngineLM(TemplateLM):
         return self._score_pairs(encoded, [request.task_name or "" for request in requests])
 
     def _loglikelihood_tokens(self, requests: list[EncodedPair], **kwargs: object) -> list[tuple[float, bool]]:
-        """The same for texts that are tokens already; lm-eval's name for it."""
+        """`loglikelihood` of token pairs, under lm-eval's name."""
         return self._score_pairs(requests, [""] * len(requests))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole text, cut into disjoint windows when it is longer than the model's."""
+        """Log-probability of each whole text, in disjoint windows if it exceeds the model's length."""
         self._check_generations()
         work: list[Request] = []
         for request in requests:
@@ -200,9 +195,9 @@ class EngineLM(TemplateLM):
         return [math.fsum(logprob for logprob, _ in parts) for parts in answers]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Text generated after each context, up to the first of the request's stop strings, which is cut off.
+        """Text generated after each context, cut before the first stop string.
 
-        Raises ValueError for settings the engine does not have, and when `max_gen_toks` leaves no room for a prompt.
+        Raises ValueError for settings the engine lacks, and if `max_gen_toks` leaves no room for a prompt.
         """
         self._check_generations()
         num_before: Counter[str] = Counter()
@@ -241,7 +236,7 @@ class EngineLM(TemplateLM):
         return [one.text for one in written]
 
     def write(self, contexts: Sequence[str], gen_kwargs: dict[str, Any]) -> list[str]:
-        """`generate_until` outside of lm-eval: text after each context, under a task's generation settings."""
+        """`generate_until` outside lm-eval: text after each context, under a task's generation settings."""
         return self.generate_until(
             [
                 Instance(request_type="generate_until", doc={}, arguments=(context, gen_kwargs), idx=index)
@@ -250,7 +245,7 @@ class EngineLM(TemplateLM):
         )
 
     def _encode(self, context: str, continuation: str) -> EncodedPair:
-        """lm-eval's split of a pair into tokens; a continuation alone follows the prefix token."""
+        """lm-eval's split of a pair into tokens; a lone continuation follows the prefix token."""
         if context:
             return ((context, continuation), *self._encode_pair(context, continuation))
         ids = self.tok_encode(continuation, add_special_tokens=False)
@@ -286,7 +281,7 @@ class EngineLM(TemplateLM):
         return ScoreRequest(key, tuple((tuple(context), tuple(more)) for context, more in pairs))
 
     def _answer(self, requests: Sequence[Request], tasks: Sequence[str]) -> list[Any]:
-        """Answers in order: from the cache, and for what it lacks, once a key, from the processes."""
+        """Answers in order, from the cache or the processes; each missing key is asked once."""
         missing: dict[str, Request] = {}
         for request, task in zip(requests, tasks, strict=True):
             self._count(task, num_requests=1, num_cached=int(request.key in self.cache))
@@ -311,7 +306,7 @@ class EngineLM(TemplateLM):
         }
 
     def _check_generations(self) -> None:
-        """Before the first request of an evaluation is answered: lm-eval has made those of all tasks by then."""
+        """Check all settings before the first answer; lm-eval has made all requests by then."""
         tasks, self._unchecked = self._unchecked, []
         for task in tasks:
             for instance in task.instances:
@@ -319,7 +314,7 @@ class EngineLM(TemplateLM):
                     self._generation_settings(instance.args[1], task.task_name)
 
     def _generation_settings(self, gen_kwargs: Mapping[str, Any], task: str) -> GenerationSettings:
-        """What one request asks for. Raises ValueError for what the engine cannot do, naming the task."""
+        """The settings of one request. Raises ValueError, naming the task, for what the engine cannot do."""
         whose = f"task {task}: " if task else ""
         if self._max_gen_toks is not None:
             lengths = {*MAX_GEN_TOKS_KEYS, "max_length"}
@@ -338,7 +333,7 @@ class EngineLM(TemplateLM):
         return settings
 
     def _prompt(self, context: str, max_new_tokens: int, task: str) -> tuple[int, ...]:
-        """Prompt ids that leave room for the text: the end of a long one, the prefix token for an empty one."""
+        """Prompt ids that leave room for the text: a long prompt's end, or the prefix token for an empty one."""
         ids = self.tok_encode(context) or [self.prefix_token_id]
         room = self.max_length - max_new_tokens
         self._count(task, num_shortened=int(len(ids) > room))

@@ -1,8 +1,8 @@
 """Results of one suite side by side: differences from the first, whether they could be chance, and recovery.
 
-All results answered the same documents, so tests are paired, which sees differences a hundredth of what two standard
-errors side by side would. Right-or-wrong scores get McNemar's exact test, all others a bootstrap over documents. No
-correction is made for looking at several tasks: at a significance of 0.05 one task in twenty differs by chance.
+All results answer the same documents, so tests are paired, which resolves differences far smaller than two separate
+standard errors do. Right-or-wrong scores get McNemar's exact test, others a bootstrap over documents. There is no
+correction for multiple tasks: at a significance of 0.05 one task in twenty differs by chance.
 """
 
 import math
@@ -17,9 +17,9 @@ from speedstack.eval.results.schema import Document, Environment, Record
 from speedstack.eval.results.suite_result import HeadlineMetric, SuiteResult
 from speedstack.support.files import write_atomically
 
-# Resamples drawn at once: bounds memory for tasks of ten thousand documents.
+# Resamples drawn at once; bounds memory for tasks of ten thousand documents.
 RESAMPLES_AT_ONCE = 128
-# Metrics of which lm-eval keeps a pair a document: (log-likelihood in nats, words or bytes).
+# Metrics for which lm-eval keeps a pair per document: (log-likelihood in nats, words or bytes).
 RATIO_METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "word_perplexity": lambda nats: np.exp(nats),
     "byte_perplexity": lambda nats: np.exp(nats),
@@ -29,10 +29,10 @@ TestName = Literal["McNemar", "paired bootstrap"]
 
 
 class Difference(Record):
-    """One result's score and its distance from the first one's; `stderr` is of `delta`, over documents.
+    """One result's score and `delta` to the first one; `stderr` is of `delta`, over documents.
 
-    `p_value` is two-sided; None where documents do not make up the score. `recovery` is the score over the first one's,
-    the other way round where less is better; None where that is no ratio of positive numbers.
+    `p_value` is two-sided, or None if documents do not make up the score. `recovery` is the score over the first one's,
+    inverted if less is better; None if the scores are not positive.
     """
 
     result: str
@@ -58,10 +58,10 @@ class ComparedMetric(Record):
 
 
 class Comparison(Document):
-    """Tasks that every result has; by result, the target's SHA-256, and the mean over the tasks that have a recovery.
+    """Tasks common to all results; by result, the target's SHA-256 and the mean recovery over tasks that have one.
 
-    `left_out` are the tasks that some results lack, as those that need a teacher where none was given. `environment` is
-    where the first result was measured, with the command that compared.
+    `left_out` are tasks that some results lack, such as those that need a teacher. `environment` is the first result's,
+    with the comparison's command.
     """
 
     kind: Literal["comparison"] = "comparison"
@@ -75,7 +75,7 @@ class Comparison(Document):
     environment: Environment
 
     def markdown(self) -> str:
-        """The table, a row a task and result."""
+        """The table, one row per task and result."""
         lines = [
             f"Suite {self.suite}, differences from {self.baseline}; within noise: p > {self.significance:g}",
             "",
@@ -109,16 +109,16 @@ class Comparison(Document):
         return "\n".join(lines)
 
     def save_markdown(self, path: Path) -> Path:
-        """Write the table, whole or not at all; returns the path."""
+        """Write the table atomically; returns the path."""
         return write_atomically(path, self.markdown() + "\n")
 
 
 def compare_results(
     results: Mapping[str, SuiteResult], significance: float = 0.05, num_resamples: int = 10000, seed: int = 0
 ) -> Comparison:
-    """Compare each result, by label, with the first, on the tasks that all of them have.
+    """Compare each result, by label, with the first, on their common tasks.
 
-    Raises ValueError for fewer than two results, another suite, no task in common, other settings of a task (examples,
+    Raises ValueError for fewer than two results, another suite, no common task, other settings of a task (examples,
     generation, chat template), and other documents.
     """
     labels = list(results)
@@ -182,14 +182,14 @@ def compare_results(
 
 
 def mcnemar(num_lost: int, num_won: int) -> float:
-    """Two-sided exact p-value that `num_lost` documents went from right to wrong and `num_won` the other way.
+    """Two-sided exact p-value of `num_lost` documents turned wrong and `num_won` turned right (McNemar 1947).
 
-    If neither model is better, each of the documents on which they differ is a fair coin (McNemar 1947).
+    Under the null hypothesis each of them is a fair coin.
     """
     num_different = num_lost + num_won
     fewer = min(num_lost, num_won)
     tail = sum(math.comb(num_different, i) for i in range(fewer + 1))
-    # Integers of any size divide exactly before they become a float.
+    # Integers of any size divide exactly before conversion to float.
     return min(1.0, 2 * tail / 2**num_different)
 
 
@@ -198,9 +198,9 @@ def paired_bootstrap(
 ) -> tuple[float, float]:
     """(standard error, two-sided p-value) of statistic(b) - statistic(a), over resampled documents.
 
-    Both are [documents, columns], row by row of the same document. `statistic` takes means over documents,
-    [resamples, columns], and gives [resamples]: every metric here is a function of such means. The p-value is twice the
-    share of resamples whose difference is on the other side of zero, never below 2 / (resamples + 1).
+    Both are [documents, columns] of the same documents. `statistic` maps means over documents, [resamples, columns], to
+    [resamples]. The p-value is twice the share of resamples with a difference across zero, at least 2 / (resamples +
+    1).
     """
     rng = np.random.default_rng(seed)
     num_documents = len(a_DC)
@@ -223,7 +223,7 @@ def _paired_test(
     num_resamples: int,
     seed: int,
 ) -> tuple[TestName | None, float | None, float | None]:
-    """(test, standard error of the difference, p-value); nothing where documents do not make up the score."""
+    """(test, standard error of the difference, p-value); Nones if documents do not make up the score."""
     statistic = _statistic(metric, a_DC.shape[1])
     if statistic is None or len(a_DC) < 2:
         return None, None, None
@@ -238,7 +238,7 @@ def _paired_test(
 
 
 def _statistic(metric: str, num_columns: int) -> Callable[[np.ndarray], np.ndarray] | None:
-    """What makes a score of the documents' means, [resamples, columns] -> [resamples]."""
+    """Function from the documents' means, [resamples, columns], to a score, [resamples]; None without one."""
     if num_columns == 1:
         return lambda means_RC: means_RC[:, 0]
     unit = RATIO_METRICS.get(metric.partition(",")[0])
@@ -273,7 +273,7 @@ def _check_same_questions(a_label: str, a: SuiteResult, b_label: str, b: SuiteRe
 
 
 def _asked(result: SuiteResult, headline: Sequence[HeadlineMetric], leaves: Sequence[str]) -> dict[str, Any]:
-    """By name all that makes two results of the same documents answers to different questions."""
+    """Settings, by name, that change the question asked of the same documents."""
     block, configs = result.block, result.lm_eval.get("configs", {})
     return {
         "metric or number of examples": headline,
@@ -298,7 +298,7 @@ def _value(label: str, result: SuiteResult, task: str, metric: str) -> float:
 
 
 def _members(result: SuiteResult, task: str) -> list[str]:
-    """The tasks whose documents make up `task`: itself, or a group's."""
+    """The tasks whose documents make up `task`: itself, or its group's."""
     if task in result.block.documents:
         return [task]
     members = result.lm_eval.get("group_subtasks", {}).get(task, [])
@@ -306,7 +306,7 @@ def _members(result: SuiteResult, task: str) -> list[str]:
 
 
 def _column(result: SuiteResult, task: str, metric: str) -> np.ndarray:
-    """Every document's score, [documents, columns], NaN for one without; none where a member has no such metric."""
+    """Every document's score, [documents, columns], NaN if missing; empty if a member lacks the metric."""
     scores = [one for member in _members(result, task) for one in result.block.documents[member].scores.get(metric, ())]
     rows = [score if isinstance(score, tuple) else (score,) for score in scores]
     width = max(map(len, rows), default=1)

@@ -1,9 +1,7 @@
-"""What a task's `generation_kwargs` ask for: the settings that the engine has, those that change nothing, no others.
+"""A task's `generation_kwargs`: settings that the engine has and settings without effect; all others are refused.
 
-Names and meaning are those of lm-eval and of transformers, which lm-eval's Hugging Face adapter passes them to; a few
-are vLLM's. A setting that would change a text in a way that is not computed here is refused, by name. What is not set
-is neutral: a value that a library or a model's generation_config.json would fill in, as transformers' top_k of 50, is
-not taken.
+Names and meanings are those of lm-eval and transformers, a few vLLM's. Unset values are neutral: defaults of a library
+or of a model's generation_config.json, such as transformers' top_k of 50, do not apply.
 """
 
 from collections.abc import Mapping
@@ -18,10 +16,10 @@ from speedstack.runtime.rounds.sampling import GREEDY, SamplingParams
 from speedstack.support.near_miss import did_you_mean
 
 DEFAULT_MAX_GEN_TOKS = 256
-# All of lm-eval's names of one number.
+# lm-eval's names for one number.
 MAX_GEN_TOKS_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _READ = ("until", *MAX_GEN_TOKS_KEYS, "max_length", "do_sample", "temperature", "top_p", "top_k")
-# Values that change nothing.
+# Values without effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -49,7 +47,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "return_dict_in_generate": (False,),
     "ignore_eos": (False,),
 }
-# The same where tokens are sampled; greedy decoding does not look at them.
+# Values without effect on sampling; greedy decoding ignores these settings.
 _NEUTRAL_TO_SAMPLING: dict[str, tuple[Any, ...]] = {
     "min_p": (0,),
     "typical_p": (1,),
@@ -57,7 +55,7 @@ _NEUTRAL_TO_SAMPLING: dict[str, tuple[Any, ...]] = {
     "eta_cutoff": (0,),
     "top_h": (),
 }
-# No text depends on them: how it is computed, what else is returned, and what only several beams have.
+# Settings without effect on text: how it is computed, what else is returned, and options of beam search.
 _WITHOUT_EFFECT = frozenset(
     {
         "use_cache",
@@ -76,7 +74,7 @@ _KNOWN = (*_READ, *_NEUTRAL, *_NEUTRAL_TO_SAMPLING, *sorted(_WITHOUT_EFFECT))
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How one text is generated. `max_length`: tokens of prompt and text together, where the task says so instead."""
+    """How one text is generated. `max_length`: limit of prompt and text tokens together, if the task sets it."""
 
     max_gen_toks: int
     stop: tuple[str, ...]
@@ -84,7 +82,7 @@ class GenerationSettings:
     max_length: int | None = None
 
     def num_new_tokens(self, num_prompt_tokens: int) -> int:
-        """Tokens of a text after its prompt at most. Raises ValueError where `max_length` leaves it none."""
+        """Limit of new tokens after a prompt. Raises ValueError if `max_length` leaves none."""
         if self.max_length is None:
             return self.max_gen_toks
         if self.max_length <= num_prompt_tokens:
@@ -96,10 +94,9 @@ class GenerationSettings:
 
 
 def read_generation_kwargs(gen_kwargs: Mapping[str, Any]) -> GenerationSettings:
-    """The settings that `gen_kwargs` are; a value of None is as good as none.
+    """The settings in `gen_kwargs`; None counts as unset.
 
-    Raises ValueError, one line that names the setting, for one that nobody knows, one that is not computed here, and a
-    value that is none.
+    Raises ValueError naming a setting that is unknown, unsupported or has a bad value.
     """
     given = {name: value for name, value in gen_kwargs.items() if value is not None}
     for name in ("temperature", "top_p"):
@@ -134,7 +131,7 @@ def read_generation_kwargs(gen_kwargs: Mapping[str, Any]) -> GenerationSettings:
 
 
 def defaults_not_computed(directory: Path) -> dict[str, Any]:
-    """What a model's generation_config.json has transformers do to every text, and the engine does not do."""
+    """Settings of generation_config.json that transformers applies to every text and the engine does not."""
     file = directory / "generation_config.json"
     fields = read_json(file) if file.is_file() else {}
     return {

@@ -1,4 +1,4 @@
-"""The metrics that a task or group will report, and whether the one that a suite asks for is among them."""
+"""The metrics that a task or group reports, and the check of a suite's choice."""
 
 from typing import Any
 
@@ -10,11 +10,10 @@ from speedstack.eval.results.suite_result import no_metric
 
 
 def find_metric(item: Any, metric: str) -> str:
-    """lm-eval's name, 'metric,filter', of what a suite asks of a task or group. Without a filter it means the only one.
+    """lm-eval's name, 'metric,filter', of a suite's metric; without a filter it means the only one.
 
-    Raises ValueError, naming the nearest, where the task cannot report it, and where there are several filters. A task
-    may score with a function of its own, which says what it measures when it has measured: of such a task the filter
-    alone is checked.
+    Raises ValueError, naming the nearest, if the task does not report it or has several filters. For a task with its
+    own scoring function, whose metrics are unknown in advance, only the filter is checked.
     """
     known, is_complete = _reported(item)
     if metric in known:
@@ -34,7 +33,7 @@ def find_metric(item: Any, metric: str) -> str:
 
 
 def _reported(item: Any) -> tuple[list[str], bool]:
-    """'metric,filter' of what lm-eval will report of a task or group, and whether these are all that it can."""
+    """'metric,filter' names that lm-eval reports of a task or group, and whether the list is complete."""
     if not hasattr(item, "get_all_tasks"):
         names = [f"{metric},{each.name}" for metric in item.aggregation() for each in item._filters]
         return names, _measures_by_list(item)
@@ -51,7 +50,7 @@ def _reported(item: Any) -> tuple[list[str], bool]:
 
 
 def _measures_by_list(task: Any) -> bool:
-    """Whether a task's metrics are those it lists: neither code of its own nor a metric that reports several."""
+    """Whether a task reports only the metrics it lists, without its own code or multi-value metrics."""
     return (
         type(task).process_results is ConfigurableTask.process_results
         and not callable(task.config.process_results)

@@ -1,7 +1,6 @@
-"""A folder of somebody's own lm-eval tasks: which names it has, and a digest of what it says.
+"""A user's folder of lm-eval tasks: its names and a digest.
 
-lm-eval takes the first of two tasks of one name, and passes over a file that is not YAML, without a word; here both are
-refused.
+lm-eval silently takes the first of two tasks of one name and skips files that are not YAML; both are refused here.
 """
 
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ _IGNORED = frozenset({"__pycache__", ".ipynb_checkpoints"})
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose functions (`!function module.name`) stay unread."""
+    """YAML loader that does not resolve functions (`!function module.name`)."""
 
 
 _Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
@@ -24,7 +23,7 @@ _Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 @dataclass(frozen=True)
 class OwnTasks:
-    """`tasks` and `groups` are names. `sha256` is of all files below `directory`, helpers and data among them."""
+    """Names of `tasks` and `groups`. `sha256` is of all files below `directory`, helpers and data included."""
 
     directory: Path
     tasks: frozenset[str]
@@ -33,14 +32,12 @@ class OwnTasks:
 
     @property
     def names(self) -> frozenset[str]:
-        """Of both."""
+        """Names of tasks and groups."""
         return self.tasks | self.groups
 
 
 def read_own_tasks(directory: Path) -> OwnTasks:
-    """The tasks in `directory`. Raises ValueError, one line, for a folder that is not there or has none, a file that
-    cannot be read, and a name that two files give.
-    """
+    """The tasks in `directory`. Raises ValueError if it is missing, empty, unreadable or has a duplicate name."""
     if not directory.is_dir():
         raise ValueError(f"no folder of tasks at {directory}")
     files = [
@@ -65,7 +62,7 @@ def read_own_tasks(directory: Path) -> OwnTasks:
 
 
 def _defined(path: Path) -> tuple[str, str] | None:
-    """What a file defines, 'task' or 'group', and its name; None for one that others include."""
+    """A file's 'task' or 'group' and its name; None for an included file."""
     try:
         content: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -9,9 +9,8 @@ KS = (1, 10, 100)
 
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
-    """Unbiased estimate from `num_samples` programs of which `num_passed` passed (Chen et al. 2021, arXiv 2107.03374).
+    """Unbiased estimate 1 - C(n - c, k) / C(n, k) for c passes among n samples (Chen et al. 2021, arXiv 2107.03374).
 
-    1 - C(n - c, k) / C(n, k), the share of draws of k without replacement in which some program passes.
     Raises ValueError for fewer than k samples.
     """
     if not 0 <= num_passed <= num_samples or not 1 <= k <= num_samples:
@@ -20,6 +19,6 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
 
 
 def score_programs(programs: Sequence[str], limits: Limits | None = None) -> dict[str, float]:
-    """pass@k of the programs of one problem, tests included, for every k in `KS` that there are programs for."""
+    """pass@k of one problem's programs, tests included, for every k in `KS` with enough programs."""
     num_passed = sum(run_program(program, limits).passed for program in programs)
     return {f"pass@{k}": pass_at_k(len(programs), num_passed, k) for k in KS if k <= len(programs)}

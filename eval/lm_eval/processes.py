@@ -1,9 +1,8 @@
 """Processes that share the requests of an evaluation: this one alone, or those that torchrun started.
 
-The main process runs lm-eval: it alone reads tasks, builds prompts, computes metrics and, if allowed, runs code. The
-others hold an engine and answer the shares they are sent, so documents, few-shot examples and metrics cannot differ
-between one process and many, and with row invariance neither can an answer. Processes talk through gloo, whatever
-their devices: what travels is token ids and text.
+The main process runs lm-eval: reads tasks, builds prompts, computes metrics and, if allowed, runs code. The others
+answer requests with an engine, so, with row invariance, results do not depend on their number. Token ids and text
+travel through gloo on any device.
 """
 
 import os
@@ -15,12 +14,12 @@ from typing import Any
 import torch.distributed as dist
 
 Do = Callable[[Sequence[Any]], list[Any]]
-# Others wait while the main process loads data or scores generations.
+# The others wait while the main process loads data or scores generations.
 _TIMEOUT = timedelta(hours=24)
 
 
 class Processes:
-    """This process's place among `size`; `rank` 0 is the main one."""
+    """This process's rank among `size`; `rank` 0 is the main one."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
@@ -32,7 +31,7 @@ class Processes:
     def share(self, do: Do, parts: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """On the main process: `do` of each part, part i on process i.
 
-        Raises the ValueError or OSError of the first process that had one, after all have finished.
+        Raises the first process' ValueError or OSError, after all have finished.
         """
         assert self.is_main and len(parts) == self.size
         if self.size == 1:
@@ -56,7 +55,7 @@ class Processes:
             dist.scatter_object_list([None], [None] * self.size)
 
     def _exchange(self, do: Do, parts: list[Any] | None, is_serving: bool = False) -> list[Any] | None:
-        """Take a part from the main process, do it, give the answers back; None when dismissed."""
+        """Receive a part from the main process, do it and return the answers; None when dismissed."""
         received: list[Any] = [None]
         dist.scatter_object_list(received, parts)
         if received[0] is None:
@@ -74,7 +73,7 @@ class Processes:
 
 @contextmanager
 def join_processes() -> Iterator[Processes]:
-    """The processes of this job for the duration of the block; one unless torchrun started it."""
+    """The job's processes for the block; one unless torchrun started it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Processes()

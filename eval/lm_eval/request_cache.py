@@ -1,12 +1,10 @@
-"""Answers of a model, kept as they come, so that an evaluation that was killed asks only what is still open.
+"""Answers of a model, kept as they come, so that an interrupted evaluation asks only the open requests.
 
-One directory a model; in it one file of JSON lines a process, appended to and never rewritten. A key is the SHA-256 of
-the task's hash and the request, so a changed prompt, setting or task misses and everything else hits. What decides a
-model's answers besides the request is in the directory's name: weights, config and tokenizer, dtype, backend, length,
-and the software that computes them.
+A directory per model has one append-only JSON-lines file per process. A key is the SHA-256 of task hash and request.
+The directory's name covers all else that decides answers: weights, config, tokenizer, dtype, backend, length, software.
 
-A generation is kept with how it was decoded, which the drafter decides: how the engine speculates is part of the key of
-generations (`drafting_key`), and not of log-likelihoods, which have no rounds.
+A generation is kept with its rounds, which the drafter decides, so `drafting_key` is part of its key; log-likelihoods
+have no rounds.
 """
 
 import json
@@ -25,18 +23,15 @@ from speedstack.support.digests import file_sha256, json_sha256
 
 logger = logging.getLogger(__name__)
 
-# To be raised with every change of the code that changes what is answered, or how an answer is written down.
+# Raise this with every change of the code that changes answers or their file format.
 ANSWERS_VERSION = 2
 SOFTWARE = ("torch", "transformers", "tokenizers", "lm_eval")
-# Files of a model directory that decide an answer, beside the weights.
+# Files of a model directory that affect answers, beside the weights.
 DECISIVE_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
 
 
 class RequestCache:
-    """Answers by key: those that any process left in `directory`, and new ones, which go into this process's file.
-
-    Without a directory, answers are kept in memory alone.
-    """
+    """Answers by key: all processes' in `directory`, and new ones in this process's file; without one, in memory."""
 
     def __init__(self, directory: Path | None = None, rank: int = 0) -> None:
         self._answers: dict[str, Any] = {}
@@ -56,7 +51,7 @@ class RequestCache:
         return len(self._answers)
 
     def put(self, key: str, answer: Any) -> None:
-        """Keep an answer of plain JSON types; it is in the file when this returns."""
+        """Keep an answer of plain JSON types; it is in the file on return."""
         self._answers[key] = answer
         if self._path is None:
             return
@@ -67,7 +62,7 @@ class RequestCache:
         self._file.write(json.dumps([key, answer]).encode() + b"\n")
 
     def _end_line(self) -> None:
-        """Close the line that a kill may have left unfinished."""
+        """Close a line that a kill left unfinished."""
         assert self._file is not None
         if self._file.seek(0, 2) == 0:
             return
@@ -77,14 +72,14 @@ class RequestCache:
 
 
 def request_key(task_hash: str, kind: str, request: Sequence[Any]) -> str:
-    """Key of one request: its task's hash, its kind, and everything in it, of plain JSON types."""
+    """Key of one request from its task's hash, kind and content, in plain JSON types."""
     return json_sha256([task_hash, kind, *request])
 
 
 def model_key(engine: Engine, directory: str | Path) -> str:
-    """Hash of all that decides the answers of an engine over the model in `directory`, as a directory name.
+    """Directory name: a hash of all that decides the engine's answers over the model in `directory`.
 
-    The drafter is left out: it changes no answer. What it changes is in `drafting_key`.
+    The drafter is not in it, because it changes no answer; see `drafting_key`.
     """
     settings = [engine.backend_name, str(engine.dtype), engine.device.type, engine.max_length]
     software = [ANSWERS_VERSION, __version__, *(version(name) for name in SOFTWARE)]
@@ -92,7 +87,7 @@ def model_key(engine: Engine, directory: str | Path) -> str:
 
 
 def side_files(directory: str | Path) -> dict[str, str]:
-    """SHA-256 by name of the files of a model directory that decide what it answers, beside the weights."""
+    """SHA-256, by name, of files beside the weights that affect answers."""
     return {
         path.name: file_sha256(path)
         for path in sorted(Path(directory).iterdir())
@@ -101,8 +96,9 @@ def side_files(directory: str | Path) -> dict[str, str]:
 
 
 def drafting_key(engine: Engine, drafter: Path | None) -> str:
-    """Hash of all that decides in which rounds an engine generates, beside the text: the drafter, which was loaded from
-    `drafter`, and the strategy. Raises ValueError for an engine with a drafter where `drafter` is None.
+    """Hash of what decides an engine's rounds beside the text: the drafter in directory `drafter` and the strategy.
+
+    Raises ValueError for an engine with a drafter if `drafter` is None.
     """
     if engine.num_drafts == 0:
         return json_sha256(None)
@@ -118,7 +114,7 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             key, answer = json.loads(line)
         except (ValueError, TypeError):
-            # A kill tears the line being written: its request is asked again.
+            # A kill truncates the line being written; its request is asked again.
             num_broken += 1
         else:
             yield key, answer

@@ -1,12 +1,12 @@
-"""Runs a Python program that nobody has read: one that a model wrote, followed by its tests.
+"""Runs an untrusted Python program: one that a model wrote, followed by its tests.
 
-What holds: a process of its own in a session of its own, Python's isolated mode, an empty environment, an empty working
-directory that is deleted, no output; limits of memory, processor time, file size and open files; killed with its
-children at a time limit. On Linux a seccomp filter, which children inherit and nothing can remove, refuses sockets,
-signals to other processes, ptrace, io_uring and leaving the session; where it cannot be installed nothing is run.
+Protected: a process and session of its own, isolated mode, no environment, an empty temporary working directory, no
+output, limits of memory, processor time, file size and open files, and a time limit that kills its children too. On
+Linux a seccomp filter, inherited and irremovable, refuses sockets, signals to other processes, ptrace, io_uring and
+leaving the session; without it nothing runs.
 
-What does not hold: the file system is the user's. The program can read what the user can read and write what the user
-can write. For programs worse than a small model's, run the whole evaluation in a container.
+Not protected: the file system, which the program can read and write as the user. Run an evaluation of programs worse
+than a small model's in a container.
 """
 
 import json
@@ -22,13 +22,13 @@ from typing import Literal
 
 CHILD = Path(__file__).resolve().with_name("sandbox_child.py")
 ISOLATION = "limits of time, memory and files; seccomp filter without sockets and signals; file system not confined"
-# What the child exits with before it runs anything; programs are told apart from it by the nonce alone.
+# The child's exit status if it ran nothing; only the nonce tells a program's own exit from it.
 CANNOT_ISOLATE = 97
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program. `memory_bytes` bounds the address space, which libraries reserve more of than they use."""
+    """Limits of one program. `memory_bytes` bounds the address space; libraries reserve more of it than they use."""
 
     seconds: float = 10.0
     memory_bytes: int = 2 << 30
@@ -38,7 +38,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`passed`: it ran to its end. `failed`: it raised, exited early or was killed by a limit of memory or files."""
+    """`passed`: it ran to its end. `failed`: it raised, exited early or hit a limit of memory or files."""
 
     status: Literal["passed", "failed", "timed out"]
 
@@ -48,15 +48,12 @@ class Outcome:
 
 
 def run_program(source: str, limits: Limits | None = None) -> Outcome:
-    """Run `source` to its end or to a limit.
-
-    Raises OSError where the machine has no seccomp filters: nothing was run then.
-    """
+    """Run `source` to its end or to a limit. Raises OSError, and runs nothing, without seccomp filters."""
     limits = limits or Limits()
-    # The child says it came to the end by a word that the program does not know: leaving early is not passing.
+    # The child reports completion with a word unknown to the program: exiting early is not passing.
     nonce = secrets.token_hex(16)
     task = json.dumps({"source": source, "nonce": nonce, "limits": asdict(limits)}).encode()
-    # A file, not a pipe: the limit on file sizes then bounds what the program can write there.
+    # A file, not a pipe, so that the limit on file sizes applies.
     with tempfile.TemporaryDirectory(prefix="program-") as directory, tempfile.TemporaryFile() as answer:
         process = subprocess.Popen(
             [sys.executable, "-I", str(CHILD)],
@@ -72,7 +69,7 @@ def run_program(source: str, limits: Limits | None = None) -> Outcome:
         except subprocess.TimeoutExpired:
             return Outcome("timed out")
         finally:
-            # Children of the program may be left, whether it has ended or not.
+            # The program's children may remain even if it has ended.
             _kill_group(process.pid)
             process.wait()
         if process.returncode == CANNOT_ISOLATE:

@@ -1,6 +1,6 @@
-"""The process in which `speedstack.eval.lm_eval.sandbox` runs a program: takes it from stdin, locks itself in, runs it.
+"""The child process of `speedstack.eval.lm_eval.sandbox`: reads a program from stdin, locks itself in, runs it.
 
-Started as a file by an isolated Python and imports the standard library alone.
+An isolated Python starts it as a file, so it imports the standard library alone.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ CANNOT_ISOLATE = 97
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 RETURN_ALLOW, RETURN_KILL, RETURN_PERMISSION_DENIED = 0x7FFF0000, 0x80000000, 0x00050000 | 1
 LOAD_WORD, JUMP_IF_EQUAL, JUMP_IF_GREATER_OR_EQUAL, RETURN = 0x20, 0x15, 0x35, 0x06
-# Architecture -> (its audit number, numbers of the system calls that are refused).
+# Architecture -> (its audit number, numbers of the refused system calls).
 REFUSED = {
     "x86_64": (
         0xC000003E,
@@ -55,7 +55,7 @@ X32_BIT = 0x40000000
 
 
 def limit_resources(seconds: float, memory_bytes: int, file_bytes: int, num_files: int) -> None:
-    """Hard limits, which an unprivileged program cannot raise again."""
+    """Set hard limits, which an unprivileged program cannot raise."""
     for kind, value in (
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_CPU, int(seconds) + 1),
@@ -67,7 +67,7 @@ def limit_resources(seconds: float, memory_bytes: int, file_bytes: int, num_file
 
 
 def refuse_system_calls() -> bool:
-    """Install the filter; whether a socket is refused now."""
+    """Install the filter; returns whether a socket is now refused."""
     if platform.machine() not in REFUSED or not sys.platform.startswith("linux"):
         return False
     audit_number, calls = REFUSED[platform.machine()]

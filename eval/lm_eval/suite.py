@@ -1,7 +1,7 @@
 """Suites: named lists of lm-eval tasks with the number of examples and the metric that each is reported by.
 
-A suite is a YAML file; ours lie in `configs/eval/suites/`. lm-eval builds the requests and computes the metrics, the
-engine answers. Everything that an interrupted run was told is in its cache, and the same call asks only the rest.
+A suite is a YAML file; ours are in `configs/eval/suites/`. lm-eval builds requests and computes metrics, the engine
+answers. Answers are cached, so an interrupted run asks only the rest.
 """
 
 import importlib.resources
@@ -36,7 +36,7 @@ from speedstack.support.near_miss import did_you_mean
 
 logger = logging.getLogger(__name__)
 
-# For metrics whose standard error has no formula.
+# For metrics without a formula for the standard error.
 BOOTSTRAP_ITERATIONS = 1000
 
 
@@ -74,10 +74,9 @@ class Suite(Section):
 class SuiteSettings:
     """How a suite is run.
 
-    `task_data` is the directory that `make_tasks` wrote, for our tasks; `data` has local data sets for others';
-    `include_path` is a folder of more tasks; `cache` is the directory of answers. `limit` caps the documents a task: so
-    many, or a share of them between 0 and 1. `max_gen_toks` stands for each task's own limit of a text.
-    `chat_template_kwargs` and `think_end_token` as for `EngineLM`.
+    `task_data` is the directory of `make_tasks`; `data` has local data sets; `include_path` is a folder of more tasks;
+    `cache` is the directory of answers. `limit` caps documents a task, as a number or a share between 0 and 1.
+    `max_gen_toks` overrides each task's; `chat_template_kwargs` and `think_end_token` as for `EngineLM`.
     """
 
     limit: int | float | None = None
@@ -95,12 +94,12 @@ class SuiteSettings:
 
 
 def suites_directory() -> Path:
-    """Where our suites lie, in a checkout and in an installed package."""
+    """The directory of our suites, in a checkout or an installed package."""
     return Path(str(importlib.resources.files("speedstack"))) / "configs" / "eval" / "suites"
 
 
 def load_suite(name: str) -> tuple[str, Suite]:
-    """Name and content of one of our suites, or of a YAML file. Raises ValueError naming the nearest, or the key."""
+    """Name and content of our suite or a YAML file. Raises ValueError naming the nearest suite, or the key."""
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = suites_directory() / f"{name}.yaml"
@@ -121,7 +120,7 @@ def load_suite(name: str) -> tuple[str, Suite]:
 
 
 def cache_directory(parent: Path, engine: Engine, target: Path) -> Path:
-    """The directory of this engine's answers about the model in `target`."""
+    """The directory of this engine's answers with the model in `target`."""
     return parent / model_key(engine, target)
 
 
@@ -134,11 +133,10 @@ def run_suite(
     settings: SuiteSettings | None = None,
     processes: Processes | None = None,
 ) -> SuiteResult:
-    """Evaluate `engine`, which was loaded from `target` and `drafter`; on the main one of `processes`.
+    """Evaluate `engine`, loaded from `target` and `drafter`; call it on the main one of `processes`.
 
-    Raises ValueError for a task nobody knows, a metric that a task cannot report, data that is neither local nor to be
-    had, generation settings that the engine does not have, and as the engine does. What was answered by then is in the
-    cache.
+    Raises ValueError for an unknown task or metric, data that cannot be had, unsupported generation settings, and as
+    the engine. Earlier answers stay in the cache.
     """
     settings, processes = settings or SuiteSettings(), processes or Processes()
     started = time.perf_counter()
@@ -229,7 +227,7 @@ def run_suite(
 
 
 def _configure(task: Any, entry: SuiteTask) -> None:
-    """A task as the suite asks for it. Raises ValueError for samples of a task that does not generate, or too few."""
+    """Configure a task for the suite. Raises ValueError for samples of a non-generating task, or too few."""
     if entry.num_fewshot is not None:
         task.set_config("num_fewshot", entry.num_fewshot)
     metric, _, _ = (entry.metric or "").partition(",")
@@ -247,7 +245,7 @@ def _configure(task: Any, entry: SuiteTask) -> None:
 
 
 def _documents(samples: list[dict[str, Any]], higher_is_better: dict[str, Any]) -> TaskDocuments:
-    """Scores by 'metric,filter', a column each; lm-eval lists the documents once a filter."""
+    """Scores by 'metric,filter', a column each; lm-eval lists the documents once per filter."""
     hashes: dict[str, dict[int, str]] = {}
     scores: dict[str, dict[int, Any]] = {}
     for sample in samples:
@@ -265,7 +263,7 @@ def _documents(samples: list[dict[str, Any]], higher_is_better: dict[str, Any]) 
 
 
 def _score(value: Any) -> Any:
-    """A document's score as a result keeps it: a finite number, several, or None for anything else."""
+    """A document's score in a result: one or several finite numbers, else None."""
     numbers = value if isinstance(value, list) else [value]
     if not numbers or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
         return None
@@ -273,7 +271,7 @@ def _score(value: Any) -> Any:
 
 
 def _quantization(target: Path) -> str | None:
-    """The name of a checkpoint's number format, as its config gives it."""
+    """The checkpoint's number format, from its config."""
     config = json.loads((target / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     if config is None:
         return None

@@ -1,9 +1,7 @@
-"""lm-eval's task objects by name: ours from their YAML beside this file, any other from lm-eval or a folder of the
-user's own.
+"""lm-eval's task objects by name: ours, lm-eval's, or those of a user's folder.
 
-Ours win over lm-eval's of the same name: `humaneval` and `mbpp` are its prompts with a sandbox of ours around what the
-model wrote. Other tasks that run code would run it in this process, and are refused. A folder's win over lm-eval's, as
-with lm-eval itself, and may not have the names of ours.
+Ours replace lm-eval's of the same name: `humaneval` and `mbpp` have its prompts and our sandbox. Other tasks that run
+code would run it in this process, and are refused. A folder's tasks win over lm-eval's, but may not have our names.
 """
 
 import glob
@@ -22,20 +20,19 @@ from speedstack.support.near_miss import nearest
 
 TASKS_DIR = Path(__file__).resolve().parent / "tasks"
 PREFIX = "speedstack_"
-# Made from the held-out part of a corpus by `speedstack.eval.data.task_data.make_tasks`.
+# Made from a corpus' held-out part by `speedstack.eval.data.task_data.make_tasks`.
 TASK_NAMES = ("heldout_perplexity", "next_line", "close_line")
-# Made by `make_same_text`, of what a full-precision model writes.
+# Made by `make_same_text` from a full-precision model's text.
 TEACHER_TASK_NAMES = ("same_text",)
 CODE_TASK_NAMES = ("humaneval", "mbpp")
 OUR_NAMES = (*TASK_NAMES, *TEACHER_TASK_NAMES, *CODE_TASK_NAMES)
 
 
 class TaskLoader:
-    """Loads tasks; reading lm-eval's own takes seconds and happens only when `names` has one of them, or a group of the
-    user's, which may.
+    """Loads tasks; lm-eval's own, which take seconds to read, only if `names` or a user's group may need them.
 
-    `task_data` is the directory `make_tasks` wrote, `data` one of data sets as `eval.data.local_data` describes,
-    `own` a folder of tasks. Raises ValueError for a name that nobody has, and for one of ours in the folder.
+    `task_data` is the directory of `make_tasks`, `data` one as in `eval.data.local_data`, `own` a folder of tasks.
+    Raises ValueError for an unknown name, and for one of ours in the folder.
     """
 
     def __init__(
@@ -51,7 +48,7 @@ class TaskLoader:
         if own is not None and ours:
             raise ValueError(f"task {ours[0]} of {own.directory} has the name of one of ours: rename it")
         foreign = [name for name in names if name not in OUR_NAMES]
-        # lm-eval reports each step at INFO; a caller that wants that sets the level itself.
+        # lm-eval reports each step at INFO; callers can set the level themselves.
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
         self.manager = TaskManager(
             include_path=[str(TASKS_DIR), *([str(own.directory)] if own else [])],
@@ -64,9 +61,9 @@ class TaskLoader:
                 raise ValueError(f"no task {name!r}{hint}")
 
     def load(self, name: str) -> list[Any]:
-        """The task, the group, or the tasks of a tag, as objects that lm-eval's `simple_evaluate` takes.
+        """The task, group, or tasks of a tag, as `simple_evaluate` takes them.
 
-        Raises ValueError for missing data, packages that the task needs, and code that may not or cannot be run safely.
+        Raises ValueError for missing data or packages, and for code that may not run or cannot run safely.
         """
         spec: str | dict[str, Any] = name
         if name in (*TASK_NAMES, *TEACHER_TASK_NAMES):
@@ -81,7 +78,7 @@ class TaskLoader:
         except ImportError as error:
             raise ValueError(f"task {name} needs a package that is not installed: {error}") from error
         except Exception as error:
-            # The YAML of a task is a program of its makers', and fails as it likes.
+            # A task's YAML is its authors' program, and may raise anything.
             if self._own is None or name not in self._own.names:
                 raise
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -103,7 +100,7 @@ def lm_eval_name(name: str) -> str:
 
 
 def generation_settings(name: str) -> dict[str, Any]:
-    """What one of our generating tasks asks lm-eval models for."""
+    """Generation settings of one of our generating tasks."""
     return yaml.safe_load((TASKS_DIR / f"{name}.yaml").read_text(encoding="utf-8"))["generation_kwargs"]
 
 
@@ -123,7 +120,7 @@ def task_hash(task: Any) -> str:
 
 
 def _our_config(name: str, data_dir: Path | None) -> dict[str, Any]:
-    """The task's YAML with its data file's absolute path; data may move between runs, so the YAML cannot name it."""
+    """The task's YAML with the absolute path of its data file, which may move between runs."""
     if data_dir is None:
         raise ValueError(f"task {name} is made from a corpus: name one with --corpus")
     config = yaml.safe_load((TASKS_DIR / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -132,7 +129,7 @@ def _our_config(name: str, data_dir: Path | None) -> dict[str, Any]:
         raise ValueError(
             f"no data of task {name} at {data_file}: write it with speedstack.eval.data.task_data.make_tasks"
         )
-    # To `datasets` a path is a pattern.
+    # `datasets` takes a path for a pattern.
     pattern, cache = glob.escape(str(data_file)), str(data_file.parent / ".cache")
     config["dataset_kwargs"] = {"data_files": {"test": pattern}, "cache_dir": cache}
     return config

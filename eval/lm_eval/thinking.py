@@ -1,8 +1,7 @@
-"""The thinking of a model before its answer: what ends it, and the answer that is left.
+"""The thinking of a model before its answer: what ends it, and the answer after it.
 
-As in lm-eval's adapters for transformers and vLLM, which differ in one thing. Thinking is full of what ends an answer,
-empty lines for one; vLLM's adapter heeds stop strings behind the end of thinking alone, and so it is here, where with
-transformers' it depends on what else is in the batch.
+As in lm-eval's adapters. Thinking contains strings that end an answer, such as empty lines: stop strings count only
+after its end, as in the vLLM adapter; with transformers' adapter that depends on the batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,9 @@ from lm_eval.models.utils import postprocess_generated_text
 
 
 def find_think_end(tokenizer: Any, token: str | int | None) -> str | int | None:
-    """The end of thinking as it is looked for: the id of a token, or text. Raises ValueError for what is neither.
+    """The end of thinking as a token id or text. Raises ValueError for a token that is neither.
 
-    Digits are an id, as to lm-eval. A special token is in no text that is scored, and is found by its id.
+    Digits are an id, as in lm-eval. A special token is found by id, because scored text does not contain it.
     """
     if token is None:
         return None
@@ -29,7 +28,7 @@ def find_think_end(tokenizer: Any, token: str | int | None) -> str | int | None:
 
 
 def check_thinking(kwargs: Mapping[str, Any], think_end: str | int | None, tasks: Sequence[Any]) -> None:
-    """What lm-eval's adapters ask of thinking that is turned on, by `enable_thinking` in the template's variables.
+    """Check thinking turned on by `enable_thinking`, as lm-eval's adapters do.
 
     Raises ValueError for thinking without an end, and for tasks that generate nothing.
     """
@@ -45,9 +44,9 @@ def check_thinking(kwargs: Mapping[str, Any], think_end: str | int | None, tasks
 
 
 def strip_thinking(tokenizer: Any, tokens: Sequence[int], text: str, think_end: str | int) -> tuple[str, bool]:
-    """What follows the last end of thinking, without the space before it, and whether there was one.
+    """Text after the last end of thinking, without the space before it, and whether there was an end.
 
-    `text` is that of the generated `tokens`. Without an end all of it is left, as in lm-eval.
+    `text` is that of `tokens`. Without an end all of it stays, as in lm-eval.
     """
     if isinstance(think_end, str):
         return postprocess_generated_text(text, None, think_end), think_end in text

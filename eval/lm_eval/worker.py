@@ -1,7 +1,6 @@
-"""What one process does with its share of an evaluation's requests: score texts, write texts, keep each answer.
+"""One process' share of an evaluation's requests: score texts, write texts, cache each answer at once.
 
-Requests are plain data that travel between processes, and so are answers: tokens in, numbers and text out. An answer
-is in the cache as soon as it is known.
+Requests and answers are plain data that travel between processes.
 """
 
 import math
@@ -19,8 +18,7 @@ from speedstack.runtime import Engine, Generation
 from speedstack.runtime.rounds.sampling import SamplingParams
 from speedstack.runtime.scoring import score_continuations
 
-# Engine calls of this many batches: long enough to keep a batch full, short enough for a progress bar to move, and for
-# little to be lost with the process.
+# Batches per engine call: enough to keep a batch full, few enough for a moving progress bar and little loss on a kill.
 BATCHES_PER_CALL = 4
 
 
@@ -34,10 +32,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class WriteRequest:
-    """Continue `prompt` up to a stop string. The answer is the fields of a `Written`.
-
-    `think_end`: as `speedstack.eval.lm_eval.thinking.find_think_end` gives it; what follows it is the answer.
-    """
+    """Continue `prompt` up to a stop string; answers with the fields of `Written`. `think_end`: of `find_think_end`."""
 
     key: str
     prompt: tuple[int, ...]
@@ -49,15 +44,15 @@ class WriteRequest:
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """What requests must have in common to be decoded in one call."""
+        """Settings that requests of one call must share."""
         return (self.max_new_tokens, self.stop, self.sampling, self.think_end)
 
 
 @dataclass(frozen=True)
 class Written:
-    """A generation: its text up to a stop string, why it ended, and how it was decoded.
+    """A generation: its text up to a stop string, why it ended, and its rounds.
 
-    `has_thought`: whether the end of thinking is in it; None where none is looked for.
+    `has_thought`: whether it contains the end of thinking; None if none is sought.
     """
 
     text: str
@@ -78,7 +73,7 @@ class Worker:
         self.engine, self.cache, self.progress = engine, cache, progress
 
     def __call__(self, requests: Sequence[Request]) -> list[Any]:
-        """An answer a request, in order. Raises ValueError as the engine does; answers known by then are kept."""
+        """Answers in the order of requests. Raises ValueError as the engine does; earlier answers are kept."""
         scores = [request for request in requests if isinstance(request, ScoreRequest)]
         writes = [request for request in requests if isinstance(request, WriteRequest)]
         if scores:
@@ -125,7 +120,7 @@ class Worker:
             top_p=first.sampling.top_p,
             top_k=first.sampling.top_k,
             seed=[request.seed for request in requests],
-            # Thinking is full of what ends an answer, such as empty lines.
+            # Thinking contains strings that end an answer, such as empty lines.
             stop=() if first.think_end is not None else first.stop,
         )
         for request, generation in zip(requests, generations, strict=True):
@@ -151,7 +146,7 @@ class Worker:
 
 
 def split_for_scoring(requests: Sequence[ScoreRequest], num_parts: int) -> list[list[int]]:
-    """Indices of requests in stretches of about equal tokens, neighbours in token order kept together."""
+    """Request indices in parts of about equal tokens; neighbours in token order stay together."""
     order = sorted(range(len(requests)), key=lambda index: requests[index].pairs)
     sizes = [sum(len(context) + len(more) for context, more in request.pairs) for request in requests]
     even_share = max(1, -(-sum(sizes) // num_parts))
@@ -164,6 +159,6 @@ def split_for_scoring(requests: Sequence[ScoreRequest], num_parts: int) -> list[
 
 
 def split_for_writing(requests: Sequence[WriteRequest], num_parts: int) -> list[list[int]]:
-    """Indices of requests dealt out in order of prompt length, so that every part has long and short ones."""
+    """Request indices dealt out in order of prompt length, so that every part has long and short ones."""
     order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].prompt), index))
     return [order[part::num_parts] for part in range(num_parts)]

@@ -1,7 +1,7 @@
 """How far one model's predictions are from another's, a token at a time; training and evaluation share these.
 
-Logits in, float64 inside: the divergences reported here are about 1e-3 nats, the difference of two numbers near 10, and
-float32 would leave them three digits.
+float64 inside: reported divergences are about 1e-3 nats, a difference of numbers near 10, and float32 would leave three
+digits.
 """
 
 import torch
@@ -21,12 +21,12 @@ def token_kl(teacher_TV: torch.Tensor, student_TV: torch.Tensor) -> torch.Tensor
 
 
 def top1_matches(teacher_TV: torch.Tensor, student_TV: torch.Tensor) -> torch.Tensor:
-    """Whether both would decode the same token greedily at each position; bool [T]."""
+    """Whether both models would decode the same token greedily at each position; bool [T]."""
     return teacher_TV.argmax(-1) == student_TV.argmax(-1)
 
 
 def check_numbers(logits_TV: torch.Tensor, model: str) -> torch.Tensor:
-    """The same logits. Raises ValueError, naming the model, where they hold not-a-number."""
+    """The same logits. Raises ValueError, naming the model, for NaN."""
     if bool(torch.isnan(logits_TV).any()):
         raise ValueError(f"the logits of {model} are not numbers; its checkpoint is broken or its dtype overflows")
     return logits_TV

@@ -1,8 +1,4 @@
-"""Held-out windows of a prepared corpus, as the token ids of a model that is to be measured on them.
-
-Ids of another tokenizer are numbers without meaning to the model, so they are refused even where its embedding is large
-enough for them.
-"""
+"""Held-out windows of a prepared corpus, as a model's token ids. Another tokenizer's ids are refused."""
 
 from pathlib import Path
 
@@ -14,10 +10,10 @@ from speedstack.quant.checkpoint.tokenizer import find_tokenizer, load_tokenizer
 
 
 def corpus_windows(corpus: str | Path, model: str | Path, window: int, num_tokens: int) -> list[list[int]]:
-    """Windows of at most `window` ids of the held-out part of the directory `corpus`, `num_tokens` predicted in all.
+    """Windows of at most `window` ids of the corpus' held-out part, with `num_tokens` predicted tokens in all.
 
-    Raises ValueError for a directory that is no prepared corpus, for one of another tokenizer than that of the model
-    directory `model`, for windows that the model has no positions for, and as `heldout_windows` does.
+    Raises ValueError without a prepared corpus, for another tokenizer than that of the model directory `model`, for
+    windows beyond the model's positions, and as `heldout_windows`.
     """
     corpus, model = Path(corpus), checkpoint_directory(model)
     heldout = corpus_part(corpus, "heldout")

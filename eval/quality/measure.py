@@ -1,8 +1,7 @@
 """Quality of models against a teacher, all through the runtime: held-out perplexity, divergence, lm-eval tasks.
 
-Perplexity and divergence are taken from the same logits of the same windows, so a quantized model's loss and its
-distance to full precision are two readings of one measurement. The teacher's logits are computed once a window and
-dropped: nothing of size tokens x vocabulary is kept, and all models under test are in memory together.
+Perplexity and divergence come from the same logits of the same windows. The teacher's logits are computed once a window
+and dropped, so nothing of size tokens x vocabulary is kept; all models are in memory together.
 """
 
 import math
@@ -23,17 +22,17 @@ from speedstack.eval.results.environment import describe_environment
 from speedstack.eval.results.kinds import MethodQuality, QualityResult, TaskScore, to_plain
 from speedstack.runtime import Engine
 
-# The part of lm-eval's output that a result keeps; the rest is every request and every response.
+# Parts of lm-eval's output that a result keeps; the rest is every request and response.
 LM_EVAL_KEYS = ("results", "versions", "n-samples", "n-shot", "higher_is_better", "lm_eval_version")
 
 
 def heldout_windows(
     documents: Iterable[Sequence[int]], window: int, max_tokens: int, prefix_id: int
 ) -> list[list[int]]:
-    """Windows of at most `window` ids, each starting with `prefix_id` and lying in one document.
+    """Windows of at most `window` ids, each within one document after `prefix_id`, up to `max_tokens` predictions.
 
-    Stops after `max_tokens` predicted tokens; takes one window a document and turn, so a few long documents do not fill
-    the budget. Raises ValueError when the window is shorter than 2 or no document has a token.
+    Documents take turns by window, so that a few long ones do not fill the budget. Raises ValueError for a window below
+    2 or no token.
     """
     if window < 2:
         raise ValueError(f"a window of {window} tokens predicts none: use at least 2")
@@ -68,21 +67,21 @@ def measure_quality(
 ) -> QualityResult:
     """Held-out perplexity of each engine, its divergence from `engines[teacher]`, and the scores of `tasks`.
 
-    `windows` are id sequences of 2 tokens or more; `task_data` is the directory `make_tasks` wrote, None for no tasks;
-    `limit` caps the documents a task: so many, or a share of them between 0 and 1; `include_path` is a folder of more
-    tasks. Raises ValueError for a teacher that is not an engine, logits that are not numbers, and as `run_tasks`.
+    `windows` have 2 or more ids; `task_data` is the directory of `make_tasks`, None for no tasks; `limit` caps
+    documents a task, as a number or a share; `include_path` is a folder of more tasks. Raises ValueError for an unknown
+    teacher, NaN logits, and as `run_tasks`.
     """
     if teacher not in engines:
         raise ValueError(f"teacher {teacher!r} is not among the engines: {', '.join(engines)}")
     own = None if include_path is None else read_own_tasks(include_path)
-    # Before anything is computed: what nobody knows by name is said here.
+    # Unknown names are reported before anything is computed.
     loader = None if task_data is None else TaskLoader(tasks, Path(task_data), own=own)
     nll: dict[str, list[torch.Tensor]] = {name: [] for name in engines}
     kl: dict[str, list[torch.Tensor]] = {name: [] for name in engines}
     matches: dict[str, list[torch.Tensor]] = {name: [] for name in engines}
     for window in windows:
         targets_T = torch.tensor(window[1:])
-        # The last row predicts a token that the window does not have.
+        # The last row predicts a token beyond the window.
         teacher_TV = check_numbers(engines[teacher].logits(list(window))[:-1].cpu(), teacher)
         for name, engine in engines.items():
             if name == teacher:
@@ -130,15 +129,14 @@ def measure_quality(
 def model_quality(
     name: str, teacher: PreTrainedModel, student: PreTrainedModel | None, windows: Sequence[Sequence[int]]
 ) -> MethodQuality:
-    """Held-out figures of `student` against `teacher`, transformers models on one device; without one, the teacher's.
+    """Held-out quality of `student` against `teacher`, transformers models on one device, or of the teacher alone.
 
-    For families and numbers that the engine has not. `windows` are token ids, two or more each. Raises ValueError for
-    logits that are not numbers.
+    For families and formats that the engine lacks. `windows` have two or more ids. Raises ValueError for NaN logits.
     """
     sums: dict[str, list[float]] = {"nll": [], "kl": [], "matches": []}
     for window in windows:
         ids_BT = torch.tensor([list(window)], device=teacher.device)
-        # The last row predicts a token that the window does not have.
+        # The last row predicts a token beyond the window.
         teacher_TV, student_TV = (
             check_numbers(each(input_ids=ids_BT, use_cache=False).logits[0, :-1], label)
             for each, label in ((teacher, "the teacher"), (student or teacher, name))
@@ -166,10 +164,9 @@ def run_tasks(
     limit: int | float | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """lm-eval's results of `tasks`, ours on the data in `task_data` or any that lm-eval has, as plain JSON types.
+    """lm-eval's results of `tasks`, ours on `task_data` or lm-eval's own, as plain JSON types.
 
-    Raises ValueError for a task nobody knows, and for a directory that lacks the data of one of ours. What lm-eval's
-    own tasks need (data sets to download, for most) is between them and the network.
+    Raises ValueError for an unknown task or missing data of ours. lm-eval's own tasks may download data sets.
     """
     return _run_tasks(engine, TaskLoader(tasks, Path(task_data)), tasks, limit, progress)
 
@@ -192,9 +189,9 @@ def _run_tasks(
 
 
 def task_scores(results: Mapping[str, Any]) -> tuple[TaskScore, ...]:
-    """One entry a metric from lm-eval's results; shares get the standard error sqrt(p (1 - p) / (n - 1)).
+    """One entry a metric from lm-eval's results, named with its filter only if a task has several.
 
-    A metric is named without its filter, unless a task has it through several.
+    Shares get the standard error sqrt(p (1 - p) / (n - 1)).
     """
     scores = []
     for task, metrics in results["results"].items():
@@ -204,7 +201,7 @@ def task_scores(results: Mapping[str, Any]) -> tuple[TaskScore, ...]:
         found = {
             key: value
             for key, value in metrics.items()
-            # No filter in the name: "alias" and the like.
+            # Names without a filter: "alias" and the like.
             if "," in key and not key.partition(",")[0].endswith("_stderr") and isinstance(value, int | float)
         }
         num_filters = Counter(key.partition(",")[0] for key in found)
@@ -227,9 +224,9 @@ def task_scores(results: Mapping[str, Any]) -> tuple[TaskScore, ...]:
 
 
 def stderr_over_windows(sums: Sequence[float], sizes: Sequence[int]) -> float | None:
-    """Standard error of a mean over tokens, given each window's sum and tokens; None for one window.
+    """Standard error of a mean over tokens, from each window's sum and size; None for one window.
 
-    Windows, not tokens, which correlate, are the independent draws.
+    Windows are the independent draws, because tokens correlate.
     """
     num_windows, num_tokens = len(sums), sum(sizes)
     if num_windows < 2:

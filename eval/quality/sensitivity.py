@@ -1,15 +1,15 @@
 """Which layers and experts bear quantization badly: KL to full precision when one of them alone is quantized.
 
-A batch's full-precision forward is computed once, with the output of every layer; a quantized layer then costs the
-forward from that layer on, and an expert that no token of the batch reaches costs nothing. Weights are quantized in
-place and put back, bit for bit, so the model may be used meanwhile by nobody else, and afterwards by anybody.
+The full-precision forward is computed once a batch; a quantized layer costs the forward from that layer on, and an
+unreached expert costs nothing. Weights are quantized in place and restored bit for bit, so nothing else may use the
+model meanwhile.
 
     python -m speedstack.eval.quality.sensitivity MODEL --corpus DIR
 
 In a notebook, `sensitivity` takes directories, and `measure_sensitivity` a model and windows of token ids.
 
-Left out: interactions. What the layers do alone adds up to about what they do together; what a layer's experts do does
-not, because any change, of one expert or of all, sends the same undecided tokens elsewhere in later layers.
+Left out: interactions. The layers' effects about add up; experts' effects do not, because any change, of one expert or
+all, moves the same undecided tokens elsewhere in later layers.
 
 Shape suffixes: B windows, T tokens, V vocabulary.
 """
@@ -46,7 +46,7 @@ from speedstack.support.progress import counting_bar
 NUM_SHOWN = 10
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
-# Layer, and expert; None is all of the layer's.
+# Layer and expert; None is all experts of the layer.
 Unit = tuple[int, int | None]
 
 
@@ -64,8 +64,7 @@ def sensitivity(
 ) -> SensitivityResult:
     """`measure_sensitivity` of a model directory in float32, on the held-out part of a prepared corpus.
 
-    Raises ValueError, of one line, for a model that is missing, broken or packed already, and as `corpus_windows` and
-    `measure_sensitivity` do.
+    Raises ValueError for a missing, broken or packed model, and as `corpus_windows` and `measure_sensitivity`.
     """
     if batch_size < 1:
         raise ValueError(f"the batch size must be at least 1, got {batch_size}")
@@ -92,12 +91,11 @@ def measure_sensitivity(
     batch_size: int = 8,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> SensitivityResult:
-    """KL to `model` itself on `windows` (as of `heldout_windows`) of each layer, and each expert, quantized alone.
+    """KL to `model` itself on `windows` (of `heldout_windows`) with each layer, and each expert, quantized alone.
 
-    `rounding` maps weights [..., O, K], contraction last, to what the quantized model would hold: any number format.
-    Best in float32, for differences this small. `on_batch` is told (batches done, batches).
-
-    Raises ValueError as `DecoderLayers` and `rounding` do, and for no windows; the weights are then as they were.
+    `rounding` maps weights [..., O, K], contraction last, to their quantized values. Use float32 for such small
+    differences. `on_batch` receives (batches done, batches). Raises ValueError as `DecoderLayers` and `rounding`, and
+    for no windows; weights are restored.
     """
     if not windows:
         raise ValueError("no windows to measure on")
@@ -156,7 +154,7 @@ def measure_sensitivity(
 
 @contextmanager
 def _quantized(modules: Sequence[nn.Module], expert: int | None, rounding: Rounding) -> Iterator[None]:
-    """While it lasts, one expert of these modules, or all, are quantized."""
+    """Quantize one expert of these modules, or all, during the block."""
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for module in modules:
@@ -180,7 +178,7 @@ def _num_parameters(module: nn.Module, expert: int | None) -> int:
 
 
 def _batches(windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[torch.Tensor]:
-    """Windows of one length together, int64 [B, T]."""
+    """Windows grouped by length, int64 [B, T]."""
     for _, group in itertools.groupby(sorted(windows, key=len, reverse=True), key=len):
         same_length = [list(window) for window in group]
         for start in range(0, len(same_length), batch_size):
@@ -190,7 +188,7 @@ def _batches(windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[torc
 def _window_sums(
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], teacher_BTV: torch.Tensor, student_BTV: torch.Tensor
 ) -> list[float]:
-    """Each window's sum of a value a token; the last row predicts a token that the window does not have."""
+    """Each window's sum of a value per token, without the last row, which predicts beyond the window."""
     pairs = zip(teacher_BTV[:, :-1], student_BTV[:, :-1], strict=True)
     return [float(function(teacher_TV, student_TV).sum()) for teacher_TV, student_TV in pairs]
 
@@ -205,7 +203,7 @@ def _describe(rounding: Rounding) -> str:
 
 @module_command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: measure, print the units that bear quantization worst, write JSON and CSV."""
+    """The command line: measure, print the most sensitive units, write JSON and CSV."""
     parser = module_parser(__spec__, __doc__, out=None)
     parser.add_argument("model", type=Path, help="unquantized model directory")
     parser.add_argument("--corpus", type=Path, required=True, help="prepared corpus whose held-out part is read")
@@ -223,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _worst(result: SensitivityResult) -> str:
-    """The units that bear quantization worst."""
+    """The most sensitive units."""
     lines = [f"everything quantized: KL {1e3 * result.all_kl_nats:.3f} millinats a token"]
     for kind, units in (("layer", result.layers()), ("expert", result.experts())):
         for unit in sorted(units, key=lambda unit: unit.kl_nats, reverse=True)[:NUM_SHOWN]:

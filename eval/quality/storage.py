@@ -1,8 +1,4 @@
-"""What a checkpoint is made of: parameters, active parameters, and the bytes of its routed experts.
-
-Counted from the tensors a directory holds, not from formulas over its config, so that the numbers of a report are those
-of the files.
-"""
+"""Parameters, active parameters and expert bytes of a checkpoint, counted from its tensors, not its config."""
 
 import json
 import math
@@ -21,10 +17,7 @@ BF16_BYTES = 2
 
 
 def summarize_model(path: str | Path, name: str) -> ModelSummary:
-    """The model in directory `path`; a token's active parameters count the share of the experts that it is sent to.
-
-    Raises ValueError as `load_checkpoint` does.
-    """
+    """The model in directory `path`; active parameters count a token's experts. Raises as `load_checkpoint`."""
     checkpoint = load_checkpoint(path)
     config = checkpoint.config
     sizes = {key: math.prod(tensor.shape) for key, tensor in checkpoint.tensors.items()}
@@ -33,7 +26,7 @@ def summarize_model(path: str | Path, name: str) -> ModelSummary:
     num_active_parameters = None
     description = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}"
     if num_expert_parameters:
-        # `num_local_experts` is transformers' common name for what families call by several.
+        # `num_local_experts` is transformers' common name; families have several.
         num_experts, num_chosen = config.num_local_experts, config.num_experts_per_tok
         num_active_parameters = num_parameters - num_expert_parameters * (num_experts - num_chosen) // num_experts
         description += f", {num_experts} experts a layer of which {num_chosen} compute a token"
@@ -48,9 +41,9 @@ def summarize_model(path: str | Path, name: str) -> ModelSummary:
 
 
 def expert_storage(path: str | Path) -> ExpertStorage:
-    """Bytes of the routed experts in the files of directory `path`, against the same weights in bfloat16.
+    """Bytes of the routed experts in directory `path`, and in bfloat16.
 
-    Raises ValueError for a model without routed experts, and as `load_checkpoint` does.
+    Raises ValueError without routed experts, and as `load_checkpoint`.
     """
     experts = [tensor for key, tensor in load_checkpoint(path).tensors.items() if EXPERTS in key]
     if not experts:
@@ -63,10 +56,7 @@ def expert_storage(path: str | Path) -> ExpertStorage:
 
 
 def directory_bytes(path: str | Path) -> dict[str, int]:
-    """Bytes of every tensor in the safetensors files of directory `path`, as they are stored, by its name there.
-
-    Raises ValueError as `weight_files` does.
-    """
+    """Bytes of every stored tensor in directory `path`, by name. Raises ValueError as `weight_files`."""
     sizes = {}
     for file in weight_files(path):
         with file.open("rb") as stream:
@@ -79,10 +69,7 @@ def directory_bytes(path: str | Path) -> dict[str, int]:
 
 
 def bytes_per_weight(path: str | Path) -> float:
-    """Bytes of a routed expert's weight in the files of directory `path`.
-
-    Raises ValueError for a model without routed experts, and as `weight_files` does.
-    """
+    """Bytes per routed-expert weight in directory `path`. Raises ValueError without any, and as `weight_files`."""
     skeleton = build_skeleton(read_config(Path(path))[0])
     num_weights = sum(tensor.numel() for name, tensor in skeleton.state_dict().items() if EXPERTS in name)
     if not num_weights:
@@ -93,11 +80,10 @@ def bytes_per_weight(path: str | Path) -> float:
 def bytes_in_format(
     path: str | Path, format_name: str, modules: ModuleGroup | Sequence[ModuleGroup]
 ) -> tuple[int, int]:
-    """Bytes of the model in directory `path`, which is not packed, and of its routed experts, if the weights of
-    `modules` were stored in a number format and the others as they are. Weights that are no experts' are taken to have
-    the dtype of those.
+    """Bytes of an unpacked model and of its routed experts with the weights of `modules` in a number format.
 
-    Raises ValueError as `weights_of` and `bytes_per_weight` do.
+    Other weights stay as stored; weights of `modules` outside the experts are taken to have their dtype. Raises as
+    `weights_of` and `bytes_per_weight`.
     """
     chosen = number_format(format_name)
     weights = weights_of(build_skeleton(read_config(Path(path))[0]), modules)

@@ -2,12 +2,12 @@
 
     OUT/results.json  results.csv  results.md   rewritten whenever a row is complete
     OUT/plots/                                  at the end
-    OUT/steps/<kind>-<hash>/                    what was made, found again by the hash of what made it
-    OUT/logs/worker-<n>.log                     what the workers printed
+    OUT/steps/<kind>-<hash>/                    results of steps, by the hash of their inputs
+    OUT/logs/worker-<n>.log                     output of the workers
 
-The same command does what is missing, whatever ended the last one; a config that has changed shares what it still has
-in common. What another version of torch, transformers, lm-eval or speedstack made is not used: it is named, and made
-anew. A row that fails keeps its reason in the table, and the others go on.
+The same command does what is missing; a changed config reuses the steps it still shares. Steps made with other versions
+of torch, transformers, lm-eval or speedstack are named and made anew. A failed row keeps its reason, and the others go
+on.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ RUNNER = "speedstack.ablation.steps:run_step"
 def ablate(config: AblateConfig | Grids) -> int:
     """Run the grid, or several one after the other; 1 when a row has failed, else 0.
 
-    Raises ValueError, before anything runs, for what the config, the checkpoint and the corpus alone show to be wrong,
-    and where another process works in the same directory; OSError where it cannot be written.
+    Raises ValueError, before anything runs, for problems visible in config, checkpoint and corpus, and for a directory
+    in use; OSError if it cannot be written.
     """
     grids = config.grids if isinstance(config, Grids) else (config,)
     checked = [Ablation(grid) for grid in grids]
@@ -39,7 +39,7 @@ def ablate(config: AblateConfig | Grids) -> int:
 
 
 class Ablation:
-    """One grid, checked: what `ablate` says of ValueError is said here."""
+    """One grid, checked; raises ValueError as `ablate`."""
 
     def __init__(self, config: AblateConfig) -> None:
         from speedstack.ablation.check import check
@@ -56,7 +56,7 @@ class Ablation:
         self._failures: dict[str, str] = {}
 
     def run(self) -> AblationGrid:
-        """Make what is missing, write the files, and say where they are."""
+        """Make what is missing, write the files, and print where they are."""
         from tqdm import tqdm
 
         from speedstack.ablation.step_pool import run_steps
@@ -100,7 +100,7 @@ class Ablation:
             )
 
     def _save_finished(self) -> None:
-        """Rewrite the results where a row has become complete."""
+        """Rewrite the results if a row has become complete."""
         from speedstack.ablation.rows import make_row
 
         is_new = False
@@ -134,10 +134,7 @@ class Ablation:
 
 
 def worker_places(config: AblateConfig, device: str) -> list[Place]:
-    """Where the workers run: a GPU each, or the CPU with a share of the threads.
-
-    Raises ValueError for more jobs than GPUs.
-    """
+    """The workers' places: a GPU each, or a share of the CPU's threads. Raises ValueError for more jobs than GPUs."""
     import torch
 
     from speedstack.ablation.step_pool import Place

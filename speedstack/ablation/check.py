@@ -1,4 +1,4 @@
-"""What can be said of a grid before any of its steps runs: an hour later it would be known too, and cost an hour."""
+"""Checks of a grid before any step runs, because a later failure costs an hour."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from speedstack.train.data.heldout import heldout_prompts
 
 
 def check(config: AblateConfig) -> None:
-    """Raises ValueError, one line, for a checkpoint that is missing, broken or quantized already; a corpus of another
-    tokenizer, or with too few prompts; weights that a row's format has no blocks for; and a family that a step of the
-    grid cannot take.
+    """Raise ValueError for a checkpoint that is missing, broken or quantized, a corpus of another tokenizer or with too
+    few prompts, weights that do not fit a format's blocks, and a family that a step does not support.
     """
     directory = checkpoint_directory(config.model)
     model_config, codec = read_config(directory)
@@ -57,7 +56,7 @@ def check(config: AblateConfig) -> None:
 
 
 def _check_weights(model_config: object, rows: list[RowSpec]) -> None:
-    """Every row's modules are there, and their rows whole blocks of its format."""
+    """Check that every row's modules exist and their weights' rows are whole blocks of its format."""
     skeleton = build_skeleton(model_config)  # type: ignore[arg-type]
     for format_name, modules in sorted({(row.format, row.modules) for row in rows if row.format}):
         chosen = number_format(format_name)

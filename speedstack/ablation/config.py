@@ -1,11 +1,11 @@
 """Config of the verb `ablate`: axes, rows that are added or left out, and how each row is made and measured.
 
-    grid      a product: every format with every modules with every method with every drafter with every temperature
-    include   further products; an axis that one leaves out has its default: mxfp4, experts, rtn, no drafter, greedy
-    exclude   patterns; rows of the grid that match one are left out, those of `include` are not
+    grid      the product of formats, modules, methods, drafters and temperatures
+    include   further products; a missing axis has its default: mxfp4, experts, rtn, no drafter, greedy
+    exclude   patterns; matching rows of the grid are left out, those of `include` are not
 
-Rows that would be the same are one: without a method there is no format, without a drafter no temperature, and the
-full-precision model has one kind of drafter. A combination that cannot be made is refused here, by name.
+Equal rows are merged: without a method there is no format, without a drafter no temperature, and the full-precision
+model has one kind of drafter. Impossible combinations are refused by name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ JobT = TypeVar("JobT", bound=JobConfig)
 MaybeMany = str | float | list[Any] | tuple[Any, ...]
 
 FULL_PRECISION = "full precision"
-# What each axis may be; temperatures are numbers.
+# Values of each axis; temperatures are numbers.
 AXES: dict[str, tuple[str, ...]] = {
     "format": tuple(FORMATS),
     "modules": get_args(ModuleGroup),
@@ -38,7 +38,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "drafter": ("none", "full", "quantized"),
 }
 TRAINED = {"qat-ce": "ce", "qad": "kl"}  # method -> objective of the qat recipe
-# Sections and fields of a training config that the grid sets itself.
+# Sections and fields of a training config that the grid sets.
 _MANAGED = {
     "qat": ("run", "data.corpus", "data.source", "data.split_seed", "data.heldout_fraction", "qat.model",
             "qat.objective", "distributed"),
@@ -49,7 +49,7 @@ _MANAGED = {
 
 @dataclass(frozen=True)
 class RowSpec:
-    """A row of the table before anything is known of it. Format and modules are empty without a method."""
+    """A row of the table before it is measured. Format and modules are empty without a method."""
 
     format: str
     modules: str
@@ -59,12 +59,12 @@ class RowSpec:
 
     @property
     def is_packed(self) -> bool:
-        """Whether the runtime serves the quantized weights as they are, and not as ordinary ones of the same values."""
+        """Whether the runtime serves the weights packed, not as ordinary weights of the same values."""
         return self.format == "mxfp4" and self.modules == "experts"
 
     @property
     def model_name(self) -> str:
-        """The model of the row, whatever drafts for it."""
+        """The row's model, whatever its drafter."""
         return FULL_PRECISION if self.method == "none" else f"{self.format} {self.modules} {self.method}"
 
     @property
@@ -75,14 +75,14 @@ class RowSpec:
         return f"{self.model_name}, drafter of the {self.drafter} model, T={self.temperature:g}"
 
     def normalized(self) -> RowSpec:
-        """The same row without what makes no difference to it."""
+        """The same row without settings that have no effect on it."""
         row = self
         if row.method == "none":
             row = replace(row, format="", modules="", drafter="none" if row.drafter == "none" else "full")
         return replace(row, temperature=0.0) if row.drafter == "none" else row
 
     def problem(self) -> str | None:
-        """Why such a row cannot be made; None if it can."""
+        """Why such a row cannot be made, or None."""
         if self.method in ("none", "rtn"):
             return None
         if self.method == "mse":
@@ -189,7 +189,7 @@ class TrainingSection(Section):
     )
 
     def config(self, config_type: type[JobT], values: Mapping[str, Any]) -> JobT:
-        """The config of one run: `base`, `set`, and `values` that the grid sets. Raises ValueError, one line."""
+        """One run's config: `base`, `set`, and the grid's own `values`. Raises ValueError."""
         kind = config_type.model_fields["kind"].default
         for name in self.set:
             if name in _MANAGED[kind] or name.partition(".")[0] in _MANAGED[kind]:
@@ -290,7 +290,7 @@ class AblateConfig(Section):
         return row.problem()
 
     def rows(self) -> list[RowSpec]:
-        """All rows, each once, the full-precision model first. Raises ValueError for an idle exclude, and for none."""
+        """All rows without duplicates, full precision first. Raises ValueError for an idle exclude and for no rows."""
         products = self.grid.rows()
         for pattern in self.exclude:
             if not any(map(pattern.matches, products)):
@@ -317,7 +317,7 @@ class Grids(Section):
 
 
 def load_ablate_config(path: Path | None, overrides: Sequence[str]) -> AblateConfig | Grids:
-    """As every verb's; several YAML files may be named one after the other, and flags then hold for all."""
+    """The verb's config; several YAML files may be named, and flags then apply to all."""
     flags = list(itertools.dropwhile(lambda argument: not argument.startswith("-"), overrides))
     more = overrides[: len(overrides) - len(flags)]
     if path is None or not more:
@@ -340,9 +340,7 @@ def qat_config(config: AblateConfig, method: str, out: Path) -> QatConfig:
 
 
 def drafter_config(config: AblateConfig, target: Path, out: Path) -> DrafterConfig:
-    """The run of a drafter for the model in `target`, in `out`/run, where its text and features are too: those of a
-    base config's directories are of another target. Raises as `qat_config`.
-    """
+    """A drafter's run for the model in `target`, in `out`/run with its text and features. Raises as `qat_config`."""
     places = {"drafter.target": target, "drafter.text": None, "drafter.features_path": None}
     return config.drafter.config(DrafterConfig, {**_run_values(config, out), **places})
 
@@ -357,9 +355,9 @@ def _run_values(config: AblateConfig, out: Path) -> dict[str, Any]:
         "run.seed": config.seed,
         "run.device": config.device,
         "run.wandb_mode": "disabled",
-        # A run that was killed knows its inputs by their paths: however they are spelled, it goes on.
+        # A resumed run compares its inputs by path, so the path's spelling must not vary.
         "data.corpus": config.corpus.resolve(),
-        # A corpus is loaded by those who say what it was made of.
+        # Loading a corpus requires the settings it was made with.
         "data.source": corpus["source"],
         "data.split_seed": corpus["seed"],
         "data.heldout_fraction": corpus["heldout_fraction"],

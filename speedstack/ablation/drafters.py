@@ -2,17 +2,15 @@
 
     python -m speedstack.ablation.drafters configs/drafter_ablation/tiny.yaml
 
-The target writes the text once and its features are computed once, on disk; all rows read both. Steps of all rows are
-timed first, taking turns, and each row then gets as many steps as the time budget buys: a loss that costs twice as much
-has to learn twice as much from a step. Rows that are added later are timed beside one of the earlier ones. After
-training, acceptance is simulated on the greedy text of held-out prompts and served by the engine, greedily and at
-temperature 1, also on prompts of code from a file. Prompt lookup, which is not trained, is a row of its own.
+All rows read the same text and features, made once. Their steps are timed in turns first, and each row gets as many
+steps as the time budget buys, so a loss that costs twice as much must learn twice as much per step. Later rows are
+timed beside an earlier one. Acceptance is simulated on greedy text of held-out prompts, and served, greedily and at
+temperature 1, also on code prompts from a file. Prompt lookup is a row without training.
 
-Everything is kept as soon as it is known: the same command goes on with what is missing, whatever ended the last one.
-Rows of one directory have their settings and their prompts in common with what is there, or are refused.
+The same command goes on with what is missing. Rows whose settings or prompts differ from the directory's are refused.
 
-    OUT/runs/<row>-seed-<n>/         a run, resumed as any; OUT/rows/ has what was measured of it
-    OUT/settings.json  times.json    what rows are and how they are measured; their steps
+    OUT/runs/<row>-seed-<n>/         a run; OUT/rows/ has its measurements
+    OUT/settings.json  times.json    definitions of rows and measurements; step times
     OUT/results.json  results.md     rewritten whenever a row is complete
 """
 
@@ -58,14 +56,14 @@ from speedstack.train.drafter.frozen_target import SharedTarget
 from speedstack.train.drafter.job import make_recipe
 from speedstack.train.drafter.recipe import DrafterRecipe
 
-HELDOUT = "held-out"  # prompts sampled after as well; code prompts are decoded greedily alone
+HELDOUT = "held-out"  # also decoded by sampling; code prompts only greedily
 
 
 class Ablation:
-    """One ablation directory; `run` does what is missing and returns all there is."""
+    """One ablation directory; `run` does what is missing and returns all results."""
 
     def __init__(self, config: AblationConfig, only: Sequence[str] | None = None) -> None:
-        """`only`: the rows to run, None for all. Raises ValueError, one line, for what cannot be run."""
+        """`only`: the rows to run, None for all. Raises ValueError for rows that cannot be run."""
         self.config = config
         unknown = [row for row in only or () if row not in config.rows]
         if unknown:
@@ -93,10 +91,7 @@ class Ablation:
         self._engine: Engine | None = None
 
     def run(self, on_row: Any = None) -> DrafterAblation:
-        """Everything: data, times, runs, `results.json` and `results.md`.
-
-        Raises ValueError and OSError as training, and ValueError where another process works in the directory.
-        """
+        """Data, times, runs, `results.json` and `results.md`. Raises as training, and ValueError if in use."""
         with exclusive(self.config.out):
             return self._run(on_row)
 
@@ -128,7 +123,7 @@ class Ablation:
         )
 
     def _prepare(self) -> None:
-        """Text and features, by building the row that needs most of them."""
+        """Make text and features by building the row that needs most of them."""
         self.config.out.mkdir(parents=True, exist_ok=True)
         self._claim()
         soft = [row for row in self.trained if make_recipe(self.config.row_config(row, 0)).objective.is_soft]
@@ -136,7 +131,7 @@ class Ablation:
 
     @cached_property
     def _measured(self) -> dict[str, Any]:
-        """What decides how rows are measured."""
+        """Settings that decide how rows are measured."""
         config = self.config
         return {
             "target_sha256": model_sha256(self.first.drafter.target),
@@ -148,10 +143,10 @@ class Ablation:
         }
 
     def _claim(self) -> None:
-        """Note what the rows are and how they are measured; ValueError where the directory holds another such row."""
+        """Record rows and measurements. Raises ValueError if the directory has a different row of that name."""
         config, file, measured = self.config, self.config.out / "settings.json", self._measured
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"measured": measured, "rows": {}}
-        # Directories that were begun before a name was noted have not got it.
+        # Older directories lack newer settings.
         changed = [name for name, value in measured.items() if known["measured"].get(name, value) != value]
         if changed:
             raise ValueError(f"{config.out} holds rows measured with another {', '.join(changed)}: choose another out")
@@ -170,7 +165,7 @@ class Ablation:
         return recipe, recipe.build(self.world).train()
 
     def _times(self) -> AblationTimes:
-        """Steps of all rows; only what a file of an earlier call lacks is timed, beside a row that it has."""
+        """Step times of all rows; rows missing from an earlier file are timed beside one in it."""
         file = self.config.out / "times.json"
         known = AblationTimes.load(file) if file.is_file() else None
         if known is not None and known.budget_seconds != self.config.budget_seconds:
@@ -191,7 +186,7 @@ class Ablation:
         return times
 
     def _reference(self, known: AblationTimes) -> str:
-        """A row of `known` that this config has unchanged, of the first call where possible: it can be timed again."""
+        """An unchanged row of `known`, of the first call if possible, that can be timed again."""
         digests = json.loads((self.config.out / "settings.json").read_text(encoding="utf-8"))["rows"]
         present = {entry.row: entry for entry in known.rows if entry.row in self.config.rows}
         found = {row: config_hash(self.config.row_config(row, 0)) for row in present}
@@ -204,7 +199,7 @@ class Ablation:
         return min(unchanged, key=lambda entry: entry.beside is not None).row
 
     def _texts(self) -> dict[str, GreedyText]:
-        """Greedy text of the prompts that are decoded: what simulation walks over, and no drafter changes."""
+        """Greedy text of the decoded prompts; simulation reads it, and no drafter changes it."""
         recipe, _ = self._recipe(self.trained[0])
         config, length = self.config, recipe.config.data.sequence_length
         prompt_length = recipe.config.drafter.prompt_length
@@ -263,7 +258,7 @@ class Ablation:
         return DrafterRun.model_validate(self.store.result(step))
 
     def _train(self, row: str, config: DrafterConfig, texts: Mapping[str, GreedyText]) -> DrafterRun:
-        """Train a row with one seed, and measure what came out."""
+        """Train a row with one seed and measure the result."""
         recipe = make_recipe(config, load_target=self._load_target)
         trained = run(recipe, config)
         seconds = [line["elapsed_seconds"] for line in read_metrics(trained.path) if line["kind"] == "train"][-1]
@@ -294,7 +289,7 @@ class Ablation:
     def _serve(
         self, drafter: DFlashDraftModel | Literal["ngram"], text: GreedyText, with_samples: bool
     ) -> dict[str, float]:
-        """Acceptance as the engine decodes the prompts of `text`, and greedy tokens a second, one prompt at a time."""
+        """Acceptance on the prompts of `text` as decoded by the engine, and greedy tokens/s, one prompt at a time."""
         engine, num_new = self._serving(), self.config.num_new_tokens
         engine.set_drafter(drafter)
         if drafter == NGRAM:
@@ -318,7 +313,7 @@ class Ablation:
         return served
 
     def _lookup(self, text: GreedyText, with_samples: bool) -> DraftedSet:
-        """Prompt lookup on the same text: what it would have proposed at every position, walked like a drafter's."""
+        """Prompt lookup on the same text, simulated like a drafter: its proposals at every position."""
         num_proposals = self.first.drafter.block_size - 1
         rounds: list[list[int]] = []
         for ids, prompt_length, length in zip(text.ids_NT.tolist(), text.prompt_lengths, text.lengths, strict=True):
@@ -337,7 +332,7 @@ class Ablation:
 
 
 def _shared(config: DrafterConfig) -> tuple[Any, ...]:
-    """What all rows have in common."""
+    """Settings common to all rows."""
     return config.drafter.target, config.data, config.run.device
 
 

@@ -1,4 +1,4 @@
-"""What an ablation of drafters compares: rows of named options over one drafter config."""
+"""Config of an ablation of drafters: rows of named options over one drafter config."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class AblationConfig(Section):
     ngram_size: int = Field(4, ge=1, description="Longest run of tokens that prompt lookup looks for.")
 
     def row_config(self, row: str, seed: int, num_steps: int = 1) -> DrafterConfig:
-        """The drafter config of a run. Raises ValueError, one line, for a field that does not exist or fit."""
+        """The drafter config of a run. Raises ValueError for a field that does not exist or fit."""
         base = read_config(DrafterConfig, self.base)
         shared = {
             "run.out": self.out / "runs",

@@ -1,4 +1,4 @@
-"""The rows of a grid as steps: which there are, what each one's result depends on, and what rows share.
+"""The rows of a grid as steps: which steps there are, what their results depend on, and what rows share.
 
     quantize | qat      a model directory
     drafter             a drafter for the full-precision model or for one of those; it writes its text first
@@ -7,10 +7,9 @@
     acceptance          tokens a round of a model with a drafter at one temperature
     timing              tokens/s of the same
 
-Everything that decides a result is in a step's settings: digests of the checkpoint and the corpus, what the config says
-of that step, the device. `VERSIONS` has a number a kind, to be raised by whoever changes what the code of the kind
-computes; `SOFTWARE` the packages whose versions decide its numbers. Finished steps of old code or other versions are
-left alone, and not used: rows are compared with each other, so one table is of one software.
+A step's settings hold all that decides its result: digests of checkpoint and corpus, its part of the config, the
+device. Raise a kind's number in `VERSIONS` when its code computes something else; `SOFTWARE` names the packages that
+affect its numbers. Steps of other versions are not used, because one table is of one software.
 """
 
 from __future__ import annotations
@@ -48,13 +47,13 @@ VERSIONS = {
     "acceptance": 2,
     "timing": 1,
 }
-# lm-eval decides the scores of a suite alone. What else is installed moves files and changes no number.
+# lm-eval affects the scores of a suite alone. Other packages change no number.
 SOFTWARE = {kind: ("speedstack", "torch", "transformers") for kind in VERSIONS} | {
     kind: ("speedstack", "torch", "transformers", "lm_eval") for kind in ("tasks", "suite")
 }
 # Where a step leaves its model or drafter, below its directory.
 EXPORTS = {"quantize": "export", "qat": "run/export", "drafter": "run/export"}
-# Fields of a recipe's config that say where it runs and where its inputs lie; digests of those are settings instead.
+# Fields for places; settings have digests of the inputs there instead.
 _PLACES = (
     "run.device",
     "data.corpus",
@@ -68,7 +67,7 @@ _PLACES = (
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A row and its steps; None where it has no such step. `model` is None for the full-precision model."""
+    """A row and its steps, None for one it lacks. `model` is None for the full-precision model."""
 
     spec: RowSpec
     model: Step | None
@@ -80,14 +79,14 @@ class PlannedRow:
     timing: Step | None
 
     def steps(self) -> list[Step]:
-        """Those that are there."""
+        """The row's steps without None."""
         return [step for step in vars(self).values() if isinstance(step, Step)]
 
 
 class Planner:
-    """Makes the steps of one config. Digests of the checkpoint and the corpus are taken once, here.
+    """Makes the steps of one config, with digests of checkpoint and corpus taken once.
 
-    Raises ValueError for a checkpoint or corpus that is not there, and an unknown suite, task or device.
+    Raises ValueError for a missing checkpoint or corpus, and an unknown suite, task or device.
     """
 
     def __init__(self, config: AblateConfig) -> None:
@@ -100,7 +99,7 @@ class Planner:
         self.places = {"model": str(config.model), "corpus": str(config.corpus)}
 
     def rows(self) -> list[PlannedRow]:
-        """The rows of the config, in its order."""
+        """The config's rows, in order."""
         return [self._row(spec) for spec in self.config.rows()]
 
     def _row(self, spec: RowSpec) -> PlannedRow:
@@ -162,7 +161,7 @@ class Planner:
         return self._step(kind, settings, needs, places)
 
     def _quality(self, model: Step | None) -> Step:
-        # The full-precision model is in it either way: as the teacher.
+        # Either way the full-precision model is in it, as the teacher.
         settings = self._of_corpus() | {"heldout": self.config.heldout.model_dump(mode="json")}
         return self._step("quality", settings, _target(model))
 
@@ -201,7 +200,7 @@ class Planner:
             "thread_settings": self.machine.thread_settings,
         }
         needs = _target(model) | ({} if drafter is None else {"drafter": drafter})
-        # A GPU is its worker's own; the cores of a CPU are everybody's.
+        # A worker has its GPU to itself, but shares the CPU's cores.
         return self._step("timing", settings, needs, is_exclusive=self.device == "cpu")
 
     def _prompts(self, temperature: float) -> dict[str, Any]:
@@ -232,7 +231,7 @@ def _target(model: Step | None) -> dict[str, Step]:
 
 
 def _suite(config: AblateConfig) -> tuple[str, Suite] | None:
-    """The suite with the tasks that are asked for. Raises ValueError naming the tasks there are."""
+    """The suite with the requested tasks. Raises ValueError naming the existing ones."""
     section = config.suite
     if section.name is None:
         return None

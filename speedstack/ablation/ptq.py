@@ -1,19 +1,16 @@
-"""How far ways to quantize a model are from it: rounding under each scale rule, GPTQ, and whatever else was exported.
+"""How far quantized models are from the original: rounding under each scale rule, GPTQ, and other exports.
 
     python -m speedstack.ablation.ptq MODEL --corpus DIR --export QAD=DIR --out results/DATE-ptq-NAME.json
 
-One process, one text, one code path: the held-out part of a prepared corpus, in float32, through transformers' models,
-so every family that can be packed can be compared. GPTQ is what `speedstack quantize --dtype float32` does with the
-same settings, on the corpus' training part; of several scale rules, sizes, seeds and dampings it is every combination.
-Two models are in memory at a time, the full-precision one and the one that is measured.
+Everything runs in one process on one text, the held-out part of a prepared corpus, in float32 through transformers'
+models, so every family that can be packed can be compared. GPTQ is that of `speedstack quantize --dtype float32`, on
+the corpus' training part, for every combination of the given scale rules, sizes, seeds and dampings. Two models are in
+memory at a time.
 
-The file is written after every row. The same command again goes on with what is missing, another one for the same file
-adds its rows, and a row that is there is not measured again: a file is of one model, one text and one software, and is
-refused for another, and while another command writes it. A way that fails is named in the file, until it is tried again
-and does not, and the others go on. A row that another command measured than the one that began the file names its
-environment: thread count and command may differ.
-
-Seconds are of the quantization alone, and are no timing where other work runs beside it.
+The file is written after every row; later commands add rows that are missing. A file is of one model, text and
+software, and is refused for others and while in use. A failed method is named in it until it succeeds. A row from a
+later command names its environment, since thread count and command may differ. Seconds are of the quantization alone,
+and are no timing beside other work.
 """
 
 from __future__ import annotations
@@ -76,7 +73,7 @@ class Gptq:
 
     @property
     def name(self) -> str:
-        """What a table calls it: the rule, and whatever is not the default."""
+        """Name in tables: the rule, and settings other than the default."""
         words = [f"{_GPTQ}{self.scale_rule}"]
         if self.num_sequences != Gptq.num_sequences or self.sequence_length != Gptq.sequence_length:
             of_length = f" of {self.sequence_length}" if self.sequence_length != Gptq.sequence_length else ""
@@ -87,7 +84,7 @@ class Gptq:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As a row has them."""
+        """The settings as a row has them."""
         calibration = {
             "num_sequences": self.num_sequences,
             "sequence_length": self.sequence_length,
@@ -98,14 +95,14 @@ class Gptq:
 
 @dataclass(frozen=True)
 class Way:
-    """A row to be: its name, the fields that decide it, and `make`, which gives the model and what it took."""
+    """A row to measure: its name, the fields that identify it, and `make`, which returns the model and its cost."""
 
     name: str
     row: dict[str, Any]
     make: Callable[[], tuple[PreTrainedModel, dict[str, Any]]]
 
     def is_row(self, method: PtqMethod) -> bool:
-        """Whether `method` is this row, measured."""
+        """Whether `method` is this row's measurement."""
         same = all(getattr(method, key) == value for key, value in self.row.items())
         return method.quality.method == self.name and same
 
@@ -125,14 +122,13 @@ def compare(
 ) -> PtqResult:
     """Measure every method on the held-out part of the prepared corpus in the directory `corpus`.
 
-    `exports` are further model directories by name, packed or not. `out` is the file that holds the rows as they come,
-    and those of earlier calls. `on_method` is told each new row when it is there, `on_failure` each method that fails
-    now: the result's `unavailable` has those of earlier calls too.
+    `exports` maps names to further model directories, packed or not. `out` is the file of rows, from earlier calls too.
+    `on_method` receives each new row, `on_failure` each method that fails now; the result's `unavailable` also has
+    earlier failures.
 
-    Raises ValueError, of one line, for directories that are missing or broken, a model that is quantized already, an
-    export of another vocabulary or of a name that other rows have, calibration text longer than the model's positions,
-    a file that is of something else or that another process writes, and as `corpus_windows` and `calibration_windows`
-    do: what the arguments alone show, before the work.
+    Raises ValueError, before the work, for directories that are missing or broken, a quantized model, an export of
+    another vocabulary or a duplicate name, calibration text beyond the model's positions, a file that is in use or of
+    something else, and as `corpus_windows` and `calibration_windows`.
     """
     directory, exports = checkpoint_directory(model), exports or {}
     config, codec_type = read_config(directory)
@@ -160,7 +156,7 @@ def compare(
     with exclusive(out.absolute().parent, out.name) if out is not None else nullcontext():
         table = _Table(directory, windows, window, place, out)
         ways = [Way(FULL_PRECISION, {"settings": {}}, lambda: (table.teacher, {}))]
-        # The default rule first: it is what the others are compared with.
+        # The default rule first, because the others are compared with it.
         rules = sorted(RULES, key=lambda rule: rule != DEFAULT_SCALE_RULE)
         ways += [_rounding(directory, place, rule) for rule in rules]
         for one in gptq:
@@ -176,7 +172,7 @@ def compare(
 
 @dataclass
 class _Table:
-    """The rows so far. Raises ValueError where the file holds something else."""
+    """The rows so far. Raises ValueError for a file of something else."""
 
     directory: Path
     windows: list[list[int]]
@@ -202,7 +198,7 @@ class _Table:
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
-        """The full-precision model, loaded when a row is missing."""
+        """The full-precision model, loaded for the first missing row."""
         return _load(self.directory, self.place)
 
     def measure(
@@ -211,7 +207,7 @@ class _Table:
         on_method: Callable[[PtqMethod], object] | None,
         on_failure: Callable[[Unavailable], object] | None,
     ) -> None:
-        """Add the row of `way` unless it is there, or its name and the reason to those that failed."""
+        """Add the row of `way` unless it exists, or record why it failed."""
         if any(way.is_row(row) for row in self.rows):
             self._forget_failure(way)
             return
@@ -231,19 +227,19 @@ class _Table:
             row = {"kl_over_rtn": kl / rtn if kl is not None and rtn else None} | way.row | more
             environment = None if self.environment == self.began else self.environment
             method = PtqMethod(quality=quality, environment=environment, **row)
-            # An export may have been made anew since.
+            # An export may have been remade.
             self.rows = [each for each in self.rows if each.quality.method != way.name] + [method]
             if on_method is not None:
                 on_method(method)
         self.save()
 
     def save(self) -> None:
-        """Write the file, if there is to be one."""
+        """Write the file, if there is one."""
         if self.out is not None:
             self.result().save(self.out)
 
     def result(self) -> PtqResult:
-        """What there is."""
+        """The rows and failures so far."""
         return PtqResult(
             model_sha256=self.model_sha256,
             text_sha256=self.text_sha256,
@@ -260,14 +256,14 @@ class _Table:
         self.failed = [entry for entry in self.failed if entry.name != way.name]
 
     def _rtn_kl(self, kl: float | None, way: Way) -> float | None:
-        """The KL of rounding under the default rule; None where it failed."""
+        """The KL of rounding under the default rule; None if that failed."""
         settings = _rtn_settings(DEFAULT_SCALE_RULE)
         if way.row["settings"] == settings:
             return kl
         return next((row.quality.kl_to_teacher_nats for row in self.rows if row.settings == settings), None)
 
     def _differences(self, found: PtqResult) -> list[str]:
-        """What `found` is of and this table is not; empty where a row of it would be measured the same."""
+        """Names of settings in which `found` differs; empty if its rows are comparable."""
         before, now = found.environment, self.environment
         parts = {
             "another model": found.model_sha256 == self.model_sha256,
@@ -324,7 +320,7 @@ def _rtn_settings(rule: ScaleRule) -> dict[str, Any]:
 
 @module_command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: measure, print the table, write JSON. 1 where a way failed."""
+    """The command line: measure, print the table, write JSON. 1 if a method failed."""
     parser = module_parser(
         __spec__, __doc__, out="result file; rows that it has already stay and are not measured again"
     )

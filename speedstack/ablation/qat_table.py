@@ -2,10 +2,9 @@
 
     python -m speedstack.ablation.qat_table runs/qat-tiny runs/qat-tiny-long --out results/DATE-qat-NAME.json
 
-Reads run directories and trains nothing. Runs are compared with the first one named; their numbers are those of their
-own evaluations on held-out text, so runs of another model or of other text are refused. Text is compared by the digest
-of the corpus that a run read. Of a run that is older than this record only the corpus' path and settings are known, and
-the loss before the first step: where these agree it is taken, with a note in the result.
+Reads run directories and trains nothing. Runs are compared with the first one by their own held-out evaluations, so
+runs of another model or text (by corpus digest) are refused. Older runs recorded no digest: they are accepted, with a
+note in the result, if the corpus' path and settings and the loss before the first step agree.
 """
 
 from __future__ import annotations
@@ -30,19 +29,18 @@ from speedstack.support.command import module_command, module_parser, show_resul
 from speedstack.support.config import read_config
 from speedstack.train.config.recipes import QatConfig, identity
 
-# A run's name and device say nothing about what it does, the seed is a column of its own, and the model is one.
+# Name and device do not change a run, the seed has a column, and the model is the same.
 _NO_CHANGES = ("run.name", "run.out", "run.device", "run.seed", "qat.model")
-# What of a corpus is read at an evaluation.
+# Fields of a corpus that affect an evaluation.
 _READ = ("data.sequence_length", "data.eval_sequences")
-# Rounded weights are the same everywhere, and devices add up in other orders: the losses of one text differ by some
-# 1e-6 of themselves. Those of two texts of 16,000 tokens, drawn alike, differ by some 4e-3: a token's own loss, of
-# 4 nats, varies by about 2.
+# Devices add up in other orders, so losses of one text differ by about 1e-6 relative. Losses of two texts of 16,000
+# tokens, drawn alike, differ by about 4e-3: one token's loss, of 4 nats, varies by about 2.
 _SAME_LOSS = 1e-4
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What one run directory says. `corpus` is the digest of what it read, None in older runs."""
+    """The content of one run directory. `corpus` is the digest of its text, None in older runs."""
 
     directory: Path
     config: QatConfig
@@ -56,16 +54,16 @@ class _Found:
 
     @property
     def rtn(self) -> QatEvaluation | None:
-        """The model rounded to nearest, where the run began with it and looked."""
+        """The evaluation of the rounded model, if the run began with it and evaluated."""
         first = self.evaluations[0]
         return first if self.config.qat.start_from is None and first.step == 0 else None
 
 
 def qat_table(directories: Sequence[Path]) -> QatRuns:
-    """The runs in `directories`, of which there is at least one.
+    """The runs in `directories`, one or more.
 
-    Raises ValueError, of one line, for a directory without a finished QAT run, and for runs whose model or held-out
-    text is not the first one's.
+    Raises ValueError for a directory without a finished QAT run, and for another model or held-out text than the
+    first's.
     """
     found = [_read(directory) for directory in directories]
     first = found[0]
@@ -79,7 +77,7 @@ def qat_table(directories: Sequence[Path]) -> QatRuns:
             changes={
                 name: value
                 for name, value in run.fields.items()
-                # One text, wherever it lies.
+                # The same text may be in another place.
                 if value != first.fields.get(name) and name not in _NO_CHANGES and not name.startswith("data.")
             },
             seed=run.config.run.seed,
@@ -119,7 +117,7 @@ def _read(directory: Path) -> _Found:
 
 
 def _names(found: Sequence[_Found]) -> list[str]:
-    """The runs' names, or the ends of their paths where several runs have one name."""
+    """The runs' names, or path ends if names repeat."""
     names = [run.config.run.name for run in found]
     if len(set(names)) == len(names):
         return names
@@ -127,7 +125,7 @@ def _names(found: Sequence[_Found]) -> list[str]:
 
 
 def _environment(path: Path) -> dict[str, Any]:
-    """What a run was started with; a run without the record is worth its row all the same."""
+    """The environment that a run started in; empty if not recorded."""
     try:
         content = read_json(path)
     except ValueError as error:

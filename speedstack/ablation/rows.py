@@ -1,4 +1,4 @@
-"""Rows of the table from finished steps: what was measured, what it takes to store, what the cost model predicts."""
+"""Rows of the table from finished steps: measurements, storage, and the cost model's predictions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _BF16_BYTES = 2
 
 
 def make_grid(planner: Planner, num_jobs: int, rows: list[AblationRow]) -> AblationGrid:
-    """The document of these rows."""
+    """The grid's document."""
     config, suite = planner.config, planner.suite
     metric = None
     if suite is not None:
@@ -76,7 +76,7 @@ def _notes(rows: list[AblationRow], config: AblateConfig) -> list[str]:
 
 
 def make_row(planned: PlannedRow, planner: Planner, store: StepStore, failures: Mapping[str, str]) -> AblationRow:
-    """A row whose steps are finished or in `failures`, which has the reasons by step."""
+    """The row of steps that are finished or have a reason in `failures`."""
     spec = planned.spec
     errors = [f"{step.kind}: {failures[step.name]}" for step in _first_failed(planned, failures)]
 
@@ -116,7 +116,7 @@ def make_row(planned: PlannedRow, planner: Planner, store: StepStore, failures: 
 
 
 def _first_failed(planned: PlannedRow, failures: Mapping[str, str]) -> list[Step]:
-    """The steps behind the row's failures: those that needed none that had failed."""
+    """The steps that failed first: none of their needs had failed."""
     steps = {step.name: step for each in planned.steps() for step in each.closure() if step.name in failures}
     return [step for step in steps.values() if not any(need.name in failures for need in step.needs.values())]
 
@@ -145,11 +145,10 @@ def _export(store: StepStore, step: Step) -> Path:
 
 
 def predict(model: Path, spec: RowSpec, section: PredictSection, drafter: Path | None, tau: float) -> float:
-    """Tokens/s of one text on `section.gpu` by the cost model, `tau` of them a step with the drafter in a directory.
+    """Tokens/s of one text on `section.gpu` by the cost model, at `tau` tokens a step with a drafter.
 
-    What the row does not quantize is bfloat16, but for the router, which is as the family has it.
-
-    Raises ValueError as `make_plan`, above all for a family that the runtime has no plan of.
+    Unquantized weights are bfloat16, routers in the family's dtype. Raises ValueError as `make_plan`, above all for a
+    family without a plan.
     """
     assert section.gpu is not None
     shape, stored = read_model_config(model)

@@ -1,10 +1,9 @@
-"""Runs the steps of a store in worker processes: what needs what in order, what does not in parallel.
+"""Runs the steps of a store in worker processes: dependent steps in order, independent ones in parallel.
 
-A worker has a device and a share of the threads for itself, imports once, and makes one step after another. It says in
-one line why a step failed, and goes on with another; a worker that is killed fails its step, and is replaced. When this
-process ends, however it ends, its workers do too. What they print goes to log files.
+A worker has its own device or share of threads, imports once, and makes one step after another; its output goes to a
+log file. A failed step returns one line; a killed worker fails its step and is replaced. Workers end with this process.
 
-An exclusive step is started when no other step can be, and no other is started beside it.
+An exclusive step starts when no other can, and runs alone.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from typing import Any
 
 from speedstack.support.steps import Step, StepStore
 
-# Called with a step that is settled, and why it failed; None if it did not.
+# Called with a settled step and the reason of its failure, or None.
 OnStep = Callable[[Step, str | None], None]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker runs: variables of its environment, set before it imports torch, and torch's threads."""
+    """A worker's place: environment variables, set before it imports torch, and torch's threads."""
 
     environment: Mapping[str, str]
     num_threads: int
@@ -41,10 +40,10 @@ class Place:
 def run_steps(
     store: StepStore, steps: Sequence[Step], runner: str, places: Sequence[Place], logs: Path, on_step: OnStep
 ) -> dict[str, str]:
-    """Make all `steps`, and what they need, that `store` lacks; returns why by name of those that could not be made.
+    """Make all `steps` and their needs that `store` lacks; returns the reasons of failed steps by name.
 
-    `runner` is 'module:function', called as `function(step, directories of needed steps, directory to fill)`. There is
-    a worker for each of `places`. Raises OSError where the directories cannot be written.
+    `runner` is 'module:function', called as `function(step, directories of needed steps, directory to fill)`. Each of
+    `places` has a worker. Raises OSError if directories cannot be written.
     """
     todo = {step.name: step for step in store.missing(each for step in steps for each in step.closure())}
     failures: dict[str, str] = {}
@@ -59,7 +58,7 @@ def run_steps(
 
     try:
         while todo or any(worker.step is not None for worker in workers):
-            # In the order of closures, needs first: what needs a step that is settled here is settled after it.
+            # Needs come first, so dependents of a step settled here are settled after it.
             for step in list(todo.values()):
                 failed = next((need for need in step.needs.values() if need.name in failures), None)
                 if failed is not None:
@@ -79,7 +78,7 @@ def run_steps(
 
 
 def _next(todo: Sequence[Step], workers: Sequence[_Worker]) -> Step | None:
-    """The first step that can be made now."""
+    """The first step that can start now."""
     running = [worker.step for worker in workers if worker.step is not None]
     if any(step.is_exclusive for step in running):
         return None
@@ -92,7 +91,7 @@ def _next(todo: Sequence[Step], workers: Sequence[_Worker]) -> Step | None:
 
 
 class _Worker:
-    """One place of the pool; its process is started with its first step."""
+    """One place of the pool; its process starts with its first step."""
 
     def __init__(self, store: StepStore, runner: str, place: Place, log: Path) -> None:
         self._arguments = (store, runner, place, log)
@@ -101,7 +100,7 @@ class _Worker:
         self.step: Step | None = None
 
     def start(self, step: Step) -> None:
-        # Not forked: CUDA and the thread pools of this process would not work in the child.
+        # Not forked: CUDA and this process' thread pools would not work in the child.
         context = multiprocessing.get_context("spawn")
         if self._process is None:
             self.connection, theirs = context.Pipe()
@@ -109,12 +108,12 @@ class _Worker:
             self._process.start()
             theirs.close()
         self.step = step
-        # One that ended while it had nothing to do takes no step; `finish` says so.
+        # A worker that ended while idle takes no step; `finish` reports it.
         with suppress(BrokenPipeError):
             self.connection.send(step)
 
     def finish(self) -> tuple[Step, str | None]:
-        """The step that was running and why it failed, once `connection` has something to say."""
+        """The step that was running and why it failed, once `connection` is readable."""
         assert self.step is not None and self._process is not None
         step, self.step = self.step, None
         try:
@@ -135,7 +134,7 @@ class _Worker:
 
 
 def _work(connection: Connection, store: StepStore, runner: str, place: Place, log: Path) -> None:
-    """A worker's process: steps come in, None goes out for one that is there, else a line."""
+    """A worker's process: receives steps, sends None for a finished one, else a line."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
@@ -159,7 +158,7 @@ def _work(connection: Connection, store: StepStore, runner: str, place: Place, l
         try:
             store.make(step, partial(function, step))
         except Exception as error:
-            # Whatever it is: the other rows of the table do not depend on it, and the log has the traceback.
+            # Other rows do not depend on this one, and the log has the traceback.
             traceback.print_exc()
             failure = describe(error)
         connection.send(failure)
@@ -171,6 +170,6 @@ def _end_after(sentinel: int) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line: what it says, with its type where that is more than a user's mistake."""
+    """An exception in one line, with its type unless it is a user's mistake."""
     text = " ".join(str(error).split())[:300] or type(error).__name__
     return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"

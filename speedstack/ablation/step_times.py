@@ -1,8 +1,7 @@
-"""How many training steps a time budget buys each of several drafters, from steps that they take in turns.
+"""How many training steps a time budget buys each of several drafters.
 
-Turns, because a shared machine is not equally fast for long. For the same reason a drafter that joins later takes turns
-with one whose steps are known and gets steps in proportion: the budget is then the first call's, whatever the machine
-does now.
+Steps are timed in turns, because a shared machine's speed varies. A drafter that joins later is timed beside one whose
+steps are known and gets steps in proportion, so the budget is still the first call's.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from speedstack.train.drafter.recipe import DrafterRecipe
 def time_steps(
     contestants: Mapping[str, tuple[DrafterRecipe, Trainer]], world: World, num_timed_steps: int
 ) -> list[StepTimes]:
-    """Step times of every contestant, one step each a turn, in their order."""
+    """Step times of every contestant, one step per turn, in order."""
     step_ms: dict[str, list[float]] = {row: [] for row in contestants}
     for step in tqdm(range(num_timed_steps), desc="timing steps", unit="round", leave=False):
         for row, (recipe, trainer) in contestants.items():
@@ -47,7 +46,7 @@ def first_times(measured: Sequence[StepTimes], budget_seconds: float) -> Ablatio
 
 
 def added_times(measured: Sequence[StepTimes], known: AblationTimes) -> AblationTimes:
-    """`known` and the rows of `measured` after its first, which is a row of `known`: their steps are in proportion."""
+    """`known` with the other rows of `measured`, in proportion to its first row, which is in `known`."""
     reference, *added = measured
     before = known.row(reference.row)
     assert before is not None

@@ -1,7 +1,7 @@
-"""What each kind of step does; runs in a worker process. Which steps there are is `ablate_plan`'s business.
+"""What each kind of step does; runs in a worker process. `plan.py` decides which steps there are.
 
-A step reads its settings, its places, and the directories of the steps it needs; it fills its own directory and
-returns the numbers that the table shows. What can take hours (training, lm-eval) goes on where a killed call was.
+A step reads its settings, places and needed steps' directories, fills its own directory and returns the table's
+numbers. Long steps (training, lm-eval) resume after a kill.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from speedstack.verbs.quantize import CalibrationSection, QuantizeConfig, quanti
 
 
 class _Job:
-    """A step with what it needs, by name."""
+    """A step with its needs by name."""
 
     def __init__(self, step: Step, needs: Mapping[str, Path], directory: Path) -> None:
         self.step, self.settings, self.places, self.directory = step, step.settings, step.places, directory
@@ -57,7 +57,7 @@ class _Job:
 
     @property
     def target(self) -> Path:
-        """The model that the step is about: the row's own, or the full-precision one."""
+        """The step's model: the row's own, or the full-precision one."""
         return self.exports.get("target", self.model)
 
     @property
@@ -74,7 +74,7 @@ class _Job:
 
 
 def run_step(step: Step, needs: Mapping[str, Path], directory: Path) -> dict[str, Any]:
-    """Make `step` in `directory`. Raises as the verbs do whose work it is."""
+    """Make `step` in `directory`. Raises as the corresponding verbs."""
     if step.kind != "quality":
         _teacher.cache_clear()  # which would take the memory that a large model needs
     try:
@@ -124,7 +124,7 @@ def _drafter(job: _Job) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _teacher(path: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The full-precision model, which one worker compares with many others."""
+    """The full-precision model, kept because a worker compares many others with it."""
     model = load_model(path, dtype)
     torch.nn.Module.to(model, device)
     return model
@@ -190,7 +190,7 @@ def _acceptance(job: _Job) -> dict[str, Any]:
     generations = engine.generate(prompts, **options)
     stats = [generation.stats for generation in generations]
     acceptance = summarize("all prompts", generations)
-    # Texts, not rounds, which follow one another in a text, are the independent draws.
+    # Texts are independent draws; rounds within a text are not.
     stderr = stderr_over_windows([each.num_round_tokens for each in stats], [each.num_rounds for each in stats])
     return acceptance.model_dump(mode="json") | {"acceptance_length_stderr": stderr}
 
@@ -215,13 +215,13 @@ def _timing(job: _Job) -> dict[str, Any]:
 
 
 def _rate(generations: list[Generation]) -> float:
-    """Tokens a second after each text's first one."""
+    """Tokens per second after each text's first token."""
     stats = [generation.stats for generation in generations]
     return sum(each.num_round_tokens for each in stats) / sum(each.decode_seconds for each in stats)
 
 
 def _decoding(job: _Job) -> tuple[Engine, list[list[int]], dict[str, Any]]:
-    """An engine for single sequences, the prompts, and how they are continued."""
+    """An engine for single sequences, the prompts, and the generation options."""
     section, seed = job.settings["speed"], job.settings["seed"]
     num_new_tokens = section["num_new_tokens"]
     max_length = section["num_prompt_tokens"] + num_new_tokens
@@ -242,7 +242,7 @@ def _decoding(job: _Job) -> tuple[Engine, list[list[int]], dict[str, Any]]:
 
 
 def _foreign_drafter(path: Path) -> DFlashDraftModel:
-    """A drafter for any target of its shapes: to draft for another one than it was trained for is what is studied."""
+    """A drafter for any target of fitting shapes, because drafting for another target is part of the study."""
     drafter = load_drafter(path)
     drafter.config = replace(drafter.config, target_sha256=None)
     return drafter

@@ -1,8 +1,7 @@
 """Config of the demo: the recipes' own configs, by size, and how much is measured.
 
-The demo runs what configs/pretrain, configs/qat and configs/drafter hold under its size, as it is: one place says how
-the model of record is trained, and whatever works here works alone. What ties the stages together (seed, device, every
-path) is the demo's to set: fields under `MANAGED` are filled in by `stage_configs`, and refused in a file or flag.
+The demo uses configs/pretrain, configs/qat and configs/drafter of its size unchanged. `stage_configs` fills in the
+fields under `MANAGED` (seed, device, every path), which are refused in a file or flag.
 """
 
 from __future__ import annotations
@@ -96,9 +95,9 @@ SIZES: dict[str, type[DemoConfig]] = {"tiny": DemoConfig, "small": SmallDemoConf
 
 
 def load_demo_config(path: Path | None, overrides: Sequence[str]) -> DemoConfig:
-    """The preset of the size that the file or the flags name, then the file, then the flags.
+    """The preset of the requested size, then the file, then the flags.
 
-    Raises ValueError as `load_config`, for an unknown size, and for a value that the demo sets itself.
+    Raises ValueError as `load_config`, for an unknown size, and for a field under `MANAGED`.
     """
     size = _requested_size(path, overrides)
     if size not in SIZES:
@@ -118,7 +117,7 @@ def stage_configs(config: DemoConfig) -> tuple[PretrainConfig, QatConfig, Drafte
     """The recipes' configs with the fields under `MANAGED` filled in."""
     out = config.out
     shared: dict[str, Any] = {"run.out": out, "run.seed": config.seed, "run.device": config.device}
-    # The demo's report shows the same curves, and needs no account and no second copy of them.
+    # The demo's report shows the same curves, without an account.
     shared["run.wandb_mode"] = "disabled"
     shared |= {"data.corpus": out / "corpus", "data.split_seed": config.seed}
     pretrain = replaced(config.pretrain, shared | {"run.name": "pretrain"})
@@ -141,13 +140,13 @@ def training_settings(config: DemoConfig) -> dict[str, Any]:
 
 
 def _preset(config_type: type[ConfigT], size: Size) -> ConfigT:
-    """The recipe's config file of that size; `configs` lies beside this module, as a link or installed."""
+    """The recipe's config file of that size; `configs` is beside this module, as a link or installed."""
     recipe = config_type.model_fields["kind"].default
     return read_config(config_type, Path(__file__).resolve().parents[1] / "configs" / recipe / f"{size}.yaml")
 
 
 def _requested_size(path: Path | None, overrides: Sequence[str]) -> str:
-    """Only `size` is looked at here; whatever is wrong with the file is said by `load_config`."""
+    """The requested `size`; `load_config` reports other problems of the file."""
     for index, argument in enumerate(overrides):
         if argument == "--size" and index + 1 < len(overrides):
             return overrides[index + 1]

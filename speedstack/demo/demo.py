@@ -1,7 +1,6 @@
 """The `demo` verb: the whole stack on the model of record, in stages that survive any interruption.
 
-What is done is decided by `demo_stages`, that it is done once by `stages`; this file opens the directory, draws the
-progress and shows the result.
+`DemoStages` decides what is done; this file opens the directory, draws the progress and shows the result.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from speedstack.support.quiet import quiet
 from speedstack.support.stages import run_stages
 
 LOG_FILE = "demo.log"
-# Checkpoints, exports and the corpus of a whole demo, with room to write a file before the old one goes.
+# Checkpoints, exports and corpus of a whole demo, with room for a new file before the old one goes.
 NEEDED_BYTES = {"tiny": 2 * 2**30, "small": 8 * 2**30}
 NUM_DIFFERENCES_SHOWN = 3
 
@@ -31,14 +30,12 @@ NUM_DIFFERENCES_SHOWN = 3
 def demo(config: DemoConfig) -> None:
     """Run or continue the demo in `config.out`, then print its figures and the path of the report.
 
-    Raises:
-        ValueError: the directory holds something else, a demo with other training settings, or is in use; the device is
-            not there; or a stage's own reason.
-        OSError: the directory cannot be written, or the disk has too little room.
+    Raises ValueError if the directory is in use or holds something else or other training settings, for a missing
+    device, and as the stages; OSError for a directory that cannot be written or a full disk.
     """
     from speedstack.runtime.model.device import choose_device
 
-    # Resolved once, so that "auto" and the device it stands for are the same demo.
+    # Resolved once, so that "auto" and its device are the same demo.
     config = config.model_copy(update={"device": choose_device(config.device).type})
     _open(config)
     with exclusive(config.out):
@@ -54,7 +51,7 @@ def demo(config: DemoConfig) -> None:
 
 
 def _open(config: DemoConfig) -> None:
-    """Make sure `config.out` is a demo's directory, or becomes one, on a disk with enough room."""
+    """Check that `config.out` is or can become a demo's directory, on a disk with enough room."""
     out = config.out
     out.mkdir(parents=True, exist_ok=True)
     is_new = not (out / CONFIG_FILE).is_file()
@@ -74,9 +71,9 @@ def _open(config: DemoConfig) -> None:
 
 
 def _refuse_other_training(config: DemoConfig) -> None:
-    """Raise ValueError where `config` would train other models than those in its directory, which would have to go.
+    """Raise ValueError if `config` would train other models than those in its directory.
 
-    How much is measured may change: that repeats minutes, and only what it touches.
+    Measurement settings may change: they repeat only minutes.
     """
     file = config.out / CONFIG_FILE
     way_out = f"pass another --out, or delete {config.out}"

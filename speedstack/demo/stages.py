@@ -1,13 +1,12 @@
 """The demo's stages: what each runs, what it depends on, and how long it is expected to take.
 
-Every stage reads what earlier ones left in the output directory and nothing from memory, so any of them can be the
-first one of a process. Work that can take minutes goes on in pieces: the recipes resume from their checkpoints, the
-text from its shards; the measurements are short and start over.
+Stages read earlier outputs from disk alone, so any may be the first of a process. Recipes resume from checkpoints, text
+from its shards; measurements are short and start over.
 
-    corpus/  pretrain/  ptq/  qad/  text/  drafter/        what the stages make
-    quality.json  acceptance.json  timing.json            what is measured
+    corpus/  pretrain/  ptq/  qad/  text/  drafter/        outputs of the stages
+    quality.json  acceptance.json  timing.json            measurements
     facts.json  examples.json                             the models, their storage, some text
-    report.json  report.html                              what there is to read
+    report.json  report.html                              the report
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ CONFIG_FILE, FACTS_FILE, EXAMPLES_FILE = "demo.yaml", "facts.json", "examples.js
 FULL, PTQ, QAD = "full precision", "PTQ", "QAD"
 NUM_EXAMPLES = 2
 
-# Only the estimates shown depend on these. tiny: as measured on two cores of a server CPU, training scaled to its
-# steps and their processor time. small: not measured; a guess, which the pace of the stages that are done corrects.
+# For the shown estimates alone. tiny: measured on two cores of a server CPU, training scaled to its steps and their
+# processor time. small: a guess, which the pace of finished stages corrects.
 EXPECTED_SECONDS = {
     "tiny": {
         "corpus": 9.0,
@@ -60,8 +59,8 @@ EXPECTED_SECONDS = {
     },
 }
 
-# What later stages read of a directory. Of the written text the first shard of each part stands for the rest, which
-# the drafter's recipe completes by itself.
+# Files that later stages read. The first shard of each part stands for the written text; the drafter's recipe completes
+# the rest.
 DECISIVE_FILES = {
     "corpus": ("corpus/corpus.json", "corpus/tokenizer/tokenizer.json", "corpus/train", "corpus/heldout"),
     "pretrain": ("pretrain/export/model.safetensors",),
@@ -71,9 +70,9 @@ DECISIVE_FILES = {
     "drafter": ("drafter/export/model.safetensors",),
 }
 
-# Paths are the demo's own: a result does not depend on where it lies.
+# Paths are the demo's own and do not affect a result.
 _PATHS = frozenset({"data.corpus", "qat.model", "drafter.target", "drafter.text"})
-# Of the drafter's settings, those that decide the text it is trained on.
+# Drafter settings that decide the text it is trained on.
 _TEXT_FIELDS = (
     "data.sequence_length",
     "drafter.num_sequences",
@@ -97,7 +96,7 @@ class DemoStages:
         self._steps: dict[str, Step] = {}
 
     def all(self) -> list[Stage]:
-        """Every stage, each after what it needs."""
+        """Every stage, after the stages it needs."""
         config = self.config
         data = self.pretrain_config.data.model_dump(mode="json", exclude={"corpus", "sequence_length"})
         drafter = _decisive(self.drafter_config)
@@ -147,7 +146,7 @@ class DemoStages:
         return f"{_num_tokens(self.pretrain_config)} tokens; held-out loss {metrics['heldout_loss']:.3f} nats a token"
 
     def run_ptq(self, advance: Advance) -> str:
-        """Round the experts to MXFP4, the baseline that training has to beat."""
+        """Round the experts to MXFP4: the baseline of training."""
         from speedstack.quant.checkpoint import convert
 
         rule = self.config.qat.qat.scale_rule
@@ -155,7 +154,7 @@ class DemoStages:
         return "expert weights rounded to the nearest MXFP4 value, no training"
 
     def run_qad(self, advance: Advance) -> str:
-        """Distil the quantized model from the full-precision one."""
+        """Distil the full-precision model into the quantized one."""
         from speedstack.train.qat.recipe import qat
 
         metrics = qat(self.qat_config, on_step=_on_step(advance, "loss")).metrics
@@ -163,7 +162,7 @@ class DemoStages:
         return f"{_num_tokens(self.qat_config)} tokens; held-out KL from the teacher {1e3 * kl:.2f} millinats a token"
 
     def run_text(self, advance: Advance) -> str:
-        """Have the quantized model write what its drafter is trained on."""
+        """Let the quantized model write its drafter's training text."""
         from speedstack.train.drafter.text import write_text
 
         write_text(self.drafter_config, on_progress=advance)
@@ -179,7 +178,7 @@ class DemoStages:
         return f"{_num_tokens(self.drafter_config)} tokens; held-out acceptance {metrics['acceptance_length']:.2f}"
 
     def run_quality(self, advance: Advance) -> str:
-        """Perplexity, divergence and lm-eval tasks of the three models; note their storage too."""
+        """Perplexity, divergence, lm-eval tasks and storage of the three models."""
         from speedstack.eval.data.task_data import make_tasks
         from speedstack.eval.lm_eval.task_loading import TASK_NAMES
         from speedstack.eval.quality.measure import heldout_windows, measure_quality
@@ -207,7 +206,7 @@ class DemoStages:
         return "; ".join(f"{entry.method}: perplexity {entry.perplexity:.2f}" for entry in result.methods)
 
     def run_acceptance(self, advance: Advance) -> str:
-        """Acceptance of the drafter on held-out prompts, and two texts to look at."""
+        """Acceptance of the drafter on held-out prompts, and two example texts."""
         from speedstack.eval.report.gather import Facts
         from speedstack.eval.results.kinds import Example
         from speedstack.eval.speed.acceptance import measure_acceptance
@@ -228,7 +227,7 @@ class DemoStages:
         return f"{overall.acceptance_length:.2f} tokens a round over {overall.num_prompts} held-out prompts"
 
     def run_timing(self, advance: Advance) -> str:
-        """Race the engine against transformers, each with and without the drafter."""
+        """Time the engine and transformers, each with and without the drafter."""
         from speedstack.eval.data.prompts import PromptSet
         from speedstack.eval.speed.contestants import TimingSettings, measure_timing
 
@@ -242,7 +241,7 @@ class DemoStages:
         return f"tokens/s: {', '.join(rates)}"
 
     def run_report(self, advance: Advance) -> str:
-        """Write report.json and report.html from what the other stages left."""
+        """Write report.json and report.html from the other stages' outputs."""
         from speedstack.eval.report.gather import gather
         from speedstack.eval.report.render import write_report
 
@@ -274,7 +273,7 @@ class DemoStages:
         return Stage(self._steps[name], run, EXPECTED_SECONDS[self.config.size][name])
 
     def _command(self) -> str:
-        """The command line that makes this demo again, from nothing."""
+        """The command line that makes this demo again from nothing."""
         config = self.config
         preset = SIZES[config.size](seed=config.seed, out=config.out, device=config.device)
         if config == preset:
@@ -289,7 +288,7 @@ class DemoStages:
                 str(config.out),
             ]
         else:
-            # More differs than fits on a line, and all of it is in the file; the directory itself is taken.
+            # Too many differences for one line; the file has them all, and the directory is taken.
             command = ["speedstack", "demo", str(config.out / CONFIG_FILE), "--out", f"{config.out}-again"]
         return shlex.join(command)
 
@@ -322,7 +321,7 @@ def _num_tokens(config: JobConfig) -> str:
 
 
 def _decisive(config: JobConfig) -> dict[str, Any]:
-    """Everything in a recipe's config that decides its result."""
+    """Settings of a recipe's config that decide its result."""
     return {key: value for key, value in identity(config).items() if key not in _PATHS}
 
 

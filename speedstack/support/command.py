@@ -1,4 +1,4 @@
-"""Command lines: what a user's mistake and a file system that refuses become, and modules that are run by themselves.
+"""Command lines: error lines, exit statuses, and modules that are run by themselves.
 
     python -m speedstack.eval.microbench.qat --out FILE
 
@@ -25,14 +25,14 @@ P = ParamSpec("P")
 
 
 class Result(Protocol):
-    """What a command has measured."""
+    """A command's measurement."""
 
     def save(self, path: Path) -> Path:
-        """Write it as a file, whole; returns the path."""
+        """Write it as a file, atomically; returns the path."""
 
 
 def error_line(error: Exception) -> str:
-    """What went wrong, on one line: 'No space left on device: runs/demo' instead of '[Errno 28] ...'."""
+    """The error on one line: 'No space left on device: runs/demo' instead of '[Errno 28] ...'."""
     message = str(error)
     if isinstance(error, OSError) and error.strerror is not None:
         message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
@@ -40,7 +40,7 @@ def error_line(error: Exception) -> str:
 
 
 def exit_status(error: ValueError | OSError) -> int:
-    """1 for what the system refuses, 2 for a user's mistake."""
+    """1 for an operating-system error, 2 for a user's mistake."""
     return EXIT_SYSTEM if isinstance(error, OSError) else EXIT_BAD_INPUT
 
 
@@ -63,9 +63,9 @@ def module_command(main: Callable[P, int | None]) -> Callable[P, int]:
 def module_parser(
     spec: ModuleSpec | None, documentation: str | None, out: str | None = "result file"
 ) -> argparse.ArgumentParser:
-    """The parser of a module, by its `__spec__` and the first paragraph of its `__doc__`.
+    """The parser of a module, from its `__spec__` and the first paragraph of its `__doc__`.
 
-    `out` explains the option --out, the file that the result is written to; None: there is no such option.
+    `out` describes the option --out, the result file; None omits it.
     """
     program = None if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
     summary = " ".join((documentation or "").partition("\n\n")[0].split())
@@ -76,8 +76,8 @@ def module_parser(
 
 
 def show_result(result: Result, text: str, out: Path | None) -> None:
-    """Print the result as `text`, and write it to `out` unless that is None. Raises OSError as `save` does."""
-    # First, so that a full disk does not take what was measured.
+    """Print the result as `text`, and write it to `out` unless that is None. Raises OSError as `save`."""
+    # Print first, so that a full disk does not lose the measurement.
     print(text)
     if out is not None:
         print(f"written: {result.save(out)}")

@@ -1,9 +1,8 @@
 """Configs: pydantic models made of sections, read from YAML files and flags.
 
-A config is `defaults < YAML file < command-line flags`. pydantic validates (frozen, unknown keys refused), tyro turns
-the same models into flags, and the resolved config is saved with what was made by it. Every field has a default, hence
-a YAML file holds only what a job changes. Left out on purpose: interpolation, includes and environment variables; a
-config that has to be executed to be understood is a program.
+A config is `defaults < YAML file < command-line flags`. pydantic validates, tyro turns the models into flags, and the
+resolved config is saved with its results. Left out on purpose: interpolation, includes and environment variables,
+because a config should be readable without running it.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 class Section(BaseModel):
-    """Base of every config and of its sections: immutable, and an unknown key is an error, not a silent default."""
+    """Base of every config and its sections: immutable; an unknown key is an error, not a silent default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def validated(config_type: type[ConfigT], values: Any, where: str = "") -> ConfigT:
-    """The config that `values` are. Raises ValueError, one line with `where` in front of it, where they are none."""
+    """The config made of `values`. Raises ValueError, one line that begins with `where`, if they do not fit."""
     try:
         return config_type.model_validate(values)
     except ValidationError as error:
@@ -39,10 +38,7 @@ def validated(config_type: type[ConfigT], values: Any, where: str = "") -> Confi
 
 
 def replaced(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
-    """A copy with some fields changed, by dotted name, validated again.
-
-    Raises ValueError, one line, for a field that there is not, and for values that do not fit.
-    """
+    """A validated copy with some fields changed, by dotted name. Raises ValueError for unknown fields or bad values."""
     raw = config.model_dump()
     for name, value in values.items():
         *sections, field = name.split(".")
@@ -56,12 +52,7 @@ def replaced(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
 
 
 def read_config(config_type: type[ConfigT], path: Path | None) -> ConfigT:
-    """Defaults overlaid with the YAML file at `path`.
-
-    Raises:
-        ValueError: one line that names the file and the key: no such file, not YAML, an unknown key (with the nearest
-            known one), a wrong type or value, or a config of another verb.
-    """
+    """Defaults overlaid with the YAML file at `path`. Raises ValueError naming the file and the key."""
     if path is None:
         return config_type()
     try:
@@ -77,16 +68,15 @@ def read_config(config_type: type[ConfigT], path: Path | None) -> ConfigT:
         kind = config_type.model_fields["kind"].default
         if data.get("kind", kind) != kind:
             raise ValueError(f"{path} is a config of kind {data['kind']!r}, not {kind!r}")
-    # Over the type's defaults, not each section's: a file that names one field of a section keeps the others.
+    # Over the type's defaults, not each section's, so that a file may name one field of a section.
     return validated(config_type, _overlay(config_type().model_dump(), data), f"{path}: ")
 
 
 def load_config(config_type: type[ConfigT], path: Path | None, overrides: Sequence[str] = ()) -> ConfigT:
-    """Config of any verb: defaults, then the YAML file, then flags `--section.key value`. `--help` lists every field.
+    """Any verb's config: defaults, then the YAML file, then flags `--section.key value`.
 
-    Raises:
-        ValueError: as `read_config`, and for an unknown flag, a value that is refused, or values that do not fit.
-        SystemExit: from tyro, for `--help` (code 0) and for a value of another type (code 2), of which it prints why.
+    Raises ValueError as `read_config` and for flags that do not fit; SystemExit from tyro for `--help` (code 0) and for
+    a value of another type (code 2), with its reason printed.
     """
     default = read_config(config_type, path)
     known = dotted_keys(config_type)
@@ -99,35 +89,32 @@ def load_config(config_type: type[ConfigT], path: Path | None, overrides: Sequen
         with contextlib.redirect_stderr(printed):
             config = tyro.cli(config_type, default=default, args=list(overrides), prog="speedstack")
     except SystemExit as stop:
-        # tyro frames pydantic's own text, which speaks of input types and types' names.
+        # tyro frames pydantic's message, which speaks of Python types.
         if (refused := validation_error(stop)) is not None:
             raise ValueError(describe_validation_error(refused, config_type)) from refused
         sys.stderr.write(printed.getvalue())
         raise
     sys.stderr.write(printed.getvalue())
-    # tyro assembles the sections itself; the validators that look across sections have to see the result.
+    # tyro assembles the sections; the validators across sections have to see the result.
     return validated(config_type, config.model_dump())
 
 
 def load_config_of(
     config_type: type[ConfigT], directory_key: str, path: Path | None, overrides: Sequence[str] = ()
 ) -> ConfigT:
-    """`load_config` for a verb that may be given a directory where others take a YAML file: it is `directory_key` then.
-
-    Raises as `load_config`.
-    """
+    """`load_config` for a verb that takes a directory in place of the YAML file, as `directory_key`."""
     if path is not None and not is_yaml(path):
         return load_config(config_type, None, [f"--{directory_key}", str(path), *overrides])
     return load_config(config_type, path, overrides)
 
 
 def is_yaml(path: Path) -> bool:
-    """Whether a path names a config."""
+    """Whether a path names a config, by its suffix."""
     return path.suffix in (".yaml", ".yml")
 
 
 def dump_config(config: BaseModel) -> str:
-    """The whole config as YAML; `read_config` of the text gives an equal config, and its dump the same bytes."""
+    """The whole config as YAML; reading it gives an equal config, and dumping that the same bytes."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 

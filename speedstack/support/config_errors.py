@@ -1,7 +1,6 @@
-"""What is wrong in a config, as one line that names the key.
+"""Config errors as one line that names the key, the problem and the given value.
 
-pydantic and tyro say it in frames, with types and links; whoever wrote the file or the flag wants the key, the problem
-and what was given. An unknown key names the nearest known one.
+pydantic and tyro print frames, types and links instead. An unknown key names the nearest known one.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from speedstack.support.near_miss import nearest
 
 
 def describe_validation_error(error: ValidationError, config_type: type[BaseModel]) -> str:
-    """All problems of a `ValidationError` in one line, each with its dotted key; unknown keys name the nearest one."""
+    """All problems of a `ValidationError` in one line, by dotted key."""
     problems = []
     section = _section_named(error.title, config_type)
     for item in error.errors():
@@ -20,17 +19,17 @@ def describe_validation_error(error: ValidationError, config_type: type[BaseMode
         if item["type"] == "extra_forbidden":
             problems.append(f"unknown key '{key}'{nearest_key(key, config_type)}")
         else:
-            # Messages of validators may begin with the key themselves.
+            # A validator's message may begin with the key itself.
             message = item["msg"].removeprefix("Value error, ")
             prefix = f"{key}: " if key and not message.startswith(f"{key}.") else ""
-            # A validator that looks at a whole section names what is wrong in it.
+            # A validator of a whole section names the field in its message.
             got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
             problems.append(f"{prefix}{message}{got}"[:300])
     return "; ".join(problems)
 
 
 def validation_error(stop: BaseException) -> ValidationError | None:
-    """What pydantic refused, where that is why tyro gave up with `stop`; None where it is not."""
+    """The pydantic error behind tyro's `stop`, or None."""
     below: BaseException | None = stop
     while below is not None and not isinstance(below, ValidationError):
         below = below.__context__
@@ -38,7 +37,7 @@ def validation_error(stop: BaseException) -> ValidationError | None:
 
 
 def _section_named(title: str, config_type: type[BaseModel]) -> list[str]:
-    """The key of the section whose type has this name, where there is one: tyro makes each section by itself."""
+    """The key of the section whose type has this name, if any; tyro builds each section separately."""
     keys = [
         name for name, field in config_type.model_fields.items() if getattr(field.annotation, "__name__", "") == title
     ]
@@ -56,9 +55,9 @@ def dotted_keys(config_type: type[BaseModel]) -> list[str]:
 
 
 def nearest_key(key: str, config_type: type[BaseModel], prefix: str = "") -> str:
-    """What to add to a message about an unknown key: the nearest known one behind `prefix`, or all sections."""
+    """An addition to a message about an unknown key: the nearest key behind `prefix`, or all sections."""
     known = dotted_keys(config_type)
-    # A key in the wrong section is nearer by its last part than by its whole path.
+    # The last part finds a key in the wrong section better than the whole path.
     leaf = key.rpartition(".")[2]
     by_leaf = {name.rpartition(".")[2]: name for name in known}
     matches = [by_leaf[leaf]] if leaf in by_leaf else nearest(key, known)

@@ -1,4 +1,4 @@
-"""SHA-256, as hexadecimal digits, of what results depend on."""
+"""SHA-256, as hexadecimal digits, of results' inputs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 
 def json_sha256(content: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """Of JSON, whatever the order of its keys; `default` turns what JSON does not know into what it does."""
+    """Digest of JSON, whatever the order of its keys; `default` converts types that JSON lacks."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=default).encode()).hexdigest()
 
 
 def file_sha256(path: str | Path) -> str:
-    """Of a file's bytes. Raises OSError when it cannot be read."""
+    """Digest of a file's bytes. Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_sha256(root: Path, files: Iterable[Path]) -> str:
-    """Of the names below `root`, the sizes and the contents of `files`, in this order. Raises OSError as above."""
+    """Digest of names below `root`, sizes and contents of `files`, in this order. Raises OSError."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.relative_to(root).as_posix()}\0{file.stat().st_size}\0".encode())
@@ -30,6 +30,6 @@ def files_sha256(root: Path, files: Iterable[Path]) -> str:
 
 
 def add_file(digest: Any, path: str | Path) -> None:
-    """Add a file's bytes to a `hashlib` object. Raises OSError when it cannot be read."""
+    """Add a file's bytes to a `hashlib` object. Raises OSError."""
     with open(path, "rb") as file:
         hashlib.file_digest(file, lambda: digest)

@@ -1,8 +1,7 @@
-"""Files and directories that are there whole or not at all, and those that one process has to itself.
+"""Atomic writes of files and directories, and locks on them.
 
-What appears whole is made beside its place, then renamed onto it. Every writer has a directory of its own beside,
-`.<name>-<random>.partial`, under a lock that the system takes back when its process ends, however that ends: of two
-that write to one place the later wins, whole, and what a killed one left is removed by the next.
+A writer fills a directory of its own beside the target, `.<name>-<random>.partial`, then renames. The system releases
+its lock when the process ends. Of two writers the later one wins; the next writer removes what a killed one left.
 """
 
 from __future__ import annotations
@@ -21,10 +20,7 @@ _RANDOM_DIGITS = 32
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
-    """Write a file, flushed to disk, and the directories it is in; returns the path.
-
-    Text is written in UTF-8, its line ends as they are. Raises OSError as the file system does.
-    """
+    """Write a file in UTF-8, flushed to disk, with parent directories; line ends stay. Raises OSError."""
     path = Path(path)
     with atomic_path(path) as partial, partial.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -35,11 +31,10 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
 
 @contextmanager
 def atomic_path(path: str | Path, *, replaces_directory: bool = False) -> Iterator[Path]:
-    """A free path to make a file or a directory at; it becomes `path` when the block ends without an exception.
+    """A free path for a file or directory; it becomes `path` if the block ends without an exception.
 
-    A file that lies at `path` is replaced. So is a directory if `replaces_directory`; a crash between its going and the
-    new one's coming leaves it in `.<name>-<random>.old`. Raises OSError as the file system does, also where a
-    directory with something in it is not to be replaced.
+    A file at `path` is replaced, a directory only if empty or with `replaces_directory`; a crash between the two
+    renames leaves the old one in `.<name>-<random>.old`. Raises OSError.
     """
     path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,10 +50,10 @@ def atomic_path(path: str | Path, *, replaces_directory: bool = False) -> Iterat
 
 @contextmanager
 def exclusive(directory: Path, file: str = "") -> Iterator[None]:
-    """Hold `directory`, or only the file of this name in it; the system lets go when the process ends, however it ends.
+    """Lock `directory`, or one file name in it, for the block; the lock ends with the process.
 
-    What is locked is a hidden file beside, which stays: the one that is held may be replaced meanwhile. Raises
-    ValueError when another process holds it.
+    A hidden file beside it carries the lock and stays, because the locked file may be replaced. Raises ValueError if
+    another process has the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / (f".{file}.lock" if file else ".lock"), "w", encoding="utf-8") as lock:
@@ -72,7 +67,7 @@ def exclusive(directory: Path, file: str = "") -> Iterator[None]:
 
 @contextmanager
 def _own_directory(path: Path) -> Iterator[Path]:
-    """A new directory beside `path`, locked while the block runs and removed after it."""
+    """A new directory beside `path`, locked during the block and removed afterwards."""
     while True:
         directory = _beside(path, "partial")
         try:
@@ -91,7 +86,7 @@ def _own_directory(path: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what writers to `path` left that were killed: what nobody holds a lock on."""
+    """Remove directories of killed writers to `path`: those without a lock."""
     for directory in path.parent.glob(f".{glob.escape(path.name)}-{'[0-9a-f]' * _RANDOM_DIGITS}.partial"):
         try:
             handle = os.open(directory, os.O_RDONLY)

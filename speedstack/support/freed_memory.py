@@ -1,8 +1,7 @@
-"""Memory that a process frees and takes again at once, as training steps do: kept, without asking the system.
+"""Keep freed memory for the next allocation instead of returning it to the system.
 
-glibc gives large blocks back to the system as soon as they are freed, and gets them again a page fault at a time. A
-training step frees and allocates hundreds of megabytes, in blocks of up to as many as the logits take; on a virtual
-machine the faults were a tenth of a step.
+glibc returns large blocks at once and gets them back a page fault at a time. A training step frees and allocates
+hundreds of megabytes; on a virtual machine the faults were a tenth of a step.
 """
 
 import ctypes
@@ -10,16 +9,16 @@ import logging
 
 logger = logging.getLogger("speedstack.train")
 
-# From glibc's malloc.h; mallopt returns 1 where it took the value.
+# From glibc's malloc.h; mallopt returns 1 on success.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MAX_KEPT_BYTES = 2**31 - 1
 _MAX_BLOCK_BYTES = 2**30
 
 
 def keep_freed_memory() -> bool:
-    """Make this process keep what it frees for what it allocates next; whether its C library can.
+    """Make this process keep freed memory; returns whether its C library can.
 
-    For the rest of the process: its resident memory stays at its peak. Blocks above 1 GiB still go back at once.
+    Resident memory then stays at its peak. Blocks above 1 GiB still go back at once.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,8 +1,7 @@
-"""Progress: of one piece of work, a bar; of a job made of stages, a bar and an estimate a stage, and the time left.
+"""Progress bars: one for a piece of work; for a job of stages, one per stage with the time left.
 
-Each stage comes with the seconds it is expected to take. The expectation of the stages to come is scaled by how this
-machine did on the finished ones, and the running stage's own pace replaces its expectation once it has made some way.
-On a terminal rich draws the bars; anywhere else (a log, CI) one line appears at each tenth of a stage.
+Each stage has an expected time, scaled by this machine's pace on finished stages; once a stage has made some way, its
+own pace replaces it. rich draws the bars on a terminal; elsewhere (a log, CI) a line appears at each tenth of a stage.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tas
 from rich.text import Text
 from tqdm import tqdm
 
-# A stage's own pace is trusted from this share of its work on; before, one slow first step would dominate.
+# Share of its work after which a stage's own pace is trusted; before, one slow first step would dominate.
 _TRUSTED_SHARE = 0.05
 _LOG_EVERY = 0.1
 # A first stage of a few seconds, mostly imports, says little about the minutes to come.
@@ -28,7 +27,7 @@ Advance = Callable[..., None]
 
 @contextmanager
 def counting_bar(description: str, unit: str, is_shown: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, gone at the end; the value is called with (done, total) whenever there is news."""
+    """A bar on standard error, removed at the end; yields a function to call with (done, total)."""
     with tqdm(desc=description, unit=unit, leave=False, dynamic_ncols=True, disable=not is_shown) as bar:
 
         def show(done: int, total: int) -> None:
@@ -89,7 +88,7 @@ class StageProgress:
         self._bars.stop()
 
     def skip(self, name: str, seconds: float) -> None:
-        """Mark a stage as done by an earlier process, where it took `seconds`."""
+        """Mark a stage that an earlier process finished in `seconds`."""
         self._pending.remove(name)
         self._bars.add_task(name, total=1, completed=1, note="done before", seconds=seconds)
         self._log(f"{self._label(name)} done before ({format_seconds(seconds)})")
@@ -97,7 +96,7 @@ class StageProgress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Advance]:
-        """Run a stage; the value is called with (done, total, note="") whenever there is news."""
+        """Run a stage; yields a function to call with (done, total, note="")."""
         self._pending.remove(name)
         started = time.monotonic()
         self._running, self._started = name, started
@@ -111,7 +110,7 @@ class StageProgress:
             assert self._task is not None
             self._share = done / max(total, 1)
             if self._first_share is None:
-                # A resumed stage starts with a share that this process did not work for.
+                # An earlier process did the first share of a resumed stage.
                 self._first_share = self._share if done < total else 0.0
                 self._started = time.monotonic() if self._share else self._started
             self._bars.update(self._task, completed=done, total=total, note=note)
@@ -135,7 +134,7 @@ class StageProgress:
         self._log(f"{self._label(name)} done in {format_seconds(seconds)}")
 
     def stage_seconds_left(self) -> float:
-        """Expected rest of the running stage; 0 between stages."""
+        """Expected remaining seconds of the running stage; 0 between stages."""
         if self._running is None:
             return 0.0
         elapsed = time.monotonic() - self._started
@@ -145,11 +144,11 @@ class StageProgress:
         return max(0.0, self._expected[self._running] * self._pace() * (1 - first) - elapsed)
 
     def total_seconds_left(self) -> float:
-        """Expected rest of all stages."""
+        """Expected remaining seconds of all stages."""
         return self.stage_seconds_left() + self._pace() * sum(self._expected[name] for name in self._pending)
 
     def _pace(self) -> float:
-        """Seconds this machine takes for an expected second; 1 until the finished stages outweigh the prior."""
+        """Seconds per expected second; 1 until the finished stages outweigh the prior."""
         return (self._finished_seconds + _PRIOR_SECONDS) / (self._finished_expected + _PRIOR_SECONDS)
 
     def _seconds_left_of_task(self, task: TaskID) -> float | None:
@@ -169,7 +168,7 @@ class StageProgress:
 
     def _log(self, line: str) -> None:
         if not self._console.is_terminal:
-            # No markup: the label's brackets are not a style.
+            # No markup: the label's brackets are literal.
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,7 +1,6 @@
-"""Keep a screen of our own while libraries talk: what they print goes to a log file, our logged warnings stay visible.
+"""Send libraries' output to a log file, and keep our own screen and warnings.
 
-Redirection is by file descriptor, because much of the talk comes from C code and from child processes. Logging handlers
-that hold the old streams write to the same descriptors, so they are covered too.
+File descriptors are redirected, because C code and child processes print too, as do logging handlers with old streams.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ _STDOUT, _STDERR = 1, 2
 
 @contextmanager
 def quiet(log: Path) -> Iterator[Console]:
-    """Append everything that is printed to the file `log`; the value is a console on the real standard output.
+    """Append all output to the file `log`; yields a console on the real standard output. Raises OSError.
 
-    What `speedstack` loggers warn of appears on that console; what goes through `warnings.warn` goes to the file, like
-    all else on standard error. Raises OSError when the file cannot be opened.
+    Warnings of `speedstack` loggers appear on that console; `warnings.warn` goes to the file.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Stages: steps one after the other, with outputs where people look for them and with progress that says how long."""
+"""Stages: steps in sequence, with outputs in the job's directory and with progress."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RECORDS = "stages"
 
 @dataclass(frozen=True)
 class Stage:
-    """A step, and `run(advance)` that makes it and returns one line on what came out."""
+    """A step, and `run(advance)`, which makes it and returns a one-line summary."""
 
     step: Step
     run: Callable[[Advance], str]
@@ -22,19 +22,19 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """The step's."""
+        """The step's name."""
         return self.step.name
 
 
 def stage_store(directory: Path) -> StepStore:
-    """The stages of the job in `directory`, whose records lie in `stages/<name>.json`; a result is that one line."""
+    """The stages of the job in `directory`, with records in `stages/<name>.json`; a result is the summary line."""
     return StepStore(directory, f"{RECORDS}/{{name}}.json")
 
 
 def run_stages(directory: Path, stages: Sequence[Stage], progress: StageProgress) -> float:
-    """Bring every stage to completion, in order; returns their seconds, those of earlier processes too.
+    """Complete every stage in order; returns their seconds, including earlier processes'.
 
-    Raises whatever a stage raises; the next call goes on there. The caller has locked the directory.
+    Raises as the stages; the next call resumes there. The caller has locked the directory.
     """
     store, seconds = stage_store(directory), 0.0
     for stage in stages:

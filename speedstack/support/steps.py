@@ -1,25 +1,20 @@
-"""Steps that run once for the same inputs, whatever ends the process: found again by a hash of all that decides them.
+"""Steps that run once for the same inputs, across interruptions: found again by a hash of all that decides them.
 
-    <root>/<kind>-<key>/             a step's own directory: what it makes, and its record, step.json
+    <root>/<kind>-<key>/             a step's own directory: its outputs, and its record, step.json
 
-The key is a SHA-256 of the step's kind, the version of its code, its settings (digests of files it reads among them),
-the versions of the packages that compute it and the keys of the steps that it needs, so it is known before anything has
-run, and a changed input gives new keys to all that depends on it. Where files lie does not count.
+The key is a SHA-256 of the step's kind, code version, settings (with digests of input files), package versions and the
+keys of the steps it needs. So it is known before anything runs, and a changed input gives new keys to all dependents.
+Paths do not count.
 
-A record is there from the moment that a step begins. It has `completion`, a random name of that one completion, once
-all that the step makes is there: written last, by rename. A step stands with the completions that it was made from: one
-that has lost a file is made anew, and so is what was made from it, since nothing says that the new one is the same. A
-step that was interrupted goes on over what it left; in every other case it starts over, and what is there goes.
+A record exists once a step begins, and is renamed into place at the end with `completion`, a random name. A step is
+valid for the completions it was made from: if one has lost a file, it and its dependents are made anew, since the new
+one may differ. An interrupted step resumes; every other case starts over with nothing there.
 
-A step may have its outputs where people look for them instead, at names that do not change with its key; then another
-key starts it over as well.
+A step may instead have outputs at fixed names; another key then starts it over as well. Another package version makes
+another step, since compared rows must be of one software; `other_software` names the old one, which stays.
 
-Another version of a package makes another step: a table whose rows are compared is of one software. What was made with
-the old one stays, is named by `other_software`, and is found again when that is installed again.
-
-A step with a directory of its own is made under a lock that the system takes back when its process ends, however that
-ends: two processes that want the same step make it once. Left out: removing steps that nobody refers to any more;
-delete the directory.
+A lock that ends with the process makes two processes that want the same step make it once. Left out: removing steps
+without references; delete the directory.
 """
 
 from __future__ import annotations
@@ -47,14 +42,12 @@ _KEY_CHARACTERS = 16
 class Step:
     """A piece of work.
 
-    `version` is raised when the code of a kind changes its results. `settings` is JSON and decides the result; `places`
-    are paths and the like that do not. `software` has the versions of the packages that the numbers come from, by name.
-    `needs` are earlier steps, by what they are to this one. `is_exclusive`: to be run while no other step runs, as
-    timings want.
+    `version` is raised when the code changes its results. `settings` is JSON and decides the result; `places` (paths
+    and the like) do not. `software` has package versions by name, `needs` earlier steps by role. `is_exclusive` steps,
+    such as timings, run alone.
 
-    `outputs` are paths below the store's root, for a step without a directory of its own, which is called by its kind.
-    They and `decisive`, the files in them that others read, have to exist for the step to stand; of a directory of its
-    own that is every file.
+    `outputs` are paths below the store's root, for a step without a directory of its own. They and `decisive`, the
+    files in them that others read, must exist for the step to be valid; in an own directory every file must.
     """
 
     kind: str
@@ -69,13 +62,13 @@ class Step:
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 of what decides the result."""
+        """SHA-256 of all that decides the result."""
         needs = {role: step.key for role, step in self.needs.items()}
         return json_sha256(self._content(needs) | {"software": self.software})
 
     @cached_property
     def inputs_key(self) -> str:
-        """SHA-256 of the same without the software, its own and that of what it needs."""
+        """SHA-256 of the same without software versions, its own and its needs'."""
         return json_sha256(self._content({role: step.inputs_key for role, step in self.needs.items()}))
 
     def _content(self, needs: Mapping[str, str]) -> dict[str, Any]:
@@ -83,21 +76,20 @@ class Step:
 
     @property
     def name(self) -> str:
-        """What it is called among the others of a store."""
+        """The step's name in a store."""
         return self.kind if self.outputs else f"{self.kind}-{self.key[:_KEY_CHARACTERS]}"
 
     def closure(self) -> list[Step]:
-        """This step after all that it needs, directly or not; a step may be in the list twice."""
+        """This step after all it needs, directly or not; a step may appear twice."""
         return [*(step for need in self.needs.values() for step in need.closure()), self]
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What the file says of a step.
+    """Content of a step's record file.
 
-    `needs`: completions by role. `seconds` adds up all processes that worked on the step and could say so. `files`:
-    sizes of those that have to be there, None for what has only to exist. `result`, `files` and `completion` are of a
-    step that is complete.
+    `needs`: completions by role. `seconds`: total of all processes that recorded one. `files`: required sizes, None if
+    the file need only exist. `result`, `files` and `completion` are set at completion.
     """
 
     kind: str
@@ -114,19 +106,19 @@ class StepRecord:
 
     @property
     def is_complete(self) -> bool:
-        """The step ran to its end."""
+        """Whether the step ran to its end."""
         return bool(self.completion)
 
 
 class StepStore:
-    """The steps below `root`; `record` is the path of a step's record there, by its name."""
+    """The steps below `root`; `record` is the path of a step's record, with its name filled in."""
 
     def __init__(self, root: Path, record: str = "{name}/step.json") -> None:
         self.root = root
         self._record = record
 
     def path(self, step: Step) -> Path:
-        """The step's own directory, whether it exists or not; the root for one without."""
+        """The step's own directory, existing or not; the root for a step without one."""
         return self.root if step.outputs else self.root / step.name
 
     def record_path(self, name: str) -> Path:
@@ -134,7 +126,7 @@ class StepStore:
         return self.root / self._record.format(name=name)
 
     def record(self, step: Step) -> StepRecord | None:
-        """Of a step that is complete, or was interrupted; None where it has to start over, or to begin."""
+        """The record of a complete or interrupted step; None if it has to begin or start over."""
         record = self._read(step.name)
         if record is None or record.key != step.key or record.needs != self._completions(step):
             return None
@@ -142,12 +134,12 @@ class StepStore:
         return record if is_whole or not record.is_complete else None
 
     def is_done(self, step: Step) -> bool:
-        """Whether the finished step is there with all that it made."""
+        """Whether the step is complete with all its files."""
         record = self.record(step)
         return record is not None and record.is_complete
 
     def missing(self, steps: Iterable[Step]) -> list[Step]:
-        """Those of `steps`, each after what it needs, that are to be made: with what is to be made from them."""
+        """Those of `steps` and their needs that must be made, in order of dependence."""
         missing: dict[str, Step] = {}
         for step in steps:
             if not self.is_done(step) or any(need.name in missing for need in step.needs.values()):
@@ -155,14 +147,14 @@ class StepStore:
         return list(missing.values())
 
     def result(self, step: Step) -> Any:
-        """What the step's function returned. Raises ValueError where the step is not finished."""
+        """The result of the step's function. Raises ValueError if the step is not complete."""
         record = self.record(step)
         if record is None or not record.is_complete:
             raise ValueError(f"step {step.name} is not in {self.root}")
         return record.result
 
     def completed(self) -> list[tuple[str, StepRecord]]:
-        """Names and records of all complete steps, in the order in which they were completed."""
+        """Names and records of complete steps, in order of completion."""
         before, after = self._record.split("{name}")
         files = sorted(self.root.glob(self._record.format(name="[!.]*")), key=lambda file: file.stat().st_mtime_ns)
         names = [file.relative_to(self.root).as_posix().removeprefix(before).removesuffix(after) for file in files]
@@ -170,9 +162,9 @@ class StepStore:
         return [(name, record) for name, record in records if record is not None and record.is_complete]
 
     def other_software(self, steps: Iterable[Step]) -> dict[str, list[str]]:
-        """Of unfinished `steps` those that are there of other software: name -> "torch 2.12.0, is 2.13.0" and so on.
+        """Unfinished `steps` that exist with other software: name -> "torch 2.12.0, is 2.13.0" and so on.
 
-        Where only a step that one of them needs was made otherwise, the list is empty.
+        The list is empty if only a needed step differs.
         """
         wanted = {step.inputs_key: step for step in steps if not self.is_done(step)}
         found: dict[str, list[str]] = {}
@@ -189,10 +181,10 @@ class StepStore:
         return found
 
     def make(self, step: Step, run: Callable[[Mapping[str, Path], Path], Any]) -> bool:
-        """Have `run(directories of needed steps, directory to fill)` make the step, unless it is there: False then.
+        """Make the step with `run(directories of needed steps, directory to fill)`; False if it is there already.
 
-        `run` finds in the directory what an interrupted call left, and returns a result of plain JSON types. What it
-        raises goes through, and what it has left stays. Raises ValueError where the result holds NaN or infinity.
+        `run` may find an interrupted call's files, and returns plain JSON. Its exceptions propagate and its files stay.
+        Raises ValueError for NaN or infinity in the result.
         """
         with self._claimed(step):
             record = self.record(step)
@@ -205,14 +197,14 @@ class StepStore:
                 result = run({role: self.path(need) for role, need in step.needs.items()}, self.path(step))
                 finished = {"result": result, "files": self._files(step), "completion": secrets.token_hex(8)}
             finally:
-                # An interrupted step keeps its time, so that the sum over processes is right in a report.
+                # Interrupted steps keep their time, so a report has the sum over processes.
                 seconds = record.seconds + time.monotonic() - started
                 self._write(step, replace(record, seconds=seconds, **finished))
         return True
 
     def _start_over(self, step: Step) -> StepRecord:
-        """Begin with nothing there."""
-        # No record while outputs go: whatever ends the process here, the next one starts over as well.
+        """Delete the step's files and record."""
+        # The record goes first: if the process ends here, the next one starts over as well.
         self.record_path(step.name).unlink(missing_ok=True)
         for path in [self.root / output for output in step.outputs] or list(self.path(step).iterdir()):
             if path.is_dir() and not path.is_symlink():
@@ -232,12 +224,12 @@ class StepStore:
         return record
 
     def _completions(self, step: Step) -> dict[str, str]:
-        """Of what the step needs, as it is there now."""
+        """Current completions of the step's needs."""
         records = {role: self._read(need.name) for role, need in step.needs.items()}
         return {role: "" if record is None else record.completion for role, record in records.items()}
 
     def _files(self, step: Step) -> dict[str, int | None]:
-        """What has to be there from now on, by its path below the step's directory."""
+        """Required files, by path below the step's directory."""
         directory, own = self.path(step), self.record_path(step.name)
         if step.outputs:
             paths = (*step.outputs, *step.decisive)
@@ -246,7 +238,7 @@ class StepStore:
             return dict.fromkeys(paths)
         files = sorted(file for file in directory.rglob("*") if file.is_file() and file != own)
         sizes = {file.relative_to(directory).as_posix(): file.stat().st_size for file in files}
-        # What a process that was killed while it wrote the record has left goes when it is written the next time.
+        # Leftovers of a process killed while writing the record; the next write removes them.
         return {name: size for name, size in sizes.items() if not name.startswith(f".{own.name}-")}
 
     def _is_there(self, path: Path, size: int | None) -> bool:
@@ -256,7 +248,7 @@ class StepStore:
             return False
 
     def _read(self, name: str) -> StepRecord | None:
-        """A record that cannot be read counts as none."""
+        """The record, or None if it cannot be read."""
         try:
             return StepRecord(**json.loads(self.record_path(name).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -267,7 +259,7 @@ class StepStore:
 
     @contextmanager
     def _claimed(self, step: Step) -> Iterator[None]:
-        """The step's own directory, there and locked. The root of steps without one is its owner's to lock."""
+        """Create and lock the step's own directory. The owner of the root locks the root."""
         if step.outputs:
             yield
             return

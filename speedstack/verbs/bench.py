@@ -1,6 +1,6 @@
-"""The `bench` verb: prompts by name, the race of the engine and its peers, and what came out as files and a table.
+"""The `bench` verb: prompts, the comparison of the engine with its peers, and the result as files and a table.
 
-Files are written after every set of every repeat, so that whatever ends the run leaves what was finished.
+Files are written after every set of every repeat, so an interrupted run keeps the finished ones.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ TIMING_FILE, TABLE_FILE, ACCEPTANCE_FILE = "timing.json", "timing.md", "acceptan
 
 
 def load_bench_config(path: Path | None, overrides: Sequence[str]) -> BenchConfig:
-    """As every verb's; instead of a YAML file, a model directory may be named, which is then `target`."""
+    """The verb's config; a model directory in place of the YAML file becomes `target`."""
     return load_config_of(BenchConfig, "target", path, overrides)
 
 
 def bench(config: BenchConfig) -> None:
     """Time the decode loop against peers, and count the drafter's acceptance meanwhile.
 
-    Raises ValueError, one line, for prompts that cannot be had, for checkpoints as their loaders do, and when the
-    engine itself cannot decode.
+    Raises ValueError for missing prompts, as the checkpoint loaders, and if the engine itself cannot decode.
     """
     import torch
 
@@ -84,7 +83,7 @@ def bench(config: BenchConfig) -> None:
 
 
 def load_prompts(config: BenchConfig) -> list[PromptSet]:
-    """The sets that the config names, in tokens of its target. Raises ValueError, one line."""
+    """The configured sets, in tokens of the target. Raises ValueError."""
     from speedstack.eval.data.prompts import PromptLoader
     from speedstack.quant.checkpoint.tokenizer import load_tokenizer
     from speedstack.runtime.model.loading import check_decodable

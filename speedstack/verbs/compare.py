@@ -11,7 +11,7 @@ from speedstack.verbs.named_files import load_naming_files
 
 
 def load_compare_config(path: Path | None, overrides: Sequence[str]) -> CompareConfig:
-    """As every verb's; instead of a YAML file, the result files may be named one after the other."""
+    """The verb's config; result files may be named in place of a YAML file."""
     if path is not None and not is_yaml(path) and (not overrides or overrides[0].startswith("-")):
         raise ValueError("compare needs two result files or more: speedstack compare A.json B.json")
     return load_naming_files(CompareConfig, "results", path, overrides)

@@ -1,7 +1,7 @@
 """The `convert` verb: a checkpoint of one format becomes one of another. A drafter is told from a model by its config.
 
-The checkpoint may be named before the flags, where other verbs take a config file: `speedstack convert SRC --to FORMAT
---out DIR`. A name that ends in .yaml or .yml is a config file here too.
+The checkpoint may stand before the flags: `speedstack convert SRC --to FORMAT --out DIR`. A name that ends in .yaml or
+.yml is a config file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import Field
 from speedstack.eval.config import DEMO_RUN
 from speedstack.support.config import Section, load_config_of
 
-# Settings that are for one kind of source alone.
+# Settings that only one kind of source uses.
 _MODEL_SETTINGS = ("scale_rule", "linears", "lm_head", "max_shard_bytes")
 _DRAFTER_SETTINGS = ("target",)
 
@@ -54,12 +54,12 @@ class ConvertConfig(Section):
 
 
 def load_convert_config(path: Path | None, overrides: Sequence[str]) -> ConvertConfig:
-    """The config of a file and flags, or of a source directory and flags. Raises as `load_config` does."""
+    """The config of a file and flags, or of a source directory and flags. Raises as `load_config`."""
     return load_config_of(ConvertConfig, "source", path, overrides)
 
 
 def convert(config: ConvertConfig) -> None:
-    """Convert, with a progress bar, and say where the result lies."""
+    """Convert, with a progress bar, and print where the result is."""
     from speedstack.dflash.checkpoint import is_drafter
     from speedstack.quant.checkpoint import convert as run
     from speedstack.quant.checkpoint.config import read_config
@@ -93,7 +93,7 @@ def convert(config: ConvertConfig) -> None:
 
 
 def _check_used(config: ConvertConfig, others: Sequence[str], kind: str) -> None:
-    """Raises ValueError for a setting that a source of this kind has no use for."""
+    """Raise ValueError for a setting that this kind of source does not use."""
     for name in others:
         if getattr(config, name) != ConvertConfig.model_fields[name].default:
             raise ValueError(f"{config.source} is a {kind}, for which the setting {name} does nothing: leave it out")

@@ -1,10 +1,10 @@
 """The `eval` verb: a suite of lm-eval tasks, or without one, held-out perplexity and divergence from a teacher.
 
-    OUT/<suite>.json    lm-eval's result with our block; OUT/answers/ what makes a killed evaluation continue
+    OUT/<suite>.json    lm-eval's result with our block; OUT/answers/ lets a killed evaluation continue
     OUT/quality.json    without a suite
     OUT/tasks/          data of our own tasks, made from the held-out part of a corpus
 
-Under torchrun every process runs this verb; the main one evaluates, the others answer the requests it sends them.
+Under torchrun every process runs this verb; the main one evaluates, the others answer its requests.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def load_eval_config(path: Path | None, overrides: Sequence[str]) -> EvalConfig:
-    """As every verb's; instead of a YAML file, a model directory may be named, which is then `target`."""
+    """The verb's config; a model directory in place of the YAML file becomes `target`."""
     return load_config_of(EvalConfig, "target", path, overrides)
 
 
 def evaluate(config: EvalConfig) -> None:
-    """A suite of tasks, or quality of one model against a teacher where one is given."""
+    """Run a suite of tasks, or measure a model's quality, against a teacher if given."""
     if config.suite is not None:
         _evaluate_suite(config, config.suite)
     else:
@@ -83,7 +83,7 @@ def _evaluate_suite(config: EvalConfig, name: str) -> None:
 
 
 def make_task_data(config: EvalConfig, tasks: set[str]) -> None:
-    """Write the data of those of `tasks` that are ours, made from held-out text, into `config.out`/tasks."""
+    """Write the data of those of `tasks` that are ours, from held-out text, into `config.out`/tasks."""
     from speedstack.eval.data.task_data import NUM_SAME_TEXT, SUITE_SIZES, make_same_text, make_tasks
     from speedstack.eval.lm_eval.adapter import EngineLM
     from speedstack.eval.lm_eval.task_loading import TASK_NAMES, TEACHER_TASK_NAMES, generation_settings
@@ -104,7 +104,7 @@ def make_task_data(config: EvalConfig, tasks: set[str]) -> None:
         )
 
         def write(contexts: list[str]) -> list[str]:
-            """As the models are asked that are compared with the teacher."""
+            """Ask the teacher in the same way as the models compared with it."""
             if config.chat_template:
                 contexts = [teacher.apply_chat_template([{"role": "user", "content": text}]) for text in contexts]
             return teacher.write(contexts, generation_settings("same_text"))
@@ -113,7 +113,7 @@ def make_task_data(config: EvalConfig, tasks: set[str]) -> None:
 
 
 def _check_models(config: EvalConfig) -> None:
-    """Raises ValueError for a model that the engine does not decode, before another one is loaded and asked."""
+    """Raise ValueError for a model that the engine cannot decode, before another one is loaded."""
     from speedstack.runtime.model.loading import check_decodable
 
     for model in (config.target, config.teacher):

@@ -1,8 +1,7 @@
-"""The `generate` verb: stream a continuation to stdout, and what it cost to stderr.
+"""The `generate` verb: stream a continuation to stdout, and its cost to stderr.
 
-The text alone goes to stdout, so that it can be piped. It is greedy unless flags say otherwise: of the model's
-generation_config.json only the end tokens are taken. Batches, files of prompts and log-probabilities are left to the
-Python API (`speedstack.runtime.Engine`), which does them in three lines.
+Stdout has the text alone, for pipes. Decoding is greedy by default: only the end tokens are taken from the model's
+generation_config.json. Batches and log-probabilities are left to the Python API (`speedstack.runtime.Engine`).
 """
 
 from __future__ import annotations
@@ -65,12 +64,12 @@ class GenerateConfig(ModelConfig):
 
 
 def load_generate_config(path: Path | None, overrides: Sequence[str]) -> GenerateConfig:
-    """As every verb's; instead of a YAML file, a model directory may be named, which is then `target`."""
+    """The verb's config; a model directory in place of the YAML file becomes `target`."""
     return load_config_of(GenerateConfig, "target", path, overrides)
 
 
 def generate(config: GenerateConfig) -> None:
-    """Stream the continuation. Raises ValueError as `Engine` does, and for no prompt or two."""
+    """Stream the continuation. Raises ValueError as `Engine`, and for no prompt or two."""
     if bool(config.prompt) == bool(config.prompt_ids):
         raise ValueError("give one prompt: --prompt TEXT (or '-' for stdin), or --prompt-ids 1 2 3")
     if config.chat_template and config.prompt_ids:
@@ -123,7 +122,7 @@ def generate(config: GenerateConfig) -> None:
 
 
 def _as_chat(text: str, tokenizer: Any, kwargs: dict[str, Any]) -> list[int]:
-    """Token ids: a template writes special tokens itself, and the tokenizer adds none."""
+    """Token ids of the rendered template, which writes special tokens itself."""
     from speedstack.eval.data.chat_template import ChatTemplate
     from speedstack.eval.data.chats import Chat
 
@@ -134,7 +133,7 @@ def _as_chat(text: str, tokenizer: Any, kwargs: dict[str, Any]) -> list[int]:
 
 
 def _stream(pieces: Generator[str, None, Generation]) -> Generation:
-    """Print pieces as they come, then a newline; the generation they belong to."""
+    """Print pieces as they come, then a newline; returns their generation."""
     while True:
         try:
             print(next(pieces), end="", flush=True)

@@ -1,4 +1,4 @@
-"""Configs of verbs whose files may be named one after the other instead of in a YAML file."""
+"""Configs of verbs that take file names in place of a YAML file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The `plan` verb: a model's decode plan, its cost on a GPU, and the proof that it is safe. Needs a config.json alone.
 
-The model may be named before the flags, where other verbs take a config file: `speedstack plan MODEL --gpu H200`. A
-name that ends in .yaml or .yml is a config file here too.
+The model may stand before the flags: `speedstack plan MODEL --gpu H200`. A name that ends in .yaml or .yml is a config
+file.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ProofRow(Record):
 
 
 class PlanResult(Document):
-    """Everything the verb prints. weight_formats: part -> format, as in `model.weight_formats`."""
+    """The verb's output. weight_formats: part -> format, as in `model.weight_formats`."""
 
     kind: Literal["plan"] = "plan"
     config: dict[str, Any]
@@ -87,14 +87,14 @@ class PlanResult(Document):
 
 
 def load_plan_config(path: Path | None, overrides: Sequence[str]) -> PlanConfig:
-    """As every verb's; instead of a YAML file, a model directory or a config.json may be named, which is then `model`.
+    """The verb's config; a model directory or config.json in place of the YAML file becomes `model`.
     `--json` is short for `--json-output`."""
     flags = ["--json-output" if flag == "--json" else flag for flag in overrides]
     return load_config_of(PlanConfig, "model", path, flags)
 
 
 def plan(config: PlanConfig) -> None:
-    """Print the plan. Raises ValueError as `make_plan`, and for a plan that the proof rejects."""
+    """Print the plan. Raises ValueError as `make_plan`, and for a plan that fails the proof."""
     started = time.perf_counter()
     from speedstack.runtime.plan.verify.proof import prove
 
@@ -205,7 +205,7 @@ def _print(result: PlanResult, config: PlanConfig, gpu: Gpu) -> None:
         f"{result.step_flops / GIGA:.2f}", f"{1e6 * result.roofline_seconds:.1f}", "100%", "",
         f"{1e6 * result.predicted_seconds:.1f}",
     )  # fmt: skip
-    # As wide as it needs to be where nobody looks: a file or a pipe must not cut numbers.
+    # Wide enough for files and pipes, where numbers must not be cut.
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(table)
     formats = (f"{part.replace('_', ' ')} {name}" for part, name in result.weight_formats.items())

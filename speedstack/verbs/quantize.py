@@ -1,7 +1,7 @@
 """The `quantize` verb: routed experts to MXFP4 after training, by rounding or by GPTQ, as a packed model directory.
 
-Next to the model lies quantize.json: what was asked for, on which machine, how long it took, and for GPTQ what each
-expert's matrices were calibrated on and what came out. Model and record appear together and whole, or not at all.
+quantize.json in it records settings, machine, time, and for GPTQ the calibration of each expert matrix. Model and
+record appear together, atomically.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ class QuantizeConfig(Section):
 
     @property
     def chosen_scale_rule(self) -> ScaleRule:
-        """The rule that `auto` stands for."""
+        """The scale rule, with `auto` resolved."""
         if self.scale_rule != "auto":
             return self.scale_rule
         return "even" if self.method == "rtn" else "mse"
 
     @property
     def unused_settings(self) -> tuple[str, ...]:
-        """Settings that differ from their defaults and are of GPTQ alone, where the method is another."""
+        """Changed settings that only GPTQ uses, if the method is another."""
         if self.method == "gptq":
             return ()
         names = [f"calibration.{name}" for name in _changed(self.calibration)]
@@ -94,12 +94,12 @@ class QuantizeConfig(Section):
 
 
 def _changed(config: Section) -> list[str]:
-    """Fields that have another value than their default."""
+    """Fields whose value is not the default."""
     return [name for name, field in type(config).model_fields.items() if getattr(config, name) != field.default]
 
 
 class QuantizedExpert(Record):
-    """One expert's matrix, as in `speedstack.quant.calibration.ExpertReport`, which says what the fields are."""
+    """One expert's matrix, with the fields of `speedstack.quant.calibration.ExpertReport`."""
 
     weight: str
     layer: int
@@ -125,17 +125,16 @@ class QuantizeResult(Document):
 
 
 def load_quantize_config(path: Path | None, overrides: Sequence[str]) -> QuantizeConfig:
-    """As every verb's; instead of a YAML file, a model directory may be named, which is then `model`."""
+    """The verb's config; a model directory in place of the YAML file becomes `model`."""
     return load_config_of(QuantizeConfig, "model", path, overrides)
 
 
 def quantize(config: QuantizeConfig) -> None:
-    """Write the packed model and its record. Everything but the routed experts is copied from the model's directory.
+    """Write the packed model and its record; everything but the routed experts is copied.
 
-    Experts are rounded once, from the dtype of the files. Raises ValueError for a model that is missing, packed
-    already, broken or of a family that cannot be packed, for missing or too little calibration text, for a dtype that
-    would round experts before they are quantized, and for an output directory that holds something else; OSError as
-    `convert` does. Whatever fails, `out` is as it was.
+    Experts are rounded once, from the files' dtype. Raises ValueError for a model that is missing, packed, broken or of
+    an unsupported family, for missing or short calibration text, for a dtype that would round experts first, and for a
+    foreign output directory; OSError as `convert`. A failure leaves `out` unchanged.
     """
     model_config = _check_directories(config)
     if config.unused_settings:
@@ -149,7 +148,7 @@ def quantize(config: QuantizeConfig) -> None:
 
 
 def _check_directories(config: QuantizeConfig) -> PreTrainedConfig:
-    """What can be said before the work. Returns the model's configuration."""
+    """Checks before the work. Returns the model's configuration."""
     from speedstack.quant.checkpoint.config import read_config
     from speedstack.quant.checkpoint.directory import check_apart, check_place, check_target
     from speedstack.quant.checkpoint.files import checkpoint_directory
@@ -215,7 +214,7 @@ def _calibrate(config: QuantizeConfig, model_config: PreTrainedConfig) -> None:
 
 
 def _computation_dtype(config: QuantizeConfig) -> torch.dtype:
-    """A dtype that holds what the files hold of the experts, so that nothing but MXFP4 rounds them."""
+    """A dtype that holds the files' experts exactly, so that only MXFP4 rounds them."""
     import torch
 
     from speedstack.quant.checkpoint.source import value_dtypes
@@ -245,7 +244,7 @@ def _write_record(directory: Path, config: QuantizeConfig, start: float, report:
 
 
 def _calibration_windows(config: QuantizeConfig, model_config: PreTrainedConfig) -> torch.Tensor:
-    """Token ids, int64 [N, T], that the model can read."""
+    """Calibration token ids, int64 [N, T]."""
     from speedstack.quant.checkpoint.tokenizer import load_tokenizer
     from speedstack.train.data.calibration import calibration_windows
 

@@ -10,7 +10,7 @@ from speedstack.verbs.named_files import load_naming_files
 
 
 def load_report_config(path: Path | None, overrides: Sequence[str]) -> ReportConfig:
-    """As every verb's; instead of a YAML file, runs and result files may be named one after the other."""
+    """The verb's config; runs and result files may be named in place of a YAML file."""
     return load_naming_files(ReportConfig, "inputs", path, overrides)
 
 

@@ -1,8 +1,8 @@
 """The `trace` verb: one decode step on a time axis, as the cost model predicts it, and as it was measured here.
 
-The model may be named before the flags: `speedstack trace MODEL --gpu H200 --measure reference`. The file opens in
-Perfetto. Spans are the plan's phases in all tracks, so that a measured step lies beside the predicted one; the table
-sums them up by kind. What is predicted is a step on the GPU that `gpu` names; what is measured ran on this machine.
+The model may stand before the flags: `speedstack trace MODEL --gpu H200 --measure reference`. The file opens in
+Perfetto, with the plan's phases as spans in all tracks; the table sums them by kind. The prediction is for `gpu`, the
+measurement is from this machine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from speedstack.support.config import load_config_of
 if TYPE_CHECKING:
     from speedstack.runtime.model.weights import ModelWeights
 
-# Of a step that is planned otherwise than the checkpoint can run here.
+# Settings of steps that are only planned and cannot run here.
 _PLANNED_ONLY = ("drafter", "num_gpus", "programs_per_sm", "split_size", "experts", "attention", "lm_head")
 
 
@@ -44,15 +44,14 @@ class TraceConfig(StepConfig):
 
 
 def load_trace_config(path: Path | None, overrides: Sequence[str]) -> TraceConfig:
-    """As every verb's; instead of a YAML file, a model directory or a config.json may be named: the `model`."""
+    """The verb's config; a model directory or config.json in place of the YAML file becomes `model`."""
     return load_config_of(TraceConfig, "model", path, overrides)
 
 
 def trace(config: TraceConfig) -> None:
     """Write the timeline and print the table.
 
-    Raises ValueError as `plan` does for its input, and for a model that cannot be measured here; OSError as the file
-    system does.
+    Raises ValueError as `plan`, and for a model that cannot be measured here; OSError.
     """
     from speedstack.eval.speed.phase_times import phase_table
     from speedstack.runtime.perf.trace import measured_track, predicted_tracks, save_trace, total_seconds
@@ -75,7 +74,7 @@ def trace(config: TraceConfig) -> None:
 
 
 def _measure(config: TraceConfig) -> tuple[dict[str, float], str]:
-    """Seconds of every phase, and what they were measured with and on."""
+    """Seconds of every phase, and a description of backend and machine."""
     from speedstack.eval.report.page import plural
     from speedstack.eval.results.environment import describe_environment
     from speedstack.eval.speed.phase_times import measure_phases, step_rows
@@ -102,7 +101,7 @@ def _weights(config: TraceConfig) -> ModelWeights:
 
 
 def _kinds(planned: Planned, measured: dict[str, float]) -> list[tuple[str, int, float, float | None]]:
-    """Phases by operation, in the order of a step: name, how many, predicted and measured seconds."""
+    """Phases by operation in step order: name, count, predicted and measured seconds."""
     kinds = []
     for op in dict.fromkeys(phase.op for phase in planned.cost.phases):
         phases = [phase for phase in planned.cost.phases if phase.op == op]

@@ -1,4 +1,4 @@
-"""The verbs `pretrain`, `qat` and `drafter`: the recipe's own job, and where its result lies."""
+"""The verbs `pretrain`, `qat` and `drafter`: run the recipe's job and print where its result is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The precisions that training knows, as configs name them."""
+"""The precisions of training, as configs name them."""
 
 from typing import Literal
 

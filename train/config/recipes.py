@@ -13,7 +13,7 @@ from speedstack.support.digests import json_sha256
 from speedstack.train.config.drafter import DrafterSection
 from speedstack.train.config.precision import Precision
 
-# Fields that may differ between the start of a run and its continuation: nothing that is trained depends on them.
+# Fields that may change between start and resume, because they do not affect what is trained.
 _FREE_ON_RESUME = frozenset(
     {
         "run.name",

@@ -1,14 +1,13 @@
 """Causal attention with sinks and sliding windows for training on a CPU, one block of queries at a time.
 
-transformers computes attention with sinks in full: every query against every key, a dozen passes over a matrix that is
-larger than a CPU's cache, most of it masked where the window is short. Here a block of 64 queries meets the keys that
-any of them sees, one block fits the cache, and the backward is written out: a training step of the model of record
-spends 9 ms in such a layer instead of 22. The probabilities are kept for the backward, as transformers keeps them.
+transformers scores every query against every key, in a dozen passes over a matrix larger than a CPU's cache. Here a
+block of 64 queries meets only the keys it can see, the block fits the cache, and the backward is written out: a layer
+of the model of record takes 9 ms of a training step instead of 22. The probabilities are kept for the backward.
 
-A sink is a logit that takes part in the softmax and has no value (MiMo-V2-Flash, gpt-oss). With P the probabilities and
-O = P V, dS = P * (dP - rowsum(P * dP)) as without one, and the sink's gradient is -p_sink * rowsum(O * dO).
+A sink is a logit that takes part in the softmax and has no value (MiMo-V2-Flash, gpt-oss). With probabilities P and
+O = P V, dS = P * (dP - rowsum(P * dP)) as without a sink; the sink's gradient is -p_sink * rowsum(O * dO).
 
-Left out: padding, packed documents, key/value caches and dropout, which are refused, and other devices.
+Padding, packed documents, key/value caches and dropout raise ValueError. Other devices are left out.
 
 Shape suffixes: B sequences, N query heads, M key/value heads, T tokens, H query/key head size, V value head size,
 P = B * N pairs, C queries of a block, S keys that a block sees.
@@ -25,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 IMPLEMENTATION = "blockwise_sinks"
-# Families for which transformers has nothing but its full attention on a CPU.
+# Families that transformers runs on a CPU only with its full attention.
 _FAMILIES = ("mimo_v2_flash", "gpt_oss")
 _BLOCK_SIZE = 64
 _REFUSAL = (
@@ -35,10 +34,9 @@ _REFUSAL = (
 
 
 def enable_blockwise_attention(model: PreTrainedModel, device: torch.device) -> None:
-    """Make a model of a family with sinks compute its attention here, if it runs on a CPU; others stay as they are.
+    """Switch a model with sinks and no attention dropout to blockwise attention on a CPU; leave other models alone.
 
-    So do models with attention dropout. For forwards of whole sequences without padding; with it they raise ValueError.
-    Files that the model saves do not change.
+    Forwards with padding then raise ValueError. Saved files do not change.
     """
     config = model.config
     if device.type == "cpu" and config.model_type in _FAMILIES and not getattr(config, "attention_dropout", 0.0):
@@ -50,12 +48,11 @@ def enable_blockwise_attention(model: PreTrainedModel, device: torch.device) -> 
 def blockwise_attention(
     q_BNTH: Tensor, k_BMTH: Tensor, v_BMTV: Tensor, sinks_N: Tensor | None, scale: float, window: int | None
 ) -> Tensor:
-    """Softmax attention of every position to itself and those before it, [B, N, T, V] in v's dtype; differentiable.
+    """Causal softmax attention, [B, N, T, V] in v's dtype; differentiable.
 
-    Products run in v's dtype, which under autocast is not that of rotated queries and keys; the softmax of their
-    results in float32. window: how many positions a query sees, its own included; None: all before it.
-
-    Raises ValueError when queries and keys are not equally many, and for a window below 1.
+    Products run in v's dtype, which under autocast differs from that of rotated queries and keys; the softmax in
+    float32. `window` counts the positions a query sees, its own included; None is all. Raises ValueError for a window
+    below 1 and for unequal numbers of queries and keys.
     """
     if q_BNTH.shape[2] != k_BMTH.shape[2] or (window is not None and window < 1):
         raise ValueError(
@@ -77,7 +74,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What ALL_ATTENTION_FUNCTIONS calls; [B, N, T, ...] in, [B, T, N, V] out."""
+    """The entry in ALL_ATTENTION_FUNCTIONS; [B, N, T, ...] in, [B, T, N, V] out."""
     if attention_mask is not None or dropout:
         raise ValueError(_REFUSAL)
     return blockwise_attention(query, key, value, s_aux, scaling, sliding_window).transpose(1, 2).contiguous(), None
@@ -86,16 +83,13 @@ def _attention(
 def _no_mask(
     *args: Any, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **kwargs: Any
 ) -> None:
-    """What ALL_MASK_ATTENTION_FUNCTIONS calls before a forward, with a 2-D mask where there is padding.
-
-    transformers allows no skip of the mask where `position_ids` pack several documents into a sequence.
-    """
+    """The entry in ALL_MASK_ATTENTION_FUNCTIONS: no mask. transformers forbids the skip for packed `position_ids`."""
     if (attention_mask is not None and not attention_mask.all()) or not allow_is_causal_skip:
         raise ValueError(_REFUSAL)
 
 
 def _blocks(num_tokens: int, window: int | None) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Queries of each block, the keys they see, and a float32 [C, S] that is -inf where one does not see another."""
+    """Each block's queries, the keys they see, and a float32 [C, S] bias that is -inf on hidden pairs."""
     for start in range(0, num_tokens, _BLOCK_SIZE):
         stop = min(start + _BLOCK_SIZE, num_tokens)
         first = 0 if window is None else max(0, start - window + 1)
@@ -145,7 +139,7 @@ class _BlockwiseAttention(torch.autograd.Function):
                 if is_kept:
                     probabilities.append(p_PCS)
         if is_kept:
-            # The sink's own share in float32: 1 minus the others, once rounded, would be mostly rounding.
+            # The sink's own share, in float32: 1 minus the rounded others would be mostly rounding error.
             p_sink_PT = torch.cat(sink_shares, dim=-1) if sink_shares else None
             ctx.save_for_backward(q_PTH, k_PTH, v_PTV, out_PTV, sinks_N, p_sink_PT, *probabilities)
         ctx.scale, ctx.window, ctx.heads, ctx.num_shared = scale, window, (num_sequences, num_heads), num_shared
@@ -157,7 +151,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         q_PTH, k_PTH, v_PTV, out_PTV, sinks_N, p_sink_PT, *probabilities = ctx.saved_tensors
         grad_PTV = grad_BNTV.flatten(0, 1)
         dq_PTH = torch.empty_like(q_PTH)
-        # Many blocks add to a key's gradient.
+        # Several blocks add to the gradient of one key.
         dk_PTH, dv_PTV = (torch.zeros_like(x, dtype=torch.float32) for x in (k_PTH, v_PTV))
         for (queries, keys, _), p_PCS in zip(_blocks(q_PTH.shape[1], ctx.window), probabilities, strict=True):
             grad_PCV = grad_PTV[:, queries]
@@ -172,7 +166,7 @@ class _BlockwiseAttention(torch.autograd.Function):
             d_sinks_N = d_sinks_N.to(sinks_N.dtype)
         dq_BNTH = dq_PTH.unflatten(0, ctx.heads)
         num_sequences, num_heads = ctx.heads
-        # Query heads that share a key/value head lie side by side.
+        # Query heads that share a key/value head are adjacent.
         shared = (num_sequences, num_heads // ctx.num_shared, ctx.num_shared)
         dk_BMTH, dv_BMTV = (x.unflatten(0, shared).sum(dim=2) for x in (dk_PTH, dv_PTV))
         return dq_BNTH, dk_BMTH.to(k_PTH.dtype), dv_BMTV.to(v_PTV.dtype), d_sinks_N, None, None, None

@@ -1,9 +1,8 @@
 """Packed windows of a tokenized corpus, in an order that is a function of (seed, example number).
 
-Documents, each closed by a separator, are laid end to end and cut into windows of a fixed length: no padding, every
-token is used. Training reads an endless stream of numbered examples; example i belongs to epoch i // windows, and the
-order and the cut of an epoch derive from (seed, epoch) alone. There is no iterator, hence nothing to save in a
-checkpoint, and any process can read any example. Attention across a separator is not masked.
+Documents, each closed by a separator, are concatenated and cut into windows of a fixed length, without padding.
+Example i belongs to epoch i // windows; (seed, epoch) determines the order and the cut. There is no iterator, so a
+checkpoint saves nothing for it and any process can read any example. Attention across a separator is not masked.
 
 Shapes: B examples, T tokens of a window.
 """
@@ -19,11 +18,7 @@ import torch
 
 
 class PackedWindows:
-    """Windows of `sequence_length` tokens over the column `input_ids` (integers) of `documents`.
-
-    Raises:
-        ValueError: the documents hold fewer tokens than one window.
-    """
+    """Windows of `sequence_length` tokens over the integer column `input_ids`. Raises ValueError if none is full."""
 
     def __init__(self, documents: datasets.Dataset, sequence_length: int) -> None:
         column = documents.with_format("arrow")[:]["input_ids"] if len(documents) else None
@@ -48,18 +43,18 @@ class PackedWindows:
         return len(self._tokens)
 
     def window(self, index: int) -> torch.Tensor:
-        """The window at `index` in document order, as evaluation reads it: int64 [T]."""
+        """The window at `index` in document order, for evaluation: int64 [T]."""
         start = index % self._num_windows * self.sequence_length
         return torch.from_numpy(self._tokens[start : start + self.sequence_length].astype(np.int64))
 
     def examples(self, seed: int, indices: Iterable[int]) -> torch.Tensor:
-        """Training examples with these numbers in the endless stream of `seed`: int64 [B, T]."""
+        """Training examples by number in the endless stream of `seed`: int64 [B, T]."""
         starts = []
         for index in indices:
             epoch, place = divmod(int(index), self._num_windows)
             order, offset = _epoch_order(seed, epoch, self._num_windows, self.sequence_length)
             starts.append(int(order[place]) * self.sequence_length + offset)
-        # Every epoch cuts the stream elsewhere, so the last windows wrap round to its beginning.
+        # Every epoch shifts the cut, so the last windows wrap round to the beginning.
         positions_BT = (np.asarray(starts)[:, None] + np.arange(self.sequence_length)) % len(self._tokens)
         return torch.from_numpy(self._tokens[positions_BT].astype(np.int64))
 
@@ -72,6 +67,6 @@ def generator(*keys: int) -> torch.Generator:
 
 @lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, num_windows: int, sequence_length: int) -> tuple[np.ndarray, int]:
-    """Permutation of the windows, and the offset of the first cut, in one epoch."""
+    """Permutation of one epoch's windows, and the offset of its first cut."""
     rng = np.random.default_rng([seed, epoch])
     return rng.permutation(num_windows), int(rng.integers(sequence_length))

@@ -2,12 +2,9 @@
 
     checkpoints/step-<N>/   files of the trainer ...   COMPLETE.json
 
-A checkpoint exists when its COMPLETE.json does: written last, by rename, with the size and SHA-256 of every other
-file, the step, the world size and the hash of the config. Whatever kills a run while it saves, and whatever a full
-disk cuts off, the newest complete checkpoint is still there and is the one that is resumed from. A directory that is
-incomplete or whose files do not match is skipped with a warning.
-
-What the files hold is the trainer's business (`trainer.py`, `deepspeed_trainer.py`).
+COMPLETE.json is written last, by rename, with the size and SHA-256 of every other file, the step, the world size and
+the config's hash. A killed process or a full disk thus leaves the newest complete checkpoint, and the run resumes from
+it. Incomplete or damaged directories are skipped with a warning. The trainer decides what the files hold.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ COMPLETE = "COMPLETE.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of COMPLETE.json. `files` maps a file's relative name to its size in bytes and its SHA-256."""
+    """Contents of COMPLETE.json. `files` maps a relative file name to its size in bytes and its SHA-256."""
 
     step: int
     world_size: int
@@ -42,7 +39,7 @@ class Manifest:
 class CheckpointStore:
     """The checkpoints of one run, below `directory`; at most `num_kept` complete ones stay.
 
-    `save` runs in the background while training goes on. Its failures surface at the next `save` or at `wait`.
+    `save` runs in the background. Its failures surface at the next `save` or `wait`.
     """
 
     def __init__(self, directory: Path, *, num_kept: int, world_size: int, config_hash: str) -> None:
@@ -68,12 +65,9 @@ class CheckpointStore:
         return path
 
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> None:
-        """Have `write(directory)` put down its files, then complete the checkpoint, all in the background.
+        """Call `write(directory)` and complete the checkpoint in the background. Raises OSError if the last one failed.
 
-        `state` is JSON and lands in COMPLETE.json. `write` must own everything it reads: training goes on meanwhile.
-
-        Raises:
-            OSError: the previous save failed.
+        `state` is JSON for COMPLETE.json. `write` must own everything it reads, because training goes on meanwhile.
         """
         self.wait()
 
@@ -101,7 +95,7 @@ class CheckpointStore:
             raise error
 
     def finish(self) -> None:
-        """`wait` for when another error is on its way: a failed save becomes a warning."""
+        """`wait` while another error propagates: a failed save becomes a warning."""
         try:
             self.wait()
         except OSError as error:
@@ -131,10 +125,9 @@ class CheckpointStore:
         return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
 
     def newest(self) -> Manifest | None:
-        """The newest checkpoint whose files are all as they were written; others are skipped with a warning.
+        """The newest checkpoint whose files are all intact; damaged ones are skipped with a warning.
 
-        Raises:
-            ValueError: that checkpoint is of another configuration or another number of processes.
+        Raises ValueError if it belongs to another configuration or another number of processes.
         """
         for step in self.steps():
             path = self.path(step)
@@ -163,7 +156,7 @@ class CheckpointStore:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint directory `path`, all its files verified. Raises ValueError if it is not whole."""
+    """The manifest in directory `path`, with every file verified. Raises ValueError if the checkpoint is not whole."""
     try:
         manifest = Manifest(**json.loads((path / COMPLETE).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -182,14 +175,14 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _flushed_size(file: Path) -> int:
-    """Bytes of a file, which are on disk when this returns."""
+    """Size of a file in bytes, after flushing it to disk."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
         return os.fstat(handle.fileno()).st_size
 
 
 def _discard(path: Path) -> None:
-    """Delete a checkpoint; it stops being complete first, so that an interrupted deletion leaves no corrupt one."""
+    """Delete a checkpoint. COMPLETE.json goes first, so that an interrupted deletion leaves no corrupt checkpoint."""
     (path / COMPLETE).unlink(missing_ok=True)
     if path.exists():
         shutil.rmtree(path)

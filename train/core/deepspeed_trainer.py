@@ -1,12 +1,11 @@
-"""The trainer of several processes: DeepSpeed, with ZeRO stage 0 to 3, under the same loop as a single process.
+"""The trainer of several processes: DeepSpeed with ZeRO stage 0 to 3, under the same loop as a single process.
 
-DeepSpeed gets float32 parameters, our optimizer, and torch autocast for mixed precision, so that the masters are what
-they are on one device and a stage changes where tensors live, not what is computed. Its own checkpoints of the sharded
-state are pickles; they are read only from the run's own directory, after the SHA-256 of every file has been checked.
-They fit the number of processes they were written by and no other. Saving is not overlapped with training here.
+DeepSpeed gets float32 parameters, our optimizer and torch autocast, so a stage changes where tensors live and not what
+is computed. Its checkpoints are pickles: they are read only from the run's own directory, after every file's SHA-256
+has been checked, and only by as many processes as wrote them. Saving does not overlap with training.
 
-Left out: parameter offload, tensor and expert parallelism. A recipe that does not load its model in parts
-(`sharding.py`) has it whole on every process before ZeRO shards it.
+Left out: parameter offload, tensor and expert parallelism. A recipe that loads its model without `sharding.py` holds
+it whole on every process before ZeRO shards it.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _TAG = "deepspeed"
 
 
 class DeepSpeedTrainer:
-    """The trainer of one process among several."""
+    """The trainer of one process among several; `Trainer` documents its methods."""
 
     def __init__(self, module: nn.Module, config: JobConfig, world: World, num_micro_batches: int) -> None:
         self.module = module
@@ -49,13 +48,13 @@ class DeepSpeedTrainer:
 
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss)
-        # DeepSpeed counts micro-batches by calls of step; the last one is the update, which `step` makes.
+        # DeepSpeed counts micro-batches by calls of step; `step` below makes the last call, the update.
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
     def step(self, learning_rate_factor: float) -> float:
         set_learning_rate(self._base_optimizer, learning_rate_factor)
-        # Without ZeRO DeepSpeed clips by the norm but does not keep it. The gradients are already means over processes.
+        # Without ZeRO, DeepSpeed clips by the norm but does not keep it. Gradients are already means over processes.
         grad_norm = None
         if self._stage == 0:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -106,7 +105,7 @@ def engine_config(config: JobConfig, world: World, num_micro_batches: int) -> di
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": config.optim.grad_clip,
         "zero_optimization": zero_optimization(config.distributed.zero_stage),
-        # "Untested" is every optimizer that is not DeepSpeed's own, torch.optim.AdamW included.
+        # DeepSpeed calls every optimizer but its own untested, torch.optim.AdamW included.
         "zero_allow_untested_optimizer": True,
         # An empty list of modules keeps the exchange of gradients in float32.
         "torch_autocast": {

@@ -1,9 +1,8 @@
 """The processes of a job: one, or as many as torchrun started.
 
 `torchrun --nproc_per_node=N -m speedstack qat CONFIG.yaml` (or the `deepspeed` launcher) sets RANK, WORLD_SIZE,
-LOCAL_RANK and the rendezvous; without them the job is one process and neither torch.distributed nor DeepSpeed is
-touched. Processes talk through NCCL on GPUs and gloo on CPUs. On CPUs DeepSpeed compiles a helper when it first starts
-(about a minute, cached afterwards) and therefore needs a C++ compiler.
+LOCAL_RANK and the rendezvous. Without them the job is one process and uses neither torch.distributed nor DeepSpeed.
+GPUs use NCCL, CPUs gloo. On CPUs DeepSpeed compiles a helper once (about a minute) and needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ import torch.distributed as dist
 from speedstack.train.config.recipes import JobConfig
 
 T = TypeVar("T")
-# One process may tokenize a corpus, digest or export a checkpoint of hundreds of gigabytes while the others wait;
-# DeepSpeed would end them after ten minutes.
+# One process may tokenize a corpus or export hundreds of gigabytes while the others wait; DeepSpeed's default is ten
+# minutes.
 _TIMEOUT = timedelta(hours=24)
 
 
@@ -37,23 +36,23 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and shows progress."""
+        """Whether this process writes files and shows progress."""
         return self.rank == 0
 
     def share(self, items: Sequence[int]) -> Sequence[int]:
-        """This process's part of `items`: equal parts in order, so a remainder is left out."""
+        """This process's part of `items`: equal parts in order; a remainder is left out."""
         num_items = len(items) // self.size
         return items[self.rank * num_items : (self.rank + 1) * num_items]
 
     def barrier(self) -> None:
-        """Return when every process has come here."""
+        """Return when every process has called this."""
         if self.size > 1:
             dist.barrier()
 
     def mean(self, values: Mapping[str, float | None]) -> dict[str, float]:
-        """Means over the processes, which all have to give the same keys in the same order.
+        """Means over the processes that have a value; None is no value, and a key without any value is left out.
 
-        None is no value: a mean is over the processes that have one, and a key without any is left out.
+        All processes must give the same keys in the same order.
         """
         if self.size == 1 or not values:
             return {key: value for key, value in values.items() if value is not None}
@@ -63,7 +62,7 @@ class World:
         return {key: total / num for key, (total, num) in zip(values, totals.tolist(), strict=True) if num}
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """The result of `function()` on the main process, on every process; a ValueError or OSError likewise."""
+        """Run `function` on the main process; all processes return its result or raise its ValueError or OSError."""
         if self.size == 1:
             return function()
         outcome: list[object] = [None, None]
@@ -79,7 +78,7 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the block on the main process, then on the others: for files that the first one leaves for the rest."""
+        """Run the block on the main process, then on the others, which may read files that it wrote."""
         if not self.is_main:
             self.barrier()
         try:
@@ -91,17 +90,16 @@ class World:
 
 @contextmanager
 def join_world(config: JobConfig) -> Iterator[World]:
-    """Join the job's processes for the duration of the block.
+    """Join the job's processes for the block.
 
-    Raises:
-        ValueError: the config asks for CUDA where there is none, or for something its number of processes rules out.
+    Raises ValueError if CUDA is missing or the number of processes does not fit the config.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     device = resolve_device(config.run.device)
     check_divisible(config, size)
     if device.type == "cpu":
-        # DeepSpeed, which transformers imports too, chooses an accelerator on import: it would take a GPU that
-        # the config does not want, and warn where there is none.
+        # DeepSpeed, which transformers imports too, picks an accelerator on import: it would take an unwanted GPU, and
+        # warn where there is none.
         os.environ["DS_ACCELERATOR"] = "cpu"
     if size == 1:
         yield World(rank=0, size=1, device=device)
@@ -113,11 +111,11 @@ def join_world(config: JobConfig) -> Iterator[World]:
         import deepspeed
 
         deepspeed.utils.logger.setLevel("WARNING")
-        # It warns of having no leaf modules, which is what `zero_optimization` asks for.
+        # It warns about having no leaf modules, which `zero_optimization` asks for.
         deepspeed.utils.logger.addFilter(lambda record: "leaf module" not in record.getMessage())
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, timeout=_TIMEOUT, verbose=False)
-        # Once a process and not once a job: DeepSpeed holds on to the groups of the first job.
+        # Once per process, not per job: DeepSpeed keeps the groups of the first job.
         atexit.register(dist.destroy_process_group)
     world = World(rank=dist.get_rank(), size=size, device=device)
     yield world

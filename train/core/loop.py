@@ -2,12 +2,10 @@
 
     for step: batch -> loss under autocast -> backward -> clipped update -> metrics -> checkpoint -> evaluation
 
-Resume is exact. Data are numbered examples (`data.py`), the learning rate is a function of the step, and the global
-random generators are seeded anew from (seed, step), so a checkpoint is parameters, optimizer state and a few counters.
-A run that was killed and continued gives the same bits on the same device as one that was not, wherever the device's
-kernels are deterministic. On a CPU they are, but for the experts' biases of gpt-oss on several threads.
-
-On one process this is plain PyTorch, on several DeepSpeed (`trainer.py`).
+Resume is exact: examples are numbered (`batches.py`), the learning rate is a function of the step, and the global
+random generators are seeded from (seed, step), so a checkpoint is parameters, optimizer state and a few counters. A
+resumed run has the same bits wherever the device's kernels are deterministic: on a CPU all are, except those for
+gpt-oss's expert biases on several threads. One process runs plain PyTorch, several run DeepSpeed (`trainer.py`).
 """
 
 from __future__ import annotations
@@ -43,22 +41,22 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 
 
 class Recipe(Protocol):
-    """What makes a job pretraining, quantization-aware training or drafter training. Recipes inherit its defaults."""
+    """What distinguishes pretraining, quantization-aware training and drafter training, with default methods."""
 
     def inputs(self) -> dict[str, str]:
-        """Digests of the weights the run starts from, by what they are; a run with others is another run.
+        """Digests of the weights the run starts from, by name; other digests make it another run.
 
-        Called on the main process only. Raises ValueError where they are missing.
+        Called on the main process only. Raises ValueError for missing weights.
         """
 
     def read_inputs(self) -> dict[str, str]:
-        """The same of what `build` has read besides; called after it, on the main process only."""
+        """Digests of what `build` read besides; called after it, on the main process only."""
         return {}
 
     def build(self, world: World) -> nn.Module:
         """The float32 module to train, on `world.device`; `requires_grad` marks what is trained.
 
-        Frozen companions (a teacher, a target model) belong to the recipe, not into the module.
+        Frozen companions (a teacher, a target) belong to the recipe, not to the module.
         """
 
     def set_training(self, module: nn.Module) -> None:
@@ -66,19 +64,18 @@ class Recipe(Protocol):
         module.train()
 
     def batch(self, indices: Sequence[int]) -> Any:
-        """The training examples with these numbers, on the device, as `loss` wants them: a pure function."""
+        """The training examples with these numbers, on the device, as `loss` takes them: a pure function."""
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mean loss over the batch's examples, and scalar metrics that are means over them too.
 
-        Gradients have to flow through calls of `model` itself, which may be a DeepSpeed engine, not of its parts.
+        Call `model` itself, which may be a DeepSpeed engine, not its parts: gradients must flow through that call.
         """
 
     def evaluate(self, model: nn.Module) -> Mapping[str, float | None]:
-        """Held-out metrics of this process's share of the data; the loop takes the mean over processes.
+        """Held-out metrics of this process's share of the data; the loop averages them over processes.
 
-        The module is in evaluation mode, gradients are off, and there is no autocast. None is what this share says
-        nothing of; all processes give the same keys.
+        Runs in evaluation mode without gradients or autocast. All processes give the same keys; None is no value.
         """
 
     def export(self, model: nn.Module, path: Path) -> None:
@@ -89,11 +86,11 @@ class Recipe(Protocol):
         return None
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a resumed run has to know besides the model and what `build` makes again. Equal on all processes."""
+        """Tensors a resumed run needs besides the model and what `build` makes again; equal on all processes."""
         return {}
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take what `state` gave when the checkpoint was written; called after `build`."""
+        """Restore what `state` returned at the checkpoint; called after `build`."""
         return None
 
 
@@ -107,12 +104,12 @@ class RunResult:
 
 
 class DivergedError(ValueError):
-    """The loss or the gradient is not finite. The newest checkpoint was written before."""
+    """The loss or the gradient is not finite; the newest checkpoint predates this step."""
 
 
 @dataclass
 class _Progress:
-    """The counters that a checkpoint carries: `sums` are of the metrics since the last line in the log."""
+    """Counters that a checkpoint carries; `sums` adds up metrics since the last line in the log."""
 
     elapsed_seconds: float = 0.0
     num_summed: int = 0
@@ -120,19 +117,16 @@ class _Progress:
 
 
 def run(recipe: Recipe, config: JobConfig, on_step: OnStep | None = None) -> RunResult:
-    """Train `recipe` to the end of `config`, resuming what an earlier call has left; a finished run returns at once.
+    """Train `recipe` to the end of `config`, resuming an interrupted run; a finished run returns at once.
 
-    Args:
-        recipe: What is trained.
-        config: How; it belongs to the run directory from the first call on.
-        on_step: Called on the main process as (steps done, steps in all, metrics) after every step, and once with the
-            steps already done when training starts. Without it a progress bar is shown.
+    `on_step(steps done, steps in all, metrics)` replaces the progress bar; the main process calls it after every step,
+    and once when training starts, with the steps already done.
 
     Raises:
-        ValueError: the run directory is another configuration's or another model's, the data, model and config do not
-            fit together, or run.wandb_mode is online and wandb cannot be.
+        ValueError: the run directory belongs to another configuration or model, the data, model and config do not fit
+            together, or wandb is wanted online and cannot be reached.
         DivergedError: the loss or the gradient norm is not finite.
-        OSError: the run directory cannot be written or the disk is full; what is complete on disk stays complete.
+        OSError: the run directory cannot be written; complete checkpoints stay complete.
     """
     with join_world(config) as world:
         return _run(recipe, world.on_main(lambda: resolve_config(config, world.device)), world, on_step)
@@ -144,7 +138,7 @@ def _run(recipe: Recipe, config: JobConfig, world: World, on_step: OnStep | None
     if export_path.is_dir():
         return RunResult(directory, export_path, _last_evaluation(directory))
     mirror = Mirror()
-    # Before there is work to lose: a recipe may write text, or features, for hours before it has a model.
+    # First, because a recipe may write text or features for hours before it has a model to train.
     world.on_main(lambda: mirror.start(config.run.wandb_mode, directory, config.model_dump(mode="json")))
     with mirror:
         return _build_and_train(recipe, config, world, on_step, directory, export_path, mirror)
@@ -223,7 +217,7 @@ def _train(
         return bool(loop.eval_every and step % loop.eval_every == 0) or step == loop.num_steps
 
     with bar:
-        # Of the first step; or of the checkpoint's, where what ended the run was its evaluation.
+        # At step 0; or at the checkpoint's step, if the run ended during that evaluation.
         if is_evaluated(first_step) and not world.on_main(
             lambda: log is not None and first_step in log.evaluated_steps
         ):
@@ -250,21 +244,21 @@ def _train(
             bar.update()
             if on_step is not None and world.is_main:
                 on_step(done, loop.num_steps, metrics)
-            # Before the evaluation: whatever ends that, the work is kept.
+            # Before the evaluation, so that a failure there loses no work.
             if is_last or (loop.save_every and done % loop.save_every == 0):
                 progress.elapsed_seconds = time.monotonic() - started
                 trainer.save(store, done, asdict(progress), recipe.state())
             if is_evaluated(done):
                 evaluation_started = time.monotonic()
                 _evaluate(recipe, world, trainer, log, done, started)
-                # Throughput is of training; an evaluation must not dilute it.
+                # Throughput is of training alone.
                 interval_started += time.monotonic() - evaluation_started
 
 
 def train_step(recipe: Recipe, config: JobConfig, world: World, trainer: Trainer, step: int) -> dict[str, float]:
-    """One optimizer step; its loss, metrics and gradient norm, means over micro-batches and processes."""
+    """One optimizer step; returns loss, metrics and gradient norm, means over micro-batches and processes."""
     loop = config.loop
-    # Nothing random then depends on what ran before this step, and no random state has to be saved.
+    # Randomness then does not depend on earlier steps, and no random state has to be saved.
     torch.manual_seed(generator(config.run.seed, step, world.rank).initial_seed())
     indices = world.share(range(step * loop.batch_size, (step + 1) * loop.batch_size))
     size = loop.micro_batch_size or len(indices)
@@ -302,7 +296,7 @@ def _evaluate(
 
 
 def _export(recipe: Recipe, module: nn.Module, export_path: Path) -> None:
-    """An export that exists is whole, and marks the run as finished."""
+    """Write the export, by rename: an export that exists is whole and marks the run as finished."""
     module.eval()
     try:
         with atomic_path(export_path) as partial:

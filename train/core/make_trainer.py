@@ -16,7 +16,7 @@ def count_micro_batches(config: JobConfig, world: World) -> int:
 
 
 def make_trainer(module: nn.Module, config: JobConfig, world: World) -> Trainer:
-    """The trainer for this many processes."""
+    """`PlainTrainer` for one process, `DeepSpeedTrainer` for several."""
     num_micro_batches = count_micro_batches(config, world)
     if world.size == 1:
         return PlainTrainer(module, config, num_micro_batches)

@@ -1,8 +1,7 @@
 """The record of a run: metrics.jsonl, one JSON object a line, mirrored to Weights & Biases.
 
-The file is the truth: a line is flushed when it is written, and a resumed run first cuts the file back to the
-checkpoint it continues from, so that the record reads as if nothing had happened. wandb cannot resume an offline run,
-so every continuation is a run of its own there, in the group of the run's directory.
+Each line is flushed when written. A resumed run first cuts the file back to its checkpoint. wandb cannot resume an
+offline run, so each continuation is a run of its own there, in the group of the run's directory.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from speedstack.support.files import write_atomically
 
 
 class MetricsLog:
-    """Appends to `<run_directory>/metrics.jsonl`, from which it first drops all that comes after `resume_step`."""
+    """Appends to `<run_directory>/metrics.jsonl`, after dropping all lines after `resume_step`."""
 
     def __init__(self, run_directory: Path, mirror: Mirror, *, resume_step: int) -> None:
         path = run_directory / FILE_NAME

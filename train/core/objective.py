@@ -1,11 +1,9 @@
 """Losses over next-token distributions, and the held-out windows they are measured on.
 
-These are what gradients flow through: logits are reduced in float32 whatever their dtype, a few rows at a time, and
-their gradient is made at once. So beside the logits there is their gradient and nothing else of their size, where
-autograd keeps and fills half a dozen such arrays: a tenth of a step of a small model on a CPU, and gigabytes with a
-vocabulary of 150,000. Held-out figures come from `eval.quality.divergence`, the code that evaluation reports with.
-Position t predicts token t + 1, so a window of T tokens has T - 1 predictions; KL, which needs no label, is taken over
-all T positions.
+Logits are reduced in float32 whatever their dtype, a few rows at a time, and their gradient is computed in the forward.
+The gradient is then the only other array of that size; autograd keeps half a dozen, which costs a tenth of a small
+model's step on a CPU and gigabytes at a vocabulary of 150,000. Held-out metrics come from `eval.quality.divergence`.
+A window of T tokens has T - 1 predictions; KL needs no label and is taken over all T positions.
 
 Shape suffixes: B sequences, T tokens, V vocabulary, R rows of logits, P rows of a part.
 """
@@ -22,23 +20,20 @@ from speedstack.train.config.recipes import JobConfig
 from speedstack.train.core.batches import PackedWindows
 from speedstack.train.core.distributed import World
 
-# Logits of one part: on a CPU as many as its caches hold, elsewhere a bound of the temporary memory.
+# Logits of one part: what a CPU's caches hold; on other devices a bound of the temporary memory.
 _MAX_PART_ELEMENTS = {"cpu": 2**18}
 _MAX_PART_ELEMENTS_ELSEWHERE = 2**26
 
 
 def next_token_cross_entropy(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the next token in nats, a float32 scalar."""
-    # The last position of a window predicts nothing; leaving it out of the logits would copy them.
+    # The last position predicts nothing; slicing it off the logits would copy them.
     labels_BT = torch.cat([ids_BT[:, 1:], torch.full_like(ids_BT[:, :1], -1)], dim=1)
     return _CrossEntropy.apply(logits_BTV.flatten(0, 1), labels_BT.flatten())
 
 
 def forward_kl(teacher_logits_BTV: torch.Tensor, student_logits_BTV: torch.Tensor) -> torch.Tensor:
-    """Mean over positions of KL(teacher || student) at temperature 1 in nats, a float32 scalar.
-
-    Gradients flow to the student alone.
-    """
+    """Mean over positions of KL(teacher || student) in nats, a float32 scalar; only the student gets gradients."""
     return _ForwardKL.apply(student_logits_BTV.flatten(0, 1), teacher_logits_BTV.detach().flatten(0, 1))
 
 
@@ -100,10 +95,7 @@ def _parts(logits_RV: torch.Tensor) -> Iterator[slice]:
 
 
 def heldout_batches(windows: PackedWindows, config: JobConfig, world: World) -> Iterator[torch.Tensor]:
-    """This process's share of the evaluation windows, int64 [B, T] on the device.
-
-    They are spread evenly over the held-out split, and batches are as large as training's micro-batches.
-    """
+    """This process's share of the evaluation windows, spread evenly over the split: int64 [B, T] on the device."""
     num_windows = min(config.data.eval_sequences, len(windows))
     num_windows = max(world.size, num_windows - num_windows % world.size)
     places = world.share([index * len(windows) // num_windows for index in range(num_windows)])

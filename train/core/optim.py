@@ -1,13 +1,12 @@
 """Optimizers and learning-rate schedules: Muon with AdamW for what is not a hidden matrix, or AdamW throughout.
 
-Muon (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
-semi-orthogonal one, approximated by a few matrix products. Fused expert tensors [E, out, in] are stacks of such
-matrices. All matrices of one shape, experts or not, are orthogonalized in batched products: a model of many small
-matrices then spends its time in matrix products and not in launching them. `torch.optim.Muon` has the same update, by
-Jordan's own polynomial, but takes 2-D parameters only, one at a time.
+Muon (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon) replaces a matrix's momentum by the nearest
+semi-orthogonal matrix, approximated by a few matrix products. Expert tensors [E, out, in] are stacks of matrices. All
+matrices of one shape are orthogonalized in batched products, so that launches do not dominate. `torch.optim.Muon` has
+the same update with Jordan's polynomial, but takes 2-D parameters only, one at a time.
 
-Master weights and optimizer state are float32; mixed precision is autocast's business. Learning rates are set from
-outside at every step (`set_learning_rate`), as a pure function of the step, so there is no scheduler state to save.
+Master weights and optimizer state are float32. `set_learning_rate` is called at every step with a pure function of the
+step, so there is no scheduler state to save.
 """
 
 from __future__ import annotations
@@ -25,28 +24,28 @@ from speedstack.train.config.recipes import OptimSection
 from speedstack.train.core.precision import is_bfloat16_faster
 from speedstack.train.core.sharding import whole_shape
 
-# Odd quintics a x + b x^3 + c x^5, one after the other. Each brings what the one before left of [0.0026, 1] as close to
-# 1 as a quintic can (the greedy composition of Polar Express, arXiv 2505.16932), all four together to [0.7, 1.3]: about
-# as far as five steps of Jordan's Newton-Schulz iteration (0.0015; [0.68, 1.2]). Each is fitted up to 1.05 times the
-# largest value there can be: beyond, they rise steeply, and products in bfloat16 do round to there.
+# Odd quintics a x + b x^3 + c x^5, applied in turn: the greedy composition of Polar Express (arXiv 2505.16932). Each
+# brings the remaining range as close to 1 as a quintic can; together they map [0.0026, 1] to [0.7, 1.3], as five of
+# Jordan's Newton-Schulz steps do (0.0015; [0.68, 1.2]). Each is fitted up to 1.05 times the largest possible value:
+# beyond that they rise steeply, and bfloat16 products do round to there.
 _QUINTICS = (
     (8.0057, -21.4697, 14.4381),
     (3.8939, -2.6314, 0.4500),
     (3.4917, -2.3792, 0.4260),
     (2.6204, -1.7943, 0.3721),
 )
-# Elements in one batch: bounds the temporary memory on models with gigabytes of experts.
+# Elements of one batch; bounds the temporary memory on models with gigabytes of experts.
 _MAX_BATCH_ELEMENTS = 2**26
-# Elements that a CPU orthogonalizes at once: its caches hold them from one product to the next.
+# Elements that a CPU orthogonalizes at once; its caches hold them from one product to the next.
 _MAX_CACHED_ELEMENTS = 2**18
-# Matrices that are tables or read-outs rather than maps between hidden states; AdamW trains them.
+# Matrices that are tables or read-outs, not maps between hidden states; AdamW trains them.
 _ADAMW_NAMES = ("embed", "lm_head", "gate.weight", "router", "markov")
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the groups with `algorithm` "muon" and AdamW for those with "adamw", in one optimizer.
+    """Muon and AdamW in one optimizer, chosen by a group's `algorithm`: "muon" or "adamw".
 
-    Parameters of a Muon group are float32 tensors of two or more dimensions, [..., out, in].
+    Parameters of a Muon group are float32 [..., out, in].
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -54,7 +53,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         assert closure is None, "closures are not used by the training loop"
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -83,7 +82,7 @@ class Muon(torch.optim.Optimizer):
                     parameter.add_(part, alpha=-group["lr"] * scale)
 
     def _nesterov(self, parameter: torch.Tensor, group: dict[str, Any], out: torch.Tensor) -> None:
-        """Take the gradient into the momentum, and write Nesterov's update into `out`, [..., rows, columns]."""
+        """Update the momentum with the gradient, and write Nesterov's update into `out`, [..., rows, columns]."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
@@ -118,22 +117,21 @@ class Muon(torch.optim.Optimizer):
 
 
 def _matrix_shape(parameter: torch.Tensor, group: dict[str, Any]) -> tuple[int, int]:
-    """Rows and columns of each matrix that the parameter is a stack of."""
+    """Rows and columns of each matrix in the parameter's stack."""
     return parameter.shape[-2] // group["num_joined"], parameter.shape[-1]
 
 
 def _as_parameter(part: torch.Tensor, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-    """A view of matrices whose short side is first, with rows and columns as the parameter has them."""
+    """View matrices stored short side first in the parameter's orientation."""
     num_rows, num_columns = _matrix_shape(parameter, group)
     return part if num_rows <= num_columns else part.mT
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Approximately U V^T of each matrix U S V^T, by odd polynomials: float32 [batch, m, n] with m <= n in and out.
+    """Approximately U V^T of each matrix U S V^T: float32 [batch, m, n] with m <= n in and out.
 
-    Singular values end between about 0.7 and 1.3, which serves as well as exactly 1, and so do products in bfloat16
-    (Jordan 2024), which are used wherever the hardware multiplies those faster. What is below 0.0026 of the
-    matrix's norm ends below.
+    Singular values end between about 0.7 and 1.3, those below 0.0026 of the matrix's norm lower. That serves as well as
+    exactly 1, and so do bfloat16 products (Jordan 2024), which run wherever the hardware multiplies them faster.
     """
     dtype = torch.bfloat16 if is_bfloat16_faster(matrices.device) else torch.float32
     limit = _MAX_CACHED_ELEMENTS if matrices.device.type == "cpu" else matrices.numel()
@@ -150,12 +148,9 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optimizer:
-    """The optimizer of `section` over the parameters of `model` that require gradients.
+    """The optimizer of `section` over the trainable parameters of `model`; each group carries its `peak_lr`.
 
-    Every group carries `peak_lr`, what its learning rate is multiplied from. Matrices get `weight_decay`, vectors none.
-
-    Raises:
-        ValueError: nothing to train, or a master weight that is not float32.
+    Matrices get `weight_decay`, vectors none. Raises ValueError for no parameter or a master that is not float32.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
@@ -176,7 +171,7 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Opti
     adamw_groups = [group for group in adamw_groups if group["params"]]
     if section.name == "adamw":
         return torch.optim.AdamW(adamw_groups, fused=True)
-    # A fused gate-and-up projection [E, 2 I, H] is two maps, and two small matrices are cheaper than a large one.
+    # A fused gate-and-up projection [E, 2 I, H] is two maps, and two small matrices are cheaper than one large.
     fused = {
         id(module.gate_up_proj)
         for module in model.modules()
@@ -205,14 +200,14 @@ def is_muon_parameter(name: str, parameter: torch.Tensor) -> bool:
 
 
 def is_matrix(parameter: torch.Tensor) -> bool:
-    """Whether the whole parameter has two or more dimensions; a part of it, as ZeRO-3 holds it, has one."""
+    """Whether the whole parameter has two or more dimensions; ZeRO-3 holds a 1-D part of it."""
     return len(whole_shape(parameter)) >= 2
 
 
 def learning_rate_factor(section: OptimSection, step: int, num_steps: int) -> float:
-    """What the peak learning rate is multiplied by in step `step` (from 0) of `num_steps`.
+    """Factor on the peak learning rate in step `step` (from 0) of `num_steps`.
 
-    The final fraction is what a step after the last one would have; the last one itself still learns.
+    The final fraction belongs to the step after the last one, so the last step still learns.
     """
     num_warmup_steps = max(1, round(section.warmup_fraction * num_steps))
     if step < num_warmup_steps:

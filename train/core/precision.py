@@ -1,8 +1,8 @@
 """Which dtype a job's matrix products run in: float32, bfloat16, or whichever is faster on the device.
 
-Every GPU that we run on multiplies bfloat16 faster. CPUs differ: those with AMX do, and AMD's from Zen 4 on, but on an
-Intel server CPU with AVX-512 bfloat16 and no AMX a training step took 1.6 times as long as in float32. The choice rests
-on what the CPU is and not on a timing, so that it is the same in every run.
+GPUs multiply bfloat16 faster, and so do CPUs with AMX and AMD's from Zen 4 on. On an Intel server CPU with AVX-512
+bfloat16 and no AMX a training step took 1.6 times as long as in float32. The choice rests on the CPU's flags, not on a
+timing, so that it is the same in every run.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
 
 
 def resolve_config(config: ConfigT, device: torch.device) -> ConfigT:
-    """`config` with a dtype in the place of every "auto", as the run directory keeps it: a resumed run has the same."""
+    """`config` with a dtype in place of every "auto"; the run directory keeps it, so a resumed run uses the same."""
     run = config.run.model_copy(update={"precision": _name(config.run.precision, device)})
     update: dict[str, object] = {"run": run}
     if isinstance(config, DrafterConfig):
@@ -43,10 +43,10 @@ def _name(precision: Precision, device: torch.device) -> Precision:
 
 @contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
-    """Inside, every module computes with float32 copies of its own bfloat16 parameters, made for its forward alone.
+    """Inside, every module's forward uses temporary float32 copies of its bfloat16 parameters.
 
-    So a model that is held in half the memory gives the numbers of one in float32 with the same values. Under ZeRO-3
-    the engine's hooks, which were there first, gather before the copies are made and let go after they are dropped.
+    A model held in half the memory then gives float32 results. Under ZeRO-3 the engine's hooks come first: they gather
+    before the copies are made and release after these are dropped.
     """
     narrow: dict[nn.Parameter, torch.Tensor] = {}
 
@@ -74,10 +74,10 @@ def widened(model: nn.Module) -> Iterator[None]:
 
 
 def is_bfloat16_faster(device: torch.device) -> bool:
-    """Whether matrix products on `device` are faster in bfloat16 than in float32."""
+    """Whether matrix products on `device` run faster in bfloat16 than in float32."""
     if device.type != "cpu":
         return True
-    # ATEN_CPU_CAPABILITY holds PyTorch to fewer instructions than the CPU has, and so does a build without them.
+    # ATEN_CPU_CAPABILITY or the build can limit PyTorch to fewer instructions than the CPU has.
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and _is_fast_cpu()
 
 

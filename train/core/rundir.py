@@ -2,9 +2,9 @@
 
     <run.out>/<run.name>/  config.yaml  inputs.json  env.json  metrics.jsonl  checkpoints/  export/
 
-A run directory belongs to one configuration and to the weights and the text it started from, once a step of training is
-on record. Starting the same again resumes it, or returns its result if it has finished; what would give other numbers
-is refused. A job that failed before leaves text and features to the next one; what does not fit that is set aside.
+Once a training step is on record, the directory belongs to its configuration, weights and text. The same command then
+resumes it or returns its result; a command that would give other numbers is refused. A job that failed before its first
+step leaves its text and features to the next one; `set_aside` moves those that do not fit.
 """
 
 from __future__ import annotations
@@ -31,19 +31,16 @@ _PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "safetensors", "t
 
 
 def open_run_directory(config: JobConfig, device: torch.device, inputs: dict[str, str]) -> Path:
-    """Create the run directory of `config`, or check that the existing one is its own.
+    """Create the run directory of `config`, or check that the existing one belongs to it.
 
-    `inputs` are digests of the weights the run starts from, by what they are.
-
-    Raises:
-        ValueError: the directory belongs to another configuration or other inputs; the message names what differs.
-        OSError: it cannot be written.
+    `inputs` maps names to digests of the weights the run starts from. Raises ValueError naming what differs, OSError if
+    the directory cannot be written.
     """
     directory = config.run_directory
     stored_path = directory / "config.yaml"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        # A job that failed before a step was on record, for want of a model say, does not bind the next one.
+        # A job that failed before its first step, for want of a model say, does not bind the next one.
         if stored_path.is_file() and has_begun(directory):
             stored = _check_same(config, stored_path)
             inputs = _check_inputs(inputs, directory / "inputs.json") | inputs
@@ -61,7 +58,7 @@ def open_run_directory(config: JobConfig, device: torch.device, inputs: dict[str
 
 
 def has_begun(directory: Path) -> bool:
-    """Whether training in this run directory has left anything: an export, a checkpoint, or a step on record."""
+    """Whether training left an export, a checkpoint or a step on record."""
     return (
         (directory / "export").exists()
         or any((directory / "checkpoints").glob("step-*"))
@@ -70,7 +67,7 @@ def has_begun(directory: Path) -> bool:
 
 
 def set_aside(path: Path, what: str) -> None:
-    """Rename a directory that does not fit the run, and say so: what it holds may have taken long."""
+    """Rename a directory that does not fit the run, with a warning: its contents may have taken long."""
     aside = next(
         place for number in itertools.count(1) if not (place := path.with_name(f"{path.name}-{number}")).exists()
     )
@@ -81,11 +78,9 @@ def set_aside(path: Path, what: str) -> None:
 
 
 def add_inputs(directory: Path, inputs: dict[str, str]) -> None:
-    """Add to the inputs of the run in `directory`, before its first step, or check that they are those of then.
+    """Add inputs before the run's first step; afterwards check them against the recorded ones.
 
-    A run that began without noting them goes on without: what it has read is not known any more.
-
-    Raises ValueError and OSError as `open_run_directory`.
+    A run that did not record an input goes on without it. Raises ValueError and OSError as `open_run_directory`.
     """
     path = directory / "inputs.json"
     stored = json.loads(path.read_text(encoding="utf-8"))
@@ -108,7 +103,7 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def _check_same(config: JobConfig, stored_path: Path) -> JobConfig:
-    """The stored configuration, which differs from this one in nothing that is trained."""
+    """The stored configuration. Raises ValueError if a setting that affects training differs."""
     try:
         stored = read_config(type(config), stored_path)
     except ValueError as error:
@@ -122,7 +117,7 @@ def _check_same(config: JobConfig, stored_path: Path) -> JobConfig:
 
 
 def _warn_of_unused(config: JobConfig, stored: JobConfig, directory: Path) -> None:
-    """Of a finished run, settings that might have differed while it ran."""
+    """Warn about changed settings that a finished run ignores."""
     if different := _differences(flat_config(stored), flat_config(config), without=("run.name", "run.out")):
         warnings.warn(f"{directory} has finished, without what is new: {'; '.join(different)}", stacklevel=2)
 
@@ -133,7 +128,7 @@ def _differences(stored: dict[str, Any], current: dict[str, Any], without: Seque
 
 
 def _check_inputs(inputs: dict[str, str], stored_path: Path) -> dict[str, str]:
-    """The stored inputs, of which these are some."""
+    """The stored inputs. Raises ValueError if one of `inputs` differs."""
     way_out = f"choose another run.name or delete {stored_path.parent}"
     if not stored_path.is_file():
         if inputs:

@@ -1,11 +1,8 @@
 """Models whose parameters ZeRO-3 keeps in parts, one on every process.
 
-A model that is trained, or that teaches, under ZeRO-3 is read by the main process alone, into host memory, and handed
-out tensor by tensor. So a device never holds more than one tensor besides its share, and the model is what one process
-would have read: transformers has a way to load in parts too, with another reader, for which some names, ties and dtypes
-come out different.
-
-Left out: reading in parts. The main process has the whole model in host memory for the time of the loading.
+The main process reads the whole model into host memory and hands it out tensor by tensor, so a device holds at most one
+tensor besides its share, and the values are those a single process reads. transformers can load in parts, but with
+another reader, for which some names, ties and dtypes differ.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from speedstack.train.core.distributed import World
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
-    """Whether ZeRO-3 holds this parameter: its own data is then there during its module's forward and backward only."""
+    """Whether ZeRO-3 shards this parameter; its data then exist only during its module's forward and backward."""
     return hasattr(parameter, "ds_id")
 
 
@@ -36,7 +33,7 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside, these parameters are whole, to be read. All processes have to come here together."""
+    """Inside, these parameters can be read whole. All processes must enter together."""
     sharded = [parameter for parameter in parameters if is_sharded(parameter)]
     if not sharded:
         yield
@@ -48,10 +45,9 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def whole_weight(linear: nn.Linear) -> torch.Tensor:
-    """The weight of `linear` for a product outside of its forward, to be differentiated; whole if it is sharded.
+    """The whole weight of `linear`, differentiable, for a product outside its forward.
 
-    A sharded weight is there in its module's own forward alone: it comes out of that as the product with the identity,
-    which is exact in float32.
+    A sharded weight exists only in its module's forward: it is read as the product with the identity, exact in float32.
     """
     if not is_sharded(linear.weight):
         return linear.weight
@@ -61,9 +57,9 @@ def whole_weight(linear: nn.Linear) -> torch.Tensor:
 
 
 def load_for_stage(path: Path, dtype: torch.dtype, zero_stage: int, world: World) -> PreTrainedModel:
-    """`load_model(path, dtype)`, under ZeRO-3 in parts: every parameter and buffer has the same value and dtype.
+    """`load_model(path, dtype)` in eval mode, sharded under ZeRO-3; every value and dtype is the same.
 
-    In eval mode. Raises ValueError as `load_model`, on all processes.
+    Raises ValueError as `load_model`, on all processes.
     """
     if zero_stage < 3:
         return load_model(path, dtype=dtype)
@@ -83,16 +79,15 @@ def load_for_stage(path: Path, dtype: torch.dtype, zero_stage: int, world: World
     for parameter, shape in zip(model.parameters(), shapes, strict=True):
         if not world.is_main:
             parameter.data = parameter.new_empty(shape, device=world.device)
-        # Sends out what the main process has and keeps a part of it. One at a time: each is freed before the next.
+        # Broadcasts the main process's tensor and keeps a part. One at a time: each is freed before the next.
         deepspeed.zero.Init(module=nn.ParameterList([parameter]))
     return model
 
 
 def shard_frozen(model: PreTrainedModel, world: World) -> Any:
-    """Have a sharded model that is not trained gather its parameters as its modules need them.
+    """Make a frozen sharded model gather its parameters as needed; returns DeepSpeed's engine.
 
-    Returns DeepSpeed's engine, which has to live as long as the model is called. The model itself is what to call: it
-    computes under the caller's autocast, the engine would under its own.
+    Keep the engine alive but call the model: it uses the caller's autocast, the engine would use its own.
     """
     import deepspeed
 
@@ -107,11 +102,10 @@ def shard_frozen(model: PreTrainedModel, world: World) -> Any:
 
 
 def zero_optimization(stage: int) -> dict[str, Any]:
-    """DeepSpeed's section of that name.
+    """DeepSpeed's section of that name, without leaf modules.
 
-    No module is a leaf. DeepSpeed makes the Mixture-of-Experts blocks of the families it knows leaves, so that
-    processes whose tokens choose other experts gather the same parameters. Here the experts of a layer are one module
-    with one grouped product, whatever is chosen; and the gradients of a leaf are reduced by a hook on its inputs, which
-    runs before there are any where nothing below the leaf is trained.
+    DeepSpeed makes known Mixture-of-Experts blocks leaves, because processes may choose different experts. Here a
+    layer's experts are one module with one grouped product, whatever is chosen. And a hook on a leaf's inputs reduces
+    its gradients, before there are any where nothing below the leaf is trained.
     """
     return {"stage": stage, "leaf_module": {"classes": [], "names": [], "name_suffixes": []}}

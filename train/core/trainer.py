@@ -1,8 +1,7 @@
 """What a training loop does to a model: backward, step, save, load. On one device, in plain PyTorch.
 
-`deepspeed_trainer.DeepSpeedTrainer` does the same over several processes; `loop.py` sees only the protocol.
-A checkpoint holds the trained parameters, the buffers and the optimizer state as safetensors. Frozen parameters are not
-saved: the recipe builds them again. There is no random state to save either, see `loop.py`.
+`deepspeed_trainer.DeepSpeedTrainer` does the same over several processes; `loop.py` sees only the protocol. A
+checkpoint holds trained parameters, buffers and optimizer state as safetensors; recipes rebuild frozen parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ MODEL_FILE, OPTIMIZER_FILE, RECIPE_FILE = "model.safetensors", "optimizer.safete
 
 
 class Trainer(Protocol):
-    """`model` is called for a loss, `module` is the recipe's module itself."""
+    """`model` is called for a loss; `module` is the recipe's module itself."""
 
     model: nn.Module
     module: nn.Module
@@ -35,20 +34,20 @@ class Trainer(Protocol):
         """Accumulate the gradient of one micro-batch's mean loss, a scalar."""
 
     def step(self, learning_rate_factor: float) -> float:
-        """Clip, update and clear the gradients; the gradient norm before clipping."""
+        """Clip, update and clear the gradients; returns the gradient norm before clipping."""
 
     def save(self, store: CheckpointStore, step: int, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Start saving a checkpoint; it is complete after `store.wait()`. Raises OSError.
 
-        `state` is JSON; `tensors`, which nobody changes any more, come back from `load_recipe_tensors`.
+        `state` is JSON; `tensors` must not change any more, and `load_recipe_tensors` reads them back.
         """
 
     def load(self, path: Path) -> None:
-        """Take everything from the complete checkpoint at `path`. Raises ValueError if it does not fit the model."""
+        """Restore the complete checkpoint at `path`. Raises ValueError if it does not fit the model."""
 
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
-        """Inside, `module` has all its parameters on the main process. Training is over afterwards."""
+        """Inside, `module` is whole on the main process. Training is over afterwards."""
 
     def close(self) -> None:
         """Free what the processes share."""
@@ -72,7 +71,7 @@ class PlainTrainer:
         parameters = self._trained.values()
         limit = self._grad_clip or float("inf")
         grad_norm = nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=False).item()
-        # A step with a gradient that is not finite would destroy the masters; the loop raises on the norm instead.
+        # A gradient that is not finite would destroy the masters; the loop raises on the norm instead.
         if grad_norm < float("inf"):
             set_learning_rate(self.optimizer, learning_rate_factor)
             self.optimizer.step()
@@ -82,7 +81,7 @@ class PlainTrainer:
     def save(self, store: CheckpointStore, step: int, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         store.wait()
         _check_disk(store.directory, 4 * sum(p.numel() for p in self._trained.values()))
-        # Copies: training overwrites the originals while the file is being written.
+        # Copies, because training overwrites the originals during the write.
         model = {name: _copy(tensor) for name, tensor in self._saved_tensors().items()}
         optimizer = {
             f"{name}.{key}": _copy(value)
@@ -121,18 +120,18 @@ class PlainTrainer:
 
 
 def save_recipe_tensors(tensors: dict[str, torch.Tensor], directory: Path) -> None:
-    """Write what the recipe itself remembers, if anything. Raises OSError."""
+    """Write the recipe's `state`, if there is any. Raises OSError."""
     if tensors:
         save_tensors(tensors, directory / RECIPE_FILE)
 
 
 def load_recipe_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """What `save_recipe_tensors` wrote to a checkpoint's directory."""
+    """Tensors that `save_recipe_tensors` wrote, or {}."""
     return load_file(directory / RECIPE_FILE) if (directory / RECIPE_FILE).is_file() else {}
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file. Raises OSError, also for what safetensors reports as an error of its own."""
+    """Write a safetensors file. Raises OSError, also for safetensors' own error."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:
@@ -144,7 +143,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check_disk(directory: Path, num_bytes: int) -> None:
-    """Raise OSError when `directory`, or the nearest parent that exists, has less than `num_bytes` free."""
+    """Raise OSError if `directory`, or its nearest existing parent, has less than `num_bytes` free."""
     place = next(parent for parent in (directory, *directory.parents) if parent.exists())
     free = shutil.disk_usage(place).free
     if free < num_bytes:

@@ -1,8 +1,7 @@
-"""Calibration windows: a small, seeded sample of training text, as post-training quantization wants it.
+"""Calibration windows: a small, seeded sample of training text for post-training quantization.
 
-From a prepared corpus the training part is taken, never the held-out one, on which the result will be judged. Other
-text (a file, a dataset of the Hub) is tokenized here, only as much of it as the sample needs, and in a seeded order of
-the documents, so that a data set sorted by topic gives no one-sided sample.
+A prepared corpus gives its training part, never the held-out part that judges the result. Other text is tokenized here,
+as much as the sample needs, in a seeded order of the documents, because a data set may be sorted by topic.
 """
 
 from __future__ import annotations
@@ -32,11 +31,8 @@ def calibration_windows(
 ) -> torch.Tensor:
     """Token ids, int64 [num_windows, sequence_length], a function of the arguments alone.
 
-    `source` is the directory of a prepared corpus, or any source that `load_documents` takes, of whose rows
-    `max_unusable_fraction` may have no text.
-
-    Raises ValueError for a source that does not exist or has no text, for a corpus of another tokenizer, and for text
-    too short for that many different windows.
+    `source`: a prepared corpus, or what `load_documents` takes. Raises ValueError for a source that is missing or too
+    short for that many different windows, and for a corpus of another tokenizer.
     """
     if (Path(source) / "corpus.json").is_file():
         corpus = load_corpus(Path(source))
@@ -63,7 +59,7 @@ def calibration_windows(
 def _sample(
     documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_windows: int, sequence_length: int, seed: int
 ) -> datasets.Dataset:
-    """Tokenized documents in a seeded order, as many as `_SPREAD` asks for or as there are."""
+    """Tokenized documents in a seeded order: `_SPREAD` times the sample, or all there are."""
     documents = documents.shuffle(seed=seed)
     num_wanted = _SPREAD * num_windows
     chunks: list[datasets.Dataset] = []

@@ -1,10 +1,8 @@
 """A text corpus on disk: documents split into train and held-out, tokenized once into `datasets` Arrow sets.
 
-The corpus of record is the standard library of the running interpreter without its tests: real code, a few million
-tokens, and present wherever this package runs. Documents are split whole, so held-out text is never seen in training.
-With it comes the tokenizer, a byte-level BPE trained on the training documents. Other text (files, or a dataset of the
-Hugging Face Hub) goes the same way; recipes that start from a model bring that model's tokenizer. Left out: streaming
-and mixtures of datasets, whose resume is not exact.
+The corpus of record is the running interpreter's standard library without its tests: real code, a few million tokens,
+present on every machine. Documents are split whole. Its byte-level BPE tokenizer is trained on the training documents;
+recipes that start from a model bring that model's. Left out: streaming and mixtures, whose resume is not exact.
 """
 
 from __future__ import annotations
@@ -55,21 +53,13 @@ def prepare_corpus(
     max_unusable_fraction: float = 0.0,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Corpus:
-    """Tokenize `source` into the directory `path`; a corpus that is already there is loaded.
+    """Tokenize `source`, as `load_documents` takes it, into the directory `path`, or load the corpus that is there.
 
-    Args:
-        path: Corpus directory; it appears complete or not at all.
-        vocab_size: Size of the BPE tokenizer trained here; ignored when `tokenizer` is given.
-        seed: Seed of the split into training and held-out documents.
-        source: Text, as `load_documents` takes it.
-        heldout_fraction: Fraction of the documents, at least one, kept for evaluation.
-        max_unusable_fraction: Share of the source's rows that may have no text; they are left out with a warning.
-        tokenizer: Tokenizer of the model that will read the corpus.
+    `vocab_size` is of the BPE tokenizer trained here, unless a model's `tokenizer` is given. `seed` splits documents;
+    at least one is held out. `max_unusable_fraction` of the rows may lack text; they are skipped with a warning.
 
-    Raises:
-        ValueError: `path` holds something else, or a corpus with other settings, of another tokenizer, or of a source
-            that has changed since; or the source has too little text, or more unusable rows.
-        OSError: `path` cannot be written.
+    Raises ValueError if `path` holds something else or a corpus of other settings, tokenizer or text, and for too
+    little or unusable text; OSError if `path` cannot be written.
     """
     path = Path(path)
     settings: dict[str, Any] = {"source": source, "seed": seed, "heldout_fraction": heldout_fraction}
@@ -101,19 +91,16 @@ def prepare_corpus(
         tokenizer.save_pretrained(str(partial / "tokenizer"))
         if (changed := changed_file(source, files)) is not None:
             raise ValueError(f"{source} was changed while it was read ({changed}): start again")
-        # Beside the settings, not among them: times say nothing of what a corpus holds.
+        # Beside the settings, not among them: file times do not say what a corpus holds.
         (partial / _SOURCE_FILE).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
-        # `vocab_size` stays what was asked for, which little text does not always reach.
+        # `vocab_size` stays the requested one, which little text does not always reach.
         settings |= {"num_tokens": len(tokenizer), "tokenizer_sha256": tokenizer_sha256(tokenizer)}
         (partial / CORPUS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return load_corpus(path)
 
 
 def load_corpus(path: Path) -> Corpus:
-    """The corpus that `prepare_corpus` wrote at `path`.
-
-    Raises ValueError, one line, where there is none, and for a file of it that cannot be read.
-    """
+    """The corpus that `prepare_corpus` wrote at `path`. Raises ValueError if it is missing or unreadable."""
     path = Path(path)
     if not (path / CORPUS_FILE).is_file():
         missing = "" if path.exists() else ", there is nothing"
@@ -175,12 +162,10 @@ def _split(
 def tokenize(
     documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, keep_text: bool, file: Path | None = None
 ) -> datasets.Dataset:
-    """Columns `name` and `input_ids` (int32), and `text` if it is kept; each document is closed by the separator.
+    """Columns `name`, `input_ids` (int32, ending in the separator) and, if kept, `text`; in `file` or in memory.
 
-    Documents without a token are left out, and special tokens that the text spells are those tokens; warnings count
-    them. The result is written to `file`, or held in memory.
-
-    Raises ValueError, one line, for text that the tokenizer cannot read.
+    Empty documents are left out, and special tokens spelled in the text are read as such; warnings count both. Raises
+    ValueError for text that the tokenizer cannot read.
     """
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     empty: list[str] = []
@@ -208,7 +193,7 @@ def tokenize(
         features=features,
         remove_columns=documents.column_names,
         cache_file_name=None if file is None else str(file),
-        # A stale cache entry would outlive a change of the tokenizer that its fingerprint does not see.
+        # The fingerprint does not see every change of the tokenizer, so a cache entry could be stale.
         load_from_cache_file=False,
         new_fingerprint=uuid.uuid4().hex,
     )
@@ -257,7 +242,7 @@ def _load_matching(path: Path, settings: dict[str, Any], tokenizer: PreTrainedTo
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file of a prepared corpus. Raises ValueError that names the file."""
+    """The JSON object in a corpus file. Raises ValueError naming the file."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -273,7 +258,7 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """No progress bars of `datasets`: the caller's own bar stands for the whole stage."""
+    """Hide the progress bars of `datasets`; the caller's bar covers the whole stage."""
     were_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

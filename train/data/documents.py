@@ -1,7 +1,6 @@
-"""Documents of a source of text: files, a data set of the Hugging Face Hub, or the running interpreter's own library.
+"""Documents of a text source: files, a data set of the Hugging Face Hub, or the running interpreter's own library.
 
-A path is a path and a file is opened here, so that what is read is what was named: no pattern, no cache of an earlier
-read. Text passes through a file, not through memory.
+Files are opened here, by exact path: no glob pattern, no stale cache. Text passes through a temporary file, not memory.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from speedstack.support.digests import file_sha256
 STDLIB = "stdlib"
 TEXT_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _COLUMN = "text"
-# Directories of tests and of foreign packages; the modules of `encodings` are tables of characters, not code.
+# Tests and foreign packages; the modules of `encodings` are tables of characters, not code.
 _SKIPPED_DIRECTORIES = frozenset(
     {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
 )
@@ -36,23 +35,19 @@ _HOPELESS = 1000  # unusable rows after which it is not worth reading on to coun
 
 
 def load_documents(source: str, max_unusable_fraction: float = 0.0) -> datasets.Dataset:
-    """Columns `name` and `text` of the documents, in an order that depends on nothing but the source.
+    """Columns `name` and `text` of the documents, in an order that depends on the source alone.
 
-    Args:
-        source: "stdlib"; a .jsonl, .json or .parquet file with a column `text`; a .txt file, which is one document; a
-            directory of such files, as `speedstack.eval.data.rows.source_files` reads it; or a name on the Hub.
-        max_unusable_fraction: Share of the rows that may have no text (missing, null, no string, a broken line). They
-            are left out with a warning that counts them and names the first.
-
-    Raises ValueError, one line, for a source that is not there or cannot be read, and for more unusable rows; OSError
-    when there is no room for temporary files.
+    `source` is "stdlib"; a .jsonl, .json or .parquet file with a column `text`; a .txt file, which is one document; a
+    directory of such files, read as by `speedstack.eval.data.rows.source_files`; or a name on the Hub. A share of rows
+    up to `max_unusable_fraction` may lack text; a warning counts them. Raises ValueError for an unreadable source or
+    too many such rows, OSError for no room for temporary files.
     """
     tally = RowTally(source, max_unusable_fraction)
     with tempfile.TemporaryDirectory(prefix="speedstack-documents-", ignore_cleanup_errors=True) as directory:
         file = str(Path(directory) / "documents.arrow")
         _write(file, _documents(source, tally))
         tally.check()
-        # Mapped: it lasts as long as it is read, without its name.
+        # Memory-mapped, so the data outlive the deleted file name.
         table = pyarrow.ipc.open_stream(pyarrow.memory_map(file)).read_all()
     if summary := tally.summary():
         warnings.warn(summary, stacklevel=2)
@@ -60,15 +55,15 @@ def load_documents(source: str, max_unusable_fraction: float = 0.0) -> datasets.
 
 
 def describe_files(source: str) -> dict[str, dict[str, Any]] | None:
-    """Path below the source -> size, time and SHA-256 of each file it is read from; None for a source of no files."""
+    """Relative path -> size, time and SHA-256 of each source file; None for a source without files."""
     files = None if source == STDLIB else source_files(source, TEXT_SUFFIXES)
     return None if files is None else {_below(source, file): _describe(file) for file in files}
 
 
 def changed_file(source: str, described: dict[str, dict[str, Any]] | None) -> str | None:
-    """The first file that is not as `describe_files` found it, or was not there; None where all are, or none is left.
+    """The first file that differs from `describe_files`' record; None if none does, or the source is gone.
 
-    The content decides, and is read only where size or time differ.
+    Contents decide; a file is read only if its size or time differs.
     """
     if described is None or not Path(source).exists():
         return None
@@ -107,7 +102,7 @@ def _documents(source: str, tally: RowTally) -> Iterator[tuple[str, str]]:
 
 
 def _texts(source: str) -> Iterator[tuple[str, str | UnusableRow]]:
-    """Where a text stands, and the text or why there is none."""
+    """Where a text is, and the text or why there is none."""
     if source == STDLIB:
         yield from _standard_library()
         return

@@ -1,4 +1,4 @@
-"""Held-out text of a prepared corpus, as the measurements want it: `eval` takes texts, corpora are `train`'s."""
+"""Held-out text of a prepared corpus, in the form that `eval` measures on."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Conversations as training windows: several short ones in one window, each a document of its own.
 
-Best fit, longest first: a conversation goes where the least room is left over. The cut is a function of the lengths
-alone and the same in every epoch, so that features of a window can be kept. What stays free at a window's end is
-padding, which is no document: nothing sees it, and nothing is predicted there.
+Best fit, longest first. The packing is a function of the lengths alone and the same in every epoch, so a window's
+features can be kept. Padding at a window's end belongs to no document: nothing sees or predicts it.
 
 Shapes: N windows or sequences, T tokens of a window.
 """
@@ -21,7 +20,7 @@ PADDING = -1  # the document of positions that hold nothing
 
 @dataclass(frozen=True)
 class Sequences:
-    """Prompts with what the target answered: ids int64, one tensor a sequence, and how many of them are the prompt."""
+    """Prompts with the target's answers: one int64 tensor of ids a sequence, and its number of prompt tokens."""
 
     ids: Sequence[Tensor]
     prompt_lengths: Sequence[int]
@@ -40,7 +39,7 @@ class WrittenText:
 
     @classmethod
     def of_continuations(cls, sequences: Sequences, length: int) -> WrittenText:
-        """One document a window, end-of-text or not: in serving the context is never cut either. All fill a window."""
+        """One document a window, end-of-text or not, as in serving; every sequence fills a window."""
         ids_NT = torch.stack(list(sequences.ids))
         assert ids_NT.shape[1] == length, f"continuations of {ids_NT.shape[1]} tokens for windows of {length}"
         prompt_lengths_N1 = torch.tensor(sequences.prompt_lengths)[:, None]
@@ -48,7 +47,7 @@ class WrittenText:
 
     @classmethod
     def packed(cls, sequences: Sequences, length: int) -> WrittenText:
-        """Windows of `length` tokens; what a sequence has beyond that is cut off."""
+        """Windows of `length` tokens; longer sequences are cut."""
         lengths = [min(len(ids), length) for ids in sequences.ids]
         windows = best_fit(lengths, length)
         ids_NT = torch.zeros(len(windows), length, dtype=torch.int64)
@@ -66,7 +65,7 @@ class WrittenText:
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Members of each window, so that no window holds more than `capacity`; no length may be above it."""
+    """Members of each window, at most `capacity` in total; no length may exceed it."""
     assert all(0 < length <= capacity for length in lengths), "a sequence is empty or longer than a window"
     windows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, window), ascending

@@ -1,12 +1,9 @@
 """Prompts of a drafter's training from a file or the Hugging Face Hub, as token ids, split and kept on disk.
 
-A prompt is text, token ids, or a chat, which the chat template of the target's tokenizer makes into text. The target
-answers it, or the set brings the answers. What was made of the source is kept beside the text that the target
-writes, with the digest of everything that decided it, and read from there ever after: a template may print today's
-date, and a stage that is resumed tomorrow must still continue the same prompts.
-
-Only the last answer of a chat is trained on; earlier ones are context. Of a file the content is part of the digest, of
-a data set on the hub the name alone.
+A prompt is text, token ids, or a chat, which the tokenizer's chat template turns into text. The target or the data set
+answers it; only a chat's last answer is trained on. The prepared prompts are kept with a digest of what decided them: a
+template may print today's date, and a resumed stage must continue the same prompts. The digest covers a file's content,
+but only the name of a data set on the Hub.
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ _SPLITS = ("heldout", "train")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Token ids of a prompt and of the answer that came with it; no answer: the target has yet to write it."""
+    """Token ids of a prompt and of its given answer; no answer if the target has yet to write it."""
 
     prompt: list[int]
     response: list[int]
@@ -49,7 +46,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Conversations to train on and held-out ones, which share no prompt; `facts` is what `prompts.json` says."""
+    """Training and held-out conversations, which share no prompt; `facts` is the content of `prompts.json`."""
 
     train: list[Conversation]
     heldout: list[Conversation]
@@ -57,11 +54,11 @@ class PromptSet:
 
 
 class _LeftOut(Exception):
-    """Why a row that can be used does not fit the settings."""
+    """Why a usable row does not fit the settings."""
 
 
 def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Digest of the tokenizer's chat template; None where it has none."""
+    """Digest of the tokenizer's chat template, or None."""
     template = tokenizer.chat_template
     return None if not template else json_sha256(template)
 
@@ -74,18 +71,15 @@ def prepare_prompts(
     end_ids: Sequence[int] = (),
     may_replace: bool = False,
 ) -> PromptSet:
-    """The prompts of `config.drafter.prompts`, made and written to the directory `path`, or read from there.
+    """The prompts of `config.drafter.prompts`, read from the directory `path` or prepared and written there.
 
-    `end_ids`: tokens, besides the tokenizer's own, that end the target's texts, and so a given answer of a chat.
-    `may_replace`: set aside what is there and was made with other settings, instead of refusing it.
+    In an order drawn from `seed` the first rows are held out and the next ones train. Training rows with a held-out
+    prompt, rows that are too long and unusable rows are left out with a warning, as is a shortage. `end_ids` end a
+    given answer, as does the tokenizer's own; `may_replace` sets aside prompts of other settings instead of refusing
+    them.
 
-    Of the rows in an order drawn from `seed`, the first are held out and the next train, as many as the config takes
-    of either; a training row whose prompt is held out is left out. Rows that are too long, and those that cannot be
-    used, are left out with one warning that counts them; another says where there are fewer than asked for.
-
-    Raises ValueError, one line, for a source that cannot be read, more unusable rows than the config bears, a tokenizer
-    without a chat template where there are chats, no usable prompt, and when `path` holds prompts made with other
-    settings; OSError when it cannot be written.
+    Raises ValueError for an unreadable source, too many unusable rows, chats without a chat template, no usable prompt,
+    or prompts of other settings at `path`; OSError if that cannot be written.
     """
     section = config.drafter.prompts
     assert section.source is not None
@@ -102,7 +96,7 @@ def prepare_prompts(
         "num_eval_sequences": config.drafter.num_eval_sequences,
         "text_seed": seed,
     }
-    if section.responses == "given":  # of written answers these decide nothing that is here
+    if section.responses == "given":  # they do not affect prompts whose answers are written
         settings |= {
             "sequence_length": config.data.sequence_length,
             "block_size": config.drafter.block_size,
@@ -116,7 +110,7 @@ def prepare_prompts(
 
 
 class _Reader:
-    """Rows of a source to conversations."""
+    """Turns the rows of a source into conversations."""
 
     def __init__(self, config: DrafterConfig, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
         self.section: PromptsSection = config.drafter.prompts
@@ -164,10 +158,10 @@ class _Reader:
     def _take(
         self, rows: Iterator[Row], limit: int, held: set[tuple[int, ...]], tally: RowTally, to_train: bool
     ) -> list[Conversation]:
-        """The first `limit` usable conversations of `rows`; different prompts where they are to be held out."""
+        """The first `limit` usable conversations of `rows`, with distinct prompts if they are held out."""
         taken: list[Conversation] = []
         seen: set[tuple[int, ...]] = set()
-        # Not beyond the limit: the row after the last one is for the next split.
+        # Stop at the limit: the next row belongs to the next split.
         while len(taken) < limit and (next_row := next(rows, None)) is not None:
             tally.num_rows += 1
             try:
@@ -224,12 +218,12 @@ class _Reader:
             raise UnusableRow(where, "the answer is empty")
         conversation = self._encoded(prompt, self.template.answer(where, chat, prompt))
         response = conversation.response
-        # Templates go on with a line break, which no target writes after its end token.
+        # Templates add a line break, which no target writes after its end token.
         end = next((place + 1 for place, token in enumerate(response) if token in self.end_ids), None)
         return Conversation(conversation.prompt, response[:end])
 
     def _answer(self, where: str, row: dict[str, Any]) -> Message:
-        """The message that a row has beside a chat without one: text, or a list of one message."""
+        """A row's answer in its own field, as text or a list of one message."""
         if row.get(self.section.response_field) is None:
             raise UnusableRow(where, "the last message is not the assistant's, and responses are to be those given")
         value = self._response(where, row)
@@ -239,7 +233,7 @@ class _Reader:
         return made[0]
 
     def _response(self, where: str, row: dict[str, Any]) -> Any:
-        """What a row has as its answer: text that says something, or a list of messages."""
+        """A row's answer: non-empty text or a list of messages."""
         name = self.section.response_field
         if row.get(name) is None:
             raise UnusableRow(where, f"has no field '{name}'; its fields are {', '.join(row)}")
@@ -251,21 +245,21 @@ class _Reader:
         raise UnusableRow(where, f"'{name}' is not text")
 
     def _encoded(self, prompt: str, answer: str) -> Conversation:
-        """The prompt in the tokens that a server makes of it, and the answer in those that follow them."""
+        """Prompt and answer ids, the answer's as they follow the prompt's."""
         ids = self._encode(prompt)
         if not answer:
             return Conversation(ids, [])
         whole = self._encode(prompt + answer)
-        # Alone, tokenizers of whole words would begin an answer with a blank of their own.
+        # Encoded alone, an answer would begin with an extra blank in tokenizers of whole words.
         return Conversation(ids, whole[len(ids) :] if whole[: len(ids)] == ids else self._encode(answer))
 
     def _encode(self, text: str) -> list[int]:
-        # A chat template writes the beginning of a text itself.
+        # A chat template writes the beginning of the text itself.
         return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 def _finish(tally: RowTally, num_wanted: int, num_taken: int, name: str, what: str) -> None:
-    """Say what became of the rows of a source. Raises ValueError where too many or all of them are of no use."""
+    """Report a source's rows. Raises ValueError if too many or all are unusable."""
     tally.check()
     summary = tally.summary()
     if num_wanted and not num_taken:
@@ -277,7 +271,7 @@ def _finish(tally: RowTally, num_wanted: int, num_taken: int, name: str, what: s
 
 
 def _files_sha256(source: str) -> str | None:
-    """Digest of the content of a file or of a directory's files; None for a data set on the hub."""
+    """Digest of the files at `source`; None for a data set on the Hub."""
     place = Path(source)
     if not place.exists():
         return None
@@ -288,7 +282,7 @@ def _files_sha256(source: str) -> str | None:
 
 
 def conversations_sha256(conversations: Sequence[Conversation]) -> str:
-    """Digest of the token ids, and of which of them are prompts."""
+    """Digest of the token ids and of the split into prompt and answer."""
     digest = hashlib.sha256()
     for conversation in conversations:
         for ids in (conversation.prompt, conversation.response):
@@ -311,7 +305,7 @@ def _write(path: Path, splits: dict[str, list[Conversation]], settings: dict[str
 
 
 def _different(path: Path, settings: dict[str, Any]) -> list[str]:
-    """Names of the settings that the prompts at `path` were not made with."""
+    """Names of the settings that differ from those of the prompts at `path`."""
     facts = json.loads((path / "prompts.json").read_text(encoding="utf-8"))
     return [name for name, value in settings.items() if facts.get(name) != value]
 

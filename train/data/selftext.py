@@ -1,13 +1,11 @@
 """Text a target wrote itself: what a drafter for it should be trained and judged on.
 
-Prompts are pieces of documents; the engine that will serve the target continues each of them, so that the labels are
-the very tokens a drafter has to foresee. Generating is the slow part, hence a stage of its own with its result on disk:
-shards appear whole or not at all, an interrupted stage goes on with the missing ones, and `settings.json` keeps one
-directory from ever mixing the texts of two targets, or of one under two configs, two sets of prompts or two
-temperatures. Ranks share the shards.
+The engine that will serve the target continues prompts, so the labels are the very tokens a drafter has to predict.
+Generating is slow, so it is a stage with shards on disk: they are written atomically, shared among ranks, and only
+missing ones are generated. `settings.json` keeps a directory to one target, set of prompts and sampling.
 
-Pieces of documents are equally long and end-of-text does not stop them: what follows is the target's text as well.
-Prompts of a user are lists of any lengths, and an answer to one ends where the target ends it.
+Pieces of documents are equally long, and end-of-text does not stop them. A user's prompts may have any lengths, and the
+target ends its answers.
 
 Shapes: N sequences, P prompt tokens, T tokens of prompt and continuation.
 """
@@ -42,10 +40,9 @@ _OPENING_EVERY = 4  # one prompt in so many is the beginning of a document, the 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a continuation is drawn; `temperatures` take turns, shard by shard.
+    """How a continuation is drawn; `temperatures` alternate by shard.
 
-    `stops_at_eos`: it ends with the target's end token, if there is one in time. `chat_template_sha256`: of the
-    template that made the prompts, None without one.
+    With `stops_at_eos` it ends at the target's end token. `chat_template_sha256` is None without a template.
     """
 
     num_new_tokens: int
@@ -60,10 +57,7 @@ Prompts = torch.Tensor | Sequence[Sequence[int]]  # int64 [N, P], or lists of an
 
 
 def cut_prompts(documents: Dataset, num_prompts: int, length: int, *keys: int) -> torch.Tensor:
-    """Prompts int64 [N, P]: pieces of documents, a function of `keys`. No prompt crosses the end of its document.
-
-    Raises ValueError when no document has more than `length` tokens.
-    """
+    """Prompts int64 [N, P] within single documents, a function of `keys`. Raises ValueError if all are too short."""
     eligible = [ids for ids in documents["input_ids"] if len(ids) > length]
     if not eligible:
         raise ValueError(f"no document has more than drafter.prompt_length = {length} tokens: lower it")
@@ -97,9 +91,8 @@ def continue_prompts(
 ) -> None:
     """Write this rank's missing shards of the continuations of `prompts` into the directory `path`.
 
-    `make_engine` is called only if something is missing. `on_progress(done)` counts this rank's sequences,
-    at first those that were there.
-    Raises ValueError when `path` holds text made with other settings, OSError, one line, when it cannot be written.
+    `make_engine` is called only if a shard is missing. `on_progress(done)` counts this rank's sequences, existing ones
+    first. Raises ValueError if `path` holds text of other settings, OSError if it cannot be written.
     """
     settings = _settings(target_sha256, prompts, sampling)
     path.mkdir(parents=True, exist_ok=True)
@@ -117,7 +110,7 @@ def continue_prompts(
         assert engine is not None
         rows = _rows(shard, len(prompts))
         continuations: list[list[int]] = []
-        # Answers end at different times: the engine fills the places of finished ones from the rest of the shard.
+        # Answers end at different times: the engine refills finished rows from the rest of the shard.
         num_at_once = len(rows) if sampling.stops_at_eos else engine.max_batch_size
         for start in range(0, len(rows), num_at_once):
             part = rows[start : start + num_at_once]
@@ -145,9 +138,9 @@ def continue_prompts(
 
 
 def load_text(path: Path, target_sha256: str, prompts: Prompts, sampling: Sampling) -> list[torch.Tensor]:
-    """The sequences that `continue_prompts` wrote, prompts included, int64 each, in the order of the prompts.
+    """Prompts with continuations, int64 each, in the order of the prompts.
 
-    Raises ValueError for a missing or corrupt shard, and for text made with other settings.
+    Raises ValueError for a missing or corrupt shard and for other settings.
     """
     _check_settings(path, _settings(target_sha256, prompts, sampling))
     sequences: list[torch.Tensor] = []
@@ -188,7 +181,7 @@ def _as_list(ids: torch.Tensor | Sequence[int]) -> list[int]:
 
 
 def _shard_tensors(prompts: Prompts, continuations: list[list[int]]) -> dict[str, torch.Tensor]:
-    """What a shard holds, int32: `tokens` [n, T] of equally long prompts; of others `responses` in a row, `lengths`."""
+    """A shard's int32 tensors: `tokens` [n, T] for equally long prompts, else joined `responses` and `lengths`."""
     if isinstance(prompts, torch.Tensor):
         return {"tokens": torch.cat([prompts, torch.tensor(continuations)], dim=1).int()}
     responses = torch.tensor([token for tokens in continuations for token in tokens], dtype=torch.int32)
@@ -209,7 +202,7 @@ def _settings(target_sha256: str, prompts: Prompts, sampling: Sampling) -> dict[
 
 
 def make_way(path: Path, target_sha256: str, prompts: Prompts, sampling: Sampling) -> None:
-    """Set aside text at `path` that was made with other settings; settings that no text has followed are dropped."""
+    """Set aside text at `path` made with other settings, or delete settings without text."""
     file = path / "settings.json"
     if not file.is_file() or not _different(file, _settings(target_sha256, prompts, sampling)):
         return
@@ -225,7 +218,7 @@ def _different(file: Path, settings: dict[str, object]) -> list[str]:
 
 
 def _check_settings(path: Path, settings: dict[str, object]) -> None:
-    """Raise ValueError when `path` holds text made with other settings than `settings`, or none at all."""
+    """Raise ValueError if `path` holds no text or text made with other settings."""
     file = path / "settings.json"
     if not file.is_file():
         raise ValueError(f"{path} holds no written text: {file.name} is missing")

@@ -1,4 +1,4 @@
-"""What the model card of a trained drafter says of its training."""
+"""What the model card of a trained drafter says about its training."""
 
 from typing import Any
 
@@ -17,11 +17,8 @@ def training_card(
 ) -> dict[str, Any]:
     """Facts for `dflash.checkpoint.save_drafter`.
 
-    Args:
-        data_card: what `describe_text` says of the text.
-        written: the training text that the target wrote; None where all is corpus.
-        num_heldout: held-out prompts on which `acceptance_length` was simulated; that is None where there were none.
-        by_document: answers may end before their length.
+    `data_card` is from `describe_text`; `written` is the target's text, or None if all is corpus. `acceptance_length`
+    was simulated on `num_heldout` prompts, None without any. `by_document`: answers may end early.
     """
     section, optim, loop = config.drafter, config.optim, config.loop
     num_new = config.data.sequence_length - section.prompt_length

@@ -1,7 +1,7 @@
 """The autoregressive baseline's recipe: an EAGLE-3 style head on the data, labels and loss of the drafter's recipe.
 
-Only the network differs, and how it is called. What comes out is a result, not a drafter: no engine decodes with it,
-and its acceptance is simulated on greedy text, where simulation is exact.
+The export is a result, not a drafter: no engine decodes with it. Acceptance is simulated on greedy text, which is
+exact.
 
 Shape suffixes: B windows, T positions, A blocks, J drafted tokens, D hidden.
 """
@@ -60,7 +60,7 @@ class EagleRecipe(DrafterRecipe):
         features = self.features(windows)
         embeds_BTD = nn.functional.embedding(windows.ids_BT, self.target.embedding_VD)
         positions_T = torch.arange(windows.ids_BT.shape[1], device=self.device)
-        # A filler block's anchor is 0, with nothing before it: position 1 stands in, and nothing of it counts.
+        # A filler block's anchor is 0, with nothing before it: position 1 stands in, and the block does not count.
         anchors_BA = windows.anchors_BA.clamp_min(1)
         documents_BA1 = windows.documents_BT.gather(1, anchors_BA)[..., None]
         visible_BAT = (positions_T < anchors_BA[..., None]) & (windows.documents_BT[:, None] == documents_BA1)

@@ -1,7 +1,7 @@
 """Acceptance of a drafter on text that is there already: what greedy decoding would commit, without decoding.
 
-Greedy text does not depend on the drafter. So the leading runs of right proposals at all anchors of a text that the
-target wrote greedily give the very rounds that decoding would make, up to the dtype of the features.
+Greedy text does not depend on the drafter, so the leading runs of right proposals at all anchors of such text give the
+rounds of decoding, up to the dtype of the features.
 
 Shape suffixes: N sequences, T positions, B sequences at once, A anchors, J proposals.
 """
@@ -25,7 +25,7 @@ _ANCHORS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class GreedyText:
-    """Sequences that the target wrote greedily: padded tokens int64 [N, T], and where each's prompt and text end."""
+    """Sequences the target wrote greedily: padded ids int64 [N, T], and where each prompt and text end."""
 
     ids_NT: Tensor
     prompt_lengths: Sequence[int]
@@ -43,7 +43,7 @@ class GreedyText:
         return cls(ids_NT, list(sequences.prompt_lengths), [len(ids) for ids in sequences.ids])
 
     def measurable(self) -> GreedyText:
-        """The sequences whose answer has a second token: the first one is the prefill's, which nothing drafts."""
+        """Sequences whose answer has a second token; the first comes from the prefill and is never drafted."""
         kept = [
             row
             for row, (start, end) in enumerate(zip(self.prompt_lengths, self.lengths, strict=True))
@@ -61,13 +61,13 @@ class GreedyText:
 
 @dataclass(frozen=True)
 class Simulated:
-    """Acceptance of each held-out sequence, walked over its text: tokens committed in each round, and the mean loss."""
+    """Simulated acceptance: tokens committed in each round of each held-out sequence, and the mean loss."""
 
     rounds: list[list[int]]
     loss: float
 
     def acceptance_length(self, num_sequences: int | None = None) -> float:
-        """Tokens a round over the first `num_sequences`, None for all. Raises ValueError where they have no round."""
+        """Tokens a round over the first `num_sequences`, or all. Raises ValueError without a round."""
         pooled = [tokens for rounds in self.rounds[:num_sequences] for tokens in rounds]
         if not pooled:
             raise ValueError(f"no held-out answer of the first {num_sequences} has 2 tokens: take more prompts")
@@ -82,9 +82,8 @@ class Simulated:
 def simulate(text: GreedyText, blocks_loss: Callable[[Windows], tuple[BlockLoss, Tensor]]) -> Simulated:
     """The rounds of greedy decoding on `text`, and the loss at all anchors.
 
-    `blocks_loss(windows)` is a recipe's loss of all blocks of `windows`, and which of their proposals count. The rounds
-    are the engine's, those that the end of a sequence cuts short included. Raises ValueError where no answer has a
-    token after its first, which the prefill makes: no round would run.
+    `blocks_loss(windows)` returns the loss of all blocks and which proposals count. Rounds are the engine's, including
+    those cut by the end of a sequence. Raises ValueError if no answer has a second token.
     """
     starts_N1, ends_N1 = torch.tensor(text.prompt_lengths)[:, None], torch.tensor(text.lengths)[:, None]
     if not (ends_N1 >= starts_N1 + 2).any():

@@ -1,12 +1,9 @@
 """Context features on disk: what a drafter's training reads of a frozen target, computed once.
 
-A directory of safetensors shards, one row a window of tokens, in the order of the windows. `settings.json` says whose
-features they are: the SHA-256 of the target, its config included, the tapped layers, the windows' SHA-256, the dtype
-the target computed in and the one they are stored in. A cache of anything else is refused. Shards appear whole or not
-at all; what is missing when a stage was interrupted is all that the next one computes; ranks share the shards.
-
-Reading maps the files: rows come from the page cache, which all processes of a machine share, and nothing is loaded
-that is not asked for. They are thousands of times the size of the tokens: T x (taps + 1) x hidden values a window.
+A directory of safetensors shards, one row a window. `settings.json` has the SHA-256 of the target with its config, the
+tapped layers, the windows' SHA-256, and the dtypes of computation and storage; other caches are refused. Shards are
+written atomically and shared among ranks; only missing ones are computed. Files are memory-mapped, since a window takes
+T x (taps + 1) x hidden values: thousands of times its tokens.
 
 Shape suffixes: N windows, T positions, C columns of features.
 """
@@ -45,8 +42,7 @@ class FeatureSettings:
 
 
 def window_keys(ids_NT: Tensor, documents_NT: Tensor | None = None) -> list[bytes]:
-    """One key a window: of equal tokens and equal documents. A window that is one document has the key of its tokens,
-    as without `documents_NT`: its features are the same."""
+    """One key a window, of its tokens and documents; a window that is one document has the key of its tokens alone."""
     assert ids_NT.dtype == torch.int64, "equal windows have equal bytes in one dtype only"
     keys = [row.tobytes() for row in ids_NT.cpu().numpy()]
     if documents_NT is None:
@@ -58,12 +54,12 @@ def window_keys(ids_NT: Tensor, documents_NT: Tensor | None = None) -> list[byte
 
 
 def is_one_document(documents_NT: Tensor) -> Tensor:
-    """Whether a window is one document from end to end, without padding, whose document is negative; bool [N]."""
+    """Whether each window is one document without padding (a negative document); bool [N]."""
     return ((documents_NT == documents_NT[:, :1]) & (documents_NT >= 0)).all(1)
 
 
 def windows_sha256(ids_NT: Tensor, documents_NT: Tensor | None = None) -> str:
-    """Digest of the tokens and of their cut into windows and, as in `window_keys`, documents."""
+    """Digest of the tokens, windows and documents, as in `window_keys`."""
     keys = window_keys(ids_NT, documents_NT)
     return hashlib.sha256(b"".join([str(tuple(ids_NT.shape)).encode(), *keys])).hexdigest()
 
@@ -80,9 +76,8 @@ def write_features(
 ) -> None:
     """Write this rank's missing shards of the features of `ids_NT` into the directory `path`.
 
-    `compute` gives [n, T, C] for windows [n, T], n up to WINDOWS_A_SHARD, and is given their part of `documents_NT` too
-    where there is one; `on_progress(done)` counts this rank's.
-    Raises ValueError when `path` holds other features, OSError, one line, when it cannot be written.
+    `compute` maps windows [n, T], n <= WINDOWS_A_SHARD, and their documents, if any, to [n, T, C]. `on_progress(done)`
+    counts this rank's. Raises ValueError if `path` holds other features, OSError if it cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
     if (path / "settings.json").is_file():
@@ -110,10 +105,7 @@ def write_features(
 
 
 class StoredFeatures(Mapping[bytes, Tensor]):
-    """The features [T, C] of each window of `ids_NT` that `write_features` left at `path`, by `window_keys`.
-
-    Raises ValueError for another cache's settings and for a missing or corrupt shard.
-    """
+    """Features [T, C] by `window_keys`, from `write_features`. Raises ValueError for a bad shard or other settings."""
 
     def __init__(
         self, path: Path, ids_NT: Tensor, settings: FeatureSettings, documents_NT: Tensor | None = None
@@ -156,13 +148,13 @@ def _plain(settings: FeatureSettings) -> dict[str, object]:
 
 
 def holds_final(path: Path) -> bool:
-    """Whether the cache at `path`, if there is one, has final states too: it serves those who need none as well."""
+    """Whether the cache at `path` has final states; it then also serves callers that need none."""
     file = path / "settings.json"
     return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("with_final"))
 
 
 def make_way(path: Path, settings: FeatureSettings) -> None:
-    """Set aside features at `path` of anything else than `settings` say."""
+    """Set aside features at `path` that have other settings."""
     file = path / "settings.json"
     if file.is_file() and _different(file, settings):
         set_aside(path, "features")

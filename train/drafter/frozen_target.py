@@ -1,12 +1,11 @@
 """The target as a drafter's training sees it: embedding, features of the tapped layers, LM head; all of it frozen.
 
-A window comes back every epoch, and its features do not change. They are computed in every step (online), or once and
-kept, in memory or on disk (`features.py`): otherwise the target's forward is half of a training step. Kept ones are
-computed before the first step and not when they are first needed: on a CPU the bits of a product depend on what else is
-in the batch, and a resumed run must have the same ones.
+Features are computed in every step (online), which is half of a step, or once and kept, in memory or on disk
+(`features.py`). Kept ones are computed before the first step: on a CPU a product's bits depend on the rest of the
+batch, and a resumed run must have the same bits.
 
-Conversations that share a window must not see each other. The target reads each as a sequence of its own, from position
-0 on, beside others of about its length: no mask that a family would have to know, and what serving computes.
+The target reads each conversation of a window as a sequence of its own, from position 0, beside others of about its
+length. That needs no family's mask and is what serving computes.
 
 Shape suffixes: B windows, T positions, D hidden, V vocabulary, C = taps * hidden, A blocks, J proposals.
 """
@@ -30,14 +29,14 @@ _WINDOWS_AT_ONCE = 8
 
 
 class Features(NamedTuple):
-    """`taps_BTC`: outputs of the tapped layers. `final_BTD`: the final, normed hidden states; None if not asked for."""
+    """`taps_BTC`: outputs of the tapped layers. `final_BTD`: final, normed hidden states, or None."""
 
     taps_BTC: Tensor
     final_BTD: Tensor | None
 
 
 def gather_final(final_BTD: Tensor | None, before_BAJ: Tensor) -> Tensor | None:
-    """The target's final states [A, J, D] at the positions before the labels, blocks of all windows in a row."""
+    """Final states [A, J, D] at the positions before the labels, over the blocks of all windows."""
     if final_BTD is None:
         return None
     window_B11 = torch.arange(len(final_BTD), device=final_BTD.device)[:, None, None]
@@ -45,16 +44,13 @@ def gather_final(final_BTD: Tensor | None, before_BAJ: Tensor) -> Tensor | None:
 
 
 class FrozenTarget:
-    """A target that is only asked for features. Raises ValueError as `load_model` does.
+    """The target of the model directory `path`, for features alone; `dtype` is of its products on `device`.
 
-    Args:
-        path: model directory.
-        device: where its products run; features kept in memory lie there too.
-        dtype: of the features' products.
+    Kept features stay on `device`. Raises ValueError as `load_model`.
     """
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        # Loaded in `dtype`, not cast to it: routers keep in float32 what their model says they must.
+        # Loaded in `dtype`, not cast to it: models that require float32 routers keep them.
         model: Any = load_model(path, dtype=dtype)
         enable_blockwise_attention(model, device)
         self.config = model.config.get_text_config()
@@ -66,13 +62,13 @@ class FrozenTarget:
         self.with_final = False
 
     def sharing(self) -> FrozenTarget:
-        """Another one with the same weights, not copied, and taps of its own; of one that has no taps yet."""
+        """Another target with the same weights and no taps. This one must have no taps yet."""
         assert not hasattr(self, "layer_ids"), "hooks of taps would be copied too"
         weights = [*self.decoder.parameters(), *self.decoder.buffers(), self.embedding_VD, *self._heads_VD.values()]
         return copy.deepcopy(self, {id(weight): weight for weight in weights})
 
     def tap(self, layer_ids: Sequence[int], with_final: bool = False) -> None:
-        """Make `features` the outputs of these layers; without the final states, drop the layers after the last."""
+        """Make `features` return these layers' outputs; without final states, drop the layers after the last."""
         self.layer_ids = tuple(layer_ids)
         self.with_final = with_final
         if not with_final:
@@ -88,11 +84,11 @@ class FrozenTarget:
 
     @property
     def num_columns(self) -> int:
-        """Values kept of a position."""
+        """Values kept per position."""
         return (len(self.layer_ids) + self.with_final) * self.config.hidden_size
 
     def precompute(self, ids_BT: Tensor, max_bytes: int, documents_BT: Tensor | None = None) -> None:
-        """Compute the features of these windows now, into memory; warns where only some fit into `max_bytes`."""
+        """Compute and keep these windows' features in memory; warns if only some fit into `max_bytes`."""
         bytes_a_window = ids_BT.shape[1] * self.num_columns * torch.float32.itemsize
         num_windows = min(len(ids_BT), max_bytes // bytes_a_window)
         if num_windows < len(ids_BT):
@@ -108,10 +104,7 @@ class FrozenTarget:
         self._kept = dict(zip(window_keys(ids_BT, documents_BT), self.compute(ids_BT, documents_BT), strict=True))
 
     def compute(self, ids_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
-        """Features and, if asked for, final states of these windows side by side, float32 [B, T, num_columns].
-
-        `documents_BT` as in `features`.
-        """
+        """Features and, if asked for, final states side by side, float32 [B, T, num_columns]; see `features`."""
         parts = []
         for rows in torch.arange(len(ids_BT)).split(_WINDOWS_AT_ONCE):
             part_BT = ids_BT[rows].to(self.embedding_VD.device)
@@ -119,14 +112,13 @@ class FrozenTarget:
         return torch.cat(parts)
 
     def keep(self, features: Mapping[bytes, Tensor]) -> None:
-        """Take the features of the windows in `features` from there from now on."""
+        """Use these features for their windows from now on."""
         self._kept = features
 
     def features(self, ids_BT: Tensor, documents_BT: Tensor | None = None) -> Features:
         """Float32 features of these windows, taps concatenated in the order of `tap`.
 
-        With `documents_BT` (int64, negative: padding) a position sees its own document alone, as it does in serving,
-        and padding has zeros; None: a window is one document.
+        With int64 `documents_BT` a position sees its own document alone; padding is negative and gets zeros.
         """
         keys = window_keys(ids_BT, documents_BT) if self._kept else [b""] * len(ids_BT)
         missing = [place for place, key in enumerate(keys) if key not in self._kept]
@@ -143,7 +135,7 @@ class FrozenTarget:
         return Features(columns[..., :width], columns[..., width:])
 
     def _columns(self, ids_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
-        """`_forward` of every document alone, beside others of about its length; float32 [B, T, num_columns]."""
+        """`_forward` of each document alone, batched by similar length; float32 [B, T, num_columns]."""
         if documents_BT is None or bool(is_one_document(documents_BT).all()):
             return self._forward(ids_BT)
         spans = _document_spans(documents_BT)
@@ -153,7 +145,7 @@ class FrozenTarget:
             rows = torch.zeros(len(group), length, dtype=torch.int64, device=ids_BT.device)
             for place, (row, start, end) in enumerate(group):
                 rows[place, : end - start] = ids_BT[row, start:end]
-            # Padding comes after a document, where a causal model's earlier positions do not see it.
+            # Padding follows the document, where a causal model's earlier positions do not see it.
             for (row, start, end), columns in zip(group, self._forward(rows), strict=True):
                 columns_BTC[row, start:end] = columns[: end - start]
         return columns_BTC
@@ -179,7 +171,7 @@ LoadTarget = Callable[[Path, torch.device, torch.dtype], FrozenTarget]
 
 
 class SharedTarget:
-    """A `LoadTarget` that reads a model once, for all that ask for it in the same dtype on the same device."""
+    """A `LoadTarget` that reads a model once per dtype and device."""
 
     def __init__(self) -> None:
         self._loaded: dict[tuple[Path, torch.device, torch.dtype], FrozenTarget] = {}
@@ -193,7 +185,7 @@ class SharedTarget:
 
 
 def _document_spans(documents_BT: Tensor) -> list[tuple[int, int, int]]:
-    """(row, start, end) of each document of each window, padding left out."""
+    """(row, start, end) of each document, without padding."""
     spans = []
     for row, documents in enumerate(documents_BT.tolist()):
         start = 0
@@ -206,7 +198,7 @@ def _document_spans(documents_BT: Tensor) -> list[tuple[int, int, int]]:
 
 
 def _of_similar_length(spans: list[tuple[int, int, int]], max_tokens: int) -> list[list[tuple[int, int, int]]]:
-    """The spans in groups that are padded to at most twice their tokens, and to at most `max_tokens`."""
+    """Groups of spans whose padded size is at most twice their tokens and at most `max_tokens`."""
     groups: list[list[tuple[int, int, int]]] = []
     longest = 0
     for span in sorted(spans, key=lambda span: span[1] - span[2]):

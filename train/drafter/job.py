@@ -1,4 +1,4 @@
-"""The job of training a drafter: the recipe of its architecture, and what the engine says of the result."""
+"""The job of training a drafter: the recipe of its architecture, and the engine's acceptance of the result."""
 
 from __future__ import annotations
 
@@ -23,23 +23,18 @@ from speedstack.train.drafter.text import needed_corpus, serving_engine, splits_
 def make_recipe(
     config: DrafterConfig, show_progress: bool = True, load_target: LoadTarget = FrozenTarget
 ) -> DrafterRecipe:
-    """The recipe of the configured architecture; `load_target`: where its target comes from, a `SharedTarget` perhaps.
-
-    Raises ValueError for options that it does not have.
-    """
+    """The recipe of the configured architecture. Raises ValueError for options that it lacks."""
     if config.drafter.architecture == "eagle":
         return EagleRecipe(config, show_progress, load_target)
     return DrafterRecipe(config, show_progress, load_target)
 
 
 def train_drafter(config: DrafterConfig, on_step: OnStep | None = None) -> RunResult:
-    """Train, export, and confirm the acceptance length with the engine on all held-out prompts.
+    """Train, export, and measure acceptance with the engine on all held-out prompts.
 
-    A finished run is returned at once, an interrupted one resumes, its written text included. The engine's figures are
-    in `metrics` as `engine_acceptance_length` and stay in `acceptance.json` of the run directory; where they cannot be
-    had, a warning says why, and the drafter is there.
-
-    Raises ValueError for a target, corpus, text or combination of settings that does not fit; OSError for the disk.
+    A finished run returns at once, an interrupted one resumes. The engine's acceptance is in `metrics` as
+    `engine_acceptance_length` and in the run's `acceptance.json`; if it fails, a warning says why. Raises ValueError
+    for a target, corpus, text or settings that do not fit; OSError for the disk.
     """
     recipe = make_recipe(config, show_progress=on_step is None)
     result = run(recipe, config, on_step)
@@ -58,7 +53,7 @@ def train_drafter(config: DrafterConfig, on_step: OnStep | None = None) -> RunRe
 
 
 def _engine_acceptance(config: DrafterConfig, drafter: Path) -> AcceptanceResult:
-    """Acceptance of the exported drafter on all held-out prompts, decoded greedily. Raises as its parts."""
+    """Greedy acceptance of the exported drafter on all held-out prompts. Raises as its parts."""
     engine = serving_engine(config, drafter)
     tokenizer = load_tokenizer(config.drafter.target)
     split = splits_of(config, tokenizer, needed_corpus(config, tokenizer))["heldout"]

@@ -1,15 +1,12 @@
 """Train a DFlash drafter for one target, on text the target wrote.
 
-The target is the model that will be served, quantized experts and all. Before the first step it continues prompts
-through the engine (`drafter_text`); training windows are those sequences mixed with corpus windows. The frozen target
-gives the features of the step's windows (`frozen_target`), and the drafter is trained on blocks that start at random
-anchors: a function of (seed, example number), like everything else in a batch.
+The target is the model that will be served, quantized experts and all. Its engine first continues prompts (`text.py`);
+training windows mix that text with corpus windows. The frozen target gives their features (`frozen_target.py`), and
+blocks start at random anchors, a function of (seed, example number).
 
-Acceptance is measured twice. Greedy text does not depend on the drafter, so on held-out text that the target wrote
-greedily the leading runs at all anchors give the very rounds that decoding would make, up to the dtype of the features:
-that is the simulated acceptance length. At every evaluation the engine also decodes a few of the same prompts with the
-running drafter, greedily and at temperature 1: that is the served one. Two lines that part show a gap between training
-and serving on the day it appears.
+Acceptance is measured twice at every evaluation: simulated on held-out greedy text (`evaluation.py`), and served, by
+the engine on a few of the same prompts, greedily and at temperature 1. A difference shows a gap between training and
+serving.
 
 Shape suffixes: B windows, T positions, A blocks a window or in all, J proposals of a block, N sequences, D hidden.
 """
@@ -89,7 +86,7 @@ class DrafterRecipe(Recipe):
         self.objective = Objective(section.ce_weight, section.kl_weight, section.tv_weight)
 
     def inputs(self) -> dict[str, str]:
-        # Before any work: text is written, and acceptance confirmed, by the engine.
+        # Before any work, because the engine writes text and confirms acceptance.
         check_decodable(self.config.drafter.target)
         return {"target": weights_sha256(self.config.drafter.target)}
 
@@ -117,7 +114,7 @@ class DrafterRecipe(Recipe):
             write_splits(self.config, splits, self.model_sha256, show, world.rank, world.size)
         world.barrier()
         texts = {name: read_split(self.config, name, split, self.model_sha256) for name, split in splits.items()}
-        # Not before: the engine that writes text holds the target too.
+        # Not earlier: the engine that writes text holds the target too.
         self.target = self._load_target(section.target, world.device, self.target_dtype)
         self.features_path = section.features_path or self.config.run_directory / "features"
         needs_final = self.objective.is_soft or (section.features == "disk" and holds_final(self.features_path))
@@ -141,7 +138,7 @@ class DrafterRecipe(Recipe):
         return model
 
     def make_model(self) -> nn.Module:
-        """The drafter with its first weights, on the CPU."""
+        """The freshly initialized drafter, on the CPU."""
         model = DFlashDraftModel(self.draft_config)
         model.init_weights(self.config.run.seed)
         if self.draft_config.mask_embedding:
@@ -153,14 +150,14 @@ class DrafterRecipe(Recipe):
         return model
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Windows of the examples with these numbers: written ones spread evenly among those of the corpus."""
+        """Windows of the examples with these numbers; written ones are spread evenly among corpus windows."""
         return Batch(self.windows.batch(indices).to(self.device), indices[0] // self.config.loop.batch_size)
 
     def loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted loss of the blocks; metrics: share of right tokens right after an anchor, mean tau.
 
-        Its mean over the batches of a step is the loss over all of the step's windows, of which some have fewer tokens
-        to predict than others. (With D-PACE's weights, which are the drafter's own, it is that but for the confidence.)
+        The mean over a step's batches is the loss over all its windows, which differ in tokens to predict. With
+        D-PACE's weights, which depend on the drafter, that holds but for the confidence.
         """
         result, valid_AJ = self.blocks_loss(model, batch.windows)
         with torch.no_grad():
@@ -173,10 +170,7 @@ class DrafterRecipe(Recipe):
         return result.loss * self._weights.share(batch), metrics
 
     def evaluate(self, model: nn.Module) -> dict[str, float | None]:
-        """Loss and simulated acceptance on held-out text, and acceptance as served on a few of its prompts.
-
-        Empty where no held-out answer can be measured.
-        """
+        """Loss and simulated acceptance on held-out text, served acceptance on a few of its prompts; may be empty."""
         if not self.heldout.lengths:
             return {}
         simulated = self._simulated = self.simulate(model)
@@ -197,7 +191,7 @@ class DrafterRecipe(Recipe):
         return metrics
 
     def _served(self, model: DFlashDraftModel, name: str, temperature: float) -> AcceptanceSet | None:
-        """What `serve` gives; None, said in a warning, where it gives nothing: no step depends on it."""
+        """The result of `serve`, or None with a warning: no step depends on it."""
         try:
             served = self.serve(model, temperature)
             return None if served is None else served.overall
@@ -206,7 +200,7 @@ class DrafterRecipe(Recipe):
             return None
 
     def _measurable(self, heldout: GreedyText) -> GreedyText:
-        """Held-out text without the answers that say nothing of a drafter."""
+        """Held-out text without answers that cannot be measured."""
         kept = heldout.measurable()
         num_short = len(heldout.lengths) - len(kept.lengths)
         if num_short and self.world.is_main:
@@ -216,15 +210,12 @@ class DrafterRecipe(Recipe):
         return kept
 
     def simulate(self, model: nn.Module, text: GreedyText | None = None) -> Simulated:
-        """The rounds of greedy decoding on `text`, None for the held-out one, without decoding; and the loss."""
+        """The loss, and the rounds of greedy decoding on `text` or the held-out text, without decoding."""
         text = self.heldout if text is None else text
         return simulate(text, lambda windows: self.blocks_loss(model, windows.to(self.device)))
 
     def serve(self, model: DFlashDraftModel, temperature: float) -> AcceptanceResult | None:
-        """Acceptance of the running drafter on this process's share of the prompts to serve, decoded by the engine.
-
-        None where there are more processes than prompts and this one has none.
-        """
+        """Acceptance of the running drafter on this process's prompts, decoded by the engine; None without any."""
         section, world = self.config.drafter, self.world
         share = self.heldout.prompts(section.num_served_prompts)[world.rank :: world.size]
         if not share:
@@ -242,7 +233,7 @@ class DrafterRecipe(Recipe):
         save_drafter(model, path, getattr(torch, self.config.drafter.export_dtype), self.card(model))
 
     def card(self, model: DFlashDraftModel) -> dict[str, Any]:
-        """What a model card says of this training, and the acceptance on held-out text."""
+        """Training facts for the model card, and acceptance on held-out text."""
         acceptance_length = None
         if self.heldout.lengths:
             simulated = self._simulated or self.simulate(model)  # the last evaluation was of the finished drafter
@@ -256,7 +247,7 @@ class DrafterRecipe(Recipe):
         return load_drafter(path, torch.float32).to(self.device)
 
     def blocks(self, windows: Windows) -> Blocks:
-        """The blocks behind the anchors of `windows`."""
+        """The blocks after the anchors of `windows`."""
         config = self.draft_config
         return make_blocks(
             windows.ids_BT,
@@ -270,7 +261,7 @@ class DrafterRecipe(Recipe):
         )
 
     def blocks_loss(self, model: Callable[..., Any], windows: Windows) -> tuple[BlockLoss, Tensor]:
-        """The loss of all blocks of `windows`, and which of their proposals [A, J] count."""
+        """The loss of all blocks of `windows`, and which proposals [A, J] count."""
         section, config = self.config.drafter, self.draft_config
         module = model if isinstance(model, DFlashDraftModel) else model.module  # type: ignore[attr-defined]
         blocks = self.blocks(windows)
@@ -301,11 +292,11 @@ class DrafterRecipe(Recipe):
         return result, valid_AJ
 
     def features(self, windows: Windows) -> Features:
-        """The target's features of `windows`; documents in one window do not see each other."""
+        """The target's features of `windows`; documents do not see each other."""
         return self.target.features(windows.ids_BT, windows.documents_BT)
 
     def _weight(self, module: nn.Module, windows: Windows) -> Tensor:
-        """Sum of the offset weights of all that `module` predicts of `windows`."""
+        """Sum of the offset weights of all predictions in `windows`."""
         blocks = self.blocks(windows)
         counts_BAJ = blocks.valid_BAJ
         if self.draft_config.draft_vocab_size is not None:
@@ -319,14 +310,14 @@ class DrafterRecipe(Recipe):
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
     def _head(self, module: DFlashDraftModel) -> Tensor:
-        """The LM head's rows that proposals need, in the dtype of this step's products, made once."""
+        """The LM head's rows for proposals, in this step's product dtype, made once."""
         dtype = self.product_dtype()
         if dtype not in self._heads:
             self._heads[dtype] = module.draft_head(self.target.head_VD(dtype))
         return self._heads[dtype]
 
     def _keep_features(self) -> None:
-        """Compute the features that are kept, or what is missing of them."""
+        """Compute the kept features that are missing."""
         section, world = self.config.drafter, self.world
         if section.features == "online" or self.written is None:
             return
@@ -364,14 +355,14 @@ class DrafterRecipe(Recipe):
 
 
 def _check_anchors(text: WrittenText) -> None:
-    """Refuse text that no block can begin in: its loss would be 0 in every step."""
+    """Refuse text without an anchor: its loss would be 0 in every step."""
     _, real_N1 = sample_anchors(text.documents_NT, text.predictable_NT, 1, torch.Generator())
     if not real_N1.any():
         raise ValueError("no block fits into the training text: every prompt and its answer have 2 tokens or less")
 
 
 def _check_zero_stage(config: DrafterConfig) -> None:
-    """Refuse what reads parameters outside of the model's forward, where ZeRO-3 has gathered none."""
+    """Refuse options that read parameters outside the model's forward, where ZeRO-3 has gathered none."""
     if config.distributed.zero_stage < 3:
         return
     names = ("mask_embedding", "num_served_prompts")

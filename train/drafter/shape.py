@@ -1,4 +1,4 @@
-"""A drafter's shape, from its section of the config and the target that it is for."""
+"""A drafter's shape, from the config and its target."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ def draft_config(
 ) -> DFlashConfig:
     """The drafter's shape for a target with the transformers config `target_config`.
 
-    Raises ValueError when no mask token is known, windows exceed the target's positions, a tapped layer does not exist,
-    or an option does not fit the target.
+    Raises ValueError without a mask token, or if windows, tapped layers or options do not fit the target.
     """
     section = config.drafter
     mask_token_id = tokenizer_mask_id if section.mask_token_id is None else section.mask_token_id
@@ -58,7 +57,7 @@ def draft_config(
 
 
 def _default_layer_ids(num_target_layers: int) -> tuple[int, ...]:
-    """All layers of a small target, whose features cost next to nothing; z-lab's five of a large one."""
+    """All layers of a small target, whose features cost little; z-lab's five of a large one."""
     if num_target_layers <= _MAX_LAYERS_ALL_TAPPED:
         return tuple(range(num_target_layers))
     return default_target_layer_ids(num_target_layers, 5)

@@ -1,8 +1,7 @@
-"""The text a drafter is trained and judged on, as a stage before training: prompts, and what the target makes of them.
+"""The text a drafter is trained and judged on, as a stage before training: prompts and the target's continuations.
 
-Prompts are pieces of the corpus's documents, or come from a source of their own (`prompts.py`), which may bring the
-answers too. Training text is sampled at the configured temperatures; evaluation text is greedy continuations of
-held-out prompts, because greedy text does not depend on the drafter. Both stay on disk and are resumed shard by shard
+Prompts are pieces of corpus documents, or come from a source (`prompts.py`) that may bring answers. Training text is
+sampled; evaluation text is greedy, because greedy text does not depend on the drafter. Both are resumed shard by shard
 (`selftext.py`).
 
 Shapes: N sequences, P prompt tokens, T tokens of a window.
@@ -46,7 +45,7 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Split:
-    """Prompts, int64 [N, P] or lists of any lengths, and how the target continues them; or the answers given."""
+    """Prompts, int64 [N, P] or lists of any lengths, with their sampling or the given answers."""
 
     prompts: Prompts
     sampling: Sampling
@@ -57,10 +56,9 @@ class Split:
 
 
 def write_text(config: DrafterConfig, on_progress: OnProgress | None = None) -> None:
-    """Write, or complete, the text that training and evaluation of `config` read; training then finds it there.
+    """Write or complete the text of `config`; training then finds it. `on_progress(done, total)` counts sequences.
 
-    `on_progress(done, total)` counts sequences. Raises ValueError for prompts and settings that do not fit the target
-    or the text that is there already; OSError for the disk.
+    Raises ValueError for prompts or settings that do not fit the target or existing text; OSError for the disk.
     """
     target = config.drafter.target
     tokenizer = load_tokenizer(target, read_config(target)[0].get_text_config().vocab_size)
@@ -71,14 +69,14 @@ def write_text(config: DrafterConfig, on_progress: OnProgress | None = None) -> 
 
 
 def needed_corpus(config: DrafterConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus | None:
-    """The corpus, prepared if it does not exist yet; None where neither prompts nor windows come from one."""
+    """The corpus, prepared if missing; None if neither prompts nor windows need it."""
     if config.drafter.prompts.source is not None and config.drafter.written_fraction == 1:
         return None
     return corpus_for(config.data, tokenizer)
 
 
 def splits_of(config: DrafterConfig, tokenizer: PreTrainedTokenizerBase, corpus: Corpus | None) -> dict[str, Split]:
-    """Prompts and sampling of each split that the target writes. Raises as `prepare_prompts` and `cut_prompts`."""
+    """Prompts and sampling of each split. Raises as `prepare_prompts` and `cut_prompts`."""
     section = config.drafter
     seed = config.run.seed if section.text_seed is None else section.text_seed
     greedy = Sampling(config.data.sequence_length - section.prompt_length)
@@ -105,12 +103,12 @@ def splits_of(config: DrafterConfig, tokenizer: PreTrainedTokenizerBase, corpus:
 
 
 def may_replace_text(config: DrafterConfig) -> bool:
-    """Whether text that does not fit may be set aside: the run's own, and nothing was trained on it."""
+    """Whether text that does not fit may be set aside: it is the run's own and untrained on."""
     return config.drafter.text is None and not has_begun(config.run_directory)
 
 
 def make_way_for(config: DrafterConfig, splits: dict[str, Split], target_sha256: str) -> None:
-    """Set aside written text of another config that a job left in the run directory before it trained."""
+    """Set aside another config's text that a job left in the run directory before it trained."""
     if may_replace_text(config):
         for name, split in splits.items():
             if split.given is None:
@@ -125,7 +123,7 @@ def write_splits(
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """This rank's part of all splits, with one engine, and one count over all of them."""
+    """Write this rank's part of all splits, with one engine and one progress count."""
     splits = {name: split for name, split in splits.items() if split.given is None}
     done = {name: 0 for name in splits}
     total = sum(num_sequences_of(len(split.prompts), rank, world_size) for split in splits.values())
@@ -148,7 +146,7 @@ def write_splits(
 
 
 def read_split(config: DrafterConfig, name: str, split: Split, target_sha256: str) -> Sequences:
-    """What `write_splits` wrote. Raises ValueError where it is missing, corrupt or made with other settings."""
+    """Text that `write_splits` wrote. Raises ValueError if it is missing, corrupt or of other settings."""
     prompts = split.prompt_lists()
     if split.given is None:
         ids = load_text(text_path(config) / name, target_sha256, split.prompts, split.sampling)
@@ -158,7 +156,7 @@ def read_split(config: DrafterConfig, name: str, split: Split, target_sha256: st
 
 
 def describe_text(config: DrafterConfig, splits: dict[str, Split]) -> str:
-    """What a model card says of the training text."""
+    """The model card's description of the training text."""
     section, data = config.drafter, config.data
     kwargs = section.prompts.chat_template_kwargs
     num_new = data.sequence_length - section.prompt_length

@@ -1,10 +1,7 @@
 """Training windows of a drafter: text the target wrote, corpus windows among it, and the anchors of their blocks.
 
-Windows differ in how much there is to predict. A step's loss is a mean over all of it, however the step is cut into
-batches of processes and micro-batches: `StepWeights` knows what part each batch has.
-
-All of a window, its anchors included, is a function of (seed, number of the example): nothing is saved to resume, and
-any process can make any window.
+A window and its anchors are a function of (seed, example number), so nothing is saved to resume. Windows differ in how
+much there is to predict; `StepWeights` makes a step's loss the mean over all of it, however the step is batched.
 
 Shape suffixes: B windows, T positions, A anchors a window, N written windows.
 """
@@ -27,7 +24,7 @@ from speedstack.train.drafter.text import ANCHORS, ORDER
 
 @dataclass(frozen=True)
 class Windows:
-    """Training windows: tokens, their documents, and what may be a label there; and the anchors of their blocks."""
+    """Training windows: tokens, documents, allowed labels, and the anchors of the blocks."""
 
     ids_BT: Tensor
     documents_BT: Tensor
@@ -40,7 +37,7 @@ class Windows:
 
 
 class Batch(NamedTuple):
-    """Windows of a step, all or some of them, and the number of the step."""
+    """All or some windows of a step, and the step's number."""
 
     windows: Windows
     step: int
@@ -49,11 +46,8 @@ class Batch(NamedTuple):
 class WindowStream:
     """The endless stream of training windows of a config.
 
-    Args:
-        config: seed, number of anchors, and what part of the windows the target wrote.
-        corpus: the other windows; None only where `written_fraction` is 1.
-        written: the target's; None only where `written_fraction` is 0.
-        separator_id: token that ends a document of the corpus; None without one.
+    `corpus` may be None only if `written_fraction` is 1, `written` only if it is 0. `separator_id` ends a corpus
+    document; None without one.
     """
 
     def __init__(
@@ -68,7 +62,7 @@ class WindowStream:
         self.corpus, self.written, self.separator_id = corpus, written, separator_id
 
     def batch(self, indices: Sequence[int]) -> Windows:
-        """Windows of the examples with these numbers: written ones spread evenly among those of the corpus."""
+        """Windows of the examples with these numbers; written ones are spread evenly among corpus windows."""
         windows = []
         for index in indices:
             num_written = int((index + 1) * self.written_fraction)
@@ -80,7 +74,7 @@ class WindowStream:
         return Windows(*(torch.cat(column) for column in columns))
 
     def written_window(self, place: int, index: int) -> Windows:
-        """Window `place` of the endless stream of written text; its labels are the target's own tokens only."""
+        """Window `place` of the endless written text; its labels are the target's own tokens only."""
         assert self.written is not None
         epoch, within = divmod(place, len(self.written))
         rng = generator(self.seed, ORDER, epoch)
@@ -100,7 +94,7 @@ class WindowStream:
         return Windows(ids_BT, documents_BT, predictable_BT, anchors_BA, real_BA)
 
     def most_frequent(self, size: int, vocab_size: int) -> Tensor:
-        """The `size` most frequent tokens of what training predicts, ascending; of equals the lower ids."""
+        """The `size` most frequent predicted tokens, ascending; ties go to lower ids."""
         if self.written is None:
             assert self.corpus is not None
             ids = torch.cat([self.corpus.window(index) for index in range(len(self.corpus))])
@@ -111,12 +105,9 @@ class WindowStream:
 
 
 class StepWeights:
-    """How much the batches of a step weigh: those of all processes, one after the other in each.
+    """Weights of a step's batches over all processes.
 
-    Args:
-        stream: of the windows.
-        batch_size: windows of a step.
-        weigh: the weight of what is predicted of some windows, a scalar on the device that it makes of them.
+    `weigh` returns the weight of some windows' predictions, a scalar on its device.
     """
 
     def __init__(self, stream: WindowStream, batch_size: int, weigh: Callable[[Windows], Tensor]) -> None:
@@ -124,7 +115,7 @@ class StepWeights:
         self._step, self._weight = -1, torch.zeros(())
 
     def share(self, batch: Batch) -> Tensor | float:
-        """The weight of `batch` as a multiple of the mean over the batches of its step."""
+        """The weight of `batch` over the mean weight of its step's batches."""
         size = len(batch.windows.ids_BT)
         if size == self.batch_size:
             return 1.0

@@ -1,17 +1,15 @@
 """How the MXFP4 values of the masters move during training: flips and oscillation.
 
-A master that drifts over the middle between two values of the grid flips; one that is pushed back and forth over it
-oscillates, and its quantized value at the end is a matter of chance. Both were found to cost accuracy in MXFP4 training
-(TetraJet, arXiv 2502.20853, section 5). Every `look_every` steps the masters are looked at, and
+A master flips when it crosses the middle between two grid values, and oscillates when it is pushed back and forth; its
+final value is then chance. Both cost accuracy (TetraJet, arXiv 2502.20853, section 5). Every `look_every` steps:
 
-    flips_since_start   share of the weights whose value is not the one it had before the first step
+    flips_since_start   share of the weights whose value differs from the one before the first step
     flips_since_look    share of the weights whose value changed between the last two looks
-    oscillating         share of the weights that took again the value they had just left, within the last 8 looks
+    oscillating         share of the weights that returned to the value they had just left, within the last 8 looks
 
-A value is the product of code and scale: a block's new scale alone is no flip. What is kept are packed codes, 0.53
-bytes a weight and look, of a sample: every n-th row of each tensor, counted through its experts, n such that about 4M
-weights are watched, however large the model and however many its experts. The shares of a larger model are estimates,
-as good as its rows are alike.
+A value is code times scale, so a new block scale alone is no flip. Packed codes of a sample are kept, 0.53 bytes a
+weight and look: every n-th row of each tensor, through its experts, about 4M weights in all. For a larger model the
+shares are estimates.
 """
 
 from __future__ import annotations
@@ -34,10 +32,7 @@ Look = dict[str, MXFP4Tensor]
 
 
 class FlipWatch:
-    """The looks at the routed experts of one model; the first is taken at once.
-
-    All processes of a job have to look together, and hold the same.
-    """
+    """The looks at one model's routed experts, the first at once. All processes look together and hold the same."""
 
     def __init__(self, model: nn.Module, scale_rule: ScaleRule) -> None:
         self._model = model
@@ -49,15 +44,15 @@ class FlipWatch:
 
     @property
     def has_looked(self) -> bool:
-        """Whether there was a look after the first one."""
+        """Whether there was a look after the first."""
         return len(self._looks) > 1
 
     def look(self) -> None:
-        """Remember the values that the masters have now."""
+        """Remember the masters' current values."""
         self._looks = [*self._looks, self._quantized()][-_NUM_LOOKS:]
 
     def metrics(self) -> dict[str, float]:
-        """The shares above, as of the last look."""
+        """The shares above at the last look."""
         sums = dict.fromkeys(("flips_since_start", "flips_since_look", "oscillating"), 0)
         num_watched = 0
         for name, start in self._start.items():
@@ -69,7 +64,7 @@ class FlipWatch:
         return {key: total / num_watched for key, total in sums.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a resumed run has to know: all looks but the start, which it takes again."""
+        """Tensors for a resumed run: all looks but the first, which it repeats."""
         return {
             f"look.{index}.{name}.{part}": getattr(packed, part).cpu()
             for index, look in enumerate(self._looks)
@@ -78,7 +73,7 @@ class FlipWatch:
         }
 
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Continue from what `state` gave. Raises ValueError when it is of another model, or nothing."""
+        """Continue from what `state` returned. Raises ValueError if it is empty or of another model."""
         num_looks = len({name.split(".")[1] for name in tensors})
         expected = {
             f"look.{index}.{name}.{part}": getattr(packed, part)
@@ -114,7 +109,7 @@ class FlipWatch:
         return look
 
     def _sample(self, experts: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-        """The rows that are watched of a weight, [rows, K]."""
+        """The watched rows of a weight, [rows, K]."""
         weight_EOK = contraction_last(experts, weight)
         num_experts, num_rows, _ = weight_EOK.shape
         stride = self._stride

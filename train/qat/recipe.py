@@ -1,15 +1,13 @@
 """Quantization-aware training of the routed experts, distilled from the full-precision model (QAD).
 
-The student is the model itself with its expert weights passed through MXFP4 in every forward; gradients reach the
-float32 masters straight through. Its loss is the forward KL from the frozen full-precision model, over all positions of
-plain corpus text: the aim is a quantized model that says what the original says, and next-token cross-entropy would
-teach it something else. `qat.objective` has the alternatives for comparison. Evaluation before the first step is
-post-training quantization, the baseline: rounding, or with `qat.start_from` whatever made those values. What is on the
-MXFP4 grid already stays on it under every scale rule, so that a student that starts from a packed model starts as it.
+The student is the model with its expert weights passed through MXFP4 in every forward; gradients reach the float32
+masters straight through. The loss is the forward KL from the frozen full-precision model over all positions of corpus
+text: next-token cross-entropy would teach something other than the original's predictions (`qat.objective` has it for
+comparison). Evaluation before the first step is the baseline, post-training quantization: rounding, or the values of
+`qat.start_from`. Values on the MXFP4 grid stay there under every scale rule, so a packed start is unchanged.
 
-The export is packed: its dequantized experts are, bit for bit, the weights the student was evaluated with. Of a family
-that no packed format is known for they are ordinary numbers of the same values. All else is as the model's directory
-has it.
+The export is packed; its dequantized experts equal, bit for bit, the evaluated weights. A family without a packed
+format gets ordinary weights of the same values. All else is copied from the model's directory.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ from speedstack.train.data.corpus import corpus_for
 from speedstack.train.data.digest import corpus_digest
 from speedstack.train.qat.flips import FlipWatch
 
-# Of a configuration, what says nothing of how the model computes.
+# Fields of a configuration that do not affect how the model computes.
 _NO_ARCHITECTURE = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
@@ -84,7 +82,7 @@ class QatRecipe(Recipe):
         self.teacher = load_for_stage(section.model, getattr(torch, section.teacher_dtype), stage, world)
         enable_autocast(self.teacher)
         nn.Module.to(self.teacher.requires_grad_(False).eval(), world.device)
-        # Kept for as long as the teacher is called: the engine's hooks gather what it needs.
+        # Kept while the teacher is called: the engine's hooks gather its parameters.
         self._teacher_engine = shard_frozen(self.teacher, world) if stage == 3 else None
 
         is_packed = can_be_packed(student.config.model_type)
@@ -95,7 +93,7 @@ class QatRecipe(Recipe):
                 "values as ordinary numbers",
                 stacklevel=2,
             )
-        # The pull comes with every backward, of which an optimizer step has several.
+        # Dampening acts in every backward, and an optimizer step has several.
         enable_fake_quant(student, section.scale_rule, section.dampening / count_micro_batches(self.config, world))
         for model in (student, self.teacher):
             enable_blockwise_attention(model, world.device)
@@ -103,7 +101,7 @@ class QatRecipe(Recipe):
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name in trained)
         if section.activation_checkpointing:
-            # Its name before transformers 5.23 is the second.
+            # The second name is from before transformers 5.23.
             enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         student = nn.Module.to(student, world.device)
@@ -111,7 +109,7 @@ class QatRecipe(Recipe):
         return student
 
     def set_training(self, module: nn.Module) -> None:
-        # What a model does in training alone (dropout, noise in its router) is neither the teacher's nor of use here.
+        # The teacher has no dropout or router noise, so the student has none either.
         module.eval()
         for submodule in module.modules():
             if getattr(submodule, "gradient_checkpointing", False):
@@ -136,7 +134,7 @@ class QatRecipe(Recipe):
         sums = dict.fromkeys(("heldout_loss", "heldout_kl", "heldout_top1_agreement"), 0.0)
         num_windows = 0
         for ids_BT in heldout_batches(self.heldout, self.config, self.world):
-            # A teacher computed in bfloat16 would be away from itself by as much as a good student is from it.
+            # A bfloat16 teacher would differ from itself by as much as a good student does.
             with widened(self.teacher):
                 teacher_BTV = self._teacher_logits(ids_BT)
             student_BTV = model(input_ids=ids_BT, use_cache=False).logits
@@ -148,7 +146,7 @@ class QatRecipe(Recipe):
             for name, value in zip(sums, values, strict=True):
                 sums[name] += value.mean().item() * len(ids_BT)
             num_windows += len(ids_BT)
-        # Weights that moved and were not looked at since may have flipped: no share is better than a wrong 0.
+        # Weights that moved unseen may have flipped: no share is better than a wrong 0.
         is_seen = self.flips is not None and (self.flips.has_looked or not self.has_stepped)
         flips = self.flips.metrics() if self.flips is not None and is_seen else {}
         return {name: total / num_windows for name, total in sums.items()} | flips
@@ -191,9 +189,9 @@ def _trained_names(student: PreTrainedModel, trainable: Literal["experts", "all_
 
 
 def _check_teacher(config: QatConfig, world: World) -> None:
-    """Raises ValueError for a model whose divergence from itself is nothing to train on, and for windows beyond it.
+    """Raise ValueError for a packed teacher, which leaves nothing to distil, and for windows beyond its positions.
 
-    Warns of one whose result our engine will not decode.
+    Warns if our engine will not decode the result.
     """
     section = config.qat
     model_config, codec = read_config(checkpoint_directory(section.model))
@@ -212,7 +210,7 @@ def _check_teacher(config: QatConfig, world: World) -> None:
 
 
 def _check_same_architecture(model: Path, start_from: Path) -> None:
-    """Raises ValueError when the two directories' configurations are of models that compute differently."""
+    """Raise ValueError if the two configurations describe models that compute differently."""
     theirs, ours = (read_config(checkpoint_directory(path))[0].to_dict() for path in (start_from, model))
     different = sorted(
         key
@@ -228,9 +226,8 @@ def _check_same_architecture(model: Path, start_from: Path) -> None:
 
 
 def qat(config: QatConfig, on_step: OnStep | None = None) -> RunResult:
-    """Train to the end of `config`; the export is a packed MXFP4 directory with its tokenizer.
+    """Train to the end of `config`; exports a packed MXFP4 directory with its tokenizer.
 
-    Raises as `speedstack.train.core.loop.run`, and ValueError for a model directory that is missing, broken or has no
-    routed experts that can be quantized.
+    Raises as `loop.run`, and ValueError for a model that is missing, broken or without quantizable routed experts.
     """
     return run(QatRecipe(config), config, on_step)

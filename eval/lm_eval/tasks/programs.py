@@ -1,4 +1,4 @@
-"""What the YAML of our code tasks refers to: from a model's text to a program with its tests, and its score."""
+"""Functions that our code tasks' YAML names: from a model's text to a program with its tests, and its score."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ def humaneval_programs(resps: Sequence[Sequence[str]], docs: Sequence[Mapping[st
 
 
 def mbpp_examples(docs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The solved problems of the prompt, of the data set's split of that name."""
+    """The prompt's solved problems, from the data set's prompt split."""
     return [dict(doc) for doc in docs if doc["task_id"] in MBPP_EXAMPLES]
 
 
