@@ -61,7 +61,7 @@ def attend(
 
 
 def attend_with_sinks(q_BNQH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, mask: Tensor | None, sinks_N: Tensor) -> Tensor:
-    """Attention with one more softmax term per head, exp(sink), statistics in float32; zeros for a query without keys."""
+    """Attention with one more softmax term per head, exp(sink); float32 statistics; zeros for a query without keys."""
     groups = q_BNQH.shape[1] // k_BGSH.shape[1]
     k_BNSH, v_BNSH = k_BGSH.repeat_interleave(groups, 1), v_BGSH.repeat_interleave(groups, 1)
     scores_BNQS = (q_BNQH @ k_BNSH.transpose(-1, -2)).float() * q_BNQH.shape[-1] ** -0.5
