@@ -1,15 +1,14 @@
-"""Attention of a drafter's block: rotary embedding, windows, sinks. What a layer computes, without its weights.
+"""Attention of a drafter's block, without weights: rotary embedding, windows, sinks.
 
-Keys are the context's followed by the block's own. Full-attention layers see all of them unless a mask says otherwise;
-sliding-window layers of the variant that MiMo uses see keys whose position differs from the query's by less than the
-window, before it and, unless the block is causal, after it. A sink is one learned logit a head that takes part in the
-softmax and has no value: attention may add up to less than one.
+Keys are the context's, then the block's. Full-attention layers see all unless masked; MiMo's sliding-window layers see
+keys less than the window away, before the query and, unless causal, after it. A sink is a learned logit per head in the
+softmax, without a value, so attention may sum to less than one.
 
-Sources: Qwen3's rotary embedding; sinks and value scale as in MiMo-V2-Flash and gpt-oss; windows as Hugging Face counts
-them (the query's own position included), which vLLM's and SGLang's DFlash layers do too.
+Sources: Qwen3's rotary embedding; sinks and value scale as in MiMo-V2-Flash and gpt-oss; windows as in Hugging Face
+(the query's position included), like the DFlash layers of vLLM and SGLang.
 
-Shape suffixes: B windows, T positions, Q queries (block positions, several blocks in a row), S = context + Q keys,
-N query heads, G key/value heads, H head dim, R rotary dim.
+Shape suffixes: B windows, T positions, Q queries (block positions, several blocks in a row), S = context + Q keys, N
+query heads, G key/value heads, H head dim, R rotary dim.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def rotary_tables(positions: Tensor, rotary_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [..., R] for integer positions [...]; angles in float32, tables cast to `dtype`."""
+    """Cosines and sines [..., R] of integer positions [...]; computed in float32, cast to `dtype`."""
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions.device) / rotary_dim
     angles = positions[..., None].float() * (1.0 / theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)
@@ -33,7 +32,7 @@ def rotary_tables(positions: Tensor, rotary_dim: int, theta: float, dtype: torch
 
 
 def rotate(x_BTGH: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of the leading R dimensions of a head, halves paired (`rotate_half`); tables are [..., T, R]."""
+    """Rotary embedding of a head's leading R dimensions, halves paired (as `rotate_half`); tables are [..., T, R]."""
     cos, sin = (table[..., None, :] for table in tables)
     turned, rest = x_BTGH.split((cos.shape[-1], x_BTGH.shape[-1] - cos.shape[-1]), dim=-1)
     first, second = turned.chunk(2, dim=-1)
@@ -42,7 +41,7 @@ def rotate(x_BTGH: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def in_window(query_position: Tensor, key_position: Tensor, window: int, is_causal: bool) -> Tensor:
-    """Whether a sliding-window layer lets a query see a key, by absolute position; elementwise, bool."""
+    """Whether a sliding-window layer's query sees a key, by absolute position; elementwise, bool."""
     distance = query_position - key_position
     seen = distance < window
     return seen & (distance >= 0 if is_causal else distance > -window)
@@ -51,9 +50,9 @@ def in_window(query_position: Tensor, key_position: Tensor, window: int, is_caus
 def attend(
     q_BNQH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, mask: Tensor | BlockMask | None, sinks_N: Tensor | None = None
 ) -> Tensor:
-    """Softmax attention [B, N, Q, H]; by SDPA under a bool mask [B, 1, Q, S], by flex_attention under a BlockMask."""
+    """Softmax attention [B, N, Q, H]: SDPA for a bool mask [B, 1, Q, S], flex_attention for a BlockMask."""
     if mask is not None and not isinstance(mask, Tensor):
-        from speedstack.dflash.flex import attend as flex_attend  # compiles a kernel: only where a BlockMask was made
+        from speedstack.dflash.flex import attend as flex_attend  # # compiles a kernel: imported only if needed
 
         return flex_attend(q_BNQH, k_BGSH, v_BGSH, mask, sinks_N)
     if sinks_N is None:
@@ -62,10 +61,7 @@ def attend(
 
 
 def attend_with_sinks(q_BNQH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, mask: Tensor | None, sinks_N: Tensor) -> Tensor:
-    """Attention whose softmax has one more term a head, exp(sink); written out, statistics in float32.
-
-    A query that sees no key gives zeros: all of its attention goes to the sink.
-    """
+    """Attention with one more softmax term per head, exp(sink); float32 statistics; zeros for a query without keys."""
     groups = q_BNQH.shape[1] // k_BGSH.shape[1]
     k_BNSH, v_BNSH = k_BGSH.repeat_interleave(groups, 1), v_BGSH.repeat_interleave(groups, 1)
     scores_BNQS = (q_BNQH @ k_BNSH.transpose(-1, -2)).float() * q_BNQH.shape[-1] ** -0.5

@@ -1,10 +1,9 @@
-"""Training blocks: where they start, what they read, what they must predict, and what each of their queries may see.
+"""Training blocks: anchors, inputs, labels and attention masks.
 
-A block starts at an anchor position a of a window of real text. Its inputs are the anchor's token and K - 1 masks, its
-labels the J tokens after a, its context the positions strictly below a, exactly as in serving, where the target has not
-yet computed the anchor's features. J is K - 1, or K where the anchor's own slot proposes too. Many blocks of one window
-go through the drafter in one pass; the mask keeps them apart. Windows may hold several documents: a block neither sees
-nor predicts across a boundary.
+A block starts at an anchor position a of real text. Its inputs are the anchor's token and K - 1 masks, its labels the J
+tokens after a, its context the positions below a: as in serving, the anchor's features are not computed yet. J is K -
+1, or K if the anchor's slot proposes too. Many blocks of a window run in one pass, separated by the mask. A block
+neither sees nor predicts across a document boundary.
 
 Source: DFlash, section on random anchors; mask as in SpecForge, speculators and ModelOpt, which agree.
 
@@ -28,11 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The drafter's training inputs and labels; all int64 but `valid_BAJ`, which is bool.
+    """The drafter's training inputs and labels, int64 except the bool `valid_BAJ`.
 
-    `labels_BAJ` are the tokens at a + 1 .. a + J, `before_BAJ` the positions before them, a .. a + J - 1, and
-    `previous_BAJ` the tokens there. `valid_BAJ` is False where nothing is to be predicted: past the window, in another
-    document or excluded by the caller, and everywhere in a filler block.
+    `labels_BAJ`: tokens at a + 1 .. a + J; `before_BAJ`: positions a .. a + J - 1; `previous_BAJ`: the tokens there.
+    `valid_BAJ`: False past the window, in another document, where the caller excludes, and in filler blocks.
     """
 
     positions_BQ: Tensor
@@ -44,7 +42,7 @@ class Blocks:
 
 
 def document_ids(ids_BT: Tensor, separator_id: int) -> Tensor:
-    """Number of each position's document, int64 [B, T]; a separator token is its document's last token."""
+    """Document number of each position, int64 [B, T]; a separator is its document's last token."""
     is_separator = (ids_BT == separator_id).long()
     return is_separator.cumsum(1) - is_separator
 
@@ -52,13 +50,11 @@ def document_ids(ids_BT: Tensor, separator_id: int) -> Tensor:
 def sample_anchors(
     documents_BT: Tensor, predictable_BT: Tensor, num_anchors: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draw anchors uniformly and without repetition from the positions that can be one.
+    """Draws anchors uniformly without repetition.
 
-    A position can be an anchor when its document holds at least one position before it (some context) and when the
-    next position may be predicted (`predictable_BT`, bool) and is of the same document.
-
-    Returns (anchors int64 [B, A], real bool [B, A]), anchors ascending. Windows with fewer than A possible anchors are
-    filled up with position 0, marked not real. Drawn on the CPU, so the same generator gives the same anchors anywhere.
+    An anchor needs an earlier position in its document, and a next position that is in the document and predictable
+    (`predictable_BT`, bool). Returns ascending anchors int64 [B, A] and real bool [B, A]; missing anchors are position
+    0, not real. Drawn on the CPU, so a generator gives the same anchors on every device.
     """
     same_as_previous_BT = documents_BT[:, 1:] == documents_BT[:, :-1]
     possible_BT = torch.zeros_like(predictable_BT)
@@ -79,10 +75,7 @@ def make_blocks(
     mask_token_id: int,
     num_proposals: int | None = None,
 ) -> Blocks:
-    """Inputs, labels and what counts of the blocks that start at `anchors_BA`, with `num_proposals` labels each.
-
-    None is `block_size - 1`, for a drafter whose anchor slot proposes nothing.
-    """
+    """The blocks at `anchors_BA`, with `num_proposals` labels each; None is `block_size - 1`."""
     num_proposals = block_size - 1 if num_proposals is None else num_proposals
     length = ids_BT.shape[1]
     positions_BAK = anchors_BA[..., None] + torch.arange(block_size, device=ids_BT.device)
@@ -109,7 +102,7 @@ def make_blocks(
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where keys and queries lie: T context keys, then blocks of `block_size`; and a sliding window, if any."""
+    """Layout of keys and queries: T context keys, then blocks of `block_size`; optionally a sliding window."""
 
     length: int
     block_size: int
@@ -119,7 +112,7 @@ class _Layout:
     def visible(
         self, query: Tensor, key: Tensor, key_document: Tensor, anchor: Tensor, anchor_document: Tensor
     ) -> Tensor:
-        """Whether a query of a block sees a key; elementwise, shared by the dense and the flex_attention mask."""
+        """Whether a block's query sees a key; elementwise, for both kinds of masks."""
         is_context = key < self.length
         in_context = (key < anchor) & (key_document == anchor_document)
         in_block = (key - self.length) // self.block_size == query // self.block_size
@@ -127,7 +120,7 @@ class _Layout:
         if self.window is None:
             return seen
         position = anchor + query % self.block_size
-        # Of another block's keys this is not the position, but those are not seen anyway.
+        # Wrong for other blocks' keys, but those are not visible anyway.
         key_position = torch.where(is_context, key, anchor + (key - self.length) % self.block_size)
         return seen & in_window(position, key_position, self.window, self.is_causal)
 
@@ -137,7 +130,7 @@ def dense_mask(
 ) -> Tensor:
     """What each block query sees of T context keys followed by Q block keys, bool [B, 1, Q, S].
 
-    `window`, `is_causal`: of a sliding-window layer, see `speedstack.dflash.attention.in_window`.
+    `window`, `is_causal`: of a sliding-window layer, see `attention.in_window`.
     """
     length, num_queries = documents_BT.shape[1], anchors_BA.shape[1] * block_size
     device = documents_BT.device
@@ -156,8 +149,8 @@ def dense_mask(
 def flex_mask(
     documents_BT: Tensor, anchors_BA: Tensor, block_size: int, window: int | None = None, is_causal: bool = True
 ) -> BlockMask:
-    """The mask of `dense_mask` as a flex_attention BlockMask, whose empty tiles cost nothing. For CUDA."""
-    from speedstack.dflash.flex import make_block_mask  # pulls in the compiler: only where it is used
+    """`dense_mask` as a flex_attention BlockMask, whose empty tiles cost nothing. For CUDA."""
+    from speedstack.dflash.flex import make_block_mask  # # imports the compiler: only if needed
 
     num_windows, length = documents_BT.shape
     num_queries = anchors_BA.shape[1] * block_size
@@ -174,7 +167,7 @@ def flex_mask(
 def block_mask(
     documents_BT: Tensor, anchors_BA: Tensor, block_size: int, window: int | None = None, is_causal: bool = True
 ) -> Tensor | BlockMask:
-    """The mask in the form that is fast on the tensors' device: dense for SDPA, a BlockMask on CUDA."""
+    """The mask that is fast on the tensors' device: dense for SDPA, a BlockMask on CUDA."""
     make = flex_mask if documents_BT.is_cuda else dense_mask
     return make(documents_BT, anchors_BA, block_size, window, is_causal)
 
@@ -182,7 +175,7 @@ def block_mask(
 def layer_masks(
     config: DFlashConfig, documents_BT: Tensor, anchors_BA: Tensor
 ) -> Tensor | BlockMask | list[Tensor | BlockMask]:
-    """What `DFlashDraftModel.forward` takes as masks: one for all layers, or with sliding windows one a layer."""
+    """Masks for `DFlashDraftModel.forward`: one for all layers, or one per layer with sliding windows."""
     windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
     masks = {
         window: block_mask(documents_BT, anchors_BA, config.block_size, window, config.sliding_is_causal)

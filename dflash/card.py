@@ -1,7 +1,7 @@
-"""The model card of a drafter: what it was trained on, how well it does, how to serve it.
+"""A drafter's model card: training data, results, how to serve it.
 
-A card is made of facts that only the one who trained the drafter knows, and of what its config says. The facts lie in
-card.json beside the README.md that is rendered of them, so that a converted drafter keeps them.
+Facts that only the trainer knows are kept in card.json beside the README.md rendered from them and the config, so that
+a converted drafter keeps them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 from speedstack.dflash.config import DFlashConfig
 
 FACTS_NAME = "card.json"
-# What a card may say, and how it is introduced. `acceptance`: tokens a round, the target's own included, by data set;
-# `training`: settings by name; the others are text.
+# A card's facts and their introductions. `acceptance`: tokens per round, bonus token included, by data set; `training`:
+# settings by name; the others are text.
 FACTS = {
     "target": "Target",
     "target_sha256": "SHA-256 of the target's weights",
@@ -30,7 +30,7 @@ _TABLES = ("acceptance", "training")
 
 
 def complete(facts: Mapping[str, Any], config: DFlashConfig, target: str | None) -> dict[str, Any]:
-    """`facts`, checked, with what config and target's name add. Raises ValueError naming a fact that is not one."""
+    """`facts`, checked, plus those from config and target. Raises ValueError naming an unknown fact."""
     for name, value in facts.items():
         if name not in FACTS:
             raise ValueError(f"a model card has no place for {name!r}; it has {', '.join(FACTS)}")
@@ -41,7 +41,7 @@ def complete(facts: Mapping[str, Any], config: DFlashConfig, target: str | None)
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The facts of the drafter at `path`, empty where it has none. Raises ValueError for a file that is not JSON."""
+    """The facts of the drafter at `path`, empty without a card. Raises ValueError for invalid JSON."""
     file = Path(path) / FACTS_NAME
     if not file.is_file():
         return {}
@@ -55,7 +55,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def render(facts: Mapping[str, Any], config: DFlashConfig, format_name: str) -> str:
-    """README.md in Markdown, with the front matter that model hubs read."""
+    """README.md in Markdown with the front matter of model hubs."""
     target = facts.get("target", "TARGET")
     lines = ["---", "library_name: speedstack", "tags: [speculative-decoding, dflash]"]
     if "target" in facts:
@@ -93,7 +93,7 @@ def _table(first: str, second: str, rows: Mapping[str, Any]) -> list[str]:
 
 
 def _serving(config: DFlashConfig, format_name: str, target: str) -> list[str]:
-    """How each server that can serve this directory is started; those that cannot are named too."""
+    """How to start each server that supports this directory; others are named as unsupported."""
     lines = [
         "speedstack, with text that is bit for bit the text without the drafter:",
         "",

@@ -1,11 +1,10 @@
-"""Drafter directories: config.json and model.safetensors, a mask embedding where there is one, and a model card.
+"""Drafter directories: config.json, model.safetensors, an optional mask embedding, and a model card.
 
-Any of the formats of `dflash.formats` is read; what is written is ours, which for a drafter without options is z-lab's
-to the byte, or another by name. Loading checks everything before a tensor is used: the files, the config, every
-tensor's name and shape. `check_target` then compares the drafter with the target it is about to serve, because a
-drafter of another target is invisible in the output: verification hides it, and only speed is lost.
+All formats of `dflash.formats` are read. Ours is written by default: without options it is z-lab's to the byte. Loading
+checks files, config, tensor names and shapes first. `check_target` compares drafter and target, because a wrong drafter
+is invisible in the output: verification hides it and only speed is lost.
 
-Left out: the target's SHA-256 itself, which the caller computes.
+Left out: computing the target's SHA-256, which the caller does.
 """
 
 from __future__ import annotations
@@ -42,12 +41,11 @@ def save_drafter(
     to: str = "speedstack",
     target: Target | None = None,
 ) -> None:
-    """Write `model` as a directory at `path`, tensors in `dtype` (None: as they are), with a README.md.
+    """Writes `model` to the directory `path`, tensors in `dtype` (None: as they are), with a README.md.
 
-    `card`: facts for the README, see `dflash.card.FACTS`; they are kept in card.json beside it. `to`: a name of
-    `FORMATS`; `target`: what some of them want to know of the target. Written next to `path` and renamed, so that
-    `path` is never half a drafter; an existing drafter is replaced. Raises ValueError when `path` is something else,
-    when the format cannot express one of the drafter's options, or for a fact that the card has no place for.
+    `card`: facts for the README (`dflash.card.FACTS`). `to`: a name in `FORMATS`; `target`: target data that some
+    formats need. Replaces an existing drafter atomically. Raises ValueError if `path` is something else, if the format
+    does not support an option, or for an unknown fact.
     """
     path, target = Path(path), target or Target()
     form = named_format(to)
@@ -74,11 +72,10 @@ def save_drafter(
 def convert_drafter(
     source: str | Path, to: str, out: str | Path, target: Target | None = None, target_sha256: str | None = None
 ) -> DFlashConfig:
-    """Write the drafter at `source` in the format named `to`, its card included; returns its config.
+    """Writes the drafter at `source` in the format `to`, with its card; returns its config.
 
-    `target_sha256`: of the weights that it is to be for from now on; None: those it is for already.
-
-    Raises ValueError as `load_drafter` and `save_drafter` do, and when `out` is `source`.
+    `target_sha256`: weights of the new target; None keeps the old one. Raises ValueError as `load_drafter` and
+    `save_drafter`, and if `out` is `source`.
     """
     if Path(out).resolve() == Path(source).resolve():
         raise ValueError(f"{out} is the drafter to convert; choose another --out")
@@ -90,14 +87,14 @@ def convert_drafter(
 
 
 def named_format(name: str) -> DrafterFormat:
-    """The format called `name`. Raises ValueError, listing them all."""
+    """The format called `name`. Raises ValueError, listing all formats."""
     if name not in FORMATS:
         raise ValueError(f"{name!r} is no format of drafters: choose one of {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
 def is_drafter(path: str | Path) -> bool:
-    """Whether `path` is a drafter's directory, in any of the formats, supported or not."""
+    """Whether `path` is a drafter's directory in any format, supported or not."""
     try:
         drafter_format(path)
     except ValueError:
@@ -106,7 +103,7 @@ def is_drafter(path: str | Path) -> bool:
 
 
 def drafter_format(path: str | Path) -> DrafterFormat:
-    """The format of the drafter at `path`. Raises ValueError as `load_config` does."""
+    """The format of the drafter at `path`. Raises ValueError as `load_config`."""
     form = recognize(_read_json(path, CONFIG_NAME))
     if form is None:
         raise ValueError(
@@ -116,7 +113,7 @@ def drafter_format(path: str | Path) -> DrafterFormat:
 
 
 def load_config(path: str | Path) -> DFlashConfig:
-    """Read `path`/config.json. Raises ValueError, one line, when it is missing, not JSON, or not a drafter's."""
+    """Reads `path`/config.json. Raises ValueError, one line, if it is missing, invalid JSON, or no drafter's."""
     form = drafter_format(path)
     config = form.from_json(_read_json(path, CONFIG_NAME))
     if (Path(path) / MASK_EMBEDDING_NAME).is_file() and not config.mask_embedding:
@@ -126,9 +123,9 @@ def load_config(path: str | Path) -> DFlashConfig:
 
 
 def load_drafter(path: str | Path, dtype: torch.dtype | None = None) -> DFlashDraftModel:
-    """Read a drafter's directory in any of the formats, in `dtype` (None: as stored), in eval mode on the CPU.
+    """Reads a drafter of any format in `dtype` (None: as stored), in eval mode on the CPU.
 
-    Raises ValueError, one line, for a missing or corrupt file and for tensors that are missing, unknown or misshapen.
+    Raises ValueError, one line, for missing or corrupt files and for missing, unknown or misshapen tensors.
     """
     config = load_config(path)
     tensors = drafter_format(path).from_tensors(_read_tensors(Path(path)), config)
@@ -147,7 +144,7 @@ def load_drafter(path: str | Path, dtype: torch.dtype | None = None) -> DFlashDr
             raise ValueError(f"{path}: {name} has shape {list(found[name])}, its config says {list(wanted[name])}")
     if "d2t" in tensors:
         _check_d2t(tensors["d2t"], config)
-    # Copies: the loaded tensors are a memory map, and a file overwritten in place later would change or crash them.
+    # Copied: loaded tensors map the file, and overwriting it later would change them or crash.
     model.load_state_dict({name: _cast(t, dtype).clone() for name, t in tensors.items()}, assign=True)
     return model.eval()
 
@@ -166,7 +163,7 @@ def _read_json(path: str | Path, name: str) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path) -> Tensors:
-    """All tensors of model.safetensors, or of the files that an index names."""
+    """All tensors of model.safetensors, or of an index's files."""
     names = [WEIGHTS_NAME]
     if not (path / WEIGHTS_NAME).is_file() and (path / INDEX_NAME).is_file():
         places = _read_json(path, INDEX_NAME).get("weight_map")
@@ -185,7 +182,7 @@ def _read_tensors(path: Path) -> Tensors:
 
 
 def _read_mask_embedding(file: Path, config: DFlashConfig) -> torch.Tensor:
-    """MiMo's file: {"embedding": [D], "mask_token_id": id}, or the tensor alone. Unpickled without running any code."""
+    """MiMo's file: {"embedding": [D], "mask_token_id": id} or the tensor alone; unpickled without running code."""
     if not file.is_file():
         raise ValueError(
             f"no drafter at {file.parent}: its config.json says it has a mask embedding, {file.name} is missing"
@@ -217,17 +214,16 @@ def _check_d2t(d2t_U: torch.Tensor, config: DFlashConfig) -> None:
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """`tensor` in `dtype`; integers, which are ids, become or stay int64."""
+    """`tensor` in `dtype`; integers (ids) become int64."""
     return tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor.long()
 
 
 def check_target(
     config: DFlashConfig, target_sha256: str | None, hidden_size: int, num_layers: int, vocab_size: int
 ) -> None:
-    """Refuse a drafter that was made for another target: ValueError, one line, before any of its weights is used.
+    """Raises ValueError, one line, for a drafter made for another target.
 
-    Shapes are always compared, and that the tapped layers exist. The SHA-256 of the target's weights is compared when
-    both sides have one; drafters from elsewhere name none.
+    Compares shapes, that tapped layers exist, and the SHA-256 of the target's weights if both sides have one.
     """
     for name, ours, theirs in (
         ("hidden size", config.hidden_size, hidden_size),

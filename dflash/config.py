@@ -1,8 +1,8 @@
-"""Everything that fixes a drafter's shapes and semantics. Checkpoint formats translate it: see `dflash.formats`.
+"""A drafter's shapes and semantics; `dflash.formats` translates them.
 
-The defaults are z-lab's DFlash. What came after it are options, all off by default: proposals from the anchor's own
-slot, DSpark's Markov head, a pruned vocabulary, and what MiMo's drafter has (sliding windows, attention sinks, a value
-scale, partial rotary embedding, a mask embedding of its own).
+The defaults are z-lab's DFlash. Options, off by default: proposals from the anchor's slot, DSpark's Markov head, a
+pruned vocabulary, and MiMo's features (sliding windows, attention sinks, a value scale, partial rotary embedding, its
+own mask embedding).
 
 Left out: attention biases, scaled rotary embeddings, activations other than SiLU, DSpark's confidence head, and the
 heads and convolutions of DFlash2.
@@ -17,7 +17,7 @@ LayerType = Literal["full_attention", "sliding_attention"]
 
 
 def default_target_layer_ids(num_target_layers: int, num_taps: int) -> tuple[int, ...]:
-    """The layers z-lab taps: evenly spaced from 1 to `num_target_layers - 3`; the middle one for a single tap.
+    """z-lab's tapped layers: evenly spaced from 1 to `num_target_layers - 3`; the middle one for a single tap.
 
     Source: z-lab's DFlash reference. Small targets can give repeated ids, which raise ValueError.
     """
@@ -32,25 +32,22 @@ def default_target_layer_ids(num_target_layers: int, num_taps: int) -> tuple[int
 
 @dataclass(frozen=True)
 class DFlashConfig:
-    """Everything that fixes a drafter's shapes and semantics.
+    """A drafter's shapes and semantics. Raises ValueError for values that cannot make a drafter.
 
-    `target_layer_ids`: id L is the OUTPUT of target layer L (before the final norm), in the order of concatenation.
-    `num_target_layers`: None where a checkpoint from elsewhere does not say.
+    `target_layer_ids`: id L is the OUTPUT of target layer L (before the final norm), in concatenation order.
+    `num_target_layers`: None if a foreign checkpoint does not say.
     `block_size`: the anchor plus `block_size - 1` masked positions.
-    `vocab_size` is the target's: the drafter has no embedding and no head of its own.
+    `vocab_size`: the target's; the drafter has no embedding or head of its own.
 
     Options:
-    `sample_from_anchor`: slot k of a block predicts the token after it, so that no slot is wasted; otherwise slot k
-    predicts the token at its own position, and slot 0, which holds the anchor, predicts nothing.
-    `markov_rank`: rank of a head that corrects the logits by the token before (DSpark); 0 for none.
-    `draft_vocab_size`: proposals come from so many of the target's tokens; None for all.
-    `layer_types`: one a drafter layer; None for full attention everywhere. A `sliding_attention` layer sees keys less
-    than `sliding_window` positions away, and within the block only earlier ones when `sliding_is_causal`.
-    `attention_sinks`: a learned logit a head in the softmax. `attention_value_scale`: factor on all values.
-    `partial_rotary_factor`: share of a head's dimensions that are rotated.
-    `mask_embedding`: masked slots have an embedding of their own, not the target's row of `mask_token_id`.
-
-    Raises ValueError for values that cannot make a drafter.
+    `sample_from_anchor`: slot k predicts the token after it; otherwise its own token, and the anchor's slot 0 nothing.
+    `markov_rank`: rank of a head that corrects logits by the previous token (DSpark); 0 for none.
+    `draft_vocab_size`: number of target tokens that can be proposed; None for all.
+    `layer_types`: per layer; None is full attention. `sliding_attention` sees keys less than `sliding_window` positions
+    away, within the block only earlier ones if `sliding_is_causal`.
+    `attention_sinks`: a learned softmax logit per head. `attention_value_scale`: factor on all values.
+    `partial_rotary_factor`: share of a head's dimensions that rotate.
+    `mask_embedding`: masked slots have their own embedding instead of the target's row of `mask_token_id`.
     """
 
     hidden_size: int
@@ -131,7 +128,7 @@ class DFlashConfig:
             kinds = None
         object.__setattr__(self, "layer_types", kinds)
         if kinds is None:
-            # One spelling of a drafter without windows, so that equal drafters have equal configs.
+            # Normalized, so that equal drafters have equal configs.
             object.__setattr__(self, "sliding_window", None)
             object.__setattr__(self, "sliding_is_causal", True)
         elif self.sliding_window is None or self.sliding_window < 1:
@@ -139,37 +136,37 @@ class DFlashConfig:
 
     @property
     def num_taps(self) -> int:
-        """Number of target layers whose outputs are concatenated into the context features."""
+        """Number of target layers concatenated into the context features."""
         return len(self.target_layer_ids)
 
     @property
     def num_proposals(self) -> int:
-        """Tokens proposed a round: one a block slot, but for the anchor's where that predicts nothing."""
+        """Tokens proposed per round: one per block slot, except the anchor's if it predicts nothing."""
         return self.block_size if self.sample_from_anchor else self.block_size - 1
 
     @property
     def rotary_dim(self) -> int:
-        """Leading dimensions of a head that are rotated."""
+        """Leading dimensions of a head that rotate."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def num_draft_tokens(self) -> int:
-        """Size of the vocabulary that proposals come from: columns of `DFlashDraftModel.logits`."""
+        """Size of the draft vocabulary: columns of `DFlashDraftModel.logits`."""
         return self.vocab_size if self.draft_vocab_size is None else self.draft_vocab_size
 
     def window(self, layer: int) -> int | None:
-        """The sliding window of a drafter layer, None where it sees the whole context."""
+        """A drafter layer's sliding window, None for full attention."""
         kinds = self.layer_types
         return self.sliding_window if kinds is not None and kinds[layer] == "sliding_attention" else None
 
     @property
     def options(self) -> dict[str, object]:
-        """The options that are not at their defaults, by name; empty for z-lab's plain DFlash."""
+        """Options that differ from their defaults, by name; empty for z-lab's DFlash."""
         names = (field for field in fields(self) if field.name in OPTIONS)
         return {f.name: getattr(self, f.name) for f in names if getattr(self, f.name) != f.default}
 
 
-# What a drafter may have beyond z-lab's DFlash. Code that supports fewer refuses the rest by name.
+# Options beyond z-lab's DFlash. Code that supports fewer refuses the rest by name.
 OPTIONS = (
     "sample_from_anchor",
     "markov_rank",

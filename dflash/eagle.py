@@ -1,19 +1,18 @@
-"""An autoregressive draft head in the manner of EAGLE-3: the baseline that a block drafter has to beat.
+"""An autoregressive draft head like EAGLE-3, the baseline for the block drafter.
 
-One decoder layer reads, for every committed position, the target's fused hidden states beside the embedding of the
-token after it, and foresees the token after that. Its own output then takes the place of hidden states that the target
-has not computed yet, and so on, one token a pass. Training unrolls those passes on the true tokens ("training-time
-test"), because a head that never saw its own states in training drafts badly from them.
+One decoder layer reads, per committed position, the target's fused hidden states and the next token's embedding, and
+predicts the token after that. Its own output then replaces hidden states not computed yet, one token per pass. Training
+unrolls these passes on the true tokens ("training-time test"); a head that never saw its own states drafts badly.
 
-Here it is trained as a block drafter is: at anchors, on the same labels, with the same loss. At an anchor a it knows
-features below a and the token at a, exactly what a block drafter knows. Left out: proposals that branch, a vocabulary
-of its own, and a decode backend; acceptance is simulated, which is exact for greedy text.
+It is trained at the block drafter's anchors, with the same labels, loss and knowledge (features below anchor a and the
+token at a). Left out: branching proposals, its own vocabulary, and a decode backend; acceptance is simulated, which is
+exact for greedy text.
 
-Source: EAGLE-3 (arXiv 2503.01840), section 3, and its `Model.midlayer`: embedding and state are normed apart and
-concatenated before the projections, the residual stream carries the state.
+Source: EAGLE-3 (arXiv 2503.01840), section 3, and its `Model.midlayer`: embedding and state are normed separately and
+concatenated before the projections; the residual stream carries the state.
 
-Shape suffixes: B windows, T context positions, A anchors a window, J drafted tokens, C = taps * D features, D hidden,
-N query heads, G key/value heads, H head dim.
+Shape suffixes: B windows, T context positions, A anchors a window, J drafted tokens, C = taps * D features, D hidden, N
+query heads, G key/value heads, H head dim.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from speedstack.dflash.model import DFlashMLP, RMSNorm
 
 
 class EagleHead(nn.Module):
-    """One layer, run once a drafted token. Geometry as in a `DFlashConfig`, whose number of layers is not read."""
+    """One layer, run once per drafted token. Geometry from a `DFlashConfig`, except its number of layers."""
 
     def __init__(self, config: DFlashConfig) -> None:
         super().__init__()
@@ -44,7 +43,7 @@ class EagleHead(nn.Module):
         self.mlp = DFlashMLP(config)
 
     def init_weights(self, seed: int) -> None:
-        """Random weights as a function of `seed` alone: norms one, matrices N(0, 1 / (4 fan_in))."""
+        """Random weights from `seed` alone: norms one, matrices N(0, 1 / (4 fan_in))."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.parameters():
@@ -57,14 +56,14 @@ class EagleHead(nn.Module):
     def forward(
         self, features_BTC: Tensor, embeds_BTD: Tensor, chain_BAJD: Tensor, anchors_BA: Tensor, visible_BAT: Tensor
     ) -> Tensor:
-        """Final-normed hidden states [B, A, J, D] from which the LM head foresees the J tokens after each anchor.
+        """Final-normed hidden states [B, A, J, D] for the J tokens after each anchor.
 
         Args:
             features_BTC: the target's tapped hidden states.
-            embeds_BTD: embeddings of the tokens one position further, at 1 .. T.
-            chain_BAJD: embeddings of the tokens at a, a + 1, .. a + J - 1: drafted ones, or the true ones in training.
+            embeds_BTD: embeddings of the tokens at positions 1 .. T.
+            chain_BAJD: embeddings of the tokens at a .. a + J - 1, drafted or (in training) true.
             anchors_BA: the anchors a, at least 1.
-            visible_BAT: bool, the context positions below a that an anchor reads; a - 1 is one of them.
+            visible_BAT: bool, context positions below a that the anchor reads, a - 1 among them.
         """
         positions_T = torch.arange(features_BTC.shape[1], device=features_BTC.device)
         state_BTD = self.fc(features_BTC)
@@ -75,7 +74,7 @@ class EagleHead(nn.Module):
         for step in range(chain_BAJD.shape[2]):
             position_BA = anchors_BA - 1 + step
             inputs = self._inputs(chain_BAJD[:, :, step], state_BAD)
-            if step:  # in the first pass the position is one of the context's
+            if step:  # # the first pass uses a context position
                 chain.append(self._keys_values(inputs, position_BA))
             query_BANH = rotate(
                 self.q_proj(inputs).unflatten(-1, (-1, self.config.head_dim)), self._rotary(position_BA)
@@ -93,7 +92,7 @@ class EagleHead(nn.Module):
         return rotary_tables(positions, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)
 
     def _keys_values(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values [B, ..., N, H], one copy a query head."""
+        """Rotated keys and values [B, ..., N, H], one copy per query head."""
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
         key = rotate(self.k_proj(inputs).unflatten(-1, (-1, self.config.head_dim)), self._rotary(positions))
         value = self.v_proj(inputs).unflatten(-1, (-1, self.config.head_dim))
@@ -107,7 +106,7 @@ def _attend(
     visible_BAT: Tensor,
     chain: list[tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Softmax attention [B, A, N, H] over the visible context and the anchor's own drafted positions [B, A, N, H]."""
+    """Softmax attention [B, A, N, H] over the visible context and the anchor's drafted positions [B, A, N, H]."""
     query_BANH = query_BANH * query_BANH.shape[-1] ** -0.5
     scores = torch.einsum("banh,btnh->bant", query_BANH, key_BTNH).masked_fill(~visible_BAT[:, :, None], -torch.inf)
     own = [(query_BANH * key).sum(-1, keepdim=True) for key, _ in chain]

@@ -1,6 +1,6 @@
-"""flex_attention for CUDA training: compiled once a process, when the first BlockMask arrives.
+"""flex_attention for CUDA training, compiled when the first BlockMask arrives.
 
-Kept apart from the model so that neither serving nor CPU training imports the compiler.
+Separate from the model, so that serving and CPU training do not import the compiler.
 
 Shape suffixes: B windows, N query heads, G key/value heads, Q queries, S keys, H head dim.
 """
@@ -31,18 +31,16 @@ def make_block_mask(
 ) -> BlockMask:
     """The BlockMask of `visible(window, head, query, key)`, the same for all heads.
 
-    On CUDA it is built by a compiled kernel, tile by tile: uncompiled, a whole [Q, S] mask would exist for a moment,
-    which is 2 GB for one window of 4096 tokens with 4096 anchors.
+    Compiled on CUDA: uncompiled, a whole [Q, S] mask would exist briefly, 2 GB for a window of 4096 tokens and anchors.
     """
     create = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
     return create(visible, B=num_windows, H=None, Q_LEN=num_queries, KV_LEN=num_keys, device=device.type)
 
 
 def attend(q_BNQH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, mask: BlockMask, sinks_N: Tensor | None = None) -> Tensor:
-    """Softmax attention [B, N, Q, H] under `mask`, key/value heads shared by groups of query heads.
+    """Softmax attention [B, N, Q, H] under `mask`, with grouped key/value heads.
 
-    Sinks add exp(sink) to the softmax's sum. The kernel knows the sum as it was, so they are a factor on its result:
-    exp(lse) / (exp(lse) + exp(sink)).
+    Sinks multiply the kernel's result by exp(lse) / (exp(lse) + exp(sink)).
     """
     if sinks_N is None:
         return _compiled()(q_BNQH, k_BGSH, v_BGSH, block_mask=mask, enable_gqa=True)

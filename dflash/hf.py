@@ -1,11 +1,9 @@
-"""A drafter of ours as transformers' own DFlash drafter, for comparison: same weights, somebody else's code.
+"""Our drafter as transformers' DFlash class, as a test oracle and a peer: same weights, other code.
 
-transformers (5.15 and later) ships one DFlash drafter class, MuseGlimmerAssistantModel, and a generation mode for it.
-The architectures agree (see `dflash.formats.transformers`). With
+transformers (5.15 and later) has MuseGlimmerAssistantModel and a generation mode for it (see
+`dflash.formats.transformers`). This call proposes what this package proposes:
 
     target.generate(ids, assistant_model=to_transformers(model, target), speculation_type="dflash", do_sample=False)
-
-transformers proposes what this package proposes, which makes it an oracle in tests and a peer in benchmarks.
 """
 
 from __future__ import annotations
@@ -23,9 +21,8 @@ from speedstack.dflash.model import DFlashDraftModel
 def to_transformers(model: DFlashDraftModel, target: Any) -> Any:
     """MuseGlimmerAssistantModel with `model`'s weights and dtype, on `target`'s device, in eval mode.
 
-    `target` is the transformers causal LM it will assist. When its last layer is tapped, `target`'s config is set to
-    return that layer's own output as the last hidden state, not the final-normed one: id L means the output of layer L.
-    Raises ValueError when the shapes are another target's, or for an option that transformers' class has not.
+    `target`: the transformers causal LM. If its last layer is tapped, its config is set to return that layer's output,
+    not the final-normed one. Raises ValueError for another target's shapes or an unsupported option.
     """
     from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
 

@@ -1,25 +1,22 @@
-"""The drafter's loss: how far proposals are from the target's tokens, weighted by how much an offset matters.
+"""The drafter's loss: weighted distance of proposals from the target's tokens.
 
-Three distances, mixed by `Objective`: cross-entropy of the target's token (CE; DFlash), forward KL to the target's
-distribution, and total variation, 1 - sum min(p, q), which is the probability that rejection sampling refuses a
-proposal (TV; LK losses, arXiv 2602.23881). DSpark mixes 0.1 CE and 0.9 TV. The last two need the target's final hidden
-states at the positions before the labels; its logits are made again from them, chunk by chunk, and never kept.
+`Objective` mixes cross-entropy of the target's token (CE; DFlash), forward KL to its distribution, and total variation
+1 - sum min(p, q), the rejection probability (TV; LK losses, arXiv 2602.23881). DSpark mixes 0.1 CE and 0.9 TV. KL and
+TV need the target's final hidden states before the labels; their logits are recomputed chunk by chunk.
 
-Offset k is only ever used when offsets 1 .. k-1 were right, so its weight decays: w_k = exp(-(k - 1) / gamma)
-(DFlash, appendix A.1; gamma 4 for blocks of 8, 5 for 10, 7 for 16). With `weighting="dpace"` the weight is what the
-drafter's own confidence says instead: w_k = sum over m >= k of prod over i <= m of ((1 - a) q_i + a), q_i the
-probability of the label at offset i, detached, a = 0.5 (D-PACE, arXiv 2605.18810). Either way the loss is
-sum(w * distance) / sum(w), so all of them share learning rates.
+Offset k counts only if offsets 1 .. k-1 were right, so weights decay: w_k = exp(-(k - 1) / gamma) (DFlash, appendix
+A.1; gamma 4 for blocks of 8, 5 for 10, 7 for 16). With `weighting="dpace"`: w_k = sum over m >= k of prod over i <= m
+of ((1 - a) q_i + a), q_i the detached probability of the label at offset i, a = 0.5 (D-PACE, arXiv 2605.18810). The
+loss is sum(w * distance) / sum(w), so all share learning rates.
 
-The LM head belongs to the target and is frozen. Gradients are needed of the hidden states, and of the Markov head where
-there is one, so each chunk of blocks computes its logits, its loss and its gradients at once and drops the logits:
-neither all logits nor their gradient ever exist, and nothing is computed twice.
+The target's LM head is frozen. Each chunk of blocks computes logits, loss and gradients (of hidden states and Markov
+head) at once, so all logits never exist together and nothing is computed twice.
 
-With a pruned draft vocabulary the head has that vocabulary's rows, labels are ids of it, and the target's distribution
-is renormalised over it (EAGLE-3). A position whose token it lacks has no weight, and its proposal counts as wrong.
+With a pruned vocabulary, head and labels use its ids and the target's distribution is renormalised over it (EAGLE-3). A
+position whose token is missing has no weight, and its proposal counts as wrong.
 
-Shape suffixes: A blocks, J proposals of a block, P = A * J positions of a chunk, D hidden, V vocabulary of the draft,
-R rank of the Markov head.
+Shape suffixes: A blocks, J proposals of a block, P = A * J positions of a chunk, D hidden, V vocabulary of the draft, R
+rank of the Markov head.
 """
 
 from __future__ import annotations
@@ -33,14 +30,14 @@ from torch.nn.functional import linear
 
 Weighting = Literal["exponential", "dpace"]
 DPACE_FLOOR = 0.5
-ABSENT = -1  # label of a token that the draft vocabulary lacks
-# Logits of one chunk: on a CPU as many as its caches hold, on a GPU enough to fill it.
+ABSENT = -1  # # label of a token outside the draft vocabulary
+# Logits per chunk: as many as a CPU's caches hold, or enough to fill a GPU.
 _CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Weights of the three distances. Raises ValueError when one is negative or none is positive."""
+    """Weights of the three distances. Raises ValueError if one is negative or none is positive."""
 
     ce: float = 1.0
     kl: float = 0.0
@@ -55,14 +52,13 @@ class Objective:
 
     @property
     def is_soft(self) -> bool:
-        """Whether the target's distribution is needed, not its tokens alone."""
+        """Whether the target's distribution is needed."""
         return self.kl > 0 or self.tv > 0
 
 
 @dataclass(frozen=True)
 class BlockLoss:
-    """`loss`: scalar, differentiable. `correct_AJ`: bool, whether the argmax was the label. `nll_AJ`: float32 CE,
-    infinite where the draft vocabulary lacks the label."""
+    """`loss`: differentiable scalar. `correct_AJ`: bool, argmax equals label. `nll_AJ`: float32 CE, inf if ABSENT."""
 
     loss: Tensor
     correct_AJ: Tensor
@@ -77,10 +73,7 @@ def offset_weights(num_offsets: int, gamma: float, device: torch.device | str = 
 
 
 def dpace_weights(nll_AJ: Tensor, valid_AJ: Tensor) -> Tensor:
-    """D-PACE weights [A, J] from the cross-entropies of a block's labels; no gradient flows through them.
-
-    Positions that do not count add nothing to the weight of those before them.
-    """
+    """D-PACE weights [A, J] from the labels' cross-entropies, without gradient; invalid positions add nothing."""
     smoothed_AJ = (1 - DPACE_FLOOR) * torch.exp(-nll_AJ.detach()) + DPACE_FLOOR
     return (smoothed_AJ.cumprod(-1) * valid_AJ).flip(-1).cumsum(-1).flip(-1)
 
@@ -98,21 +91,20 @@ def block_loss(
     markov_VR: Tensor | None = None,
     blocks_a_chunk: int | None = None,
 ) -> BlockLoss:
-    """Weighted distance of drafted positions from the target, where `valid_AJ` (bool).
+    """Weighted distance of drafted positions from the target, where `valid_AJ` (bool); 0 without valid positions.
 
     Args:
         hidden_AJD: the drafter's final hidden states.
-        labels_AJ: the target's tokens, int64, as ids of the head's rows; ABSENT where it has no row for them.
+        labels_AJ: the target's tokens, int64, as ids of the head's rows; ABSENT if it has no row for them.
         valid_AJ: positions that count.
-        head_VD: the target's frozen LM head, or its rows of the draft vocabulary. The products run in its dtype,
-            everything else in float32.
-        target_hidden_AJD: the target's final, normed hidden states at the positions before the labels; for KL and TV.
-        markov_AJR, markov_VR: rows of the Markov head's first table for the tokens before the labels, and its second
-            table; their product is added to the logits.
-        blocks_a_chunk: None takes what suits the device.
+        head_VD: the target's frozen LM head, or its rows of the draft vocabulary; products run in its dtype, the rest
+            in float32.
+        target_hidden_AJD: the target's final, normed hidden states before the labels; for KL and TV.
+        markov_AJR, markov_VR: the Markov head's rows for the tokens before the labels, and its second table; their
+        product is added to the logits.
+        blocks_a_chunk: None chooses by device.
 
-    With no valid position the loss is 0. Raises ValueError for an unknown weighting, a soft objective without
-    `target_hidden_AJD`, or half a Markov head.
+    Raises ValueError for an unknown weighting, a soft objective without `target_hidden_AJD`, or half a Markov head.
     """
     if weighting not in ("exponential", "dpace"):
         raise ValueError(f"weighting must be exponential or dpace, got {weighting!r}")
@@ -140,7 +132,7 @@ def block_loss(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Head and weighted loss in one: the forward already holds the gradients of all that is trained."""
+    """Head and weighted loss in one; the forward already computes the gradients."""
 
     @staticmethod
     def forward(
@@ -186,7 +178,7 @@ class _HeadLoss(torch.autograd.Function):
             nll_AJ[rows] = nll
             if d_hidden_AJD is None:
                 continue
-            # Weighted after the products, where there are D columns and not V.
+            # Weighted after the products: D columns instead of V.
             d_logits_PV, weight_P1 = d_logits_AJV.flatten(0, 1).to(dtype), weight.flatten()[:, None]
             d_hidden_PD = (d_logits_PV @ head_VD).float() * weight_P1
             d_hidden_AJD[rows] = d_hidden_PD.unflatten(0, weight.shape).to(d_hidden_AJD.dtype)
@@ -207,18 +199,17 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _project(x_AJD: Tensor, weight_VD: Tensor) -> Tensor:
-    """Logits [A, J, V] in the weight's dtype, as the product of one matrix: slots of blocks would be a stack of small
-    ones, which a CPU multiplies half as fast."""
+    """Logits [A, J, V] as one matrix product: a stack of small ones is half as fast on a CPU."""
     return linear(x_AJD.flatten(0, 1).to(weight_VD.dtype), weight_VD).unflatten(0, x_AJD.shape[:2])
 
 
 def _distance(
     objective: Objective, labels_AJ1: Tensor, nll_AJ: Tensor, log_q_AJV: Tensor, log_p_AJV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Distance of each position [A, J] and its gradient with respect to the logits [A, J, V]; overwrites `log_q_AJV`.
+    """Distance of each position [A, J] and its gradient by the logits [A, J, V]; overwrites `log_q_AJV`.
 
-    With q = softmax(logits): CE has gradient q - onehot, KL(p, q) has q - p, and TV, whose gradient with respect to q
-    is -[q < p], has q * (sum of q where q < p, minus [q < p]).
+    With q = softmax(logits): CE has gradient q - onehot, KL(p, q) has q - p, and TV, whose gradient by q is -[q < p],
+    has q * (sum of q where q < p, minus [q < p]).
     """
     distance_AJ = objective.ce * nll_AJ
     if log_p_AJV is None:

@@ -1,24 +1,23 @@
 """The DFlash drafter network: z-lab's architecture, names and numerics, in plain PyTorch.
 
-A drafter reads the target's hidden states ("features") of every committed position and, in one forward, fills a block
-of masked positions. Features enter as keys and values only: they are fused once, `hidden_norm(fc(features))`, and every
-layer projects that one tensor with the same k_proj and v_proj as the block. Nothing else touches them (no
-input_layernorm, no MLP), so a layer's context keys and values never change once a position is committed.
+In one forward, a drafter reads the target's hidden states ("features") of all committed positions and fills a block of
+masked positions. Features enter as keys and values only: fused once, `hidden_norm(fc(features))`, then projected in
+every layer by the block's k_proj and v_proj. They see no input_layernorm and no MLP, so context keys and values never
+change.
 
 Training and serving share `embed_block`, `decode` and `logits`: training passes many blocks and masks, serving one
-block and the keys and values of the committed prefix. This file is the oracle for faster implementations; it keeps no
-state. Embedding and LM head belong to the target and are passed in.
+block and the prefix's keys and values. This file is the oracle for faster implementations and keeps no state. Embedding
+and LM head are the target's.
 
-The options of `DFlashConfig` add tensors: `layers.i.self_attn.attention_sink_bias` and `mask_embedding` as in MiMo's
-drafter, `markov_head.markov_w1` and `.markov_w2` as in DSpark, and `d2t` as in EAGLE-3: the target's id of draft token
-i is i + d2t[i]. A drafter without options has exactly z-lab's tensors.
+Options add tensors: `layers.i.self_attn.attention_sink_bias` and `mask_embedding` (MiMo), `markov_head.markov_w1` and
+`.markov_w2` (DSpark), and `d2t` (EAGLE-3): the target's id of draft token i is i + d2t[i].
 
 Sources: DFlash (z-lab), reference `DFlashDraftModel`; Qwen3 layers with QK-norm; DSpark (DeepSpec), section on the
-Markov head, of which this is the first-order variant without gate; XiaomiMiMo's drafters.
+Markov head, here first-order without gate; XiaomiMiMo's drafters.
 
-Shape suffixes: B windows, T context positions, Q queries (block positions, several blocks in a row), S = T + Q keys,
-C = taps * D features, D hidden, N query heads, G key/value heads, H head dim, K block size, V vocabulary of the target,
-U vocabulary of the proposals (V unless pruned).
+Shape suffixes: B windows, T context positions, Q queries (block positions, several blocks in a row), S = T + Q keys, C
+= taps * D features, D hidden, N query heads, G key/value heads, H head dim, K block size, V vocabulary of the target, U
+vocabulary of the proposals (V unless pruned).
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ ContextKV = tuple[Tensor, Tensor]
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, statistics in float32, weight applied in the input's dtype (Qwen3)."""
+    """Root-mean-square norm of the last axis: float32 statistics, weight applied in the input's dtype (Qwen3)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -56,7 +55,7 @@ class RMSNorm(nn.Module):
 
 
 class DFlashAttention(nn.Module):
-    """Block queries over context keys followed by block keys. Not causal: what is visible is the mask's business."""
+    """Block queries over context keys, then block keys. The mask decides what is visible."""
 
     def __init__(self, config: DFlashConfig) -> None:
         super().__init__()
@@ -74,7 +73,7 @@ class DFlashAttention(nn.Module):
             self.attention_sink_bias = nn.Parameter(torch.zeros(config.num_attention_heads))
 
     def keys_values(self, x_BTD: Tensor, tables: tuple[Tensor, Tensor]) -> ContextKV:
-        """Rotated keys and values [B, T, G, H] of context features or of normed block states."""
+        """Rotated keys and values [B, T, G, H] of context features or normed block states."""
         k_BTGH = self.k_norm(self.k_proj(x_BTD).unflatten(-1, (-1, self.head_dim)))
         v_BTGH = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
         if self.value_scale != 1.0:
@@ -130,9 +129,9 @@ class DFlashDecoderLayer(nn.Module):
 
 
 class MarkovHead(nn.Module):
-    """A correction of a proposal's logits by the token before it: `markov_w1[previous] @ markov_w2.T`.
+    """Corrects a proposal's logits by the previous token: `markov_w1[previous] @ markov_w2.T`.
 
-    Source: DSpark's vanilla Markov head, with its names: an embedding [V, rank] and a linear map to U logits.
+    Source: DSpark's vanilla Markov head: an embedding [V, rank] and a linear map to U logits.
     """
 
     def __init__(self, config: DFlashConfig) -> None:
@@ -145,7 +144,7 @@ class MarkovHead(nn.Module):
 
 
 class DFlashDraftModel(nn.Module):
-    """The drafter. State-dict names are exactly z-lab's: fc, hidden_norm, norm, layers.i.*; options add their own."""
+    """The drafter. State-dict names are z-lab's: fc, hidden_norm, norm, layers.i.*; options add their own."""
 
     def __init__(self, config: DFlashConfig) -> None:
         super().__init__()
@@ -164,11 +163,11 @@ class DFlashDraftModel(nn.Module):
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
 
     def init_weights(self, seed: int) -> None:
-        """Random weights as a function of `seed` alone: norms one, matrices N(0, 1 / (4 fan_in)).
+        """Random weights from `seed` alone: norms one, matrices N(0, 1 / (4 fan_in)).
 
-        The matrices that write to the residual stream are smaller by sqrt(2 * layers), so that the stream starts out
-        as wide at the last layer as at the first. Sinks and the Markov head's second matrix are zero: a drafter with
-        a Markov head starts out as one without. The mask embedding is N(0, 0.02); see `init_mask_embedding`.
+        Matrices that write to the residual stream are smaller by sqrt(2 * layers), so that its width starts equal in
+        all layers. Sinks and the Markov head's second matrix are zero, which makes that head start without effect. The
+        mask embedding is N(0, 0.02); see `init_mask_embedding`.
         """
         generator = torch.Generator().manual_seed(seed)
         residual_scale = (2 * self.config.num_hidden_layers) ** -0.5
@@ -185,18 +184,18 @@ class DFlashDraftModel(nn.Module):
                     std *= residual_scale
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
             if self.mask_embedding is not None:
-                # Last, so that what all drafters have is the same with any options.
+                # Last, so that options do not change the other weights.
                 self.mask_embedding.copy_(torch.randn(self.mask_embedding.shape, generator=generator) * 0.02)
 
     @torch.no_grad()
     def init_mask_embedding(self, embedding_VD: Tensor) -> None:
-        """Start the drafter's own mask embedding from the target's row: then it is a drafter without one."""
+        """Starts the drafter's mask embedding from the target's row."""
         assert self.mask_embedding is not None, "config.mask_embedding is off"
         self.mask_embedding.copy_(embedding_VD[self.config.mask_token_id])
 
     @torch.no_grad()
     def set_draft_vocab(self, target_ids_U: Tensor) -> None:
-        """Name the target's tokens that may be proposed, int64 [U]. Raises ValueError unless ascending and distinct."""
+        """Sets the target tokens that may be proposed, int64 [U]. Raises ValueError unless ascending and distinct."""
         config = self.config
         ids_U = target_ids_U.to(torch.int64)
         if self.d2t is None or ids_U.shape != (config.draft_vocab_size,):
@@ -206,14 +205,14 @@ class DFlashDraftModel(nn.Module):
 
     @property
     def hidden_slots(self) -> slice:
-        """The block slots that carry proposals: all, or all but the anchor's."""
+        """The block slots with proposals: all, or all but the anchor's."""
         return slice(0 if self.config.sample_from_anchor else 1, None)
 
     def embed_block(self, ids: Tensor, embedding_VD: Tensor) -> Tensor:
-        """Inputs [..., K, D] of blocks with token ids [..., K]: the anchor's token, then the mask token.
+        """Inputs [..., K, D] of blocks with token ids [..., K]: the anchor's token, then mask tokens.
 
-        Wherever the id is the mask token's, a drafter's own mask embedding replaces the target's row; in the anchor's
-        slot too, as in SGLang and vLLM, which overwrite the row.
+        The drafter's mask embedding replaces the target's row wherever the id is the mask token's, also in the anchor's
+        slot, as in SGLang and vLLM.
         """
         embeds = F.embedding(ids, embedding_VD)
         if self.mask_embedding is None:
@@ -221,29 +220,26 @@ class DFlashDraftModel(nn.Module):
         return torch.where((ids == self.config.mask_token_id)[..., None], self.mask_embedding.to(embeds.dtype), embeds)
 
     def draft_head(self, head_VD: Tensor) -> Tensor:
-        """The rows [U, D] of the target's LM head that proposals need; the head itself unless pruned.
-
-        Gathers a copy: callers with a pruned vocabulary do it once.
-        """
+        """Rows [U, D] of the target's LM head for proposals; with a pruned vocabulary a copy, to be made once."""
         if self.d2t is None or head_VD.shape[0] == self.config.num_draft_tokens:
             return head_VD
         return head_VD[self.target_ids(torch.arange(len(self.d2t), device=head_VD.device))]
 
     def logits(self, hidden: Tensor, previous_ids: Tensor | None, head_VD: Tensor) -> Tensor:
-        """Logits of proposals, float32 [..., U], from hidden states [..., D] of proposal slots.
+        """Float32 logits [..., U] of proposals, from hidden states [..., D] of proposal slots.
 
-        `head_VD`: the target's LM head, or what `draft_head` made of it; the product runs in its dtype.
-        `previous_ids` [...]: the token before each proposal, in the target's vocabulary: labels in training, drafted
-        tokens in serving. Only a Markov head reads it, and raises ValueError where it is None.
+        `head_VD`: the target's LM head or its `draft_head`; the product runs in its dtype. `previous_ids` [...]: the
+        token before each proposal, target ids: labels in training, drafts in serving. A Markov head raises ValueError
+        for None.
         """
         return self.corrected(self.base_logits(hidden, head_VD), previous_ids)
 
     def base_logits(self, hidden: Tensor, head_VD: Tensor) -> Tensor:
-        """`logits` before the Markov head's correction: all slots at once, before any token is drafted."""
+        """`logits` without the Markov correction, for all slots at once."""
         return F.linear(hidden.to(head_VD.dtype), self.draft_head(head_VD)).float()
 
     def corrected(self, base_logits: Tensor, previous_ids: Tensor | None) -> Tensor:
-        """`logits` from `base_logits` [..., U] and the token before each proposal [...]."""
+        """`logits` from `base_logits` [..., U] and the previous tokens [...]."""
         if self.markov_head is None:
             return base_logits
         if previous_ids is None:
@@ -251,11 +247,11 @@ class DFlashDraftModel(nn.Module):
         return base_logits + self.markov_head(previous_ids).float()
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
-        """The target's token ids of draft-vocabulary ids, of any shape."""
+        """Target ids of draft-vocabulary ids, any shape."""
         return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
 
     def draft_ids(self, target_ids: Tensor) -> Tensor:
-        """Draft-vocabulary ids of the target's token ids, of any shape; -1 for tokens that cannot be proposed."""
+        """Draft-vocabulary ids of target ids, any shape; -1 for tokens that cannot be proposed."""
         if self.d2t is None:
             return target_ids
         known_U = self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
@@ -263,9 +259,9 @@ class DFlashDraftModel(nn.Module):
         return torch.where(known_U[places] == target_ids, places, -1)
 
     def fuse(self, features_BTC: Tensor) -> Tensor:
-        """Context [..., T, D] from the tapped hidden states, concatenated in the order of `target_layer_ids`.
+        """Context [..., T, D] from tapped hidden states, concatenated in the order of `target_layer_ids`.
 
-        Raises ValueError when the last axis is not taps * hidden size.
+        Raises ValueError if the last axis is not taps * hidden size.
         """
         if features_BTC.shape[-1] != self.fc.in_features:
             raise ValueError(
@@ -279,7 +275,7 @@ class DFlashDraftModel(nn.Module):
         return rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta, dtype)
 
     def context_kv(self, layer: int, context_BTD: Tensor, positions_T: Tensor) -> ContextKV:
-        """Rotated keys and values [..., T, G, H] of layer `layer` for fused context [..., T, D] at `positions_T`."""
+        """Rotated keys and values [..., T, G, H] in layer `layer` of fused context [..., T, D] at `positions_T`."""
         attention = self.layers[layer].self_attn
         assert isinstance(attention, DFlashAttention)
         return attention.keys_values(context_BTD, self.rotary(positions_T, context_BTD.dtype))
@@ -293,9 +289,9 @@ class DFlashDraftModel(nn.Module):
     ) -> Tensor:
         """Final-normed hidden states [B, Q, D] of block positions.
 
-        `contexts`: keys and values [B, T, G, H] a layer. `masks`: what a query sees of the T context keys followed by
-        the Q block keys, as booleans [B, 1, Q, T + Q] or a flex_attention BlockMask; None sees everything. One for all
-        layers, or a list with one a layer. Raises ValueError for a drafter with sliding windows and a single mask.
+        `contexts`: keys and values [B, T, G, H] per layer. `masks`: visibility of the T context and Q block keys, bool
+        [B, 1, Q, T + Q] or BlockMask, None for all; one for all layers or a list. Raises ValueError for a single mask
+        with sliding windows.
         """
         if isinstance(masks, Tensor) or not isinstance(masks, Sequence):
             if self.config.layer_types is not None:
@@ -315,23 +311,23 @@ class DFlashDraftModel(nn.Module):
         block_positions_BQ: Tensor,
         masks: Mask | Sequence[Mask],
     ) -> Tensor:
-        """Training's one pass: every block of every window at once; see `decode` for shapes and masks."""
+        """Training: all blocks of all windows in one pass; shapes and masks as in `decode`."""
         context_BTD = self.fuse(features_BTC)
         contexts = [self.context_kv(i, context_BTD, positions_BT) for i in range(len(self.layers))]
         return self.decode(embeds_BQD, block_positions_BQ, contexts, masks)
 
 
 class DraftContext:
-    """One sequence's context keys and values, stored by position: the serving side of `decode`.
+    """One sequence's context keys and values by position, for serving.
 
-    Buffers keys, values: [L, max_length, G, H]. Positions may be written in any order and again (a position whose
-    draft was rejected is simply overwritten); `draft_hidden` reads positions strictly below the anchor and no others.
+    Buffers keys, values: [L, max_length, G, H]. Positions may be written in any order and rewritten after a rejection;
+    `draft_hidden` reads only positions below the anchor.
     """
 
     def __init__(
         self, model: DFlashDraftModel, max_length: int, keys_values: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        """keys_values: buffers that somebody else has, and may write too; None makes new ones."""
+        """keys_values: shared buffers that others may write too; None allocates them."""
         if keys_values is not None:
             self.keys_LTGH, self.values_LTGH = keys_values
             return
@@ -342,7 +338,7 @@ class DraftContext:
 
     @torch.no_grad()
     def write(self, model: DFlashDraftModel, features_TC: Tensor, start: int) -> None:
-        """Store the features of positions start .. start + T - 1. Raises ValueError when the buffer is too short."""
+        """Stores features of positions start .. start + T - 1. Raises ValueError if the buffer is too short."""
         end = start + features_TC.shape[0]
         if start < 0 or end > self.keys_LTGH.shape[1]:
             raise ValueError(f"positions {start}..{end - 1} do not fit a context of {self.keys_LTGH.shape[1]}")
@@ -353,10 +349,9 @@ class DraftContext:
 
     @torch.no_grad()
     def draft_hidden(self, model: DFlashDraftModel, embeds_KD: Tensor, anchor: int) -> Tensor:
-        """Hidden states of the slots that carry proposals; the target's LM head turns them into proposals.
+        """Hidden states of the proposal slots, [K, D], or [K - 1, D] if the anchor's slot predicts nothing.
 
-        `embeds_KD`: `embed_block` of [anchor token, mask, ..., mask]; `anchor`: the anchor's position. Returns [K, D]
-        or, where the anchor's slot predicts nothing, [K - 1, D].
+        `embeds_KD`: `embed_block` of [anchor token, mask, ..., mask]; `anchor`: its position.
         """
         positions_K = torch.arange(anchor, anchor + embeds_KD.shape[0], device=embeds_KD.device)
         contexts, masks = [], []
@@ -369,13 +364,13 @@ class DraftContext:
 
 
 def _block_window(positions_K: Tensor, first: int, config: DFlashConfig, window: int) -> Tensor:
-    """What a block at `positions_K` sees of the keys from position `first` to its own end, bool [1, 1, K, S]."""
+    """What a block at `positions_K` sees of the keys from position `first` to its end, bool [1, 1, K, S]."""
     keys_S = torch.arange(first, int(positions_K[-1]) + 1, device=positions_K.device)
     return in_window(positions_K[:, None], keys_S, window, config.sliding_is_causal)[None, None]
 
 
 def check_draft_ids(target_ids_U: Tensor, vocab_size: int) -> None:
-    """Refuse a draft vocabulary whose ids are not ascending, distinct and in the target's: ValueError, one line."""
+    """Raises ValueError unless the draft ids are ascending, distinct and in the target's vocabulary."""
     ids_U = target_ids_U
     if not bool((ids_U[1:] > ids_U[:-1]).all()) or int(ids_U[0]) < 0 or int(ids_U[-1]) >= vocab_size:
         raise ValueError(f"draft vocabulary: its target ids must be ascending, distinct and below {vocab_size}")

@@ -1,10 +1,10 @@
-"""Prompt lookup: proposals copied from where the text has said the same before. A baseline that needs no drafter.
+"""Prompt lookup: proposes what followed an earlier occurrence of the text's last tokens. Needs no drafter.
 
-The longest run of last tokens, up to `max_size` of them, that occurred earlier is looked up, and what followed it then
-is proposed. Code repeats itself, so this alone saves steps; a drafter that saves fewer is not worth its weights.
+It looks up the longest run of last tokens, at most `max_size`, that occurred before. On repetitive code this alone
+saves steps, so a drafter must beat it.
 
-Source: prompt-lookup decoding (A. Saxena, 2023), as in transformers and vLLM. Both take the earliest occurrence; this
-takes the latest, which is nearest to what is being written.
+Source: prompt-lookup decoding (A. Saxena, 2023), as in transformers and vLLM, which take the earliest occurrence; this
+takes the latest, nearest to the current text.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 
 class NgramIndex:
-    """Where every short run of tokens was last followed by something, for one growing sequence."""
+    """The latest position after every short run of tokens, for one growing sequence."""
 
     def __init__(self, max_size: int) -> None:
-        """`max_size`: longest run that is looked up; raises ValueError below 1."""
+        """`max_size`: longest run to look up. Raises ValueError below 1."""
         if max_size < 1:
             raise ValueError(f"an n-gram needs a size of at least 1, got {max_size}")
         self._max_size = max_size
@@ -24,10 +24,9 @@ class NgramIndex:
         self._num_indexed = 1
 
     def propose(self, tokens: Sequence[int], count: int) -> list[int]:
-        """Up to `count` tokens to follow `tokens`, which must begin with what was given before.
+        """Up to `count` tokens to follow `tokens`, which must extend the tokens of earlier calls.
 
-        A match that reaches the end of the text is copied round: a text that repeats with some period is continued
-        with that period.
+        A match that reaches the end of the text repeats: periodic text continues with its period.
         """
         for at in range(self._num_indexed, len(tokens)):
             for size in range(1, min(self._max_size, at) + 1):

@@ -1,10 +1,8 @@
-"""From a drafted block's hidden states to proposals: the serving side of the drafter's logits.
+"""Proposals from a drafted block's hidden states.
 
-A drafter without a Markov head gives each position's distribution at once; with one, a position's depends on the token
-before it, so that tokens are drafted left to right. Either way the proposals are a chain of most probable tokens.
-
-`adjust` is where sampling comes in: proposals for a target that samples are drawn from the drafter's distribution as
-the target will sample from its own, with the same noise.
+Without a Markov head all positions are independent; with one, each depends on the previous token, so tokens are drafted
+left to right. Proposals are a chain of most probable tokens. `adjust` makes it sampling: it applies the target's
+temperature, filters and noise to the drafter's logits.
 
 Legend: K proposal slots, D hidden, U draft vocabulary, V vocabulary.
 """
@@ -25,10 +23,9 @@ Adjust = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Draft:
-    """Proposals after an anchor, each of which follows the one before it.
+    """A chain of proposals after an anchor.
 
-    `probabilities[i]` is the drafter's own belief in token i, given that all before it are right; empty where a
-    proposer has none.
+    `probabilities[i]`: the drafter's probability of token i given the earlier ones; empty without a drafter.
     """
 
     tokens: list[int]
@@ -43,10 +40,10 @@ class Draft:
 def propose(
     model: DFlashDraftModel, hidden_KD: Tensor, head: Tensor, anchor: int, adjust: Adjust | None = None
 ) -> Draft:
-    """The most probable token of each slot, drafted left to right; fewer where logits are NaN.
+    """The most probable token of each slot, left to right; shorter if logits are NaN.
 
-    `head`: the target's LM head [V, D], or `model.draft_head` of it; `anchor`: the token before the first proposal;
-    `adjust`: what softmax is taken of.
+    `head`: the target's LM head [V, D] or `model.draft_head` of it; `anchor`: the token before the first proposal;
+    `adjust`: applied to logits before the argmax and softmax.
     """
     tokens: list[int] = []
     probabilities: list[float] = []

@@ -1,14 +1,13 @@
-"""GPTQ of a model's routed experts, layer by layer, on the tokens that the router sends to each expert.
+"""GPTQ of a model's routed experts, layer by layer, on the tokens routed to each expert.
 
-Layers are taken in order. A layer's inputs are computed by the layers before it as quantized already, and `down_proj`
-sees the activations of the quantized `gate_up_proj`: every matrix makes up for what reaches it, not for what would
-have. In memory are the hidden states of the calibration tokens, one layer's routing, and the second moments of as many
+A layer's inputs come from the quantized layers before it, and `down_proj` sees the quantized `gate_up_proj`'s
+activations. Memory holds the calibration tokens' hidden states, one layer's routing, and second moments of as many
 experts as fit into `GROUP_BYTES`.
 
-An expert that saw fewer tokens than a matrix has inputs could fit them at the expense of all others. It borrows tokens
-of its layer, evenly spaced, up to that number; its own weigh in beside them. The report says which experts did.
+An expert with fewer tokens than matrix inputs would overfit them, so it borrows evenly spaced tokens of its layer up to
+that number; the report says so.
 
-Left out: moving layers to an accelerator one at a time. The model is computed where its weights lie.
+Left out: moving layers to an accelerator one at a time.
 
 Shape suffixes: N tokens, H hidden size, k experts a token, E experts of a group, S tokens of one expert, O outputs and
 K inputs of a matrix.
@@ -35,14 +34,14 @@ GPTQ_SCALE_RULE: ScaleRule = "mse"
 
 @dataclass(frozen=True)
 class ExpertReport:
-    """One expert's matrix: what it was calibrated on, and what came out.
+    """Calibration and result of one expert's matrix.
 
-    weight: state-dict name of the stack it lies in; expert: its index there; layer: index of the decoder layer.
-    num_tokens: calibration tokens the router sent to it; num_borrowed: tokens of the layer added to them.
-    error, rtn_error: squared error of its output as a part of the squared output, on those tokens, of the weights
-        stored and of rounding to nearest.
-    damping: what was added to the diagonal of the second moments, as a part of its mean; None where nothing helped.
-    is_fallback: whether it was rounded to nearest, because GPTQ was not better.
+    weight: state-dict name of its stack; expert: index there; layer: decoder layer.
+    num_tokens: calibration tokens routed to it; num_borrowed: added tokens of the layer.
+    error, rtn_error: squared output error relative to the squared output, of the stored weights and of rounding to
+    nearest.
+    damping: added to the second moments' diagonal, relative to its mean; None if none helped.
+    is_fallback: rounded to nearest, because GPTQ was not better.
     """
 
     weight: str
@@ -58,7 +57,7 @@ class ExpertReport:
 
 @dataclass(frozen=True)
 class GptqReport:
-    """All experts' matrices, in the order in which they were quantized."""
+    """All experts' matrices in quantization order."""
 
     num_tokens: int
     experts: tuple[ExpertReport, ...]
@@ -70,12 +69,12 @@ class GptqReport:
 
     @property
     def num_borrowers(self) -> int:
-        """Matrices whose expert saw too few tokens."""
+        """Matrices whose expert had too few tokens."""
         return sum(entry.num_borrowed > 0 for entry in self.experts)
 
     @property
     def error_ratio(self) -> float:
-        """Mean relative output error, as a part of that of rounding to nearest."""
+        """Mean relative output error divided by that of rounding to nearest."""
         rtn_error = sum(entry.rtn_error for entry in self.experts)
         return sum(entry.error for entry in self.experts) / rtn_error if rtn_error else 1.0
 
@@ -88,13 +87,13 @@ def gptq_experts(
     damping: float = DEFAULT_DAMPING,
     on_layer: Callable[[int, int], object] | None = None,
 ) -> GptqReport:
-    """Replace every routed expert weight of `model`, in place and in its own dtype, by MXFP4 values chosen by GPTQ.
+    """Replaces every routed expert weight of `model`, in place and in its dtype, by MXFP4 values from GPTQ.
 
-    The result is what `export_model` with any scale rule stores. `batches` are calibration token ids, int64 [B, T];
-    `scale_rule` and `damping` are those of `gptq`; `on_layer` is told (layers done, layers) after each.
+    `export_model` stores these values under any scale rule. `batches`: calibration token ids, int64 [B, T];
+    `scale_rule`, `damping`: see `gptq`; `on_layer` gets (layers done, layers).
 
-    Raises ValueError as `routed_experts`, `DecoderLayers` and `gptq` do, naming the weight, and for no batches. Weights
-    are checked before the first is changed; after a later error the model is quantized in part.
+    Raises ValueError as `routed_experts`, `DecoderLayers` and `gptq`, naming the weight, and for no batches. Weights
+    are checked before the first change; a later error leaves the model partly quantized.
     """
     if not batches:
         raise ValueError("GPTQ needs calibration text: give at least one batch of token ids")
@@ -133,7 +132,7 @@ def _quantize_stack(
     name: str,
     layer: int,
 ) -> list[ExpertReport]:
-    """Quantize one weight of one experts module in place, as many experts at a time as fit into GROUP_BYTES."""
+    """Quantizes one weight of an experts module in place, GROUP_BYTES at a time."""
     weight_EOK = contraction_last(module, getattr(module, weight_name).data)
     num_experts, _, num_inputs = weight_EOK.shape
     group_size = max(1, GROUP_BYTES // (8 * num_inputs**2))
@@ -152,7 +151,7 @@ def _quantize_stack(
 
 
 def _tokens_of_expert(tokens: RoutedTokens, expert: int, min_tokens: int) -> tuple[torch.Tensor, int]:
-    """Inputs [S, H] of an expert, its own first, then borrowed ones; and how many are its own."""
+    """Inputs [S, H] of an expert, its own first, then borrowed ones; and the number of its own."""
     own = (tokens.experts_Nk == expert).any(-1).nonzero().squeeze(-1)
     num_all = len(tokens.x_NH)
     num_borrowed = min(max(0, min_tokens - len(own)), num_all)
@@ -161,9 +160,8 @@ def _tokens_of_expert(tokens: RoutedTokens, expert: int, min_tokens: int) -> tup
 
 
 def _second_moment(module: nn.Module, weight_name: str, expert: int, x_SH: torch.Tensor) -> torch.Tensor:
-    """Mean of x x^T of what one expert's matrix is multiplied with, given the expert's inputs; float64 [K, K].
-
-    In float64, because a sum over many tokens in float32 need not be positive definite.
+    """Mean of x x^T over the inputs of one expert's matrix; float64 [K, K], since float32 sums may not be positive
+    definite.
     """
     moment_KK: torch.Tensor | float = 0.0
     for x_SK in x_SH.split(CHUNK_TOKENS):
@@ -176,12 +174,12 @@ def _second_moment(module: nn.Module, weight_name: str, expert: int, x_SH: torch
 
 
 def _activations(module: nn.Module, expert: int, x_SH: torch.Tensor) -> torch.Tensor:
-    """What `down_proj` of one expert is multiplied with, given the expert's inputs."""
+    """Inputs of one expert's `down_proj`, from the expert's inputs."""
     name = weight_names(module)[0]
     weight_OH = contraction_last(module, getattr(module, name)[expert])
     bias_O = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
     projected_SO = nn.functional.linear(x_SH.to(weight_OH.dtype), weight_OH, bias_O)
-    # Every class that the registry decorates has both; nn.Module's types do not say so.
+    # The registry's classes have both; nn.Module's types do not say so.
     activation: Callable[[torch.Tensor], torch.Tensor] = getattr(module, "_apply_gate" if module.has_gate else "act_fn")
     return activation(projected_SO)
 

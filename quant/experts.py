@@ -1,13 +1,11 @@
-"""Routed experts of a transformers model, and the switch that makes its forward see them quantized, for QAT.
+"""Routed experts of a transformers model, and fake-quantization of their forward for QAT.
 
-transformers keeps a layer's routed experts as 3-D parameters and dispatches their forward through a registry,
-`ALL_EXPERTS_FUNCTIONS`. Fake-quant registers one more implementation there (`grouped.py`) instead of replacing modules
-or parametrizing weights: state-dict keys, `save_pretrained` and optimizer references stay as they are, and the masters
-are quantized once a layer and step.
+transformers stores routed experts as 3-D parameters and dispatches their forward through `ALL_EXPERTS_FUNCTIONS`.
+Fake-quant registers another implementation there (`grouped.py`), so state-dict keys, `save_pretrained` and optimizer
+references stay, and masters are quantized once per layer and step.
 
-transformers' own implementations ignore autocast, so FP32 masters would be multiplied in FP32, four times as slow as
-bfloat16 on a CPU. Ours casts the weights as autocast does for a linear layer, with fake-quant or without
-(`enable_autocast`); MXFP4 values are exact in bfloat16.
+transformers' implementations ignore autocast, so FP32 masters would run in FP32, four times slower than bfloat16 on a
+CPU. Ours casts weights like autocast (`enable_autocast`); MXFP4 values are exact in bfloat16.
 
 Left out: experts that bypass the registry (Llama 4, LongCat, JetMoE): a ValueError names the class.
 """
@@ -24,14 +22,13 @@ from speedstack.quant.grouped import WeightForm, experts_forward
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, ScaleRule, fake_quantize
 
 AUTOCAST_IMPLEMENTATION = "grouped_mm_autocast"
-# What transformers' Mixture-of-Experts blocks call the module that routes tokens to the experts next to it.
+# Names of the router module beside the experts in transformers' MoE blocks.
 _ROUTER_NAMES = ("gate", "router")
 
 
 def routed_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that hold fused routed experts, by qualified name, in the order of the layers.
-
-    Raises ValueError for a model that has none, or whose experts bypass transformers' experts registry.
+    """Modules with fused routed experts, by qualified name, in layer order. Raises ValueError if there are none, or if
+    they bypass the registry.
     """
     experts = {name: module for name, module in model.named_modules() if _is_registered(module)}
     for name, module in model.named_modules():
@@ -49,10 +46,10 @@ def routed_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The 3-D weights of all routed experts by state-dict name: what is quantized, and nothing else is.
+    """The 3-D weights of all routed experts by state-dict name; only these are quantized.
 
-    Usually `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I]; families with `is_transposed` (gpt-oss) store
-    [E, H, 2I] and [E, I, H]. Raises ValueError as `routed_experts` does.
+    Usually `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I]; with `is_transposed` (gpt-oss) [E, H, 2I] and [E, I,
+    H]. Raises ValueError as `routed_experts`.
     """
     return {
         f"{module_name}.{weight_name}" if module_name else weight_name: getattr(module, weight_name)
@@ -62,10 +59,9 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def router_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that choose each token's routed experts, by state-dict name.
+    """The routers' parameters by state-dict name, without gates of shared experts.
 
-    Gates of shared experts are not among them. Raises ValueError as `routed_experts` does, and for a model whose
-    experts have no router beside them.
+    Raises ValueError as `routed_experts`, and if experts have no router beside them.
     """
     parameters: dict[str, nn.Parameter] = {}
     for experts_name in routed_experts(model):
@@ -87,18 +83,18 @@ def weight_names(experts: nn.Module) -> tuple[str, str]:
 
 
 def contraction_last(experts: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """A view of an expert weight with its contraction axis last, as MXFP4 blocks need it. Its own inverse."""
+    """A view of an expert weight with the contraction axis last, as for MXFP4 blocks; its own inverse."""
     return weight.transpose(-1, -2) if experts.is_transposed else weight
 
 
 def enable_fake_quant(
     model: PreTrainedModel, scale_rule: ScaleRule = DEFAULT_SCALE_RULE, dampening: float = 0.0
 ) -> None:
-    """From now on the forward sees every routed expert weight as MXFP4 would store it; gradients pass straight through.
+    """Makes the forward see every routed expert weight rounded to MXFP4, with straight-through gradients.
 
-    Parameters, their names and dtypes do not change. With `dampening` every backward also pulls the masters to their
-    MXFP4 values, see `speedstack.quant.grouped.WeightForm`. Raises ValueError as `routed_experts` does, for an unknown
-    scale rule, a negative dampening, and for sizes that are not multiples of 32.
+    Parameters, names and dtypes stay. With `dampening` every backward pulls masters to their MXFP4 values
+    (`grouped.WeightForm`). Raises ValueError as `routed_experts`, for an unknown scale rule, a negative dampening, and
+    sizes that are not multiples of 32.
     """
     if scale_rule not in get_args(ScaleRule):
         raise ValueError(f"unknown scale rule {scale_rule!r}: choose one of {', '.join(get_args(ScaleRule))}")
@@ -107,24 +103,24 @@ def enable_fake_quant(
     for module in routed_experts(model).values():
         for weight_name in weight_names(module):
             weight = getattr(module, weight_name).detach()
-            # A weight that ZeRO-3 has sharded is empty between its uses; its first forward checks it.
+            # A weight sharded by ZeRO-3 is empty between uses; its first forward checks it.
             if weight.numel():
-                # Quantizing one row is the cheapest complete check of shape and dtype.
+                # Quantizing one row checks shape and dtype completely.
                 fake_quantize(contraction_last(module, weight)[0, 0], scale_rule)
     name = f"mxfp4_qat_{scale_rule}" + (f"_dampening_{dampening!r}" if dampening else "")
     _set_implementation(model, name, WeightForm(scale_rule, dampening))
 
 
 def enable_autocast(model: PreTrainedModel) -> None:
-    """Compute routed experts in autocast's dtype where autocast is on; elsewhere bit for bit as with `grouped_mm`.
+    """Computes routed experts in autocast's dtype; without autocast, bit for bit as `grouped_mm`.
 
-    Raises ValueError as `routed_experts` does.
+    Raises ValueError as `routed_experts`.
     """
     _set_implementation(model, AUTOCAST_IMPLEMENTATION, WeightForm(None))
 
 
 def _is_registered(module: nn.Module) -> bool:
-    """Whether transformers' `use_experts_implementation` decorates the module's class: it sets these attributes."""
+    """Whether transformers' `use_experts_implementation` decorates the class: it sets these attributes."""
     weight = getattr(module, "down_proj", None)
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and isinstance(weight, nn.Parameter)
 

@@ -1,22 +1,22 @@
-"""Other number formats beside MXFP4, for ablations: how a weight would look in them, and how many bits it would take.
+"""Number formats other than MXFP4, for ablations: fake-quantization and sizes.
 
-Each format is a block shape, a rule for the block's scale and an element type; `fake_quantize` rounds to it, with the
-straight-through gradient. Elements are rounded to nearest, ties to even, saturating, in float32; the result is rounded
-once more to the weight's dtype where that is bfloat16 and cannot hold it. Float elements keep the sign of zero.
+A format is a block shape, a scale rule and an element type. `fake_quantize` rounds with the straight-through gradient:
+to nearest, ties to even, saturating, in float32, then to bfloat16 if the weight is. Float elements keep the sign of
+zero.
 
     mxfp4          `speedstack.quant.mxfp4`
     mxfp6_e2m3     E2M3 (5.3.2: largest 7.5), E8M0 scale a block of 32; OCP Microscaling Formats v1.0, clauses as cited
     mxfp6_e3m2     E3M2 (5.3.2: largest 28), E8M0 scale a block of 32
     mxfp8_e4m3     E4M3 (5.3.1: largest 448, no infinity), E8M0 scale a block of 32
-    nvfp4          E2M1, E4M3 scale a block of 16, float32 scale a matrix (arXiv 2509.25149); rounded as
-                   compressed-tensors' `nvfp4-pack-quantized` is
+    nvfp4          E2M1, E4M3 scale a block of 16, float32 scale a matrix (arXiv 2509.25149); rounded as in
+    compressed-tensors' `nvfp4-pack-quantized`
     int4_g32       integers -7 to 7, bfloat16 scale amax / 7 a block of 32, as Kimi K2 Thinking was trained; stored in
-                   compressed-tensors' `pack-quantized`
-    int2_g32       integers -1 to 1, bfloat16 scale amax a block of 32: bad on purpose, for measurements that have to
-                   notice; most weights of a bell-shaped block become zero
+    compressed-tensors' `pack-quantized`
+    int2_g32       integers -1 to 1, bfloat16 scale amax a block of 32: bad on purpose, for measurements that must
+    notice; most weights of a bell-shaped block become zero
     fp8_block128   E4M3, float32 scale amax / 448 a block of 128 x 128 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2)
 
-Left out: packed storage, which only MXFP4 has, activations, and compiled kernels.
+Left out: packed storage (only MXFP4 has it), activations, and compiled kernels.
 
 Shape suffixes: N = any leading dimensions, K = contraction, G = blocks, B = elements of a block; R = rows of a matrix.
 """
@@ -43,7 +43,7 @@ _NAN_SCALE = 255
 
 @dataclass(frozen=True)
 class FloatElement:
-    """A float type with subnormals: its mantissa bits, exponents of smallest normal and largest, its largest value."""
+    """A float type with subnormals: mantissa bits, exponents of smallest normal and largest, largest value."""
 
     mantissa_bits: int
     min_exponent: int
@@ -51,9 +51,9 @@ class FloatElement:
     max_value: float
 
     def round(self, y: torch.Tensor) -> torch.Tensor:
-        """float32 values to the nearest ones of this type, ties to even, saturating; NaN stays, zeros keep their sign.
+        """Float32 rounded to this type: nearest, ties to even, saturating; NaN and signed zeros stay.
 
-        Adding 1.5 * 2**23 steps puts the type's step in float32's last place, so that the addition itself rounds.
+        Adding 1.5 * 2**23 steps puts the type's step in float32's last place, so the addition rounds.
         """
         y = y.clamp(-self.max_value, self.max_value)
         smallest_normal_bits = (self.min_exponent + _F32_EXPONENT_BIAS) << _F32_MANTISSA_BITS
@@ -72,10 +72,9 @@ E4M3 = FloatElement(mantissa_bits=3, min_exponent=-6, max_exponent=8, max_value=
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """What a format is. `block_shape`: rows and columns (contraction) under one scale of `scale_bits`.
+    """A format. `block_shape`: rows and columns (contraction) per scale of `scale_bits`.
 
-    `bits_per_weight` counts block scales, not `nvfp4`'s one float32 a matrix, nor the smaller blocks that
-    `fp8_block128` has at the edges of a matrix.
+    `bits_per_weight` counts block scales, not `nvfp4`'s float32 per matrix or `fp8_block128`'s partial edge blocks.
     """
 
     name: FormatName
@@ -87,12 +86,12 @@ class NumberFormat:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits an element, its share of the block's scale included."""
+        """Bits per element with its share of the block's scale."""
         rows, columns = self.block_shape
         return self.element_bits + self.scale_bits / (rows * columns)
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of weights of that shape, matrices [out, in] last: elements, block scales, `nvfp4`'s matrix scales."""
+        """Bytes of weights with matrices [out, in] last: elements, block scales, `nvfp4`'s matrix scales."""
         *stack, num_rows, num_columns = shape
         rows, columns = self.block_shape
         num_blocks = -(-num_rows // rows) * -(-num_columns // columns)
@@ -109,11 +108,11 @@ def number_format(name: str) -> NumberFormat:
 
 
 def fake_quantize(w_NK: torch.Tensor, name: FormatName, scale_rule: ScaleRule | None = None) -> torch.Tensor:
-    """Float32 or bfloat16 [..., K] as the format `name` would store it, in the same dtype; the gradient passes through.
+    """Float32 or bfloat16 [..., K] rounded to the format `name`, in the same dtype; straight-through gradient.
 
-    `scale_rule` is for the formats whose scales are powers of two (names that begin with mx); None is the default rule.
-    With X the largest power of two such that the block's largest magnitude is at least X times the element type's
-    largest power of two, and M the type's largest value (6, 7.5, 28, 448), the scale is
+    `scale_rule`: for power-of-two scales (mx formats); None is the default. X is the largest power of two such that the
+    block's largest magnitude is at least X times the type's largest power of two, M the type's largest value (6, 7.5,
+    28, 448):
         floor   X (OCP 6.3)
         rceil   X, or 2 X if anything would clip
         even    2 X from M plus half a step on, which the wider grid represents better, else X
@@ -121,7 +120,7 @@ def fake_quantize(w_NK: torch.Tensor, name: FormatName, scale_rule: ScaleRule | 
     A block with NaN or infinity becomes NaN (a whole matrix in `nvfp4`).
 
     Raises ValueError for an unknown format or rule, a rule for a format without one, another dtype, K not a multiple of
-    the block, and fewer than two dimensions where blocks have rows.
+    the block, and fewer than two dimensions if blocks have rows.
     """
     chosen = number_format(name)
     if scale_rule is not None and not chosen.has_scale_rule:
@@ -159,14 +158,14 @@ def _check(w_NK: torch.Tensor, chosen: NumberFormat, scale_rule: ScaleRule) -> N
 
 
 def _mx(element: FloatElement) -> Callable[[torch.Tensor, ScaleRule], torch.Tensor]:
-    """Rounds to blocks of 32 under E8M0 scales (OCP v1.0, 5.4.1 and 6.3)."""
-    # The fraction of a binade that lies above the largest value, and half a step of the type: see `fake_quantize`.
+    """Rounds to blocks of 32 with E8M0 scales (OCP v1.0, 5.4.1 and 6.3)."""
+    # The part of a binade above the largest value, and half the type's step: see `fake_quantize`.
     above = 2.0 - element.max_value / 2.0**element.max_exponent
     half_step = 2.0 ** -(element.mantissa_bits + 1)
     one = 1 << _F32_MANTISSA_BITS
-    # Added to the bits of a block's largest magnitude, a carry out of the mantissa raises the scale.
+    # Added to the bits of a block's largest magnitude; a mantissa carry raises the scale.
     carries = {"floor": 0, "mse": 0, "rceil": int(above * one) - 1, "even": int((above - half_step) * one)}
-    # The largest value times the largest scale is below float32's overflow.
+    # Keeps the largest value times the largest scale below float32's overflow.
     max_scale = 2 * _F32_EXPONENT_BIAS - element.max_exponent
 
     def snap(w_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tensor:
@@ -192,13 +191,13 @@ def _nvfp4(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
     amax_NRG = w_NRGB.abs().amax(dim=-1)
     amax_N = amax_NRG.amax(dim=(-2, -1), keepdim=True)
     smallest_normal = torch.finfo(torch.float32).tiny
-    # The scale of a matrix spreads its block scales over E4M3's range; its inverse multiplies the values. torch divides
-    # a number by a tensor as number times reciprocal, and so does compressed-tensors.
+    # The matrix scale spreads block scales over E4M3's range; its inverse multiplies the values. torch computes number
+    # / tensor as number times reciprocal, and so does compressed-tensors.
     global_N = E4M3.max_value * E2M1.max_value / amax_N.clamp(min=smallest_normal)
     global_N = torch.where(global_N.isinf(), 1.0, global_N)
     block_scale_NRG = E4M3.round(global_N * quotient(amax_NRG, E2M1.max_value))
     scale_NRG = block_scale_NRG / global_N
-    # A block whose scale rounds to zero is a block of zeros.
+    # A block whose scale rounds to zero becomes zeros.
     is_zero_NRG = scale_NRG == 0
     y_NRGB = E2M1.round(w_NRGB / scale_NRG.masked_fill(is_zero_NRG, torch.inf).unsqueeze(-1))
     y_NRGB.mul_(scale_NRG.unsqueeze(-1))
@@ -206,15 +205,15 @@ def _nvfp4(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
 
 
 def _integers(largest: int) -> Callable[[torch.Tensor, ScaleRule], torch.Tensor]:
-    """Rounds to integers of either sign up to `largest`, under bfloat16 scales of blocks of 32."""
+    """Rounds to integers up to `largest` in magnitude, with bfloat16 scales of blocks of 32."""
 
     def round_(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
         w_NGB = w_NK.unflatten(-1, (-1, 32))
         amax_NG1 = w_NGB.abs().amax(dim=-1, keepdim=True)
-        # The largest float32 values would round to a scale of infinity.
+        # Otherwise the largest float32 values would get an infinite scale.
         scale_NG1 = quotient(amax_NG1, largest).clamp(max=torch.finfo(torch.bfloat16).max).bfloat16().float()
         scale_NG1 = torch.where(scale_NG1 == 0, 1.0, scale_NG1)
-        # Adding 0 makes the integer's only zero of a negative one.
+        # Adding 0 turns a negative zero into the integers' only zero.
         y_NGB = (w_NGB / scale_NG1).round_().clamp_(-largest, largest).add_(0.0).mul_(scale_NG1)
         return _nan_where_not_finite(y_NGB, amax_NG1).view(w_NK.shape)
 
@@ -223,7 +222,7 @@ def _integers(largest: int) -> Callable[[torch.Tensor, ScaleRule], torch.Tensor]
 
 def _fp8_block128(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
     num_rows, num_columns = w_NK.shape[-2:]
-    # Zeros at the edges change no block's largest magnitude.
+    # Zero padding changes no block's largest magnitude.
     padded = F.pad(w_NK, (0, -num_columns % 128, 0, -num_rows % 128))
     w_NGBGB = padded.unflatten(-1, (-1, 128)).unflatten(-3, (-1, 128))
     amax = w_NGBGB.abs().amax(dim=(-3, -1), keepdim=True)

@@ -1,8 +1,7 @@
-"""FP8 linear layers as MiMo and DeepSeek store them: E4M3 elements under one scale for each tile of 128 x 128.
+"""FP8 linear layers as in MiMo and DeepSeek: E4M3 elements with one scale per 128 x 128 tile.
 
-Not part of our recipe, which leaves everything but the routed experts alone; checkpoints of these families hold their
-other linear layers this way, and what reads or writes those has to speak it. Scales are multipliers, float32 (MiMo,
-DeepSeek-V3) or E8M0 powers of two (DeepSeek-V4).
+Our recipe quantizes routed experts only, but these families' checkpoints store other linear layers so. Scales are
+multipliers, float32 (MiMo, DeepSeek-V3) or E8M0 (DeepSeek-V4).
 
 Left out: activations, per-tensor and per-channel scales, and products of FP8 with FP8.
 
@@ -18,23 +17,20 @@ import torch
 TILE_SIZE = 128
 ELEMENT_DTYPE = torch.float8_e4m3fn
 SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu)
-# In a config.json's quantization_config: whether the language-model head is stored so too, which nobody else does.
-# GPTQ's configurations have the same field.
+# In quantization_config: whether the LM head is FP8 too, which only we write. GPTQ's configs have the same field.
 HEAD_FIELD = "lm_head"
 _MAX = 448.0
-_NAN_BITS = 0x7F  # of an element, whatever its sign
-# Rows whose float32 values are in memory at a time.
+_NAN_BITS = 0x7F  # # of an element, sign aside
+# Rows converted to float32 at a time.
 _ROWS_AT_A_TIME = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class FP8Tensor:
-    """A matrix of shape [O, I].
+    """A matrix of shape [O, I]. Raises ValueError for inconsistent dtypes or shapes.
 
-    codes_OI: float8_e4m3fn. scales_PQ: float32 or float8_e8m0fnu, one a tile; tiles at the edges may be partial.
-    tile_rows: 128 in checkpoints; a part of that where rows of several matrices were put together, see `joined`.
-
-    Raises ValueError when dtypes or shapes do not fit together.
+    codes_OI: float8_e4m3fn. scales_PQ: float32 or float8_e8m0fnu per tile; edge tiles may be partial.
+    tile_rows: 128 in checkpoints; a divisor of it for joined matrices, see `joined`.
     """
 
     codes_OI: torch.Tensor
@@ -72,12 +68,12 @@ class FP8Tensor:
         return FP8Tensor(self.codes_OI.to(device), self.scales_PQ.to(device), self.tile_rows)
 
     def has_nan(self) -> bool:
-        """Whether an element or a scale is no number, or a scale is infinite."""
+        """Whether an element or scale is NaN, or a scale is infinite."""
         has_nan_codes = bool(((self.codes_OI.view(torch.uint8) & _NAN_BITS) == _NAN_BITS).any())
         return has_nan_codes or not bool(torch.isfinite(self.scales_PQ.float()).all())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The matrix [O, I]: multiplied in float32, then rounded once to `dtype`."""
+        """The matrix [O, I], multiplied in float32 and rounded once to `dtype`."""
         w_OI = torch.empty(self.shape, dtype=dtype, device=self.codes_OI.device)
         for start in range(0, self.shape[0], _ROWS_AT_A_TIME):
             codes_RI = self.codes_OI[start : start + _ROWS_AT_A_TIME]
@@ -88,14 +84,14 @@ class FP8Tensor:
         return w_OI
 
     def with_tile_rows(self, tile_rows: int) -> "FP8Tensor":
-        """The same values under scales of fewer rows each; a divisor of `tile_rows`."""
+        """The same values with tiles of fewer rows, a divisor of `tile_rows`."""
         assert self.tile_rows % tile_rows == 0
         num_tiles = -(-self.shape[0] // tile_rows)
         scales_PQ = self.scales_PQ.repeat_interleave(self.tile_rows // tile_rows, 0)[:num_tiles]
         return FP8Tensor(self.codes_OI, scales_PQ, tile_rows)
 
     def with_scales(self, dtype: torch.dtype) -> "FP8Tensor | None":
-        """The same values with scales of `dtype`; None where that cannot hold every one of them exactly."""
+        """The same values with scales of `dtype`; None if it cannot hold them exactly."""
         scales_PQ = self.scales_PQ.float().to(dtype)
         if not torch.equal(scales_PQ.float(), self.scales_PQ.float()):
             return None
@@ -103,9 +99,9 @@ class FP8Tensor:
 
 
 def joined(parts: Sequence[FP8Tensor]) -> FP8Tensor:
-    """The rows of several matrices with float32 scales, one after the other.
+    """The rows of several matrices with float32 scales.
 
-    Tiles begin anew with every part, so they keep as many rows as divide where all parts begin: 128 for most models.
+    Tiles restart with every part, so their rows divide all parts' starts: 128 for most models.
     """
     assert all(part.scales_PQ.dtype == torch.float32 for part in parts)
     tile_rows = math.gcd(*(part.tile_rows for part in parts), *(part.shape[0] for part in parts[:-1]))
@@ -114,10 +110,10 @@ def joined(parts: Sequence[FP8Tensor]) -> FP8Tensor:
 
 
 def quantize_fp8(w_OI: torch.Tensor, scale_dtype: torch.dtype = torch.float32) -> FP8Tensor:
-    """Round a float32 or bfloat16 matrix to E4M3 under each tile's largest magnitude / 448.
+    """Rounds a float32 or bfloat16 matrix to E4M3 with scale = largest magnitude / 448 per tile.
 
-    E8M0 scales are the next power of two above, so that nothing is clipped. A tile of zeros has scale 1. Elements are
-    rounded to nearest, ties to even. Raises ValueError for other dtypes and shapes, NaN and infinity.
+    E8M0 scales round up, so nothing clips. A zero tile has scale 1. Elements round to nearest, ties to even. Raises
+    ValueError for other dtypes and shapes, NaN and infinity.
     """
     if w_OI.ndim != 2 or w_OI.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"FP8 tiles hold float32 or bfloat16 matrices, got {w_OI.dtype} {tuple(w_OI.shape)}")
@@ -139,20 +135,17 @@ def quantize_fp8(w_OI: torch.Tensor, scale_dtype: torch.dtype = torch.float32) -
 
 
 def scales_of(amax: torch.Tensor) -> torch.Tensor:
-    """The scale that maps each largest magnitude to E4M3's largest, 448; 1 where that quotient is 0."""
+    """The scale that maps each largest magnitude to 448; 1 if the quotient is 0."""
     scales = quotient(amax, _MAX)
     return torch.where(scales > 0, scales, torch.ones_like(scales))
 
 
 def quotient(x: torch.Tensor, divisor: float) -> torch.Tensor:
-    """x / divisor, correctly rounded on every device.
-
-    On a GPU torch divides by a number as it multiplies by the number's reciprocal, which may be off by the last place.
-    """
+    """x / divisor, correctly rounded on every device: a GPU multiplies by the reciprocal of a Python number."""
     return x / torch.full_like(x, divisor)
 
 
 def _next_power_of_two(scales: torch.Tensor) -> torch.Tensor:
-    """The smallest normal power of two at or above each positive float32, from its bits: `log2` may be off by one."""
+    """The smallest normal power of two >= each positive float32, from its bits: `log2` may be off by one."""
     bits = (scales.view(torch.int32) + 0x007FFFFF) & 0x7F800000
     return bits.clamp_(min=0x00800000).view(torch.float32)

@@ -1,18 +1,18 @@
-"""GPTQ (arXiv 2210.17323) to MXFP4: columns are rounded in turn, and each makes up for the errors of those before it.
+"""GPTQ (arXiv 2210.17323) to MXFP4: columns are rounded in turn, and later columns compensate for earlier errors.
 
-For a matrix W and the second moment H = mean of x x^T of its inputs, the objective is tr((W - Q) H (W - Q)^T), the mean
-squared error of its output. With H^-1 = U^T U, U upper triangular, column k's error divided by U[k, k] is taken, times
-U[k, k + 1:], from the columns not yet rounded; the errors' squares then sum to the objective. All experts of a stack
-and all rows go through the columns together; inside a block of 32 one by one, beyond it in one product a block.
+For a matrix W and second moment H = mean of x x^T, the objective is tr((W - Q) H (W - Q)^T), the mean squared output
+error. With H^-1 = U^T U, U upper triangular, column k's error / U[k, k] times U[k, k + 1:] is subtracted from the later
+columns; the squared errors sum to the objective. All experts and rows go together, columns one by one inside a block of
+32, later blocks by one product.
 
-A block's scale is chosen when its turn comes, from weights that hold the compensation for everything before, as in
-MR-GPTQ (arXiv 2509.23202), whose rotations we leave out: no loader of ours, nor vLLM's, turns the experts' inputs. With
-the rule `mse` each row takes of X / 2, X, 2 X the scale with the least *objective* over the block.
+A block's scale is chosen at its turn, from compensated weights, as in MR-GPTQ (arXiv 2509.23202); its rotations are
+left out, because no loader of ours, nor vLLM's, rotates expert inputs. With rule `mse` each row takes the scale among X
+/ 2, X, 2 X with the least *objective* over the block.
 
-Left out: activation order, which wants all scales before the first column, hence not this choice of them.
+Left out: activation order, which needs all scales before the first column.
 
-Shape suffixes: E experts, O outputs, K inputs (contraction), B = 32 columns of a block, R columns after it,
-C candidates for a scale.
+Shape suffixes: E experts, O outputs, K inputs (contraction), B = 32 columns of a block, R columns after it, C
+candidates for a scale.
 """
 
 from dataclasses import dataclass
@@ -29,20 +29,19 @@ from speedstack.quant.mxfp4 import (
 )
 
 DEFAULT_DAMPING = 0.01
-# Each retry of a factorization multiplies the damping by this.
+# Damping factor per retry of a factorization.
 _RETRY_FACTOR = 10.0
 _NUM_RETRIES = 3
 
 
 @dataclass(frozen=True, eq=False)
 class GptqResult:
-    """A quantized stack [E, O, K], and what it costs on the inputs it was made for.
+    """A quantized stack [E, O, K] and its error on the calibration inputs.
 
-    values: float32 [E, O, K], every block exactly MXFP4: `quantize` under any scale rule returns the same values.
-    errors, rtn_errors: float64 [E], the objective tr((W - Q) H (W - Q)^T) of `values` and of rounding to nearest with
-        the same scale rule; `powers` is tr(W H W^T), what the output itself measures.
-    damping: float64 [E], the damping that made H positive definite; NaN where none did.
-    is_fallback: bool [E], where rounding to nearest was taken, because it is better or nothing else worked.
+    values: float32 [E, O, K], exactly MXFP4: `quantize` returns them under any scale rule.
+    errors, rtn_errors: float64 [E], the objective of `values` and of rounding to nearest; `powers`: tr(W H W^T).
+    damping: float64 [E], the damping that made H positive definite; NaN if none did.
+    is_fallback: bool [E], rounded to nearest because it is better or GPTQ failed.
     """
 
     values: torch.Tensor
@@ -60,13 +59,11 @@ def gptq(
     scale_rule: ScaleRule = DEFAULT_SCALE_RULE,
     damping: float = DEFAULT_DAMPING,
 ) -> GptqResult:
-    """Quantize float32 or bfloat16 matrices [E, O, K] for inputs with second moments `hessian_EKK` (float64).
+    """Quantizes float32 or bfloat16 [E, O, K] for inputs with second moments `hessian_EKK` (float64).
 
-    `damping` times the mean of H's diagonal is added to it; where the factorization fails still, ten times as much, up
-    to three times. An expert whose objective is not below that of rounding to nearest, an expert without inputs (H = 0)
-    among them, is rounded to nearest.
-
-    Raises ValueError as `quantize` does, for a negative damping, and for NaN or infinity in H.
+    `damping` times the mean of H's diagonal is added to it; after a failed factorization ten times as much, up to three
+    times. An expert not better than rounding to nearest, such as one with H = 0, is rounded to nearest. Raises
+    ValueError as `quantize`, for a negative damping, and for NaN or infinity in H.
     """
     if not damping >= 0:
         raise ValueError(f"damping must not be negative, got {damping}")
@@ -96,9 +93,9 @@ def objective(difference_EOK: torch.Tensor, hessian_EKK: torch.Tensor) -> torch.
 
 
 def inverse_factor(hessian_EKK: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Upper triangular U [E, K, K] with U^T U = (H + damping mean(diag H) I)^-1, float64, and the damping used [E].
+    """Upper triangular U [E, K, K] with U^T U = (H + damping mean(diag H) I)^-1, float64, and the damping [E].
 
-    Where no damping helps U is the identity, and the damping NaN.
+    If no damping helps, U is the identity and the damping NaN.
     """
     num_experts, size, _ = hessian_EKK.shape
     identity_KK = torch.eye(size, dtype=hessian_EKK.dtype, device=hessian_EKK.device)
@@ -111,7 +108,7 @@ def inverse_factor(hessian_EKK: torch.Tensor, damping: float) -> tuple[torch.Ten
             break
         tried = max(damping, torch.finfo(hessian_EKK.dtype).eps if attempt else 0.0) * _RETRY_FACTOR**attempt
         damped_EKK = hessian_EKK[pending_E] + tried * mean_E[pending_E, None, None] * identity_KK
-        # H = R R^T with R upper triangular is a Cholesky factorization from the last column backwards; U is R^-1.
+        # H = R R^T with upper triangular R is a Cholesky factorization from the last column; U is R^-1.
         lower_EKK, info_E = torch.linalg.cholesky_ex(damped_EKK.flip(-2, -1))
         upper_EKK = torch.linalg.solve_triangular(lower_EKK.flip(-2, -1), identity_KK, upper=True)
         is_good_E = (info_E == 0) & upper_EKK.isfinite().all(-1).all(-1)
@@ -121,7 +118,7 @@ def inverse_factor(hessian_EKK: torch.Tensor, damping: float) -> tuple[torch.Ten
 
 
 def _round_columns(w_EOK: torch.Tensor, factor_EKK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
-    """The values of `gptq` without its checks; float32 [E, O, K]."""
+    """`gptq` without checks; float32 [E, O, K]."""
     w_EOK = w_EOK.clone()
     for start in range(0, w_EOK.shape[-1], BLOCK_SIZE):
         end = start + BLOCK_SIZE
@@ -137,7 +134,7 @@ def _round_columns(w_EOK: torch.Tensor, factor_EKK: torch.Tensor, scale_rule: Sc
 
 
 def _candidate_scales(w_EOB: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
-    """E8M0 scales that a block may take, int32 [C, E, O]: the rule's own, or for `mse` those it searches."""
+    """E8M0 candidates for a block's scale, int32 [C, E, O]: the rule's own, or those that `mse` searches."""
     if scale_rule != "mse":
         return scale_bytes(w_EOB, scale_rule)[None]
     floor_EO = scale_bytes(w_EOB, "floor")
@@ -147,7 +144,7 @@ def _candidate_scales(w_EOB: torch.Tensor, scale_rule: ScaleRule) -> torch.Tenso
 def _round_block(
     w_EOB: torch.Tensor, scales_CEO: torch.Tensor, factor_EBB: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round the columns of one block under each candidate: values, and errors divided by U's diagonal [C, E, O, B]."""
+    """One block under each candidate: values, and errors divided by U's diagonal, [C, E, O, B]."""
     w_CEOB = w_EOB.repeat(len(scales_CEO), 1, 1, 1)
     errors_CEOB = torch.empty_like(w_CEOB)
     for column in range(BLOCK_SIZE):

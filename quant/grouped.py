@@ -1,16 +1,14 @@
-"""The forward of routed experts as two grouped products, whose backward keeps packed weights instead of dense ones.
+"""Routed experts' forward as two grouped products whose backward keeps packed weights.
 
-Autograd of a plain grouped product keeps the weights it multiplied by: with fake-quant, or with autocast, that is a
-bfloat16 copy of every expert of every layer, 58 GB on a model of 30B parameters. Here one autograd function holds
-quantization and product together. It saves MXFP4 codes and scales (4.25 bits a weight), or the master itself where
-nothing is quantized, and makes the dense weights again in the backward. Gradients are straight-through, and to the bit
-those of the plain way: the same products on operands of the same layout.
+Autograd would keep the multiplied weights: a bfloat16 copy of every expert, 58 GB for 30B parameters. Here one autograd
+function combines quantization and product. It saves MXFP4 codes and scales (4.25 bits a weight), or the unquantized
+master, and rebuilds dense weights in the backward. Gradients are straight-through and bit-identical to the plain way's:
+the same products on the same layouts.
 
-The rest of the forward is that of transformers' `grouped_mm` implementation, step by step, so that a model has the same
-bits with either. Left out: expert parallelism, in which a process holds some of the experts, and float16.
+The rest follows transformers' `grouped_mm` step by step, for the same bits. Left out: expert parallelism and float16.
 
-Shape suffixes: T tokens, J experts a token is sent to, S = T * J pairs sorted by expert, E experts, H hidden size,
-K contraction, O outputs of a product.
+Shape suffixes: T tokens, J experts a token is sent to, S = T * J pairs sorted by expert, E experts, H hidden size, K
+contraction, O outputs of a product.
 """
 
 from dataclasses import dataclass
@@ -22,9 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from speedstack.quant.mxfp4 import MXFP4Tensor, ScaleRule, dequantize, fake_quantize, quantize
 
-# Weights quantized at once: bounds the temporaries, which are several times a float32 copy of them.
+# Weights quantized at once; bounds temporaries of several float32 copies.
 _MAX_PART_ELEMENTS = 2**26
-# So many rows `torch.sum` adds up one after the other, whatever their length; of more it may make partial sums.
+# `torch.sum` adds this many rows in order, whatever their length; more may use partial sums.
 _MAX_SUMMED_IN_ORDER = 4
 
 
@@ -32,9 +30,9 @@ _MAX_SUMMED_IN_ORDER = 4
 class WeightForm:
     """What the products see of the masters.
 
-    scale_rule: the MXFP4 values under this rule; None: the masters themselves.
+    scale_rule: MXFP4 values under this rule; None: the masters.
     dampening: coefficient d of a pull of every master w to its MXFP4 value q, the gradient of d / 2 * (w - q)**2, added
-        at each backward (Nagel et al. 2022, arXiv 2203.11086, section 4.1).
+    at each backward (Nagel et al. 2022, arXiv 2203.11086, section 4.1).
     """
 
     scale_rule: ScaleRule | None
@@ -49,13 +47,11 @@ def experts_forward(
     *,
     form: WeightForm,
 ) -> torch.Tensor:
-    """The weighted sum of each token's experts: what `ALL_EXPERTS_FUNCTIONS` calls an experts module's forward with.
+    """The weighted sum of each token's experts, as an `ALL_EXPERTS_FUNCTIONS` implementation.
 
-    module has the attributes that transformers' `use_experts_implementation` sets, and the family's weights.
     hidden_states [T, H] float; top_k_index [T, J] integer; top_k_weights [T, J] float. Returns [T, H] in the dtype of
-    hidden_states. Products are in autocast's dtype where autocast is on, else in the weights'.
-
-    Raises ValueError for float16 autocast of quantized weights and for expert parallelism.
+    hidden_states. Products are in autocast's dtype, or without it in the weights'. Raises ValueError for float16
+    autocast of quantized weights and for expert parallelism.
     """
     if getattr(module, "_is_expert_parallel", False):
         raise ValueError(
@@ -85,7 +81,7 @@ def _linear(
     arguments = (x_SK.to(dtype), master, ends_E, module.is_transposed, form, torch.is_grad_enabled())
     out_SO = _GroupedLinear.apply(*arguments)
     if module.has_bias:
-        # In place, as transformers has it: a float32 bias then leaves the product in autocast's dtype.
+        # In place, as in transformers: a float32 bias keeps autocast's dtype.
         out_SO.add_(getattr(module, f"{name}_bias")[expert_S])
     return out_SO
 
@@ -101,22 +97,22 @@ def _compute_dtype(weight: torch.Tensor, form: WeightForm) -> torch.dtype:
 
 
 def _places(order_S: torch.Tensor, num_choices: int) -> torch.Tensor:
-    """[T, J], where each token's pairs lie in `order_S`, by choice."""
+    """Each token's pairs in `order_S`, [T, J], by choice."""
     places_S = torch.empty_like(order_S)
     places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
     return places_S.view(-1, num_choices)
 
 
 def _is_cpu_float32(x: torch.Tensor) -> bool:
-    """Whether `embedding_bag` adds up rows of `x` one after the other, without a copy of them first."""
+    """Whether `embedding_bag` sums rows of `x` in order without copying them."""
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 class _Gather(torch.autograd.Function):
     """x [T, H] to the rows of its pairs, [S, H].
 
-    Autograd of indexing adds a token's gradients one row at a time, with atomics where there are threads. Here the rows
-    of all first, second, ... pairs are added at once, in the order of the pairs: always the bits that one thread makes.
+    Indexing's backward adds a token's gradients row by row, with atomics if threaded. Here all first, second, ... pairs
+    are added together, in order: always the bits of a single thread.
     """
 
     @staticmethod
@@ -139,10 +135,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The rows of pairs, [S, H], added up by token, [T, H].
-
-    Adding up each token's own rows has a fixed order, which scattering them with atomics has not.
-    """
+    """Rows of pairs [S, H] summed by token [T, H], in a fixed order, unlike scattering with atomics."""
 
     @staticmethod
     def forward(ctx: Any, x_SH: torch.Tensor, order_S: torch.Tensor, num_choices: int) -> torch.Tensor:
@@ -161,9 +154,9 @@ class _Sum(torch.autograd.Function):
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """x [S, K] times each row's expert's weight, [S, O]; rows of expert e end at `ends_E[e]`.
+    """x [S, K] times each row's expert weight, [S, O]; rows of expert e end at `ends_E[e]`.
 
-    `master` is [E, O, K], or [E, K, O] if transposed, and gets its gradient in its own layout and dtype.
+    `master`: [E, O, K], or [E, K, O] if transposed; its gradient has its layout and dtype.
     """
 
     @staticmethod
@@ -219,12 +212,12 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def _operand(weight: torch.Tensor, is_transposed: bool) -> torch.Tensor:
-    """[E, K, O], the right side of the product, as a view of a weight in the master's layout."""
+    """The product's right side [E, K, O], a view of a weight in the master's layout."""
     return weight if is_transposed else weight.transpose(-1, -2)
 
 
 def _quantized_operand(weight_EOK: torch.Tensor, is_transposed: bool) -> torch.Tensor:
-    """[E, K, O], in memory as the master is: the order of a product's sums, hence its bits, can depend on that."""
+    """[E, K, O] in the master's memory layout, on which the order of sums, hence the bits, can depend."""
     weight_EKO = weight_EOK.transpose(-1, -2)
     return weight_EKO.contiguous() if is_transposed else weight_EKO
 
@@ -256,6 +249,6 @@ def _add_dampening(
 
 
 def _parts(shape: torch.Size) -> list[slice]:
-    """Ranges of as many whole experts as are quantized at once."""
+    """Ranges of whole experts to quantize at once."""
     num_experts = max(1, _MAX_PART_ELEMENTS // (shape[1] * shape[2]))
     return [slice(start, start + num_experts) for start in range(0, shape[0], num_experts)]

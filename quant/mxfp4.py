@@ -1,17 +1,15 @@
-"""MXFP4, defined once: E2M1 elements in blocks of 32 under one E8M0 scale (OCP Microscaling Formats v1.0).
+"""The one definition of MXFP4: E2M1 elements in blocks of 32 with one E8M0 scale (OCP Microscaling Formats v1.0).
 
-Training's fake-quant, post-training quantization, the exporter and the kernels all take their numbers from this file,
-so what training saw is what is deployed, bit for bit. Everything is integer or exact floating-point arithmetic: a
-scale's byte is read off the bits of the block's largest magnitude, never from `log2`, and an element is rounded by
-adding and subtracting a constant whose last place is the grid's step. Results are therefore the same on every device.
+Fake-quant, post-training quantization, exporter and kernels all agree with this file bit for bit. Arithmetic is integer
+or exact floating point, the same on every device: a scale byte comes from the bits of the largest magnitude, never from
+`log2`; an element is rounded by adding and subtracting a constant whose last place is the grid's step.
 
-`quantize`, `dequantize` and `fake_quantize` run compiled kernels (`speedstack.quant.kernels`): C++ on a CPU with a
-compiler, Triton on a GPU. The functions named `*_reference` define what those compute, in PyTorch on any device; they
-take over where there is no kernel, and only time tells the difference.
+`quantize`, `dequantize` and `fake_quantize` use compiled kernels (`speedstack.quant.kernels`): C++ on a CPU with a
+compiler, Triton on a GPU. Without one, the `*_reference` definitions in PyTorch run; only speed differs.
 
-Layout: the blocks lie along the last (contraction) dimension. A byte of `codes` holds element 2i in its low nibble and
-element 2i + 1 in its high nibble; a code is sign * 8 + index into 0, .5, 1, 1.5, 2, 3, 4, 6. A scale byte b means
-2**(b - 127), and 255 is NaN. These are the bytes of compressed-tensors' `mxfp4-pack-quantized`, MiMo and DeepSeek-V4.
+Layout: blocks lie along the last (contraction) dimension. A byte of `codes` has element 2i in its low nibble and 2i + 1
+in its high nibble; a code is sign * 8 + index into 0, .5, 1, 1.5, 2, 3, 4, 6. A scale byte b means 2**(b - 127); 255 is
+NaN. compressed-tensors' `mxfp4-pack-quantized`, MiMo and DeepSeek-V4 use these bytes.
 
 Left out: activations, stochastic rounding, and ties toward zero as ModelOpt rounds them.
 
@@ -36,8 +34,8 @@ _E2M1_MAX = 6.0
 _E2M1_MAX_EXPONENT = 2
 
 _NAN_SCALE = 255
-# 6 * 2**125 is the largest MXFP4 value below float32's overflow, so no scale we choose is above 2**125: a block of
-# values near float32's maximum saturates instead of coming back as infinity.
+# 6 * 2**125 is the largest MXFP4 value below float32's overflow; larger scales are never chosen, so a block near
+# float32's maximum saturates instead of becoming infinite.
 _MAX_SCALE = 127 + 125
 
 _F32_MANTISSA_BITS = 23
@@ -45,8 +43,8 @@ _F32_INFINITY_BITS = 0x7F800000
 _F32_NAN_BITS = 0x7FC00000
 _F32_ONE_BITS = 0x3F800000
 
-# Added to the bits of a block's largest magnitude before its exponent is taken: a carry out of the mantissa raises the
-# scale by one power of two. `even` carries from 1.75 on, `rceil` above 1.5 (that is, above 6 / 4).
+# Added to the bits of a block's largest magnitude; a mantissa carry doubles the scale. `even` carries from 1.75 on,
+# `rceil` above 1.5 (that is, above 6 / 4).
 _EXPONENT_CARRY = {"floor": 0, "even": 0x200000, "rceil": 0x3FFFFF}
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16)
@@ -55,12 +53,9 @@ _NON_FINITE = "cannot quantize NaN or infinity to MXFP4: check the weights (a di
 
 @dataclass(frozen=True, eq=False)
 class MXFP4Tensor:
-    """A packed tensor of shape [..., K].
+    """A packed tensor of shape [..., K]. Raises ValueError for inconsistent dtypes or shapes.
 
-    codes: uint8 [..., K / 2], two elements a byte, the even one in the low nibble.
-    scales: uint8 [..., K / 32], E8M0.
-
-    Raises ValueError when dtypes or shapes do not fit together.
+    codes: uint8 [..., K / 2], two elements a byte, the even one in the low nibble. scales: uint8 [..., K / 32], E8M0.
     """
 
     codes: torch.Tensor
@@ -96,11 +91,10 @@ class MXFP4Tensor:
 
 
 def quantize(w_NK: torch.Tensor, scale_rule: ScaleRule = DEFAULT_SCALE_RULE) -> MXFP4Tensor:
-    """Round float32 or bfloat16 [..., K] to MXFP4 blocks along the last dimension.
+    """Rounds float32 or bfloat16 [..., K] to MXFP4 blocks along the last dimension.
 
-    Elements are rounded to nearest, ties to even, saturating at 6 scales, and keep their sign (-0 is code 8); a block
-    of zeros gets scale byte 0. With X the largest power of two such that the block's largest magnitude is at least
-    4 X, the scale is
+    Elements round to nearest, ties to even, saturate at 6 scales, and keep their sign (-0 is code 8); a zero block has
+    scale byte 0. With X the largest power of two such that the block's largest magnitude is at least 4 X, the scale is
         floor   X (OCP v1.0 6.3: clips magnitudes above 6 X)
         rceil   X, or 2 X if anything would clip (never clips)
         even    2 X from 7 X on, which the nearest element of the wider grid represents better, else X
@@ -119,7 +113,7 @@ def quantize(w_NK: torch.Tensor, scale_rule: ScaleRule = DEFAULT_SCALE_RULE) -> 
 
 
 def quantize_reference(w_NK: torch.Tensor, scale_rule: ScaleRule = DEFAULT_SCALE_RULE) -> MXFP4Tensor:
-    """What `quantize` computes, in PyTorch."""
+    """`quantize` in PyTorch."""
     w_NGB = _blocks(w_NK, scale_rule)
     scales_NG = scale_bytes(w_NGB, scale_rule)
     if (scales_NG == _NAN_SCALE).any():
@@ -135,11 +129,9 @@ def quantize_reference(w_NK: torch.Tensor, scale_rule: ScaleRule = DEFAULT_SCALE
 
 
 def dequantize(tensor: MXFP4Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The values of a packed tensor, [..., K], exact in float32 and in bfloat16.
+    """The values [..., K], exact in float32 and bfloat16.
 
-    Scale byte 255 makes its block NaN. Foreign bytes 253 and 254 (`quantize` never writes them) overflow to infinity
-    where the value exceeds the dtype's range.
-
+    Scale byte 255 makes its block NaN. Bytes 253 and 254, which `quantize` never writes, may overflow to infinity.
     Raises ValueError for a dtype that cannot hold the scales' range, such as float16.
     """
     if dtype not in _FLOAT_DTYPES:
@@ -151,7 +143,7 @@ def dequantize(tensor: MXFP4Tensor, dtype: torch.dtype = torch.float32) -> torch
 
 
 def dequantize_reference(tensor: MXFP4Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """What `dequantize` computes, in PyTorch."""
+    """`dequantize` in PyTorch."""
     codes_NH = tensor.codes
     codes_NK = torch.stack((codes_NH & 0xF, codes_NH >> 4), dim=-1).flatten(-2)
     values = torch.tensor(E2M1_VALUES, dtype=dtype, device=codes_NH.device)
@@ -161,19 +153,16 @@ def dequantize_reference(tensor: MXFP4Tensor, dtype: torch.dtype = torch.float32
 
 
 def fake_quantize(w_NK: torch.Tensor, scale_rule: ScaleRule = DEFAULT_SCALE_RULE) -> torch.Tensor:
-    """`dequantize(quantize(w), w.dtype)` bit for bit, without the bytes, and with the straight-through gradient.
+    """`dequantize(quantize(w), w.dtype)` bit for bit, with the straight-through gradient, also for saturated elements.
 
-    Takes float32 or bfloat16 [..., K] and returns the same shape and dtype; the gradient passes unchanged, through
-    saturated elements too. A block with NaN or infinity becomes NaN rather than an error, because asking would stop a
-    GPU at every call; it then shows in the loss.
-
-    Raises ValueError for another dtype, K not a multiple of 32, or an unknown rule.
+    Float32 or bfloat16 [..., K]. A block with NaN or infinity becomes NaN and shows in the loss; checking would stall a
+    GPU at every call. Raises ValueError for another dtype, K not a multiple of 32, or an unknown rule.
     """
     return _FakeQuantize.apply(w_NK, scale_rule)
 
 
 def fake_quantize_reference(w_NK: torch.Tensor, scale_rule: ScaleRule = DEFAULT_SCALE_RULE) -> torch.Tensor:
-    """What the forward of `fake_quantize` computes, in PyTorch."""
+    """The forward of `fake_quantize` in PyTorch."""
     w_NGB = _blocks(w_NK, scale_rule)
     scales_NG = scale_bytes(w_NGB, scale_rule)
     return snap(w_NGB, scales_NG).view(w_NK.shape).to(w_NK.dtype)
@@ -206,7 +195,7 @@ def _check(w_NK: torch.Tensor, scale_rule: ScaleRule) -> None:
 
 
 def _blocks(w_NK: torch.Tensor, scale_rule: ScaleRule) -> torch.Tensor:
-    """Check the arguments; w as contiguous float32 blocks."""
+    """Checks the arguments; returns w as contiguous float32 blocks."""
     _check(w_NK, scale_rule)
     return w_NK.float().contiguous().unflatten(-1, (-1, BLOCK_SIZE))
 
@@ -228,9 +217,9 @@ def least_error_scales(
     snap: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     max_scale: int,
 ) -> torch.Tensor:
-    """Of each block's scale byte, the next and the one before, that of the least squared error; the first if equal.
+    """The scale byte among the given, the next and the previous one with the least squared error; the given if equal.
 
-    `snap` gives the values of blocks under scale bytes, here MXFP4's or another format's.
+    `snap` gives the values of blocks under scale bytes, of MXFP4 or another format.
     """
     best_scales_NG = floor_scales_NG
     best_errors_NG = _squared_errors(snap(w_NGB, floor_scales_NG), w_NGB)
@@ -244,9 +233,9 @@ def least_error_scales(
 
 
 def _squared_errors(values_NGB: torch.Tensor, w_NGB: torch.Tensor) -> torch.Tensor:
-    """Squared error of each block in float64, where no float32 square overflows or vanishes.
+    """Squared error of each block in float64, which cannot overflow or vanish.
 
-    Summed over a fixed tree: `sum` adds in an order that depends on the device, and with it could a tie.
+    Summed over a fixed tree: the order of `sum` depends on the device and could break a tie differently.
     """
     errors = (values_NGB.double() - w_NGB.double()).square_()
     while errors.shape[-1] > 1:
@@ -264,7 +253,7 @@ def _round_to_grid(w_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tensor
     """w / scale rounded to the nearest E2M1 value, ties to even, saturating, signed zeros kept.
 
     The grid's step is 0.5 below 2, 1 below 4 and 2 above. Adding 1.5 * 2**23 steps puts the step in float32's last
-    place, so that the addition itself rounds, and to even; 1.5 rather than 1 keeps a negative element in the binade.
+    place, so the addition rounds to even; 1.5 instead of 1 keeps a negative element in the binade.
     """
     y_NGB = w_NGB * power_of_two(2 * 127 - scales_NG).unsqueeze(-1)
     binade_bits_NGB = (y_NGB.view(torch.int32) & _F32_INFINITY_BITS).clamp_(min=_F32_ONE_BITS)

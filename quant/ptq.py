@@ -1,8 +1,7 @@
-"""Post-training quantization by rounding to nearest: the baseline that quantization-aware training has to beat.
+"""Post-training quantization by rounding to nearest, the baseline for QAT. No calibration data.
 
-No calibration data. With the default scale rule MXFP4 is within 2 % of the squared error of a per-block scale search.
-Which modules and which number format are choices for ablations; the recipe is routed experts in MXFP4. Routers, norms
-and embeddings are never touched.
+With the default scale rule MXFP4 is within 2 % of the squared error of a per-block scale search. Modules and format are
+ablation choices; the recipe is routed experts in MXFP4. Routers, norms and embeddings are never quantized.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from speedstack.quant.mxfp4 import ScaleRule
 
 ModuleGroup = Literal["experts", "attention", "lm_head", "all"]
 
-# Components of a module's qualified name that make a linear layer a router.
+# Module-name components that mark a linear layer as a router.
 _ROUTER_NAMES = {"gate", "router", "shared_expert_gate"}
 
 
@@ -28,18 +27,17 @@ def round_to_nearest(
     number_format: FormatName = "mxfp4",
     modules: ModuleGroup | Sequence[ModuleGroup] = "experts",
 ) -> tuple[str, ...]:
-    """Replace weights, in place and in their own dtype, by their nearest values in a format; returns their names.
+    """Rounds weights in place, in their own dtype, to the nearest values of a format; returns their names.
 
-    For experts in MXFP4 the result is what `convert` with the same rule stores. `scale_rule` is as in
-    `speedstack.quant.formats.fake_quantize`, `modules` as in `weights_of`. Nothing is changed when this raises.
-
-    Raises ValueError as those two do, and for NaN or infinity, naming the weight.
+    For MXFP4 experts this equals what `convert` stores under the same rule. `scale_rule`: see `formats.fake_quantize`;
+    `modules`: see `weights_of`. Raises ValueError as those two, and for NaN or infinity, naming the weight; then
+    nothing has changed.
     """
     weights = weights_of(model, modules)
     for name, weight in weights.items():
         try:
             for matrix_OK in _matrices(weight):
-                # Quantizing one row is the cheapest complete check of format, rule, shape and dtype.
+                # Quantizing one row checks format, rule, shape and dtype completely.
                 fake_quantize(matrix_OK[:1], number_format, scale_rule)
                 if not matrix_OK.isfinite().all():
                     raise ValueError(
@@ -62,8 +60,8 @@ def weights_of(model: nn.Module, modules: ModuleGroup | Sequence[ModuleGroup]) -
         lm_head     the output embedding
         all         these, and every other linear layer: dense MLPs, shared experts
 
-    Raises ValueError for an unknown or empty group, for an `lm_head` that shares its weight with the input embedding,
-    and for "experts" and "all" as `routed_experts` does.
+    Raises ValueError for an unknown or empty group, for an `lm_head` tied to the input embedding, and for "experts" and
+    "all" as `routed_experts`.
     """
     groups = (modules,) if isinstance(modules, str) else tuple(modules)
     for group in groups:
@@ -128,5 +126,5 @@ def _head(model: nn.Module) -> nn.Linear | None:
 
 
 def _matrices(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The matrices [out, in] of a weight: the stacks of experts are gigabytes, and a format needs several copies."""
+    """The matrices [out, in] of a weight one by one: expert stacks are gigabytes, and a format needs several copies."""
     return iter(weight if weight.ndim == 3 else (weight,))

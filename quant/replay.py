@@ -1,11 +1,10 @@
-"""Runs the decoder layers of a transformers model one at a time, or from one of them on, with outputs kept from before.
+"""Runs a transformers model's decoder layers one at a time, or from one on, with recorded earlier outputs.
 
-Layer by layer quantization and per-layer ablations both need "the rest of the model, from here". Calling layers by hand
-needs each family's masks and position embeddings; instead the model runs its own forward, while layers outside the
-range hand on an output recorded earlier. So it works for every family whose layers pass nothing on but their output.
+Layerwise quantization and per-layer ablations need this. The model runs its own forward, with its masks and position
+embeddings, while layers outside the range return a recorded output; this works if layers pass on only their output.
 
-Left out: models of several stacks, and families whose layers share more than hidden states (keys and values of an
-earlier layer, say), for which a replayed forward would differ.
+Left out: models of several stacks, and layers that share more than hidden states (such as keys and values), whose
+replay would differ.
 
 Shape suffixes: B sequences, T tokens, V vocabulary.
 """
@@ -22,11 +21,10 @@ from speedstack.quant.experts import routed_experts
 
 
 class DecoderLayers:
-    """The decoder layers of `model`, and which of them hold routed experts. Weights may change between calls.
+    """A model's decoder layers and their routed experts. Weights may change between calls.
 
-    experts: layer index -> its experts module; names: layer index -> that module's qualified name.
-
-    Raises ValueError as `routed_experts` does, and for experts outside one list of layers, or twice in a layer.
+    experts: layer index -> experts module; names: layer index -> its qualified name. Raises ValueError as
+    `routed_experts`, and for experts outside one list of layers or twice in a layer.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -50,7 +48,7 @@ class DecoderLayers:
 
     @torch.no_grad()
     def run_all(self, ids_BT: torch.Tensor) -> tuple[list[Any], torch.Tensor]:
-        """The output of every layer, in order, and the logits [B, T, V], of one forward."""
+        """Every layer's output in order, and the logits [B, T, V], from one forward."""
         outputs: list[Any] = []
         hooks = [layer.register_forward_hook(lambda _m, _i, output: outputs.append(output)) for layer in self._layers]
         try:
@@ -62,11 +60,11 @@ class DecoderLayers:
 
     @torch.no_grad()
     def run_one(self, index: int, ids_BT: torch.Tensor, previous: Any) -> Any:
-        """The output of layer `index`, given that of the layer before it (None for layer 0)."""
+        """The output of layer `index`, from the previous layer's output (None for layer 0)."""
         made: list[Any] = []
         hook = self._layers[index].register_forward_hook(lambda _m, _i, output: made.append(output))
         try:
-            # The layers after it hand its output on to the model's last norm, whose result is thrown away.
+            # Later layers pass its output to the final norm, whose result is discarded.
             with (
                 _handing_on(self._layers[:index], lambda: previous),
                 _handing_on(self._layers[index + 1 :], lambda: made[0]),
@@ -78,14 +76,14 @@ class DecoderLayers:
 
     @torch.no_grad()
     def logits_from(self, index: int, ids_BT: torch.Tensor, previous: Any) -> torch.Tensor:
-        """Logits [B, T, V] of a forward that starts with layer `index`, given the output of the layer before it."""
+        """Logits [B, T, V] of a forward from layer `index` on, given the previous layer's output."""
         with _handing_on(self._layers[:index], lambda: previous):
             return self._model(input_ids=ids_BT, use_cache=False).logits
 
 
 @contextmanager
 def _handing_on(layers: Iterable[nn.Module], output: Callable[[], Any]) -> Iterator[None]:
-    """While it lasts these layers compute nothing and return `output()`."""
+    """Makes these layers return `output()` without computing, inside the block."""
     before = [(layer, vars(layer).get("forward")) for layer in layers]
     try:
         for layer, _ in before:
@@ -95,12 +93,12 @@ def _handing_on(layers: Iterable[nn.Module], output: Callable[[], Any]) -> Itera
         for layer, forward in before:
             if forward is None:
                 vars(layer).pop("forward", None)
-            else:  # somebody else's, such as accelerate's
+            else:  # # somebody else's forward, such as accelerate's
                 vars(layer)["forward"] = forward
 
 
 def _place_in_list(model: nn.Module, name: str) -> tuple[str, int]:
-    """The outermost list of modules around the module `name`, and the module's index in it."""
+    """The outermost module list around `name`, and the module's index in it."""
     parts = name.split(".")
     for depth in range(1, len(parts)):
         list_name = ".".join(parts[:depth])

@@ -1,4 +1,4 @@
-"""What reaches the routed experts of a model in a forward: their inputs, and which experts compute each token."""
+"""Records the inputs and routing of a model's experts in a forward."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -27,9 +27,9 @@ class RoutedTokens:
 
 @contextmanager
 def record_routing(experts: Mapping[int, nn.Module]) -> Iterator[dict[int, list[RoutedTokens]]]:
-    """While it lasts, every call of these experts modules is noted under its key, whatever the implementation.
+    """Records every call of these experts modules under its key inside the block, for any implementation.
 
-    Arguments are told apart by the names that the experts registry calls implementations with.
+    Arguments are identified by the registry's parameter names.
     """
     signature = inspect.signature(grouped_mm_experts_forward)
     calls: dict[int, list[RoutedTokens]] = {key: [] for key in experts}

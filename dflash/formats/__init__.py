@@ -1,1 +1,1 @@
-"""Formats of drafter checkpoints: config keys and tensor names of one project a file."""
+"""Drafter checkpoint formats: config keys and tensor names, one project per file."""

@@ -1,4 +1,4 @@
-"""What a format is: how its config.json and its tensors are told from ours, and what it cannot say."""
+"""The description of a drafter format: translation of config.json and tensors, and unsupported options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Target:
-    """What some formats want to know of the target: its name (a path, or one of the Hub), class, and LM head [V, D]."""
+    """Target data that some formats need: name (a path or Hub id), class, and LM head [V, D]."""
 
     name: str | None = None
     architectures: tuple[str, ...] = ()
@@ -26,8 +26,8 @@ class Target:
 class DrafterFormat:
     """One format. `lacks`: options of `DFlashConfig` that it cannot express, refused by name when written.
 
-    `from_tensors` maps stored names to those of `DFlashDraftModel.state_dict`; `to_tensors` the other way. Either may
-    raise ValueError, one line. The mask embedding is no tensor of these: see `dflash.checkpoint`.
+    `from_tensors` maps stored names to `DFlashDraftModel.state_dict`'s, `to_tensors` back; both may raise a one-line
+    ValueError. The mask embedding is separate: see `dflash.checkpoint`.
     """
 
     name: str
@@ -40,7 +40,7 @@ class DrafterFormat:
     to_tensors: Callable[[Tensors, DFlashConfig, Target], Tensors]
 
     def refuse_options(self, config: DFlashConfig) -> None:
-        """Raise ValueError naming an option of this drafter that the format cannot express."""
+        """Raises ValueError naming an option that the format cannot express."""
         for name, value in config.options.items():
             if name in self.lacks:
                 raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def mapping(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The object called `name`, empty where there is none. Raises ValueError when it is something else."""
+    """The object called `name`, empty if missing. Raises ValueError for another type."""
     found = raw.get(name)
     if found is not None and not isinstance(found, Mapping):
         raise ValueError(f"drafter config.json: {name} must be an object, got {found!r}")
@@ -15,10 +15,10 @@ def mapping(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 class Reader:
-    """Looks a key up in the first of `nested` objects that has it, then in the file's top level `raw`.
+    """Looks a key up in the `nested` objects in order, then in the file's top level `raw`.
 
-    Newer transformers keeps rotary settings in `rope_parameters` of any of them; those are looked up last. A key that
-    is null counts as absent. Raises ValueError for a key that is missing or of another type.
+    Rotary settings may be in any `rope_parameters` (newer transformers), searched last. Null counts as absent. Raises
+    ValueError for a missing key or a wrong type.
     """
 
     def __init__(self, raw: Mapping[str, Any], *nested: Mapping[str, Any]) -> None:
@@ -71,7 +71,7 @@ class Reader:
         return kinds
 
     def shapes(self) -> dict[str, Any]:
-        """What all formats call the same: fields of `DFlashConfig`."""
+        """Fields of `DFlashConfig` that all formats name alike."""
         hidden_size, num_heads = self.integer("hidden_size"), self.integer("num_attention_heads")
         return {
             "hidden_size": hidden_size,
@@ -90,7 +90,7 @@ class Reader:
         }
 
     def refuse_unknown_numerics(self) -> None:
-        """Raise ValueError for what all formats can ask for and this drafter would compute otherwise."""
+        """Raises ValueError for settings that this drafter would compute differently."""
         unsupported = {
             "attention_bias": bool(self.value("attention_bias", False)),
             "hidden_act": self.value("hidden_act", "silu") != "silu",

@@ -14,5 +14,5 @@ FORMATS = {format.name: format for format in (SPEEDSTACK, ZLAB, MIMO, SPECULATOR
 
 
 def recognize(raw: Mapping[str, Any]) -> DrafterFormat | None:
-    """The format of a config.json, or None where it is no drafter's. z-lab's, MiMo's and ours are read as ours."""
+    """The format of a config.json, or None if it is no drafter's. z-lab's, MiMo's and ours count as ours."""
     return next((one for one in (SPECULATORS, TRANSFORMERS, SPEEDSTACK) if one.recognizes(raw)), None)

@@ -1,13 +1,12 @@
-"""The format of vLLM's `speculators` library: `DFlashDraftModel`, and `DSparkDraftModel` for a Markov head.
+"""The format of vLLM's `speculators`: `DFlashDraftModel`, and `DSparkDraftModel` for a Markov head.
 
-Three differences from z-lab's. Layer ids count hidden states, whose first is the embedding, so they are one higher. The
-drafter's shape is nested in `transformer_layer_config`, a Qwen3 config. And `speculators_config` says how to serve
-it, the target's name included: vLLM serves such a directory as it is. A pruned vocabulary comes with `d2t` (offsets, as
-ours), `t2d` (a mask over the target's vocabulary) and the rows of the target's LM head; all else of the target's that
-older versions of the library stored is not read, because it is the target's.
+Differences from z-lab's: layer ids are one higher (they count the embedding as the first hidden state); the shape is in
+`transformer_layer_config`, a Qwen3 config; `speculators_config` tells vLLM how to serve it, with the target's name. A
+pruned vocabulary has `d2t` (as ours), `t2d` (a mask over the target's vocabulary) and the target's LM-head rows. Other
+target tensors, stored by older versions, are ignored.
 
-In training, that library lets a sliding layer see the context from `anchor - sliding_window` on, for every slot alike.
-Its drafters are served, here and in vLLM, with each slot's own window.
+In training, that library lets all slots of a sliding layer see the context from `anchor - sliding_window`. Served, here
+and in vLLM, each slot has its own window.
 
 Source: speculators 0.9, `models/dflash` and `models/dspark`.
 """
@@ -24,7 +23,7 @@ from speedstack.dflash.config import DFlashConfig
 from speedstack.dflash.formats.format import DrafterFormat, Target, Tensors
 from speedstack.dflash.formats.reader import Reader
 
-# Tensors of the target that checkpoints may hold; serving takes them from the target itself.
+# Target tensors that checkpoints may hold; serving takes the target's own.
 _TARGETS_OWN = ("embed_tokens.weight", "lm_head.weight", "verifier_lm_head.weight", "verifier_norm.weight")
 _VERSION = "0.9.0"
 
@@ -34,7 +33,7 @@ def recognizes(raw: Mapping[str, Any]) -> bool:
 
 
 def to_json(config: DFlashConfig, dtype: str, target: Target) -> dict[str, Any]:
-    """The config.json as a dict. Warns where the target's last layer is tapped."""
+    """The config.json as a dict. Warns if the target's last layer is tapped."""
     if config.num_target_layers is not None and config.num_target_layers - 1 in config.target_layer_ids:
         warnings.warn(
             "this drafter reads the output of the target's last layer; not every server of speculators' format hands "
@@ -107,7 +106,7 @@ def _layer_config(config: DFlashConfig) -> dict[str, Any]:
 
 
 def from_json(raw: Mapping[str, Any]) -> DFlashConfig:
-    """Read a config.json. Raises ValueError naming a key that is missing or not supported."""
+    """Reads a config.json. Raises ValueError naming a missing or unsupported key."""
     layer = raw.get("transformer_layer_config")
     if not isinstance(layer, Mapping):
         raise ValueError("drafter config.json lacks transformer_layer_config")
@@ -132,7 +131,7 @@ def from_json(raw: Mapping[str, Any]) -> DFlashConfig:
         )
     kinds, vocab_size = read.layer_types(), read.integer("vocab_size")
     draft_vocab_size = read.integer("draft_vocab_size")
-    # DSpark's default is to propose from the anchor's slot, DFlash's is not to.
+    # By default DSpark proposes from the anchor's slot, DFlash does not.
     from_anchor = read.flag("sample_from_anchor") if "sample_from_anchor" in raw else kind == "dspark"
     return DFlashConfig(
         **read.shapes(),
@@ -148,7 +147,7 @@ def from_json(raw: Mapping[str, Any]) -> DFlashConfig:
 
 
 def to_tensors(tensors: Tensors, config: DFlashConfig, target: Target) -> Tensors:
-    """Adds what goes with a pruned vocabulary. Raises ValueError where the target's LM head is not at hand."""
+    """Adds the tensors of a pruned vocabulary. Raises ValueError without the target's LM head."""
     if config.draft_vocab_size is None:
         return tensors
     if target.head_VD is None:
@@ -163,7 +162,7 @@ def to_tensors(tensors: Tensors, config: DFlashConfig, target: Target) -> Tensor
 
 
 def from_tensors(tensors: Tensors, config: DFlashConfig) -> Tensors:
-    """Drops what is the target's, and with a warning a confidence head. Raises ValueError where t2d is not d2t's."""
+    """Drops the target's tensors and, with a warning, a confidence head. Raises ValueError if t2d contradicts d2t."""
     ours = {name: tensor for name, tensor in tensors.items() if name not in (*_TARGETS_OWN, "t2d")}
     if any(name.startswith("confidence_head.") for name in ours):
         warnings.warn("the drafter's confidence head is left out: nothing here uses one", stacklevel=2)

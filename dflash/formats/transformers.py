@@ -1,8 +1,7 @@
-"""The format of transformers' DFlash drafter class, MuseGlimmerAssistantModel (5.15 and later).
+"""The format of transformers' MuseGlimmerAssistantModel (5.15 and later).
 
-The architectures agree; only the names of the fusion differ, and how a window is counted: transformers' includes keys
-as far away as the window itself, ours and everybody else's do not. Its config knows no vocabulary size and no number of
-target layers; written here it has both, as keys that transformers ignores.
+Only the fusion's names differ, and the window: transformers' includes keys exactly the window away, ours and others' do
+not. Its config lacks vocabulary size and number of target layers; we write both as keys that transformers ignores.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def recognizes(raw: Mapping[str, Any]) -> bool:
 
 
 def to_json(config: DFlashConfig, dtype: str, target: Target) -> dict[str, Any]:
-    """The config.json as a dict. Raises ValueError for sliding windows that transformers' class cannot have."""
+    """The config.json as a dict. Raises ValueError for unsupported sliding windows."""
     raw: dict[str, Any] = {
         "architectures": ["MuseGlimmerAssistantModel"],
         "attention_dropout": 0.0,
@@ -57,7 +56,7 @@ def to_json(config: DFlashConfig, dtype: str, target: Target) -> dict[str, Any]:
 
 
 def from_json(raw: Mapping[str, Any]) -> DFlashConfig:
-    """Read a config.json. Raises ValueError naming a key that is missing or not supported."""
+    """Reads a config.json. Raises ValueError naming a missing or unsupported key."""
     read = Reader(raw)
     read.refuse_unknown_numerics()
     if not read.has("vocab_size"):

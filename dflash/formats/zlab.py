@@ -1,16 +1,14 @@
-"""z-lab's format, MiMo's, and ours: one config.json, whose further keys hold what came after z-lab's DFlash.
+"""z-lab's format, MiMo's, and ours: one config.json with extra keys for later options.
 
-A drafter without options is written exactly as z-lab publishes them (a Qwen3 config with `block_size` and
-`dflash_config`), so that vLLM, SGLang and z-lab's own loader read it, and their checkpoints load here. One key is ours,
-`target_sha256`: the SHA-256 of the target's weights the drafter was trained for. Other loaders ignore it.
+Without options it is exactly z-lab's (a Qwen3 config with `block_size` and `dflash_config`), readable by vLLM, SGLang
+and z-lab's loader. Our `target_sha256` key, the SHA-256 of the target's weights, is ignored by others.
 
-Sliding windows and MiMo's options have keys that vLLM and SGLang know, and a mask embedding lies beside the weights
-where they look for it. Options that no DFlash loader knows (proposals from the anchor's slot, a Markov head, a pruned
-vocabulary) make it our own format: `architectures` changes, so that those loaders refuse the directory where they would
-otherwise ignore a key and propose nonsense.
+Sliding windows and MiMo's options use keys of vLLM and SGLang; the mask embedding is stored where they expect it.
+Options no DFlash loader knows (anchor-slot proposals, Markov head, pruned vocabulary) change `architectures`, so that
+those loaders refuse the directory instead of proposing nonsense.
 
-Left out, and refused rather than ignored: attention biases, scaled rotary embeddings, causal full-attention layers,
-activations other than SiLU, and the DFlash2 heads.
+Refused: attention biases, scaled rotary embeddings, causal full-attention layers, activations other than SiLU, and the
+DFlash2 heads.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from speedstack.dflash.formats.reader import Reader, mapping
 
 ARCHITECTURE = "DFlashDraftModel"
 NO_TARGET = Target()
-# No loader but ours knows this one.
+# Only our loader knows this one.
 EXTENDED_ARCHITECTURE = "SpeedstackDFlashDraftModel"
 
 
@@ -100,7 +98,7 @@ def _add_options(raw: dict[str, Any], config: DFlashConfig) -> None:
 
 
 def from_json(raw: Mapping[str, Any]) -> DFlashConfig:
-    """Read a config.json of z-lab's, MiMo's or ours. ValueError names a key that is missing or not supported."""
+    """Reads a config.json of z-lab's, MiMo's or ours. Raises ValueError naming a missing or unsupported key."""
     nested = mapping(raw, "dflash_config")
     _refuse_unsupported(raw, nested)
     read = Reader(raw, nested)
@@ -121,10 +119,10 @@ def from_json(raw: Mapping[str, Any]) -> DFlashConfig:
 
 
 def _partial_rotary_factor(raw: Mapping[str, Any], nested: Mapping[str, Any]) -> float:
-    """The share of a head that is rotated.
+    """The share of a head that rotates.
 
-    In `rope_parameters` the factor may be a copy of the target's, which transformers' Qwen3, and so z-lab's training,
-    ignores, and other loaders do not: there it counts only beside a `rope_dim`, and is refused without.
+    A factor in `rope_parameters` may be a copy of the target's, which transformers' Qwen3 (z-lab's training) ignores
+    and other loaders apply: it counts only beside a `rope_dim` and is refused without.
     """
     rope, read = mapping(raw, "rope_parameters"), Reader(raw, nested)
     if "rope_dim" not in rope:
@@ -140,10 +138,10 @@ def _partial_rotary_factor(raw: Mapping[str, Any], nested: Mapping[str, Any]) ->
 
 
 def _windows(read: Reader) -> dict[str, Any]:
-    """Which layers slide, how far, and whether within the block they are causal.
+    """Sliding layers, window and causality within the block.
 
-    `layer_types` says which; with `use_swa` and none of them sliding, all of them do. Sliding layers are causal unless
-    `is_causal` or `use_swa` says otherwise: vLLM's and SGLang's reading of these keys.
+    `layer_types` names the sliding layers; with `use_swa` and none named, all slide. They are causal unless `is_causal`
+    or `use_swa` says otherwise, as in vLLM and SGLang.
     """
     uses_swa, kinds = read.flag("use_swa"), read.layer_types()
     if uses_swa and "sliding_attention" not in kinds:
@@ -163,7 +161,7 @@ def _windows(read: Reader) -> dict[str, Any]:
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], nested: Mapping[str, Any]) -> None:
-    """Raise ValueError when the config asks for something this implementation would silently compute otherwise."""
+    """Raises ValueError for settings that this implementation would compute differently."""
     kinds = raw.get("layer_types")
     all_slide = isinstance(kinds, list) and bool(kinds) and all(kind == "sliding_attention" for kind in kinds)
     full = not all_slide and not nested.get("use_swa")
@@ -185,7 +183,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], nested: Mapping[str, Any]) -> No
 
 
 def recognizes(raw: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of this family, supported or not."""
+    """Whether a config.json belongs to this family, supported or not."""
     return "dflash_config" in raw or "DFlash" in str(raw.get("architectures"))
 
 

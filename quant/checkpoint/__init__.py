@@ -1,21 +1,12 @@
-"""Model checkpoints as Hugging Face directories: plain, or with the routed experts packed to MXFP4.
+"""Model checkpoints as Hugging Face directories: plain, or with routed experts packed to MXFP4.
 
-files      config.json and safetensors of a directory, with every defect a clear error
-names      one family's tensor names on disk and in transformers
-spelling   config.json in transformers' own keys
-config     what model a directory holds
-formats    the formats, one codec each
-linears    the tensors that are no routed experts
-directory  writes a directory that appears whole or not at all
-reader     reads a directory into fused tensors
-model      reads a directory into a transformers model
-tokenizer  reads a directory's tokenizer, if it has one
-source     opens a directory that is to be written again
-writer     writes it, with everything that is not changed as it was
-convert    turns a directory of one format into one of another
-export     writes a model that was changed in memory as the directory it came from
-generation which tokens end a text
-digest     names a directory's weights by their SHA-256
+files, directory            read files, with clear errors for defects; write a directory atomically
+names, spelling, config     tensor names and config.json in transformers' terms
+formats, linears            one codec per format; the tensors that are no routed experts
+reader, model, tokenizer    read a directory into tensors, a transformers model, a tokenizer
+source, writer              open a directory to be rewritten; write it with unchanged parts as they were
+convert, export             format to format; a changed model as the directory it came from
+generation, digest          end tokens; SHA-256 of weights
 """
 
 from speedstack.quant.checkpoint.convert import Conversion, convert

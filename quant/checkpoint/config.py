@@ -1,7 +1,6 @@
-"""What model a directory holds: transformers' configuration of it, from config.json and, for tied weights, the files.
+"""A directory's transformers config, from config.json and, for tied weights, the files.
 
-Every verb, the engine, plans and training read it here. transformers' own classes give the answer, after `spelling` has
-put the file into their words.
+All verbs, the engine, plans and training use it; `spelling` first translates the file's keys.
 """
 
 import warnings
@@ -19,15 +18,14 @@ from speedstack.quant.checkpoint.formats import Codec, detect
 from speedstack.quant.checkpoint.names import FAMILIES, HubNames
 from speedstack.quant.checkpoint.spelling import NUM_EXPERTS, transformers_fields
 
-# What transformers raises for fields of the right type with values that cannot be.
+# Exceptions of transformers for well-typed fields with impossible values.
 BAD_FIELDS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def read_config(path: Path) -> tuple[PreTrainedConfig, type[Codec]]:
-    """The configuration without a trace of quantization, and the directory's format.
+    """The config without quantization, and the directory's format. Raises ValueError.
 
-    `tie_word_embeddings` is what the files say: where a head other than the embedding is stored, it is not tied, and
-    that is warned of, as in transformers. Raises ValueError.
+    A stored head that differs from the embedding overrides `tie_word_embeddings`, with a warning, as in transformers.
     """
     fields = read_json(path / CONFIG_FILE)
     codec = detect(path, fields)
@@ -46,9 +44,8 @@ def read_config(path: Path) -> tuple[PreTrainedConfig, type[Codec]]:
 
 
 def config_from_fields(fields: dict[str, Any]) -> PreTrainedConfig:
-    """transformers' configuration of a parsed config.json, quantization aside.
-
-    Raises ValueError, of one line without a file name, for one that transformers or we do not compute.
+    """transformers' config of a parsed config.json, without quantization. Raises ValueError, one line without a file
+    name, for one that transformers or we do not compute.
     """
     spelled = transformers_fields(unquantized_fields(fields))
     model_type = spelled["model_type"]
@@ -62,7 +59,7 @@ def config_from_fields(fields: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _check_counts(config: PreTrainedConfig) -> None:
-    """Raises ValueError for numbers with which the first forward would fail, or compute what nobody means."""
+    """Raises ValueError for numbers that break the first forward or make it meaningless."""
     if config.is_heterogeneous:  # each layer has its own
         return
 
@@ -89,7 +86,7 @@ def _check_counts(config: PreTrainedConfig) -> None:
 
 
 def _check_routing(num_experts: int | None, whole: Callable[[str], int | None]) -> None:
-    """Of a choice of experts, among all or among those of the best groups; `whole` gives the other numbers by name."""
+    """Checks the numbers of a choice of experts, possibly within groups; `whole` gives the others by name."""
     top_k, num_groups, top_k_groups = whole("num_experts_per_tok"), whole("n_group"), whole("topk_group")
     if not num_experts or top_k is None:
         return
@@ -110,7 +107,7 @@ def _check_routing(num_experts: int | None, whole: Callable[[str], int | None]) 
 
 
 def _check_kinds_of_rope(config: PreTrainedConfig) -> None:
-    """Raises ValueError for rotary embeddings by kind of layer where the class has one for all: it drops them."""
+    """Raises ValueError for per-layer-kind rotary embeddings that a class with one for all would drop."""
     given = getattr(config, "rope_parameters", None) or {}
     parts = [key for key, part in given.items() if isinstance(part, dict)]
     if parts and not config.nested_rope_parameter_keys(given):
@@ -121,15 +118,12 @@ def _check_kinds_of_rope(config: PreTrainedConfig) -> None:
 
 
 def unquantized_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """config.json without what it says of quantization."""
+    """config.json without its quantization fields."""
     return {key: value for key, value in fields.items() if key not in ("quantization_config", "expert_dtype")}
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model of a configuration, without memory for its weights.
-
-    Raises ValueError for one that transformers makes no model of.
-    """
+    """The config's causal language model without weight memory. Raises ValueError if transformers cannot build it."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
@@ -141,17 +135,17 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """State-dict names that are another tensor and not stored, each with the name it is stored under."""
+    """State-dict names that are tied to another tensor and not stored, with the stored name."""
     return dict(model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
 
 
 def reason_of(error: Exception) -> str:
-    """A foreign exception as a part of one line."""
+    """A foreign exception as part of one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _stores_another_head(path: Path, model_type: str) -> bool:
-    """Whether a directory has an LM head that is not its embedding; one without weights has none."""
+    """Whether a directory's LM head differs from its embedding; False without weights."""
     if not any((path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
         return False
     stamps = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(path))
@@ -160,7 +154,7 @@ def _stores_another_head(path: Path, model_type: str) -> bool:
 
 @cache
 def _heads_differ(path: Path, model_type: str, stamps: tuple[tuple[Path, int, int], ...]) -> bool:
-    """`stamps`: what the answer holds for."""
+    """`stamps`: cache key of the files."""
     names = FAMILIES.get(model_type, HubNames())
     with WeightFiles(path) as files:
         for each in (names, names.as_released()):

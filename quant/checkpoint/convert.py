@@ -1,12 +1,10 @@
-"""Turns a checkpoint of one format into one of another, a tensor at a time.
+"""Converts a checkpoint from one format to another, tensor by tensor.
 
-Codes and scales of packed experts are moved, never computed; the experts of an unquantized source are rounded to MXFP4.
-Every other tensor is passed through under its own name, those of heads for multi-token prediction too: what config.json
-does not count among the model's layers is not rounded, experts or not.
-Memory holds one output shard and at most one fused weight of one layer, whatever the size of the model. The result
-appears whole or not at all.
+Packed experts' codes and scales are moved, never computed; unquantized experts are rounded to MXFP4. Other tensors keep
+their names and values, also multi-token-prediction heads, whose experts are not rounded. Memory holds one output shard
+and at most one fused weight of one layer. The result appears atomically.
 
-Left out: changing a model's family or its sizes, and weights that are not safetensors.
+Left out: changing a model's family or sizes, and weights that are not safetensors.
 """
 
 import warnings
@@ -34,8 +32,8 @@ Linears = Literal["keep", "fp8"]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done: formats by name, expert weights (fused, two a layer), other tensors, and how many of those changed
-    from FP8 to bfloat16 because the new format has no FP8 that holds them.
+    """The result: format names, number of fused expert weights (two a layer) and of other tensors, and how many of
+    those became bfloat16 because the new format cannot hold their FP8.
     """
 
     source_format: str
@@ -57,21 +55,18 @@ def convert(
     on_progress: Callable[[int, int], None] | None = None,
     add_files: Callable[[Path], object] | None = None,
 ) -> Conversion:
-    """Write the checkpoint in directory `source` at `out` in the format named `target_format`.
+    """Writes the checkpoint `source` at `out` in the format `target_format`.
 
-    `scale_rule` is for an unquantized source, whose experts are rounded; None is the default rule. `linears="fp8"`
-    stores the other linear layers in FP8 as the makers of mimo and deepseek-v4 do, which rounds them; "keep" leaves
-    them as they are. `lm_head="fp8"` does so with the language-model head, which those makers leave alone. The source's
-    tokenizer and other side files are copied; a model directory already at `out` is replaced. `on_progress` is called
-    with the number of tensors written and in all, `add_files` with the directory before it appears at `out`, to put
-    more files beside the model.
+    `scale_rule`: for an unquantized source; None is the default. `linears="fp8"` rounds the other linear layers to FP8
+    as in mimo and deepseek-v4, "keep" leaves them; `lm_head="fp8"` does so with the LM head, which those makers do not.
+    The tokenizer and other side files are copied; a model directory at `out` is replaced. `on_progress` gets the
+    tensors written and in all; `add_files` gets the directory before it appears.
 
-    Warns when FP8 layers become bfloat16, when linear layers cannot become FP8, when experts outside the model's layers
-    stay as they are, when few loaders know the result, and about sub-directories, which are not copied. Raises
-    ValueError, of one line, for an unknown format, a source that is already in it or is quantized otherwise, a format
-    that cannot express the family, settings that would do nothing, a head that FP8 cannot take, NaN in experts, an
-    `out` whose replacement would delete something else, and anything missing, corrupt or inconsistent. Raises OSError
-    when `out` cannot be written.
+    Warns if FP8 becomes bfloat16, if linear layers cannot become FP8, if experts outside the model's layers stay, if
+    few loaders know the result, and about sub-directories, which are not copied. Raises ValueError, one line, for an
+    unknown format, a source already in it or quantized otherwise, an unsupported family, settings without effect, a
+    head that FP8 cannot hold, NaN in experts, an `out` that must not be replaced, and anything missing, corrupt or
+    inconsistent. Raises OSError if `out` cannot be written.
     """
     codec_type = format_named(target_format)
     source, out = checkpoint_directory(source), Path(out)
@@ -150,7 +145,7 @@ def convert(
 
 
 def _experts(source: Source, weight: ExpertWeight, scale_rule: ScaleRule) -> Iterator[MXFP4Tensor]:
-    """The experts of a weight, moved as they are or rounded once, from the dtype of the files."""
+    """A weight's experts, moved, or rounded once from the files' dtype."""
     for index in range(weight.num_experts):
         expert = source.codec.read(source.files, weight, index)
         if isinstance(expert, torch.Tensor):
@@ -167,7 +162,7 @@ def _quantize(values: torch.Tensor, scale_rule: ScaleRule) -> MXFP4Tensor:
 
 
 def _linears_kept(files: WeightFiles, codec_type: type[Codec], names: list[str]) -> list[str]:
-    """The linear layers that `linears="fp8"` is about and that FP8 cannot take. Raises ValueError if it is all."""
+    """Linear layers that `linears="fp8"` means and FP8 cannot hold. Raises ValueError if none can."""
     meant = [name for name in names if is_fp8_linear(codec_type, name) and len(files.shape(name)) == 2]
     kept = [name for name in meant if not is_whole_tiles(files.shape(name))]
     if len(kept) == len(meant):
@@ -179,7 +174,7 @@ def _linears_kept(files: WeightFiles, codec_type: type[Codec], names: list[str])
 
 
 def _check_head(source: Source, codec_type: type[Codec], head: str) -> None:
-    """Raises ValueError when the language-model head cannot be stored in FP8."""
+    """Raises ValueError if the LM head cannot be stored in FP8."""
     files = source.files
     if "lm_head.weight" in tied_names(source.skeleton):
         raise ValueError(
@@ -194,7 +189,7 @@ def _check_head(source: Source, codec_type: type[Codec], head: str) -> None:
 
 
 def _can_hold(source: Source, codec_type: type[Codec], name: str) -> bool:
-    """Whether a tensor is FP8 that the target format stores as it is: tiles that are cut are no matter then."""
+    """Whether the target format stores this FP8 tensor as it is; partial tiles are then allowed."""
     tensor = source.other(name)
     assert codec_type.linear_scale is not None
     return isinstance(tensor, FP8Tensor) and tensor.with_scales(codec_type.linear_scale[1]) is not None
@@ -205,5 +200,5 @@ def _plain_dtype(source: Source) -> torch.dtype:
 
 
 def _has_float16(source: Source) -> bool:
-    """Whether a loader may take experts in bfloat16 for float16, which does not hold all of their values."""
+    """Whether a loader may load bfloat16 experts as float16, which does not hold all their values."""
     return source.named_dtype == torch.float16 or any(source.files.dtype(name) == "F16" for name in source.others)

@@ -1,4 +1,4 @@
-"""SHA-256 of a model directory: of its weights, by which a drafter names its target, or of all it computes with."""
+"""SHA-256 of a model directory: of its weights, which identify a drafter's target, or of everything it computes with."""
 
 import hashlib
 import json
@@ -11,11 +11,9 @@ from speedstack.support.digests import add_file, file_sha256
 
 
 def weights_sha256(path: str | Path, beside: Sequence[str] = ()) -> str:
-    """Hex digest over the bytes of the directory's safetensors files, in the order of their names, and of GGUF experts.
+    """Hex digest of the safetensors files in name order, GGUF experts, then files `beside` that exist.
 
-    `beside`: names of other files that hold weights where they are there; they count after those.
-
-    Raises ValueError for a directory without weights, or with a shard missing.
+    Raises ValueError for a directory without weights or with a missing shard.
     """
     digest = hashlib.sha256()
     files = weight_files(path)
@@ -27,25 +25,21 @@ def weights_sha256(path: str | Path, beside: Sequence[str] = ()) -> str:
 
 
 def config_sha256(path: str | Path) -> str:
-    """Hex digest of a directory's config.json, which decides with the weights what a model computes.
-
-    Raises OSError when it cannot be read.
-    """
+    """Hex digest of config.json. Raises OSError if it cannot be read."""
     return file_sha256(Path(path) / CONFIG_FILE)
 
 
 def model_sha256(path: str | Path) -> str:
-    """Hex digest of what decides what a model computes, and where its texts end: weights, config, generation config,
-    and which shard's copy of a tensor counts.
+    """Hex digest of all that decides a model's results: weights, config, generation config, and the shard index.
 
-    What was made with a model (text, features, scores) is of that model alone: the same weights under another config,
-    with another rope scaling for one, are another. Raises ValueError as `weights_sha256`.
+    It identifies the model behind texts, features and scores: another rope scaling is another model. Raises ValueError
+    as `weights_sha256`.
     """
     digest = hashlib.sha256(weights_sha256(path).encode())
     for name in (CONFIG_FILE, "generation_config.json"):
         file = Path(path) / name
         digest.update(f"\0{name}\0".encode() + (file.read_bytes() if file.is_file() else b""))
-    index = Path(path) / INDEX_FILE  # of two shards with a tensor it says whose counts
+    index = Path(path) / INDEX_FILE  # # decides which shard's copy of a tensor counts
     if index.is_file():
         digest.update(json.dumps(read_json(index).get("weight_map"), sort_keys=True).encode())
     return digest.hexdigest()

@@ -1,7 +1,4 @@
-"""Writes a model directory that appears whole or not at all, as `support.files` has it.
-
-Tensors come one at a time and leave memory a shard at a time.
-"""
+"""Writes a model directory atomically (`support.files`), one tensor at a time and one shard in memory."""
 
 import json
 import os
@@ -17,16 +14,16 @@ from speedstack.quant.checkpoint.files import CONFIG_FILE, INDEX_FILE, SINGLE_FI
 from speedstack.support.files import atomic_path
 
 MAX_SHARD_BYTES = 5 * 10**9
-# Above the size from which the C library always gives freed memory back to the system, 32 MiB.
+# Above 32 MiB, from which the C library always returns freed memory to the system.
 _CHUNK_BYTES = 64 << 20
 _ALIGNMENT = 64
 
 
 def check_target(path: Path) -> None:
-    """Raises ValueError when something lies at `path` that is neither a model directory nor an empty one.
+    """Raises ValueError if `path` is neither a model directory nor an empty one, because replacing deletes it.
 
-    What is replaced is deleted, so a model directory is one beyond doubt: config.json names a model, and there are no
-    directories inside. What another writer replaces meanwhile is looked at again.
+    A model directory has a config.json that names a model, and no sub-directories. A concurrent replacement is checked
+    again.
     """
     while True:
         before = _identity(path)
@@ -38,7 +35,7 @@ def check_target(path: Path) -> None:
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
-    """Which file or directory lies at `path`; None for none."""
+    """Identifies the file or directory at `path`; None for none."""
     try:
         status = path.stat()
     except OSError:
@@ -57,13 +54,13 @@ def _check_target(path: Path) -> None:
 
 
 def check_apart(source: Path, out: Path) -> None:
-    """Raises ValueError when replacing `out` would delete `source`."""
+    """Raises ValueError if replacing `out` would delete `source`."""
     if _resolved(out) in (source.resolve(), *source.resolve().parents):
         raise ValueError(f"{out} is or holds {source}, from which the result is made: choose another path")
 
 
 def check_place(path: Path) -> None:
-    """Raises OSError when no directory could be made at `path`, so that it is known before long work, not after."""
+    """Raises OSError, before long work, if no directory can be made at `path`."""
     place = next(parent for parent in _resolved(path).parents if parent.exists())
     if not place.is_dir():
         raise NotADirectoryError(f"cannot write {path}: {place} is no directory")
@@ -73,10 +70,10 @@ def check_place(path: Path) -> None:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which takes the place of the one at `path` when the block ends without an exception.
+    """A directory to fill, which replaces the one at `path` if the block succeeds.
 
-    A link at `path` stays: what it names is replaced. Raises ValueError as `check_target` does, and OSError when `path`
-    cannot be written, on a full disk for one.
+    A link at `path` stays; its target is replaced. Raises ValueError as `check_target`, and OSError if `path` cannot be
+    written.
     """
     path = _resolved(path)
     check_target(path)
@@ -92,9 +89,8 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 class ShardWriter:
-    """Collects named tensors into safetensors shards of at most `max_shard_bytes`; one shard is held in memory.
-
-    A tensor larger than that is a shard of its own.
+    """Collects tensors into safetensors shards of at most `max_shard_bytes`, one in memory; a larger tensor is its own
+    shard.
     """
 
     def __init__(self, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -107,7 +103,7 @@ class ShardWriter:
         self.total_bytes = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """`tensor` is contiguous and on the CPU."""
+        """`tensor`: contiguous, on the CPU."""
         if self._pending and self._pending_bytes + tensor.nbytes > self._max_shard_bytes:
             self._flush()
         self._pending[name] = self._arena.copy(tensor)
@@ -115,7 +111,7 @@ class ShardWriter:
         self.total_bytes += tensor.nbytes
 
     def finish(self) -> None:
-        """Write what is left, give the shards their names, and the index if there are several."""
+        """Writes the rest, names the shards, and writes an index if there are several."""
         self._flush()
         if len(self._shards) == 1:
             (self._directory / "0.shard").rename(self._directory / SINGLE_FILE)
@@ -135,10 +131,9 @@ class ShardWriter:
 
 
 class _Arena:
-    """Memory for the tensors of one shard, in chunks.
+    """Memory for one shard's tensors, in chunks.
 
-    A shard's tensors outlive the temporaries they were computed with. Between those on the heap they would keep it from
-    shrinking, and a process that holds one shard would take up the memory of three.
+    On the heap, among freed temporaries, they would keep it from shrinking: three shards' memory instead of one.
     """
 
     def __init__(self) -> None:
@@ -146,7 +141,7 @@ class _Arena:
         self._used_bytes = 0
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy in the arena; `tensor` itself if it is larger than a chunk."""
+        """A copy in the arena; `tensor` itself if larger than a chunk."""
         if tensor.nbytes > _CHUNK_BYTES:
             return tensor
         if self._chunk is None or self._used_bytes + tensor.nbytes > _CHUNK_BYTES:

@@ -1,8 +1,7 @@
-"""Writes a model that is in memory as the directory it came from, with its own values where they are others.
+"""Writes a model in memory as the directory it came from, with its changed values.
 
-Routed experts become MXFP4 in the family's default format; of a family that none can express they stay ordinary
-numbers. A tensor whose values the source has is stored as the source stores it. A changed one keeps the source's dtype
-where that holds every value, and becomes wider where it does not: what is stored is what the model computes with.
+Routed experts become MXFP4 in the family's default format, or stay plain if none supports the family. Unchanged tensors
+are stored as in the source. A changed tensor keeps the source's dtype if it holds every value, else becomes wider.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -27,12 +26,12 @@ from speedstack.quant.mxfp4 import MXFP4Tensor, ScaleRule, quantize
 
 
 def can_be_packed(model_type: str) -> bool:
-    """Whether a packed format is known for a family."""
+    """Whether a packed format supports the family."""
     return model_type in FAMILIES
 
 
 def check_export(model: PreTrainedModel, source: str | Path, is_packed: bool) -> None:
-    """Raises ValueError where `export_model` would, as far as the source says. Reads no tensor."""
+    """Raises ValueError if `export_model` would, as far as the source tells. Reads no tensor."""
     with _open(Path(source), is_packed) as opened:
         if not is_packed:
             skeleton: Any = opened.skeleton
@@ -50,16 +49,14 @@ def export_model(
     only: Collection[str] | None = None,
     add_files: Callable[[Path], object] | None = None,
 ) -> None:
-    """Write `model`, which was loaded from `source` and may have changed since, at `out`.
+    """Writes `model`, loaded from `source` and possibly changed, at `out`.
 
-    `scale_rule` is that of the experts' MXFP4, the one they were trained with; None leaves all weights unquantized.
-    `only` names the tensors of the state dict that may have changed; the others are not looked at. Everything else is
-    the source's: fields of config.json, tokenizer, licences, tensors that transformers' model does not have. A model
-    directory already at `out` is replaced; `add_files` is called with the directory before it appears.
+    `scale_rule`: of the experts' MXFP4, as in training; None leaves all weights unquantized. `only`: state-dict names
+    that may have changed. The rest is the source's: config.json fields, tokenizer, licences, tensors unknown to
+    transformers. A model directory at `out` is replaced; `add_files` gets the directory before it appears.
 
-    Raises ValueError for a family that is to be packed and cannot, for a source that is incomplete, or whose names are
-    not those that the model was loaded under; for NaN or infinity in experts that are packed; and for an `out` whose
-    replacement would delete something else. Raises OSError when `out` cannot be written.
+    Raises ValueError for a family that cannot be packed, an incomplete source or other tensor names, NaN or infinity in
+    packed experts, and an `out` that must not be replaced. Raises OSError if `out` cannot be written.
     """
     source, out = Path(source), Path(out)
     check_apart(source, out)
@@ -94,7 +91,7 @@ def export_model(
 
 
 class _Others:
-    """The tensors that are no packed experts, by their names on disk."""
+    """Tensors other than packed experts, by their names on disk."""
 
     def __init__(self, source: Source, changed: Mapping[str, torch.Tensor]) -> None:
         self._source = source
@@ -102,7 +99,7 @@ class _Others:
         self.is_widened = False
 
     def get(self, name: str) -> torch.Tensor | FP8Tensor:
-        """The source's tensor where the model has its values, else the model's in a dtype that holds them."""
+        """The source's tensor if the model has its values, else the model's in a dtype that holds them."""
         stored = self._source.other(name)
         if name not in self._changed:
             return stored
@@ -110,7 +107,7 @@ class _Others:
         plain = stored.dequantize(torch.bfloat16) if isinstance(stored, FP8Tensor) else stored
         if torch.equal(plain.to(values.dtype), values):
             return stored
-        # bfloat16 holds MXFP4 values, float16 not all of them.
+        # bfloat16 holds all MXFP4 values, float16 does not.
         dtypes = [dtype for dtype in (plain.dtype, torch.bfloat16) if dtype.itemsize <= plain.dtype.itemsize]
         dtype = next((dtype for dtype in dtypes if _holds(dtype, values)), values.dtype)
         named = self._source.named_dtype
@@ -129,14 +126,11 @@ def _open(path: Path, is_packed: bool) -> AbstractContextManager[Source]:
 def _as_stored(
     source: Source, model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """A model's tensors by the names that it was loaded under, split as they were.
-
-    Raises ValueError when the source has another name for one of them.
-    """
+    """A model's tensors under the names and splits of the source. Raises ValueError if a name differs."""
     tied = tied_as_stored(source.skeleton, source.files, source.names)
     stored = revert_weight_conversion(model, {name: tensor for name, tensor in state_dict.items() if name not in tied})
     lacking = sorted(stored.keys() - set(source.others))
     if lacking:
         raise ValueError(f"{source.path} lacks the tensor {lacking[0]}: is it a complete model of this {CONFIG_FILE}?")
-    # A copy of what they are tied to may be in the files all the same.
+    # The files may still store a copy of a tied tensor.
     return stored | {name: tensor for name, tensor in state_dict.items() if name in tied}

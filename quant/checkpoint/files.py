@@ -1,9 +1,8 @@
-"""The files of a Hugging Face directory: config.json, and safetensors in one file or in shards under an index.
+"""Files of a Hugging Face directory: config.json, and safetensors in one file or in shards with an index.
 
-Every defect a download, a full disk or a typing error leaves behind becomes a ValueError of one line, before anything
-is computed with it. Tensors are read when asked for, whole or a slice of the first dimension, into memory of their own:
-a view of a mapped file would change, or end the process, when somebody overwrites that file, and its pages would count
-as the process's memory.
+Defects from downloads, full disks or typing errors become one-line ValueErrors before any computation. Tensors, or
+slices of the first dimension, are read on demand into their own memory: a view of a mapped file would change or crash
+if the file is overwritten, and its pages would count as the process's memory.
 """
 
 import json
@@ -22,11 +21,11 @@ CONFIG_FILE = "config.json"
 
 
 class ReadError(OSError):
-    """A file that is to be read cannot be: so that nobody takes it for one that is to be written."""
+    """A file cannot be read; distinct from errors about files to be written."""
 
 
 def checkpoint_directory(path: str | Path) -> Path:
-    """Raises ValueError when `path` is not a directory."""
+    """Raises ValueError unless `path` is a directory."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"no model directory at {path}: give the path of a directory that holds {CONFIG_FILE}")
@@ -34,7 +33,7 @@ def checkpoint_directory(path: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError when the file is missing or not a JSON object, ReadError when it cannot be read."""
+    """Raises ValueError for a missing file or no JSON object, ReadError if it cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -49,10 +48,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The safetensors files of a model directory, sorted by name.
+    """A model directory's safetensors files, sorted by name.
 
-    Raises ValueError when there are none, when one that the index names is missing, and for one file beside shards:
-    some loaders read the one, others the shards.
+    Raises ValueError if there are none, if an indexed one is missing, and for a single file beside shards, because
+    loaders disagree on which to read.
     """
     path = checkpoint_directory(path)
     for name in (SINGLE_FILE, INDEX_FILE):
@@ -71,7 +70,7 @@ def weight_files(path: str | Path) -> list[Path]:
 
 
 def _check_alone(path: Path) -> None:
-    """Raises ValueError where an index beside the single file names shards that are there too."""
+    """Raises ValueError if an index beside the single file names existing shards."""
     if not (path / INDEX_FILE).is_file():
         return
     shards = sorted(name for name in set(_weight_map(path).values()) - {SINGLE_FILE} if (path / name).exists())
@@ -83,7 +82,7 @@ def _check_alone(path: Path) -> None:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Names of tensors, each with that of its file in the directory."""
+    """Tensor names with their file names."""
     if not (path / INDEX_FILE).is_file():
         raise ValueError(f"{path} has no {SINGLE_FILE} and no {INDEX_FILE}: only safetensors weights can be read")
     weight_map = read_json(path / INDEX_FILE).get("weight_map")
@@ -96,13 +95,13 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 class WeightFiles:
-    """All tensors of a directory by name. A context manager; tensors stay valid after it closes."""
+    """A directory's tensors by name. A context manager; tensors stay valid after it closes."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises ValueError as `weight_files` does, and for a truncated or corrupt file.
+        """Raises ValueError as `weight_files`, and for a truncated or corrupt file.
 
-        The index is the authority. `stale`: names of which a shard holds a copy that the index does not name.
-        `is_as_transformers_wants`: whether transformers' own reader sees the same tensors here.
+        The index decides. `stale`: names with another copy in an unindexed shard. `is_as_transformers_wants`: whether
+        transformers reads the same tensors.
         """
         self.path = Path(path)
         self._handles: list[Any] = []
@@ -162,24 +161,24 @@ class WeightFiles:
         return list(self._handle_of)
 
     def unused(self) -> list[str]:
-        """Names of tensors that nobody asked for."""
+        """Names of tensors that were not read."""
         return sorted(set(self._handle_of) - self.used)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor that exists, from the file's header."""
+        """A tensor's shape, from the file's header."""
         return tuple(self._handle_of[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """Of a tensor that exists, as safetensors spells it: 'BF16', 'U8', 'F8_E4M3', ..."""
+        """A tensor's dtype in safetensors' spelling: 'BF16', 'U8', 'F8_E4M3', ..."""
         return str(self._handle_of[name].get_slice(name).get_dtype())
 
     def get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Raises ValueError when the tensor is missing or has another shape, ReadError when it cannot be read."""
+        """Raises ValueError if the tensor is missing or has another shape, ReadError if it cannot be read."""
         self._check(name, shape)
         return self._read(name, lambda handle: handle.get_tensor(name))
 
     def get_row(self, name: str, index: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """`get(name, shape)[index]`, reading nothing else."""
+        """`get(name, shape)[index]`, reading only that row."""
         self._check(name, shape)
         return self._read(name, lambda handle: handle.get_slice(name)[index : index + 1][0])
 
@@ -204,7 +203,7 @@ class WeightFiles:
 
 
 def _open(file: Path) -> tuple[Any, bool]:
-    """The open file, and whether its tensors are views of a mapping: safetensors before 0.8 knows nothing else."""
+    """The open file, and whether its tensors are views of a mapping, as always before safetensors 0.8."""
     try:
         return safe_open(file, framework="pt", backend="pread"), False
     except TypeError:

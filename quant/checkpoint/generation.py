@@ -1,7 +1,7 @@
-"""What a model directory says of generation: the tokens that end a text.
+"""The tokens that end a model's texts, as in other engines.
 
-End tokens are those at which others stop. transformers' `generate` takes them from generation_config.json, and from
-config.json where that says nothing; vLLM, SGLang and lm-eval's Hugging Face adapter add the tokenizer's own.
+transformers' `generate` reads generation_config.json, or else config.json; vLLM, SGLang and lm-eval's Hugging Face
+adapter add the tokenizer's.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ EOS_KEY = "eos_token_id"
 
 
 def end_token_ids(path: str | Path, vocab_size: int, tokenizer: Any = None) -> tuple[int, ...]:
-    """The tokens that end a text of the model in the directory `path`, ascending; `tokenizer`: its own, if it has one.
+    """The end tokens of the model at `path`, ascending; `tokenizer`: its own, if any.
 
     Raises ValueError, one line with file and key, for ids that are no integers or not in the vocabulary.
     """
@@ -37,7 +37,7 @@ def _has_generation_config(path: Path) -> bool:
 
 
 def _end_tokens_of(file: Path, vocab_size: int) -> Sequence[int]:
-    """Of one file; a model of several parts may name them in its text part alone."""
+    """End tokens of one file, possibly in the text part of a multi-part model."""
     fields = read_json(file)
     value, key = fields.get(EOS_KEY), EOS_KEY
     text_part = fields.get("text_config")

@@ -1,10 +1,8 @@
-"""The tensors of a checkpoint that are no routed experts: passed through, or FP8 in tiles where a format says so.
+"""A checkpoint's tensors other than routed experts: passed through, or in FP8 tiles if the format has them.
 
-A format without FP8 gets FP8 layers as bfloat16. That is the one lossy step between formats (an E4M3 element times a
-float32 scale has more digits than bfloat16), and it is announced.
-
-The makers of these formats keep the language-model head unquantized. In FP8 it is stored as other linear layers are,
-and config.json says so (`fp8.HEAD_FIELD`), since the silence of these makers' files means the opposite.
+Without FP8 in the target format, FP8 becomes bfloat16, the one lossy conversion (element times float32 scale has more
+digits); it is announced. These formats' makers keep the LM head unquantized, so an FP8 head is declared in config.json
+(`fp8.HEAD_FIELD`).
 """
 
 import torch
@@ -13,29 +11,26 @@ from speedstack.quant.checkpoint.files import CONFIG_FILE, WeightFiles
 from speedstack.quant.checkpoint.formats.codec import Codec, read_fp8
 from speedstack.quant.fp8 import TILE_SIZE, FP8Tensor, quantize_fp8
 
-# Linear layers of attention and of dense MLPs, by the last part of their module's name.
+# Linear layers of attention and dense MLPs, by the last part of the module name.
 _FP8_LEAVES = (
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
     *("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "wq_a", "wq_b", "wkv", "wo_a", "wo_b"),
 )
-# DeepSeek-V4's sparse attention keeps the first two in full precision; experts that come here are a head's.
+# DeepSeek-V4's sparse attention keeps the first two in full precision; experts here belong to a prediction head.
 _NEVER_FP8 = (".compressor.", ".indexer.", ".experts.")
 _HEADS = ("lm_head", "head")  # by family
 _QUANTIZED_DTYPES = ("U8", "I8", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 
 
 def scale_name(codec: type[Codec], name: str) -> str | None:
-    """Where the scales of the FP8 tensor `name` lie; None when the format has no FP8."""
+    """The name of an FP8 tensor's scales; None if the format has no FP8."""
     if codec.linear_scale is None or not name.endswith(".weight"):
         return None
     return f"{name.removesuffix('weight')}{codec.linear_scale[0]}"
 
 
 def other_names(files: WeightFiles, codec: type[Codec], expert_names: set[str]) -> list[str]:
-    """Names of all tensors but the experts' and the scales that belong to another of them, unordered.
-
-    Raises ValueError for quantized tensors that the format does not account for.
-    """
+    """Names of all tensors except experts and scales, unordered. Raises ValueError for unexpected quantized tensors."""
     names = [name for name in files.names() if name not in expert_names]
     scales = {scale_name(codec, name) for name in names if files.dtype(name) == "F8_E4M3"} & set(names)
     kept = [name for name in names if name not in scales]
@@ -49,7 +44,7 @@ def other_names(files: WeightFiles, codec: type[Codec], expert_names: set[str]) 
 
 
 def check_unquantized(files: WeightFiles) -> None:
-    """Raises ValueError for quantized tensors in a directory whose config.json names no quantization."""
+    """Raises ValueError for quantized tensors if config.json names no quantization."""
     for name in sorted(files.names()):
         if files.dtype(name) in _QUANTIZED_DTYPES:
             raise ValueError(
@@ -59,11 +54,7 @@ def check_unquantized(files: WeightFiles) -> None:
 
 
 def read_linear(files: WeightFiles, codec: type[Codec], name: str, shape: tuple[int, ...]) -> torch.Tensor | FP8Tensor:
-    """One of `other_names`.
-
-    Raises ValueError when it is missing or has another shape, for FP8 that is NaN, and for elements that are no values
-    by themselves.
-    """
+    """One of `other_names`. Raises ValueError if it is missing or misshapen, NaN in FP8, or not meaningful alone."""
     if name not in files or files.dtype(name) not in _QUANTIZED_DTYPES:
         return files.get(name, shape)
     if files.dtype(name) != "F8_E4M3":
@@ -78,7 +69,7 @@ def read_linear(files: WeightFiles, codec: type[Codec], name: str, shape: tuple[
 
 
 def write_linear(tensor: torch.Tensor | FP8Tensor, codec: type[Codec], name: str) -> dict[str, torch.Tensor]:
-    """The tensors that `tensor` is stored as; FP8 the format cannot hold exactly becomes bfloat16."""
+    """The tensors that store `tensor`; FP8 that the format cannot hold exactly becomes bfloat16."""
     if isinstance(tensor, torch.Tensor):
         return {name: tensor}
     scales = scale_name(codec, name)
@@ -89,21 +80,21 @@ def write_linear(tensor: torch.Tensor | FP8Tensor, codec: type[Codec], name: str
 
 
 def is_fp8_linear(codec: type[Codec], name: str) -> bool:
-    """Whether `name` is the weight of a linear layer that the format's makers store in FP8."""
+    """Whether the format's makers store this linear weight in FP8."""
     leaf = name.removesuffix(".weight").rpartition(".")[2]
     is_linear = name.endswith(".weight") and leaf in _FP8_LEAVES and leaf not in codec.plain_linears
     return is_linear and not any(part in name for part in _NEVER_FP8)
 
 
 def is_whole_tiles(shape: tuple[int, ...]) -> bool:
-    """Whether FP8 tiles cover a matrix: loaders disagree on partial ones."""
+    """Whether whole FP8 tiles cover a matrix: loaders disagree on partial ones."""
     return len(shape) == 2 and not any(size % TILE_SIZE for size in shape)
 
 
 def to_fp8(tensor: torch.Tensor | FP8Tensor, codec: type[Codec], name: str) -> torch.Tensor | FP8Tensor:
-    """`tensor` in the format's FP8 if it is of whole tiles, else itself.
+    """`tensor` in the format's FP8 if it is whole tiles, else itself.
 
-    One that is FP8 under scales which the format cannot hold is rounded again. Raises ValueError for NaN and infinity.
+    FP8 with unsupported scales is rounded again. Raises ValueError for NaN and infinity.
     """
     assert codec.linear_scale is not None
     if isinstance(tensor, FP8Tensor):
@@ -120,9 +111,9 @@ def to_fp8(tensor: torch.Tensor | FP8Tensor, codec: type[Codec], name: str) -> t
 
 
 def plain_matrices(shapes: dict[str, tuple[int, ...]], fp8_names: set[str]) -> list[str]:
-    """Modules of the unquantized matrices among stored tensors, for a config's list of what is not quantized.
+    """Modules of unquantized stored matrices, for a config's list of unquantized modules.
 
-    Embeddings are no linear layers; a language-model head that is one of them is not stored, and listed all the same.
+    Embeddings are no linear layers; an LM head tied to one is not stored but listed.
     """
     has_head = any(f"{head}.weight" in {*shapes, *fp8_names} for head in _HEADS)
     modules = [

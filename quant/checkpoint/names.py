@@ -1,8 +1,8 @@
-"""Tensor names of a family on disk, against the names of its transformers model.
+"""A family's tensor names on disk and in its transformers model.
 
-On disk every expert has three 2-D tensors, or a layer's are fused as in transformers, which fuses them on loading. Its
-own table of these conversions is private and bound to dense tensors, so the families we can pack are listed here, and a
-test compares each with what `save_pretrained` of the installed transformers writes. gpt-oss' are always fused on disk.
+On disk every expert has three 2-D tensors, or a layer's are fused as in transformers. transformers' conversion table is
+private and for dense tensors, so packable families are listed here; a test compares them with what the installed
+`save_pretrained` writes. gpt-oss' experts are always fused on disk.
 """
 
 import re
@@ -18,10 +18,10 @@ class HubNames:
     """How the family `model_type` names its tensors on disk.
 
     gate, up, down: an expert's projections.
-    renames: (transformers' part of a name, the part on disk), applied in this order.
-    released: further renames, from what `save_pretrained` writes to what the family's makers released.
-    is_fused: a layer's experts are one tensor, with gate and up rows taking turns and the contraction axis first.
-    is_native: names and fused experts are those of transformers' model, as `save_original_format=False` writes them.
+    renames: (part of transformers' name, part on disk), in order; released: more, from `save_pretrained`'s names to the
+    makers'.
+    is_fused: a layer's experts are one tensor, gate and up rows interleaved, contraction axis first.
+    is_native: transformers' names and fused experts, as `save_original_format=False` writes them.
     """
 
     model_type: str = ""
@@ -34,7 +34,7 @@ class HubNames:
     is_native: bool = False
 
     def of(self, native_name: str) -> str:
-        """The name on disk of a module or of a tensor that is not an expert weight."""
+        """The name on disk of a module or a tensor that is no expert weight."""
         return _replace(native_name, self.renames)
 
     def as_released(self) -> "HubNames":
@@ -42,21 +42,21 @@ class HubNames:
         return replace(self, renames=self.renames + self.released, released=())
 
     def as_native(self) -> "HubNames":
-        """The names in transformers' model; of a family whose experts it fuses and does not transpose."""
+        """transformers' names; for families with fused, untransposed experts."""
         assert not self.is_fused
         return replace(self, renames=(), released=(), is_native=True)
 
     def as_written(self) -> "HubNames":
-        """The names to write tensors under that are called so: experts have a tensor each in all formats of ours."""
+        """The names for writing: in all our formats each expert has its own tensors."""
         return hub_names(self.model_type) if self.is_native else self
 
     def parts(self, module: str, weight_name: str, index: int) -> list[str]:
-        """Modules on disk of expert `index` of `module`, in the order in which transformers stacks their rows."""
+        """Modules on disk of expert `index` of `module`, in transformers' row order."""
         leaves = {"gate_up_proj": [self.gate, self.up], "down_proj": [self.down]}[weight_name]
         return [f"{module}.{index}.{leaf}" for leaf in leaves]
 
     def split(self, weight_name: str, rows: torch.Tensor) -> list[torch.Tensor]:
-        """Rows [R, ...] of one expert as transformers stacks them: those of gate and of up, or those of down."""
+        """One expert's rows [R, ...] in transformers' order, as gate and up, or as down."""
         if weight_name == "down_proj":
             return [rows]
         return [rows[0::2].contiguous(), rows[1::2].contiguous()] if self.is_fused else list(rows.chunk(2))
@@ -69,7 +69,7 @@ class HubNames:
 
 
 def layer_index(module: str) -> int | None:
-    """The decoder layer a module belongs to; None for one of a multi-token-prediction head or of no layer."""
+    """A module's decoder layer; None outside the layers, such as in a multi-token-prediction head."""
     match = re.match(r"(?:model\.)?layers\.(\d+)\.", module)
     return int(match[1]) if match else None
 
@@ -133,7 +133,7 @@ FAMILIES = {
 
 
 def hub_names(model_type: str) -> HubNames:
-    """Raises ValueError for a family whose names are not known."""
+    """The names of a family. Raises ValueError for an unknown one."""
     if model_type not in FAMILIES:
         raise ValueError(
             f"the tensor names of model_type {model_type!r} are not known: choose a model of {', '.join(FAMILIES)}"

@@ -1,10 +1,9 @@
-"""Reads a Hugging Face directory, in any of our formats, into transformers-native tensors with fused experts.
+"""Reads a Hugging Face directory of any of our formats into transformers-named tensors with fused experts.
 
-The configuration is the authority on what must be there: a meta-device model made from it lists every name and shape,
-and each is looked up in the files. Experts are not dequantized; packed ones come back byte for byte.
+The config decides: a meta-device model lists every name and shape, which are looked up in the files. Packed experts
+stay packed, byte for byte.
 
-Left out: weights quantized in other formats, and quantized layers that are neither routed experts nor FP8 linears of a
-format that has them. Both are refused.
+Refused: other quantization formats, and quantized layers other than routed experts and the format's FP8 linears.
 """
 
 import re
@@ -30,12 +29,11 @@ from speedstack.quant.mxfp4 import BLOCK_SIZE, MXFP4Tensor
 class Checkpoint:
     """A model directory in memory.
 
-    config: without a trace of quantization, so that a model made of it is an ordinary one.
-    tensors: by transformers' state-dict names. Routed experts are fused; unquantized ones are laid out as transformers
-        does, packed ones are MXFP4Tensor with the contraction axis last: `...mlp.experts.gate_up_proj` [E, 2I, H] (gate
-        rows first; gpt-oss' take turns) and `...down_proj` [E, H, I]. FP8 linears come in bfloat16, the rest has the
-        files' dtypes.
-    fp8: the FP8 linears instead, by the same names, where they were asked to be kept.
+    config: without quantization, so it builds an ordinary model.
+    tensors: by state-dict name. Experts are fused: unquantized in transformers' layout, packed as MXFP4Tensor,
+    contraction axis last: `...mlp.experts.gate_up_proj` [E, 2I, H] (gate rows first; interleaved for gpt-oss) and
+    `...down_proj` [E, H, I]. FP8 linears come in bfloat16, the rest in the files' dtypes.
+    fp8: the FP8 linears by the same names, if kept.
     """
 
     config: PreTrainedConfig
@@ -45,12 +43,10 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path, keep_fp8: bool = False) -> Checkpoint:
-    """Read a model directory of any format, one file or shards. Tensors are on the CPU.
+    """Reads a model directory of any format onto the CPU. keep_fp8: do not dequantize FP8 linear layers.
 
-    keep_fp8: linear layers stored in FP8 are not dequantized.
-
-    Warns about tensors that the model does not have. Raises ValueError, of one line, for anything missing, corrupt or
-    inconsistent, another quantization format, and a family that `names` does not list.
+    Warns about tensors that the model does not have. Raises ValueError, one line, for anything missing, corrupt or
+    inconsistent, another quantization format, and an unknown family.
     """
     path = checkpoint_directory(path)
     config, codec_type = read_config(path)
@@ -82,10 +78,7 @@ def load_checkpoint(path: str | Path, keep_fp8: bool = False) -> Checkpoint:
 
 
 def load_tensor(path: str | Path, name: str) -> torch.Tensor:
-    """One tensor of `load_checkpoint`, of those that are no routed experts, without reading another.
-
-    Raises ValueError as `load_checkpoint` does, for this tensor alone.
-    """
+    """One tensor of `load_checkpoint` that is no routed expert, read alone. Raises ValueError as `load_checkpoint`."""
     path = checkpoint_directory(path)
     config, codec_type = read_config(path)
     skeleton = build_skeleton(config)
@@ -100,10 +93,9 @@ def _plain(tensor: torch.Tensor | FP8Tensor) -> torch.Tensor:
 
 
 def stored_names(files: WeightFiles, names: HubNames) -> HubNames:
-    """The names that these files go by: those that `save_pretrained` writes, the family's makers', or the model's own.
+    """The naming of these files: `save_pretrained`'s, the makers', or the model's own with fused experts.
 
-    The last are those of experts fused as in transformers, which few but transformers itself write. Raises ValueError
-    for experts that are stored both ways.
+    Raises ValueError for experts stored both ways.
     """
     fused = {name.rpartition(".")[0] for name in files.names() if name.endswith(".experts.down_proj")}
     each = {match[1] for name in files.names() if (match := re.match(r"(.+\.experts)\.\d+\.", name))}
@@ -118,7 +110,7 @@ def stored_names(files: WeightFiles, names: HubNames) -> HubNames:
 
 
 def tied_as_stored(model: PreTrainedModel, files: WeightFiles, names: HubNames) -> dict[str, str]:
-    """`tied_names`, turned round where it is the other one of two that is stored."""
+    """`tied_names`, reversed where the other tensor of a pair is stored."""
     tied = tied_names(model)
     turned = {
         source: name for name, source in tied.items() if names.of(source) not in files and names.of(name) in files

@@ -1,4 +1,4 @@
-"""A model directory that is to be written again: opened, its tensors sorted, and checked against its config.json."""
+"""Opens a model directory for rewriting: sorts its tensors and checks them against config.json."""
 
 import re
 from collections.abc import Iterator
@@ -23,11 +23,10 @@ from speedstack.quant.fp8 import FP8Tensor
 class Source:
     """An open directory.
 
-    fields: config.json as it is; config: what it means, without a trace of quantization; skeleton: its model, without
-        memory for the weights.
-    weights: the routed experts of the model's layers; none where the directory was opened whole.
-    heads: expert weights of an unquantized directory that are of no layer, such as those of multi-token prediction.
-    others: names of all tensors that are none of `weights`, nor the scales of another one.
+    fields: the raw config.json; config: its meaning without quantization; skeleton: its model without weight memory.
+    weights: the layers' routed experts; none if opened whole. heads: unquantized expert weights outside the layers,
+    such as multi-token prediction.
+    others: all other tensors except scales.
     """
 
     files: WeightFiles
@@ -46,25 +45,25 @@ class Source:
 
     @property
     def named_dtype(self) -> torch.dtype | None:
-        """What config.json calls the dtype, which need not be that of any file."""
+        """config.json's dtype, which may differ from the files'."""
         dtype = self.config.dtype
         return dtype if isinstance(dtype, torch.dtype) else None
 
     def other(self, name: str) -> torch.Tensor | FP8Tensor:
-        """One of `others`. Raises ValueError for FP8 that is NaN."""
+        """One of `others`. Raises ValueError for NaN in FP8."""
         return read_linear(self.files, type(self.codec), name, self.files.shape(name))
 
     def whole(self) -> "Source":
-        """The same with no expert apart: all tensors are `others`. For unquantized directories."""
+        """The same with all tensors in `others`. For unquantized directories."""
         others = sorted(other_names(self.files, type(self.codec), set()), key=natural_key)
         return replace(self, weights=[], heads=[], others=others)
 
 
 @contextmanager
 def open_by_expert(path: Path) -> Iterator[Source]:
-    """Open a directory of a family whose names are known, its routed experts apart from the rest.
+    """Opens a directory of a known family, with routed experts separate.
 
-    Raises ValueError for a family or a format that is not known, and for anything missing, corrupt or inconsistent.
+    Raises ValueError for an unknown family or format, and for anything missing, corrupt or inconsistent.
     """
     path = checkpoint_directory(path)
     config, codec_type = read_config(path)
@@ -90,7 +89,7 @@ def open_by_expert(path: Path) -> Iterator[Source]:
 
 @contextmanager
 def open_whole(path: Path) -> Iterator[Source]:
-    """Open an unquantized directory of any family, no expert apart. Raises ValueError for damaged files."""
+    """Opens an unquantized directory of any family, with no separate experts. Raises ValueError for damaged files."""
     path = checkpoint_directory(path)
     config, codec_type = read_config(path)
     assert not codec_type.is_packed
@@ -100,9 +99,9 @@ def open_whole(path: Path) -> Iterator[Source]:
 
 
 def value_dtypes(path: str | Path, part: str = "") -> set[str]:
-    """Dtypes, as safetensors spells them, of an unquantized directory's matrices with `part` in their names.
+    """safetensors dtypes of an unquantized directory's matrices with `part` in their names.
 
-    FP8 in tiles counts as BF16, which holds what it stands for. Raises ValueError as `open_whole`.
+    FP8 tiles count as BF16, which holds their values. Raises ValueError as `open_whole`.
     """
     with open_whole(Path(path)) as source:
         names = [name for name in source.others if part in name and len(source.files.shape(name)) > 1]
@@ -110,19 +109,19 @@ def value_dtypes(path: str | Path, part: str = "") -> set[str]:
 
 
 def natural_key(item: str | ExpertWeight) -> list[tuple[int, str]]:
-    """Sorts names, and layer 2 before layer 10."""
+    """Sort key that puts layer 2 before layer 10."""
     name = item if isinstance(item, str) else f"{item.module}.{item.name}"
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _outside(weights: list[ExpertWeight], of_model: dict[str, ExpertWeight]) -> list[ExpertWeight]:
-    """The expert weights in modules that the model does not have."""
+    """Expert weights in modules that the model lacks."""
     modules = {weight.module for weight in of_model.values()}
     return [weight for weight in weights if weight.module not in modules]
 
 
 def _check_against_config(source: Source) -> None:
-    """Raises ValueError when the model that config.json describes has tensors or shapes that the files have not."""
+    """Raises ValueError if the files lack tensors or shapes of config.json's model."""
     path, names, others = source.path, source.names, set(source.others)
     expected_weights = expert_weights(source.skeleton, names)
     found = {(weight.module, weight.name): weight for weight in source.weights}

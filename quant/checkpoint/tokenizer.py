@@ -1,8 +1,8 @@
-"""The tokenizer of a model directory: what its files say, never what a library would make up.
+"""A model directory's tokenizer, only as its files define it.
 
-transformers guesses: for a directory without tokenizer files it makes a tokenizer of one token up, without an error; it
-asks to run a checkpoint's own code; and a tokenizer.json goes through the class that the model's type suggests, which
-may split text differently or add tokens. Here such a tokenizer is refused, or said.
+transformers guesses: without tokenizer files it invents a one-token tokenizer, it may ask to run a checkpoint's code,
+and it passes tokenizer.json through a class that may split differently or add tokens. Here that is an error or a
+warning.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
-# What transformers' tokenizers are read from. A chat template alone is no tokenizer.
+# Files that transformers reads tokenizers from. A chat template alone is none.
 _VOCABULARIES = (
     TOKENIZER_FILE, "tokenizer.model*", "*tekken*.json", "*.tiktoken", "tiktoken.model", "vocab.json", "merges.txt",
     "vocab.txt", "*.bpe.model", "spiece.model", "*.spm",
@@ -28,19 +28,16 @@ _ORDINARY_TEXT = "The quick brown fox jumps over a lazy dog.\nIt has 12 lines, a
 
 
 def tokenizer_files(path: str | Path) -> list[Path]:
-    """The files in the directory `path` that its tokenizer is read from, by name; empty where there is none."""
+    """The tokenizer's files in `path`, by name; empty without one."""
     patterns = (*_VOCABULARIES, *_SETTINGS)
     return sorted(file for file in Path(path).iterdir() if any(fnmatch(file.name, pattern) for pattern in patterns))
 
 
 def find_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the directory `path`; None where there is no tokenizer file at all.
+    """The tokenizer in `path`; None without tokenizer files. Never runs the directory's code.
 
-    No code of the directory is run. Warns of a tokenizer that can say next to nothing of ordinary text, and of what
-    transformers adds to tokenizer.json or reads differently.
-
-    Raises ValueError, one line, for a path that is no directory, for files that cannot be read or are not all there,
-    and for a tokenizer that needs code of its own.
+    Warns about a tokenizer that cannot encode ordinary text, and about transformers' changes to tokenizer.json. Raises
+    ValueError, one line, for no directory, unreadable or missing files, and a tokenizer that needs its own code.
     """
     path = Path(path)
     if not path.is_dir():
@@ -69,9 +66,9 @@ def find_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
 
 
 def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
-    """As `find_tokenizer`, for ids that go into a model whose embedding has `vocab_size` rows, if that is known.
+    """Like `find_tokenizer`, for a model whose embedding has `vocab_size` rows, if known.
 
-    Raises ValueError too where there is no tokenizer file, and for a tokenizer with ids beyond the embedding.
+    Raises ValueError also for missing files and for ids beyond the embedding.
     """
     tokenizer = find_tokenizer(path)
     if tokenizer is None:
@@ -88,7 +85,7 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> PreTraine
 
 
 def _read_own(path: Path) -> Tokenizer | None:
-    """What tokenizer.json says by itself."""
+    """tokenizer.json alone."""
     file = path / TOKENIZER_FILE
     if not file.exists():
         return None
@@ -120,7 +117,7 @@ def _reason(path: Path, files: list[Path], error: Exception) -> str:
 
 
 def _own_code(path: Path) -> str | None:
-    """The class that `auto_map` names, if any."""
+    """The class in `auto_map`, if any."""
     try:
         auto_map: Any = json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8")).get("auto_map")
     except (OSError, ValueError, AttributeError):  # what is wrong with the file is what transformers said of it
@@ -135,7 +132,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _loss(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str | None:
-    """What is wrong with the ids of ordinary text."""
+    """What is lost when ordinary text is encoded as these ids."""
     num_unknown = ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
     if 2 * num_unknown > len(ids):
         return f"does not know {num_unknown} of the {len(ids)} tokens of ordinary text: is it the model's?"
@@ -145,7 +142,7 @@ def _loss(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str | None:
 
 
 def _additions(path: Path, tokenizer: PreTrainedTokenizerBase, own: Tokenizer | None) -> str | None:
-    """Tokens that transformers' class for the model has by default, which the model has never seen."""
+    """Tokens that transformers' class adds by default and the model has never seen."""
     if own is None:
         return None
     known = own.get_vocab(with_added_tokens=True)

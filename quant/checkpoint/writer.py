@@ -1,9 +1,8 @@
-"""Writes a model directory as another one, from which everything comes that is not changed.
+"""Writes a copy of a model directory with some parts changed.
 
-A tensor that nobody changes keeps its bytes and its name, or is FP8 that the new format has not; config.json keeps its
-fields as they are spelled, but for what it says of quantization, and transformers' fields are added where the makers'
-are all that it has; the other files are copied. So what a loader of the source reads, a loader of the result finds.
-Memory holds one shard and at most one fused weight of one layer.
+Unchanged tensors keep bytes and name, except FP8 that the new format lacks. config.json keeps its fields except
+quantization, and gets transformers' fields if it has only the makers'. Other files are copied. Memory holds one shard
+and at most one fused weight of one layer.
 """
 
 import copy
@@ -32,10 +31,10 @@ _DTYPE_FIELDS = ("dtype", "torch_dtype")
 
 
 class Writer:
-    """One directory while it is written; the attributes say what was.
+    """A directory being written.
 
-    shapes: of all tensors that are none of the source's `weights`, by their names in the result.
-    fp8_names: those of them that are FP8. num_dequantized: how many were FP8 and are not.
+    shapes: of all tensors but the source's `weights`, by new name. fp8_names: those in FP8. num_dequantized: how many
+    were FP8 and are not.
     """
 
     def __init__(self, source: Source, target: Codec, directory: Path) -> None:
@@ -53,9 +52,9 @@ class Writer:
         max_shard_bytes: int = MAX_SHARD_BYTES,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Write every tensor of the source: `experts` gives those of a weight in order, `other` any other by name."""
+        """Writes every tensor: `experts` gives a weight's experts in order, `other` any other tensor by name."""
         source, shards = self._source, ShardWriter(self._directory, max_shard_bytes)
-        # Experts between the other tensors of their layer, as `save_pretrained` has them: loaders read shard by shard.
+        # Experts stay among their layer's tensors, as in `save_pretrained`: loaders read shard by shard.
         items: list[str | ExpertWeight] = sorted([*source.weights, *source.others], key=natural_key)
         targets = {weight: replace(weight, module=self._name(weight.module)) for weight in source.weights}
         with self._target.open_sink(self._directory, list(targets.values()), shards) as sink:
@@ -71,12 +70,11 @@ class Writer:
             on_progress(len(items), len(items))
 
     def finish(self, is_widened: bool = False) -> None:
-        """Write config.json, after the tensors, and copy the side files.
-
-        is_widened: tensors have values that the dtype which config.json names would round, so it names float32.
+        """Writes config.json and copies side files. is_widened: config.json names float32, because its dtype would
+        round values.
         """
         own = unquantized_fields(self._source.fields)
-        # Makers' keys that transformers' class does not read stay, and its own stand beside them.
+        # Makers' keys that transformers does not read stay, beside transformers' own.
         others = {key: value for key, value in transformers_fields(own).items() if key not in own}
         config = copy.deepcopy(own | others) | _tied_field(self._source)
         if is_widened:
@@ -88,7 +86,7 @@ class Writer:
         copy_side_files(self._source.path, self._directory)
 
     def _name(self, name: str) -> str:
-        """In the result, of a tensor or module of the source."""
+        """The new name of a source tensor or module."""
         is_renamed = self._source.names.is_native and not self._target.names.is_native
         return self._target.names.of(name) if is_renamed else name
 
@@ -104,9 +102,9 @@ class Writer:
 
 
 def copy_side_files(source: Path, directory: Path) -> None:
-    """Everything beside the weights: tokenizer, generation settings, templates, code, licences.
+    """Copies everything beside the weights, following links: tokenizer, generation settings, templates, code, licences.
 
-    Links are followed. Warns about sub-directories, which are left. Raises ReadError for a file that cannot be read.
+    Warns about sub-directories, which are not copied. Raises ReadError for an unreadable file.
     """
     skipped = []
     for entry in sorted(source.iterdir()):
@@ -126,7 +124,7 @@ def copy_side_files(source: Path, directory: Path) -> None:
 
 
 def _tied_field(source: Source) -> dict[str, bool]:
-    """Whether head and embedding are one tensor, where the files have it otherwise than config.json."""
+    """`tie_word_embeddings` as in the files, if config.json differs."""
     is_tied = bool(source.config.tie_word_embeddings)
     by_default = bool(getattr(type(source.config), "tie_word_embeddings", is_tied))
     if bool(source.fields.get("tie_word_embeddings", by_default)) == is_tied:
@@ -135,10 +133,10 @@ def _tied_field(source: Source) -> dict[str, bool]:
 
 
 def _name_float32(config: dict[str, Any]) -> None:
-    """Have config.json name float32 wherever it names the dtype of the model."""
+    """Sets config.json's dtypes to float32."""
     text = config.get("text_config")
     parts = [config, text] if isinstance(text, dict) else [config]
     named = [(part, key) for part in parts for key in _DTYPE_FIELDS if key in part]
-    # Every version of transformers knows this one.
+    # The spelling that every version of transformers knows.
     for part, key in named or [(config, "torch_dtype")]:
         part[key] = "float32"

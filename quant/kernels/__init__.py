@@ -1,11 +1,11 @@
-"""Fast MXFP4: one pass over memory, the same bits as the reference in `speedstack.quant.mxfp4`.
+"""Fast MXFP4 in one pass over memory, bit-identical to the reference in `speedstack.quant.mxfp4`.
 
     build          compiles C++ for this machine; the runtime uses it too
-    mxfp4_cpu      the kernels for CPUs, compiled when they are first needed
+    mxfp4_cpu      the kernels for CPUs, compiled when first needed
     mxfp4_triton   the kernels for GPUs
 
-Both kernel modules have the same three functions. They take what `mxfp4` has checked: contiguous tensors that are not
-empty, and known scale rules.
+Both kernel modules have the same three functions, whose arguments `mxfp4` has checked: contiguous, not empty, known
+scale rules.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ import torch
 
 
 class Kernels(Protocol):
-    """What a kernel module has."""
+    """The functions of a kernel module."""
 
     def quantize(self, w_NK: torch.Tensor, scale_rule: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [..., K / 2] and scale bytes [..., K / 32]; the byte of a block with NaN or infinity is 255."""
@@ -29,10 +29,10 @@ class Kernels(Protocol):
 
 
 def kernels_for(*tensors: torch.Tensor) -> Kernels | None:
-    """The kernels for the device that all `tensors` are on; None where only the reference works.
+    """The kernels for these tensors' device; None if only the reference works.
 
-    That is: no compiler on a CPU, no Triton on a GPU, any other device, no elements, a tensor subclass (DTensor, fake
-    tensors), and inside torch.compile, which traces PyTorch's operations and not these.
+    That is without a compiler on a CPU or Triton on a GPU, on other devices, for empty tensors, tensor subclasses
+    (DTensor, fake tensors), and inside torch.compile, which cannot trace them.
     """
     device = tensors[0].device
     if torch.compiler.is_compiling() or not all(_is_plain(tensor, device) for tensor in tensors):

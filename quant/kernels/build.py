@@ -1,8 +1,7 @@
-"""Compiles a C++ source and loads it; the result is cached by source, flags and compiler, and where it is compiled for
-the machine at hand (-march=native) by its CPU.
+"""Compiles and loads a C++ source, cached by source, flags, compiler and (with -march=native) CPU.
 
-Plain C symbols and ctypes: no torch headers, so a build takes seconds, works for any torch, and needs nothing but a C++
-compiler with OpenMP. The cache is `$SPEEDSTACK_CACHE`, else `$XDG_CACHE_HOME/speedstack`, else `~/.cache/speedstack`.
+It uses plain C symbols and ctypes: without torch headers a build takes seconds, works for any torch and needs only a
+C++ compiler with OpenMP. Cache: `$SPEEDSTACK_CACHE`, else `$XDG_CACHE_HOME/speedstack`, else `~/.cache/speedstack`.
 """
 
 import ctypes
@@ -16,13 +15,13 @@ from pathlib import Path
 
 from speedstack.support.files import atomic_path
 
-# No -ffast-math anywhere: it would let the compiler reorder sums whose order results rest on.
+# Never -ffast-math: it reorders sums, and results depend on their order.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 BUILD_TIMEOUT_SECONDS = 300
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept. Raises ValueError for a user without a home directory."""
+    """The cache of compiled kernels. Raises ValueError for a user without a home directory."""
     if os.environ.get("SPEEDSTACK_CACHE"):
         return Path(os.environ["SPEEDSTACK_CACHE"])
     try:
@@ -32,11 +31,7 @@ def cache_dir() -> Path:
 
 
 def find_compiler(needed_by: str) -> str:
-    """Path of `$CXX` if that is set, else of g++ or c++.
-
-    Raises:
-        ValueError: none of them is there; the message says what it is `needed_by`.
-    """
+    """Path of `$CXX`, else of g++ or c++. Raises ValueError, naming `needed_by`, if there is none."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++"]
     for name in names:
         path = shutil.which(name)
@@ -48,13 +43,9 @@ def find_compiler(needed_by: str) -> str:
 def load_library(
     source: Path, needed_by: str, headers: Sequence[Path] = (), flags: Sequence[str] = FLAGS
 ) -> ctypes.CDLL:
-    """The library made of one source and the headers it includes, built unless the cache has it.
+    """The library of one source and its headers, built unless cached; errors name `needed_by`.
 
-    `needed_by` names in errors what cannot work without it.
-
-    Raises:
-        ValueError: there is no compiler, it failed (the message holds its first error line), or the cache directory
-            cannot be used.
+    Raises ValueError if there is no compiler, if it fails (with its first error line), or if the cache cannot be used.
     """
     compiler = find_compiler(needed_by)
     texts = [path.read_text(encoding="utf-8") for path in (source, *headers)]
@@ -75,7 +66,7 @@ def load_library(
 
 
 def _cpu_identity() -> str:
-    # Native code must not be reused on another CPU that shares the cache directory.
+    # Another CPU that shares the cache must not reuse native code.
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

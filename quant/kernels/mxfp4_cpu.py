@@ -15,18 +15,18 @@ from speedstack.quant.kernels.build import FLAGS, load_library
 logger = logging.getLogger("speedstack.quant")
 
 BLOCK_SIZE = 32
-# As the enum in the C++ source.
+# The enum of the C++ source.
 _RULES = {"floor": 0, "rceil": 1, "even": 2, "mse": 3}
-# A thread is worth waking for this many blocks (a few microseconds).
+# Fewest blocks (a few microseconds) for which waking a thread pays.
 _MIN_BLOCKS_PER_THREAD = 1024
 
 
 @cache
 def load_kernels() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with the reason in the log, when they cannot be built: the reference is as right."""
+    """The compiled kernels; None, with the reason logged, if they cannot be built and the reference runs."""
     source = Path(__file__).with_name("mxfp4_cpu.cpp")
     try:
-        # Without contraction: the reference rounds a product before it is added to another.
+        # Without contraction, because the reference rounds products before adding.
         library = load_library(source, "fast MXFP4 on a CPU", flags=(*FLAGS, "-ffp-contract=off"))
     except ValueError as reason:
         logger.warning("MXFP4 by the PyTorch reference, because %s", reason)

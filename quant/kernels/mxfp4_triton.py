@@ -1,12 +1,11 @@
-"""MXFP4 on a GPU in one pass over memory, in Triton: what `speedstack.quant.mxfp4` defines, bit for bit.
+"""MXFP4 on a GPU in one pass over memory, in Triton, bit-identical to `speedstack.quant.mxfp4`.
 
-Arithmetic is that of the reference, on magnitudes. bfloat16 goes in and out as 16-bit integers: its values are the
-upper halves of float32 ones, exact in both directions, and Triton's interpreter, which tests these kernels without a
-GPU, does not compute in bfloat16. Launches forbid fused multiply-adds, because the squared errors of `mse` must be
-rounded before they are added.
+bfloat16 is read and written as 16-bit integers, the upper halves of float32, exactly: Triton's interpreter, used in
+tests, does not compute in bfloat16. Launches forbid fused multiply-adds, because `mse` rounds squared errors before
+adding.
 
-Shape suffixes: N = leading dimensions, K = contraction, G = blocks (of 32 elements; here those of one program),
-B = 32 elements of a block, H = B / 2 bytes of codes.
+Shape suffixes: N = leading dimensions, K = contraction, G = blocks (of 32 elements; here those of one program), B = 32
+elements of a block, H = B / 2 bytes of codes.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 
 BLOCK_SIZE = 32
-# 2,048 elements a program: every thread of four warps loads 16 of them, two 16-byte loads in bfloat16.
+# 2,048 elements: each thread of four warps loads 16, two 16-byte loads in bfloat16.
 BLOCKS_PER_PROGRAM = 64
 NUM_WARPS = 4
 
@@ -57,7 +56,7 @@ def fake_quantize(w_NK: torch.Tensor, scale_rule: str) -> torch.Tensor:
 
 
 def _words(values: torch.Tensor) -> torch.Tensor:
-    """The same memory as the integers that the kernels load: int32 for float32, int16 for bfloat16."""
+    """The same memory as the kernels' integers: int32 for float32, int16 for bfloat16."""
     return values.detach().view(torch.int32 if values.dtype == torch.float32 else torch.int16)
 
 
@@ -65,7 +64,7 @@ def _launch(kernel: Any, num_blocks: int, *arguments: torch.Tensor | int, **opti
     grid = (triton.cdiv(num_blocks, BLOCKS_PER_PROGRAM),)
     first = arguments[0]
     assert isinstance(first, torch.Tensor)
-    # Triton launches on the current device, which need not be the tensors'.
+    # Triton launches on the current device, which may not be the tensors'.
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
         kernel[grid](*arguments, **options, G=BLOCKS_PER_PROGRAM, num_warps=NUM_WARPS, enable_fp_fusion=False)
 
@@ -189,7 +188,7 @@ def _snap(magnitude_GB, scale_G):
 
 @triton.jit
 def _round_to_grid(magnitude_GB, scale_G):
-    """The magic number, its sum with magnitude / scale, which rounds, and the bits of the binade's first value."""
+    """The magic number, its sum with magnitude / scale (rounded), and the bits of the binade's first value."""
     y_GB = magnitude_GB * _power_of_two(2 * 127 - scale_G)[:, None]
     binade_GB = tl.maximum(y_GB.to(tl.int32, bitcast=True) & _INFINITY_BITS, _ONE_BITS)
     magic_GB = (binade_GB + _MAGIC_BITS).to(tl.float32, bitcast=True)

@@ -56,6 +56,7 @@ class ModuleDrafter:
         return sum(p.nbytes for p in self.model.parameters()) + self._has_own_head * self._head_UD.nbytes
 
     def cache_bytes(self) -> int:
+        """Bytes of all contexts."""
         return sum(context.keys_LTGH.nbytes + context.values_LTGH.nbytes for context in self.contexts)
 
     @torch.no_grad()

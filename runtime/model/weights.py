@@ -106,6 +106,7 @@ class ModelWeights(Layers):
         return self.norm_D.dtype
 
     def linears(self) -> Iterator[Linear]:
+        """Every matrix that may be in FP8."""
         for layer in self.layers:
             yield from (layer.attention.qkv_OD, layer.attention.output_DO)
             if isinstance(layer.mlp, DenseWeights):

@@ -1,4 +1,4 @@
-"""Checkpoint formats: one codec a file, all between the same `ExpertWeight`s and `MXFP4Tensor`s.
+"""Checkpoint formats, one codec per file, all between `ExpertWeight`s and `MXFP4Tensor`s.
 
 codec                what a format is, and what the formats that name every expert share
 plain                unquantized safetensors
@@ -45,7 +45,7 @@ FORMATS: dict[str, type[Codec]] = {codec.name: codec for codec in _CODECS if cod
 
 
 def format_named(name: str) -> type[Codec]:
-    """Raises ValueError for an unknown name, with the nearest known one."""
+    """The format of that name. Raises ValueError, with the nearest known name, for an unknown one."""
     if name not in FORMATS:
         raise ValueError(
             f"unknown checkpoint format {name!r}{did_you_mean(name, FORMATS)}; formats: {', '.join(FORMATS)}"
@@ -54,9 +54,8 @@ def format_named(name: str) -> type[Codec]:
 
 
 def detect(path: Path, config: dict[str, Any]) -> type[Codec]:
-    """The format that the config.json of directory `path` names.
-
-    Warns about quantized activations, which are not ours to read. Raises ValueError for any other quantization.
+    """The format named by the directory's config.json. Warns about quantized activations, which are ignored. Raises
+    ValueError for any other quantization.
     """
     quantization = config.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
@@ -86,7 +85,7 @@ def _quantizes_activations(path: Path, quantization: dict[str, Any]) -> bool:
 
 
 def default_format(names: HubNames) -> type[Codec]:
-    """What a family is exported as: compressed-tensors, or gpt-oss' own where that cannot express it."""
+    """A family's export format: compressed-tensors, or gpt-oss' own where that cannot express it."""
     return GptOss if names.is_fused else CompressedTensors
 
 

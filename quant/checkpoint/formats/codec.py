@@ -1,9 +1,8 @@
-"""What a checkpoint format is: where the routed experts lie, in which bytes, and what config.json says about it.
+"""A checkpoint format: where routed experts are stored, in which bytes, and its config.json fields.
 
-A codec is made for one directory and one family. Readers and writers see routed experts as `ExpertWeight`s, one fused
-weight of one layer each, and take or give one expert at a time: rows as transformers stacks them (gate rows, then up
-rows; gpt-oss' take turns), contraction axis last. What lies between two formats is therefore always the same
-`MXFP4Tensor`, and a conversion from one to another moves codes and scales without ever seeing a weight's value.
+A codec serves one directory and family. Readers and writers handle `ExpertWeight`s, one fused weight per layer, one
+expert at a time: rows in transformers' order (gate, then up; interleaved for gpt-oss), contraction axis last. So every
+conversion passes an `MXFP4Tensor` and moves codes and scales without computing values.
 """
 
 import re
@@ -22,7 +21,7 @@ from speedstack.quant.mxfp4 import BLOCK_SIZE, MXFP4Tensor
 
 Weight = torch.Tensor | MXFP4Tensor
 NAN_SCALE = 255
-# Rows of an expert whose values are in memory at a time: rounding takes several float32 copies of what it is given.
+# Rows of an expert processed at a time: rounding makes several float32 copies.
 ROWS_AT_A_TIME = 128
 
 
@@ -30,8 +29,8 @@ ROWS_AT_A_TIME = 128
 class ExpertWeight:
     """One fused weight of a layer's routed experts.
 
-    module: the experts' module on disk, such as model.layers.1.mlp.experts.
-    name: gate_up_proj or down_proj. One expert of it is [num_rows, num_columns], num_columns being contracted.
+    module: the experts' module on disk, such as model.layers.1.mlp.experts. name: gate_up_proj or down_proj. One expert
+    is [num_rows, num_columns], contracted over num_columns.
     """
 
     module: str
@@ -42,16 +41,13 @@ class ExpertWeight:
 
 
 class Sink(Protocol):
-    """Where a codec puts tensors: shards of safetensors, or a file of its own."""
+    """Where a codec writes tensors: safetensors shards, or its own file."""
 
     def add(self, name: str, tensor: torch.Tensor) -> None: ...
 
 
 class Codec(Protocol):
-    """One format.
-
-    name: what `--to` takes, where `is_written`. linear_scale: the suffix and dtype of FP8 linears' scales, if any.
-    """
+    """One format. name: for `--to`, if `is_written`. linear_scale: suffix and dtype of FP8 linears' scales, if any."""
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -65,40 +61,39 @@ class Codec(Protocol):
 
     @staticmethod
     def describes(config: dict[str, Any]) -> bool:
-        """Whether config.json says that its directory is of this format."""
+        """Whether config.json declares this format."""
 
     @staticmethod
     def refusal(names: HubNames) -> str | None:
-        """Why the format cannot express a family; None when it can."""
+        """Why the format cannot express a family; None if it can."""
 
     @staticmethod
     def caution(names: HubNames) -> str | None:
-        """What a user should know before relying on the format for a family; None when there is nothing."""
+        """A warning about the format for a family, or None."""
 
     def find(self, files: WeightFiles) -> list[ExpertWeight]:
         """All expert weights, unordered. Raises ValueError for incomplete or inconsistent ones."""
 
     def tensor_names(self, weight: ExpertWeight) -> Iterator[str]:
-        """The tensors of `files` that the weight occupies."""
+        """The tensors of `files` that make up the weight."""
 
     def read(self, files: WeightFiles, weight: ExpertWeight, index: int) -> Weight:
         """One expert. Raises ValueError for missing tensors, wrong shapes and dtypes, and NaN scales."""
 
     def open_sink(self, directory: Path, weights: list[ExpertWeight], shards: Sink) -> AbstractContextManager[Sink]:
-        """Where `write` puts the weights, all of which are announced here in the order of writing."""
+        """The destination of `write`; `weights` are all that will be written, in order."""
 
     def write(self, weight: ExpertWeight, experts: Iterator[MXFP4Tensor], sink: Sink) -> None:
-        """Write the experts of a weight, in their order."""
+        """Writes a weight's experts in order."""
 
     def config(self, ignored: list[str]) -> dict[str, Any]:
-        """Fields of config.json, given the modules of all matrices that stay unquantized."""
+        """Fields of config.json, given the modules of all unquantized matrices."""
 
 
 class PerExpert:
-    """The formats that name a tensor, or two, for every projection of every expert: all but gpt-oss' and GGUF.
+    """Formats with one or two tensors per projection of each expert: all but gpt-oss' and GGUF.
 
-    `suffixes` are those of the elements and of the scales, `dtypes` what they are written as. Containers of either sign
-    and E8M0 are bytes all the same, so all of them are read.
+    `suffixes`: of elements and scales; `dtypes`: as written. Either sign of byte and E8M0 are read alike.
     """
 
     suffixes: ClassVar[tuple[str, ...]]
@@ -157,10 +152,10 @@ class PerExpert:
 
 
 def group_experts(files: WeightFiles, names: HubNames, suffix: str, is_packed: bool) -> list[ExpertWeight]:
-    """The expert weights whose every projection is a 2-D tensor `<module>.<index>.<projection>.<suffix>`.
+    """The expert weights with a 2-D tensor `<module>.<index>.<projection>.<suffix>` for every projection.
 
-    In packed formats, tensors that are not bytes are left to the other tensors: heads for multi-token prediction keep
-    their experts unquantized. Raises ValueError for experts that are missing or of different shapes.
+    In packed formats, tensors that are not bytes count as other tensors: multi-token-prediction heads keep unquantized
+    experts. Raises ValueError for experts that are missing or of different shapes.
     """
     leaves = "|".join(map(re.escape, (names.gate, names.up, names.down)))
     pattern = re.compile(rf"(.+\.experts)\.(\d+)\.(?:{leaves})\.{re.escape(suffix)}")
@@ -192,7 +187,7 @@ def group_experts(files: WeightFiles, names: HubNames, suffix: str, is_packed: b
     return weights
 
 
-# What config.json says of FP8 linear layers, in the formats that have them.
+# config.json fields for FP8 linear layers.
 FP8_FIELDS: dict[str, Any] = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -202,7 +197,7 @@ FP8_FIELDS: dict[str, Any] = {
 
 
 def check_tiles(quantization: dict[str, Any]) -> None:
-    """Raises ValueError for FP8 of another layout: other tiles, one scale a tensor or channel, other elements."""
+    """Raises ValueError for another FP8 layout: other tiles, scales per tensor or channel, other elements."""
     size = quantization.get("weight_block_size", [TILE_SIZE, TILE_SIZE])
     if size != [TILE_SIZE, TILE_SIZE]:
         raise ValueError(f"weight_block_size {size} is not supported: FP8 tiles are read as {TILE_SIZE} x {TILE_SIZE}")
@@ -211,7 +206,7 @@ def check_tiles(quantization: dict[str, Any]) -> None:
 
 
 def read_fp8(files: WeightFiles, name: str, scales: str, shape: tuple[int, ...]) -> FP8Tensor:
-    """The matrix `name` and the scales of its tiles. Raises ValueError for missing, damaged and misshapen ones."""
+    """The matrix `name` with its tile scales. Raises ValueError for missing, damaged and misshapen tensors."""
     tensor = files.get(name, shape)
     tiles = files.get(scales, tuple(-(-size // TILE_SIZE) for size in shape))
     if tiles.dtype == torch.bfloat16:  # as Qwen3's are
@@ -225,22 +220,22 @@ def read_fp8(files: WeightFiles, name: str, scales: str, shape: tuple[int, ...])
         raise ValueError(f"{files.path}: {name}: {error}") from error
 
 
-# What safetensors calls the containers of two elements; both signs occur.
+# safetensors dtypes of bytes with two elements; both signs occur.
 CODE_DTYPES = ("U8", "I8")
 
 
 def code_bytes(files: WeightFiles, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of packed elements as uint8. Raises ValueError when it is missing, of another shape or no bytes."""
+    """A tensor of packed elements as uint8. Raises ValueError if it is missing, misshapen or not bytes."""
     return _as_bytes(files, name, files.get(name, shape), torch.int8)
 
 
 def scale_bytes(files: WeightFiles, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of scales as uint8. Raises ValueError as `code_bytes` does, and for NaN scales."""
+    """A tensor of scales as uint8. Raises ValueError as `code_bytes`, and for NaN scales."""
     return checked_scales(files.path, name, _as_bytes(files, name, files.get(name, shape), torch.float8_e8m0fnu))
 
 
 def checked_scales(path: Path, name: str, scales: torch.Tensor) -> torch.Tensor:
-    """`scales`, unless one is NaN, which would lose its block of weights. Raises ValueError, naming the tensor."""
+    """`scales`. Raises ValueError, naming the tensor, if one is NaN, which would lose a block of weights."""
     num_nan = int((scales == NAN_SCALE).sum())
     if num_nan:
         raise ValueError(

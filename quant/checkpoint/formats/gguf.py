@@ -1,13 +1,11 @@
-"""GGUF's MXFP4 for the routed experts, as llama.cpp stores them: `experts.gguf` beside the other tensors.
+"""GGUF's MXFP4 for the routed experts, as in llama.cpp: `experts.gguf` beside the other tensors.
 
-A layer's projection is one tensor `blk.<layer>.ffn_{gate,up,down}_exps.weight` [experts, out, in] of blocks of 17
-bytes: the scale, then 16 bytes of which number j holds element j in its low and element j + 16 in its high nibble.
-Every other tensor stays in safetensors under its Hugging Face name: a whole GGUF model also needs the tokenizer and
-per-family arrangements of attention weights, which llama.cpp's own converter makes. So this is no file that llama.cpp
-runs, but the experts of one, in and out. A reader of `experts.gguf` ignores tensors it does not know, so the file may
-be a whole model that llama.cpp made.
+A layer's projection is one tensor `blk.<layer>.ffn_{gate,up,down}_exps.weight` [experts, out, in] of 17-byte blocks:
+the scale, then 16 bytes; byte j holds element j in its low and element j + 16 in its high nibble. Other tensors stay in
+safetensors: a whole GGUF also needs the tokenizer and per-family attention layouts, which llama.cpp's converter makes.
+So llama.cpp cannot run this file, but its experts can be read: unknown tensors in `experts.gguf` are ignored.
 
-The container is read and written by the `gguf` package, llama.cpp's own; the blocks are made here.
+The `gguf` package reads and writes the container; the blocks are made here.
 """
 
 import re

@@ -74,6 +74,7 @@ class Scheduler:
 
     @property
     def unfinished(self) -> list[int]:
+        """Programs that are not done."""
         return [program for program, state in enumerate(self._programs) if not state.is_done]
 
     def pause(self, program: int) -> None:

@@ -83,7 +83,7 @@ def run_phase(
     NUMBER: tl.constexpr,
     PREFETCHES: tl.constexpr,
 ):
-    """One program's part of a phase. False if it timed out or the launch is over, and the next phase's variant."""
+    """One program's part of a phase. Returns False after a timeout or the launch's end, and the next variant."""
     PHASE: tl.constexpr = PHASES[NUMBER]
     p = load_pointers(record_ptr, PHASE)
     first = (tl.program_id(0) + num_programs - tl.load(record_ptr + ROTATION).to(tl.int32)) % num_programs
