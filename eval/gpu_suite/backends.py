@@ -60,7 +60,7 @@ class BackendContestant:
         return {"prepare_seconds": time.perf_counter() - started, "num_compiled": len(compiled)}
 
     def _warm(self, cell: Cell) -> None:
-        self.cell, self.engine, self.backend = cell, None, None  # the old buffers go first
+        self.cell, self.engine, self.backend = cell, None, None  # free the old buffers first
         self.engine = Engine(
             self.weights,
             backend=self.backend_name,

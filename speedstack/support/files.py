@@ -72,7 +72,7 @@ def _own_directory(path: Path) -> Iterator[Path]:
         directory = _beside(path, "partial")
         try:
             handle = os.open(directory, os.O_RDONLY)
-        except FileNotFoundError:  # taken for abandoned, before it was locked
+        except FileNotFoundError:  # another process removed it before it was locked
             continue
         try:
             if _lock(handle) is not False and directory.exists():
