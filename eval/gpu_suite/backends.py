@@ -46,7 +46,7 @@ class BackendContestant:
         self.backend: Any = None
 
     def load(self) -> int:
-        """Make all weights; returns their bytes."""
+        """Wait until all weights are on the device; returns their bytes."""
         self._wait()
         return sum(self.weights.nbytes_by_part().values())
 

@@ -79,7 +79,7 @@ class Checker:
         self.lengths = [scale.check_context - slot * step for slot in range(self.num_rows)]
 
     def load(self) -> None:
-        """Make the weights, before this returns."""
+        """Wait until the weights are on the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
