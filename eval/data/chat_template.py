@@ -80,7 +80,7 @@ class ChatTemplate:
     def _render(self, where: str, chat: Chat, is_prompt: bool) -> str:
         source = template_source(self._tokenizer)
         messages = list(chat.messages)
-        if "developer" not in source:  # a newer name, which most templates pass over
+        if "developer" not in source:  # a newer name, which most templates ignore
             messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
         if chat.tools and not re.search(r"\btools\b", source):
             raise UnusableRow(where, "the chat template has no place for tools")
@@ -88,16 +88,16 @@ class ChatTemplate:
             text = self._tokenizer.apply_chat_template(
                 messages, tools=chat.tools, tokenize=False, add_generation_prompt=is_prompt, **self._kwargs
             )
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template may raise anything
             raise UnusableRow(where, f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from error
         assert isinstance(text, str)
         return text
 
     def _check_nothing_is_lost(self, where: str, chat: Chat, text: str) -> None:
-        """Templates silently drop unknown roles and misplaced messages."""
+        """Raise UnusableRow for lost text: templates silently drop unknown roles and misplaced messages."""
         for index, message in enumerate(chat.messages):
             content = message["content"].strip()
-            if message["role"] == "assistant":  # whose thinking is dropped on purpose
+            if message["role"] == "assistant":  # templates drop its thinking on purpose
                 _check_calls(where, chat, index, text)
             elif content and content not in text:
                 changed = message | {"content": f"{message['content']} and more"}

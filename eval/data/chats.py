@@ -68,7 +68,7 @@ def prompt_of(where: str, row: dict[str, Any] | UnusableRow, field: str | None =
     if isinstance(items, list) and items and all(isinstance(message, dict) for message in items):
         return Chat(messages_of(where, items), _tools(where, row.get("tools")))
     if isinstance(value, list) and value and isinstance(value[0], str):
-        value = value[0]  # the later turns answer what a model said
+        value = value[0]  # later turns answer a model's text
     if isinstance(value, list) and value and all(type(token) is int for token in value):
         return value
     if value is None or value == []:

@@ -26,9 +26,9 @@ def local_data(directory: Path | None) -> Iterator[None]:
     load_from_hub = datasets.load_dataset
 
     def read(file: Path) -> datasets.Dataset:
-        try:  # to `datasets` a path is a pattern
+        try:  # `datasets` takes a path for a pattern
             return load_from_hub(FORMATS[file.suffix], data_files=glob.escape(str(file)), split="train")
-        except Exception as error:  # of datasets and pyarrow, which share no base class
+        except Exception as error:  # errors of datasets and pyarrow share no base class
             reason = error.__cause__ or error
             raise ValueError(f"cannot read {file}: {' '.join(str(reason).split())}") from error
 

@@ -27,7 +27,7 @@ T = TypeVar("T")
 Encode = Callable[[str], list[int]]
 
 HELDOUT, LONG = "heldout", "long"
-_MAX_ROWS = 10_000  # of a set: more are thinned before they are encoded
+_MAX_ROWS = 10_000  # larger sets are thinned before encoding
 _PROGRAM = "Write a solution to the following problem and make sure that it passes the tests:\n```python\n{}\n```"
 _REASON = "{}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
@@ -188,7 +188,7 @@ class PromptLoader:
 
     def _ids(self, where: str, row: dict[str, Any] | UnusableRow, instruction: str) -> list[int]:
         prompt = prompt_of(where, row, self.settings.field)
-        assert isinstance(row, dict)  # of others `prompt_of` has no prompt
+        assert isinstance(row, dict)  # `prompt_of` has refused others
         if isinstance(prompt, list):
             return checked_ids(where, prompt, self.tokenizer)
         if isinstance(prompt, str):

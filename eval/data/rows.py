@@ -114,7 +114,7 @@ def source_files(source: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list
     if not place.exists():
         known = (*_PREFERENCE, *SUFFIXES, *suffixes)
         if place.suffix.lower() in known or str(source).startswith(("/", "./", "../", "~")) or place.is_symlink():
-            raise ValueError(f"there is no file or directory {source}")  # nor has the Hub, after many retries
+            raise ValueError(f"there is no file or directory {source}")  # not on the Hub either, after many retries
         return None
     if not place.is_file() or place.suffix.lower() not in suffixes:
         raise ValueError(f"{place} is no {_listed(suffixes)} file{_unpack([place])}")
@@ -178,7 +178,7 @@ def _read_parquet(file: Path, column: str | None) -> Iterator[Row]:
 
     number = 0
     try:
-        with file.open("rb") as stream:  # a name that pyarrow takes for a URL is a name
+        with file.open("rb") as stream:  # opened here, because pyarrow takes some names for URLs
             table = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
             names = table.schema_arrow.names
             if twice := next((name for name, n in Counter(names).items() if n > 1), None):
@@ -268,7 +268,7 @@ def read_hub(name: str, split: str, column: str | None = None) -> Iterator[Row]:
 
     try:
         table = datasets.load_dataset(name, split=split)
-    except Exception as error:  # of datasets, pyarrow and what fetches files, which share no base class
+    except Exception as error:  # errors of datasets, pyarrow and downloads share no base class
         raise ValueError(
             f"source {name} is neither a file nor a dataset that can be fetched: {_one_line(error)}"
         ) from error

@@ -46,7 +46,7 @@ class BackendContestant:
         self.backend: Any = None
 
     def load(self) -> int:
-        """Make all weights; returns their bytes."""
+        """Wait until all weights are on the device; returns their bytes."""
         self._wait()
         return sum(self.weights.nbytes_by_part().values())
 
@@ -60,7 +60,7 @@ class BackendContestant:
         return {"prepare_seconds": time.perf_counter() - started, "num_compiled": len(compiled)}
 
     def _warm(self, cell: Cell) -> None:
-        self.cell, self.engine, self.backend = cell, None, None  # the old buffers go first
+        self.cell, self.engine, self.backend = cell, None, None  # free the old buffers first
         self.engine = Engine(
             self.weights,
             backend=self.backend_name,

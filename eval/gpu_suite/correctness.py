@@ -37,8 +37,8 @@ from speedstack.runtime.model.synthetic_weights import random_weights
 from speedstack.runtime.model.weights import ModelWeights
 from speedstack.runtime.rounds.sampling import SamplingParams, gumbel_noise, sample
 
-# Largest error relative to a row's norm. bfloat16: about 20 independent roundings of 2**-9 over two or three layers
-# give about sqrt(20) * 2**-9 = 0.9 %. float32: sums of up to 96 terms in another order.
+# Largest error relative to a row's norm. bfloat16: up to about 20 independent roundings of 2**-9 over two or three
+# layers give about sqrt(20) * 2**-9 = 0.9 %. float32: sums of up to 96 terms in another order.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 
 # The models of this check have 70 tokens.
@@ -79,7 +79,7 @@ class Checker:
         self.lengths = [scale.check_context - slot * step for slot in range(self.num_rows)]
 
     def load(self) -> None:
-        """Make the weights, before this returns."""
+        """Wait until the weights are on the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 

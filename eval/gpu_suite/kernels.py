@@ -56,7 +56,7 @@ def check_jobs(scale: Scale, model: str, backend: str) -> list[Job]:
     """Kernels that the checks of a backend launch on a model, the longest to compile first."""
     flavours = [*FLAVOURS.get(model, ()), PLAIN]
     if backend != ResidentBackend.name:
-        flavours = [each for each in flavours if each != LOOK_UP]  # the host looks up
+        flavours = [each for each in flavours if each != LOOK_UP]  # its lookup runs on the host
     return [Job(True, model, backend, scale.check_length, flavour) for flavour in flavours]
 
 

@@ -55,7 +55,7 @@ def is_near_tie(logits_V: torch.Tensor, noise_V: torch.Tensor, params: SamplingP
     """Whether rounding may decide between the best two scores; see SCORE_ULPS. NaN is no tie."""
     scaled_V = filter_logits(logits_V, params)
     best_2, index_2 = (scaled_V + noise_V).topk(2)
-    if best_2[1] == float("-inf"):  # one token is kept
+    if best_2[1] == float("-inf"):  # only one token is left
         return False
     size = torch.cat([best_2, scaled_V[index_2], noise_V[index_2], torch.ones_like(best_2)]).abs().max()
     return bool(best_2[0] - best_2[1] <= SCORE_ULPS * torch.finfo(torch.float32).eps * size)

@@ -26,7 +26,7 @@ from speedstack.runtime.plan.step import build_plan
 
 EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 WARM_STEPS = 3  # CUDA graphs of torch.compile: one step warms up, one records, one replays
-SAMPLE_STEPS = 16  # a cache moves on with every step, and is read whole: few steps keep it near the context
+SAMPLE_STEPS = 16  # few, because every step lengthens the cache, which is read whole
 
 
 class Peer:

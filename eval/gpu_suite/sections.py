@@ -21,7 +21,7 @@ CHECKS_OF = {
     "qwen3-30b-a3b": (*CHECKS, "check_prompt_lookup", "check_drafter"),
 }
 NOT_AVAILABLE = "not available"
-CORES_LEFT = 4  # by those that compile: for a model's three contestants, whose peer compiles as well, and for the suite
+CORES_LEFT = 4  # not used by kernel compilation: for three contestants, whose peer compiles as well, and the suite
 
 
 def run_environment(suite: Suite, result: dict[str, Any], deadline: float) -> None:

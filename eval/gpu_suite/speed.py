@@ -117,7 +117,7 @@ class Race:
         self.free_bytes: int | None = environment.get("machine", {}).get("free_bytes")
         self.workers: dict[str, Worker] = {}
         self.cells_done = 0
-        self.peer_seconds = 0.0  # to get ready, the last time
+        self.peer_seconds = 0.0  # of its last preparation
         self._first: dict[str, Any] = {}  # entries of the first cell
 
     def start(self) -> None:

@@ -119,7 +119,7 @@ def read_generation_kwargs(gen_kwargs: Mapping[str, Any]) -> GenerationSettings:
         _check_supported(name, value, is_sampled=temperature > 0.0)
     if known["max_gen_toks"] < 1:
         raise ValueError(f"generation setting max_gen_toks is {known['max_gen_toks']}: ask for a token or more")
-    top_k = known.get("top_k", 0)  # -1 is vLLM's name of all
+    top_k = known.get("top_k", 0)  # -1 means all in vLLM
     return GenerationSettings(
         max_gen_toks=known["max_gen_toks"],
         stop=tuple(text for text in known["until"] if text),

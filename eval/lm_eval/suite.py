@@ -191,7 +191,7 @@ def run_suite(
         batch_size=engine.max_batch_size,
         device=engine.device.type,
     )
-    assert output is not None  # None is what other processes get, and lm-eval knows of one
+    assert output is not None  # None is for other processes, and lm-eval sees only one
     samples = output.pop("samples")
     plain = to_plain(output)
     block = SuiteBlock(

@@ -95,7 +95,7 @@ class Worker:
                 if num_open[request.key] == 0:
                     self.cache.put(request.key, answers[request.key])
                 bar.update()
-        for request in requests:  # a text of no tokens has nothing to score
+        for request in requests:  # a text without tokens has no score
             if not request.pairs:
                 self.cache.put(request.key, [])
 

@@ -1,4 +1,7 @@
-"""Held-out windows of a prepared corpus, as a model's token ids. Another tokenizer's ids are refused."""
+"""Held-out windows of a prepared corpus, as a model's token ids.
+
+Another tokenizer's ids mean nothing to the model, so they are refused even if its embedding is large enough.
+"""
 
 from pathlib import Path
 

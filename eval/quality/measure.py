@@ -184,7 +184,7 @@ def _run_tasks(
         bootstrap_iters=0,
         log_samples=False,
     )
-    assert output is not None  # None is what the other ranks of a distributed run get
+    assert output is not None  # other ranks of a distributed run would get None
     return to_plain({key: output[key] for key in LM_EVAL_KEYS if key in output})
 
 

@@ -355,7 +355,7 @@ def _run_values(config: AblateConfig, out: Path) -> dict[str, Any]:
         "run.seed": config.seed,
         "run.device": config.device,
         "run.wandb_mode": "disabled",
-        # A resumed run compares its inputs by path, so the path's spelling must not vary.
+        # Resolved, because a resumed run compares its inputs by path.
         "data.corpus": config.corpus.resolve(),
         # Loading a corpus requires the settings it was made with.
         "data.source": corpus["source"],

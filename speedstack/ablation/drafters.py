@@ -143,7 +143,7 @@ class Ablation:
         }
 
     def _claim(self) -> None:
-        """Record rows and measurements. Raises ValueError if the directory has a different row of that name."""
+        """Record settings of rows and measurements. Raises ValueError if the directory has another row of that name."""
         config, file, measured = self.config, self.config.out / "settings.json", self._measured
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"measured": measured, "rows": {}}
         # Older directories lack newer settings.

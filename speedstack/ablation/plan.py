@@ -53,7 +53,7 @@ SOFTWARE = {kind: ("speedstack", "torch", "transformers") for kind in VERSIONS} 
 }
 # Where a step leaves its model or drafter, below its directory.
 EXPORTS = {"quantize": "export", "qat": "run/export", "drafter": "run/export"}
-# Fields for places; settings have digests of the inputs there instead.
+# Fields that name places; the settings have digests of the inputs there instead.
 _PLACES = (
     "run.device",
     "data.corpus",

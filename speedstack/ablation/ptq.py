@@ -143,7 +143,7 @@ def compare(
         if read_config(checkpoint_directory(path))[0].get_text_config().vocab_size != vocab_size:
             raise ValueError(f"the export {name} at {path} has another vocabulary than {directory}")
         with WeightFiles(path):
-            pass  # A damaged one is said now, not after everything else was measured.
+            pass  # Report a damaged one now, not after the other measurements.
     windows = corpus_windows(corpus, directory, window, num_tokens)
     place = choose_device(device)
     max_length = getattr(config.get_text_config(), "max_position_embeddings", None)

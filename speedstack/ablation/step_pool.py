@@ -96,7 +96,7 @@ class _Worker:
     def __init__(self, store: StepStore, runner: str, place: Place, log: Path) -> None:
         self._arguments = (store, runner, place, log)
         self._process: BaseProcess | None = None
-        self.connection: Any = None  # a multiprocessing connection while there is a process
+        self.connection: Any = None  # a multiprocessing connection while the process runs
         self.step: Step | None = None
 
     def start(self, step: Step) -> None:

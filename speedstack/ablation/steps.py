@@ -76,7 +76,7 @@ class _Job:
 def run_step(step: Step, needs: Mapping[str, Path], directory: Path) -> dict[str, Any]:
     """Make `step` in `directory`. Raises as the corresponding verbs."""
     if step.kind != "quality":
-        _teacher.cache_clear()  # which would take the memory that a large model needs
+        _teacher.cache_clear()  # it would take memory that a large model needs
     try:
         return _KINDS[step.kind](_Job(step, needs, directory))
     finally:

@@ -72,7 +72,7 @@ def _own_directory(path: Path) -> Iterator[Path]:
         directory = _beside(path, "partial")
         try:
             handle = os.open(directory, os.O_RDONLY)
-        except FileNotFoundError:  # taken for abandoned, before it was locked
+        except FileNotFoundError:  # another process removed it before it was locked
             continue
         try:
             if _lock(handle) is not False and directory.exists():
@@ -100,7 +100,7 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _lock(handle: int) -> bool | None:
-    """Lock an open directory until it is closed. False: somebody else has; None: its file system knows no locks."""
+    """Lock an open directory until it is closed. False: another process has it; None: the file system has no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -22,7 +22,7 @@ def keep_freed_memory() -> bool:
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # no glibc: its allocator is another one, with habits of its own
+    except (AttributeError, OSError, TypeError):  # no glibc, so another allocator
         logger.info("the C library has no mallopt: freed memory goes back to the system")
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _MAX_BLOCK_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _MAX_KEPT_BYTES))

@@ -46,8 +46,9 @@ class Step:
     and the like) do not. `software` has package versions by name, `needs` earlier steps by role. `is_exclusive` steps,
     such as timings, run alone.
 
-    `outputs` are paths below the store's root, for a step without a directory of its own. They and `decisive`, the
-    files in them that others read, must exist for the step to be valid; in an own directory every file must.
+    `outputs` are paths below the store's root, for a step without a directory of its own, named by its kind. They and
+    `decisive`, the files in them that others read, must exist for the step to be valid; in an own directory every file
+    must.
     """
 
     kind: str
@@ -139,7 +140,7 @@ class StepStore:
         return record is not None and record.is_complete
 
     def missing(self, steps: Iterable[Step]) -> list[Step]:
-        """Those of `steps` and their needs that must be made, in order of dependence."""
+        """Those of `steps`, listed after their needs, that must be made, because of a need or by themselves."""
         missing: dict[str, Step] = {}
         for step in steps:
             if not self.is_done(step) or any(need.name in missing for need in step.needs.values()):
@@ -203,7 +204,7 @@ class StepStore:
         return True
 
     def _start_over(self, step: Step) -> StepRecord:
-        """Delete the step's files and record."""
+        """Delete the step's files and record; returns the new record."""
         # The record goes first: if the process ends here, the next one starts over as well.
         self.record_path(step.name).unlink(missing_ok=True)
         for path in [self.root / output for output in step.outputs] or list(self.path(step).iterdir()):

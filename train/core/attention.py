@@ -34,7 +34,7 @@ _REFUSAL = (
 
 
 def enable_blockwise_attention(model: PreTrainedModel, device: torch.device) -> None:
-    """Switch a model with sinks and no attention dropout to blockwise attention on a CPU; leave other models alone.
+    """Switch a family with sinks, without attention dropout, to blockwise attention on a CPU; leave others alone.
 
     Forwards with padding then raise ValueError. Saved files do not change.
     """

@@ -124,7 +124,7 @@ def run(recipe: Recipe, config: JobConfig, on_step: OnStep | None = None) -> Run
 
     Raises:
         ValueError: the run directory belongs to another configuration or model, the data, model and config do not fit
-            together, or wandb is wanted online and cannot be reached.
+            together, or run.wandb_mode is online and wandb cannot be.
         DivergedError: the loss or the gradient norm is not finite.
         OSError: the run directory cannot be written; complete checkpoints stay complete.
     """

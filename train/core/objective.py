@@ -33,7 +33,7 @@ def next_token_cross_entropy(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> 
 
 
 def forward_kl(teacher_logits_BTV: torch.Tensor, student_logits_BTV: torch.Tensor) -> torch.Tensor:
-    """Mean over positions of KL(teacher || student) in nats, a float32 scalar; only the student gets gradients."""
+    """Mean KL(teacher || student) at temperature 1 in nats, a float32 scalar; only the student gets gradients."""
     return _ForwardKL.apply(student_logits_BTV.flatten(0, 1), teacher_logits_BTV.detach().flatten(0, 1))
 
 
@@ -95,7 +95,7 @@ def _parts(logits_RV: torch.Tensor) -> Iterator[slice]:
 
 
 def heldout_batches(windows: PackedWindows, config: JobConfig, world: World) -> Iterator[torch.Tensor]:
-    """This process's share of the evaluation windows, spread evenly over the split: int64 [B, T] on the device."""
+    """This process's evaluation windows, spread evenly over the split, in micro-batches int64 [B, T] on the device."""
     num_windows = min(config.data.eval_sequences, len(windows))
     num_windows = max(world.size, num_windows - num_windows % world.size)
     places = world.share([index * len(windows) // num_windows for index in range(num_windows)])

@@ -25,9 +25,9 @@ from speedstack.train.core.precision import is_bfloat16_faster
 from speedstack.train.core.sharding import whole_shape
 
 # Odd quintics a x + b x^3 + c x^5, applied in turn: the greedy composition of Polar Express (arXiv 2505.16932). Each
-# brings the remaining range as close to 1 as a quintic can; together they map [0.0026, 1] to [0.7, 1.3], as five of
-# Jordan's Newton-Schulz steps do (0.0015; [0.68, 1.2]). Each is fitted up to 1.05 times the largest possible value:
-# beyond that they rise steeply, and bfloat16 products do round to there.
+# brings the remaining range as close to 1 as a quintic can; together they map [0.0026, 1] to [0.7, 1.3], about as far
+# as five of Jordan's Newton-Schulz steps (0.0015; [0.68, 1.2]). Each is fitted up to 1.05 times the largest possible
+# value: beyond that they rise steeply, and bfloat16 products do round to there.
 _QUINTICS = (
     (8.0057, -21.4697, 14.4381),
     (3.8939, -2.6314, 0.4500),

@@ -86,7 +86,7 @@ def _is_fast_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     try:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
     except OSError:
-        return False  # not Linux: nothing measured
+        return False  # not Linux, where nothing was measured
     fields = {name.strip(): value for name, _, value in (line.partition(":") for line in lines)}
     flags = fields.get("flags", "").split()
     return "amx_bf16" in flags or ("avx512_bf16" in flags and fields.get("vendor_id", "").strip() == "AuthenticAMD")

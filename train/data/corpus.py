@@ -214,7 +214,7 @@ def tokenize(
 def _encode(tokenizer: PreTrainedTokenizerBase, rows: dict[str, list[str]]) -> list[list[int]]:
     try:
         return tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception as error:  # tokenizers raises nothing narrower
+    except Exception as error:  # tokenizers has no narrower exception
         raise ValueError(
             f"the tokenizer cannot read a document from {rows['name'][0]} on: {' '.join(str(error).split())}"
         ) from error

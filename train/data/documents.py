@@ -27,11 +27,11 @@ _SKIPPED_DIRECTORIES = frozenset(
     {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
 )
 _MIN_DOCUMENT_CHARACTERS = 200
-_MAX_TEXT_BYTES = 2**31 - 2  # of one string in Arrow
+_MAX_TEXT_BYTES = 2**31 - 2  # limit of one string in Arrow
 _BATCH_CHARACTERS, _BATCH_ROWS = 16 << 20, 10_000
 _TOO_LONG = "2 GiB of text or more"
 _NUM_NAMES = 8
-_HOPELESS = 1000  # unusable rows after which it is not worth reading on to count them all
+_HOPELESS = 1000  # unusable rows after which reading stops instead of counting them all
 
 
 def load_documents(source: str, max_unusable_fraction: float = 0.0) -> datasets.Dataset:

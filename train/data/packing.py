@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PADDING = -1  # the document of positions that hold nothing
+PADDING = -1  # document number of padding
 
 
 @dataclass(frozen=True)

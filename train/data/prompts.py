@@ -85,7 +85,7 @@ def prepare_prompts(
     assert section.source is not None
     settings: dict[str, Any] = {
         **section.model_dump(mode="json", exclude={"max_unusable_fraction"}),
-        "chat_template_kwargs": section.chat_template_kwargs or None,  # as where there was no such setting
+        "chat_template_kwargs": section.chat_template_kwargs or None,  # None, as in files from before this setting
         "source_sha256": _files_sha256(section.source),
         "heldout_source_sha256": section.heldout_source and _files_sha256(section.heldout_source),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
@@ -117,7 +117,7 @@ class _Reader:
         self.end_ids = {*end_ids, tokenizer.eos_token_id}
         self.config, self.tokenizer = config, tokenizer
         self.template = ChatTemplate(tokenizer, self.section.chat_template_kwargs)
-        self.num_cut = 0  # given answers that are longer than a window has room for
+        self.num_cut = 0  # given answers too long for a window
 
     def split(self, seed: int) -> dict[str, list[Conversation]]:
         section, drafter = self.section, self.config.drafter
@@ -182,7 +182,7 @@ class _Reader:
 
     def _conversation(self, where: str, row: dict[str, Any] | UnusableRow, to_train: bool) -> Conversation:
         prompt = prompt_of(where, row, self.section.field)
-        assert isinstance(row, dict)  # of others `prompt_of` has no prompt
+        assert isinstance(row, dict)  # `prompt_of` has refused others
         is_given = self.section.responses == "given"
         if isinstance(prompt, str) and self.section.as_chat:
             prompt = Chat([{"role": "user", "content": prompt}])

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from speedstack.runtime import Engine
 
 SEQUENCES_A_SHARD = 64
-_OPENING_EVERY = 4  # one prompt in so many is the beginning of a document, the others start anywhere in one
+_OPENING_EVERY = 4  # every fourth prompt begins a document, the others start anywhere in one
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,9 @@ def _prompts_sha256(prompts: Prompts) -> str:
 
 def _settings(target_sha256: str, prompts: Prompts, sampling: Sampling) -> dict[str, object]:
     settings = {"target_sha256": target_sha256, "prompts_sha256": _prompts_sha256(prompts), **asdict(sampling)}
-    if not sampling.stops_at_eos:  # continuations of pieces of documents: no template, and nothing stops them
+    if not sampling.stops_at_eos:  # pieces of documents have no template, and nothing stops them
         del settings["stops_at_eos"], settings["chat_template_sha256"]
-    return json.loads(json.dumps(settings))  # tuples become lists, as they come back from the file
+    return json.loads(json.dumps(settings))  # tuples become lists, as in the file
 
 
 def make_way(path: Path, target_sha256: str, prompts: Prompts, sampling: Sampling) -> None:

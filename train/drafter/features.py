@@ -144,7 +144,7 @@ def _shard_path(path: Path, shard: int) -> Path:
 
 
 def _plain(settings: FeatureSettings) -> dict[str, object]:
-    return json.loads(json.dumps(asdict(settings)))  # tuples become lists, as they come back from the file
+    return json.loads(json.dumps(asdict(settings)))  # tuples become lists, as in the file
 
 
 def holds_final(path: Path) -> bool:

@@ -236,7 +236,7 @@ class DrafterRecipe(Recipe):
         """Training facts for the model card, and acceptance on held-out text."""
         acceptance_length = None
         if self.heldout.lengths:
-            simulated = self._simulated or self.simulate(model)  # the last evaluation was of the finished drafter
+            simulated = self._simulated or self.simulate(model)  # the last evaluation is of the finished drafter
             acceptance_length = simulated.acceptance_length()
         return training_card(
             self.config, self.data_card, self.written, len(self.heldout.lengths), acceptance_length, self.by_document

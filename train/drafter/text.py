@@ -1,8 +1,8 @@
 """The text a drafter is trained and judged on, as a stage before training: prompts and the target's continuations.
 
-Prompts are pieces of corpus documents, or come from a source (`prompts.py`) that may bring answers. Training text is
-sampled; evaluation text is greedy, because greedy text does not depend on the drafter. Both are resumed shard by shard
-(`selftext.py`).
+Prompts are pieces of corpus documents, or come from a source (`data/prompts.py`) that may bring answers. Training text
+is sampled; evaluation text is greedy, because greedy text does not depend on the drafter. Both are resumed shard by
+shard (`data/selftext.py`).
 
 Shapes: N sequences, P prompt tokens, T tokens of a window.
 """

@@ -113,7 +113,7 @@ class QatRecipe(Recipe):
         module.eval()
         for submodule in module.modules():
             if getattr(submodule, "gradient_checkpointing", False):
-                submodule.training = True  # of this module alone: transformers checkpoints in training only
+                submodule.training = True  # not its children's; transformers checkpoints in training mode only
 
     def batch(self, indices: Sequence[int]) -> torch.Tensor:
         return self.train.examples(self.config.run.seed, indices).to(self.world.device)
@@ -165,7 +165,7 @@ class QatRecipe(Recipe):
             return
         try:
             self.flips.load_state(tensors)
-        except ValueError as error:  # they are looked at, not trained with
+        except ValueError as error:  # only statistics depend on them
             warnings.warn(f"{error}: flips between looks are counted anew", stacklevel=2)
 
     def export(self, model: nn.Module, path: Path) -> None:
