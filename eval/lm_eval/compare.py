@@ -14,7 +14,7 @@ import numpy as np
 
 from speedstack.eval.results.environment import command_line
 from speedstack.eval.results.schema import Document, Environment, Record, write_whole
-from speedstack.eval.results.suite_result import HeadlineMetric, SuiteResult
+from speedstack.eval.results.suite import HeadlineMetric, SuiteResult
 
 # Resamples drawn at once: bounds memory for tasks of ten thousand documents.
 RESAMPLES_AT_ONCE = 128

@@ -4,17 +4,13 @@ Builds a synthetic Qwen3-MoE checkpoint of ten shards, converts it through every
 the peak of resident memory and the time. The peer does by hand what `convert` replaces: transformers loads the whole
 model and saves it again.
 
-Each conversion runs in a fresh process, which first converts a checkpoint of a few kilobytes, so that the code of
-torch and transformers is in memory before. The kernel's high-water mark of resident memory is then reset, and read at
-the end: heap, stacks and every touched page of a mapped file count; the page cache does not. Needs Linux.
+Each conversion runs in a process of its own, which first converts a checkpoint of a few kilobytes, so that the code of
+torch and transformers is in memory before. Needs Linux.
 """
 
-import argparse
 import json
-import multiprocessing
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +18,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from speedstack.eval.microbench.harness import (
+    PeakMemory,
+    Stopwatch,
+    check_peak_memory,
+    finish,
+    in_own_process,
+    parser,
+)
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import ConversionCost, ConversionResult
+from speedstack.eval.results.microbench import ConversionCost, ConversionResult
 from speedstack.quant.checkpoint import convert
 from speedstack.quant.checkpoint.directory import ShardWriter
 from speedstack.quant.checkpoint.names import hub_names
@@ -69,8 +73,7 @@ _CHAIN = (
 
 def measure(directory: Path) -> ConversionResult:
     """Build, convert and measure under `directory`, which needs room for about 5 GB. Raises ValueError off Linux."""
-    if not Path("/proc/self/clear_refs").exists():
-        raise ValueError("peak memory is read from /proc, which this system does not have")
+    check_peak_memory()
     make_checkpoint(directory / "tiny", _TINY, num_shards=1)
     make_checkpoint(directory / "plain", _SIZES, num_shards=NUM_SHARDS)
     costs = [_cost(_load_and_save, "transformers load and save", directory / "plain", directory / "peer", "")]
@@ -118,17 +121,7 @@ def _cost(work: Work, name: str, source: Path, out: Path, target: str) -> Conver
     files = [*source.glob("*.safetensors"), *source.glob("*.gguf")]
     source_bytes = sum(file.stat().st_size for file in files)
     max_shard_bytes = _shard_bytes(source_bytes, NUM_SHARDS)
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(work, source, out, target, max_shard_bytes, sender))
-    process.start()
-    sender.close()
-    try:
-        seconds, peak_bytes = receiver.recv()
-    except EOFError as error:
-        raise RuntimeError(f"{name} failed: its error is above") from error
-    finally:
-        process.join()
+    seconds, peak_bytes = in_own_process(name, _measure, work, source, out, target, max_shard_bytes)
     print(f"{name}: {peak_bytes / 1e6:.0f} MB over baseline, {seconds:.1f} s", file=sys.stderr)
     return ConversionCost(
         name=name,
@@ -141,16 +134,15 @@ def _cost(work: Work, name: str, source: Path, out: Path, target: str) -> Conver
     )
 
 
-def _child(work: Work, source: Path, out: Path, target: str, max_shard_bytes: int, sender: Any) -> None:
+def _measure(work: Work, source: Path, out: Path, target: str, max_shard_bytes: int) -> tuple[float, int]:
+    """Seconds and peak bytes, in this process, which should not have done anything else."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         work(source.parent / "tiny", Path(scratch) / "out", "mimo" if target == "plain" else target, 1 << 20)
-    Path("/proc/self/clear_refs").write_text("5")
-    baseline_bytes = _status_bytes("VmRSS")
-    start = time.perf_counter()
-    work(source, out, target, max_shard_bytes)
-    seconds = time.perf_counter() - start
-    sender.send((seconds, _status_bytes("VmHWM") - baseline_bytes))
+    memory = PeakMemory()
+    with Stopwatch() as watch:
+        work(source, out, target, max_shard_bytes)
+    return watch.wall_ms / 1e3, memory.peak_bytes()
 
 
 def _convert(source: Path, out: Path, target: str, max_shard_bytes: int) -> None:
@@ -162,24 +154,18 @@ def _load_and_save(source: Path, out: Path, target: str, max_shard_bytes: int) -
     model.save_pretrained(out, max_shard_size=max_shard_bytes)
 
 
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {field}")
-
-
 def main() -> None:
     """Measure, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("result", nargs="?", type=Path, default=Path("runs/bench/convert.json"))
-    path = parser.parse_args().result
+    command = parser("convert", __doc__)
+    command.add_argument("result", nargs="?", type=Path, default=Path("runs/bench/convert.json"))
+    path = command.parse_args().result
     with tempfile.TemporaryDirectory() as directory:
         result = measure(Path(directory))
-    for cost in result.conversions:
-        shard = f"shards of {cost.max_shard_bytes / 1e6:.0f} MB"
-        print(f"{cost.name}: peak {cost.peak_shards:.2f} {shard}, {cost.seconds:.1f} s")
-    print(f"written: {result.save(path)}")
+    lines = (
+        f"{cost.name}: peak {cost.peak_shards:.2f} shards of {cost.max_shard_bytes / 1e6:.0f} MB, {cost.seconds:.1f} s"
+        for cost in result.conversions
+    )
+    finish("\n".join(lines), result, path)
 
 
 if __name__ == "__main__":

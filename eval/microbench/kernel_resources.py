@@ -7,18 +7,18 @@ spilled bytes and shared memory, and what a kernel that multiplies weights spend
 Needs Triton, and no GPU.
 """
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel
+from speedstack.eval.microbench.harness import parser
 from speedstack.eval.microbench.released_models import MODELS, drafter_config, released_spec
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import Document, Environment, Record
+from speedstack.eval.results.microbench import KernelResources, KernelResourcesResult, WeightLoop
 from speedstack.runtime.backends.gpu.base import Target
 from speedstack.runtime.backends.gpu.resident import Prefetching, ResidentBackend, compile_options
 from speedstack.runtime.model.spec import ModelSpec
@@ -34,55 +34,6 @@ NUM_SLOTS, MAX_CONTEXT = 8, 16384
 META = torch.device("meta")
 # Experts packed, the rest in FP8, with a drafter.
 KINDS = ((True, False, False), (False, False, False), (True, True, False), (True, False, True))
-
-
-class WeightLoop(Record):
-    """The code of a kernel that multiplies weights (see `speedstack.eval.microbench.sass`), once through.
-
-    is_loop: false where the compiler has unrolled all of it, and the whole kernel is counted. instructions: of a warp,
-    by class. weight_bytes, load_bytes, async_bytes: of a program; weights, all that is asked of global memory, and what
-    of that is not waited for. bandwidth_fraction: of an H200's bandwidth, what issue alone leaves possible; latency,
-    bank conflicts, activations' way from the L2 cache (up to twice the weights' bytes: see load_bytes), what an item
-    does around the loop, and the last items of a phase are left out.
-    """
-
-    is_loop: bool
-    instructions: dict[str, int]
-    weight_bytes: float
-    load_bytes: int
-    async_bytes: int
-    warp_instructions_per_byte: float
-    bandwidth_fraction: float
-
-
-class KernelResources(Record):
-    """One kernel at one shape. num_registers, local_bytes: a thread's; a kernel without spills has 0 local bytes.
-
-    has_drafter: of a step that a DFlash drafter of two layers drafts for.
-    """
-
-    model: str
-    expert_format: Literal["mxfp4", "bf16"]
-    linear_format: Literal["bf16", "fp8"] = "bf16"
-    has_drafter: bool = False
-    phase: str
-    op: str
-    grid: tuple[int, ...]
-    tile: int
-    num_warps: int
-    num_registers: int
-    local_bytes: int
-    shared_bytes: int
-    loops: tuple[WeightLoop, ...] = ()
-
-
-class KernelResourcesResult(Document):
-    """Every distinct kernel of every model."""
-
-    kind: Literal["kernel_resources"] = "kernel_resources"
-    environment: Environment
-    target: str
-    kernels: tuple[KernelResources, ...]
 
 
 def model_spec(model: str) -> ModelSpec:
@@ -181,9 +132,9 @@ def _backend(
 
 def main() -> None:
     """Compile, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("result", nargs="?", type=Path, default=Path("runs/bench/kernel-resources.json"))
-    path = parser.parse_args().result
+    command = parser("kernel_resources", __doc__)
+    command.add_argument("result", nargs="?", type=Path, default=Path("runs/bench/kernel-resources.json"))
+    path = command.parse_args().result
     kernels = []
     for model in MODELS:
         for is_packed, has_fp8, has_drafter in KINDS:

@@ -17,15 +17,18 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tqdm import tqdm
 
 from speedstack.dflash.checkpoint import load_drafter
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.data.prompts import HELDOUT, PromptLoader
+from speedstack.eval.microbench.harness import finish, in_turns, parser
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import AcceptanceSet, Document, Environment, Record, Spread
+from speedstack.eval.results.microbench import ServingBench, ServingRow
+from speedstack.eval.results.schema import Spread
+from speedstack.eval.results.table import Column, Table, ratio, words
 from speedstack.eval.speed.acceptance import summarize
 from speedstack.eval.speed.harness import spread
 from speedstack.quant.checkpoint.config import read_config
@@ -48,42 +51,6 @@ class Way:
     strategy: DraftStrategy = DraftStrategy()  # noqa: RUF009 - frozen
     temperature: float = 0.0
     backend: str = "auto"
-
-
-class ServingRow(Record):
-    """One way of speculating.
-
-    `acceptance` is of all prompts, `sets` of each set; without proposals its length is 1.
-    `decode_tokens_per_second` leaves the prompt out; it is of `num_timed_prompts` prompts, None when nothing was timed.
-    `speedup_over_chain`: of a tree, over the drafter's whole chain on the same backend and the same prompts, repeat by
-    repeat. It says nothing of a chain on another backend.
-    """
-
-    name: str
-    proposer: Proposer
-    strategy: dict[str, Any]
-    backend: str
-    temperature: float
-    acceptance: AcceptanceSet
-    sets: tuple[AcceptanceSet, ...]
-    num_timed_prompts: int
-    decode_tokens_per_second: Spread | None
-    speedup_over_chain: Spread | None = None
-
-
-class ServingBench(Document):
-    """Ways of speculating with one target and one drafter on the same prompts, one sequence at a time."""
-
-    kind: Literal["serving"] = "serving"
-    target: str
-    drafter: str
-    prompts: str
-    num_prompts: int
-    num_new_tokens: int
-    num_repeats: int
-    seed: int
-    rows: tuple[ServingRow, ...]
-    environment: Environment
 
 
 def ways_of(num_proposals: int, tree_budgets: Sequence[int] = (8, 16, 32)) -> list[Way]:
@@ -185,7 +152,6 @@ def measure_serving(
     total = sum(sum(map(len, sets_of(way).values())) + num_repeats * len(timed_of(way)) for way in ways)
     texts: dict[tuple[str, float], list[list[int]]] = {}
     counted: list[dict[str, list[Generation]]] = []
-    rates: list[list[float]] = [[] for _ in ways]
     with tqdm(total=total, desc="serving", disable=not progress, dynamic_ncols=True) as bar:
         for way in ways:
             found: dict[str, list[Generation]] = {}
@@ -200,16 +166,17 @@ def measure_serving(
                     f"{way.name!r} on backend {way.backend} changed a text: that is a fault, do not use it"
                 )
             counted.append(found)
-        orders = random.Random(seed)
-        for _ in range(num_repeats):
-            for index in orders.sample(range(len(ways)), len(ways)):
-                stats = []
-                for prompt in timed_of(ways[index]):
-                    stats.append(server.run(ways[index], prompt, num_new_tokens, seed).stats)
-                    bar.update()
-                rates[index].append(
-                    sum(one.num_round_tokens for one in stats) / sum(one.decode_seconds for one in stats)
-                )
+
+        def rate(index: int, turn: int) -> float:
+            """Tokens a second of the timed prompts."""
+            stats = []
+            for prompt in timed_of(ways[index]):
+                stats.append(server.run(ways[index], prompt, num_new_tokens, seed).stats)
+                bar.update()
+            return sum(one.num_round_tokens for one in stats) / sum(one.decode_seconds for one in stats)
+
+        by_way = in_turns(range(len(ways)), rate, num_repeats, num_warmups=0, orders=random.Random(seed))
+    rates = list(by_way.values())
     return [
         ServingRow(
             name=way.name,
@@ -249,47 +216,43 @@ def prompt_sets_of(
     return {entry.name: entry.prompts for entry in loader.load([HELDOUT if source.is_dir() else str(source)])}
 
 
-def table(result: ServingBench) -> str:
-    """The rows as text."""
-    lines = ["backend    T    way                               tau   rows/token  drafted/token   tokens/s  tree/chain"]
-    for row in result.rows:
-        found, rate = row.acceptance, row.decode_tokens_per_second
-        lines.append(
-            f"{row.backend:9}  {row.temperature:.0f}    {row.name:32}{found.acceptance_length:5.2f}"
-            f"{found.rows_per_token:13.2f}{found.drafted_per_token:15.2f}"
-            + (f"{rate.median:11.0f}" if rate is not None else "")
-            + (f"{row.speedup_over_chain.median:11.2f}x" if row.speedup_over_chain is not None else "")
-        )
-    return "\n".join(lines)
+COLUMNS = (
+    words("backend", "backend"),
+    Column("T", "", "temperature", ".0f"),
+    words("way", "name"),
+    Column("tau", "", "acceptance.acceptance_length", ".2f"),
+    Column("rows/token", "", "acceptance.rows_per_token", ".2f"),
+    Column("drafted/token", "", "acceptance.drafted_per_token", ".2f"),
+    Column("tokens/s", "", "decode_tokens_per_second.median", ".0f"),
+    ratio("tree/chain", "speedup_over_chain.median"),
+)
 
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m speedstack.eval.microbench.serving", description=(__doc__ or "").split("\n")[0]
+    command = parser("serving", __doc__)
+    command.add_argument("--target", type=Path, required=True, help="model directory")
+    command.add_argument("--drafter", type=Path, required=True, help="drafter directory")
+    command.add_argument("--prompts", type=Path, required=True, help="prepared corpus, or JSONL with the field prompt")
+    command.add_argument("--out", type=Path, help="result file")
+    command.add_argument("--num-prompts", type=int, default=16, help="prompts of each set (default: %(default)s)")
+    command.add_argument(
+        "--num-prompt-tokens", type=int, default=64, help="of a corpus' prompts (default: %(default)s)"
     )
-    parser.add_argument("--target", type=Path, required=True, help="model directory")
-    parser.add_argument("--drafter", type=Path, required=True, help="drafter directory")
-    parser.add_argument("--prompts", type=Path, required=True, help="prepared corpus, or JSONL with the field prompt")
-    parser.add_argument("--out", type=Path, help="result file")
-    parser.add_argument("--num-prompts", type=int, default=16, help="prompts of each set (default: %(default)s)")
-    parser.add_argument("--num-prompt-tokens", type=int, default=64, help="of a corpus' prompts (default: %(default)s)")
-    parser.add_argument("--num-new-tokens", type=int, default=128, help="a prompt (default: %(default)s)")
-    parser.add_argument("--num-repeats", type=int, default=5, help="timed; 0 counts only (default: %(default)s)")
-    parser.add_argument("--num-timed-prompts", type=int, default=4, help="of a repeat (default: %(default)s)")
-    parser.add_argument("--num-reference-prompts", type=int, default=4, help="for its rows (default: %(default)s)")
-    parser.add_argument("--tree-budget", type=int, nargs="*", default=[8, 16, 32], help="of the trees; none: no trees")
-    parser.add_argument("--max-length", type=int, help="positions of a sequence's buffers")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling and of the order (default: %(default)s)")
-    arguments = parser.parse_args()
+    command.add_argument("--num-new-tokens", type=int, default=128, help="a prompt (default: %(default)s)")
+    command.add_argument("--num-repeats", type=int, default=5, help="timed; 0 counts only (default: %(default)s)")
+    command.add_argument("--num-timed-prompts", type=int, default=4, help="of a repeat (default: %(default)s)")
+    command.add_argument("--num-reference-prompts", type=int, default=4, help="for its rows (default: %(default)s)")
+    command.add_argument("--tree-budget", type=int, nargs="*", default=[8, 16, 32], help="of the trees; none: no trees")
+    command.add_argument("--max-length", type=int, help="positions of a sequence's buffers")
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of sampling and of the order (default: %(default)s)")
+    arguments = command.parse_args()
     try:
         result = bench(arguments)
     except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
-    print(table(result))
-    if arguments.out is not None:
-        print(f"written to {result.save(arguments.out)}")
+        command.exit(1, f"error: {error}\n")
+    finish(Table.of(COLUMNS, result.rows).text(), result, arguments.out)
 
 
 def bench(arguments: argparse.Namespace) -> ServingBench:

@@ -19,8 +19,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from speedstack.eval.lm_eval.compare import Comparison
-from speedstack.eval.results.kinds import AcceptanceResult, AcceptanceSet, QualityResult, StageSummary, TimingResult
+from speedstack.eval.results.quality import QualityResult
+from speedstack.eval.results.report import StageSummary
 from speedstack.eval.results.schema import Z95
+from speedstack.eval.results.speed import AcceptanceResult, AcceptanceSet, TimingResult
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

@@ -26,20 +26,10 @@ from speedstack.eval.report import sections
 from speedstack.eval.report.curves import run_curves
 from speedstack.eval.report.render import utc_now
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import (
-    Attachment,
-    Curve,
-    Document,
-    Environment,
-    Example,
-    ExpertStorage,
-    ModelSummary,
-    Report,
-    StageSummary,
-    read_json,
-)
 from speedstack.eval.results.labels import printable, short_names
 from speedstack.eval.results.metrics import FILE_NAME
+from speedstack.eval.results.report import Attachment, Curve, Example, ExpertStorage, ModelSummary, Report, StageSummary
+from speedstack.eval.results.schema import Document, Environment, read_json
 from speedstack.support.stages import RECORDS, read_records
 
 # Fields of a report that one measurement each has.

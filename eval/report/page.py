@@ -16,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from speedstack.eval.results.kinds import Environment, Spread
+from speedstack.eval.results.schema import Environment, Spread
 
 TEMPLATES_DIR = Path(__file__).resolve().parent / "templates"
 

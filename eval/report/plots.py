@@ -20,8 +20,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from speedstack.eval.results.kinds import AcceptanceResult, Curve, QualityResult, TimingResult
 from speedstack.eval.results.labels import numbered
+from speedstack.eval.results.quality import QualityResult
+from speedstack.eval.results.report import Curve
+from speedstack.eval.results.speed import AcceptanceResult, TimingResult
 
 INK, GRID = "#010203", "#040506"
 COLOURS = ("#2f8fd0", "#d9822b", "#1f9e77", "#c0699f", "#8c7fd6", "#b39b25", "#7f8c99", "#cf4d3f")

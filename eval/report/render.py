@@ -12,8 +12,8 @@ from typing import Any
 
 from speedstack.eval.report.page import Headline, Page, Section, render
 from speedstack.eval.report.sections import MODULES, Found, check, environment_of, kind_of, run, sections
-from speedstack.eval.results.kinds import Environment, Report
-from speedstack.eval.results.schema import write_whole
+from speedstack.eval.results.report import Report
+from speedstack.eval.results.schema import Environment, write_whole
 
 MAX_HEADLINES = 8
 GATHERING = "speedstack report"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import wandb
 
     from speedstack.eval.report.page import Section, Table
-    from speedstack.eval.results.kinds import Report
+    from speedstack.eval.results.report import Report
 
 Mode = Literal["disabled", "offline", "online"]
 PROJECT = "speedstack"

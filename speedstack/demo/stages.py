@@ -206,7 +206,7 @@ class DemoStages:
     def run_acceptance(self, advance: Advance) -> str:
         """Acceptance of the drafter on held-out prompts, and two texts to look at."""
         from speedstack.eval.report.gather import Facts
-        from speedstack.eval.results.kinds import Example
+        from speedstack.eval.results.report import Example
         from speedstack.eval.speed.acceptance import measure_acceptance
 
         section = self.config.acceptance

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from speedstack.eval.config import DEMO_RUN, VerbConfig
-from speedstack.eval.results.kinds import Document, Record
+from speedstack.eval.results.schema import Document, Record
 
 if TYPE_CHECKING:
     from speedstack.runtime.model.drafter_spec import DrafterSpec

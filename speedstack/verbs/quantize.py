@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from speedstack.eval.config import DEMO_RUN, VerbConfig
-from speedstack.eval.results.kinds import Document, Environment, Record
+from speedstack.eval.results.schema import Document, Environment, Record
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ import pytest
 from speedstack.ablation.qat_table import main, qat_table
 from speedstack.eval.report import sections
 from speedstack.eval.report.sections import Found
-from speedstack.eval.results.qat_rows import QatRuns
+from speedstack.eval.results.quantization import QatRuns
 from speedstack.train.config.recipes import QatConfig, dump_config
 
 CONFIG: dict[str, dict[str, Any]] = {"data": {"corpus": "corpus"}, "loop": {"num_steps": 20}, "qat": {"model": "model"}}

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from speedstack.eval.report.page import Section
-from speedstack.eval.results.kinds import Environment
 from speedstack.eval.results.labels import short_file_names
-from speedstack.eval.results.suite_result import BLOCK
+from speedstack.eval.results.schema import Environment
+from speedstack.eval.results.suite import BLOCK
 
 # In the order of the page.
 MODULES = {
@@ -29,14 +29,14 @@ MODULES = {
     "sensitivity": "sensitivity",
     "acceptance": "acceptance",
     "drafter_ablation": "drafter_ablation",
-    "serving": "serving",
+    "serving": "microbench.serving",
     "timing": "timing",
-    "lm_bench": "lm_bench",
-    "drafter_cost": "drafter_cost",
-    "qat_cost": "qat_cost",
-    "quant-bench": "quant_bench",
-    "conversion": "conversion",
-    "kernel_resources": "kernel_resources",
+    "lm_bench": "microbench.lm_bench",
+    "drafter_cost": "microbench.drafter_cost",
+    "qat_cost": "microbench.qat_cost",
+    "quant-bench": "microbench.quant_bench",
+    "conversion": "microbench.conversion",
+    "kernel_resources": "microbench.kernel_resources",
 }
 
 T = TypeVar("T")

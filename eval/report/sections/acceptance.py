@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from speedstack.eval.report import plots
 from speedstack.eval.report.page import Cell, Column, FigureBlock, Headline, Section, Table, count, number
 from speedstack.eval.report.sections import Found, each
-from speedstack.eval.results.kinds import AcceptanceResult
+from speedstack.eval.results.speed import AcceptanceResult
 
 DOCUMENT = AcceptanceResult
 

@@ -18,7 +18,7 @@ from speedstack.eval.report.page import (
     number,
 )
 from speedstack.eval.report.sections import Found, each
-from speedstack.eval.results.drafter_rows import DrafterAblation, DrafterRun
+from speedstack.eval.results.ablation import DrafterAblation, DrafterRun
 
 DOCUMENT = DrafterAblation
 PLAIN = "plain"

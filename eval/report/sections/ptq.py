@@ -17,7 +17,7 @@ from speedstack.eval.report.page import (
     number_and_error,
 )
 from speedstack.eval.report.sections import Found, each
-from speedstack.eval.results.ptq_rows import PtqMethod, PtqResult
+from speedstack.eval.results.quantization import PtqMethod, PtqResult
 
 DOCUMENT = PtqResult
 COLUMNS = (

@@ -17,8 +17,8 @@ from speedstack.eval.report.page import (
     number_and_error,
 )
 from speedstack.eval.report.sections import Found, each
-from speedstack.eval.results.kinds import MethodQuality
-from speedstack.eval.results.qat_rows import QatRun, QatRuns
+from speedstack.eval.results.quality import MethodQuality
+from speedstack.eval.results.quantization import QatRun, QatRuns
 
 DOCUMENT = QatRuns
 COLUMNS = (

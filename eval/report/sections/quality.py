@@ -19,7 +19,7 @@ from speedstack.eval.report.page import (
     words,
 )
 from speedstack.eval.report.sections import Found, each
-from speedstack.eval.results.kinds import MethodQuality, QualityResult, TaskScore
+from speedstack.eval.results.quality import MethodQuality, QualityResult, TaskScore
 
 DOCUMENT = QualityResult
 # The metric of each task that a plot shows; both are shares of documents answered right.

@@ -19,7 +19,7 @@ from speedstack.eval.report.page import (
     number,
     words,
 )
-from speedstack.eval.results.kinds import Curve, ModelSummary, Report
+from speedstack.eval.results.report import Curve, ModelSummary, Report
 
 MAX_CURVE_POINTS = 400
 RECIPE = (

@@ -15,7 +15,7 @@ from speedstack.eval.report.page import (
     number_and_error,
 )
 from speedstack.eval.report.sections import Found, each
-from speedstack.eval.results.kinds import SensitivityResult
+from speedstack.eval.results.quality import SensitivityResult
 
 DOCUMENT = SensitivityResult
 # Of single experts, a page names the worst.

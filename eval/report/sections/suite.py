@@ -23,7 +23,7 @@ from speedstack.eval.report.page import (
 from speedstack.eval.report.sections import Found
 from speedstack.eval.results.labels import short_file_names, short_names
 from speedstack.eval.results.schema import Z95
-from speedstack.eval.results.suite_result import HeadlineMetric, SuiteResult
+from speedstack.eval.results.suite import HeadlineMetric, SuiteResult
 
 DOCUMENT = SuiteResult
 

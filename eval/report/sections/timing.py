@@ -17,8 +17,8 @@ from speedstack.eval.report.page import (
 )
 from speedstack.eval.report.page import spread_cell as spread
 from speedstack.eval.report.sections import Found, each
-from speedstack.eval.results.kinds import ContestantTiming, Identity, TimingResult, Unavailable
-from speedstack.eval.results.timing_result import ENGINE, ENGINE_DRAFTER, TRANSFORMERS
+from speedstack.eval.results.schema import Unavailable
+from speedstack.eval.results.speed import ENGINE, ENGINE_DRAFTER, TRANSFORMERS, ContestantTiming, Identity, TimingResult
 
 DOCUMENT = TimingResult
 

@@ -13,7 +13,7 @@ from speedstack.cli import main
 from speedstack.eval.report.gather import FACTS_FILE, REPORT_FILE, gather
 from speedstack.eval.report.page import Table
 from speedstack.eval.report.render import render_html, report_sections
-from speedstack.eval.results.kinds import Curve, Report
+from speedstack.eval.results.report import Curve, Report
 from speedstack.support.stages import RECORDS
 from tests.eval.report.test_gather import acceptance, metrics, ptq, timing
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import pytest
 
 from speedstack.eval.report.render import write_report
-from speedstack.eval.results.kinds import Attachment, Report
+from speedstack.eval.results.report import Attachment, Report
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 

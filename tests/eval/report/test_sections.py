@@ -15,14 +15,10 @@ from speedstack.eval.report.page import MISSING, Cell, Column, FigureBlock, Sect
 from speedstack.eval.report.sections import MODULES, Found, check, kind_of, titled
 from speedstack.eval.results.ablation import AblationGrid, AblationRow
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import (
-    ConversionCost,
-    ConversionResult,
-    Environment,
-    SensitivityResult,
-    UnitSensitivity,
-)
-from speedstack.eval.results.suite_result import BLOCK, HeadlineMetric, SuiteBlock, SuiteResult, TaskRequests
+from speedstack.eval.results.microbench import ConversionCost, ConversionResult
+from speedstack.eval.results.quality import SensitivityResult, UnitSensitivity
+from speedstack.eval.results.schema import Environment
+from speedstack.eval.results.suite import BLOCK, HeadlineMetric, SuiteBlock, SuiteResult, TaskRequests
 from speedstack.eval.speed.harness import spread
 
 RESULTS = sorted((Path(__file__).resolve().parents[3] / "results").glob("*.json"))

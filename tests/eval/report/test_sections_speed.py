@@ -7,7 +7,8 @@ from speedstack.eval.report import sections
 from speedstack.eval.report.page import FigureBlock, Section, Table
 from speedstack.eval.report.sections import Found
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import ContestantTiming, SetTiming, Spread, TimingResult, TokenTimes, Unavailable
+from speedstack.eval.results.schema import Spread, Unavailable
+from speedstack.eval.results.speed import ContestantTiming, SetTiming, TimingResult, TokenTimes
 
 
 def tables(shown: list[Section]) -> list[Table]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from speedstack.eval.report.page import Cell, Column, Section, Table, count, format_bytes, number
 from speedstack.eval.report.sections import Found, each
-from speedstack.eval.results.kinds import ConversionResult
+from speedstack.eval.results.microbench import ConversionResult
 
 DOCUMENT = ConversionResult
 COLUMNS = (
