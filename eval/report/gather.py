@@ -204,7 +204,7 @@ class _Gathered:
             self._take_facts(_place(file.parent), Facts.check(content, file))
         elif kind == REPORT_KIND:
             self._take_report(Report.check(content, file), file)
-        elif kind in sections.MODULES:
+        elif kind in sections.KINDS:
             self._take_result(kind, sections.check(kind, content, str(file)), file, content)
         elif kind is not None:
             self.left_out.append(f"{_shown(file)} ({kind})")

@@ -130,9 +130,10 @@ class AblationGrid(Document):
 
 
 def _grid_columns(grid: AblationGrid) -> tuple[Column, ...]:
+    has_drafter = any(row.drafter != "none" for row in grid.rows)
     return (
         words("model", "model_name"),
-        words("drafter, temperature", _drafter),
+        *((words("drafter, temperature", _drafter),) if has_drafter else ()),
         Column("served", "", "served"),
         Column("bits a weight", "", "bits_per_weight", ".4g"),
         Column("model, MB", "", "model_bytes", ".2f", 1e-6),
@@ -238,7 +239,6 @@ class DrafterMeans:
     num_seeds: int
     num_steps: int
     step_ms: float | None
-    comparable_step_ms: float | None
     tau_simulated: float
     least_tau_simulated: float
     most_tau_simulated: float
@@ -281,7 +281,6 @@ class DrafterAblation(Document):
             num_seeds=len(runs),
             num_steps=runs[0].num_steps,
             step_ms=None if time is None else time.median_ms,
-            comparable_step_ms=self.times.comparable_ms(row),
             tau_simulated=statistics.mean(simulated),
             least_tau_simulated=min(simulated),
             most_tau_simulated=max(simulated),
@@ -295,7 +294,20 @@ class DrafterAblation(Document):
 
     def table(self) -> str:
         """A Markdown table, a row each: means over seeds, and the extremes of the headline."""
-        return Table.of(_DRAFTER_COLUMNS, self.means()).markdown() + "\n"
+        columns = (
+            words("row", "row"),
+            Column("seeds", "", "num_seeds"),
+            Column("steps", "", "num_steps"),
+            Column("step ms", "", lambda mean: self.times.comparable_ms(mean.row), ".0f"),
+            Column("tau simulated", "", _simulated),
+            Column("tau served", "", "tau_served", ".3f"),
+            Column("T = 1", "", "tau_served_t1", ".3f"),
+            Column("T = 1, shared noise", "", "tau_served_t1_shared_noise", ".3f"),
+            Column("code", "", "tau_code", ".3f"),
+            Column("tokens/s", "", "tokens_per_second", ".0f"),
+            Column("over plain", "", "over_plain", ".2f", suffix="x"),
+        )
+        return Table.of(columns, self.means()).markdown() + "\n"
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -303,20 +315,5 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return statistics.mean(known) if known else None
 
 
-def _simulated(row: DrafterMeans) -> str:
-    return f"{row.tau_simulated:.3f} ({row.least_tau_simulated:.2f} .. {row.most_tau_simulated:.2f})"
-
-
-_DRAFTER_COLUMNS = (
-    words("row", "row"),
-    Column("seeds", "", "num_seeds"),
-    Column("steps", "", "num_steps"),
-    Column("step ms", "", "comparable_step_ms", ".0f"),
-    Column("tau simulated", "", _simulated),
-    Column("tau served", "", "tau_served", ".3f"),
-    Column("T = 1", "", "tau_served_t1", ".3f"),
-    Column("T = 1, shared noise", "", "tau_served_t1_shared_noise", ".3f"),
-    Column("code", "", "tau_code", ".3f"),
-    Column("tokens/s", "", "tokens_per_second", ".0f"),
-    Column("over plain", "", "over_plain", ".2f", suffix="x"),
-)
+def _simulated(mean: DrafterMeans) -> str:
+    return f"{mean.tau_simulated:.3f} ({mean.least_tau_simulated:.2f} .. {mean.most_tau_simulated:.2f})"

@@ -132,11 +132,11 @@ class Table:
         return replace(self, rows=self.rows + added)
 
     def without_empty_columns(self) -> Self:
-        """The table without the columns of numbers in which every row has a dash, and those that are blank."""
+        """The table without the columns of numbers that are empty in every row."""
         kept = [
             index
             for index, column in enumerate(self.columns)
-            if any(row[index].text and not (column.is_number and row[index] == MISSING) for row in self.rows)
+            if not column.is_number or any(row[index].text not in ("", MISSING.text) for row in self.rows)
         ]
         columns = tuple(self.columns[index] for index in kept)
         return replace(self, columns=columns, rows=tuple(tuple(row[index] for index in kept) for row in self.rows))

@@ -77,8 +77,8 @@ def trace(config: TraceConfig) -> None:
 
 def _measure(config: TraceConfig) -> tuple[dict[str, float], str]:
     """Seconds of every phase, and what they were measured with and on."""
-    from speedstack.eval.report.page import plural
     from speedstack.eval.results.environment import describe_environment
+    from speedstack.eval.results.table import plural
     from speedstack.eval.speed.phase_times import measure_phases, step_rows
 
     assert config.measure != "none"

@@ -11,9 +11,9 @@ import pytest
 
 from speedstack.cli import main
 from speedstack.eval.report.gather import FACTS_FILE, REPORT_FILE, gather
-from speedstack.eval.report.page import Table
 from speedstack.eval.report.render import render_html, report_sections
 from speedstack.eval.results.report import Curve, Report
+from speedstack.eval.results.table import Table
 from speedstack.support.stages import RECORDS
 from tests.eval.report.test_gather import acceptance, metrics, ptq, timing
 
