@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from speedstack.cli import main
-from speedstack.eval.results.kinds import AcceptanceResult, QualityResult, Report, TimingResult
+from speedstack.eval.results.quality import QualityResult
+from speedstack.eval.results.report import Report
+from speedstack.eval.results.speed import AcceptanceResult, TimingResult
 
 # Enough files for a held-out third with prompts of every kind.
 MODULES = (

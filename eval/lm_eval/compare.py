@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from speedstack.eval.results.environment import command_line
-from speedstack.eval.results.schema import Document, Environment, Record
-from speedstack.eval.results.suite_result import HeadlineMetric, SuiteResult
+from speedstack.eval.results.schema import Z95, Document, Environment, Record
+from speedstack.eval.results.suite import HeadlineMetric, SuiteResult
 from speedstack.support.files import write_atomically
 
 # Resamples drawn at once; bounds memory for tasks of ten thousand documents.
@@ -42,6 +42,17 @@ class Difference(Record):
     p_value: float | None
     is_noise: bool | None
     recovery: float | None
+
+    @property
+    def recovery_interval(self) -> tuple[float, float, float] | None:
+        """Recovery and the ends of its 95 % interval; None without one.
+
+        To first order, a relative error of the score is one of its ratio too.
+        """
+        if self.recovery is None:
+            return None
+        error = Z95 * (self.stderr or 0.0) * self.recovery / abs(self.value) if self.value else 0.0
+        return self.recovery, self.recovery - error, self.recovery + error
 
 
 class ComparedMetric(Record):

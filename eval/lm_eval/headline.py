@@ -6,7 +6,7 @@ from lm_eval.api.registry import METRIC_REGISTRY
 from lm_eval.api.task import ConfigurableTask
 
 from speedstack.eval.lm_eval.task_loading import item_name, leaf_tasks
-from speedstack.eval.results.suite_result import no_metric
+from speedstack.eval.results.suite import no_metric
 
 
 def find_metric(item: Any, metric: str) -> str:

@@ -28,8 +28,8 @@ from speedstack.eval.lm_eval.request_cache import RequestCache, drafting_key, mo
 from speedstack.eval.lm_eval.sandbox import ISOLATION
 from speedstack.eval.lm_eval.task_loading import CODE_TASK_NAMES, TaskLoader, item_name, leaf_tasks
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import to_plain
-from speedstack.eval.results.suite_result import HeadlineMetric, SuiteBlock, SuiteResult, TaskDocuments, TaskRequests
+from speedstack.eval.results.schema import to_plain
+from speedstack.eval.results.suite import HeadlineMetric, SuiteBlock, SuiteResult, TaskDocuments, TaskRequests
 from speedstack.runtime import Engine
 from speedstack.support.config import Section
 from speedstack.support.near_miss import did_you_mean

@@ -4,16 +4,13 @@ Builds a synthetic Qwen3-MoE checkpoint of ten shards, converts it through every
 the peak of resident memory and the time. The peer does by hand what `convert` replaces: transformers loads the whole
 model and saves it again.
 
-Each conversion runs in a fresh process, which first converts a checkpoint of a few kilobytes, so that the code of
-torch and transformers is in memory before. The kernel's high-water mark of resident memory is then reset, and read at
-the end: heap, stacks and every touched page of a mapped file count; the page cache does not. Needs Linux.
+Each conversion runs in a process of its own, which first converts a checkpoint of a few kilobytes, so that the code of
+torch and transformers is in memory before. Needs Linux.
 """
 
 import json
-import multiprocessing
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +18,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from speedstack.eval.microbench.process_memory import check_peak_is_known, peak_bytes, restart_peak
+from speedstack.eval.microbench.harness import PeakMemory, Stopwatch, check_peak_memory, in_own_process
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import ConversionCost, ConversionResult
+from speedstack.eval.results.microbench import ConversionCost, ConversionResult
 from speedstack.quant.checkpoint import convert
 from speedstack.quant.checkpoint.directory import ShardWriter
 from speedstack.quant.checkpoint.names import hub_names
@@ -70,7 +67,7 @@ _CHAIN = (
 
 def measure(directory: Path) -> ConversionResult:
     """Build, convert and measure under `directory`, which needs room for about 5 GB. Raises ValueError off Linux."""
-    check_peak_is_known()
+    check_peak_memory()
     make_checkpoint(directory / "tiny", _TINY, num_shards=1)
     make_checkpoint(directory / "plain", _SIZES, num_shards=NUM_SHARDS)
     costs = [_cost(_load_and_save, "transformers load and save", directory / "plain", directory / "peer", "")]
@@ -118,17 +115,7 @@ def _cost(work: Work, name: str, source: Path, out: Path, target: str) -> Conver
     files = [*source.glob("*.safetensors"), *source.glob("*.gguf")]
     source_bytes = sum(file.stat().st_size for file in files)
     max_shard_bytes = _shard_bytes(source_bytes, NUM_SHARDS)
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(work, source, out, target, max_shard_bytes, sender))
-    process.start()
-    sender.close()
-    try:
-        seconds, peak_bytes = receiver.recv()
-    except EOFError as error:
-        raise RuntimeError(f"{name} failed: its error is above") from error
-    finally:
-        process.join()
+    seconds, peak_bytes = in_own_process(name, _measure, work, source, out, target, max_shard_bytes)
     print(f"{name}: {peak_bytes / 1e6:.0f} MB over baseline, {seconds:.1f} s", file=sys.stderr)
     return ConversionCost(
         name=name,
@@ -141,15 +128,15 @@ def _cost(work: Work, name: str, source: Path, out: Path, target: str) -> Conver
     )
 
 
-def _child(work: Work, source: Path, out: Path, target: str, max_shard_bytes: int, sender: Any) -> None:
+def _measure(work: Work, source: Path, out: Path, target: str, max_shard_bytes: int) -> tuple[float, int]:
+    """Seconds and peak bytes, in this process, which should not have done anything else."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         work(source.parent / "tiny", Path(scratch) / "out", "mimo" if target == "plain" else target, 1 << 20)
-    baseline_bytes = restart_peak()
-    start = time.perf_counter()
-    work(source, out, target, max_shard_bytes)
-    seconds = time.perf_counter() - start
-    sender.send((seconds, peak_bytes() - baseline_bytes))
+    memory = PeakMemory()
+    with Stopwatch() as watch:
+        work(source, out, target, max_shard_bytes)
+    return watch.wall_ms / 1e3, memory.peak_bytes()
 
 
 def _convert(source: Path, out: Path, target: str, max_shard_bytes: int) -> None:
@@ -169,14 +156,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = parser.parse_args(arguments).result
     with tempfile.TemporaryDirectory() as directory:
         result = measure(Path(directory))
-    show_result(result, _table(result), path)
-
-
-def _table(result: ConversionResult) -> str:
-    return "\n".join(
+    lines = (
         f"{cost.name}: peak {cost.peak_shards:.2f} shards of {cost.max_shard_bytes / 1e6:.0f} MB, {cost.seconds:.1f} s"
         for cost in result.conversions
     )
+    show_result(result, "\n".join(lines), path)
 
 
 if __name__ == "__main__":

@@ -19,69 +19,24 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from speedstack.dflash.loss import block_loss, offset_weights
-from speedstack.eval.microbench.drafter_race import LOSSES, PEER_WAYS, SHAPES, Batch, Loss, Shape, our_step, peer_step
-from speedstack.eval.microbench.process_memory import peak_bytes, restart_peak
+from speedstack.eval.microbench.drafter_race import LOSSES, PEER_WAYS, SHAPES, Batch, Loss, our_step, peer_step
+from speedstack.eval.microbench.harness import PeakMemory, Stopwatch, available, in_own_process, in_turns
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import Document, Environment, Record, Unavailable
+from speedstack.eval.results.failures import PeerFailure
+from speedstack.eval.results.microbench import DrafterCost, LossMemory, Shape, ShapeTimes, StepTimes
+from speedstack.eval.results.schema import Unavailable
 from speedstack.support.command import module_command, module_parser, show_result
 
 WAYS = ("chunked", "plain")
-
-
-class StepTimes(Record):
-    """Milliseconds of each timed step of one contestant, and of processor time of all its threads."""
-
-    contestant: str
-    step_ms: tuple[float, ...]
-    step_cpu_ms: tuple[float, ...]
-    median_ms: float
-    median_cpu_ms: float
-    num_blocks: int
-
-
-class ShapeTimes(Record):
-    """All contestants on one shape and loss. `speedup`: the fastest of speculators' medians over ours.
-
-    On a machine that does other work the ratio of processor time says more.
-    """
-
-    shape: Shape
-    loss: Loss
-    contestants: tuple[StepTimes, ...]
-    speedup: float | None
-    cpu_speedup: float | None
-
-
-class LossMemory(Record):
-    """Peak memory of head, loss and gradient above what the process held before, in bytes."""
-
-    way: str
-    num_positions: int
-    hidden_size: int
-    vocab_size: int
-    logits_bytes: int
-    peak_bytes: int
-
-
-class DrafterCost(Document):
-    kind: Literal["drafter_cost"] = "drafter_cost"
-    environment: Environment
-    peer_version: str | None
-    times: tuple[ShapeTimes, ...]
-    memory: tuple[LossMemory, ...]
-    unavailable: tuple[Unavailable, ...] = ()
+PEER = "speculators"
 
 
 def measure_steps(shape: Shape, loss: Loss, num_steps: int, with_peer: bool) -> ShapeTimes:
@@ -90,34 +45,34 @@ def measure_steps(shape: Shape, loss: Loss, num_steps: int, with_peer: bool) -> 
     steps = {"speedstack": our_step(shape, loss, batch)}
     if with_peer:
         for attention, is_packed in PEER_WAYS:
-            name = f"speculators, {attention}, {'packed' if is_packed else 'window by window'}"
+            name = f"{PEER}, {attention}, {'packed' if is_packed else 'window by window'}"
             steps[name] = peer_step(shape, loss, batch, attention, is_packed)
-    wall_ms: dict[str, list[float]] = {name: [] for name in steps}
-    cpu_ms: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(num_steps + 1):
-        for name, step in steps.items():
-            started, cpu_started = time.perf_counter(), time.process_time()
-            step(index)
-            cpu_ms[name].append(1e3 * (time.process_time() - cpu_started))
-            wall_ms[name].append(1e3 * (time.perf_counter() - started))
-    contestants = [
-        StepTimes(
-            contestant=name,
-            step_ms=tuple(wall_ms[name][1:]),
-            step_cpu_ms=tuple(cpu_ms[name][1:]),
-            median_ms=statistics.median(wall_ms[name][1:]),
-            median_cpu_ms=statistics.median(cpu_ms[name][1:]),
-            num_blocks=shape.num_windows * shape.num_anchors,
-        )
-        for name in steps
-    ]
-    ours, *peers = contestants
+
+    def run(name: str, turn: int) -> Stopwatch:
+        with Stopwatch() as watch:
+            steps[name](turn)
+        return watch
+
+    num_blocks = shape.num_windows * shape.num_anchors
+    ours, *peers = (_step_times(name, watches, num_blocks) for name, watches in in_turns(steps, run, num_steps).items())
     return ShapeTimes(
         shape=shape,
         loss=loss,
-        contestants=tuple(contestants),
+        contestants=(ours, *peers),
         speedup=min(peer.median_ms for peer in peers) / ours.median_ms if peers else None,
         cpu_speedup=min(peer.median_cpu_ms for peer in peers) / ours.median_cpu_ms if peers else None,
+    )
+
+
+def _step_times(name: str, watches: Sequence[Stopwatch], num_blocks: int) -> StepTimes:
+    step_ms, step_cpu_ms = tuple(one.wall_ms for one in watches), tuple(one.cpu_ms for one in watches)
+    return StepTimes(
+        contestant=name,
+        step_ms=step_ms,
+        step_cpu_ms=step_cpu_ms,
+        median_ms=statistics.median(step_ms),
+        median_cpu_ms=statistics.median(step_cpu_ms),
+        num_blocks=num_blocks,
     )
 
 
@@ -137,7 +92,7 @@ def measure_memory(way: str, num_blocks: int, hidden_size: int, vocab_size: int)
     labels_AJ = torch.randint(vocab_size, (num_blocks, num_offsets), generator=generator)
     valid_AJ = torch.ones_like(labels_AJ, dtype=torch.bool)
     plain_loss(hidden_AJD[:1], labels_AJ[:1], valid_AJ[:1], head_VD)  # buffers of a first product are nobody's
-    before = restart_peak()
+    memory = PeakMemory()
     if way == "chunked":
         block_loss(hidden_AJD, labels_AJ, valid_AJ, head_VD).loss.backward()
     else:
@@ -148,7 +103,7 @@ def measure_memory(way: str, num_blocks: int, hidden_size: int, vocab_size: int)
         hidden_size=hidden_size,
         vocab_size=vocab_size,
         logits_bytes=num_blocks * num_offsets * vocab_size * torch.float32.itemsize,
-        peak_bytes=peak_bytes() - before,
+        peak_bytes=memory.peak_bytes(),
     )
 
 
@@ -167,33 +122,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.way:
         print(measure_memory(options.way, *sizes).model_dump_json())
         return
-    peer = importlib.util.find_spec("speculators")
-    unavailable = []
-    if peer is None:
-        reason = "speculators is not installed: pip install --no-deps --target SIDE speculators, PYTHONPATH=SIDE"
-        unavailable.append(Unavailable(name="speculators", reason=reason))
+    found, missing = available({PEER: _peer_version})
+    for reason in missing.values():
         print(f"left out: {reason}", file=sys.stderr)
     chosen = [shape for shape in SHAPES if options.shapes is None or shape.name in options.shapes]
-    times = [measure_steps(shape, loss, options.num_steps, peer is not None) for shape in chosen for loss in LOSSES]
-    memory = []
-    for way in WAYS:
-        command = [sys.executable, "-m", "speedstack.eval.microbench.drafter", "--way", way]
-        for name, size in zip(("num-blocks", "hidden-size", "vocab-size"), sizes, strict=True):
-            command += [f"--{name}", str(size)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        memory.append(LossMemory.model_validate(json.loads(done.stdout.splitlines()[-1])))
-    version = None if peer is None else importlib.metadata.version("speculators")
+    times = [measure_steps(shape, loss, options.num_steps, PEER in found) for shape in chosen for loss in LOSSES]
     result = DrafterCost(
         environment=describe_environment(),
-        peer_version=version,
+        peer_version=found.get(PEER),
         times=tuple(times),
-        memory=tuple(memory),
-        unavailable=tuple(unavailable),
+        memory=tuple(in_own_process(f"the {way} loss", measure_memory, way, *sizes) for way in WAYS),
+        unavailable=tuple(Unavailable(name=name, reason=reason) for name, reason in missing.items()),
     )
-    show_result(result, _table(result), options.out)
+    show_result(result, _text(result), options.out)
 
 
-def _table(result: DrafterCost) -> str:
+def _peer_version() -> str:
+    if importlib.util.find_spec(PEER) is None:
+        raise PeerFailure(f"{PEER} is not installed: pip install --no-deps --target SIDE {PEER}, PYTHONPATH=SIDE")
+    return importlib.metadata.version(PEER)
+
+
+def _text(result: DrafterCost) -> str:
     lines = []
     for entry in result.times:
         lines.append(f"{entry.shape.name}, {entry.loss}")

@@ -18,47 +18,13 @@ from speedstack.dflash.block import layer_masks, make_blocks, sample_anchors
 from speedstack.dflash.config import DFlashConfig
 from speedstack.dflash.loss import Objective, block_loss
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.eval.results.kinds import Record
+from speedstack.eval.results.microbench import Shape
 
 Loss = Literal["ce", "kl"]
 LOSSES: tuple[Loss, ...] = ("ce", "kl")
 OBJECTIVES = {"ce": Objective(), "kl": Objective(ce=0.0, kl=1.0)}
 PEER_LOSSES = {"ce": "ce", "kl": "kl_div"}
 PEER_WAYS = (("sdpa", False), ("sdpa", True), ("eager", False))
-
-
-class Shape(Record):
-    """Sizes of a drafter and of its batch."""
-
-    name: str
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_taps: int
-    vocab_size: int
-    num_windows: int = 8
-    length: int = 256
-    num_anchors: int = 32
-    block_size: int = 8
-
-    def config(self) -> DFlashConfig:
-        """The drafter of this shape."""
-        return DFlashConfig(
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_layers,
-            num_attention_heads=self.num_heads,
-            num_key_value_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            vocab_size=self.vocab_size,
-            mask_token_id=2,
-            target_layer_ids=tuple(range(self.num_taps)),
-            num_target_layers=self.num_taps,
-            block_size=self.block_size,
-        )
 
 
 SHAPES = (
@@ -101,12 +67,29 @@ class Batch:
         self.head_VD = torch.randn(shape.vocab_size, shape.hidden_size, generator=generator) * 0.05
 
 
+def drafter_config(shape: Shape) -> DFlashConfig:
+    """The drafter of a shape."""
+    return DFlashConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        mask_token_id=2,
+        target_layer_ids=tuple(range(shape.num_taps)),
+        num_target_layers=shape.num_taps,
+        block_size=shape.block_size,
+    )
+
+
 Step = Callable[[int], None]
 
 
 def our_step(shape: Shape, loss: Loss, batch: Batch) -> Step:
     """An optimizer step of this package's drafter, as `speedstack.train.drafter.recipe` makes it."""
-    config = shape.config()
+    config = drafter_config(shape)
     model = DFlashDraftModel(config)
     model.init_weights(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

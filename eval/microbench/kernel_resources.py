@@ -11,13 +11,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import Document, Environment, Record
+from speedstack.eval.results.microbench import KernelResources, KernelResourcesResult, WeightLoop
 from speedstack.runtime.backends.gpu.base import Target
 from speedstack.runtime.backends.gpu.resident import Prefetching, ResidentBackend, compile_options
 from speedstack.runtime.model.released_models import MODELS, drafter_config, released_spec
@@ -35,55 +35,6 @@ NUM_SLOTS, MAX_CONTEXT = 8, 16384
 META = torch.device("meta")
 # Experts packed, the rest in FP8, with a drafter.
 KINDS = ((True, False, False), (False, False, False), (True, True, False), (True, False, True))
-
-
-class WeightLoop(Record):
-    """The code of a kernel that multiplies weights (see `speedstack.eval.microbench.sass`), once through.
-
-    is_loop: false where the compiler has unrolled all of it, and the whole kernel is counted. instructions: of a warp,
-    by class. weight_bytes, load_bytes, async_bytes: of a program; weights, all that is asked of global memory, and what
-    of that is not waited for. bandwidth_fraction: of an H200's bandwidth, what issue alone leaves possible; latency,
-    bank conflicts, activations' way from the L2 cache (up to twice the weights' bytes: see load_bytes), what an item
-    does around the loop, and the last items of a phase are left out.
-    """
-
-    is_loop: bool
-    instructions: dict[str, int]
-    weight_bytes: float
-    load_bytes: int
-    async_bytes: int
-    warp_instructions_per_byte: float
-    bandwidth_fraction: float
-
-
-class KernelResources(Record):
-    """One kernel at one shape. num_registers, local_bytes: a thread's; a kernel without spills has 0 local bytes.
-
-    has_drafter: of a step that a DFlash drafter of two layers drafts for.
-    """
-
-    model: str
-    expert_format: Literal["mxfp4", "bf16"]
-    linear_format: Literal["bf16", "fp8"] = "bf16"
-    has_drafter: bool = False
-    phase: str
-    op: str
-    grid: tuple[int, ...]
-    tile: int
-    num_warps: int
-    num_registers: int
-    local_bytes: int
-    shared_bytes: int
-    loops: tuple[WeightLoop, ...] = ()
-
-
-class KernelResourcesResult(Document):
-    """Every distinct kernel of every model."""
-
-    kind: Literal["kernel_resources"] = "kernel_resources"
-    environment: Environment
-    target: str
-    kernels: tuple[KernelResources, ...]
 
 
 def model_spec(model: str) -> ModelSpec:

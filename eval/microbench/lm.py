@@ -14,11 +14,10 @@ difference is. On whole texts it is the adapter's: it adds up thousands of nats 
 import math
 import random
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -26,9 +25,10 @@ from lm_eval.models.huggingface import HFLM
 
 from speedstack.eval.lm_eval.adapter import EngineLM
 from speedstack.eval.lm_eval.task_loading import TaskLoader
+from speedstack.eval.microbench.harness import Stopwatch, available, in_turns
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.failures import PEER_ERRORS
-from speedstack.eval.results.kinds import Document, Environment, Record, Spread
+from speedstack.eval.results.microbench import LM_ADAPTER as ADAPTER
+from speedstack.eval.results.microbench import LmAgreement, LmBench, LmTask, LmTiming
 from speedstack.eval.speed.harness import spread
 from speedstack.quant.checkpoint import load_model
 from speedstack.runtime import Engine
@@ -36,7 +36,7 @@ from speedstack.support.command import module_command, module_parser, show_resul
 
 # Task -> the kind of request it makes.
 KINDS = {"next_line": "loglikelihood", "heldout_perplexity": "loglikelihood_rolling", "close_line": "generate_until"}
-ENGINE, ENGINE_DRAFTER, ADAPTER = "engine", "engine + drafter", "lm-eval HFLM"
+ENGINE, ENGINE_DRAFTER = "engine", "engine + drafter"
 # What the adapter may run experts with. batched_mm copies an expert's weights for every token that it is sent: with one
 # token a sequence it can be the fastest, on whole texts it takes minutes and gigabytes.
 EXPERTS_IMPLEMENTATIONS = {
@@ -46,58 +46,6 @@ EXPERTS_IMPLEMENTATIONS = {
 }
 NUM_TRIAL_REQUESTS = 4
 Run = Callable[[list[Instance]], list[Any]]
-
-
-class LmTiming(Record):
-    """One contestant on one task's requests; `speedup` is over the adapter, of median times."""
-
-    contestant: str
-    seconds: Spread
-    requests_per_second: float
-    speedup: float
-
-
-class LmAgreement(Record):
-    """Answers of the engine against the adapter's, request by request.
-
-    Log-likelihoods differ by at most `max_difference_nats`, and by `max_relative_difference` of their size; from those
-    in float64 the engine's differ by at most `engine_error_nats`, the adapter's by `adapter_error_nats`, which older
-    files lack. Generations are the same text in `num_equal` cases, log-likelihoods have the same verdict on greediness.
-    `scores` are the task's metrics, the engine's and the adapter's.
-    """
-
-    num_equal: int
-    max_difference_nats: float | None
-    max_relative_difference: float | None
-    engine_error_nats: float | None = None
-    adapter_error_nats: float | None = None
-    scores: dict[str, tuple[float, float]]
-
-
-class LmTask(Record):
-    """One task: agreement, and times of every contestant."""
-
-    task: str
-    kind: Literal["loglikelihood", "loglikelihood_rolling", "generate_until"]
-    num_requests: int
-    experts_implementation: str
-    agreement: LmAgreement
-    timings: tuple[LmTiming, ...]
-
-
-class LmBench(Document):
-    """The whole measurement."""
-
-    kind: Literal["lm_bench"] = "lm_bench"
-    target: str
-    drafter: str | None
-    device: str
-    dtype: str
-    backend: str
-    batch_size: int
-    num_threads: int
-    tasks: tuple[LmTask, ...]
-    environment: Environment
 
 
 def bench(
@@ -173,21 +121,20 @@ def _fresh(engine: Engine, kind: str) -> Run:
 
 
 def _fastest_experts(model: Any, kind: str, run: Run, requests: Sequence[Instance]) -> str:
-    """The experts implementation with the shortest time for a few requests."""
-    seconds = {}
+    """The experts implementation with the shortest time for a few requests, of those that run this model."""
     few = list(requests[:NUM_TRIAL_REQUESTS])
-    for name in EXPERTS_IMPLEMENTATIONS[kind]:
-        try:
-            model.set_experts_implementation(name)
-            run(few[:1])
-            started = time.perf_counter()
+
+    def tried_ms(name: str) -> float:
+        model.set_experts_implementation(name)
+        run(few[:1])
+        with Stopwatch() as watch:
             run(few)
-        except PEER_ERRORS:
-            continue  # it does not run this model; the others may
-        seconds[name] = time.perf_counter() - started
-    if not seconds:
+        return watch.wall_ms
+
+    times_ms, _ = available({name: partial(tried_ms, name) for name in EXPERTS_IMPLEMENTATIONS[kind]})
+    if not times_ms:
         raise ValueError("none of transformers' experts implementations runs this model")
-    return min(seconds, key=lambda name: seconds[name])
+    return min(times_ms, key=lambda name: times_ms[name])
 
 
 def _bench_task(
@@ -201,14 +148,13 @@ def _bench_task(
 ) -> LmTask:
     requests = list(task.instances)
     answers: dict[str, list[Any]] = {}
-    seconds: dict[str, list[float]] = {label: [] for label in contestants}
-    orders = random.Random(0)
-    for repeat in range(num_repeats + 1):
-        for label in orders.sample(list(contestants), len(contestants)):
-            started = time.perf_counter()
+
+    def run(label: str, turn: int) -> float:
+        with Stopwatch() as watch:
             answers[label] = contestants[label](requests)
-            if repeat > 0:  # the first one warms up
-                seconds[label].append(time.perf_counter() - started)
+        return watch.wall_ms / 1e3
+
+    seconds = in_turns(contestants, run, num_repeats, orders=random.Random(0))
     spreads = {label: spread(values) for label, values in seconds.items()}
     ours = answers.get(ENGINE_DRAFTER, answers[ENGINE])
     assert ours == answers[ENGINE], "the drafter changed an answer"
@@ -286,19 +232,15 @@ def show(result: LmBench) -> str:
         f"{result.target}, {result.device}, {result.dtype}, batch {result.batch_size}, {result.num_threads} threads"
     ]
     for task in result.tasks:
-        agreement = task.agreement
+        found = task.agreement
         lines.append(f"{task.task}: {task.num_requests} requests ({task.kind}), {task.experts_implementation} experts")
-        difference = agreement.max_difference_nats
-        lines.append(
-            f"  {agreement.num_equal} equal answers"
-            + (
-                ""
-                if difference is None
-                else f", log-likelihoods within {difference:.1e} nats; from float64 the engine's within "
-                f"{agreement.engine_error_nats:.1e}, the adapter's within {agreement.adapter_error_nats:.1e}"
+        lines.append(f"  {found.num_equal} equal answers")
+        if found.max_difference_nats is not None:
+            lines[-1] += (
+                f", log-likelihoods within {found.max_difference_nats:.1e} nats; from float64 the engine's within "
+                f"{found.engine_error_nats:.1e}, the adapter's within {found.adapter_error_nats:.1e}"
             )
-        )
-        for metric, (a, b) in agreement.scores.items():
+        for metric, (a, b) in found.scores.items():
             lines.append(f"  {metric}: {a:.6g} and {b:.6g}{'' if math.isclose(a, b, rel_tol=1e-5) else ' DIFFER'}")
         for timing in task.timings:
             one = timing.seconds
@@ -311,7 +253,7 @@ def show(result: LmBench) -> str:
 
 @module_command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: measure, print the comparison, write JSON."""
+    """Command line; what cannot be measured ends with one line and exit status 2."""
     parser = module_parser(__spec__, __doc__)
     parser.add_argument("model", type=Path, help="target, a model directory")
     parser.add_argument("--drafter", type=Path, help="its drafter")

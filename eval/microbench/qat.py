@@ -11,11 +11,10 @@ Time is of an optimizer step of a whole model on random tokens, next-token loss,
 smaller part of a step that has one. Contestants take turns, and medians are compared; OMP_NUM_THREADS as you train.
 """
 
-import json
+import ctypes
+import gc
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,9 +26,10 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
 
-from speedstack.eval.microbench.process_memory import give_back_freed, peak_bytes, resident_bytes, restart_peak
+from speedstack.eval.microbench.harness import PeakMemory, Stopwatch, in_own_process, in_turns
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import Document, Environment, Record
+from speedstack.eval.results.microbench import LayerMemory, QatCost, StepTime
+from speedstack.eval.results.table import Column, Table, ratio, words
 from speedstack.quant.checkpoint import load_model
 from speedstack.quant.experts import (
     contraction_last,
@@ -40,7 +40,7 @@ from speedstack.quant.experts import (
 )
 from speedstack.quant.grouped import WeightForm, experts_forward
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, fake_quantize
-from speedstack.support.command import module_command, module_parser, show_result
+from speedstack.support.command import module_command, module_parser
 
 Way = Literal["packed", "plain"]
 WAYS: tuple[Way, ...] = ("packed", "plain")
@@ -58,43 +58,6 @@ class LayerShape:
     num_experts_per_tok: int = 8
     num_layers: int = 4
     num_tokens: int = 512
-
-
-class LayerMemory(Record):
-    """Bytes. What autograd keeps for the backward of one layer, weights apart from all else; and the process's memory
-    above what it had before the first forward: after the last forward, and at its highest, gradients included."""
-
-    way: Way
-    kept_weight_bytes: int
-    kept_other_bytes: int
-    forward_bytes: int
-    peak_bytes: int
-
-
-class StepTime(Record):
-    """Milliseconds of each timed optimizer step, with fake-quant and without, and of processor time of all its threads.
-
-    The ratios are those of the medians; on a machine that does other work the one of processor time says more.
-    """
-
-    precision: Precision
-    fake_quant_ms: tuple[float, ...]
-    plain_ms: tuple[float, ...]
-    fake_quant_cpu_ms: tuple[float, ...]
-    plain_cpu_ms: tuple[float, ...]
-    ratio: float
-    cpu_ratio: float
-    num_parameters: int
-    num_expert_parameters: int
-    num_tokens: int
-
-
-class QatCost(Document):
-    kind: Literal["qat_cost"] = "qat_cost"
-    environment: Environment
-    layer_shape: dict[str, int]
-    layers: tuple[LayerMemory, ...]
-    steps: tuple[StepTime, ...]
 
 
 def plain_experts_forward(module: nn.Module, *inputs: torch.Tensor, form: WeightForm) -> torch.Tensor:
@@ -157,23 +120,22 @@ def measure_layers(way: Way, shape: LayerShape) -> LayerMemory:
     # The first product of a process allocates buffers that are nobody's.
     with torch.autocast("cpu", torch.bfloat16):
         FORWARDS[way](layers[0], hidden_TH[:32].detach(), choices_TJ[:32], weights_TJ[:32], form=WeightForm(None))
-    give_back_freed()
-    before = restart_peak()
+    _give_back_free_memory()
+    memory = PeakMemory()
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     x_TH = hidden_TH
     with hooks, torch.autocast("cpu", torch.bfloat16):
         for layer in layers:
             x_TH = x_TH + FORWARDS[way](layer, x_TH, choices_TJ, weights_TJ, form=form)
-    give_back_freed()
-    forward = resident_bytes() - before
+    _give_back_free_memory()
+    forward_bytes = memory.now_bytes()
     x_TH.square().mean().backward()
-    peak = peak_bytes() - before
     return LayerMemory(
         way=way,
         kept_weight_bytes=sum(size for is_weight, size in kept.values() if is_weight) // shape.num_layers,
         kept_other_bytes=sum(size for is_weight, size in kept.values() if not is_weight) // shape.num_layers,
-        forward_bytes=forward,
-        peak_bytes=peak,
+        forward_bytes=forward_bytes,
+        peak_bytes=memory.peak_bytes(),
     )
 
 
@@ -188,26 +150,28 @@ def measure_steps(
     optimizer = torch.optim.AdamW(experts, lr=1e-5, fused=True)
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
-    wall_ms: dict[str, list[float]] = {"fake_quant": [], "plain": []}
-    cpu_ms: dict[str, list[float]] = {"fake_quant": [], "plain": []}
-    for index in range(num_steps + 1):
-        for name, enable in (("fake_quant", enable_fake_quant), ("plain", enable_autocast)):
-            enable(model)
-            ids_BT = torch.randint(vocab_size, (num_sequences, sequence_length), generator=generator)
-            started, cpu_started = time.perf_counter(), time.process_time()
+    enable = {"fake_quant": enable_fake_quant, "plain": enable_autocast}
+
+    def step(name: str, turn: int) -> Stopwatch:
+        enable[name](model)
+        ids_BT = torch.randint(vocab_size, (num_sequences, sequence_length), generator=generator)
+        with Stopwatch() as watch:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
                 model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if index:  # the first step of each allocates the optimizer's state and compiles kernels
-                wall_ms[name].append(1e3 * (time.perf_counter() - started))
-                cpu_ms[name].append(1e3 * (time.process_time() - cpu_started))
+        return watch
+
+    # The first step of each allocates the optimizer's state and compiles kernels.
+    watches = in_turns(enable, step, num_steps)
+    wall_ms = {name: tuple(one.wall_ms for one in found) for name, found in watches.items()}
+    cpu_ms = {name: tuple(one.cpu_ms for one in found) for name, found in watches.items()}
     return StepTime(
         precision=precision,
-        fake_quant_ms=tuple(wall_ms["fake_quant"]),
-        plain_ms=tuple(wall_ms["plain"]),
-        fake_quant_cpu_ms=tuple(cpu_ms["fake_quant"]),
-        plain_cpu_ms=tuple(cpu_ms["plain"]),
+        fake_quant_ms=wall_ms["fake_quant"],
+        plain_ms=wall_ms["plain"],
+        fake_quant_cpu_ms=cpu_ms["fake_quant"],
+        plain_cpu_ms=cpu_ms["plain"],
         ratio=statistics.median(wall_ms["fake_quant"]) / statistics.median(wall_ms["plain"]),
         cpu_ratio=statistics.median(cpu_ms["fake_quant"]) / statistics.median(cpu_ms["plain"]),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -218,7 +182,7 @@ def measure_steps(
 
 @module_command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: measure, print a table, write JSON."""
+    """Measure, print and save."""
     parser = module_parser(__spec__, __doc__)
     parser.add_argument("--model", type=Path, help="model directory whose steps are timed; none: memory alone")
     parser.add_argument("--num-experts", type=int, default=LayerShape.num_experts, help="experts in a layer")
@@ -231,37 +195,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.way:
         print(measure_layers(options.way, shape).model_dump_json())
         return
-    layers = []
-    for way in WAYS:
-        command = [sys.executable, "-m", "speedstack.eval.microbench.qat", "--way", way]
-        for name in ("num_experts", "num_layers", "num_tokens"):
-            command += [f"--{name.replace('_', '-')}", str(getattr(shape, name))]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        layers.append(LayerMemory.model_validate(json.loads(done.stdout.splitlines()[-1])))
-    steps = []
+    layers = tuple(in_own_process(f"the {way} backward", measure_layers, way, shape) for way in WAYS)
+    steps: list[StepTime] = []
     if options.model is not None:
         model = load_model(options.model)
         steps = [
             measure_steps(model, precision, options.num_steps, num_sequences=4, sequence_length=256)
             for precision in PRECISIONS
         ]
-    result = QatCost(
-        environment=describe_environment(), layer_shape=asdict(shape), layers=tuple(layers), steps=tuple(steps)
-    )
-    show_result(result, _table(result), options.out)
+    result = QatCost(environment=describe_environment(), layer_shape=asdict(shape), layers=layers, steps=tuple(steps))
+    text = Table.of(LAYER_COLUMNS, layers).text()
+    if steps:
+        text += f"\n\n{Table.of(STEP_COLUMNS, steps).text()}"
+    show_result(result, text, options.out)
 
 
-def _table(result: QatCost) -> str:
-    mib = 2**20
-    lines = ["MiB     kept a layer: weights, other; of all layers: after the forward, at the peak"]
-    for layer in result.layers:
-        sizes = (layer.kept_weight_bytes, layer.kept_other_bytes, layer.forward_bytes, layer.peak_bytes)
-        lines.append(f"{layer.way:8}" + "".join(f"{size / mib:10.1f}" for size in sizes))
-    for step in result.steps:
-        with_ms, without_ms = statistics.median(step.fake_quant_ms), statistics.median(step.plain_ms)
-        times = f"{with_ms:.0f} ms with fake-quant, {without_ms:.0f} ms without"
-        lines.append(f"step in {step.precision}: {times}, {step.ratio:.3f}x (CPU {step.cpu_ratio:.3f}x)")
-    return "\n".join(lines)
+MIB = 2.0**-20
+LAYER_COLUMNS = (
+    words("MiB", "way"),
+    Column("weights kept a layer", "", "kept_weight_bytes", ".1f", MIB),
+    Column("others kept a layer", "", "kept_other_bytes", ".1f", MIB),
+    Column("after the forward", "", "forward_bytes", ".1f", MIB),
+    Column("at the peak", "", "peak_bytes", ".1f", MIB),
+)
+STEP_COLUMNS = (
+    words("ms a step in", "precision"),
+    Column("with fake-quant", "", lambda step: statistics.median(step.fake_quant_ms), ".0f"),
+    Column("without", "", lambda step: statistics.median(step.plain_ms), ".0f"),
+    ratio("time", "ratio", form=".3f"),
+    ratio("processor time", "cpu_ratio", form=".3f"),
+)
+
+
+def _give_back_free_memory() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 if __name__ == "__main__":

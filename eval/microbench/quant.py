@@ -18,25 +18,24 @@ import logging
 import random
 import sys
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from speedstack.eval.microbench.quant_race import (
     COPY,
     OURS,
     PEERS,
-    Operation,
     Samples,
-    available,
     ours,
+    peer_libraries,
     reference,
     time_libraries,
 )
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import Document, Environment, Record, Spread, Unavailable
+from speedstack.eval.results.microbench import QuantBench, QuantTiming
+from speedstack.eval.results.schema import Unavailable
+from speedstack.eval.results.table import Column, Table, words
 from speedstack.eval.speed.harness import spread
 from speedstack.quant import mxfp4
 from speedstack.quant.kernels import kernels_for
@@ -44,38 +43,6 @@ from speedstack.support.command import module_command, module_parser, show_resul
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHAPE = (128, 1536, 2048)
-
-
-class QuantTiming(Record):
-    """One contestant at one operation: `seconds` for `num_experts` matrices, of which it reads and writes `num_bytes`.
-
-    `times_ours` is the ratio of median times an expert; `relative_squared_error` is the sum of squared errors of the
-    first matrix over its sum of squares.
-    """
-
-    operation: Operation
-    dtype: str
-    contestant: str
-    num_experts: int
-    seconds: Spread
-    num_bytes: int
-    bytes_per_second: float
-    fraction_of_copy: float
-    times_ours: float | None
-    relative_squared_error: float | None
-
-
-class QuantBench(Document):
-    """Everything one run measured."""
-
-    kind: Literal["quant-bench"] = "quant-bench"
-    environment: Environment
-    device: str
-    shape: tuple[int, ...]
-    scale_rule: str
-    peer_versions: dict[str, str]
-    timings: tuple[QuantTiming, ...]
-    unavailable: tuple[Unavailable, ...]
 
 
 def bench(
@@ -104,7 +71,7 @@ def bench(
     for dtype_name in dtypes:
         generator = torch.Generator(device).manual_seed(seed)
         w = torch.empty(shape, dtype=DTYPES[dtype_name], device=device).normal_(0, 0.02, generator=generator)
-        peers, missing = available(scale_rule, w[0, :32].contiguous())
+        peers, missing = peer_libraries(scale_rule, w[0, :32].contiguous())
         unavailable |= {name: Unavailable(name=name, reason=reason) for name, reason in missing.items()}
         libraries = [ours(scale_rule), reference(scale_rule), *peers]
         samples = time_libraries(
@@ -149,48 +116,35 @@ def _timings(dtype_name: str, samples: list[Samples]) -> list[QuantTiming]:
     return timings
 
 
+COLUMNS = (
+    words("operation", "operation"),
+    words("dtype", "dtype"),
+    words("contestant", "contestant"),
+    Column("experts", "", "num_experts"),
+    Column("median s", "", "seconds.median", ".4f"),
+    Column("min-max s", "", lambda one: f"{one.seconds.minimum:.4f}-{one.seconds.maximum:.4f}"),
+    Column("GB/s", "", "bytes_per_second", ".2f", 1e-9),
+    Column("of copy", "", "fraction_of_copy", ".2f"),
+    Column("x ours", "", "times_ours", ".1f"),
+    Column("error", "", "relative_squared_error", ".5f"),
+)
+
+
 def show(result: QuantBench) -> str:
     """The result as a table."""
-    console = Console()
-    # A file or a pipe has no width: nothing is cut off there.
-    console = console if console.is_terminal else Console(width=160)
-    table = Table(title=f"MXFP4, {tuple(result.shape)} on {result.device}, rule {result.scale_rule}")
-    for column in (
-        "operation",
-        "dtype",
-        "contestant",
-        "experts",
-        "median s",
-        "min-max s",
-        "GB/s",
-        "of copy",
-        "x ours",
-        "error",
-    ):
-        table.add_column(column, justify="left" if column in ("operation", "dtype", "contestant") else "right")
-    for each in sorted(result.timings, key=lambda t: (t.dtype, t.operation, t.seconds.median)):
-        table.add_row(
-            each.operation,
-            each.dtype,
-            each.contestant,
-            str(each.num_experts),
-            f"{each.seconds.median:.4f}",
-            f"{each.seconds.minimum:.4f}-{each.seconds.maximum:.4f}",
-            f"{each.bytes_per_second / 1e9:.2f}",
-            f"{each.fraction_of_copy:.2f}",
-            "" if each.times_ours is None else f"{each.times_ours:.1f}",
-            "" if each.relative_squared_error is None else f"{each.relative_squared_error:.5f}",
-        )
-    with console.capture() as captured:
-        console.print(table)
-        for missing in result.unavailable:
-            console.print(f"{missing.name} skipped: {missing.reason}")
-    return captured.get().rstrip("\n")
+    timings = sorted(result.timings, key=lambda one: (one.dtype, one.operation, one.seconds.median))
+    return "\n".join(
+        [
+            f"MXFP4, {result.shape} on {result.device}, rule {result.scale_rule}",
+            Table.of(COLUMNS, timings).text(),
+            *(f"{missing.name} skipped: {missing.reason}" for missing in result.unavailable),
+        ]
+    )
 
 
 @module_command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: measure, print a table, write JSON."""
+    """Command line; a setting that cannot be measured ends with one line and exit status 2."""
     parser = module_parser(__spec__, __doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--shape", default=",".join(map(str, SHAPE)), help="experts,out,in (default: %(default)s)")

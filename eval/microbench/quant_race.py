@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from speedstack.eval.results.failures import PEER_ERRORS, one_line
+from speedstack.eval.microbench.harness import available, in_turns
 from speedstack.quant import mxfp4
 
 Operation = Literal["quantize", "dequantize", "fake_quantize", "copy"]
@@ -112,19 +112,17 @@ PEERS: dict[str, Callable[[mxfp4.ScaleRule], Library]] = {
 }
 
 
-def available(scale_rule: mxfp4.ScaleRule, w: torch.Tensor) -> tuple[list[Library], dict[str, str]]:
+def peer_libraries(scale_rule: mxfp4.ScaleRule, w: torch.Tensor) -> tuple[list[Library], dict[str, str]]:
     """The peers that are installed and can quantize `w`; the others' reasons by name."""
-    found, missing = [], dict[str, str]()
-    for name, make in PEERS.items():
-        try:
-            library = make(scale_rule)
-            library.unpack(library.pack(w), w.dtype)
-            library.fake(w)
-        except PEER_ERRORS as error:
-            missing[name] = one_line(error)
-        else:
-            found.append(library)
-    return found, missing
+
+    def tried(name: str) -> Library:
+        library = PEERS[name](scale_rule)
+        library.unpack(library.pack(w), w.dtype)
+        library.fake(w)
+        return library
+
+    found, missing = available({name: functools.partial(tried, name) for name in PEERS})
+    return list(found.values()), missing
 
 
 @dataclass(frozen=True)
@@ -166,12 +164,13 @@ def time_libraries(
         calls["quantize", library.name] = functools.partial(_for_each, library.pack, parts)
         calls["dequantize", library.name] = functools.partial(_unpack_each, library, packed, w.dtype)
         calls["fake_quantize", library.name] = functools.partial(_for_each, library.fake, parts)
-    seconds: dict[tuple[Operation, str], list[float]] = {key: [] for key in calls}
-    for repeat in range(num_repeats):
-        for key in orders.sample(list(calls), len(calls)):
-            elapsed = _seconds(calls[key], w.device)
-            seconds[key].append(elapsed)
-            print(f"{title} repeat {repeat + 1}: {key[0]} {key[1]} {elapsed:.4f} s", file=sys.stderr)
+
+    def run(key: tuple[Operation, str], turn: int) -> float:
+        seconds = _seconds(calls[key], w.device)
+        print(f"{title} repeat {turn + 1}: {key[0]} {key[1]} {seconds:.4f} s", file=sys.stderr)
+        return seconds
+
+    seconds = in_turns(calls, run, num_repeats, num_warmups=0, orders=orders)
     weight_bytes = w[0].nbytes
     packed_bytes = w[0].numel() // 2 + w[0].numel() // mxfp4.BLOCK_SIZE
     bytes_an_expert = {"copy": 2 * weight_bytes, "fake_quantize": 2 * weight_bytes}

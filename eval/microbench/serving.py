@@ -14,15 +14,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tqdm import tqdm
 
 from speedstack.dflash.checkpoint import load_drafter
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.eval.data.prompts import HELDOUT, PromptLoader
+from speedstack.eval.microbench.harness import in_turns
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import AcceptanceSet, Document, Environment, Record, Spread
+from speedstack.eval.results.microbench import ServingBench, ServingRow
+from speedstack.eval.results.table import Column, Table, ratio, words
 from speedstack.eval.speed.acceptance import summarize
 from speedstack.eval.speed.harness import spread
 from speedstack.quant.checkpoint.config import read_config
@@ -46,41 +48,8 @@ class Way:
     temperature: float = 0.0
 
 
-class ServingRow(Record):
-    """One way of speculating.
-
-    `acceptance` is of all prompts, `sets` of each set; without proposals its length is 1.
-    `decode_tokens_per_second` leaves the prompt out; it is of `num_timed_prompts` prompts, None when nothing was timed.
-    """
-
-    name: str
-    proposer: Proposer
-    strategy: dict[str, Any]
-    backend: str
-    temperature: float
-    acceptance: AcceptanceSet
-    sets: tuple[AcceptanceSet, ...]
-    num_timed_prompts: int
-    decode_tokens_per_second: Spread | None
-
-
-class ServingBench(Document):
-    """Ways of speculating with one target and one drafter on the same prompts, one sequence at a time."""
-
-    kind: Literal["serving"] = "serving"
-    target: str
-    drafter: str
-    prompts: str
-    num_prompts: int
-    num_new_tokens: int
-    num_repeats: int
-    seed: int
-    rows: tuple[ServingRow, ...]
-    environment: Environment
-
-
-def ways_of(num_proposals: int) -> list[Way]:
-    """The rows: greedy and at temperature 1, chains of all lengths, adaptive, look-up."""
+def ways_of(num_proposals: int, tree_budgets: Sequence[int] = (8, 16, 32)) -> list[Way]:
+    """The rows: greedy and at temperature 1, chains of all lengths, adaptive, look-up, trees."""
     ways = [Way("no drafter", "none")]
     ways += [Way(f"chain of {count}", "drafter", DraftStrategy(count)) for count in range(1, num_proposals + 1)]
     ways += [Way("adaptive", "drafter", DraftStrategy("adaptive"))]
@@ -143,7 +112,6 @@ def measure_serving(
     total = len(ways) * (len(prompts) + num_repeats * len(timed))
     texts: dict[float, list[list[int]]] = {}
     counted: list[dict[str, list[Generation]]] = []
-    rates: list[list[float]] = [[] for _ in ways]
     with tqdm(total=total, desc="serving", disable=not progress, dynamic_ncols=True) as bar:
         for way in ways:
             found: dict[str, list[Generation]] = {}
@@ -156,16 +124,17 @@ def measure_serving(
             if texts.setdefault(way.temperature, tokens) != tokens:
                 raise ValueError(f"{way.name!r} changed a text: that is a fault, do not use it")
             counted.append(found)
-        orders = random.Random(seed)
-        for _ in range(num_repeats):
-            for index in orders.sample(range(len(ways)), len(ways)):
-                stats = []
-                for prompt in timed:
-                    stats.append(server.run(ways[index], prompt, num_new_tokens, seed).stats)
-                    bar.update()
-                rates[index].append(
-                    sum(one.num_round_tokens for one in stats) / sum(one.decode_seconds for one in stats)
-                )
+
+        def rate(index: int, turn: int) -> float:
+            """Tokens a second of the timed prompts."""
+            stats = []
+            for prompt in timed:
+                stats.append(server.run(ways[index], prompt, num_new_tokens, seed).stats)
+                bar.update()
+            return sum(one.num_round_tokens for one in stats) / sum(one.decode_seconds for one in stats)
+
+        by_way = in_turns(range(len(ways)), rate, num_repeats, num_warmups=0, orders=random.Random(seed))
+    rates = list(by_way.values())
     return [
         ServingRow(
             name=way.name,
@@ -194,17 +163,16 @@ def prompt_sets_of(
     return {entry.name: entry.prompts for entry in loader.load([HELDOUT if source.is_dir() else str(source)])}
 
 
-def table(result: ServingBench) -> str:
-    """The rows as text."""
-    lines = ["backend    T    way                               tau   rows/token  drafted/token   tokens/s"]
-    for row in result.rows:
-        found, rate = row.acceptance, row.decode_tokens_per_second
-        lines.append(
-            f"{row.backend:9}  {row.temperature:.0f}    {row.name:32}{found.acceptance_length:5.2f}"
-            f"{found.rows_per_token:13.2f}{found.drafted_per_token:15.2f}"
-            + (f"{rate.median:11.0f}" if rate is not None else "")
-        )
-    return "\n".join(lines)
+COLUMNS = (
+    words("backend", "backend"),
+    Column("T", "", "temperature", ".0f"),
+    words("way", "name"),
+    Column("tau", "", "acceptance.acceptance_length", ".2f"),
+    Column("rows/token", "", "acceptance.rows_per_token", ".2f"),
+    Column("drafted/token", "", "acceptance.drafted_per_token", ".2f"),
+    Column("tokens/s", "", "decode_tokens_per_second.median", ".0f"),
+    ratio("tree/chain", "speedup_over_chain.median"),
+)
 
 
 @module_command
@@ -224,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the order (default: %(default)s)")
     options = parser.parse_args(arguments)
     result = bench(options)
-    show_result(result, table(result), options.out)
+    show_result(result, Table.of(COLUMNS, result.rows).text(), options.out)
 
 
 def bench(options: argparse.Namespace) -> ServingBench:

@@ -19,7 +19,8 @@ from speedstack.eval.lm_eval.own_tasks import read_own_tasks
 from speedstack.eval.lm_eval.task_loading import PREFIX, TASK_NAMES, TaskLoader, leaf_tasks
 from speedstack.eval.quality.divergence import check_numbers, token_kl, token_nll, top1_matches
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import MethodQuality, QualityResult, TaskScore, to_plain
+from speedstack.eval.results.quality import MethodQuality, QualityResult, TaskScore
+from speedstack.eval.results.schema import to_plain
 from speedstack.runtime import Engine
 
 # Parts of lm-eval's output that a result keeps; the rest is every request and response.

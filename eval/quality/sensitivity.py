@@ -31,7 +31,7 @@ from speedstack.eval.quality.divergence import token_kl, top1_matches
 from speedstack.eval.quality.heldout import corpus_windows
 from speedstack.eval.quality.measure import stderr_over_windows
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import SensitivityResult, UnitSensitivity
+from speedstack.eval.results.quality import SensitivityResult, UnitSensitivity
 from speedstack.quant.checkpoint import load_model, weights_sha256
 from speedstack.quant.checkpoint.config import read_config
 from speedstack.quant.checkpoint.files import checkpoint_directory

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from speedstack.eval.results.kinds import ExpertStorage, ModelSummary
+from speedstack.eval.results.report import ExpertStorage, ModelSummary
 from speedstack.quant.checkpoint import load_checkpoint
 from speedstack.quant.checkpoint.config import build_skeleton, read_config
 from speedstack.quant.checkpoint.files import weight_files

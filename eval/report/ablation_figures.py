@@ -9,7 +9,6 @@ import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 
-import matplotlib
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
@@ -17,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import AutoLocator, NullLocator, ScalarFormatter
 
-from speedstack.eval.report.figures import COLOURS, MARKERS, STYLE, NothingToDraw, label_x, legend_above, new_axes
+from speedstack.eval.report.drawing import COLOURS, MARKERS, NothingToDraw, ink, label_x, legend_above, new_figure
+from speedstack.eval.report.figures import STYLE, WINDOWS
 from speedstack.eval.results.ablation import AblationGrid, AblationRow
 from speedstack.eval.results.schema import Z95
 
@@ -48,14 +48,12 @@ def ablation_figures(grid: AblationGrid) -> dict[str, Figure]:
 
 def kl_by_bits(grid: AblationGrid) -> Figure:
     """KL of every quantized model over the bits that one of its quantized weights takes."""
-    return _points(
-        _with_kl(grid), lambda row: row.bits_per_weight, _kl, BITS, NATS, "95 % interval of the mean over windows"
-    )
+    return _points(_with_kl(grid), lambda row: row.bits_per_weight, _kl, BITS, NATS, WINDOWS)
 
 
 def kl_by_bytes(grid: AblationGrid) -> Figure:
     """KL of every quantized model over the bytes of the whole model: what a format is worth where it is used."""
-    return _linear_x(_points(_with_kl(grid), _megabytes, _kl, BYTES, NATS, "95 % interval of the mean over windows"))
+    return _linear_x(_points(_with_kl(grid), _megabytes, _kl, BYTES, NATS, WINDOWS))
 
 
 def kl_by_speed(grid: AblationGrid) -> Figure:
@@ -68,7 +66,6 @@ def kl_by_speed(grid: AblationGrid) -> Figure:
     """
     rows = [row for row in grid.rows if row.kl_nats is not None and row.kl_nats > 0 and row.temperature == 0]
     label = f"tokens/s on {grid.gpu}, predicted (filled: with a drafter)"
-    whiskers = "95 % interval of the mean over windows"
     full = next((row for row in grid.rows if row.method == "none" and row.drafter == "none"), None)
     line = None if full is None else full.predicted_tokens_per_second
     return _linear_x(
@@ -78,7 +75,7 @@ def kl_by_speed(grid: AblationGrid) -> Figure:
             _kl,
             label,
             NATS,
-            whiskers,
+            WINDOWS,
             fills_drafted=True,
             full_precision_x=line,
         )
@@ -115,8 +112,7 @@ def tau_by_bits(grid: AblationGrid) -> Figure:
     # More lines than colours that are told apart: shades, from cold to hot.
     shades = [to_hex(colormaps["cividis"](index / len(keys))) for index in range(len(keys))]
     colours = COLOURS if len(keys) <= len(COLOURS) else shades
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new_axes(3.4)
+    with new_figure(STYLE, 3.4) as (figure, axes):
         for index, key in enumerate(keys):
             for row in rows:
                 if (row.temperature, row.drafter) == key:
@@ -167,8 +163,7 @@ def _points(
         raise NothingToDraw(f"no row has both {_quantity(y_label)} and {_quantity(x_label)}")
     modules = dict.fromkeys((*_MODULES, *(row.modules for row in rows)))
     colours = dict(zip(modules, itertools.cycle(COLOURS)))
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new_axes(3.4)
+    with new_figure(STYLE, 3.4) as (figure, axes):
         if log_y:
             axes.set_yscale("log")
         for row in rows:
@@ -180,7 +175,7 @@ def _points(
         lines = []
         if full_precision_x is not None:
             label = "full precision, undrafted"
-            lines = [axes.axvline(full_precision_x, color="black", linestyle=":", linewidth=1.0, label=label)]
+            lines = [axes.axvline(full_precision_x, color=ink(), linestyle=":", linewidth=1.0, label=label)]
         _finish(axes, rows, named, x_label, y_label, whiskers, lines)
     return figure
 
@@ -218,14 +213,14 @@ def _finish(
     axes.xaxis.set_minor_locator(NullLocator())
     label_x(axes, x_label, whiskers)
     axes.set_ylabel(y_label)
-    methods = [name for name in dict.fromkeys((*_METHODS, *(row.method for row in rows)))]
-    methods = [name for name in methods if name != "none" and any(row.method == name for row in rows)]
+    used = {row.method for row in rows} - {"none"}
+    methods = [name for name in dict.fromkeys((*_METHODS, *(row.method for row in rows))) if name in used]
     handles = [Line2D([], [], color=colour, linewidth=3, label=label) for label, colour in named]
     handles += [
         Line2D(
             [],
             [],
-            color="black",
+            color=ink(),
             linestyle="none",
             marker=_marker(name),
             markerfacecolor="none",

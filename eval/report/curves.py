@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from speedstack.eval.report.page import plural
-from speedstack.eval.results.kinds import Curve
 from speedstack.eval.results.metrics import FILE_NAME, read_metrics
+from speedstack.eval.results.report import Curve
+from speedstack.eval.results.table import plural
 
 CROSS_ENTROPY = "cross-entropy (nats a token)"
 KL = "KL from the teacher (nats a token)"

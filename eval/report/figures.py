@@ -1,50 +1,43 @@
 """Figures for notebooks and papers: one function a question, each from a result document to a matplotlib figure.
 
-Black on white, in a column's width, in the colours of Okabe and Ito with markers beside them, so that they
-survive a printer and a colour-blind reader. Every axis names its unit, and a line below it says what whiskers are.
-Where a result lacks all that a figure shows, its function raises `NothingToDraw`; a notebook goes on with `show` of
-`eval.report.notebook`. The report draws its own (`eval.report.plots`), which follow the page's theme. Nothing
-here touches pyplot.
+Black on white, in the colours and with the marks of `eval.report.drawing`, as a report's. Every axis names its unit,
+and a line below it says what whiskers are. Where a result lacks all that a figure shows, its function raises
+`NothingToDraw`; a notebook goes on with `show` of `eval.report.notebook`.
 """
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from speedstack.eval.lm_eval.compare import Comparison
-from speedstack.eval.results.kinds import AcceptanceResult, AcceptanceSet, QualityResult, StageSummary, TimingResult
+from speedstack.eval.report.drawing import (
+    COLOURS,
+    MARKERS,
+    NothingToDraw,
+    bars,
+    bars_height,
+    dots,
+    dots_height,
+    either_side,
+    ink,
+    label_x,
+    legend_above,
+    name_rows,
+    new_figure,
+    style,
+)
+from speedstack.eval.results.quality import QualityResult
+from speedstack.eval.results.report import StageSummary
 from speedstack.eval.results.schema import Z95
+from speedstack.eval.results.speed import AcceptanceResult, AcceptanceSet, TimingResult
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-COLUMN_INCHES = 4.6
-# Characters of a line below the axes, and of a row's name beside them.
-LABEL_WIDTH, NAME_WIDTH = 50, 18
-STYLE: dict[Any, Any] = {
-    "figure.facecolor": "white",
-    "figure.dpi": 150,
-    "savefig.bbox": "tight",
-    "pdf.fonttype": 42,  # text stays text
-    "font.size": 8.5,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-}
-
-
-class NothingToDraw(ValueError):
-    """A result has none of what a figure shows; the message says in one line what is missing."""
+STYLE = style("black", "#dddddd") | {"figure.facecolor": "white", "figure.dpi": 150}
+# What whiskers are.
+WINDOWS = "95 % interval of the mean over windows"
+ROUNDS, REPEATS = "95 % interval over rounds", "quartiles of the repeats"
 
 
 def divergence(quality: QualityResult) -> Figure:
@@ -52,21 +45,11 @@ def divergence(quality: QualityResult) -> Figure:
     entries = [entry for entry in quality.methods if entry.kl_to_teacher_nats is not None]
     if not entries:
         raise NothingToDraw(f"no model but {quality.teacher} was measured, hence no KL from it")
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new_axes(0.8 + 0.36 * len(entries))
-        for row, entry in enumerate(entries):
-            axes.barh(
-                row,
-                1e3 * (entry.kl_to_teacher_nats or 0.0),
-                xerr=1e3 * Z95 * (entry.kl_stderr_nats or 0.0),
-                height=0.62,
-                color=COLOURS[0],
-                edgecolor="black",
-                linewidth=0.6,
-                capsize=3,
-            )
-        name_rows(axes, [entry.method for entry in entries])
-        label_x(axes, f"KL from {quality.teacher} (millinats a token)", "95 % interval of the mean over windows")
+    kl_millinats = [1e3 * (entry.kl_to_teacher_nats or 0.0) for entry in entries]
+    errors = [1e3 * Z95 * (entry.kl_stderr_nats or 0.0) for entry in entries]
+    with new_figure(STYLE, bars_height(len(entries))) as (figure, axes):
+        bars(axes, [entry.method for entry in entries], kl_millinats, errors, "{:.3g}")
+        label_x(axes, f"KL from {quality.teacher} (millinats a token)", WINDOWS)
     return figure
 
 
@@ -85,8 +68,7 @@ def score_by_bits(comparison: Comparison, task: str, bits: Mapping[str, float], 
     left_out = [result for result, _, _ in found if result not in bits]
     if not points:
         raise NothingToDraw(f"the bits of a weight are known of none of {', '.join(left_out)}")
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new_axes(3.2)
+    with new_figure(STYLE, 3.2) as (figure, axes):
         for index, (result, value, stderr) in enumerate(points):
             axes.errorbar(
                 bits[result],
@@ -122,18 +104,16 @@ def suite_differences(comparison: Comparison, names: Mapping[str, str]) -> Figur
     num_results = max(len(entry.others) for entry in entries)
     drawn: set[str] = set()
     baseline = names.get(comparison.baseline, comparison.baseline)
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new_axes(1.2 + 0.16 * num_results * len(entries))
+    with new_figure(STYLE, 1.2 + 0.16 * num_results * len(entries)) as (figure, axes):
         for row, entry in enumerate(entries):
             for index, other in enumerate(entry.others):
-                if (recovery := other.recovery) is None:
+                if (interval := other.recovery_interval) is None:
                     continue
-                # To first order, a relative error of the score is one of its ratio too.
-                error = Z95 * (other.stderr or 0.0) * recovery / abs(other.value) if other.value else 0.0
+                recovery, low, high = (100 * value for value in interval)
                 axes.errorbar(
-                    100 * recovery,
+                    recovery,
                     row + 0.2 * (index - (num_results - 1) / 2),
-                    xerr=100 * error,
+                    xerr=either_side([(recovery, low, high)]),
                     fmt=MARKERS[index % len(MARKERS)],
                     color=COLOURS[index % len(COLOURS)],
                     markerfacecolor="white" if other.is_noise else None,
@@ -142,8 +122,9 @@ def suite_differences(comparison: Comparison, names: Mapping[str, str]) -> Figur
                     label=None if other.result in drawn else names.get(other.result, other.result),
                 )
                 drawn.add(other.result)
-        axes.axvline(100, color="black", linewidth=0.8)
+        axes.axvline(100, color=ink(), linewidth=0.8)
         name_rows(axes, [entry.task.removeprefix("speedstack_").replace("_", " ") for entry in entries])
+        axes.set_ylim(len(entries) - 0.5, -0.5)
         label_x(
             axes,
             f"recovery (% of {baseline}); hollow: p > {comparison.significance:g}",
@@ -155,25 +136,15 @@ def suite_differences(comparison: Comparison, names: Mapping[str, str]) -> Figur
 
 def survival(acceptance: AcceptanceResult) -> Figure:
     """Share of rounds whose drafts up to a position were all accepted; bands are 95 % intervals over rounds."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new_axes(2.7)
-        for index, one in enumerate(_drafted_sets(acceptance)):
-            shares = one.survival
-            positions = list(range(1, len(shares) + 1))
-            errors = [Z95 * math.sqrt(p * (1 - p) / max(1, one.num_rounds)) for p in shares]
-            axes.errorbar(
-                positions,
-                [100 * p for p in shares],
-                yerr=[100 * error for error in errors],
-                marker=MARKERS[index % len(MARKERS)],
-                color=COLOURS[index % len(COLOURS)],
-                linewidth=1.3,
-                capsize=2.5,
-                label=f"{one.name} ({one.num_rounds} rounds)",
-            )
+    sets = _drafted_sets(acceptance)
+    with new_figure(STYLE, 2.7 + 0.2 * len(sets)) as (figure, axes):
+        for index, one in enumerate(sets):
+            errors = [100 * Z95 * math.sqrt(p * (1 - p) / max(1, one.num_rounds)) for p in one.survival]
+            label = f"{one.name} ({one.num_rounds} rounds)"
+            _curve(axes, index, label, range(1, len(one.survival) + 1), [100 * p for p in one.survival], errors)
         axes.set_ylim(0, 100)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        label_x(axes, "position in the drafted block (tokens after the anchor)", "95 % interval over rounds")
+        label_x(axes, "position in the drafted block (tokens after the anchor)", ROUNDS)
         axes.set_ylabel("all accepted up to here (% of rounds)")
         legend_above(axes)
     return figure
@@ -181,25 +152,15 @@ def survival(acceptance: AcceptanceResult) -> Figure:
 
 def tokens_by_block(acceptance: AcceptanceResult) -> Figure:
     """Tokens a round if only the first k positions were drafted: one plus the sum of their survival."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new_axes(2.7)
-        for index, one in enumerate(_drafted_sets(acceptance)):
-            expected = [1.0 + sum(one.survival[:k]) for k in range(len(one.survival) + 1)]
-            errors = [
-                # The variance of a sum of nested indicators: a round's accepted count.
-                Z95 * math.sqrt(_variance_of_count(one.survival[:k]) / max(1, one.num_rounds))
-                for k in range(len(one.survival) + 1)
-            ]
-            axes.errorbar(
-                range(len(expected)),
-                expected,
-                yerr=errors,
-                marker=MARKERS[index % len(MARKERS)],
-                color=COLOURS[index % len(COLOURS)],
-                linewidth=1.3,
-                capsize=2.5,
-                label=one.name,
-            )
+    sets = _drafted_sets(acceptance)
+    with new_figure(STYLE, 2.7 + 0.2 * len(sets)) as (figure, axes):
+        for index, one in enumerate(sets):
+            lengths = range(len(one.survival) + 1)
+            expected = [1.0 + sum(one.survival[:k]) for k in lengths]
+            # The variance of a sum of nested indicators: a round's accepted count.
+            variances = [_variance_of_count(one.survival[:k]) for k in lengths]
+            errors = [Z95 * math.sqrt(variance / max(1, one.num_rounds)) for variance in variances]
+            _curve(axes, index, one.name, lengths, expected, errors)
         axes.plot(
             range(acceptance.block_size),
             range(1, acceptance.block_size + 1),
@@ -208,7 +169,7 @@ def tokens_by_block(acceptance: AcceptanceResult) -> Figure:
             linewidth=1,
             label="every draft accepted",
         )
-        label_x(axes, "drafted tokens a round", "95 % interval over rounds")
+        label_x(axes, "drafted tokens a round", ROUNDS)
         axes.set_ylabel("committed tokens a round")
         legend_above(axes)
     return figure
@@ -219,26 +180,11 @@ def decode_rates(timing: TimingResult) -> Figure:
     entries = timing.contestants
     if not entries:
         raise NothingToDraw("no contestant ran")
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new_axes(0.8 + 0.36 * len(entries))
-        for row, entry in enumerate(entries):
-            rate = entry.decode_tokens_per_second
-            axes.barh(
-                row,
-                rate.median,
-                xerr=_to_either_side(rate.median, rate.q1, rate.q3),
-                height=0.62,
-                color=COLOURS[0],
-                edgecolor="black",
-                linewidth=0.6,
-                capsize=3,
-            )
-            axes.annotate(f" {rate.median:.0f}", (rate.q3, row), va="center", xytext=(4, 0), textcoords="offset points")
-        name_rows(axes, [entry.name for entry in entries])
-        axes.margins(x=0.12)
-        label_x(
-            axes, f"decoded tokens a second, {timing.dtype}, {timing.num_threads} threads", "quartiles of the repeats"
-        )
+    rates = [entry.decode_tokens_per_second for entry in entries]
+    errors = either_side([(rate.median, rate.q1, rate.q3) for rate in rates])
+    with new_figure(STYLE, bars_height(len(entries))) as (figure, axes):
+        bars(axes, [entry.name for entry in entries], [rate.median for rate in rates], errors, "{:.0f}")
+        label_x(axes, f"decoded tokens a second, {timing.dtype}, {timing.num_threads} threads", REPEATS)
     return figure
 
 
@@ -251,61 +197,30 @@ def time_per_text(timing: TimingResult) -> Figure:
     ]
     if not entries or num_decoded < 1:
         raise NothingToDraw("no contestant decoded more than its first token")
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new_axes(1.0 + 0.42 * len(entries))
-        for index, part in enumerate(("first token", "all others")):
-            for row, entry in enumerate(entries):
-                rate = entry.decode_tokens_per_second
-                if part == "first token":
-                    one = entry.first_token_seconds
-                    median, low, high = one.median, one.q1, one.q3
-                else:
-                    median, low, high = (num_decoded / value for value in (rate.median, rate.q3, rate.q1))
-                axes.errorbar(
-                    1e3 * median,
-                    row + 0.16 * (2 * index - 1),
-                    xerr=_to_either_side(1e3 * median, 1e3 * low, 1e3 * high),
-                    fmt=MARKERS[index],
-                    color=COLOURS[index],
-                    capsize=2.5,
-                    markersize=6,
-                    label=part if row == 0 else None,
-                )
-        axes.set_xscale("log")
-        name_rows(axes, [entry.name for entry in entries])
-        label_x(
-            axes, f"milliseconds of a text of {timing.num_new_tokens} tokens (log scale)", "quartiles of the repeats"
-        )
+    first = [entry.first_token_seconds for entry in entries]
+    rates = [entry.decode_tokens_per_second for entry in entries]
+    parts = {
+        "first token": [(1e3 * one.median, 1e3 * one.q1, 1e3 * one.q3) for one in first],
+        "all others": [
+            (1e3 * num_decoded / rate.median, 1e3 * num_decoded / rate.q3, 1e3 * num_decoded / rate.q1)
+            for rate in rates
+        ],
+    }
+    with new_figure(STYLE, dots_height(len(entries), list(parts))) as (figure, axes):
+        dots(axes, [entry.name for entry in entries], parts, log=True)
+        label_x(axes, f"milliseconds of a text of {timing.num_new_tokens} tokens (log scale)", REPEATS)
         legend_above(axes)
     return figure
 
 
 def stage_times(stages: Sequence[StageSummary]) -> Figure:
     """Seconds of every stage of a run that was timed; one run, so without whiskers."""
-    timed = [stage for stage in stages if stage.seconds is not None]
+    timed = [(stage.name, stage.seconds) for stage in stages if stage.seconds is not None]
     if not timed:
         raise NothingToDraw("no stage was timed")
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new_axes(0.8 + 0.26 * len(timed))
-        axes.barh(
-            range(len(timed)),
-            [stage.seconds or 0.0 for stage in timed],
-            height=0.62,
-            color=COLOURS[0],
-            edgecolor="black",
-            linewidth=0.6,
-        )
-        for row, stage in enumerate(timed):
-            axes.annotate(
-                f"{stage.seconds:.3g}",
-                (stage.seconds or 0.0, row),
-                va="center",
-                xytext=(4, 0),
-                textcoords="offset points",
-            )
-        name_rows(axes, [stage.name for stage in timed])
-        axes.margins(x=0.1)
-        axes.set_xlabel("seconds (one run)")
+    with new_figure(STYLE, bars_height(len(timed))) as (figure, axes):
+        bars(axes, [name for name, _ in timed], [seconds for _, seconds in timed], None, "{:.3g}")
+        label_x(axes, "seconds (one run)")
     return figure
 
 
@@ -317,9 +232,19 @@ def _drafted_sets(acceptance: AcceptanceResult) -> Sequence[AcceptanceSet]:
     return found
 
 
-def _to_either_side(value: float, low: float, high: float) -> list[list[float]]:
-    """Whiskers as matplotlib takes them. Rounding may put a value a hair outside of its own interval."""
-    return [[max(0.0, value - low)], [max(0.0, high - value)]]
+def _curve(
+    axes: Axes, index: int, label: str, places: Sequence[int], values: Sequence[float], errors: Sequence[float]
+) -> None:
+    axes.errorbar(
+        places,
+        values,
+        yerr=errors,
+        marker=MARKERS[index % len(MARKERS)],
+        color=COLOURS[index % len(COLOURS)],
+        linewidth=1.3,
+        capsize=2.5,
+        label=label,
+    )
 
 
 def _variance_of_count(survival_shares: Sequence[float]) -> float:
@@ -328,41 +253,3 @@ def _variance_of_count(survival_shares: Sequence[float]) -> float:
     # E[n^2] is the sum of (2 i - 1) P(n >= i).
     second_moment = sum((2 * i - 1) * share for i, share in enumerate(survival_shares, start=1))
     return max(0.0, second_moment - mean**2)
-
-
-def new_axes(height_inches: float) -> tuple[Figure, Axes]:
-    """A figure of a column's width; to be called, and drawn on, under STYLE."""
-    figure = Figure(figsize=(COLUMN_INCHES, height_inches), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def label_x(axes: Axes, quantity: str, whiskers: str) -> None:
-    """The horizontal axis' quantity with its unit, and below it what whiskers are."""
-    axes.set_xlabel(f"{textwrap.fill(quantity, LABEL_WIDTH)}\nwhiskers: {whiskers}")
-
-
-def name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """One row a name, the first on top; long names take two lines."""
-    axes.set_yticks(range(len(names)), [textwrap.fill(name, NAME_WIDTH) for name in names])
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.grid(axis="y", visible=False)
-
-
-def legend_above(axes: Axes, handles: Sequence[Line2D] | None = None) -> None:
-    """A legend over the axes, where it covers no point: of what is labelled, or of `handles`.
-
-    It has two columns where the labels leave room for them.
-    """
-    shown: Sequence[Any] = axes.get_legend_handles_labels()[0] if handles is None else handles
-    if not shown:
-        return
-    labels = [str(handle.get_label()) for handle in shown]
-    axes.legend(
-        shown,
-        labels,
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 1.0),
-        ncols=2 if 2 * max(map(len, labels), default=0) <= LABEL_WIDTH else 1,
-        borderaxespad=0.2,
-        handletextpad=0.4,
-    )

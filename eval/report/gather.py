@@ -26,20 +26,10 @@ from speedstack.eval.report import sections
 from speedstack.eval.report.curves import run_curves
 from speedstack.eval.report.render import utc_now
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import (
-    Attachment,
-    Curve,
-    Document,
-    Environment,
-    Example,
-    ExpertStorage,
-    ModelSummary,
-    Report,
-    StageSummary,
-    read_json,
-)
 from speedstack.eval.results.labels import printable, short_names
 from speedstack.eval.results.metrics import FILE_NAME
+from speedstack.eval.results.report import Attachment, Curve, Example, ExpertStorage, ModelSummary, Report, StageSummary
+from speedstack.eval.results.schema import Document, Environment, read_json
 from speedstack.support.stages import RECORDS, stage_store
 
 # Fields of a report that one measurement each has.
@@ -214,7 +204,7 @@ class _Gathered:
             self._take_facts(_place(file.parent), Facts.check(content, file))
         elif kind == REPORT_KIND:
             self._take_report(Report.check(content, file), file)
-        elif kind in sections.MODULES:
+        elif kind in sections.KINDS:
             self._take_result(kind, sections.check(kind, content, str(file)), file, content)
         elif kind is not None:
             self.left_out.append(f"{_shown(file)} ({kind})")

@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 from speedstack.eval.lm_eval.compare import Comparison
 from speedstack.eval.report.figures import NothingToDraw
 from speedstack.eval.results.ablation import AblationGrid
-from speedstack.eval.results.kinds import AcceptanceResult, TimingResult
 from speedstack.eval.results.schema import Document, Environment
-from speedstack.eval.results.timing_result import ENGINE, ENGINE_DRAFTER, TRANSFORMERS
+from speedstack.eval.results.speed import ENGINE, ENGINE_DRAFTER, TRANSFORMERS, AcceptanceResult, TimingResult
 
 T = TypeVar("T")
 DocumentT = TypeVar("DocumentT", bound=Document)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from speedstack.eval.report.page import Headline, Page, Section, render
-from speedstack.eval.report.sections import MODULES, Found, check, environment_of, kind_of, run, sections
-from speedstack.eval.results.kinds import Environment, Report
+from speedstack.eval.report.sections import KINDS, Found, check, environment_of, kind_of, run, sections
+from speedstack.eval.results.report import Report
+from speedstack.eval.results.schema import Environment
 from speedstack.support.files import write_atomically
 
 MAX_HEADLINES = 8
@@ -75,13 +76,13 @@ def utc_now() -> str:
 
 def _found(report: Report) -> dict[str, list[Found[Any]]]:
     """Kind -> its results, the run's own first, kinds in the order of the page."""
-    found: dict[str, list[Found[Any]]] = {kind: [] for kind in MODULES}
+    found: dict[str, list[Found[Any]]] = {kind: [] for kind in KINDS}
     for kind in ("quality", "acceptance", "timing"):
         if (own := getattr(report, kind)) is not None:
             found[kind].append(_with_command(report.own_files.get(kind, ""), own))
     for attachment in report.attached:
         kind_or_none = kind_of(attachment.content)
-        if kind_or_none not in MODULES:
+        if kind_or_none not in KINDS:
             raise ValueError(f"{attachment.name} is of kind {kind_or_none!r}, which a report has no section for")
         result = check(kind_or_none, attachment.content, attachment.name)
         found[kind_or_none].append(_with_command(attachment.name, result))

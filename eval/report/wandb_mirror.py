@@ -24,8 +24,9 @@ from speedstack.eval.results.labels import numbered
 if TYPE_CHECKING:
     import wandb
 
-    from speedstack.eval.report.page import Section, Table
-    from speedstack.eval.results.kinds import Report
+    from speedstack.eval.report.page import Section
+    from speedstack.eval.results.report import Report
+    from speedstack.eval.results.table import Table
 
 Mode = Literal["disabled", "offline", "online"]
 PROJECT = "speedstack"
@@ -120,8 +121,8 @@ def mirror_report(report: Report, directory: Path, mode: Mode) -> bool:
     if _allowed(mode) == "disabled":
         return False
     # Here, so that a training job does not import what draws.
-    from speedstack.eval.report.page import Table
     from speedstack.eval.report.render import report_sections
+    from speedstack.eval.results.table import Table
 
     shown = report_sections(report)
     tables = {section.title: [block for block in section.blocks if isinstance(block, Table)] for section in shown}

@@ -1,22 +1,27 @@
-"""The table of an ablation: a row a combination of number format, modules, method, drafter and temperature.
+"""Ablations: a grid of number format, modules, method, drafter and temperature; and ways of drafting, trained alike.
 
-Shapes of the file, and what is printed from it; what is run is `verbs.ablate`'s business. A notebook reads the
-file with `AblationGrid.load` and draws it with `speedstack.eval.report.ablation_figures`.
+Shapes of the files, and what is printed from them; `speedstack.ablation` runs them, `speedstack.eval.report` draws
+them.
 """
 
 import csv
 import io
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from speedstack.eval.results.schema import Document, Environment, Record, Spread
+from speedstack.eval.results.table import Column, Table, words
 from speedstack.support.files import write_atomically
 
 Served = Literal["packed", "dequantized", "unquantized"]
 # More than this part of a core taken by others while tokens/s were measured makes the figure doubtful.
 BUSY_CORES = 0.25
+PLAIN = "plain"
 
 
 class AblationRow(Record):
@@ -64,6 +69,11 @@ class AblationRow(Record):
         """The row's model, whatever drafts for it."""
         return "full precision" if self.method == "none" else f"{self.format} {self.modules} {self.method}"
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether others kept the machine busy while tokens/s were measured."""
+        return (self.busy_cores_of_others or 0.0) > BUSY_CORES
+
 
 class AblationGrid(Document):
     """All rows of a grid, those that failed among them, and what they have in common.
@@ -97,23 +107,17 @@ class AblationGrid(Document):
 
     def save_csv(self, path: str | Path) -> Path:
         """Write the rows as CSV, a column a field, tokens/s as its median and quartiles; returns the path."""
-        return write_atomically(path, self._csv())
-
-    def _csv(self) -> str:
-        rows = []
-        for row in self.rows:
-            cells = row.model_dump(exclude={"tokens_per_second", "steps"})
-            rate = row.tokens_per_second
-            for name in ("median", "q1", "q3"):
-                cells[f"tokens_per_second_{name}"] = None if rate is None else getattr(rate, name)
-            rows.append(cells)
-        text = io.StringIO(newline="")
-        rate_columns = [f"tokens_per_second_{name}" for name in ("median", "q1", "q3")]
+        quartiles = ("median", "q1", "q3")
         columns = [name for name in AblationRow.model_fields if name not in ("tokens_per_second", "steps")]
-        writer = csv.DictWriter(text, fieldnames=[*columns, *rate_columns], lineterminator="\n")
+        text = io.StringIO(newline="")
+        names = [*columns, *(f"tokens_per_second_{name}" for name in quartiles)]
+        writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
+        for row in self.rows:
+            rate = row.tokens_per_second
+            known = {} if rate is None else {f"tokens_per_second_{name}": getattr(rate, name) for name in quartiles}
+            writer.writerow(row.model_dump(include=set(columns)) | known)
+        return write_atomically(path, text.getvalue())
 
     def save_markdown(self, path: str | Path) -> Path:
         """Write the table and the notes; returns the path."""
@@ -123,57 +127,194 @@ class AblationGrid(Document):
         """A Markdown table. Empty columns are left out; a row that failed ends in its error."""
         if not self.rows:
             return "No rows.\n"
-        columns = list(zip(*[_cells(row) for row in self.rows], strict=True))
-        shown = [(heading, column) for heading, column in zip(self._headings(), columns, strict=True) if any(column)]
-        lines = [
-            f"| {' | '.join(heading for heading, _ in shown)} |",
-            f"|{'|'.join('---' if index < 2 else '---:' for index in range(len(shown)))}|",
-        ]
-        lines += [f"| {' | '.join(cells)} |" for cells in zip(*[column for _, column in shown], strict=True)]
-        return "\n".join(lines) + "\n"
-
-    def _headings(self) -> list[str]:
-        return [
-            "model",
-            "drafter, temperature",
-            "served",
-            "bits a weight",
-            "model, MB",
-            "experts, MB",
-            "KL, millinats a token",
-            "perplexity",
-            "top-1, %",
-            self.score_metric or "score",
-            "tau, greedy",
-            "tau",
-            "tokens/s",
-            f"tokens/s on {self.gpu}, predicted",
-            "error",
-        ]
+        return Table.of(_grid_columns(self), self.rows).without_empty_columns().markdown() + "\n"
 
 
-def _cells(row: AblationRow) -> list[str]:
-    drafter = "" if row.drafter == "none" else f"for the {row.drafter} model, {row.temperature:g}"
+def _grid_columns(grid: AblationGrid) -> tuple[Column, ...]:
+    has_drafter = any(row.drafter != "none" for row in grid.rows)
+    return (
+        words("model", "model_name"),
+        *((words("drafter, temperature", _drafter),) if has_drafter else ()),
+        Column("served", "", "served"),
+        Column("bits a weight", "", "bits_per_weight", ".4g"),
+        Column("model, MB", "", "model_bytes", ".2f", 1e-6),
+        Column("experts, MB", "", "expert_bytes", ".2f", 1e-6),
+        Column("KL, millinats a token", "", "kl_nats", ".4g", 1e3, error="kl_stderr_nats", error_form=".2g"),
+        Column("perplexity", "", "perplexity", ".3f"),
+        Column("top-1, %", "", "top1_agreement", ".2f", 100),
+        Column(grid.score_metric or "score", "", "score", ".3f", error="score_stderr"),
+        Column("tau, greedy", "", "tau_greedy", ".2f", error="tau_greedy_stderr"),
+        Column("tau", "", lambda row: row.tau if row.temperature else None, ".2f", error="tau_stderr"),
+        Column("tokens/s", "", _rate),
+        Column(f"tokens/s on {grid.gpu}, predicted", "", "predicted_tokens_per_second", ".0f"),
+        Column("error", "", "error"),
+    )
+
+
+def _drafter(row: AblationRow) -> str:
+    return "" if row.drafter == "none" else f"for the {row.drafter} model, {row.temperature:g}"
+
+
+def _rate(row: AblationRow) -> str | None:
     rate = row.tokens_per_second
-    busy = row.busy_cores_of_others is not None and row.busy_cores_of_others > BUSY_CORES
-    return [
-        row.model_name,
-        drafter,
-        row.served or "",
-        _number(row.bits_per_weight, "{:.4g}"),
-        _number(row.model_bytes, "{:.2f}", 1e-6),
-        _number(row.expert_bytes, "{:.2f}", 1e-6),
-        _number(row.kl_nats, "{:.4g}", 1e3) + _number(row.kl_stderr_nats, " ± {:.2g}", 1e3),
-        _number(row.perplexity, "{:.3f}"),
-        _number(row.top1_agreement, "{:.2f}", 100),
-        _number(row.score, "{:.3f}") + _number(row.score_stderr, " ± {:.3f}"),
-        _number(row.tau_greedy, "{:.2f}") + _number(row.tau_greedy_stderr, " ± {:.2f}"),
-        "" if row.temperature == 0 else _number(row.tau, "{:.2f}") + _number(row.tau_stderr, " ± {:.2f}"),
-        "" if rate is None else f"{rate.median:.0f}{'*' if busy else ''}",
-        _number(row.predicted_tokens_per_second, "{:.0f}"),
-        (row.error or "").replace("|", "\\|"),
-    ]
+    return None if rate is None else f"{rate.median:.0f}{'*' if row.is_doubtful else ''}"
 
 
-def _number(value: float | None, template: str, factor: float = 1.0) -> str:
-    return "" if value is None else template.format(factor * value)
+class DraftedSet(Record):
+    """Acceptance on one set of prompts: simulated on the target's greedy text, and as the engine decoded it.
+
+    At temperature 1 a drafter proposes its most probable tokens, or those that the target's own noise would draw from
+    its distribution. `None` where a row has no such figure: no engine decodes with the autoregressive baseline.
+    """
+
+    num_prompts: int
+    tau_simulated: float
+    tau_served: float | None = None
+    tau_served_t1: float | None = None
+    tau_served_t1_shared_noise: float | None = None
+    survival: tuple[float, ...] = ()
+    tokens_per_second: float | None = None
+
+
+class DrafterRun(Record):
+    """One row trained with one seed. `seconds` is the training alone; a baseline that is not trained has 0 steps."""
+
+    row: str
+    seed: int
+    num_steps: int
+    seconds: float
+    heldout: DraftedSet
+    code: DraftedSet | None = None
+
+
+class StepTimes(Record):
+    """Times of optimizer steps of one row, rows taking turns; the median leaves the first out."""
+
+    row: str
+    step_ms: tuple[float, ...]
+    median_ms: float
+
+
+class RowTime(StepTimes):
+    """Time of an optimizer step of a row, and how many steps the budget buys.
+
+    `beside`: set on a row that was added to others; the row with known steps that it took turns with then, on a machine
+    that may have been busier or quieter than before. Its own steps are the other's, in proportion to the two medians.
+    """
+
+    num_steps: int
+    beside: StepTimes | None = None
+
+
+class AblationTimes(Document):
+    """Measured before the first run of a row; every run of it has its number of steps from here."""
+
+    kind: Literal["drafter_ablation_times"] = "drafter_ablation_times"
+    budget_seconds: float
+    rows: tuple[RowTime, ...]
+    environment: Environment
+
+    def row(self, name: str) -> RowTime | None:
+        """The row called `name`, None if it has not been timed."""
+        return next((entry for entry in self.rows if entry.row == name), None)
+
+    def comparable_ms(self, name: str) -> float | None:
+        """Median step time of a row on the machine as the first rows found it, None if the row has not been timed."""
+        entry = self.row(name)
+        if entry is None or entry.beside is None:
+            return None if entry is None else entry.median_ms
+        reference_ms = self.comparable_ms(entry.beside.row)
+        assert reference_ms is not None
+        return entry.median_ms * reference_ms / entry.beside.median_ms
+
+
+@dataclass(frozen=True)
+class DrafterMeans:
+    """A row's means over its seeds, each of the runs that have the figure; `changes` are the row's in the base config.
+
+    `tau_code` is as served, or simulated where none was served.
+    """
+
+    row: str
+    changes: dict[str, Any]
+    num_seeds: int
+    num_steps: int
+    step_ms: float | None
+    tau_simulated: float
+    least_tau_simulated: float
+    most_tau_simulated: float
+    over_plain: float | None
+    tau_served: float | None
+    tau_served_t1: float | None
+    tau_served_t1_shared_noise: float | None
+    tau_code: float | None
+    tokens_per_second: float | None
+
+
+class DrafterAblation(Document):
+    """All runs of an ablation, with what each row changes in the base config."""
+
+    kind: Literal["drafter_ablation"] = "drafter_ablation"
+    target_sha256: str
+    budget_seconds: float
+    num_new_tokens: int
+    rows: dict[str, dict[str, Any]]
+    times: AblationTimes
+    runs: tuple[DrafterRun, ...]
+    environment: Environment
+
+    def of(self, row: str) -> list[DrafterRun]:
+        """The runs of one row, by seed."""
+        return sorted((run for run in self.runs if run.row == row), key=lambda run: run.seed)
+
+    def means(self) -> list[DrafterMeans]:
+        """A row each, of those that were trained."""
+        return [self._means(row) for row in self.rows if self.of(row)]
+
+    def _means(self, row: str) -> DrafterMeans:
+        runs, time = self.of(row), self.times.row(row)
+        sets = [run.heldout for run in runs]
+        simulated = [one.tau_simulated for one in sets]
+        plain = _mean(run.heldout.tau_simulated for run in self.of(PLAIN))
+        return DrafterMeans(
+            row=row,
+            changes=self.rows[row],
+            num_seeds=len(runs),
+            num_steps=runs[0].num_steps,
+            step_ms=None if time is None else time.median_ms,
+            tau_simulated=statistics.mean(simulated),
+            least_tau_simulated=min(simulated),
+            most_tau_simulated=max(simulated),
+            over_plain=statistics.mean(simulated) / plain if plain else None,
+            tau_served=_mean(one.tau_served for one in sets),
+            tau_served_t1=_mean(one.tau_served_t1 for one in sets),
+            tau_served_t1_shared_noise=_mean(one.tau_served_t1_shared_noise for one in sets),
+            tau_code=_mean(run.code.tau_served or run.code.tau_simulated for run in runs if run.code),
+            tokens_per_second=_mean(one.tokens_per_second for one in sets),
+        )
+
+    def table(self) -> str:
+        """A Markdown table, a row each: means over seeds, and the extremes of the headline."""
+        columns = (
+            words("row", "row"),
+            Column("seeds", "", "num_seeds"),
+            Column("steps", "", "num_steps"),
+            Column("step ms", "", lambda mean: self.times.comparable_ms(mean.row), ".0f"),
+            Column("tau simulated", "", _simulated),
+            Column("tau served", "", "tau_served", ".3f"),
+            Column("T = 1", "", "tau_served_t1", ".3f"),
+            Column("T = 1, shared noise", "", "tau_served_t1_shared_noise", ".3f"),
+            Column("code", "", "tau_code", ".3f"),
+            Column("tokens/s", "", "tokens_per_second", ".0f"),
+            Column("over plain", "", "over_plain", ".2f", suffix="x"),
+        )
+        return Table.of(columns, self.means()).markdown() + "\n"
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
+def _simulated(mean: DrafterMeans) -> str:
+    return f"{mean.tau_simulated:.3f} ({mean.least_tau_simulated:.2f} .. {mean.most_tau_simulated:.2f})"

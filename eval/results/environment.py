@@ -22,7 +22,7 @@ from speedstack.eval.results.failures import one_line
 from speedstack.eval.results.labels import printable
 
 if TYPE_CHECKING:
-    from speedstack.eval.results.kinds import Environment
+    from speedstack.eval.results.schema import Environment
 
 PACKAGES = ("speedstack", "torch", "transformers", "datasets", "deepspeed", "lm_eval", "safetensors", "triton", "numpy")
 THREAD_SETTINGS = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")
@@ -32,7 +32,7 @@ _SET_BY_IMPORTS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
 
 def describe_environment() -> "Environment":
     """The running process's environment; `num_threads` is what torch uses inside an operation."""
-    from speedstack.eval.results.kinds import Environment
+    from speedstack.eval.results.schema import Environment
 
     return Environment(**environment_fields())
 

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 
 class SpreadFields(TypedDict):
-    """What `speedstack.eval.results.kinds.Spread` holds."""
+    """What `speedstack.eval.results.schema.Spread` holds."""
 
     median: float
     q1: float

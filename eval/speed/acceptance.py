@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import AcceptanceResult, AcceptanceSet
+from speedstack.eval.results.speed import AcceptanceResult, AcceptanceSet
 from speedstack.runtime import Engine, Generation, GenerationStats
 from speedstack.runtime.rounds.speculation import DraftStrategy
 

@@ -25,8 +25,8 @@ import torch
 from speedstack.eval.data.prompts import PromptSet
 from speedstack.eval.results.environment import describe_environment
 from speedstack.eval.results.failures import PEER_ERRORS, one_line
-from speedstack.eval.results.kinds import AcceptanceResult, SetTiming, TimingResult, Unavailable
-from speedstack.eval.results.timing_result import ENGINE, ENGINE_DRAFTER
+from speedstack.eval.results.schema import Unavailable
+from speedstack.eval.results.speed import ENGINE, ENGINE_DRAFTER, AcceptanceResult, SetTiming, TimingResult
 from speedstack.eval.speed.acceptance import acceptance_result
 from speedstack.eval.speed.contestant import Contestant, Sample
 from speedstack.eval.speed.energy import EnergyCounter

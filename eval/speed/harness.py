@@ -5,7 +5,7 @@ of each repeat draws its own order, so that none always runs behind the same oth
 inherit; the draw is seeded, the same race has the same order. Every contestant warms up on the first prompt of every
 set; that time is reported apart, like compilation. Medians come with quartiles and extremes: a reader sees what noise
 there was. A set may be decoded several sequences at once: then a call has as many prompts. What is timed is said in
-`speedstack.eval.results.timing_result`.
+`speedstack.eval.results.speed`.
 
 Repeats go over all sets of prompts in turn, and the standings after each set are handed out, so that whatever ends the
 process leaves what was finished. A contestant that fails leaves the set it failed on, with its reason; its other sets
@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from speedstack.eval.results.failures import PEER_ERRORS, one_line
 from speedstack.eval.results.schema import Spread, Unavailable
+from speedstack.eval.results.speed import ContestantTiming, Identity, TokenTimes
 from speedstack.eval.results.spread import spread_fields
-from speedstack.eval.results.timing_result import ContestantTiming, Identity, TokenTimes
 from speedstack.eval.speed.acceptance import summarize_stats
 from speedstack.eval.speed.contestant import Call, Contestant, Sample
 from speedstack.eval.speed.energy import EnergyCounter

@@ -33,7 +33,7 @@ from speedstack.dflash.accept import survival, walk_rounds
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.dflash.ngram import NgramIndex
 from speedstack.eval.data.prompts import PromptLoader
-from speedstack.eval.results.drafter_rows import AblationTimes, DraftedSet, DrafterAblation, DrafterRun
+from speedstack.eval.results.ablation import AblationTimes, DraftedSet, DrafterAblation, DrafterRun
 from speedstack.eval.results.environment import describe_environment
 from speedstack.eval.results.metrics import read_metrics
 from speedstack.eval.speed.acceptance import summarize

@@ -32,7 +32,7 @@ from speedstack.eval.quality.heldout import corpus_windows
 from speedstack.eval.quality.measure import model_quality
 from speedstack.eval.results.environment import describe_environment
 from speedstack.eval.results.failures import PEER_ERRORS, one_line
-from speedstack.eval.results.ptq_rows import PtqMethod, PtqResult
+from speedstack.eval.results.quantization import PtqMethod, PtqResult
 from speedstack.eval.results.schema import Unavailable
 from speedstack.quant.calibration import GPTQ_SCALE_RULE, gptq_experts
 from speedstack.quant.checkpoint import load_model, weights_sha256

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from speedstack.eval.results.labels import short_names
 from speedstack.eval.results.metrics import FILE_NAME, read_metrics
-from speedstack.eval.results.qat_rows import QatEvaluation, QatRun, QatRuns
+from speedstack.eval.results.quantization import QatEvaluation, QatRun, QatRuns
 from speedstack.eval.results.schema import read_json
 from speedstack.support.command import module_command, module_parser, show_result
 from speedstack.support.config import read_config

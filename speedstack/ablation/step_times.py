@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
-from speedstack.eval.results.drafter_rows import AblationTimes, RowTime, StepTimes
+from speedstack.eval.results.ablation import AblationTimes, RowTime, StepTimes
 from speedstack.eval.results.environment import describe_environment
 from speedstack.train.core.distributed import World
 from speedstack.train.core.loop import train_step

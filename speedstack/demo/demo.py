@@ -92,7 +92,7 @@ def _refuse_other_training(config: DemoConfig) -> None:
 
 def _show(out: Path, seconds: float) -> None:
     from speedstack.eval.report.render import headlines
-    from speedstack.eval.results.kinds import Report
+    from speedstack.eval.results.report import Report
 
     console = Console()
     table = Table(title=f"speedstack demo ({format_seconds(seconds)})", title_justify="left", show_header=False)

@@ -208,7 +208,7 @@ class DemoStages:
     def run_acceptance(self, advance: Advance) -> str:
         """Acceptance of the drafter on held-out prompts, and two example texts."""
         from speedstack.eval.report.gather import Facts
-        from speedstack.eval.results.kinds import Example
+        from speedstack.eval.results.report import Example
         from speedstack.eval.speed.acceptance import measure_acceptance
 
         section = self.config.acceptance

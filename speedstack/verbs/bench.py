@@ -14,7 +14,7 @@ from speedstack.support.config import load_config_of
 
 if TYPE_CHECKING:
     from speedstack.eval.data.prompts import PromptSet
-    from speedstack.eval.results.kinds import AcceptanceResult, TimingResult
+    from speedstack.eval.results.speed import AcceptanceResult, TimingResult
 
 TIMING_FILE, TABLE_FILE, ACCEPTANCE_FILE = "timing.json", "timing.md", "acceptance.json"
 

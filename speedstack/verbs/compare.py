@@ -20,7 +20,7 @@ def load_compare_config(path: Path | None, overrides: Sequence[str]) -> CompareC
 def compare(config: CompareConfig) -> None:
     """Results of one suite, side by side."""
     from speedstack.eval.lm_eval.compare import compare_results
-    from speedstack.eval.results.suite_result import SuiteResult
+    from speedstack.eval.results.suite import SuiteResult
 
     places = [path.resolve() for path in config.results]
     if twice := [str(path) for path, place in zip(config.results, places, strict=True) if places.count(place) > 1]:

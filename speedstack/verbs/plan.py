@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from speedstack.eval.results.kinds import Document, Record
+from speedstack.eval.results.schema import Document, Record
 from speedstack.eval.speed.planned_step import Planned, StepConfig, make_plan
 from speedstack.support.config import load_config_of
 

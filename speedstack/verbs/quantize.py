@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from speedstack.eval.config import DEMO_RUN
-from speedstack.eval.results.kinds import Document, Environment, Record
+from speedstack.eval.results.schema import Document, Environment, Record
 from speedstack.support.config import Section, load_config_of
 
 if TYPE_CHECKING:

@@ -75,8 +75,8 @@ def trace(config: TraceConfig) -> None:
 
 def _measure(config: TraceConfig) -> tuple[dict[str, float], str]:
     """Seconds of every phase, and a description of backend and machine."""
-    from speedstack.eval.report.page import plural
     from speedstack.eval.results.environment import describe_environment
+    from speedstack.eval.results.table import plural
     from speedstack.eval.speed.phase_times import measure_phases, step_rows
 
     assert config.measure != "none"

@@ -11,7 +11,7 @@ import yaml
 from speedstack.ablation import drafters, step_times
 from speedstack.ablation.drafters import Ablation, main
 from speedstack.ablation.drafters_config import AblationConfig
-from speedstack.eval.results.drafter_rows import AblationTimes, DrafterAblation
+from speedstack.eval.results.ablation import AblationTimes, DrafterAblation
 from speedstack.quant.checkpoint import load_model
 from speedstack.support.config import read_config
 from speedstack.train.drafter import frozen_target

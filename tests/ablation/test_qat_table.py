@@ -10,7 +10,7 @@ import pytest
 from speedstack.ablation.qat_table import main, qat_table
 from speedstack.eval.report import sections
 from speedstack.eval.report.sections import Found
-from speedstack.eval.results.qat_rows import QatRuns
+from speedstack.eval.results.quantization import QatRuns
 from speedstack.support.config import dump_config
 from speedstack.train.config.recipes import QatConfig
 

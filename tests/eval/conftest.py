@@ -7,25 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from speedstack.eval.results.kinds import (
-    AcceptanceResult,
-    AcceptanceSet,
-    ContestantTiming,
-    Curve,
-    Environment,
-    Example,
-    ExpertStorage,
-    Identity,
-    MethodQuality,
-    ModelSummary,
-    QualityResult,
-    Report,
-    Spread,
-    StageSummary,
-    TaskScore,
-    TimingResult,
-    Unavailable,
-)
+from speedstack.eval.results.quality import MethodQuality, QualityResult, TaskScore
+from speedstack.eval.results.report import Curve, Example, ExpertStorage, ModelSummary, Report, StageSummary
+from speedstack.eval.results.schema import Environment, Spread, Unavailable
+from speedstack.eval.results.speed import AcceptanceResult, AcceptanceSet, ContestantTiming, Identity, TimingResult
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM

@@ -9,7 +9,7 @@ import pytest
 
 from speedstack.cli import main
 from speedstack.eval.config import BenchConfig, PromptsConfig
-from speedstack.eval.results.kinds import AcceptanceResult, TimingResult
+from speedstack.eval.results.speed import AcceptanceResult, TimingResult
 from speedstack.verbs.bench import bench
 
 

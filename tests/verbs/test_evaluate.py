@@ -10,7 +10,7 @@ import pytest
 
 from speedstack.cli import main
 from speedstack.eval.config import EvalConfig
-from speedstack.eval.results.kinds import QualityResult
+from speedstack.eval.results.quality import QualityResult
 from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.runtime import Engine
 from speedstack.train.data.corpus import prepare_corpus

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from speedstack.eval.results.kinds import AcceptanceResult
+from speedstack.eval.results.speed import AcceptanceResult
 from speedstack.eval.speed.acceptance import measure_acceptance
 from speedstack.quant.checkpoint.tokenizer import load_tokenizer
 from speedstack.support.files import write_atomically

@@ -28,7 +28,7 @@ from speedstack.dflash.block import Blocks, layer_masks, make_blocks, sample_anc
 from speedstack.dflash.checkpoint import load_drafter, save_drafter
 from speedstack.dflash.loss import ABSENT, BlockLoss, Objective, block_loss, offset_weights
 from speedstack.dflash.model import DFlashDraftModel
-from speedstack.eval.results.kinds import AcceptanceResult, AcceptanceSet
+from speedstack.eval.results.speed import AcceptanceResult, AcceptanceSet
 from speedstack.eval.speed.acceptance import measure_acceptance
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.quant.checkpoint.config import read_config

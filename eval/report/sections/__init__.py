@@ -1,54 +1,60 @@
-"""The kinds of result that a report shows, each with the module that turns its results into sections of the page.
+"""The kinds of result that a report shows: of each the class of its documents, and what turns results into sections."""
 
-A kind is a line of `MODULES` and a module here that has two names:
-
-    DOCUMENT             the class of the result: `check(content, path)` gives one, or raises ValueError
-    sections(found)      the sections that show some results of the kind, one or many
-
-Modules are imported when a result of their kind is there: the schemas of some benchmarks import what they measure.
-"""
-
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
+from speedstack.eval.lm_eval.compare import Comparison
 from speedstack.eval.report.page import Section
-from speedstack.eval.results.kinds import Environment
-from speedstack.eval.results.labels import short_file_names
-from speedstack.eval.results.suite_result import BLOCK
+from speedstack.eval.report.sections import ablation, microbench, quality, quantization, speed, suites
+from speedstack.eval.report.sections.found import Found, each, titled
+from speedstack.eval.results.ablation import AblationGrid, DrafterAblation
+from speedstack.eval.results.microbench import (
+    ConversionResult,
+    DrafterCost,
+    KernelResourcesResult,
+    LmBench,
+    QatCost,
+    QuantBench,
+    ServingBench,
+)
+from speedstack.eval.results.quality import QualityResult, SensitivityResult
+from speedstack.eval.results.quantization import PtqResult, QatRuns
+from speedstack.eval.results.schema import Environment
+from speedstack.eval.results.speed import AcceptanceResult, TimingResult
+from speedstack.eval.results.suite import BLOCK, SuiteResult
 
-# In the order of the page.
-MODULES = {
-    "quality": "quality",
-    "eval": "suite",
-    "comparison": "comparison",
-    "ablation": "ablation",
-    "ptq": "ptq",
-    "qat_runs": "qat_runs",
-    "sensitivity": "sensitivity",
-    "acceptance": "acceptance",
-    "drafter_ablation": "drafter_ablation",
-    "serving": "serving",
-    "timing": "timing",
-    "lm_bench": "lm_bench",
-    "drafter_cost": "drafter_cost",
-    "qat_cost": "qat_cost",
-    "quant-bench": "quant_bench",
-    "conversion": "conversion",
-    "kernel_resources": "kernel_resources",
-}
-
-T = TypeVar("T")
+__all__ = ["KINDS", "Found", "Kind", "check", "environment_of", "kind_of", "sections", "titled"]
 
 
 @dataclass(frozen=True)
-class Found(Generic[T]):
-    """A result and where it was read; `name` is empty for the measurements of the one run that a report is of."""
+class Kind:
+    """`document.check(content, path)` gives a result, or raises ValueError; `sections` shows some, one or many."""
 
-    name: str
-    result: T
-    command: str | None = None
+    document: Any
+    sections: Callable[[Sequence[Found[Any]]], list[Section]]
+
+
+# In the order of the page.
+KINDS = {
+    "quality": Kind(QualityResult, each("Quality", quality.quality)),
+    "eval": Kind(SuiteResult, suites.suites),
+    "comparison": Kind(Comparison, each("Comparison", suites.comparison)),
+    "ablation": Kind(AblationGrid, each("Ablation", ablation.grid)),
+    "ptq": Kind(PtqResult, each("Ways to quantize", quantization.ptq)),
+    "qat_runs": Kind(QatRuns, each("Runs of quantization-aware training", quantization.qat_runs)),
+    "sensitivity": Kind(SensitivityResult, each("Sensitivity", quality.sensitivity)),
+    "acceptance": Kind(AcceptanceResult, each("Drafting", speed.acceptance)),
+    "drafter_ablation": Kind(DrafterAblation, each("Ablation of drafters", ablation.drafters)),
+    "serving": Kind(ServingBench, each("Ways to speculate", speed.serving)),
+    "timing": Kind(TimingResult, each("Speed", speed.timing)),
+    "lm_bench": Kind(LmBench, each("Against lm-eval\u2019s adapter", microbench.lm)),
+    "drafter_cost": Kind(DrafterCost, each("Training a drafter", microbench.drafter)),
+    "qat_cost": Kind(QatCost, each("Cost of fake-quant", microbench.qat)),
+    "quant-bench": Kind(QuantBench, each("MXFP4 kernels", microbench.quant)),
+    "conversion": Kind(ConversionResult, each("Conversion", microbench.conversion)),
+    "kernel_resources": Kind(KernelResourcesResult, each("GPU kernels", microbench.kernels)),
+}
 
 
 def kind_of(content: Any) -> str | None:
@@ -62,44 +68,14 @@ def kind_of(content: Any) -> str | None:
 
 def check(kind: str, content: Any, path: str) -> Any:
     """The result that `content` is. Raises ValueError, naming `path`, for content that does not fit the kind."""
-    return _module(kind).DOCUMENT.check(content, path)
+    return KINDS[kind].document.check(content, path)
 
 
 def sections(kind: str, found: Sequence[Found[Any]]) -> list[Section]:
     """The sections of all results of one kind."""
-    return _module(kind).sections(found)
+    return KINDS[kind].sections(found)
 
 
 def environment_of(result: Any) -> Environment | None:
     """Where a result was measured; None where it does not say."""
     return getattr(getattr(result, "block", result), "environment", None)
-
-
-def titled(title: str, one: Found[Any], found: Sequence[Found[Any]]) -> str:
-    """The title, with a short name of the result when there are several of its kind."""
-    name = _short_name(one, found)
-    return f"{title}: {name}" if name else title
-
-
-def each(title: str, found: Sequence[Found[T]], section: Callable[[T, str], Section]) -> list[Section]:
-    """A section a result, made by `section(result, title)`, with its command and file.
-
-    Of several, headlines say which one they are of.
-    """
-    return [
-        section(one.result, titled(title, one, found)).made_by(one.command, one.name).of_run(_short_name(one, found))
-        for one in found
-    ]
-
-
-def _short_name(one: Found[Any], found: Sequence[Found[Any]]) -> str:
-    """What tells a result from the others of its kind; empty for one alone, and for that of the run itself."""
-    if len(found) == 1 or not one.name:
-        return ""
-    named = [other for other in found if other.name]
-    names = short_file_names([other.name for other in named])
-    return next(name for other, name in zip(named, names, strict=True) if other is one)
-
-
-def _module(kind: str) -> Any:
-    return importlib.import_module(f"{__name__}.{MODULES[kind]}")

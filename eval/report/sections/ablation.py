@@ -1,104 +1,45 @@
-"""A grid of number format, modules, method, drafter and temperature: what each combination costs and gives."""
+"""Ablations: what each combination of a grid costs and gives, and what each way of drafting is worth."""
 
+import statistics
 from collections.abc import Sequence
 
-from speedstack.eval.report import plots
-from speedstack.eval.report.page import (
-    MISSING,
-    Block,
-    Cell,
-    Column,
-    FigureBlock,
-    Headline,
-    Section,
-    Table,
-    format_bytes,
-    format_spread,
-    number,
-    number_and_error,
-    plural,
-    words,
-)
-from speedstack.eval.report.sections import Found, each
-from speedstack.eval.results.ablation import BUSY_CORES, AblationGrid, AblationRow
+from speedstack.eval.report import plots, tables
+from speedstack.eval.report.page import Block, FigureBlock, Headline, Section
+from speedstack.eval.report.plots import Point
+from speedstack.eval.results.ablation import PLAIN, AblationGrid, DrafterAblation, DrafterRun
 from speedstack.eval.results.schema import Z95
+from speedstack.eval.results.table import Table, plural
 
-DOCUMENT = AblationGrid
-
-
-def sections(found: Sequence[Found[AblationGrid]]) -> list[Section]:
-    """A section a grid."""
-    return each("Ablation", found, _section)
+# More curves than these are a tangle.
+NUM_SURVIVAL_CURVES = 6
 
 
-def _section(grid: AblationGrid, title: str) -> Section:
-    rate_on_gpu = f"on {grid.gpu}, predicted" if grid.gpu else "predicted"
-    columns = (
-        *words(("model", "drafter")),
-        Column("temperature"),
-        Column("served", is_number=False),
-        Column("weight", "bits, scales included"),
-        Column("whole model"),
-        Column("experts"),
-        Column("KL", "millinats a token"),
-        Column("perplexity"),
-        Column("top-1 agreement"),
-        Column(grid.score_metric or "score"),
-        Column("\u03c4", "greedy"),
-        Column("\u03c4", "at its temperature"),
-        Column("decoding", "tokens/s"),
-        Column("decoding", f"tokens/s {rate_on_gpu}"),
-    )
-    table = Table(columns, tuple(map(_row, grid.rows)), "\u00b1 is one standard error.").without_empty_columns()
-    failed = plural(grid.num_failed, "row") + " failed; their errors are in the table." if grid.num_failed else ""
+def grid(result: AblationGrid, title: str) -> Section:
+    """A grid of number format, modules, method, drafter and temperature."""
+    table = Table.of(tables.grid(result), result.rows, "\u00b1 is one standard error.").without_empty_columns()
+    failed = plural(result.num_failed, "row") + " failed; their errors are in the table."
     return Section(
         title,
         (
-            f"{plural(len(grid.rows), 'row')} of number format, modules, method, drafter and temperature, all on the "
+            f"{plural(len(result.rows), 'row')} of number format, modules, method, drafter and temperature, all on the "
             "same held-out text and from the same full-precision model.",
-            *((failed,) if failed else ()),
-            *grid.notes,
+            *((failed,) if result.num_failed else ()),
+            *result.notes,
         ),
-        (table, *_figures(grid)),
-        _headlines(grid),
+        (table, *_grid_figures(result)),
+        _grid_headlines(result),
     )
 
 
-def _row(row: AblationRow) -> tuple[Cell, ...]:
-    rate, busy = row.tokens_per_second, row.busy_cores_of_others
-    doubt = f"others kept {busy:.1f} cores busy" if busy is not None and busy > BUSY_CORES else ""
-    return (
-        Cell(row.model_name, warning=row.error or ""),
-        Cell("none" if row.drafter == "none" else f"for the {row.drafter} model"),
-        number(row.temperature, "g"),
-        Cell(row.served or "\u2013"),
-        number(row.bits_per_weight, ".4g"),
-        _bytes(row.model_bytes),
-        _bytes(row.expert_bytes),
-        number_and_error(row.kl_nats, row.kl_stderr_nats, ".3g", 1e3),
-        number(row.perplexity, ".3f"),
-        number(row.top1_agreement, ".2f", 100, "%"),
-        number_and_error(row.score, row.score_stderr, ".3f"),
-        number_and_error(row.tau_greedy, row.tau_greedy_stderr, ".2f"),
-        number_and_error(row.tau, row.tau_stderr, ".2f"),
-        MISSING if rate is None else Cell(format_spread(rate), rate.median, doubt),
-        number(row.predicted_tokens_per_second, ",.0f"),
-    )
-
-
-def _bytes(size: int | None) -> Cell:
-    return MISSING if size is None else Cell(format_bytes(size), size)
-
-
-def _figures(grid: AblationGrid) -> list[Block]:
+def _grid_figures(result: AblationGrid) -> list[Block]:
     blocks: list[Block] = []
-    models = [row for row in grid.models() if row.kl_nats]
+    models = [row for row in result.models() if row.kl_nats]
     if models:
         points = [_interval(row.kl_nats, row.kl_stderr_nats, 1e3) for row in models]
         label = "KL from full precision (millinats a token, log scale; whiskers: 95 % interval)"
         svg = plots.dots("Divergence of the grid", [row.model_name for row in models], {"KL": points}, label, log=True)
         blocks.append(FigureBlock(svg, "Distance from the full-precision model; less is better."))
-    drafted = [row for row in grid.rows if row.tau is not None and row.temperature == 0]
+    drafted = [row for row in result.rows if row.tau is not None and row.temperature == 0]
     if drafted:
         drafters = dict.fromkeys(row.drafter for row in drafted)
         names = list(dict.fromkeys(row.model_name for row in drafted))
@@ -110,7 +51,7 @@ def _figures(grid: AblationGrid) -> list[Block]:
     return blocks
 
 
-def _interval(value: float | None, stderr: float | None, scale: float) -> tuple[float, float, float] | None:
+def _interval(value: float | None, stderr: float | None, scale: float) -> Point | None:
     if value is None:
         return None
     error = Z95 * (stderr or 0.0)
@@ -118,10 +59,60 @@ def _interval(value: float | None, stderr: float | None, scale: float) -> tuple[
     return scale * value, scale * max(value - error, value / 10), scale * (value + error)
 
 
-def _headlines(grid: AblationGrid) -> tuple[Headline, ...]:
-    rows = [row for row in grid.models() if row.kl_nats]
+def _grid_headlines(result: AblationGrid) -> tuple[Headline, ...]:
+    rows = [row for row in result.models() if row.kl_nats]
     if not rows:
         return ()
     best = min(rows, key=lambda row: row.kl_nats or 0.0)
     bits = "" if best.bits_per_weight is None else f"{best.bits_per_weight:.4g} bits a weight"
     return (Headline(f"{1e3 * (best.kl_nats or 0.0):.3g}", f"millinats a token: least KL, {best.model_name}", bits),)
+
+
+def drafters(result: DrafterAblation, title: str) -> Section:
+    """Drafters that were trained on the same text for the same time."""
+    means = {mean.row: mean for mean in result.means()}
+    table = Table.of(tables.DRAFTERS, means.values(), "Means over seeds; extremes in brackets.")
+    blocks: list[Block] = [table.without_empty_columns()]
+    tau = {row: mean.tau_simulated for row, mean in means.items()}
+    if tau:
+        blocks += [_tau_figure(result, list(tau)), *_survival_figures(result, tau)]
+    text = (
+        f"Every row was trained on the same text for {result.budget_seconds:g} seconds of optimizer steps, so that "
+        "dear steps are fewer steps. The target's greedy text is replayed to simulate \u03c4; the engine measures it "
+        "as served."
+    )
+    headlines: tuple[Headline, ...] = ()
+    best = max(tau, key=lambda row: tau[row], default=PLAIN)
+    if PLAIN in tau and best != PLAIN:
+        label = f"tokens a round (\u03c4) of the best drafter, {best}"
+        headlines = (Headline(f"{tau[best]:.2f}", label, f"plain {tau[PLAIN]:.2f}"),)
+    return Section(title, (text,), tuple(blocks), headlines)
+
+
+def _tau_figure(result: DrafterAblation, rows: Sequence[str]) -> FigureBlock:
+    series: dict[str, list[Point | None]] = {"simulated": [], "served": []}
+    for row in rows:
+        sets = [run.heldout for run in result.of(row)]
+        simulated = [one.tau_simulated for one in sets]
+        served = [one.tau_served for one in sets if one.tau_served is not None]
+        for name, values in (("simulated", simulated), ("served", served)):
+            series[name].append((statistics.mean(values), min(values), max(values)) if values else None)
+    label = "\u03c4, tokens a round, greedy (whiskers: extremes of seeds)"
+    kept = {name: points for name, points in series.items() if any(points)}
+    return FigureBlock(plots.dots("Acceptance length by drafter", rows, kept, label), "Each row's mean over its seeds.")
+
+
+def _survival_figures(result: DrafterAblation, tau: dict[str, float]) -> list[FigureBlock]:
+    """Plain and the rows above it, or the first. None without curves."""
+    order = sorted(tau, key=lambda row: (row != PLAIN, -tau[row]))
+    found = {row: _survival(result.of(row)) for row in order[:NUM_SURVIVAL_CURVES]}
+    curves = {row: survival for row, survival in found.items() if survival}
+    if not curves:
+        return []
+    svg = plots.survival_curves("Survival by drafter", curves)
+    return [FigureBlock(svg, f"How far into a block drafts survive: {', '.join(curves)}; means over seeds.")]
+
+
+def _survival(runs: Sequence[DrafterRun]) -> list[float]:
+    curves = [run.heldout.survival for run in runs if run.heldout.survival]
+    return [statistics.mean(column) for column in zip(*curves, strict=False)]

@@ -1,92 +1,86 @@
-"""Perplexity, divergence from a teacher and task scores of several models on the same held-out text."""
+"""Perplexity, divergence from a teacher and task scores of models on held-out text; what each layer costs alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 from speedstack.eval.report import plots
-from speedstack.eval.report.page import (
-    MISSING,
-    Block,
-    Cell,
-    Column,
-    FigureBlock,
-    Headline,
-    Section,
-    Table,
-    count,
-    format_number,
-    number,
-    number_and_error,
-    words,
-)
-from speedstack.eval.report.sections import Found, each
-from speedstack.eval.results.kinds import MethodQuality, QualityResult, TaskScore
+from speedstack.eval.report.page import Block, FigureBlock, Headline, Section
+from speedstack.eval.report.tables import DIVERGENCE, SENSITIVITY
+from speedstack.eval.results.quality import MethodQuality, QualityResult, SensitivityResult, TaskScore
+from speedstack.eval.results.table import Cell, Column, Table, count, format_number, words
 
-DOCUMENT = QualityResult
 # The metric of each task that a plot shows; both are shares of documents answered right.
 PLOTTED_METRICS = {"next_line": "acc", "close_line": "exact_match"}
+# Of single experts, a page names the worst.
+NUM_EXPERTS_SHOWN = 16
 
 
-def sections(found: Sequence[Found[QualityResult]]) -> list[Section]:
-    """A section a result."""
-    return each("Quality", found, _section)
-
-
-def _section(quality: QualityResult, title: str) -> Section:
-    blocks: list[Block] = [_divergence_table(quality)]
-    paragraphs = [
-        f"All models run in the same engine on the same held-out text. \u201c{quality.teacher}\u201d is the teacher: "
+def quality(result: QualityResult, title: str) -> Section:
+    """Several models on the same held-out text."""
+    blocks: list[Block] = [Table.of(DIVERGENCE, result.methods)]
+    text = (
+        f"All models run in the same engine on the same held-out text. \u201c{result.teacher}\u201d is the teacher: "
         "the others are measured by how far their predictions are from its own."
-    ]
-    if rows := _task_rows(quality):
-        columns = (*words(("task (lm-eval)", "metric", "better")), Column("documents"))
-        blocks.append(
-            Table(
-                (*columns, *(Column(entry.method) for entry in quality.methods)),
-                rows,
-                "Scores of tasks; \u00b1 is one standard error. All models answer the same documents, so differences "
-                "between them are surer than each score alone.",
-            )
+    )
+    if tasks := _tasks(result):
+        caption = (
+            "Scores of tasks; \u00b1 is one standard error. All models answer the same documents, so differences "
+            "between them are surer than each score alone."
         )
-    if any(entry.kl_to_teacher_nats is not None for entry in quality.methods):
+        blocks.append(Table.of(_task_columns(result), tasks, caption))
+    if any(entry.kl_to_teacher_nats is not None for entry in result.methods):
         caption = "Distance of each quantized model from the full-precision one (whiskers: standard error)."
-        blocks.append(FigureBlock(plots.divergence_by_method(quality), caption))
-    if metrics := _plotted(quality):
+        blocks.append(FigureBlock(plots.divergence_by_method(result), caption))
+    known = {(task.first.task, task.first.metric) for task in tasks}
+    if metrics := {task: metric for task, metric in PLOTTED_METRICS.items() if (task, metric) in known}:
         caption = "Tasks with a right answer: pick the next line of four, and close the first line of a block."
-        blocks.append(FigureBlock(plots.task_scores_by_method(quality, metrics), caption))
-    return Section(title, tuple(paragraphs), tuple(blocks), _headlines(quality))
+        blocks.append(FigureBlock(plots.task_scores_by_method(result, metrics), caption))
+    return Section(title, (text,), tuple(blocks), _headlines(result))
 
 
-def _divergence_table(quality: QualityResult) -> Table:
-    return Table(
-        (
-            Column("model", is_number=False),
-            Column("perplexity", "a token"),
-            Column("KL to teacher", "millinats a token"),
-            Column("top-1 agreement"),
-            Column("tokens measured"),
-        ),
-        tuple(
-            (
-                Cell(entry.method),
-                number(entry.perplexity, ".3f"),
-                number_and_error(entry.kl_to_teacher_nats, entry.kl_stderr_nats, ".3f", 1e3),
-                number(entry.top1_agreement, ".2f", 100, "%"),
-                count(entry.num_tokens),
-            )
-            for entry in quality.methods
-        ),
+class _Task(NamedTuple):
+    """Scores of a task's metric by method, and one of them for what they have in common."""
+
+    first: TaskScore
+    scores: dict[str, TaskScore]
+
+
+def _tasks(result: QualityResult) -> list[_Task]:
+    found: dict[tuple[str, str], dict[str, TaskScore]] = {}
+    for entry in result.methods:
+        for score in entry.tasks:
+            found.setdefault((score.task, score.metric), {})[entry.method] = score
+    return [_Task(next(iter(scores.values())), scores) for scores in found.values()]
+
+
+def _task_columns(result: QualityResult) -> tuple[Column, ...]:
+    better = {True: "higher", False: "lower", None: "\u2013"}
+    return (
+        words("task (lm-eval)", lambda task: task.first.task.replace("_", " ")),
+        words("metric", lambda task: task.first.metric.replace("_", " ")),
+        words("better", lambda task: better[task.first.higher_is_better]),
+        count("documents", "first.num_documents"),
+        *(Column(entry.method, "", _score_of(entry.method)) for entry in result.methods),
     )
 
 
-def _plotted(quality: QualityResult) -> dict[str, str]:
-    """Those of the plotted tasks that any model has a score of."""
-    known = {(score.task, score.metric) for entry in quality.methods for score in entry.tasks}
-    return {task: metric for task, metric in PLOTTED_METRICS.items() if (task, metric) in known}
+def _score_of(method: str) -> Callable[[_Task], Cell | None]:
+    """A share as a percentage with its standard error, anything else as a number; None where there is none."""
+
+    def cell(task: _Task) -> Cell | None:
+        score = task.scores.get(method)
+        if score is None:
+            return None
+        if score.stderr is None:
+            return Cell(format_number(score.value), score.value)
+        return Cell(f"{100 * score.value:.1f} \u00b1 {100 * score.stderr:.1f}%", score.value)
+
+    return cell
 
 
-def _headlines(quality: QualityResult) -> tuple[Headline, ...]:
+def _headlines(result: QualityResult) -> tuple[Headline, ...]:
     # In the order of the methods: the baseline first, what came of it last.
-    measured = [entry for entry in quality.methods if entry.kl_to_teacher_nats]
+    measured = [entry for entry in result.methods if entry.kl_to_teacher_nats]
     if len(measured) < 2:
         return ()
     first, last = measured[0], measured[-1]
@@ -106,30 +100,23 @@ def _millinats(entry: MethodQuality) -> str:
     return format_number(1e3 * entry.kl_to_teacher_nats, significant=3)
 
 
-def _score_cell(score: TaskScore | None) -> Cell:
-    """A share as a percentage with its standard error, anything else as a number."""
-    if score is None:
-        return MISSING
-    if score.stderr is None:
-        return Cell(format_number(score.value), score.value)
-    return Cell(f"{100 * score.value:.1f} \u00b1 {100 * score.stderr:.1f}%", score.value)
-
-
-def _task_rows(quality: QualityResult) -> tuple[tuple[Cell, ...], ...]:
-    """One row a (task, metric): its scores in the order of the methods, a dash where a method has none."""
-    scores = {(score.task, score.metric, entry.method): score for entry in quality.methods for score in entry.tasks}
-    rows = []
-    for task, metric in dict.fromkeys((task, metric) for task, metric, _ in scores):
-        values = [scores.get((task, metric, entry.method)) for entry in quality.methods]
-        known = next(score for score in values if score is not None)
-        better = {True: "higher", False: "lower", None: "\u2013"}[known.higher_is_better]
-        rows.append(
-            (
-                Cell(task.replace("_", " ")),
-                Cell(metric.replace("_", " ")),
-                Cell(better),
-                count(known.num_documents),
-                *map(_score_cell, values),
-            )
+def sensitivity(result: SensitivityResult, title: str) -> Section:
+    """What each layer, and each expert, costs when it alone is quantized."""
+    layers = result.layers()
+    worst = sorted(result.experts(), key=lambda unit: -unit.kl_nats)[:NUM_EXPERTS_SHOWN]
+    caption = f"The layers, and the {len(worst)} worst of {len(result.experts())} experts." if worst else ""
+    blocks: list[Block] = [Table.of(SENSITIVITY, (*layers, *worst), caption)]
+    if layers:
+        svg = plots.bars(
+            "Sensitivity by layer",
+            [f"layer {unit.layer}" for unit in layers],
+            [1e3 * unit.kl_nats for unit in layers],
+            "KL from full precision (millinats a token; less is better)",
+            [1e3 * (unit.kl_stderr_nats or 0.0) for unit in layers],
         )
-    return tuple(rows)
+        blocks.append(FigureBlock(svg, "One layer's experts quantized, the others not (whiskers: standard error)."))
+    text = (
+        f"Distance from full precision when one unit alone is quantized ({result.rounding}), on "
+        f"{result.num_tokens:,} tokens; all together it is {1e3 * result.all_kl_nats:.3f} millinats a token."
+    )
+    return Section(title, (text,), tuple(blocks))

@@ -4,22 +4,10 @@ No kind of its own: these are fields of the report.
 """
 
 from speedstack.eval.report import plots
-from speedstack.eval.report.page import (
-    Block,
-    Cell,
-    Column,
-    FigureBlock,
-    Headline,
-    Listing,
-    Section,
-    Table,
-    format_bytes,
-    format_count,
-    format_seconds,
-    number,
-    words,
-)
-from speedstack.eval.results.kinds import Curve, ModelSummary, Report
+from speedstack.eval.report.page import Block, FigureBlock, Headline, Listing, Section
+from speedstack.eval.report.tables import STAGES, STORAGE
+from speedstack.eval.results.report import Curve, ModelSummary, Report
+from speedstack.eval.results.table import Table, format_bytes, format_count
 
 MAX_CURVE_POINTS = 400
 RECIPE = (
@@ -36,40 +24,15 @@ def done(report: Report) -> list[Section]:
     if report.model is None and not report.stages:
         return []
     models = () if report.model is None else (report.model, *report.other_models)
-    blocks: list[Block] = []
-    if report.stages:
-        rows = tuple(
-            (
-                Cell(stage.name),
-                Cell(stage.summary),
-                Cell("\u2013" if stage.seconds is None else format_seconds(stage.seconds), stage.seconds),
-            )
-            for stage in report.stages
-        )
-        blocks.append(Table((*words(("stage", "what it does")), Column("time")), rows))
-    return [Section("What was done", (RECIPE, *map(_model_text, models)), tuple(blocks), _headlines(report))]
+    tables = (Table.of(STAGES, report.stages),) if report.stages else ()
+    return [Section("What was done", (RECIPE, *map(_model_text, models)), tables, _headlines(report))]
 
 
 def memory(report: Report) -> list[Section]:
     """Bytes of the experts, and of everything an engine holds."""
     blocks: list[Block] = []
     if report.storage:
-        rows = tuple(
-            (
-                Cell(entry.place),
-                Cell(format_bytes(entry.packed_bytes), entry.packed_bytes),
-                Cell(format_bytes(entry.bf16_bytes), entry.bf16_bytes),
-                number(entry.ratio if entry.bf16_bytes else None, ".4f"),
-            )
-            for entry in report.storage
-        )
-        columns = (
-            Column("routed experts' weights", is_number=False),
-            Column("MXFP4"),
-            Column("bfloat16"),
-            Column("ratio"),
-        )
-        blocks.append(Table(columns, rows))
+        blocks.append(Table.of(STORAGE, report.storage))
     if report.memory_bytes:
         svg = plots.memory_by_part(report.memory_bytes)
         blocks.append(FigureBlock(svg, "What the engine holds in memory, by part."))

@@ -25,7 +25,7 @@ from speedstack.dflash.checkpoint import load_drafter
 from speedstack.dflash.hf import to_transformers
 from speedstack.eval.results.failures import PEER_ERRORS, one_line
 from speedstack.eval.results.schema import Unavailable
-from speedstack.eval.results.timing_result import TRANSFORMERS
+from speedstack.eval.results.speed import TRANSFORMERS
 from speedstack.eval.speed.contestant import Contestant, Sample
 from speedstack.quant.checkpoint import load_model
 from speedstack.runtime import GenerationStats

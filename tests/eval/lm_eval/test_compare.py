@@ -10,7 +10,7 @@ from scipy import stats
 
 from speedstack.eval.lm_eval.compare import compare_results, mcnemar, paired_bootstrap
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.suite_result import HeadlineMetric, SuiteBlock, SuiteResult, TaskDocuments
+from speedstack.eval.results.suite import HeadlineMetric, SuiteBlock, SuiteResult, TaskDocuments
 
 
 def result(columns: dict[str, list], suite: str = "made up", **block: Any) -> SuiteResult:

@@ -12,8 +12,8 @@ from speedstack.eval.lm_eval.compare import compare_results
 from speedstack.eval.lm_eval.own_tasks import read_own_tasks
 from speedstack.eval.lm_eval.suite import Suite, SuiteSettings, SuiteTask, load_suite, run_suite
 from speedstack.eval.quality.measure import measure_quality
-from speedstack.eval.results.kinds import QualityResult
-from speedstack.eval.results.suite_result import SuiteResult
+from speedstack.eval.results.quality import QualityResult
+from speedstack.eval.results.suite import SuiteResult
 from speedstack.runtime import Engine
 
 NUM_DOCUMENTS = 5

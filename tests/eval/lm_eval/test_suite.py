@@ -26,7 +26,7 @@ from speedstack.eval.lm_eval.suite import (
 )
 from speedstack.eval.lm_eval.task_loading import generation_settings
 from speedstack.eval.quality.measure import run_tasks
-from speedstack.eval.results.suite_result import SuiteResult
+from speedstack.eval.results.suite import SuiteResult
 from speedstack.runtime import Engine
 from speedstack.runtime.rounds.speculation import DraftStrategy
 

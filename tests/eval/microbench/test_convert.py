@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from speedstack.eval.microbench import convert
-from speedstack.eval.results.kinds import ConversionResult
+from speedstack.eval.results.microbench import ConversionResult
 from speedstack.quant.checkpoint import load_model
 
 SIZES = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 4, "num_experts": 8}

@@ -11,7 +11,7 @@ from lm_eval.tasks import TaskManager
 from speedstack.eval.data.task_data import TaskSizes, make_tasks
 from speedstack.eval.lm_eval.task_loading import TASK_NAMES
 from speedstack.eval.quality.measure import heldout_windows, measure_quality, run_tasks, task_scores
-from speedstack.eval.results.kinds import QualityResult
+from speedstack.eval.results.quality import QualityResult
 from speedstack.runtime import Engine
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from speedstack.eval.quality.divergence import token_kl
 from speedstack.eval.quality.sensitivity import main, measure_sensitivity, sensitivity
-from speedstack.eval.results.kinds import SensitivityResult
+from speedstack.eval.results.quality import SensitivityResult
 from speedstack.quant.checkpoint import weights_sha256
 from speedstack.quant.experts import expert_parameters
 from speedstack.quant.mxfp4 import fake_quantize

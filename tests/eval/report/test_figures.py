@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from speedstack.eval.lm_eval.compare import ComparedMetric, Comparison, Difference
 from speedstack.eval.report import figures
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import Report, Spread, StageSummary
+from speedstack.eval.results.report import Report, StageSummary
+from speedstack.eval.results.schema import Spread
 
 NAMES = {"a": "full precision", "b": "rounded"}
 

@@ -8,8 +8,9 @@ import pytest
 from speedstack.cli import main
 from speedstack.eval.report.gather import gather
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import AcceptanceResult, AcceptanceSet, Report, TimingResult
-from speedstack.eval.results.ptq_rows import PtqResult
+from speedstack.eval.results.quantization import PtqResult
+from speedstack.eval.results.report import Report
+from speedstack.eval.results.speed import AcceptanceResult, AcceptanceSet, TimingResult
 
 
 def timing(num_threads: int = 1, **fields: object) -> TimingResult:

@@ -11,9 +11,9 @@ import pytest
 
 from speedstack.cli import main
 from speedstack.eval.report.gather import FACTS_FILE, REPORT_FILE, gather
-from speedstack.eval.report.page import Table
 from speedstack.eval.report.render import render_html, report_sections
-from speedstack.eval.results.kinds import Curve, Report
+from speedstack.eval.results.report import Curve, Report
+from speedstack.eval.results.table import Table
 from speedstack.support.files import write_atomically
 from speedstack.support.stages import stage_store
 from speedstack.support.steps import StepRecord

@@ -17,7 +17,7 @@ import pytest
 from speedstack.eval.lm_eval.compare import Comparison
 from speedstack.eval.report import notebook
 from speedstack.eval.results.ablation import AblationGrid
-from speedstack.eval.results.kinds import Report
+from speedstack.eval.results.report import Report
 from tests.eval.report.test_gather import metrics
 
 RESULTS = Path(__file__).resolve().parents[3] / "results"

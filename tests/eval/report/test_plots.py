@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 
 from speedstack.eval.report import plots
-from speedstack.eval.results.kinds import Report
+from speedstack.eval.results.report import Report
 
 
 def all_figures(report: Report) -> dict[str, str]:

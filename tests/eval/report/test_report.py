@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from speedstack.eval.report.page import FigureBlock, Table, format_bytes, format_count, format_number, format_seconds
+from speedstack.eval.report.page import FigureBlock
 from speedstack.eval.report.render import headlines, render_html, report_sections, write_report
 from speedstack.eval.report.sections.run import thin_curve
-from speedstack.eval.results.kinds import Attachment, Curve, Report
+from speedstack.eval.results.report import Attachment, Curve, Report
+from speedstack.eval.results.table import Table, format_bytes, format_count, format_number, format_seconds
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 
 from speedstack.eval.report.render import write_report
-from speedstack.eval.results.kinds import Attachment, Report
+from speedstack.eval.results.report import Attachment, Report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser is driven")
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -11,18 +11,15 @@ from pydantic import BaseModel
 
 from speedstack.eval.lm_eval.compare import ComparedMetric, Comparison, Difference
 from speedstack.eval.report import sections
-from speedstack.eval.report.page import MISSING, Cell, Column, FigureBlock, Section, Table
-from speedstack.eval.report.sections import MODULES, Found, check, kind_of, titled
+from speedstack.eval.report.page import FigureBlock, Section
+from speedstack.eval.report.sections import KINDS, Found, check, kind_of, titled
 from speedstack.eval.results.ablation import AblationGrid, AblationRow
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import (
-    ConversionCost,
-    ConversionResult,
-    Environment,
-    SensitivityResult,
-    UnitSensitivity,
-)
-from speedstack.eval.results.suite_result import BLOCK, HeadlineMetric, SuiteBlock, SuiteResult, TaskRequests
+from speedstack.eval.results.microbench import ConversionCost, ConversionResult
+from speedstack.eval.results.quality import SensitivityResult, UnitSensitivity
+from speedstack.eval.results.schema import Environment
+from speedstack.eval.results.suite import BLOCK, HeadlineMetric, SuiteBlock, SuiteResult, TaskRequests
+from speedstack.eval.results.table import MISSING, Cell, Column, Table
 from speedstack.eval.speed.harness import spread
 
 RESULTS = sorted((Path(__file__).resolve().parents[3] / "results").glob("*.json"))
@@ -46,9 +43,9 @@ def test_committed_results_are_shown(path: Path) -> None:
     content = read(path)
     kind = kind_of(content)
     if kind == "report":
-        assert kind not in MODULES
+        assert kind not in KINDS
         return
-    assert kind in MODULES, f"{path.name}: no section shows a result of kind {kind}"
+    assert kind in KINDS, f"{path.name}: no section shows a result of kind {kind}"
     result = check(kind, content, str(path))
     shown = sections.sections(kind, [Found(path.name, result, "a command")])
     assert shown
@@ -67,7 +64,7 @@ def test_committed_results_are_shown(path: Path) -> None:
                         )
 
 
-@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_its_documents(kind: str) -> None:
     with pytest.raises(ValueError, match=r"^x\.json") as refused:
         check(kind, {"kind": kind, "schema_version": 99, BLOCK: {"kind": kind, "schema_version": 99}}, "x.json")
@@ -109,10 +106,10 @@ def sparsest(kind: Any, num_levels: int, number: int, has_optional: bool) -> Any
     return {Any: {}, str: "", bool: False, int: number, float: float(number)}[kind]
 
 
-@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_sparsest_result_of_a_kind_is_shown(kind: str) -> None:
     """No contestant, no score, no repeat, nothing but zeros: a page all the same."""
-    document = sections._module(kind).DOCUMENT
+    document = KINDS[kind].document
     for num_levels, (number, has_optional) in itertools.product((0, 1, 2), ((0, False), (0, True), (1, True))):
         if document is SuiteResult:
             result: Any = SuiteResult({"results": {}}, sparsest(SuiteBlock, num_levels, number, has_optional))

@@ -2,12 +2,14 @@
 
 from typing import Any
 
-from speedstack.eval.microbench.lm import LmAgreement, LmBench, LmTask, LmTiming
 from speedstack.eval.report import sections
-from speedstack.eval.report.page import FigureBlock, Section, Table
+from speedstack.eval.report.page import FigureBlock, Section
 from speedstack.eval.report.sections import Found
 from speedstack.eval.results.environment import describe_environment
-from speedstack.eval.results.kinds import ContestantTiming, SetTiming, Spread, TimingResult, TokenTimes, Unavailable
+from speedstack.eval.results.microbench import LmAgreement, LmBench, LmTask, LmTiming
+from speedstack.eval.results.schema import Spread, Unavailable
+from speedstack.eval.results.speed import ContestantTiming, SetTiming, TimingResult, TokenTimes
+from speedstack.eval.results.table import Table
 
 
 def tables(shown: list[Section]) -> list[Table]:

@@ -17,7 +17,7 @@ import pytest
 
 from speedstack.eval.report.page import Headline, Section
 from speedstack.eval.report.wandb_mirror import Mirror, _summary, mirror_report, start_run
-from speedstack.eval.results.kinds import Curve, Report
+from speedstack.eval.results.report import Curve, Report
 from speedstack.train.core.metrics import MetricsLog
 
 FILE_HEADER = b":W&B\xe1\xbe\x00"

@@ -20,7 +20,7 @@ from speedstack.eval.report.figures import NothingToDraw
 from speedstack.eval.results import environment
 from speedstack.eval.results.ablation import AblationGrid, AblationRow
 from speedstack.eval.results.environment import LoadWatch, describe_environment
-from speedstack.eval.results.kinds import Spread
+from speedstack.eval.results.schema import Spread
 
 RATE = Spread(median=100.4, q1=90, q3=110, minimum=80, maximum=120, num_repeats=3)
 

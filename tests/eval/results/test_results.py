@@ -8,17 +8,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from speedstack.eval.results.kinds import (
-    DOCUMENTS,
-    SCHEMA_VERSION,
-    AcceptanceResult,
-    QualityResult,
-    Report,
-    TaskScore,
-    TimingResult,
-    to_plain,
-    write_json_schemas,
-)
+from speedstack.eval.results.quality import QualityResult, TaskScore
+from speedstack.eval.results.report import DOCUMENTS, Report, write_json_schemas
+from speedstack.eval.results.schema import SCHEMA_VERSION, to_plain
+from speedstack.eval.results.speed import AcceptanceResult, TimingResult
 
 
 def test_every_document_survives_the_disk(made_up_report: Report, tmp_path: Path) -> None:

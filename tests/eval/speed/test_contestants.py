@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CompileConfig
 
 from speedstack.eval.data.prompts import PromptSet
-from speedstack.eval.results.kinds import AcceptanceResult, TimingResult
+from speedstack.eval.results.speed import AcceptanceResult, TimingResult
 from speedstack.eval.speed.contestant import Sample
 from speedstack.eval.speed.contestants import (
     ENGINE,

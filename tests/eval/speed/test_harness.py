@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from speedstack.eval.results.kinds import Report, SetTiming
+from speedstack.eval.results.report import Report
+from speedstack.eval.results.speed import SetTiming
 from speedstack.eval.speed.contestant import Contestant, Sample
 from speedstack.eval.speed.harness import Standings, race, spread
 from speedstack.runtime import GenerationStats

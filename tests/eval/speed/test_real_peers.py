@@ -9,7 +9,7 @@ import torch
 
 from speedstack.eval.data.prompts import PromptSet
 from speedstack.eval.results.failures import PeerFailure
-from speedstack.eval.results.kinds import TimingResult
+from speedstack.eval.results.speed import TimingResult
 from speedstack.eval.speed import random_model
 from speedstack.eval.speed.contestants import Peer, TimingSettings, measure_timing
 from speedstack.eval.speed.peers.install import ENVIRONMENT

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from speedstack.dflash.loss import BlockLoss
-from speedstack.eval.results.kinds import AcceptanceResult
 from speedstack.eval.results.metrics import read_metrics
+from speedstack.eval.results.speed import AcceptanceResult
 from speedstack.runtime import Engine
 from speedstack.train.config.recipes import DrafterConfig
 from speedstack.train.core.distributed import World

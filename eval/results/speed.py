@@ -1,4 +1,4 @@
-"""Result of a race between ways of generating: rates, times of single tokens, acceptance, energy, cost; and its table.
+"""How fast and how well drafted a model decodes: a race between ways of generating, and acceptance alone.
 
 What is measured, precisely. A contestant's call begins when it gets the token ids of a prompt. Tokens *arrive* when the
 host has them: one at a time, or several at once where a round of speculation commits them together, or a backend makes
@@ -20,13 +20,53 @@ sequence has its first; what arrives later, of all sequences, over the time that
 Percentiles are taken over all tokens (or waits) of a repeat; the spread is over repeats.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import Field
 
 from speedstack.eval.results.schema import Document, Environment, Record, Spread, Unavailable
+from speedstack.eval.results.table import Column, Table, words
 
 # Contestants whose ratios are what a race is about.
 ENGINE, ENGINE_DRAFTER, TRANSFORMERS = "engine", "engine + drafter", "transformers"
+
+
+class AcceptanceSet(Record):
+    """Acceptance on one set of prompts.
+
+    `acceptance_length` is tokens committed / decode rounds, the bonus token included (tau); `mean_of_responses` is the
+    same ratio a response, then averaged, as the DFlash paper reports it. `survival[i]` is the share of the rounds in
+    which the drafts up to position i + 1 were all accepted: the shares add up to tau - 1. (Files of 2026-11 have the
+    share of the rounds that drafted the position.) `rows_per_token` are rows of the target, and `drafted_per_token`
+    proposals made, a token committed; None in files written before they were counted.
+    """
+
+    name: str
+    num_prompts: int
+    num_rounds: int
+    num_committed: int
+    acceptance_length: float
+    mean_of_responses: float
+    survival: tuple[float, ...]
+    rows_per_token: float | None = None
+    drafted_per_token: float | None = None
+
+
+class AcceptanceResult(Document):
+    """Acceptance of one drafter by one target.
+
+    `block_size`: the most tokens that a round commits. `strategy`: the fields of the engine's `DraftStrategy`.
+    """
+
+    kind: Literal["acceptance"] = "acceptance"
+    block_size: int
+    strategy: dict[str, Any] = Field(default={})
+    temperature: float
+    seed: int
+    max_new_tokens: int
+    overall: AcceptanceSet
+    sets: tuple[AcceptanceSet, ...]
+    environment: Environment | None = None
 
 
 class Identity(Record):
@@ -58,7 +98,7 @@ class ContestantTiming(Record):
     `decode_tokens_per_second` counts the tokens after the first one and the time after it;
     `tokens_per_second` counts all of them over the whole call, prefill included;
     `prompt_tokens_per_second` is of the prompts.
-    `acceptance_length` is tokens a decode round; `survival[i]` as in `eval.results.acceptance_result.AcceptanceSet`.
+    `acceptance_length` is tokens a decode round; `survival[i]` as in `AcceptanceSet`.
     Both are for contestants that speculate.
     `joules_per_token` is of whole calls; `usd_per_million_tokens` follows from `tokens_per_second`: decoding
     more sequences at once is cheaper.
@@ -150,45 +190,20 @@ class TimingResult(Document):
             if found is None:
                 raise ValueError(f"no set {set_name!r}; there are {', '.join(entry.name for entry in self.sets)}")
             entries = found.contestants
-        rows = [_cells(entry) for entry in entries]
-        empty = {heading for heading in (rows[0] if rows else ()) if not any(row[heading] for row in rows)}
-        return [{heading: cell for heading, cell in row.items() if heading not in empty} for row in rows]
+        table = _table(entries)
+        titles = [column.title for column in table.columns]
+        return [dict(zip(titles, row, strict=True)) for row in table.plain_rows()]
 
     def table(self) -> str:
         """Markdown: all prompts, then each set where there are several, and a line for everything that is not there."""
-        parts = [_markdown(self.rows())]
+        parts = [_table(self.contestants).markdown()] if self.contestants else []
         if len(self.sets) > 1:
             parts += [
-                f"{entry.name}:\n\n{_markdown(self.rows(entry.name))}" for entry in self.sets if entry.contestants
+                f"{entry.name}:\n\n{_table(entry.contestants).markdown()}" for entry in self.sets if entry.contestants
             ]
-        lines = [f"{entry.name}: did not run: {entry.reason}" for entry in self.unavailable]
-        lines += [f"energy: {self.energy}"] if self.energy is not None else []
-        lines += self.notes
-        return "\n\n".join([part for part in parts if part] + lines) + "\n"
-
-
-def _cells(entry: ContestantTiming) -> dict[str, str]:
-    """The figures of a contestant as text; medians, and quartiles of the rate."""
-    prompt, token, wait, identity = entry.prompt_tokens_per_second, entry.token_ms, entry.wait_ms, entry.identity
-    return {
-        "contestant": entry.name,
-        "tokens/s": _with_quartiles(entry.decode_tokens_per_second),
-        "whole call tokens/s": _number(entry.tokens_per_second.median),
-        "first token ms": _number(1e3 * entry.first_token_seconds.median),
-        "prompt tokens/s": "" if prompt is None else _number(prompt.median),
-        "token ms p50": "" if token is None else _number(token.p50.median),
-        "p95": "" if token is None else _number(token.p95.median),
-        "p99": "" if token is None else _number(token.p99.median),
-        "wait ms p99": "" if wait is None else _number(wait.p99.median),
-        "tau": "" if entry.acceptance_length is None else f"{entry.acceptance_length:.2f}",
-        "J/token": "" if entry.joules_per_token is None else _number(entry.joules_per_token.median),
-        "USD/M tokens": "" if entry.usd_per_million_tokens is None else _number(entry.usd_per_million_tokens),
-        "same text": "" if identity is None else f"{identity.num_identical} of {identity.num_prompts}",
-    }
-
-
-def _with_quartiles(spread: Spread) -> str:
-    return f"{_number(spread.median)} ({_number(spread.q1)}-{_number(spread.q3)})"
+        parts += [f"{entry.name}: did not run: {entry.reason}" for entry in self.unavailable]
+        parts += [f"energy: {self.energy}"] if self.energy is not None else []
+        return "\n\n".join([*parts, *self.notes]) + "\n"
 
 
 def _number(value: float) -> str:
@@ -198,8 +213,33 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
-def _markdown(rows: Sequence[dict[str, str]]) -> str:
-    if not rows:
-        return ""
-    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _decode_rate(entry: ContestantTiming) -> str:
+    rate = entry.decode_tokens_per_second
+    return f"{_number(rate.median)} ({_number(rate.q1)}-{_number(rate.q3)})"
+
+
+def _same_text(entry: ContestantTiming) -> str | None:
+    identity = entry.identity
+    return None if identity is None else f"{identity.num_identical} of {identity.num_prompts}"
+
+
+_COLUMNS = (
+    words("contestant", "name"),
+    Column("tokens/s", shows=_decode_rate),
+    Column("whole call tokens/s", "", "tokens_per_second.median", _number),
+    Column("first token ms", "", "first_token_seconds.median", _number, 1e3),
+    Column("prompt tokens/s", "", "prompt_tokens_per_second.median", _number),
+    Column("token ms p50", "", "token_ms.p50.median", _number),
+    Column("p95", "", "token_ms.p95.median", _number),
+    Column("p99", "", "token_ms.p99.median", _number),
+    Column("wait ms p99", "", "wait_ms.p99.median", _number),
+    Column("tau", "", "acceptance_length", ".2f"),
+    Column("J/token", "", "joules_per_token.median", _number),
+    Column("USD/M tokens", "", "usd_per_million_tokens", _number),
+    Column("same text", shows=_same_text),
+)
+
+
+def _table(entries: tuple[ContestantTiming, ...]) -> Table:
+    """Medians, and quartiles of the decode rate."""
+    return Table.of(_COLUMNS, entries).without_empty_columns()

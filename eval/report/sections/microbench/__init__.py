@@ -1,1 +1,0 @@
-"""Sections of a report on timings of single parts."""
