@@ -120,7 +120,7 @@ def launches(model: str, is_packed: bool, has_fp8: bool = False, has_drafter: bo
 def _backend(
     model: str, is_packed: bool, has_fp8: bool, has_drafter: bool, prefetch: Prefetching = "own"
 ) -> ResidentBackend:
-    """With look-up where there is no drafter."""
+    """With prompt lookup where there is no drafter."""
     spec, drafter = model_spec(model), None
     if has_drafter:
         with META:

@@ -49,7 +49,7 @@ class Way:
 
 
 def ways_of(num_proposals: int, tree_budgets: Sequence[int] = (8, 16, 32)) -> list[Way]:
-    """The rows: greedy and at temperature 1, chains of all lengths, adaptive, look-up, trees."""
+    """The rows: greedy and at temperature 1, chains of all lengths, adaptive, prompt lookup."""
     ways = [Way("no drafter", "none")]
     ways += [Way(f"chain of {count}", "drafter", DraftStrategy(count)) for count in range(1, num_proposals + 1)]
     ways += [Way("adaptive", "drafter", DraftStrategy("adaptive"))]

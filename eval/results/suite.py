@@ -139,7 +139,7 @@ class SuiteResult:
 
     def check_headline(self) -> None:
         """Raises ValueError for a task or group without the metric that the suite names, with the nearest it has, and
-        where that is not a number.
+        where that is NaN.
         """
         for entry in self.block.headline:
             if self.scores(entry.task, entry.metric):
