@@ -1,4 +1,4 @@
-"""SHA-256 of a model directory: of its weights, which identify a drafter's target, or of everything it computes with."""
+"""SHA-256 of a model directory: of its weights, which identify a drafter's target, or of all it computes with."""
 
 import hashlib
 import json

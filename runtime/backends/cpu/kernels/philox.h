@@ -1,4 +1,5 @@
-// Philox4x32-10 for the tokens of a row, a chunk of 32 at a time: runtime/rounds/sampling.py, `philox4x32` and `gumbel_noise`.
+// Philox4x32-10 for the tokens of a row, a chunk of 32 at a time: `philox4x32` and `gumbel_noise` of
+// runtime/rounds/sampling.py.
 //
 // GCC vector extensions, as wide as the target's registers. Two things they lack are intrinsics: a 64-bit product of
 // 32-bit lanes, which would become three multiplications or scalar code, and "any lane".

@@ -1,5 +1,5 @@
-// Tokens of logits as runtime/rounds/sampling.py defines them: top-k, top-p, Gumbel-max. Rows that it
-// cannot decide for certain are AMBIGUOUS and left to the definition.
+// Tokens of logits as runtime/rounds/sampling.py defines them: top-k, top-p, Gumbel-max. Rows that it cannot decide for
+// certain are AMBIGUOUS and left to the definition.
 //
 // Most tokens cannot win and are skipped early. A row is read in chunks of 32 whose largest logits are found first.
 // Dividing by the temperature keeps order, so top-k and top-p keep all logits from some floor on: chunks below it are
