@@ -45,7 +45,7 @@ class Decoder:
         Yields after every step that completes a prompt. Raises ValueError as `round`.
         """
         if any(self._host_draw(sequence) is not None for sequence in sequences):
-            _ = self._sampler  # # compile it before the clock starts
+            _ = self._sampler  # compile it before the clock starts
         started = time.perf_counter()
         waiting = [(sequence, position) for sequence in sequences for position in range(len(sequence.tokens))]
         for first in range(0, len(waiting), MAX_ROWS):
