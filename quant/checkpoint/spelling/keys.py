@@ -1,4 +1,4 @@
-"""Keys that transformers' classes read, and checks of single keys. All raise a one-line ValueError without a file name."""
+"""Keys that transformers' classes read, and checks of single keys. Errors are one-line ValueErrors, no file name."""
 
 import dataclasses
 import math
