@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from speedstack.eval.results.failures import PEER_ERRORS, one_line
-
-if TYPE_CHECKING:
-    pass
 
 K = TypeVar("K")
 T = TypeVar("T")

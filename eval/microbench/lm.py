@@ -253,7 +253,7 @@ def show(result: LmBench) -> str:
 
 @module_command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; what cannot be measured ends with one line and exit status 2."""
+    """The command line: measure, print the comparison, write JSON."""
     parser = module_parser(__spec__, __doc__)
     parser.add_argument("model", type=Path, help="target, a model directory")
     parser.add_argument("--drafter", type=Path, help="its drafter")

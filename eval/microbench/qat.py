@@ -40,7 +40,7 @@ from speedstack.quant.experts import (
 )
 from speedstack.quant.grouped import WeightForm, experts_forward
 from speedstack.quant.mxfp4 import DEFAULT_SCALE_RULE, fake_quantize
-from speedstack.support.command import module_command, module_parser
+from speedstack.support.command import module_command, module_parser, show_result
 
 Way = Literal["packed", "plain"]
 WAYS: tuple[Way, ...] = ("packed", "plain")

@@ -144,7 +144,7 @@ def show(result: QuantBench) -> str:
 
 @module_command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; a setting that cannot be measured ends with one line and exit status 2."""
+    """The command line: measure, print a table, write JSON."""
     parser = module_parser(__spec__, __doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--shape", default=",".join(map(str, SHAPE)), help="experts,out,in (default: %(default)s)")

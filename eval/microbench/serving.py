@@ -24,7 +24,7 @@ from speedstack.eval.data.prompts import HELDOUT, PromptLoader
 from speedstack.eval.microbench.harness import in_turns
 from speedstack.eval.results.environment import describe_environment
 from speedstack.eval.results.microbench import ServingBench, ServingRow
-from speedstack.eval.results.table import Column, Table, ratio, words
+from speedstack.eval.results.table import Column, Table, words
 from speedstack.eval.speed.acceptance import summarize
 from speedstack.eval.speed.harness import spread
 from speedstack.quant.checkpoint.config import read_config
@@ -48,8 +48,8 @@ class Way:
     temperature: float = 0.0
 
 
-def ways_of(num_proposals: int, tree_budgets: Sequence[int] = (8, 16, 32)) -> list[Way]:
-    """The rows: greedy and at temperature 1, chains of all lengths, adaptive, look-up, trees."""
+def ways_of(num_proposals: int) -> list[Way]:
+    """The rows: greedy and at temperature 1, chains of all lengths, adaptive, look-up."""
     ways = [Way("no drafter", "none")]
     ways += [Way(f"chain of {count}", "drafter", DraftStrategy(count)) for count in range(1, num_proposals + 1)]
     ways += [Way("adaptive", "drafter", DraftStrategy("adaptive"))]
@@ -133,8 +133,7 @@ def measure_serving(
                 bar.update()
             return sum(one.num_round_tokens for one in stats) / sum(one.decode_seconds for one in stats)
 
-        by_way = in_turns(range(len(ways)), rate, num_repeats, num_warmups=0, orders=random.Random(seed))
-    rates = list(by_way.values())
+        rates = in_turns(range(len(ways)), rate, num_repeats, num_warmups=0, orders=random.Random(seed))
     return [
         ServingRow(
             name=way.name,
@@ -171,7 +170,6 @@ COLUMNS = (
     Column("rows/token", "", "acceptance.rows_per_token", ".2f"),
     Column("drafted/token", "", "acceptance.drafted_per_token", ".2f"),
     Column("tokens/s", "", "decode_tokens_per_second.median", ".0f"),
-    ratio("tree/chain", "speedup_over_chain.median"),
 )
 
 

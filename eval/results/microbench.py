@@ -232,8 +232,6 @@ class ServingRow(Record):
 
     `acceptance` is of all prompts, `sets` of each set; without proposals its length is 1.
     `decode_tokens_per_second` leaves the prompt out; it is of `num_timed_prompts` prompts, None when nothing was timed.
-    `speedup_over_chain`: of a tree, over the drafter's whole chain on the same backend and the same prompts, repeat by
-    repeat. It says nothing of a chain on another backend.
     """
 
     name: str
@@ -245,7 +243,6 @@ class ServingRow(Record):
     sets: tuple[AcceptanceSet, ...]
     num_timed_prompts: int
     decode_tokens_per_second: Spread | None
-    speedup_over_chain: Spread | None = None
 
 
 class ServingBench(Document):

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from speedstack.eval.results.schema import Document, Environment, Record, write_atomically
+from speedstack.eval.results.schema import Document, Environment, Record
+from speedstack.support.files import write_atomically
 
 
 class TaskScore(Record):

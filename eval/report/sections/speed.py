@@ -105,9 +105,10 @@ def serving(result: ServingBench, title: str) -> Section:
     blocks.append(_lengths(result.rows))
     text = (
         f"{plural(result.num_prompts, 'prompt')}, {result.num_new_tokens} new tokens each, one sequence at a time. "
-        "Every row's text is that of the row without a drafter at its temperature; the reference backend, which trees "
-        "need, is built to be checked and not to be fast."
+        "Every row's text is that of the row without a drafter at its temperature."
     )
+    if any(row.backend == "reference" for row in result.rows):
+        text += " The reference backend is built to be checked and not to be fast."
     return Section(title, (text,), tuple(blocks), _serving_headlines(timed))
 
 
