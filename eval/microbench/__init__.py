@@ -1,1 +1,1 @@
-"""Timings of single parts, each beside a peer or a ceiling."""
+"""Benchmarks of single parts, each beside a peer or a ceiling."""

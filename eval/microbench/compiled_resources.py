@@ -1,8 +1,4 @@
-"""What a compiled kernel takes of a multiprocessor, found without a GPU.
-
-Triton compiles for a GPU that is not there, with the assembler that it brings; the assembler says how many registers a
-kernel takes and what it spills to memory.
-"""
+"""Registers and spills of compiled kernels, without a GPU: Triton compiles for one and brings the assembler."""
 
 import re
 import subprocess
@@ -28,10 +24,7 @@ MAX_SHARED_BYTES = 227 * 1024
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel. registers: a thread's. local_bytes: a thread's in memory, which is where registers are spilled.
-
-    issues: of the code that multiplies weights, where that has been looked at.
-    """
+    """Of one kernel. registers, local_bytes (spills): per thread. issues: of the code that multiplies weights."""
 
     registers: int
     shared_bytes: int
@@ -40,7 +33,7 @@ class Resources:
 
 
 def compile_launch(launch: Launch) -> Resources:
-    """What a phase's own kernel takes."""
+    """Resources of a phase's own kernel."""
     built = compile_kernel(phase_kernel, launch.arguments(is_dependent=True), launch.options(is_dependent=True))
     bits = weight_bits(launch)
     if bits is None:
@@ -51,7 +44,7 @@ def compile_launch(launch: Launch) -> Resources:
 
 
 def weight_bits(launch: Launch) -> float | None:
-    """Bits of a weight that a phase multiplies on tensor cores; None where it multiplies none."""
+    """Bits of a weight that a phase multiplies on tensor cores; None if it multiplies none."""
     constants = launch.binding.constants
     if constants.op in ("expert_gate_up", "expert_down"):
         return BITS["mxfp4" if constants.IS_PACKED else "bf16"]
@@ -61,7 +54,7 @@ def weight_bits(launch: Launch) -> float | None:
 
 
 def share_of_stretches(launch: Launch) -> float:
-    """How much of what a phase's products walk there is: a contraction axis is walked in whole stretches of slices."""
+    """The share of real weights in what a phase multiplies: contraction axes are padded to stretches of slices."""
     c = launch.binding.constants
     size = {"expert_down": "WIDTH", "o_proj": "K", "dense_down": "K"}.get(c.op, "D")
     num_weights = c.values[size]
@@ -71,7 +64,6 @@ def share_of_stretches(launch: Launch) -> float:
 
 
 def resources_of(built: Any) -> Resources:
-    """What a compiled kernel takes."""
     listing = _run("cuobjdump", "-res-usage", built)
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", listing)
     assert found, listing
@@ -79,7 +71,7 @@ def resources_of(built: Any) -> Resources:
 
 
 def _run(tool: str, option: str, built: Any) -> str:
-    """What a tool of those that Triton brings says of a compiled kernel."""
+    """Output of one of Triton's binary tools on a compiled kernel."""
     with tempfile.TemporaryDirectory() as directory:
         cubin = Path(directory) / "kernel.cubin"
         cubin.write_bytes(built.asm["cubin"])

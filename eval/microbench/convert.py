@@ -1,11 +1,10 @@
-"""How much memory a conversion takes: `python -m speedstack.eval.microbench.convert [RESULT.json]`.
+"""Peak memory and time of checkpoint conversions: `python -m speedstack.eval.microbench.convert [RESULT.json]`.
 
-Builds a synthetic Qwen3-MoE checkpoint of ten shards, converts it through every format, and records for each conversion
-the peak of resident memory and the time. The peer does by hand what `convert` replaces: transformers loads the whole
-model and saves it again.
+Converts a synthetic Qwen3-MoE checkpoint of ten shards through every format. The peer is transformers, which loads the
+whole model and saves it again.
 
-Each conversion runs in a process of its own, which first converts a checkpoint of a few kilobytes, so that the code of
-torch and transformers is in memory before. Needs Linux.
+Each conversion runs in its own process, which first converts a checkpoint of a few kilobytes to load torch's and
+transformers' code. Needs Linux.
 """
 
 import json
@@ -66,7 +65,7 @@ _CHAIN = (
 
 
 def measure(directory: Path) -> ConversionResult:
-    """Build, convert and measure under `directory`, which needs room for about 5 GB. Raises ValueError off Linux."""
+    """Convert under `directory`, which needs about 5 GB. Raises ValueError off Linux."""
     check_peak_memory()
     make_checkpoint(directory / "tiny", _TINY, num_shards=1)
     make_checkpoint(directory / "plain", _SIZES, num_shards=NUM_SHARDS)
@@ -79,7 +78,7 @@ def measure(directory: Path) -> ConversionResult:
 
 
 def make_checkpoint(path: Path, sizes: dict[str, Any], num_shards: int) -> None:
-    """Write a Qwen3-MoE directory of random bfloat16 weights, a tensor at a time."""
+    """Write a Qwen3-MoE directory of random bfloat16 weights, tensor by tensor."""
     config = AutoConfig.for_model("qwen3_moe", **sizes, dtype="bfloat16", tie_word_embeddings=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -107,7 +106,7 @@ def make_checkpoint(path: Path, sizes: dict[str, Any], num_shards: int) -> None:
 
 
 def _shard_bytes(total_bytes: int, num_shards: int) -> int:
-    """A little more than its share, because shards end between tensors."""
+    """A little more than an even share, because shards end between tensors."""
     return int(total_bytes / num_shards * 1.03)
 
 
@@ -129,7 +128,7 @@ def _cost(work: Work, name: str, source: Path, out: Path, target: str) -> Conver
 
 
 def _measure(work: Work, source: Path, out: Path, target: str, max_shard_bytes: int) -> tuple[float, int]:
-    """Seconds and peak bytes, in this process, which should not have done anything else."""
+    """Seconds and peak bytes, in this process, which must be fresh."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         work(source.parent / "tiny", Path(scratch) / "out", "mimo" if target == "plain" else target, 1 << 20)
@@ -150,7 +149,7 @@ def _load_and_save(source: Path, out: Path, target: str, max_shard_bytes: int) -
 
 @module_command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and save."""
+    """The command line: measure, print, write JSON."""
     parser = module_parser(__spec__, __doc__, out=None)
     parser.add_argument("result", nargs="?", type=Path, default=Path("runs/bench/convert.json"))
     path = parser.parse_args(arguments).result

@@ -1,18 +1,17 @@
-"""What training a drafter costs: time of a step against speculators' DFlash, and memory of the loss.
+"""Cost of training a drafter: step time against speculators' DFlash, and memory of the loss.
 
     PYTHONPATH=SIDE python -m speedstack.eval.microbench.drafter --out results/DATE-drafter-cpu.json
 
-SIDE is where speculators lies, if it is not installed (`pip install --no-deps --target SIDE speculators`); without it
-its rows are left out, with a line that says so.
+SIDE holds speculators if it is not installed (`pip install --no-deps --target SIDE speculators`); without it, its rows
+are omitted with a note.
 
-Time is of an optimizer step (AdamW on both sides) on random features of the same sizes: forward, loss against the
-target's tokens (`ce`) or its distribution (`kl`), backward, update. speculators packs all windows into one sequence, so
-that every block is compared with every position of every window; it is also run window by window with the gradients
-added up, and with each attention of its that runs on a CPU, and its fastest way counts. Contestants take turns; medians
-are compared. OMP_NUM_THREADS as you train.
+An optimizer step is AdamW on random features of equal size: forward, loss against the target's tokens (`ce`) or its
+distribution (`kl`), backward, update. speculators packs all windows into one sequence, so that every block is compared
+with every position of every window; it also runs window by window with accumulated gradients, and with each attention
+that runs on a CPU. Its fastest variant counts. Contestants take turns, and medians are compared. Set OMP_NUM_THREADS as
+for training.
 
-Memory is of LM head and loss alone, each way in a process of its own: chunked as here, and all logits at once under
-autograd.
+Memory is of LM head and loss, each way in its own process: chunked as here, and all logits at once under autograd.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ PEER = "speculators"
 
 
 def measure_steps(shape: Shape, loss: Loss, num_steps: int, with_peer: bool) -> ShapeTimes:
-    """Steps of every contestant in turns; the first of each warms up."""
+    """Steps of every contestant in turns, after a warm-up."""
     batch = Batch(shape)
     steps = {"speedstack": our_step(shape, loss, batch)}
     if with_peer:
@@ -77,14 +76,14 @@ def _step_times(name: str, watches: Sequence[Stopwatch], num_blocks: int) -> Ste
 
 
 def plain_loss(hidden_AJD: Tensor, labels_AJ: Tensor, valid_AJ: Tensor, head_VD: Tensor) -> Tensor:
-    """All logits at once, and autograd."""
+    """All logits at once, under autograd."""
     nll_AJ = nn.functional.cross_entropy((hidden_AJD @ head_VD.T).flatten(0, 1), labels_AJ.flatten(), reduction="none")
     weight_AJ = offset_weights(hidden_AJD.shape[1], 4.0) * valid_AJ
     return (weight_AJ * nll_AJ.view_as(labels_AJ)).sum() / weight_AJ.sum()
 
 
 def measure_memory(way: str, num_blocks: int, hidden_size: int, vocab_size: int) -> LossMemory:
-    """Peak of head, loss and gradient in this process, which should not have done anything else. Linux only."""
+    """Peak of head, loss and gradient in this process, which must be fresh. Linux only."""
     num_offsets = 7
     generator = torch.Generator().manual_seed(0)
     hidden_AJD = torch.randn(num_blocks, num_offsets, hidden_size, generator=generator, requires_grad=True)

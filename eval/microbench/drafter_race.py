@@ -1,6 +1,4 @@
-"""Who runs in the drafter bench: a training step of this package and one of speculators, on the same random features.
-
-Both make an AdamW step: forward, loss against the target's tokens (`ce`) or its distribution (`kl`), backward, update.
+"""Contestants of the drafter benchmark: a training step of ours and of speculators, on the same random features.
 
 Legend: B windows, T tokens, C tapped features, D hidden, V vocabulary, A anchors, Q block slots, J label offsets.
 """
@@ -55,7 +53,7 @@ SHAPES = (
 
 
 class Batch:
-    """Random windows of a shape: tokens, tapped features, final hidden states, embedding and head."""
+    """Random windows: tokens, tapped features, final hidden states, embedding and head."""
 
     def __init__(self, shape: Shape) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -68,7 +66,6 @@ class Batch:
 
 
 def drafter_config(shape: Shape) -> DFlashConfig:
-    """The drafter of a shape."""
     return DFlashConfig(
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -88,7 +85,7 @@ Step = Callable[[int], None]
 
 
 def our_step(shape: Shape, loss: Loss, batch: Batch) -> Step:
-    """An optimizer step of this package's drafter, as `speedstack.train.drafter.recipe` makes it."""
+    """An optimizer step as in `speedstack.train.drafter.recipe`."""
     config = drafter_config(shape)
     model = DFlashDraftModel(config)
     model.init_weights(0)
@@ -126,10 +123,9 @@ def our_step(shape: Shape, loss: Loss, batch: Batch) -> Step:
 
 
 def peer_step(shape: Shape, loss: Loss, batch: Batch, attention: str, is_packed: bool) -> Step:
-    """An optimizer step of speculators' DFlash model and loss on the same features.
+    """An optimizer step of speculators' DFlash model on the same features.
 
-    speculators takes its labels from the target's logits, whose argmax `ce` is the cross-entropy of, so it multiplies
-    the target's final hidden states by the head for either loss.
+    speculators takes labels from the target's logits, so that `ce` computes them too.
     """
     from speculators import SpeculatorsConfig, VerifierConfig  # type: ignore[import-not-found]
     from speculators.losses import resolve_loss_config  # type: ignore[import-not-found]

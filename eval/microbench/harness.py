@@ -1,7 +1,6 @@
-"""What benchmarks of single parts share: turns, clocks, peak memory, processes of their own, peers.
+"""What the microbenchmarks share: turns, clocks, peak memory, fresh processes, optional peers.
 
-Contestants take turns, so that a machine's drift (heat, neighbours) falls on all of them alike. The GPU suite uses this
-too, on machines without pydantic: nothing here imports it.
+Contestants take turns, so that a machine's drift affects all alike. The GPU suite uses this without pydantic.
 """
 
 import multiprocessing
@@ -11,19 +10,16 @@ from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from speedstack.eval.results.failures import PEER_ERRORS, one_line
-
-if TYPE_CHECKING:
-    pass
 
 K = TypeVar("K")
 T = TypeVar("T")
 
 
 class Stopwatch:
-    """A context that is timed: milliseconds by the clock, and of processor time of all threads."""
+    """A context that is timed: wall time, and processor time of all threads."""
 
     wall_ms = cpu_ms = 0.0
 
@@ -46,9 +42,9 @@ def in_turns(
     num_warmups: int = 1,
     orders: random.Random | None = None,
 ) -> dict[K, list[T]]:
-    """What `run(contestant, turn)` returned, in every turn but the first `num_warmups`.
+    """Return values of `run(contestant, turn)` by contestant, without the first `num_warmups` turns.
 
-    Everybody runs once a turn, in an order drawn anew from `orders`, or in the order given.
+    Every contestant runs once per turn, in an order drawn from `orders`, or in the given one.
     """
     given: dict[K, list[T]] = {contestant: [] for contestant in contestants}
     for turn in range(num_warmups + num_repeats):
@@ -60,9 +56,9 @@ def in_turns(
 
 
 def in_own_process(name: str, work: Callable[..., T], *arguments: Any) -> T:
-    """What `work(*arguments)` returns in a new process: memory that a process has freed still counts as its own.
+    """The result of `work(*arguments)` in a fresh process, where memory freed before does not count.
 
-    Raises RuntimeError, with `name`, when it fails; its error goes to standard error.
+    Raises RuntimeError with `name` if it fails; its error goes to standard error.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -83,9 +79,7 @@ def _send(sender: Connection, work: Callable[..., Any], arguments: tuple[Any, ..
 
 
 class PeakMemory:
-    """Resident memory of this process, in bytes above what it holds when this is made: heap, stacks and every touched
-    page of a mapped file; the page cache is none of it.
-    """
+    """Resident memory of this process in bytes, relative to this object's creation. The page cache does not count."""
 
     def __init__(self) -> None:
         check_peak_memory()
@@ -93,11 +87,10 @@ class PeakMemory:
         self._before = _status_bytes("VmRSS")
 
     def now_bytes(self) -> int:
-        """Now."""
         return _status_bytes("VmRSS") - self._before
 
     def peak_bytes(self) -> int:
-        """At its highest since."""
+        """The highest value since creation."""
         return _status_bytes("VmHWM") - self._before
 
 
@@ -105,7 +98,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def check_peak_memory() -> None:
-    """Raises ValueError where the kernel keeps no peak that can be reset: off Linux."""
+    """Raises ValueError off Linux, where the peak cannot be reset."""
     if not _CLEAR_REFS.exists():
         raise ValueError("peak memory is read from /proc, which this system does not have")
 
@@ -117,7 +110,7 @@ def _status_bytes(field: str) -> int:
 
 
 def available(peers: Mapping[str, Callable[[], T]]) -> tuple[dict[str, T], dict[str, str]]:
-    """What each peer's function returns; and the reason, a line, of every peer whose function fails."""
+    """Each peer's return value; and for failing peers the reason, in one line."""
     found, reasons = dict[str, T](), dict[str, str]()
     for name, make in peers.items():
         try:

@@ -1,10 +1,8 @@
-"""What the decode kernels take of a GPU: `python -m speedstack.eval.microbench.kernel_resources [RESULT.json]`.
+"""Resources of the decode kernels: `python -m speedstack.eval.microbench.kernel_resources [RESULT.json]`.
 
-Compiles every kernel of a decode step for sm_90a at the shapes of released models, weights in bfloat16 or in FP8 and
-experts in MXFP4 or bfloat16: those of the `graph` backend, and the one of the `resident` backend, which has a DFlash
-drafter's phases too. Records registers,
-spilled bytes and shared memory, and what a kernel that multiplies weights spends in instructions on a byte of them.
-Needs Triton, and no GPU.
+Compiles the kernels of the `graph` and `resident` backends for sm_90a at the shapes of released models, with bfloat16
+or FP8 weights, MXFP4 or bfloat16 experts, and a DFlash drafter's phases. Records registers, spills, shared memory, and
+instructions per byte of weights. Needs Triton, but no GPU.
 """
 
 import sys
@@ -47,7 +45,7 @@ def model_spec(model: str) -> ModelSpec:
 def compiled_kernels(
     model: str, is_packed: bool, has_fp8: bool = False, has_drafter: bool = False
 ) -> Iterator[KernelResources]:
-    """Compiles the kernels of a model's phases, or of its drafter's; those of the same shape once."""
+    """The distinct kernels of a model's phases, or of its drafter's."""
     from speedstack.eval.microbench.compiled_resources import compile_launch
 
     seen = {each.binding.constants for each in launches(model, is_packed)} if has_drafter else set()
@@ -87,7 +85,7 @@ def compiled_kernels(
 def compiled_resident(
     model: str, is_packed: bool, prefetch: Prefetching = "own", has_fp8: bool = False, has_drafter: bool = False
 ) -> tuple[KernelResources, Any]:
-    """The kernel of a whole step; and what Triton compiled, for its code."""
+    """The kernel of a whole step, and Triton's compiled object."""
     from speedstack.eval.microbench.compiled_resources import resources_of
 
     backend = _backend(model, is_packed, has_fp8, has_drafter, prefetch)
@@ -111,7 +109,7 @@ def compiled_resident(
 
 
 def launches(model: str, is_packed: bool, has_fp8: bool = False, has_drafter: bool = False) -> "list[Launch]":
-    """The phases of a step as the `graph` backend would launch them, a drafter's too."""
+    """The phases of a step as the `graph` backend launches them."""
     from speedstack.runtime.backends.gpu.op_launch import Launch
 
     return [Launch(binding) for binding in _backend(model, is_packed, has_fp8, has_drafter).bindings]
@@ -120,7 +118,6 @@ def launches(model: str, is_packed: bool, has_fp8: bool = False, has_drafter: bo
 def _backend(
     model: str, is_packed: bool, has_fp8: bool, has_drafter: bool, prefetch: Prefetching = "own"
 ) -> ResidentBackend:
-    """With prompt lookup where there is no drafter."""
     spec, drafter = model_spec(model), None
     if has_drafter:
         with META:
@@ -133,7 +130,7 @@ def _backend(
 
 @module_command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compile, print and save."""
+    """The command line: compile, print, write JSON."""
     parser = module_parser(__spec__, __doc__, out=None)
     parser.add_argument("result", nargs="?", type=Path, default=Path("runs/bench/kernel-resources.json"))
     path = parser.parse_args(arguments).result

@@ -1,14 +1,13 @@
-"""lm-eval through the engine against lm-eval's own Hugging Face adapter: do they agree, and which is faster?
+"""lm-eval through the engine against lm-eval's own Hugging Face adapter: agreement and speed.
 
     python -m speedstack.eval.microbench.lm MODEL --task-data runs/eval/tasks [--drafter D] [--out results/x.json]
 
-Both get the same requests of the same tasks, built by lm-eval, in one process, at one batch size and dtype, taking
-turns. The adapter runs the model under the fastest of transformers' experts implementations, tried out on each kind of
-request first, with its own cache of logits. `--task-data` is what `speedstack eval --suite offline` leaves in its
-`tasks/`: multiple choice, whole texts, and texts to write.
+Both answer the same requests in one process, at one batch size and dtype, taking turns. The adapter uses its own cache
+of logits, and the fastest experts implementation of transformers for each kind of request. `--task-data` is the
+`tasks/` directory of `speedstack eval --suite offline`.
 
-Log-likelihoods are also held against the adapter over the same weights in float64, which says whose rounding a
-difference is. On whole texts it is the adapter's: it adds up thousands of nats in float32, whose steps there are 2e-4.
+The adapter in float64 shows whose rounding a difference of log-likelihoods is. On whole texts it is the adapter's,
+which sums thousands of nats in float32, with a resolution of 2e-4.
 """
 
 import math
@@ -58,7 +57,7 @@ def bench(
     max_length: int,
     device: str = "cpu",
 ) -> LmBench:
-    """Measure. Raises ValueError as the loaders do, and when no experts implementation runs the model."""
+    """Measure. Raises ValueError as the loaders do, and if no experts implementation runs the model."""
     dtype = torch.float32
     options: dict[str, Any] = {
         "device": device,
@@ -116,12 +115,12 @@ def _adapter(target: Path, dtype: torch.dtype, tokenizer: Any, max_length: int, 
 
 
 def _fresh(engine: Engine, kind: str) -> Run:
-    """Answers from a new adapter each time, so that none is remembered."""
+    """Answers from a new adapter each time, without a cache."""
     return lambda requests: getattr(EngineLM(engine, progress=False), kind)(requests, disable_tqdm=True)
 
 
 def _fastest_experts(model: Any, kind: str, run: Run, requests: Sequence[Instance]) -> str:
-    """The experts implementation with the shortest time for a few requests, of those that run this model."""
+    """The fastest experts implementation on a few requests."""
     few = list(requests[:NUM_TRIAL_REQUESTS])
 
     def tried_ms(name: str) -> float:
@@ -177,7 +176,7 @@ def _bench_task(
 
 
 def _agreement(task: Any, kind: str, ours: list[Any], theirs: list[Any], exact: list[Any] | None) -> LmAgreement:
-    """`exact` are the answers in float64, None for generations."""
+    """`exact` are answers in float64, None for generations."""
     a, b = _scores(task, ours), _scores(task, theirs)
     scores = {metric: (a[metric], b[metric]) for metric in a}
     if exact is None:
@@ -209,7 +208,7 @@ def _distances(a: Sequence[float], b: Sequence[float]) -> list[float]:
 
 
 def _scores(task: Any, answers: list[Any]) -> dict[str, float]:
-    """The task's metrics, as lm-eval computes them from answers: 'metric,filter' -> value."""
+    """lm-eval's metrics of the answers: 'metric,filter' -> value."""
     for request, answer in zip(task.instances, answers, strict=True):
         request.resps, request.filtered_resps = [answer], {}
     task.apply_filters()
@@ -227,7 +226,7 @@ def _scores(task: Any, answers: list[Any]) -> dict[str, float]:
 
 
 def show(result: LmBench) -> str:
-    """The measurement as lines of text."""
+    """The measurement as text."""
     lines = [
         f"{result.target}, {result.device}, {result.dtype}, batch {result.batch_size}, {result.num_threads} threads"
     ]
@@ -253,7 +252,7 @@ def show(result: LmBench) -> str:
 
 @module_command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; what cannot be measured ends with one line and exit status 2."""
+    """The command line: measure, print the comparison, write JSON."""
     parser = module_parser(__spec__, __doc__)
     parser.add_argument("model", type=Path, help="target, a model directory")
     parser.add_argument("--drafter", type=Path, help="its drafter")

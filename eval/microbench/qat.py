@@ -1,14 +1,13 @@
-"""What fake-quantized experts cost in training: memory kept for the backward, peak memory, time of a step.
+"""Cost of fake-quantized experts in training: memory kept for the backward, peak memory, step time.
 
     python -m speedstack.eval.microbench.qat --model runs/demo/pretrain/export --out results/DATE-qat-cpu.json
 
-Memory is of a stack of expert layers of Qwen3-30B-A3B's shape under bfloat16 autocast, with fewer experts than the
-model's 128 where a laptop has to hold them: what is kept is proportional to their number. Contestants are the packed
-backward (`quant/grouped.py`) and the plain way, autograd over dense fake-quantized weights. Each runs in a process of
-its own, because memory that a process has freed still counts as its own.
+Memory is of expert layers of Qwen3-30B-A3B's shape under bfloat16 autocast, with fewer than its 128 experts to fit a
+laptop: memory is proportional to their number. Contestants are the packed backward (`quant/grouped.py`) and autograd
+over dense fake-quantized weights, each in its own process.
 
-Time is of an optimizer step of a whole model on random tokens, next-token loss, without a teacher: fake-quant is a
-smaller part of a step that has one. Contestants take turns, and medians are compared; OMP_NUM_THREADS as you train.
+Time is of an optimizer step of a whole model on random tokens, without a teacher. Contestants take turns, and medians
+are compared. Set OMP_NUM_THREADS as for training.
 """
 
 import ctypes
@@ -61,7 +60,7 @@ class LayerShape:
 
 
 def plain_experts_forward(module: nn.Module, *inputs: torch.Tensor, form: WeightForm) -> torch.Tensor:
-    """The plain way: dense weights, fake-quantized and cast under autograd, into transformers' own forward."""
+    """Dense weights, fake-quantized and cast under autograd, in transformers' own forward."""
     weights = {}
     for name in weight_names(module):
         weight = getattr(module, name)
@@ -75,7 +74,7 @@ def plain_experts_forward(module: nn.Module, *inputs: torch.Tensor, form: Weight
 
 
 class _WithWeights:
-    """An experts module as transformers' forward sees it, with other weights."""
+    """An experts module with other weights."""
 
     def __init__(self, module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         self._module = module
@@ -89,7 +88,7 @@ FORWARDS: dict[Way, Callable[..., torch.Tensor]] = {"packed": experts_forward, "
 
 
 def measure_layers(way: Way, shape: LayerShape) -> LayerMemory:
-    """Forward and backward through the layers, in this process, which should not have done anything else."""
+    """Forward and backward through the layers, in this process, which must be fresh."""
     config = Qwen3MoeConfig(
         hidden_size=shape.hidden_size,
         moe_intermediate_size=shape.intermediate_size,
@@ -142,7 +141,7 @@ def measure_layers(way: Way, shape: LayerShape) -> LayerMemory:
 def measure_steps(
     model: PreTrainedModel, precision: Precision, num_steps: int, num_sequences: int, sequence_length: int
 ) -> StepTime:
-    """Steps of AdamW over the experts of `model` (float32, on a CPU), with fake-quant and without, in turns."""
+    """AdamW steps over the experts of `model` (float32, on a CPU), with and without fake-quant, in turns."""
     experts = list(expert_parameters(model).values())
     model.requires_grad_(False).train()
     for parameter in experts:
@@ -182,7 +181,7 @@ def measure_steps(
 
 @module_command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and save."""
+    """The command line: measure, print, write JSON."""
     parser = module_parser(__spec__, __doc__)
     parser.add_argument("--model", type=Path, help="model directory whose steps are timed; none: memory alone")
     parser.add_argument("--num-experts", type=int, default=LayerShape.num_experts, help="experts in a layer")

@@ -1,16 +1,14 @@
-"""How fast MXFP4 is quantized, dequantized and fake-quantized, against other libraries in the same run.
+"""Speed of MXFP4 quantization, dequantization and fake-quantization, against other libraries.
 
     python -m speedstack.eval.microbench.quant [--out results/x.json] [--device cuda] [--shape 128,1536,2048]
 
-The default shape is gate and up projection of one layer of Qwen3-30B-A3B's experts. Contestants take turns in an order
-drawn anew for every repeat, and medians are compared. Ours is called on the whole layer, as training does. On a CPU the
-others are called expert by expert, which is how they are used (they quantize linear layers) and spares their
-temporaries the way to main memory; on a GPU on all experts as one matrix, which spares them launches. With
-`--peer-experts N` they get the first N experts only: their time is proportional to that, and the whole layer takes
-them minutes. They may round differently: torchao has the same rule as ours, compressed-tensors its own (the same values
-by default), ModelOpt rounds scales up; `relative_squared_error` shows that all do the job.
+The default shape is gate and up projection of one layer of Qwen3-30B-A3B's experts. Contestants take turns in random
+order, and medians are compared. Ours takes the whole layer. On a CPU the others take it expert by expert, as they are
+used and so that temporaries stay in cache; on a GPU as one matrix, to save launches. `--peer-experts N` gives them the
+first N experts: their time is proportional. Rounding may differ: torchao uses our rule, compressed-tensors its own
+(equal values by default), ModelOpt rounds scales up; `relative_squared_error` compares them.
 
-Bytes are those an operation must read and write, so a copy of the input is the yardstick for what memory allows.
+Bytes are the minimum an operation reads and writes; a copy shows what memory allows.
 """
 
 import importlib.metadata
@@ -131,7 +129,7 @@ COLUMNS = (
 
 
 def show(result: QuantBench) -> str:
-    """The result as a table."""
+    """The result as text."""
     timings = sorted(result.timings, key=lambda one: (one.dtype, one.operation, one.seconds.median))
     return "\n".join(
         [
@@ -144,7 +142,7 @@ def show(result: QuantBench) -> str:
 
 @module_command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; a setting that cannot be measured ends with one line and exit status 2."""
+    """The command line: measure, print a table, write JSON."""
     parser = module_parser(__spec__, __doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--shape", default=",".join(map(str, SHAPE)), help="experts,out,in (default: %(default)s)")

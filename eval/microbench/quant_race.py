@@ -1,7 +1,6 @@
-"""Ways to use MXFP4, timed on the same weights in turns: ours, and other libraries that are installed.
+"""Contestants of the MXFP4 benchmark: ours, and other installed libraries.
 
-Contestants take turns in an order drawn anew for every repeat. Bytes are those an operation must read and write, so a
-copy of the input is the yardstick for what memory allows.
+Contestants take turns in random order. Bytes are the minimum an operation reads and writes.
 """
 
 import functools
@@ -25,7 +24,7 @@ REFERENCE = "speedstack, PyTorch reference"
 
 @dataclass(frozen=True)
 class Library:
-    """A way to use MXFP4. `pack` gives whatever `unpack` takes; those that are not `whole` are called on matrices."""
+    """A library's functions. `unpack` takes what `pack` returns; unless `whole`, they are called on matrices."""
 
     name: str
     pack: Callable[[torch.Tensor], Any]
@@ -35,7 +34,7 @@ class Library:
 
 
 def ours(scale_rule: mxfp4.ScaleRule) -> Library:
-    """The public functions, whatever kernels they find."""
+    """The public functions."""
     return Library(
         OURS,
         lambda w: mxfp4.quantize(w, scale_rule),
@@ -46,7 +45,7 @@ def ours(scale_rule: mxfp4.ScaleRule) -> Library:
 
 
 def reference(scale_rule: mxfp4.ScaleRule) -> Library:
-    """The definition, as it runs where there is no kernel."""
+    """The definition, without kernels."""
     return Library(
         REFERENCE,
         lambda w: mxfp4.quantize_reference(w, scale_rule),
@@ -113,7 +112,7 @@ PEERS: dict[str, Callable[[mxfp4.ScaleRule], Library]] = {
 
 
 def peer_libraries(scale_rule: mxfp4.ScaleRule, w: torch.Tensor) -> tuple[list[Library], dict[str, str]]:
-    """The peers that are installed and can quantize `w`; the others' reasons by name."""
+    """The peers that can quantize `w`; the others' reasons by name."""
 
     def tried(name: str) -> Library:
         library = PEERS[name](scale_rule)
@@ -127,10 +126,9 @@ def peer_libraries(scale_rule: mxfp4.ScaleRule, w: torch.Tensor) -> tuple[list[L
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of every repeat of one contestant at one operation, for matrices of so many experts.
+    """Seconds of every repeat of one contestant at one operation on `num_experts` matrices.
 
-    num_bytes: read and written. relative_squared_error: the sum of squared errors of the first matrix over its sum of
-    squares; None for the copy.
+    num_bytes: read and written. relative_squared_error: of the first matrix; None for the copy.
     """
 
     operation: Operation
@@ -146,7 +144,7 @@ def time_libraries(
 ) -> list[Samples]:
     """Every operation of every library on `w` [experts, out, in], and a copy of it.
 
-    peer_experts: how many experts those get that are not called on the whole. title: what progress is printed under.
+    peer_experts: for libraries that are not `whole`. title: prefix of progress lines.
     """
     calls: dict[tuple[Operation, str], Callable[[], Any]] = {("copy", COPY): w.clone}
     errors: dict[str, float] = {}
@@ -201,7 +199,7 @@ def _relative_squared_error(library: Library, w: torch.Tensor) -> float:
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Time of one call with fresh memory for its result; freeing that on a CPU is left out."""
+    """Time of one call; freeing the result on a CPU is excluded."""
     if device.type == "cuda":
         return _cuda_seconds(call)
     start = time.perf_counter()
@@ -212,7 +210,7 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def _cuda_seconds(call: Callable[[], Any], num_calls: int = 10) -> float:
-    """Mean of calls in a row by the device's clock: one call takes little longer than starting it."""
+    """Mean of consecutive calls by the device's clock, because one call takes little longer than its launch."""
     call()  # compiles, and warms the allocator
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()

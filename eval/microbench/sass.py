@@ -1,16 +1,14 @@
-"""How many instructions a compiled kernel spends on a byte of weights, read off its machine code without a GPU.
+"""Instructions per byte of weights of a compiled kernel, from its machine code.
 
-A multiprocessor begins at most four warp instructions a cycle. Set against the bandwidth of the memory that leaves an
-H200 about a fifth of a warp instruction a byte: a kernel that spends more is bound by issue, however its loads are
-arranged. Counted is the innermost loop that multiplies (or the whole kernel, where the compiler has unrolled all of
-it), and set in relation to the tensor-core instructions in it, whose share of the weights is known from their shape: so
-it does not matter how often a loop was unrolled.
+A multiprocessor issues at most four warp instructions a cycle. At an H200's bandwidth that is about a fifth of a warp
+instruction per byte: a kernel that needs more is bound by issue. Counted is the innermost loop that multiplies (the
+whole kernel if it is unrolled), relative to its tensor-core instructions, whose share of the weights follows from their
+shape, so that unrolling does not matter.
 
-The bound is what issue alone allows. It leaves out latency, bank conflicts, instructions that wait for each other, the
-tensor core's own rate, what is read from the L2 cache besides weights (`Issue.load_bytes`), what an item does before
-and after the loop, and the last items of a phase.
+The bound ignores latency, bank conflicts, dependent instructions, the tensor cores' own rate, other reads from the L2
+cache (`Issue.load_bytes`), work around the loop, and the last items of a phase.
 
-Words: a loop is natural, that is a header and everything that comes back to it without passing it.
+Loops are natural: a header, and all that reaches it again without passing it.
 """
 
 import re
@@ -44,7 +42,7 @@ _BYTES = {".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}
 
 @dataclass(frozen=True)
 class Instruction:
-    """name: LDG, say; text: all of it. target: the label where it may go on, and reconverge_at: where `BSYNC` does."""
+    """name: such as LDG; text: all of it. target: a branch target label; reconverge_at: the one `BSYNC` uses."""
 
     text: str
     name: str
@@ -60,7 +58,7 @@ class Instruction:
 
     @property
     def num_bytes(self) -> int:
-        """A lane's, of a load from global memory; 0 of others."""
+        """Bytes per lane of a global load; 0 for others."""
         if self.name not in ("LDG", "LDGSTS"):
             return 0
         mnemonic = re.sub(r"^@!?U?P\w+\s+", "", self.text).split()[0]
@@ -69,7 +67,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Listing:
-    """Instructions in the order of the code, and where labels point."""
+    """Instructions in code order, and the positions of labels."""
 
     instructions: tuple[Instruction, ...]
     labels: Mapping[str, int]
@@ -77,7 +75,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Product:
-    """How warps share a product of weights [rows, K] with the rows of a step, as Triton's layout has it.
+    """How warps share a product of weights [rows, K] with the rows of a step, from Triton's layout.
 
     slices: products side by side. warps: along slices, rows and columns (weight rows; rows of the step).
     """
@@ -90,10 +88,10 @@ class Product:
 
 @dataclass(frozen=True)
 class Issue:
-    """Of the innermost code that multiplies; `counts` are a warp's instructions there by class, once through.
+    """The innermost code that multiplies; `counts` are instructions per warp and pass, by class.
 
-    weight_bytes: a program's, once through, on average. load_bytes: that it asks global memory for, weights and all
-    else, masked or not; async_bytes: those that it does not wait for (cp.async). num_warps: a program's.
+    weight_bytes: per program and pass, on average. load_bytes: all global loads, masked ones included; async_bytes:
+    those by cp.async. num_warps: per program.
     """
 
     is_loop: bool
@@ -108,14 +106,14 @@ class Issue:
         return sum(self.counts.values()) * self.num_warps / self.weight_bytes
 
     def bandwidth_fraction(self, gpu: Gpu, clock_hz: float = CLOCK_HZ) -> float:
-        """Of a GPU's bandwidth, what issue leaves possible: all instructions, or integer ones at their own rate."""
+        """Share of a GPU's bandwidth that issue allows, for all instructions and for integer ones."""
         begun = self.warp_instructions_per_byte / SCHEDULERS
         integer = self.counts.get("integer", 0) * self.num_warps / self.weight_bytes * 32 / INTEGER_LANES
         return gpu.num_sms * clock_hz / max(begun, integer) / gpu.bandwidth
 
 
 def listing_of(text: str) -> Listing:
-    """What `nvdisasm -c` prints of one kernel."""
+    """Parses `nvdisasm -c` of one kernel."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -130,7 +128,7 @@ def listing_of(text: str) -> Listing:
 
 
 def loops(listing: Listing) -> list[frozenset[int]]:
-    """Natural loops as indices of instructions, those with one header joined."""
+    """Natural loops as indices of instructions; loops with the same header are merged."""
     starts, edges = _blocks(listing)
     dominators = _dominators(edges)
     found: dict[int, set[int]] = {}
@@ -145,7 +143,7 @@ def loops(listing: Listing) -> list[frozenset[int]]:
 
 
 def innermost(listing: Listing) -> list[tuple[bool, list[Instruction]]]:
-    """The loops that multiply and have no such loop inside; the whole kernel where no loop does. Is it a loop?"""
+    """The innermost loops that multiply, or the whole kernel if none does; and whether they are loops."""
     code = listing.instructions
     multiplying = [body for body in loops(listing) if any(code[index].kind == "tensor" for index in body)]
     inner = [body for body in multiplying if not any(other < body for other in multiplying)]
@@ -156,7 +154,7 @@ def innermost(listing: Listing) -> list[tuple[bool, list[Instruction]]]:
 
 
 def product_of(ttgir: str) -> Product:
-    """The one layout of all products of a kernel. Raises ValueError where there is none, or several."""
+    """The layout of a kernel's products. Raises ValueError for none, or several."""
     layouts = dict(re.findall(r"^(#mma\d*) = #ttg\.nvidia_mma<\{.*?warpsPerCTA = \[([\d, ]+)\]", ttgir, re.MULTILINE))
     found = set()
     for shape, layout in re.findall(r"(?:tt\.dot|warp_group_dot) .*-> tensor<([\dx]+)xf32, (#mma\d*)>", ttgir):
@@ -170,10 +168,7 @@ def product_of(ttgir: str) -> Product:
 
 
 def issues(listing: Listing, product: Product, bits_per_weight: float, share: float = 1.0) -> Iterator[Issue]:
-    """Of each innermost code that multiplies. share: of the weights that it multiplies, those that there are.
-
-    The others are zeros behind the end of the contraction axis, on which the code spends as much.
-    """
+    """Of each innermost code that multiplies. share: of real weights; the rest is zero padding, and costs as much."""
     batch, row_warps, column_warps = product.warps
     num_warps = batch * row_warps * column_warps
     for is_loop, code in innermost(listing):
@@ -197,7 +192,7 @@ def issues(listing: Listing, product: Product, bits_per_weight: float, share: fl
 
 
 def columns_of(tensor: Instruction) -> int:
-    """Of the step's rows that a tensor-core instruction multiplies with its weights."""
+    """Rows of the step that a tensor-core instruction multiplies."""
     if tensor.name == "HMMA":
         assert ".16816." in tensor.text, tensor.text
         return 8
@@ -207,7 +202,7 @@ def columns_of(tensor: Instruction) -> int:
 
 
 def _blocks(listing: Listing) -> tuple[list[int], dict[int, list[int]]]:
-    """Where basic blocks begin, and which follow which."""
+    """Starts of basic blocks, and their successors."""
     code = listing.instructions
     leaders = {0, *(place for place in listing.labels.values() if place < len(code))}
     leaders |= {place + 1 for place, one in enumerate(code[:-1]) if one.name in ("BRA", "EXIT", "RET", "BSYNC", "BRX")}
@@ -232,7 +227,7 @@ def _blocks(listing: Listing) -> tuple[list[int], dict[int, list[int]]]:
 
 
 def _reconvergence(listing: Listing, place: int) -> str | None:
-    """Where a `BSYNC` lets threads go on: behind itself, or where the last `BSSY` of that barrier before it says."""
+    """Where a `BSYNC` lets threads go on: behind itself, or at the target of the last `BSSY` of its barrier."""
     code = listing.instructions
     own = [n for n, one in enumerate(code) if one.name == "BSSY" and _barrier(one) == _barrier(code[place])]
     targets = {code[n].target: n for n in own}
@@ -248,7 +243,7 @@ def _barrier(one: Instruction) -> str | None:
 
 
 def _dominators(edges: Mapping[int, Sequence[int]]) -> dict[int, set[int]]:
-    """Of every block that can be reached from the first: the blocks on all ways to it."""
+    """For every block reachable from the first: the blocks on all paths to it."""
     before: dict[int, list[int]] = {block: [] for block in edges}
     order, waiting = [], [0]
     seen = {0}

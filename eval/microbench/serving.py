@@ -1,11 +1,10 @@
-"""What each way of speculating is worth: tokens a round, rows verified, tokens a second.
+"""Ways to speculate: tokens per round, rows verified, tokens per second.
 
     python -m speedstack.eval.microbench.serving --target T --drafter D --prompts runs/demo/corpus --out results/x.json
 
-Prompts are the held-out part of a prepared corpus, or those of a file, as `bench` reads it. Every row
-decodes the same prompts, one sequence at a time, past end-of-text tokens; its text is compared with that of the row
-without a drafter at the same temperature, and a difference ends the run. Counts are of all prompts; repeats of the
-first few are timed with the rows interleaved, in a seeded order, and medians are reported.
+Prompts are the held-out part of a prepared corpus, or those of a file. Every row decodes the same prompts, one sequence
+at a time, past end-of-text tokens; a text that differs from the row without a drafter at its temperature ends the run.
+Counts are over all prompts. The first few are timed, rows in turns in a seeded order.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from speedstack.eval.data.prompts import HELDOUT, PromptLoader
 from speedstack.eval.microbench.harness import in_turns
 from speedstack.eval.results.environment import describe_environment
 from speedstack.eval.results.microbench import ServingBench, ServingRow
-from speedstack.eval.results.table import Column, Table, ratio, words
+from speedstack.eval.results.table import Column, Table, words
 from speedstack.eval.speed.acceptance import summarize
 from speedstack.eval.speed.harness import spread
 from speedstack.quant.checkpoint.config import read_config
@@ -40,7 +39,7 @@ Proposer = Literal["none", "drafter", "ngram"]
 
 @dataclass(frozen=True)
 class Way:
-    """One row: who proposes, how, at which temperature."""
+    """One row: proposer, strategy, temperature."""
 
     name: str
     proposer: Proposer
@@ -48,8 +47,8 @@ class Way:
     temperature: float = 0.0
 
 
-def ways_of(num_proposals: int, tree_budgets: Sequence[int] = (8, 16, 32)) -> list[Way]:
-    """The rows: greedy and at temperature 1, chains of all lengths, adaptive, prompt lookup."""
+def ways_of(num_proposals: int) -> list[Way]:
+    """The rows: chains of all lengths, adaptive, prompt lookup; greedy and at temperature 1."""
     ways = [Way("no drafter", "none")]
     ways += [Way(f"chain of {count}", "drafter", DraftStrategy(count)) for count in range(1, num_proposals + 1)]
     ways += [Way("adaptive", "drafter", DraftStrategy("adaptive"))]
@@ -69,7 +68,7 @@ def ways_of(num_proposals: int, tree_budgets: Sequence[int] = (8, 16, 32)) -> li
 
 
 class Server:
-    """One engine; `run` gives it the proposer and the strategy of a row."""
+    """One engine; `run` sets the proposer and strategy of a row."""
 
     def __init__(self, target: Path, drafter: DFlashDraftModel, max_length: int | None, device: str = "auto") -> None:
         self._engine = Engine.from_pretrained(target, device=device, max_length=max_length, max_batch_size=1)
@@ -81,7 +80,6 @@ class Server:
         return self._engine.backend_name
 
     def run(self, way: Way, prompt: list[int], num_new_tokens: int, seed: int) -> Generation:
-        """One sequence."""
         if self._proposer != way.proposer:
             self._engine.set_drafter(None)
             if way.proposer != "none":
@@ -104,7 +102,7 @@ def measure_serving(
     seed: int = 0,
     progress: bool = True,
 ) -> list[ServingRow]:
-    """Counts, then times. Raises ValueError when a text differs from the one without proposals."""
+    """Counts, then times. Raises ValueError if speculation changes a text."""
     if num_repeats < 0 or num_timed_prompts < 1:
         raise ValueError("a serving bench needs at least one prompt to time")
     prompts = [prompt for group in prompt_sets.values() for prompt in group]
@@ -126,15 +124,14 @@ def measure_serving(
             counted.append(found)
 
         def rate(index: int, turn: int) -> float:
-            """Tokens a second of the timed prompts."""
+            """Tokens per second of the timed prompts."""
             stats = []
             for prompt in timed:
                 stats.append(server.run(ways[index], prompt, num_new_tokens, seed).stats)
                 bar.update()
             return sum(one.num_round_tokens for one in stats) / sum(one.decode_seconds for one in stats)
 
-        by_way = in_turns(range(len(ways)), rate, num_repeats, num_warmups=0, orders=random.Random(seed))
-    rates = list(by_way.values())
+        rates = in_turns(range(len(ways)), rate, num_repeats, num_warmups=0, orders=random.Random(seed))
     return [
         ServingRow(
             name=way.name,
@@ -154,9 +151,9 @@ def measure_serving(
 def prompt_sets_of(
     source: Path, target: Path, num_prompts: int, num_tokens: int, max_tokens: int
 ) -> dict[str, Sequence[list[int]]]:
-    """Set name -> prompts: of `num_tokens` of a corpus, or those of a file, of at most `max_tokens`.
+    """Prompts by set name: `num_tokens` each from a corpus, or those of a file with at most `max_tokens`.
 
-    Raises ValueError, one line, for what is neither a corpus nor a file of prompts.
+    Raises ValueError for anything else.
     """
     tokenizer = load_tokenizer(target)
     loader = PromptLoader(tokenizer, max_tokens, num_prompts, corpus=source, num_heldout_tokens=num_tokens)
@@ -171,13 +168,12 @@ COLUMNS = (
     Column("rows/token", "", "acceptance.rows_per_token", ".2f"),
     Column("drafted/token", "", "acceptance.drafted_per_token", ".2f"),
     Column("tokens/s", "", "decode_tokens_per_second.median", ".0f"),
-    ratio("tree/chain", "speedup_over_chain.median"),
 )
 
 
 @module_command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """See the module."""
+    """The command line: measure, print, write JSON."""
     parser = module_parser(__spec__, __doc__)
     parser.add_argument("--target", type=Path, required=True, help="model directory")
     parser.add_argument("--drafter", type=Path, required=True, help="drafter directory")

@@ -1,8 +1,7 @@
-"""Figures of an ablation, in the style of `eval.report.figures`: precision against divergence, score and tau.
+"""Notebook figures of an ablation grid: bits, bytes and speed against divergence, score and tau.
 
-Colours are the quantized modules, markers the method, so that a point can be told on a printer and by a colour-blind
-reader; whiskers are 95 % intervals. A figure shows the rows that have its two figures; without any, its function
-raises `NothingToDraw`.
+Colours show the quantized modules and markers the method, for print and for colour-blind readers; whiskers are 95 %
+intervals. Each function draws the rows that have both values, and raises `NothingToDraw` if none has.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ NATS = "KL from full precision (millinats a token, log scale)"
 
 
 def ablation_figures(grid: AblationGrid) -> dict[str, Figure]:
-    """All that the grid has rows for, by file name."""
+    """Every figure the grid has rows for, by file name."""
     functions = {
         "kl_by_bits": kl_by_bits,
         "kl_by_bytes": kl_by_bytes,
@@ -47,22 +46,20 @@ def ablation_figures(grid: AblationGrid) -> dict[str, Figure]:
 
 
 def kl_by_bits(grid: AblationGrid) -> Figure:
-    """KL of every quantized model over the bits that one of its quantized weights takes."""
+    """KL of every quantized model over the bits per quantized weight."""
     return _points(_with_kl(grid), lambda row: row.bits_per_weight, _kl, BITS, NATS, WINDOWS)
 
 
 def kl_by_bytes(grid: AblationGrid) -> Figure:
-    """KL of every quantized model over the bytes of the whole model: what a format is worth where it is used."""
+    """KL of every quantized model over the bytes of the whole model."""
     return _linear_x(_points(_with_kl(grid), _megabytes, _kl, BYTES, NATS, WINDOWS))
 
 
 def kl_by_speed(grid: AblationGrid) -> Figure:
-    """KL over the predicted tokens/s of greedy decoding, filled points with a drafter: what divergence buys.
+    """KL over the predicted tokens/s of greedy decoding; points are filled for rows with a drafter.
 
-    The full-precision model, whose KL is 0, is a line: the tokens/s that it is predicted to decode without a drafter.
-
-    Predicted, because only there every format has kernels: measured tokens/s of rows that are served dequantized are
-    not their format's, and stay in the table.
+    A line marks the predicted tokens/s of the full-precision model without a drafter (its KL is 0). Speeds are
+    predicted, because rows served dequantized do not measure their format's speed.
     """
     rows = [row for row in grid.rows if row.kl_nats is not None and row.kl_nats > 0 and row.temperature == 0]
     label = f"tokens/s on {grid.gpu}, predicted (filled: with a drafter)"
@@ -90,7 +87,7 @@ def _linear_x(figure: Figure) -> Figure:
 
 
 def grid_score_by_bits(grid: AblationGrid) -> Figure:
-    """Score of every model over the bits that one of its quantized weights takes."""
+    """Score of every model over the bits per quantized weight."""
     rows = [row for row in grid.models() if row.score is not None]
     return _points(
         rows,
@@ -104,7 +101,7 @@ def grid_score_by_bits(grid: AblationGrid) -> Figure:
 
 
 def tau_by_bits(grid: AblationGrid) -> Figure:
-    """Tokens a round over the target's precision: a line a drafter's target and temperature, methods by marker."""
+    """Tokens per round over the target's precision: a colour per drafter and temperature, a marker per method."""
     rows = [row for row in grid.rows if row.tau is not None and row.bits_per_weight and row.modules in ("experts", "")]
     if not rows:
         raise NothingToDraw("no row has a drafter's tokens a round")
@@ -126,12 +123,12 @@ def tau_by_bits(grid: AblationGrid) -> Figure:
 
 
 def _marker(method: str) -> str:
-    """The method's own, the last one for methods that came later."""
+    """Methods unknown here share the last marker."""
     return MARKERS[_METHODS.index(method)] if method in _METHODS else MARKERS[-1]
 
 
 def _quantity(label: str) -> str:
-    """An axis' label without its unit."""
+    """An axis label without its unit."""
     return label.partition(" (")[0].partition(",")[0]
 
 
@@ -205,7 +202,7 @@ def _finish(
     whiskers: str,
     lines: Sequence[Line2D] = (),
 ) -> None:
-    """Labels, and a legend of what colours, markers and `lines` stand for."""
+    """Labels, and the legend of colours, markers and `lines`."""
     axes.set_xscale("log", base=2)
     low, high = axes.get_xlim()
     axes.set_xticks([bits for bits in _TICKS if low <= bits <= high])

@@ -1,4 +1,4 @@
-"""The curves of a training run, from its metrics.jsonl; what a run that was cut off lacks is said and left out."""
+"""Curves of a training run, read from its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ TRAIN_LOSS = {"pretrain": CROSS_ENTROPY, "kl": KL, "ce": CROSS_ENTROPY, "mix": M
 
 
 def run_curves(run_directory: Path, on_problem: Callable[[str], object] = warnings.warn) -> list[Curve]:
-    """What the metrics of a training run plot; the stage is the run's name.
+    """The curves of a run; their stage is the run's name.
 
-    `on_problem` is told, in one line each, of lines that cannot be read, of values that are no finite numbers, and of
-    a config that does not say what the loss is. Raises OSError for files that cannot be read.
+    `on_problem` gets a line for unreadable lines, non-finite values, and a config that does not name the loss. Raises
+    OSError for files that cannot be read.
     """
     lines = read_metrics(run_directory, on_problem)
     recipe, loss = _recipe(run_directory / "config.yaml", on_problem)
@@ -50,7 +50,7 @@ def run_curves(run_directory: Path, on_problem: Callable[[str], object] = warnin
 def _points(
     found: Sequence[tuple[int, Any]], name: str, on_problem: Callable[[str], object]
 ) -> list[tuple[int, float]]:
-    """Steps, each once and rising, with their values; those that are no finite numbers are left out."""
+    """Steps, unique and ascending, with their values; non-finite ones are dropped."""
     if left_out := [(step, value) for step, value in found if not _is_finite(value)]:
         step, value = left_out[0]
         lacking = f"{len(left_out)} of {plural(len(found), 'value')}"
@@ -60,12 +60,11 @@ def _points(
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether a value of JSON is a number that a plot has a place for."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _recipe(file: Path, on_problem: Callable[[str], object]) -> tuple[str, str]:
-    """The kind of the run and the axis of its training loss, from its config; metrics alone do not say."""
+    """The kind of the run and its training loss' axis label, from its config."""
     if not file.is_file():
         return "", UNKNOWN
     try:

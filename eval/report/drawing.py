@@ -1,9 +1,8 @@
-"""What all figures are drawn with: one style, and the marks that a page's figures and a notebook's have in common.
+"""One style and shared marks for all figures, on a page or on paper.
 
-Series use colours in the manner of Okabe and Ito, chosen to keep their contrast on white and on near-black and apart
-for colour-blind readers; they never carry meaning alone (markers, hatches and labels do too). Figures are narrow: a
-phone shows them at nearly full size, a desktop two side by side, a paper in a column. Nothing here touches pyplot's
-global state.
+Colours follow Okabe and Ito, adjusted for contrast on white and near-black; markers, hatches and labels repeat what
+they mean. Figures are narrow: full size on a phone, two side by side on a desktop, one in a paper's column. pyplot's
+global state stays untouched.
 """
 
 import textwrap
@@ -36,7 +35,7 @@ class NothingToDraw(ValueError):
 
 
 def style(ink: str, grid: str) -> dict[Any, Any]:
-    """matplotlib's settings, with these colours for all that is no series."""
+    """matplotlib settings with these colours for everything but series."""
     return {
         "font.family": "sans-serif",
         "font.size": 9.5,
@@ -59,19 +58,19 @@ def style(ink: str, grid: str) -> dict[Any, Any]:
 
 @contextmanager
 def new_figure(settings: dict[Any, Any], height_inches: float) -> Iterator[tuple[Figure, Axes]]:
-    """A figure with axes, and a context in which to draw on them with these settings."""
+    """A figure with axes, in a context with these settings."""
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
         yield figure, figure.add_subplot()
 
 
 def ink() -> str:
-    """The colour of text and edges in the settings of now."""
+    """The current colour of text and edges."""
     return str(matplotlib.rcParams["text.color"])
 
 
 def bars(axes: Axes, names: Sequence[str], values: Sequence[float], errors: Errors | None, value_format: str) -> None:
-    """A horizontal bar a name, the first on top, its value written behind its whisker."""
+    """A horizontal bar per name, the first on top, its value behind its whisker."""
     axes.barh(range(len(values)), values, height=0.62, color=COLOURS[0], edgecolor=ink(), linewidth=0.5)
     if errors is not None:
         axes.errorbar(values, range(len(values)), xerr=errors, fmt="none", ecolor=ink(), elinewidth=0.9, capsize=3)
@@ -88,7 +87,7 @@ def bars(axes: Axes, names: Sequence[str], values: Sequence[float], errors: Erro
 
 
 def bars_height(num_bars: int) -> float:
-    """Inches that so many bars want."""
+    """Figure height in inches."""
     return 0.9 + 0.42 * max(1, min(num_bars, MANY_ROWS)) + 0.26 * max(0, num_bars - MANY_ROWS)
 
 
@@ -99,10 +98,7 @@ def dots(
     log: bool = False,
     reference: float | None = None,
 ) -> None:
-    """For every name a dot a series, with its whisker; None where a series has none.
-
-    `reference` is a line across all, on the axis of the values.
-    """
+    """A dot with a whisker per name and series; None is skipped. `reference` is a vertical line."""
     for index, (label, points) in enumerate(series.items()):
         rows = [row for row, point in enumerate(points) if point is not None]
         found = [point for point in points if point is not None]
@@ -127,24 +123,24 @@ def dots(
 
 
 def dots_height(num_names: int, labels: Sequence[str]) -> float:
-    """Inches that so many rows of these series want, with a legend where there are several."""
+    """Figure height in inches, including a legend for several series."""
     num_legend_rows = -(-len(labels) // legend_columns(labels)) if len(labels) > 1 else 0
     return 0.85 + (0.26 + 0.12 * min(3, len(labels))) * num_names + 0.2 * num_legend_rows
 
 
 def either_side(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    """Whiskers as matplotlib takes them. Rounding may put a value a hair outside of its own interval."""
+    """Whiskers in matplotlib's form, clipped at 0: rounding may put a value outside its own interval."""
     return [max(0.0, value - low) for value, low, _ in points], [max(0.0, high - value) for value, _, high in points]
 
 
 def name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Names of rows; long ones on two lines, where rows are few enough."""
+    """Row labels; long ones take two lines if the rows are few."""
     width = 16 if len(names) <= MANY_ROWS else 28
     axes.set_yticks(range(len(names)), [wrap(name, width) for name in names])
 
 
 def wrap(name: str, width: int = 16) -> str:
-    """A long name on two lines, so that names leave the axes their room."""
+    """A long name on two lines."""
     if len(name) <= width:
         return name
     middle = min((i for i, c in enumerate(name) if c == " "), key=lambda i: abs(i - len(name) / 2), default=None)
@@ -152,18 +148,18 @@ def wrap(name: str, width: int = 16) -> str:
 
 
 def label_x(axes: Axes, quantity: str, whiskers: str = "") -> None:
-    """The horizontal axis' quantity with its unit, and below it what whiskers are."""
+    """The label of the x axis, with what whiskers show below it."""
     below = f"\nwhiskers: {whiskers}" if whiskers else ""
     axes.set_xlabel(textwrap.fill(quantity, AXIS_LABEL_WIDTH) + below)
 
 
 def legend_columns(labels: Sequence[str]) -> int:
-    """Two where the two longest labels fit beside each other over an axis, else one."""
+    """2 if the two longest labels fit side by side over the axes, else 1."""
     return 2 if len(labels) > 1 and sum(sorted(map(len, labels))[-2:]) <= LEGEND_WIDTH else 1
 
 
 def legend_above(axes: Axes, handles: Sequence[Any] | None = None) -> None:
-    """A legend over the axes, where it covers no point: of what is labelled, or of `handles`."""
+    """A legend above the axes, of labelled artists or of `handles`."""
     shown: Sequence[Any] = axes.get_legend_handles_labels()[0] if handles is None else handles
     if not shown:
         return

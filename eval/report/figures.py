@@ -1,8 +1,7 @@
-"""Figures for notebooks and papers: one function a question, each from a result document to a matplotlib figure.
+"""Figures for notebooks and papers: a function per question, from a result document to a matplotlib figure.
 
-Black on white, in the colours and with the marks of `eval.report.drawing`, as a report's. Every axis names its unit,
-and a line below it says what whiskers are. Where a result lacks all that a figure shows, its function raises
-`NothingToDraw`; a notebook goes on with `show` of `eval.report.notebook`.
+Every axis names its unit, and the line below it says what whiskers are. A function raises `NothingToDraw` if the result
+lacks what it shows; `eval.report.notebook.show` prints that instead.
 """
 
 import math
@@ -41,7 +40,7 @@ ROUNDS, REPEATS = "95 % interval over rounds", "quartiles of the repeats"
 
 
 def divergence(quality: QualityResult) -> Figure:
-    """KL from the teacher of every method, in millinats a token; whiskers are 95 % intervals over windows."""
+    """KL from the teacher by method, in millinats per token; whiskers are 95 % intervals over windows."""
     entries = [entry for entry in quality.methods if entry.kl_to_teacher_nats is not None]
     if not entries:
         raise NothingToDraw(f"no model but {quality.teacher} was measured, hence no KL from it")
@@ -54,10 +53,10 @@ def divergence(quality: QualityResult) -> Figure:
 
 
 def score_by_bits(comparison: Comparison, task: str, bits: Mapping[str, float], names: Mapping[str, str]) -> Figure:
-    """Score of `task` over the bits that an expert's weight takes; whiskers are 95 % intervals of the difference.
+    """Score of `task` over the bits per expert weight; whiskers are 95 % intervals of the difference.
 
-    `bits` and `names` are by result, the baseline among them; a result without bits is named below the axis, one
-    without a name goes by its own. Raises NothingToDraw for a task that was not compared.
+    `bits` and `names` are by result, baseline included. The axis label lists results without bits; results without a
+    name use their own. Raises NothingToDraw for a task that was not compared.
     """
     entry = next((entry for entry in comparison.metrics if entry.task == task), None)
     if entry is None:
@@ -94,9 +93,9 @@ def score_by_bits(comparison: Comparison, task: str, bits: Mapping[str, float], 
 
 
 def suite_differences(comparison: Comparison, names: Mapping[str, str]) -> Figure:
-    """Recovery of every task and result, in percent of the baseline's score; whiskers are 95 % intervals.
+    """Recovery in percent of the baseline's score, by task and result; whiskers are 95 % intervals.
 
-    Hollow markers are differences that may be chance.
+    Hollow markers are differences within noise.
     """
     entries = [entry for entry in comparison.metrics if any(other.recovery is not None for other in entry.others)]
     if not entries:
@@ -135,7 +134,7 @@ def suite_differences(comparison: Comparison, names: Mapping[str, str]) -> Figur
 
 
 def survival(acceptance: AcceptanceResult) -> Figure:
-    """Share of rounds whose drafts up to a position were all accepted; bands are 95 % intervals over rounds."""
+    """Share of rounds that accepted all drafts up to a position; whiskers are 95 % intervals over rounds."""
     sets = _drafted_sets(acceptance)
     with new_figure(STYLE, 2.7 + 0.2 * len(sets)) as (figure, axes):
         for index, one in enumerate(sets):
@@ -151,7 +150,7 @@ def survival(acceptance: AcceptanceResult) -> Figure:
 
 
 def tokens_by_block(acceptance: AcceptanceResult) -> Figure:
-    """Tokens a round if only the first k positions were drafted: one plus the sum of their survival."""
+    """Tokens per round if only the first k positions were drafted: 1 plus the sum of their survival."""
     sets = _drafted_sets(acceptance)
     with new_figure(STYLE, 2.7 + 0.2 * len(sets)) as (figure, axes):
         for index, one in enumerate(sets):
@@ -176,7 +175,7 @@ def tokens_by_block(acceptance: AcceptanceResult) -> Figure:
 
 
 def decode_rates(timing: TimingResult) -> Figure:
-    """Tokens a second of every contestant: median and quartiles of the repeats."""
+    """Tokens per second by contestant: medians and quartiles of the repeats."""
     entries = timing.contestants
     if not entries:
         raise NothingToDraw("no contestant ran")
@@ -189,7 +188,7 @@ def decode_rates(timing: TimingResult) -> Figure:
 
 
 def time_per_text(timing: TimingResult) -> Figure:
-    """Where the time of one text goes: until its first token, and decoding the others. Medians; log scale."""
+    """Time until the first token, and for all others; medians on a log scale."""
     num_decoded = timing.num_new_tokens - 1
     # An axis of logarithms has no place for what took no time.
     entries = [
@@ -214,7 +213,7 @@ def time_per_text(timing: TimingResult) -> Figure:
 
 
 def stage_times(stages: Sequence[StageSummary]) -> Figure:
-    """Seconds of every stage of a run that was timed; one run, so without whiskers."""
+    """Seconds of every timed stage of one run."""
     timed = [(stage.name, stage.seconds) for stage in stages if stage.seconds is not None]
     if not timed:
         raise NothingToDraw("no stage was timed")
@@ -225,7 +224,7 @@ def stage_times(stages: Sequence[StageSummary]) -> Figure:
 
 
 def _drafted_sets(acceptance: AcceptanceResult) -> Sequence[AcceptanceSet]:
-    """The sets of prompts, or all of them together where they are not told apart, of which rounds were counted."""
+    """The prompt sets with drafts, or all prompts together if sets are not told apart."""
     found = [one for one in acceptance.sets or (acceptance.overall,) if one.survival]
     if not found:
         raise NothingToDraw("nothing was drafted")
@@ -248,7 +247,7 @@ def _curve(
 
 
 def _variance_of_count(survival_shares: Sequence[float]) -> float:
-    """Variance of how many drafts a round accepts, when position i is reached with the i-th share."""
+    """Variance of the number of drafts a round accepts; position i is reached with the i-th share."""
     mean = sum(survival_shares)
     # E[n^2] is the sum of (2 i - 1) P(n >= i).
     second_moment = sum((2 * i - 1) * share for i, share in enumerate(survival_shares, start=1))

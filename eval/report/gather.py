@@ -1,13 +1,13 @@
-"""One `Report` from whatever finished work is found: run directories, result files, a whole demo, several of them.
+"""Gathers finished work into one `Report`: run directories, result files, demos, or several of these.
 
-Everything is read from disk, hence the demo's own report and `speedstack report` of its directory are one code path,
-and a half-finished demo can be reported too. Inputs are read in their order, a directory before the ones in it, and
-nothing twice. Of the measurements that a run has one of, the first of a kind is the run's own, and all others are
-attached beside it; but a directory's own measurement stands for those of its kind in the runs inside it.
+Everything is read from disk, so that a demo's own report and `speedstack report` share a code path, and unfinished
+demos can be reported. Inputs are read in order, a directory before those inside it, and each file once. The first
+measurement of a kind is the run's own, later ones are attached; a directory's measurement replaces those of its kind in
+the runs inside it.
 
-What several runs have each (curves, stages, models, memory, texts) is kept by the directory that it is of, and named by
-the end of that directory's path, as much of it as tells the runs apart. Files that cannot be read or are none of ours
-are an error where they were named, and a note where they were found in a directory.
+Curves, stages, models, memory and texts of several runs are kept by directory, and named by the shortest path ending
+that tells the runs apart. A file that is unreadable or no result is an error if it was named, and a note if it was
+found in a directory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Place = tuple[str, ...]
 
 
 class Facts(Document):
-    """What a demo notes besides the measurements: the model, its storage, texts to look at."""
+    """What a demo records besides measurements."""
 
     kind: Literal["facts"] = "facts"
     model: ModelSummary | None = None
@@ -51,12 +51,11 @@ class Facts(Document):
 
 
 def gather(inputs: Sequence[Path], title: str, **fields: Any) -> Report:
-    """A report of everything below `inputs`; `fields` are set as they are (subtitle, seed, commands).
+    """A report of everything below `inputs`; `fields` are set as given (subtitle, seed, commands).
 
-    A report among the inputs gives what it holds. Results of kinds that no page shows, a plan say, and files in
-    directories that cannot be read are named in the notes; so are inputs in which there is nothing.
-    Raises ValueError for an input that does not exist, a named file that is no result of this schema, and when nothing
-    is found; OSError as the file system does.
+    Reports among the inputs are unpacked. Notes name results that no page shows, unreadable files, and empty inputs.
+    Raises ValueError for a missing input, a named file that is no result, and if nothing is found; OSError as the file
+    system does.
     """
     gathered = _Gathered()
     for path in inputs:
@@ -86,7 +85,7 @@ def _children(directory: Path) -> list[Path]:
 
 
 def _files(directory: Path) -> list[Path]:
-    """The metrics and the JSON files in a directory. A page made before is made of the files beside it."""
+    """A directory's metrics and JSON files, without a report made of them before."""
     found = [file for file in directory.glob("*.json") if file.is_file() and file.name != REPORT_FILE]
     metrics = [file for file in (directory / FILE_NAME,) if file.is_file()]
     return metrics + sorted(found, key=lambda file: (file.name != FACTS_FILE, file.name))
@@ -94,7 +93,7 @@ def _files(directory: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A curve or a stage, where it is of, and the report that it was read from: None for the run's own directory."""
+    """A curve or a stage, its place, and the report it was read from (None for the run's own directory)."""
 
     place: Place
     content: Curve | StageSummary
@@ -102,9 +101,9 @@ class _Part:
 
 
 class _Gathered:
-    """What was found so far; of what a run has one of, the first stays. Warnings come when all is found.
+    """What was found so far. Warnings come at the end.
 
-    `num_found` counts files, also those that were read before and those that are left out.
+    `num_found` counts files, repeated and skipped ones included.
     """
 
     def __init__(self) -> None:
@@ -120,16 +119,15 @@ class _Gathered:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to show."""
         return not (self._own or self._parts or self._facts or self._attached)
 
     def note(self, text: str) -> None:
-        """Say something on the page and, as a warning, on the terminal."""
+        """Add a line to the page and to the warnings."""
         if text not in self.notes:
             self.notes.append(text)
 
     def add_named(self, file: Path) -> None:
-        """Take in a file that was asked for. Raises ValueError where it is no result of a kind and schema of ours."""
+        """Add a file that was asked for. Raises ValueError if it is no result."""
         if file.name == FILE_NAME:
             self._add(file, None)
             return
@@ -139,7 +137,7 @@ class _Gathered:
         self._add(file, content)
 
     def add_run(self, directory: Path, inner: Sequence[Path]) -> None:
-        """Take in what is in a directory, then what is in those inside it, then the stages that its records name."""
+        """Add the files of a directory, of those inside it, and the stages its records name."""
         kinds_on_top: set[str | None] = set()
         for place in (directory, *inner):
             for file in _files(place):
@@ -161,7 +159,7 @@ class _Gathered:
                 self._parts.append(_Part((*_place(directory), name), stage))
 
     def report(self, title: str, fields: dict[str, Any]) -> Report:
-        """All of it."""
+        """The report of everything found."""
         if self.left_out:
             self.note(f"Not shown in this report: {'; '.join(self.left_out)}")
         for note in self.notes:
@@ -190,7 +188,7 @@ class _Gathered:
         )
 
     def _add(self, file: Path, content: Any) -> None:
-        """Take in a file, once; `content` is its JSON, None for metrics. Raises ValueError for a misfit."""
+        """Add a file once; `content` is its JSON, None for metrics. Raises ValueError for a misfit."""
         self.num_found += 1
         if not self._is_new(file):
             return
@@ -210,14 +208,14 @@ class _Gathered:
             self.left_out.append(f"{_shown(file)} ({kind})")
 
     def _is_new(self, path: Path) -> bool:
-        """Whether a file was not met before, under this or another name."""
+        """Whether a file was not read before, under this or another name."""
         resolved = path.resolve()
         is_new = resolved not in self._read
         self._read.add(resolved)
         return is_new
 
     def _take_facts(self, place: Place, facts: Facts | Report) -> None:
-        """The fields that a run has once; bytes are added to those of its other engines."""
+        """Add fields a run has once; memory is added to that of its other engines."""
         known = self._facts.setdefault(place, {})
         for name in ("model", "other_models", "storage", "examples"):
             if value := getattr(facts, name, None):
@@ -259,7 +257,7 @@ class _Gathered:
             self._attached.append(Attachment(name=_shown(file), content=content))
 
     def _named_parts(self) -> list[Curve | StageSummary]:
-        """Stages and curves under names that tell the runs apart."""
+        """Stages and curves, under names that tell the runs apart."""
         directories = [part for part in self._parts if part.report is None]
         on_disk = {part.place for part in directories}
         kept: list[tuple[Place, Curve | StageSummary]] = []
@@ -279,7 +277,7 @@ class _Gathered:
         ]
 
     def _named_facts(self) -> dict[str, Any]:
-        """Models, memory and texts of the runs; of several runs each is named."""
+        """Models, memory and texts; named by run if there are several."""
         facts = {place: known for place, known in self._facts.items() if known}
         if len(facts) < 2:
             return next(iter(facts.values()), {})
@@ -314,7 +312,7 @@ class _Gathered:
         }
 
     def _environment(self) -> Environment:
-        """A report may be made elsewhere, or later, than its figures were measured."""
+        """Where the figures were measured, which may not be here."""
         own = [self._own[kind][1] for kind in ("timing", "acceptance", "quality") if kind in self._own]
         measured = [sections.environment_of(result) for result in own]
         measured += [report.environment for report in self._reports]
@@ -326,11 +324,11 @@ class _Gathered:
 
 
 def _place(path: Path) -> Place:
-    """The parts of the absolute path, which says where "." is."""
+    """The parts of the absolute path."""
     return tuple(map(printable, Path(os.path.abspath(path)).parts))
 
 
 def _shown(file: Path) -> str:
-    """A file's name on the page: below the working directory, where it is there."""
+    """A file's name on the page, relative to the working directory where possible."""
     resolved = file.resolve()
     return printable(str(resolved.relative_to(Path.cwd())) if resolved.is_relative_to(Path.cwd()) else str(file))

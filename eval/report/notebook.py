@@ -1,4 +1,4 @@
-"""What notebooks share: cells that say in a line what a result lacks instead of failing, and short texts on results."""
+"""Helpers for notebooks: cells that name in a line what a result lacks, and short texts on results."""
 
 import inspect
 from collections.abc import Callable
@@ -23,14 +23,12 @@ class Markdown(str):
 
 
 def load(document: type[DocumentT], path: str | Path | None) -> DocumentT | None:
-    """The result in a file; None where no path is given. Raises ValueError, one line, as `Document.load`."""
+    """The result in a file, or None without a path. Raises ValueError as `Document.load`."""
     return document.load(path) if path else None
 
 
 def show(make: Callable[..., T], *parts: Any) -> T | None:
-    """What `make` makes of the parts of results. Where one of them is None, or holds nothing of what is shown, a line
-    that says so is printed instead; plain text is printed too.
-    """
+    """What `make` returns; plain text is printed. Prints a line instead if a part is None or has nothing to draw."""
     missing = [name for name, part in zip(inspect.signature(make).parameters, parts, strict=False) if part is None]
     if missing:
         print(f"not shown: there is no {' and no '.join(missing)} in what was read")
@@ -47,7 +45,7 @@ def show(make: Callable[..., T], *parts: Any) -> T | None:
 
 
 def acceptance_text(acceptance: AcceptanceResult) -> str:
-    """Tokens a round, pooled and by text."""
+    """Tokens per round, pooled and by text."""
     overall = acceptance.overall
     return (
         f"{overall.acceptance_length:.2f} tokens a round over {overall.num_rounds} rounds, "
@@ -57,9 +55,9 @@ def acceptance_text(acceptance: AcceptanceResult) -> str:
 
 
 def timing_text(timing: TimingResult, environment: Environment) -> str:
-    """The machine, every contestant against the engine, and a line for each that is not there.
+    """The machine, speedups over the engine, and a line per missing contestant.
 
-    `environment` stands in for a timing that does not say where it was made.
+    `environment` is used if the timing has none.
     """
     machine = timing.environment or environment
     lines = [
@@ -77,11 +75,10 @@ def timing_text(timing: TimingResult, environment: Environment) -> str:
 
 
 def comparison_table(comparison: Comparison) -> Markdown:
-    """Every task and result, a row each."""
     return Markdown(comparison.markdown())
 
 
 def grid_table(grid: AblationGrid) -> Markdown:
-    """Every row of an ablation, with the errors of those that failed."""
+    """All rows of an ablation, with the errors of those that failed."""
     failed = f"{grid.num_failed} of {len(grid.rows)} rows failed, and stand with their errors.\n\n"
     return Markdown((failed if grid.num_failed else "") + grid.table())

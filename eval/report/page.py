@@ -1,9 +1,8 @@
-"""What a page is made of: sections of text, sortable tables and figures, and the one look that they share.
+"""The parts of a page, and how they become HTML: sections of text, sortable tables and figures.
 
-A kind of result is turned into sections by its module in `eval.report.sections`, which knows nothing of HTML; this
-file knows nothing of results. The page is one file without outside resources: it can be mailed, printed, and opened in
-ten years. Its one script sorts tables; its content policy names that script by hash and forbids everything else, so
-that no text in a result can run or load anything.
+This file knows nothing of results, and the sections (`eval.report.sections`) know nothing of HTML. A page is one file
+without outside resources. Its one script sorts tables; the content policy names it by hash and forbids everything
+else, so that no text in a result can run or load anything.
 """
 
 import base64
@@ -23,7 +22,7 @@ TEMPLATES_DIR = Path(__file__).resolve().parent / "templates"
 
 @dataclass(frozen=True)
 class Headline:
-    """One figure for the top of the page and for a terminal: value, what it is, what it stands against."""
+    """A figure for the top of the page and for a terminal: value, meaning, context."""
 
     value: str
     label: str
@@ -32,7 +31,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class FigureBlock:
-    """An SVG with the caption that says how to read it; `command` and `source` as a table's."""
+    """An SVG with its caption; `command` and `source` as in `Table`."""
 
     svg: str
     caption: str
@@ -42,7 +41,7 @@ class FigureBlock:
 
 @dataclass(frozen=True)
 class Listing:
-    """Text in a fixed font, of which `marked`, the end, is set off."""
+    """Text in a fixed font, ending in `marked`, which is highlighted."""
 
     title: str
     text: str
@@ -54,7 +53,7 @@ Block = Table | FigureBlock | Listing
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it: text first, then the blocks in their order."""
+    """A heading, paragraphs, then blocks."""
 
     title: str
     paragraphs: tuple[str, ...] = ()
@@ -62,17 +61,17 @@ class Section:
     headlines: tuple[Headline, ...] = ()
 
     def made_by(self, command: str | None, source: str = "") -> "Section":
-        """The section with the command and the file on every table and figure."""
+        """A copy with the command and the file on every table and figure."""
         return self._with_blocks(lambda block: replace(block, command=command, source=source))
 
     def made_by_run(self, command: str | None) -> "Section":
-        """The section with the command on every table and figure that has neither command nor file."""
+        """A copy with the command on every table and figure that has neither command nor file."""
         return self._with_blocks(
             lambda block: block if block.command or block.source else replace(block, command=command)
         )
 
     def of_run(self, name: str) -> "Section":
-        """The section with the name of what it is of on its headlines, which stand without its title."""
+        """A copy with the name on its headlines, which are shown without the title."""
         if not name:
             return self
         marked = (
@@ -87,7 +86,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything there is to render. `environments` are (what was measured there, where)."""
+    """Everything to render. `environments` are pairs of what was measured, and where."""
 
     title: str
     subtitle: str
@@ -100,7 +99,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as HTML. A function of its content alone: the same page gives the same bytes."""
+    """The page as HTML, deterministic."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES_DIR),
         autoescape=True,
@@ -118,6 +117,6 @@ def render(page: Page) -> str:
 
 
 def _unique_ids(svg: str, prefix: str) -> str:
-    """The drawing with `prefix` before its ids: two of one title may stand on a page."""
+    """The SVG with `prefix` before its ids, because titles may repeat on a page."""
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
     return re.sub(r'(url\(#|href="#)', rf"\1{prefix}-", svg)

@@ -1,7 +1,6 @@
-"""Figures of a report as inline SVG that follows the page: its text colour, its font, light or dark.
+"""Figures of a report as inline SVG in the colours and font of the page, light or dark.
 
-matplotlib draws with two stand-in colours for ink and grid, which are then replaced by `currentColor` and a CSS
-variable.
+matplotlib draws with stand-in colours for ink and grid, which become `currentColor` and a CSS variable.
 """
 
 import html
@@ -42,7 +41,7 @@ STYLE = style(INK, GRID) | {"svg.fonttype": "none", "svg.hashsalt": "speedstack"
 
 
 def training_curves(curves: Sequence[Curve]) -> str:
-    """Curves of one stage and quantity over its steps. Raises ValueError for none, or for a mixture."""
+    """Curves of one stage and quantity. Raises ValueError for none, or for a mixture."""
     if len({(curve.stage, curve.quantity) for curve in curves}) != 1:
         raise ValueError(f"one figure shows one stage's curves of one quantity, not {len(curves)} of several")
     with _on_page(3.0) as (figure, axes):
@@ -67,7 +66,7 @@ def training_curves(curves: Sequence[Curve]) -> str:
 
 
 def divergence_by_method(quality: QualityResult) -> str:
-    """Divergence from the teacher of each method that has one, with standard errors."""
+    """KL from the teacher by method, with standard errors."""
     methods = [entry for entry in quality.methods if entry.kl_to_teacher_nats is not None]
     return bars(
         "Divergence from the teacher by method",
@@ -79,7 +78,7 @@ def divergence_by_method(quality: QualityResult) -> str:
 
 
 def task_scores_by_method(quality: QualityResult, metrics: Mapping[str, str]) -> str:
-    """Scores in [0, 1] of the chosen task metrics, grouped by task; `metrics` maps task to metric."""
+    """Scores in [0, 1], grouped by task; `metrics` maps task to metric."""
     methods = [entry for entry in quality.methods if entry.tasks]
     tasks = list(metrics)
     with _on_page(1.3 + 0.32 * len(metrics) * max(1, len(methods))) as (figure, axes):
@@ -110,7 +109,7 @@ def task_scores_by_method(quality: QualityResult, metrics: Mapping[str, str]) ->
 
 
 def acceptance_by_position(acceptance: AcceptanceResult) -> str:
-    """Share of rounds in which the drafts up to each position were all accepted, overall and for each prompt set."""
+    """Share of rounds that accepted all drafts up to a position, overall and by prompt set."""
     groups = [acceptance.overall, *(acceptance.sets if len(acceptance.sets) > 1 else ())]
     # A set may have the name that all of them together go by.
     labels = numbered([f"{group.name} (\u03c4 {group.acceptance_length:.2f})" for group in groups])
@@ -119,7 +118,7 @@ def acceptance_by_position(acceptance: AcceptanceResult) -> str:
 
 
 def survival_curves(title: str, curves: Mapping[str, Sequence[float]]) -> str:
-    """Shares in [0, 1] by draft position, a curve a label; the first one is the main one."""
+    """A curve per label: shares in [0, 1] by draft position; the first is emphasized."""
     with _on_page(2.7 + 0.2 * -(-len(curves) // 2)) as (figure, axes):
         for index, (label, shares) in enumerate(curves.items()):
             axes.plot(
@@ -141,7 +140,7 @@ def survival_curves(title: str, curves: Mapping[str, Sequence[float]]) -> str:
 
 
 def tokens_per_second(timing: TimingResult) -> str:
-    """Median decode rate of each contestant; whiskers from the slowest to the fastest repeat."""
+    """Median decode rate by contestant; whiskers are the extremes of the repeats."""
     rates = [entry.decode_tokens_per_second for entry in timing.contestants]
     return bars(
         "Decode rate by contestant",
@@ -154,7 +153,7 @@ def tokens_per_second(timing: TimingResult) -> str:
 
 
 def memory_by_part(memory_bytes: Mapping[str, Mapping[str, int]]) -> str:
-    """Bytes of each part, stacked, a bar an engine, in MiB."""
+    """A stacked bar per engine, in MiB."""
     parts = list(dict.fromkeys(part for engine in memory_bytes.values() for part in engine))
     # Experts differ in name by their format; side by side at the axis their widths compare.
     parts.sort(key=lambda part: not part.startswith("experts"))
@@ -193,7 +192,7 @@ def bars(
     errors: Errors | None = None,
     value_format: str = "{:.3g}",
 ) -> str:
-    """A bar a name with its value behind it; `errors` are half-widths of whiskers, or those to the left and right."""
+    """A bar per name with its value."""
     with _on_page(bars_height(len(names))) as (figure, axes):
         drawing.bars(axes, names, values, [0.0] * len(values) if errors is None else errors, value_format)
         label_x(axes, x_label)
@@ -208,9 +207,9 @@ def dots(
     log: bool = False,
     reference: float | None = None,
 ) -> str:
-    """For every name a dot a series, with its whisker: (value, low, high), None where a series has none.
+    """A dot with a whisker per name and series, None where there is none; `reference` is a vertical line.
 
-    `reference` is a line across all, on the axis of the values. Raises ValueError for nothing to draw.
+    Raises ValueError for nothing to draw.
     """
     if not any(point is not None for points in series.values() for point in points):
         raise ValueError(f"nothing to draw: {title} has no values")
@@ -224,7 +223,7 @@ def dots(
 
 @contextmanager
 def _on_page(height_inches: float) -> Iterator[tuple[Figure, Axes]]:
-    """A transparent figure, and a context in which to draw on it and to make an SVG of it."""
+    """A transparent figure, in a context for drawing and saving."""
     with new_figure(STYLE, height_inches) as (figure, axes):
         figure.patch.set_alpha(0.0)
         axes.patch.set_alpha(0.0)
@@ -232,14 +231,14 @@ def _on_page(height_inches: float) -> Iterator[tuple[Figure, Axes]]:
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """An SVG element: same input, same bytes. `title` names it for screen readers; the page captions it for the eye."""
+    """The figure as an SVG element, deterministic; `title` is for screen readers."""
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     return _adopt(buffer.getvalue(), title)
 
 
 def _adopt(svg: str, title: str) -> str:
-    """A stand-alone SVG made part of a page: no prologue, ids that clash with no other figure's, the page's ink."""
+    """An SVG file as part of a page: no prologue, prefixed ids, the page's colours and font."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     prefix = re.sub(r"[^a-z0-9]+", "-", title.lower())

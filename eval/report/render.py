@@ -1,8 +1,6 @@
-"""Finished work as one page: `report.json` for machines, `report.html` for a reader who never saw the project.
+"""Renders a report: `report.json` for machines, `report.html` for readers.
 
-Every figure on the page comes from the `Report` document, so that the two files cannot disagree. Parts that a run has
-not made yet are left out, not shown empty. What a kind of result looks like is `eval.report.sections`' business,
-how a page looks `speedstack.eval.report.page`'s.
+Every figure on the page comes from the `Report`, so that the files agree. Missing parts are left out.
 """
 
 from collections.abc import Sequence
@@ -29,10 +27,7 @@ def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
 
 
 def render_html(report: Report) -> str:
-    """The page. A function of the report alone: the same report gives the same bytes.
-
-    Raises ValueError for an attached result that does not fit its kind.
-    """
+    """The page, deterministic. Raises ValueError for an attached result that does not fit its kind."""
     found = _found(report)
     shown = report_sections(report, found)
     machine = [report.environment.cpu_model, *report.environment.gpus]
@@ -52,7 +47,7 @@ def render_html(report: Report) -> str:
 
 
 def report_sections(report: Report, found: dict[str, list[Found[Any]]] | None = None) -> list[Section]:
-    """The sections of the page: what was done, the measurements kind by kind, memory, curves, texts."""
+    """All sections: what was done, measurements by kind, memory, curves, texts."""
     found = _found(report) if found is None else found
     shown = run.done(report)
     for kind, results in found.items():
@@ -65,17 +60,17 @@ def report_sections(report: Report, found: dict[str, list[Found[Any]]] | None = 
 
 
 def headlines(report: Report) -> list[Headline]:
-    """The figures a report is about, as far as it has them."""
+    """The main figures of a report."""
     return list(_headlines(report_sections(report)))
 
 
 def utc_now() -> str:
-    """The time for `Report.created_utc`, to the second."""
+    """The time for `Report.created_utc`."""
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _found(report: Report) -> dict[str, list[Found[Any]]]:
-    """Kind -> its results, the run's own first, kinds in the order of the page."""
+    """Results by kind, in the order of the page, the run's own first."""
     found: dict[str, list[Found[Any]]] = {kind: [] for kind in KINDS}
     for kind in ("quality", "acceptance", "timing"):
         if (own := getattr(report, kind)) is not None:
@@ -101,7 +96,7 @@ def _headlines(shown: Sequence[Section]) -> tuple[Headline, ...]:
 
 
 def _environments(report: Report, found: dict[str, list[Found[Any]]]) -> tuple[tuple[str, Environment], ...]:
-    """The report's own environment and all that differ from it, with the names of what was measured there."""
+    """The report's environment and all that differ from it, with the names of what was measured there."""
     names: dict[str, list[str]] = {}
     environments: dict[str, Environment] = {}
 

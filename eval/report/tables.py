@@ -1,7 +1,7 @@
-"""Columns of a page's tables, by kind of result: headings with units, the fields that they show, and how.
+"""Columns of a page's tables, by kind of result: headings, units, fields and formats.
 
-Rows that join two records are named tuples of them. Tables of suites, which have a column a model, are made by
-`sections.suites`; a quality's scores of tasks by `sections.quality`.
+Rows that join two records are named tuples. Tables with a column per model are in `sections.suites` and
+`sections.quality`.
 """
 
 import math
@@ -102,7 +102,6 @@ def _doubt(row: AblationRow) -> str:
 
 
 def grid(result: AblationGrid) -> tuple[Column, ...]:
-    """Of the rows of this grid."""
     return (
         words("model", "model_name", warning="error"),
         words("drafter", lambda row: "none" if row.drafter == "none" else f"for the {row.drafter} model"),
@@ -212,14 +211,14 @@ class TaskMetric(NamedTuple):
 
 
 class TaskTiming(NamedTuple):
-    """A contestant's times on a task's requests."""
+    """A contestant's times on a task."""
 
     task: LmTask
     timing: LmTiming
 
 
 class ShapeSteps(NamedTuple):
-    """One contestant's steps among all on a shape."""
+    """One contestant among all on a shape."""
 
     times: ShapeTimes
     steps: StepTimes
@@ -263,7 +262,7 @@ LM_SPEED = (
 
 
 def _speedup(row: ShapeSteps) -> float | None:
-    """Beside ours, which come first."""
+    """Shown for our row, which is the first."""
     return row.times.speedup if row.steps is row.times.contestants[0] else None
 
 

@@ -1,9 +1,7 @@
-"""What Weights & Biases gets to see: a run of metrics, or a report's curves and tables. Files of ours stay the truth.
+"""Mirrors a run's metrics, or a report's curves and tables, to Weights & Biases; our files stay authoritative.
 
-What wandb raises has no common base and comes from sockets, threads and a service of its own, so all of it is caught
-here: it becomes one line, which is an error before there is work to lose and a warning from then on.
-WANDB_MODE=disabled or offline in the environment wins over every config, so that a machine or a test suite can rule it
-out.
+wandb's errors share no base class, so all are caught here and become one line: an error before work starts, a warning
+later. WANDB_MODE=disabled or offline overrides every config.
 """
 
 from __future__ import annotations
@@ -36,16 +34,16 @@ FINISH_SECONDS = 120.0
 
 
 class Mirror:
-    """A job's run in W&B; a context that finishes it, as failed where an error leaves the block.
+    """A job's run in W&B, as a context that finishes it (as failed on an error).
 
-    Nothing of it ends the job: the first time that wandb fails, a warning says so, and the rest is not mirrored.
+    After the first failure of wandb it warns once and stops mirroring; the job goes on.
     """
 
     def __init__(self) -> None:
         self._run: wandb.Run | None = None
 
     def start(self, mode: Mode, directory: Path, config: dict[str, Any] | None = None) -> None:
-        """Begin, before there is work to lose. Raises ValueError, one line, when an `online` run cannot be started."""
+        """Start before there is work to lose. Raises ValueError if an `online` run cannot be started."""
         try:
             self._run = start_run(mode, directory, directory.name, config)
         except ValueError as error:
@@ -54,7 +52,7 @@ class Mirror:
             self._give_up(error)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Mirror the metrics of a step; steps only rise."""
+        """Log the metrics of a step; steps only rise."""
         if self._run is None:
             return
         try:
@@ -83,10 +81,10 @@ class Mirror:
 
 
 def start_run(mode: Mode, directory: Path, name: str, config: dict[str, Any] | None = None) -> wandb.Run | None:
-    """A run of this name that writes below `directory`, None where wandb is disabled.
+    """A run of this name that writes below `directory`, or None if wandb is disabled.
 
-    Runs of one directory are a group: a job that is continued is a run of its own each time.
-    Raises ValueError, one line, when wandb cannot be started, and for `online` without a key or a server that takes it.
+    Runs of one directory form a group: a resumed job is a new run. Raises ValueError if wandb cannot be started, and
+    for `online` without a valid key.
     """
     mode = _allowed(mode)
     if mode == "disabled":
@@ -113,10 +111,9 @@ def start_run(mode: Mode, directory: Path, name: str, config: dict[str, Any] | N
 
 
 def mirror_report(report: Report, directory: Path, mode: Mode) -> bool:
-    """Log the curves of `report` over the steps of their stages, its tables, and its main figures as the summary.
+    """Log a report's curves over the steps of their stages, its tables, and its headlines as the summary.
 
-    A stage is a series of its own, whose steps rise. Numbers in tables are numbers, a dash is None.
-    Returns whether anything was logged. Raises ValueError, one line, when wandb cannot be started, or fails.
+    Numbers in tables are numbers, dashes None. Returns whether anything was logged. Raises ValueError if wandb fails.
     """
     if _allowed(mode) == "disabled":
         return False
@@ -159,7 +156,7 @@ def mirror_report(report: Report, directory: Path, mode: Mode) -> bool:
 
 
 def _allowed(mode: Mode) -> Mode:
-    """What is left of a mode in this environment, whose WANDB_MODE may rule out more than a config does."""
+    """The mode, restricted by WANDB_MODE."""
     limit = {"disabled": "disabled", "offline": "offline", "dryrun": "offline"}.get(os.environ.get("WANDB_MODE", ""))
     if limit == "disabled" or mode == "disabled":
         return "disabled"
@@ -168,7 +165,7 @@ def _allowed(mode: Mode) -> Mode:
 
 @contextmanager
 def _one_line_errors(what: str) -> Iterator[None]:
-    """Errors of wandb, of whatever type, as a ValueError of one line."""
+    """Turns any error of wandb into a ValueError of one line."""
     try:
         yield
     except Exception as error:
@@ -176,7 +173,7 @@ def _one_line_errors(what: str) -> Iterator[None]:
 
 
 def _summary(shown: Sequence[Section]) -> dict[str, str]:
-    """The headlines by what they are; what several sections have, by the section's title too."""
+    """Headline values by label, with the section's title if a label repeats."""
     found = [(section.title, headline) for section in shown for headline in section.headlines]
     count = Counter(headline.label for _, headline in found)
     return {
@@ -186,7 +183,7 @@ def _summary(shown: Sequence[Section]) -> dict[str, str]:
 
 
 def _headings(table: Table) -> list[str | int]:
-    """Titles with their units. wandb takes each once."""
+    """Unique titles with their units."""
     return list(
         numbered([f"{column.title} ({column.unit})" if column.unit else column.title for column in table.columns])
     )

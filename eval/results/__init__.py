@@ -1,5 +1,5 @@
-"""Result files: their schemas, a file a subject, and what every one of them records.
+"""Result files: schemas, a file per subject, and what every result records.
 
-`schema` has what all are made of; `quality`, `quantization`, `speed`, `suite`, `ablation` and `microbench` the
-measurements, `report` what holds a whole run. The rest is read without a schema, also where pydantic is not.
+All schemas build on `schema`. `quality`, `quantization`, `speed`, `suite`, `ablation` and `microbench` hold
+measurements, `report` a whole run. `environment`, `failures`, `labels`, `metrics` and `spread` need no pydantic.
 """

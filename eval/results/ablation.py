@@ -1,7 +1,6 @@
-"""Ablations: a grid of number format, modules, method, drafter and temperature; and ways of drafting, trained alike.
+"""Results of ablations: a grid of format, modules, method, drafter and temperature; and a list of drafters.
 
-Shapes of the files, and what is printed from them; `speedstack.ablation` runs them, `speedstack.eval.report` draws
-them.
+`speedstack.ablation` runs them, `speedstack.eval.report` draws them.
 """
 
 import csv
@@ -25,16 +24,14 @@ PLAIN = "plain"
 
 
 class AblationRow(Record):
-    """One combination and what was measured of it; None where nothing was, or where `error` says why not.
+    """One combination and its measurements; None where nothing was measured, or where `error` says why not.
 
-    `format` and `modules` are empty for the full-precision model. `served` says how the runtime held the weights while
-    it was measured: packed, or as ordinary numbers of the same values (then tokens/s are not those of the format).
-    `bits_per_weight` is of the quantized modules, scales included; bytes are of the whole model and of its routed
-    experts as the format would store them, the rest as the checkpoint has it.
-    KL is from the full-precision model, on `num_tokens` held-out tokens; `score` is the grid's `score_metric`.
-    tau is tokens a round: of greedy decoding, and at the row's temperature. `tokens_per_second` counts from the second
-    token on, one text at a time; `busy_cores_of_others` are the cores that other processes kept busy meanwhile.
-    `predicted_tokens_per_second` is the cost model's for the grid's `gpu`.
+    `format` and `modules` are empty for the full-precision model. `served`: weights packed in the runtime, or
+    dequantized (then tokens/s are not the format's). `bits_per_weight` is of quantized modules with scales; bytes are
+    of the model and of its routed experts as the format stores them. KL is from the full-precision model on
+    `num_tokens` held-out tokens; `score` is the grid's `score_metric`. tau is tokens per round, greedy and at the row's
+    temperature. `tokens_per_second` excludes the first token; meanwhile other processes kept `busy_cores_of_others`
+    cores busy. `predicted_tokens_per_second` is the cost model's for the grid's `gpu`.
     """
 
     name: str
@@ -66,21 +63,17 @@ class AblationRow(Record):
 
     @property
     def model_name(self) -> str:
-        """The row's model, whatever drafts for it."""
+        """The row's model, without its drafter."""
         return "full precision" if self.method == "none" else f"{self.format} {self.modules} {self.method}"
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether others kept the machine busy while tokens/s were measured."""
+        """Whether other processes disturbed the measurement of tokens/s."""
         return (self.busy_cores_of_others or 0.0) > BUSY_CORES
 
 
 class AblationGrid(Document):
-    """All rows of a grid, those that failed among them, and what they have in common.
-
-    `config` is the verb's, `score_metric` the suite's task and metric, `num_jobs` how many steps ran at once, and
-    `notes` what a reader of the numbers has to know.
-    """
+    """All rows of a grid, failed ones included. `num_jobs` steps ran at once; `notes` qualify the numbers."""
 
     kind: Literal["ablation"] = "ablation"
     model_sha256: str
@@ -95,18 +88,17 @@ class AblationGrid(Document):
 
     @property
     def num_failed(self) -> int:
-        """Rows with an error."""
         return sum(row.error is not None for row in self.rows)
 
     def models(self) -> list[AblationRow]:
-        """One row a model, the first of those that differ by drafter and temperature alone."""
+        """The first row of each model."""
         first: dict[str, AblationRow] = {}
         for row in self.rows:
             first.setdefault(row.model_name, row)
         return list(first.values())
 
     def save_csv(self, path: str | Path) -> Path:
-        """Write the rows as CSV, a column a field, tokens/s as its median and quartiles; returns the path."""
+        """Write a CSV column per field, with median and quartiles of tokens/s; returns the path."""
         quartiles = ("median", "q1", "q3")
         columns = [name for name in AblationRow.model_fields if name not in ("tokens_per_second", "steps")]
         text = io.StringIO(newline="")
@@ -124,7 +116,7 @@ class AblationGrid(Document):
         return write_atomically(path, self.table() + "".join(f"\n{note}\n" for note in self.notes))
 
     def table(self) -> str:
-        """A Markdown table. Empty columns are left out; a row that failed ends in its error."""
+        """Markdown without empty columns."""
         if not self.rows:
             return "No rows.\n"
         return Table.of(_grid_columns(self), self.rows).without_empty_columns().markdown() + "\n"
@@ -163,8 +155,8 @@ def _rate(row: AblationRow) -> str | None:
 class DraftedSet(Record):
     """Acceptance on one set of prompts: simulated on the target's greedy text, and as the engine decoded it.
 
-    At temperature 1 a drafter proposes its most probable tokens, or those that the target's own noise would draw from
-    its distribution. `None` where a row has no such figure: no engine decodes with the autoregressive baseline.
+    At temperature 1 a drafter proposes its most probable tokens, or samples with the target's own noise. None where a
+    row has no such value: no engine decodes with the autoregressive baseline.
     """
 
     num_prompts: int
@@ -177,7 +169,7 @@ class DraftedSet(Record):
 
 
 class DrafterRun(Record):
-    """One row trained with one seed. `seconds` is the training alone; a baseline that is not trained has 0 steps."""
+    """One row trained with one seed in `seconds`; an untrained baseline has 0 steps."""
 
     row: str
     seed: int
@@ -188,7 +180,7 @@ class DrafterRun(Record):
 
 
 class StepTimes(Record):
-    """Times of optimizer steps of one row, rows taking turns; the median leaves the first out."""
+    """Optimizer steps of one row, interleaved with other rows; the median excludes the first."""
 
     row: str
     step_ms: tuple[float, ...]
@@ -196,10 +188,10 @@ class StepTimes(Record):
 
 
 class RowTime(StepTimes):
-    """Time of an optimizer step of a row, and how many steps the budget buys.
+    """A row's step time, and the number of steps it gets.
 
-    `beside`: set on a row that was added to others; the row with known steps that it took turns with then, on a machine
-    that may have been busier or quieter than before. Its own steps are the other's, in proportion to the two medians.
+    `beside` is set on rows added later: the known row it was interleaved with, whose steps it gets in proportion to the
+    medians.
     """
 
     num_steps: int
@@ -207,7 +199,7 @@ class RowTime(StepTimes):
 
 
 class AblationTimes(Document):
-    """Measured before the first run of a row; every run of it has its number of steps from here."""
+    """Step times measured before training; they set the number of steps of every run."""
 
     kind: Literal["drafter_ablation_times"] = "drafter_ablation_times"
     budget_seconds: float
@@ -215,11 +207,11 @@ class AblationTimes(Document):
     environment: Environment
 
     def row(self, name: str) -> RowTime | None:
-        """The row called `name`, None if it has not been timed."""
+        """The row called `name`, or None."""
         return next((entry for entry in self.rows if entry.row == name), None)
 
     def comparable_ms(self, name: str) -> float | None:
-        """Median step time of a row on the machine as the first rows found it, None if the row has not been timed."""
+        """A row's median step time at the machine's speed when the first rows were measured; None if unknown."""
         entry = self.row(name)
         if entry is None or entry.beside is None:
             return None if entry is None else entry.median_ms
@@ -230,7 +222,7 @@ class AblationTimes(Document):
 
 @dataclass(frozen=True)
 class DrafterMeans:
-    """A row's means over its seeds, each of the runs that have the figure; `changes` are the row's in the base config.
+    """A row's means over the seeds that have the value; `changes` are the row's in the base config.
 
     `tau_code` is as served, or simulated where none was served.
     """
@@ -252,7 +244,7 @@ class DrafterMeans:
 
 
 class DrafterAblation(Document):
-    """All runs of an ablation, with what each row changes in the base config."""
+    """All runs of an ablation; `rows` maps a row to its changes in the base config."""
 
     kind: Literal["drafter_ablation"] = "drafter_ablation"
     target_sha256: str
@@ -268,7 +260,7 @@ class DrafterAblation(Document):
         return sorted((run for run in self.runs if run.row == row), key=lambda run: run.seed)
 
     def means(self) -> list[DrafterMeans]:
-        """A row each, of those that were trained."""
+        """The rows that were trained."""
         return [self._means(row) for row in self.rows if self.of(row)]
 
     def _means(self, row: str) -> DrafterMeans:
@@ -294,7 +286,7 @@ class DrafterAblation(Document):
         )
 
     def table(self) -> str:
-        """A Markdown table, a row each: means over seeds, and the extremes of the headline."""
+        """Markdown: means over seeds, and the extremes of simulated tau."""
         columns = (
             words("row", "row"),
             Column("seeds", "", "num_seeds"),

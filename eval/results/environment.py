@@ -1,7 +1,6 @@
-"""What a result was measured on: machine, processor, threads, package versions, source revision.
+"""The machine and software of a measurement, read from the operating system and the installed packages.
 
-Read from the operating system and the installed packages; a field that cannot be read says "unknown" rather than fail,
-because a report without a processor's name is still a report. The host's name is left out: reports are shared.
+Unreadable fields say "unknown". The host's name is left out, because reports are shared.
 """
 
 import importlib.metadata
@@ -31,14 +30,14 @@ _SET_BY_IMPORTS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
 
 
 def describe_environment() -> "Environment":
-    """The running process's environment; `num_threads` is what torch uses inside an operation."""
+    """The running process's environment; `num_threads` is torch's intra-op count."""
     from speedstack.eval.results.schema import Environment
 
     return Environment(**environment_fields())
 
 
 def environment_fields() -> dict[str, Any]:
-    """The same as plain values: a machine that measures need not have what checks a schema."""
+    """The same as plain values, without pydantic."""
     return {
         "machine": platform.machine(),
         "operating_system": _operating_system(),
@@ -60,7 +59,7 @@ def environment_fields() -> dict[str, Any]:
 
 
 def command_line() -> str | None:
-    """The command that runs this process, if it is one of ours; a notebook's or a test's does not say what was done."""
+    """The command that runs this process, None for commands that are not ours."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and spec.name.partition(".")[0] == "speedstack":
         name = spec.name.removesuffix(".__main__")
@@ -76,15 +75,15 @@ def command_line() -> str | None:
 
 
 def package_versions(names: Sequence[str]) -> dict[str, str]:
-    """Versions of those of the packages that are installed."""
+    """Versions of the installed ones among the packages."""
     return {name: version for name in names if (version := _version(name)) is not None}
 
 
 class LoadWatch:
-    """A context in which it is counted how busy other processes keep the machine, so that a timing can say so.
+    """A context that measures how busy other processes keep the machine.
 
-    Afterwards `busy_cores_of_others` is the mean number of cores that ran something else than this process and its
-    finished children; None where the system has no /proc/stat.
+    Afterwards `busy_cores_of_others` is the mean number of cores used by others than this process and its finished
+    children; None without /proc/stat.
     """
 
     busy_cores_of_others: float | None = None
@@ -104,7 +103,7 @@ class LoadWatch:
 
 
 def _busy_seconds() -> float | None:
-    """Seconds that all cores together have spent on anything since the machine started."""
+    """Busy seconds of all cores since boot."""
     try:
         fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
     except OSError:
@@ -120,7 +119,7 @@ def _own_seconds() -> float:
 
 
 def _memory_bytes() -> int:
-    """Of the machine; 0 where the system does not say."""
+    """The machine's memory, 0 if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError):
@@ -128,7 +127,7 @@ def _memory_bytes() -> int:
 
 
 def _gpus() -> tuple[str, ...]:
-    """Names of the GPUs that torch sees. A driver that fails here has not failed the work, which may be a CPU's."""
+    """Names of the GPUs torch sees; a failing driver is named, not raised."""
     try:
         return tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     except RuntimeError as error:
@@ -143,7 +142,7 @@ def _operating_system() -> str:
 
 
 def _cpu_model() -> str:
-    """The processor's marketing name; /proc has it on Linux, the platform module elsewhere."""
+    """The processor's marketing name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -160,7 +159,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_sha(source: Path) -> str | None:
-    """HEAD of the checkout that tracks `source`; None when installed elsewhere, so no stranger's revision is named."""
+    """HEAD of the checkout that tracks `source`, None if installed elsewhere."""
     git = ["git", "-C", str(source.parent)]
     try:
         subprocess.run([*git, "ls-files", "--error-unmatch", source.name], capture_output=True, check=True, timeout=10)

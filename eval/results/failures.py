@@ -1,4 +1,4 @@
-"""What foreign code raises when it cannot run a model, and an error as one line."""
+"""Errors of foreign code that cannot run a model, and errors as one line."""
 
 # Such a peer is reported with its reason; a contestant that is ours fails in the same way, because a missing row is
 # visible and a broken benchmark run is not.
@@ -15,11 +15,11 @@ PEER_ERRORS = (
 
 
 class PeerFailure(RuntimeError):
-    """Why a peer cannot run, as a line that says all."""
+    """Why a peer cannot run, in one line."""
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as one short line: its type and the first line of its message."""
+    """Type and first line of an exception."""
     if isinstance(error, PeerFailure):
         return str(error)
     message = str(error).strip().splitlines()

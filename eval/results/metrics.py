@@ -1,4 +1,4 @@
-"""A run's metrics.jsonl, as whoever plots it reads it; `train` writes it."""
+"""Reads a run's metrics.jsonl, which `train` writes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ FILE_NAME = "metrics.jsonl"
 
 
 def read_metrics(run_directory: Path, on_problem: Callable[[str], object] = warnings.warn) -> list[dict[str, Any]]:
-    """All whole lines of a run's metrics.jsonl; a last line that a kill cut off is dropped, no file is no lines.
+    """All whole lines of a run's metrics.jsonl, none for a missing file; a truncated last line is dropped.
 
-    `on_problem` is told of other lines that are none of ours, as a full disk leaves them: how many there are, and the
-    first. They are left out. Raises OSError where the file cannot be read.
+    Other invalid lines are dropped and reported to `on_problem`. Raises OSError if the file cannot be read.
     """
     path = Path(run_directory) / FILE_NAME
     if not path.is_file():
@@ -31,7 +30,7 @@ def read_metrics(run_directory: Path, on_problem: Callable[[str], object] = warn
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record that a line is, None for one that is not."""
+    """A line's record, or None."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

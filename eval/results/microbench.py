@@ -1,4 +1,4 @@
-"""Measurements of single parts, by `speedstack.eval.microbench`: a kind of result a benchmark."""
+"""Results of the benchmarks in `speedstack.eval.microbench`."""
 
 from typing import Any, Literal
 
@@ -7,10 +7,9 @@ from speedstack.eval.results.speed import AcceptanceSet
 
 
 class ConversionCost(Record):
-    """One conversion of a checkpoint, in a process of its own.
+    """One conversion of a checkpoint in its own process.
 
-    `peak_bytes` is the largest resident memory above what the process held before. `max_shard_bytes` bounds the
-    safetensors files that are written.
+    `peak_bytes` is resident memory above the baseline; `max_shard_bytes` bounds the safetensors files written.
     """
 
     name: str
@@ -23,12 +22,12 @@ class ConversionCost(Record):
 
     @property
     def peak_shards(self) -> float | None:
-        """Peak memory in shards of the result; None where they have no bound."""
+        """Peak memory in shards; None for unbounded shards."""
         return self.peak_bytes / self.max_shard_bytes if self.max_shard_bytes else None
 
 
 class ConversionResult(Document):
-    """Memory and time of converting checkpoints, a peer among them."""
+    """Conversions, a peer's included."""
 
     kind: Literal["conversion"] = "conversion"
     conversions: tuple[ConversionCost, ...]
@@ -54,7 +53,7 @@ class Shape(Record):
 
 
 class StepTimes(Record):
-    """One contestant's optimizer steps, in milliseconds; `cpu` is processor time of all threads."""
+    """One contestant's optimizer steps; `cpu` is processor time of all threads."""
 
     contestant: str
     step_ms: tuple[float, ...]
@@ -65,9 +64,9 @@ class StepTimes(Record):
 
 
 class ShapeTimes(Record):
-    """All contestants on one shape and loss. `speedup`: the fastest of the peer's medians over ours.
+    """All contestants on one shape and loss; `speedup` is the peer's fastest median over ours.
 
-    On a machine that does other work the ratio of processor time says more.
+    Prefer `cpu_speedup` on a machine that does other work.
     """
 
     shape: Shape
@@ -78,7 +77,7 @@ class ShapeTimes(Record):
 
 
 class LossMemory(Record):
-    """Peak memory of head, loss and gradient above what the process held before."""
+    """Peak memory of head, loss and gradient above the baseline."""
 
     way: str
     num_positions: int
@@ -89,7 +88,7 @@ class LossMemory(Record):
 
 
 class DrafterCost(Document):
-    """What training a drafter costs, beside speculators where that is installed."""
+    """Cost of training a drafter, beside speculators if installed."""
 
     kind: Literal["drafter_cost"] = "drafter_cost"
     environment: Environment
@@ -100,8 +99,8 @@ class DrafterCost(Document):
 
 
 class LayerMemory(Record):
-    """What autograd keeps for the backward of one layer, weights apart from all else; and the process's memory above
-    what it had before the first forward: after the last forward, and at its highest, gradients included.
+    """Bytes autograd keeps per layer for the backward, in weights and others; and the process's memory above the
+    baseline, after the last forward and at its peak.
     """
 
     way: Literal["packed", "plain"]
@@ -112,9 +111,9 @@ class LayerMemory(Record):
 
 
 class StepTime(Record):
-    """Optimizer steps with fake-quant and without; `cpu` is processor time of all threads, ratios are of medians.
+    """Optimizer steps with and without fake-quant; `cpu` is processor time of all threads, ratios are of medians.
 
-    On a machine that does other work the ratio of processor time says more.
+    Prefer `cpu_ratio` on a machine that does other work.
     """
 
     precision: Literal["float32", "bfloat16"]
@@ -130,7 +129,7 @@ class StepTime(Record):
 
 
 class QatCost(Document):
-    """What fake-quantized experts cost in training."""
+    """Cost of fake-quantized experts in training."""
 
     kind: Literal["qat_cost"] = "qat_cost"
     environment: Environment
@@ -140,10 +139,9 @@ class QatCost(Document):
 
 
 class QuantTiming(Record):
-    """One contestant at one operation: `seconds` for `num_experts` matrices, of which it reads and writes `num_bytes`.
+    """One contestant at one operation: `seconds` for `num_experts` matrices, which are `num_bytes` of reads and writes.
 
-    `times_ours` is the ratio of median times an expert; `relative_squared_error` is the sum of squared errors of the
-    first matrix over its sum of squares.
+    `times_ours` is the ratio of median times per expert; `relative_squared_error` is of the first matrix.
     """
 
     operation: Literal["quantize", "dequantize", "fake_quantize", "copy"]
@@ -159,8 +157,6 @@ class QuantTiming(Record):
 
 
 class QuantBench(Document):
-    """MXFP4 kernels beside other libraries."""
-
     kind: Literal["quant-bench"] = "quant-bench"
     environment: Environment
     device: str
@@ -172,7 +168,7 @@ class QuantBench(Document):
 
 
 class LmTiming(Record):
-    """One contestant on one task's requests; `speedup` is over the adapter, of median times."""
+    """One contestant on one task; `speedup` is over the adapter's median."""
 
     contestant: str
     seconds: Spread
@@ -181,12 +177,11 @@ class LmTiming(Record):
 
 
 class LmAgreement(Record):
-    """Answers of the engine against the adapter's, request by request.
+    """The engine's answers against the adapter's.
 
-    Log-likelihoods differ by at most `max_difference_nats`, and by `max_relative_difference` of their size; from those
-    in float64 the engine's differ by at most `engine_error_nats`, the adapter's by `adapter_error_nats`, which older
-    files lack. Generations are the same text in `num_equal` cases, log-likelihoods have the same verdict on greediness.
-    `scores` are the task's metrics, the engine's and the adapter's.
+    `max_difference_nats` and `max_relative_difference` are of log-likelihoods; `engine_error_nats` and
+    `adapter_error_nats` are from float64, and missing in older files. `num_equal` counts equal texts, or equal verdicts
+    on greediness. `scores` are (engine, adapter) by metric.
     """
 
     num_equal: int
@@ -198,8 +193,6 @@ class LmAgreement(Record):
 
 
 class LmTask(Record):
-    """One task: agreement, and times of every contestant."""
-
     task: str
     kind: Literal["loglikelihood", "loglikelihood_rolling", "generate_until"]
     num_requests: int
@@ -209,7 +202,7 @@ class LmTask(Record):
 
 
 class LmBench(Document):
-    """lm-eval through the engine beside its own Hugging Face adapter."""
+    """lm-eval through the engine beside lm-eval's Hugging Face adapter."""
 
     kind: Literal["lm_bench"] = "lm_bench"
     target: str
@@ -228,12 +221,9 @@ LM_ADAPTER = "lm-eval HFLM"
 
 
 class ServingRow(Record):
-    """One way of speculating.
+    """One way to speculate. `acceptance` is over all prompts.
 
-    `acceptance` is of all prompts, `sets` of each set; without proposals its length is 1.
-    `decode_tokens_per_second` leaves the prompt out; it is of `num_timed_prompts` prompts, None when nothing was timed.
-    `speedup_over_chain`: of a tree, over the drafter's whole chain on the same backend and the same prompts, repeat by
-    repeat. It says nothing of a chain on another backend.
+    `decode_tokens_per_second` excludes the prompt; it is over `num_timed_prompts` prompts, None if nothing was timed.
     """
 
     name: str
@@ -245,11 +235,10 @@ class ServingRow(Record):
     sets: tuple[AcceptanceSet, ...]
     num_timed_prompts: int
     decode_tokens_per_second: Spread | None
-    speedup_over_chain: Spread | None = None
 
 
 class ServingBench(Document):
-    """Ways of speculating with one target and one drafter on the same prompts, one sequence at a time."""
+    """Ways to speculate with one target and drafter, one sequence at a time."""
 
     kind: Literal["serving"] = "serving"
     target: str
@@ -264,13 +253,12 @@ class ServingBench(Document):
 
 
 class WeightLoop(Record):
-    """The code of a kernel that multiplies weights (see `speedstack.eval.microbench.sass`), once through.
+    """One pass of the loop that multiplies weights (see `speedstack.eval.microbench.sass`).
 
-    is_loop: false where the compiler has unrolled all of it, and the whole kernel is counted. instructions: of a warp,
-    by class. weight_bytes, load_bytes, async_bytes: of a program; weights, all that is asked of global memory, and what
-    of that is not waited for. bandwidth_fraction: of an H200's bandwidth, what issue alone leaves possible; latency,
-    bank conflicts, activations' way from the L2 cache (up to twice the weights' bytes: see load_bytes), what an item
-    does around the loop, and the last items of a phase are left out.
+    is_loop: false if the loop is unrolled, and the whole kernel is counted. instructions: per warp, by class.
+    weight_bytes, load_bytes, async_bytes: per program; weights, all global loads, and asynchronous ones.
+    bandwidth_fraction: bound by instruction issue, of an H200's bandwidth. It ignores latency, bank conflicts,
+    activations from the L2 cache, work around the loop, and the tail of a phase.
     """
 
     is_loop: bool
@@ -283,9 +271,9 @@ class WeightLoop(Record):
 
 
 class KernelResources(Record):
-    """One kernel at one shape. num_registers, local_bytes: a thread's; a kernel without spills has 0 local bytes.
+    """One kernel at one shape. num_registers, local_bytes: per thread; 0 local bytes mean no spills.
 
-    has_drafter: of a step that a DFlash drafter of two layers drafts for.
+    has_drafter: of a step with a DFlash drafter of two layers.
     """
 
     model: str
@@ -304,7 +292,7 @@ class KernelResources(Record):
 
 
 class KernelResourcesResult(Document):
-    """Every distinct kernel of every model, as compiled for `target`."""
+    """Every distinct kernel of every model, compiled for `target`."""
 
     kind: Literal["kernel_resources"] = "kernel_resources"
     environment: Environment

@@ -1,4 +1,4 @@
-"""Quality of models on held-out text: distance to a teacher, scores of tasks, and what each layer costs alone."""
+"""Results of quality on held-out text: divergence, task scores, and sensitivity of layers and experts."""
 
 import csv
 import io
@@ -7,13 +7,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from speedstack.eval.results.schema import Document, Environment, Record, write_atomically
+from speedstack.eval.results.schema import Document, Environment, Record
+from speedstack.support.files import write_atomically
 
 
 class TaskScore(Record):
-    """One metric of one lm-eval task. `stderr` is the standard error of the mean for scores that are means;
-    `higher_is_better` is None where a task does not say.
-    """
+    """One metric of one lm-eval task. `stderr` is of the mean; None for scores that are no means."""
 
     task: str
     metric: str
@@ -24,7 +23,7 @@ class TaskScore(Record):
 
 
 class MethodQuality(Record):
-    """One model under test: held-out perplexity, distance to the teacher (None for the teacher itself), task scores."""
+    """One model; KL and agreement are with the teacher, None for the teacher itself."""
 
     method: str
     num_tokens: int
@@ -37,9 +36,9 @@ class MethodQuality(Record):
 
 
 class QualityResult(Document):
-    """Quality of several models on the same held-out text, and lm-eval's own results of each, unchanged.
+    """Models on the same held-out text, with lm-eval's own results.
 
-    `limit` as it was given; `include_path`: a folder of the user's own tasks, with the SHA-256 of its files.
+    `include_path` is a folder of the user's tasks, with the SHA-256 of its files.
     """
 
     kind: Literal["quality"] = "quality"
@@ -52,7 +51,7 @@ class QualityResult(Document):
     environment: Environment | None = None
 
     def method(self, name: str) -> MethodQuality:
-        """The entry named `name`. Raises ValueError naming those there are."""
+        """The entry named `name`. Raises ValueError naming the known ones."""
         for entry in self.methods:
             if entry.method == name:
                 return entry
@@ -60,9 +59,9 @@ class QualityResult(Document):
 
 
 class UnitSensitivity(Record):
-    """A layer's routed experts, or one of them, quantized alone: the distance to full precision that this makes.
+    """KL when only a layer's routed experts, or one expert, are quantized.
 
-    `expert` is None for the whole layer; `num_tokens` counts the tokens sent to it, a token once an expert.
+    `expert` is None for the layer; `num_tokens` counts tokens per expert they are routed to.
     """
 
     layer: int
@@ -75,10 +74,7 @@ class UnitSensitivity(Record):
 
 
 class SensitivityResult(Document):
-    """KL to the full-precision model when only one layer or expert is quantized; `all_kl_nats` when all are.
-
-    `model_sha256` is of the model directory's weights; None for a model that came from none.
-    """
+    """KL of units quantized alone; `all_kl_nats` when all are. `model_sha256` is of the model directory's weights."""
 
     kind: Literal["sensitivity"] = "sensitivity"
     model_sha256: str | None = None
@@ -93,11 +89,11 @@ class SensitivityResult(Document):
         return tuple(unit for unit in self.units if unit.expert is None)
 
     def experts(self) -> tuple[UnitSensitivity, ...]:
-        """The single experts, in order; empty when only layers were measured."""
+        """The single experts, in order."""
         return tuple(unit for unit in self.units if unit.expert is not None)
 
     def save_csv(self, path: str | Path) -> Path:
-        """Write the units as CSV, a row each, an empty `expert` for whole layers; returns the path."""
+        """Write a CSV row per unit; returns the path."""
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, fieldnames=list(UnitSensitivity.model_fields))
         writer.writeheader()

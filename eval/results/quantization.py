@@ -1,4 +1,4 @@
-"""Ways to quantize one model, after training and by training: a row a way, as distances to full precision."""
+"""Results of ways to quantize one model: post-training methods, and QAT runs."""
 
 from typing import Any, Literal
 
@@ -10,9 +10,9 @@ from speedstack.eval.results.table import Column, Table, percent, words
 
 
 class PtqMethod(Record):
-    """One way to quantize. `settings` are what made it; `kl_over_rtn` is its KL over that of rounding to nearest under
-    the default scale rule; `gptq` sums up the report of a calibration, of the token ids that `calibration_sha256` is
-    of; an export has the digest of its weights. `environment` is None where it is that of the whole result.
+    """One post-training method. `kl_over_rtn` is relative to rounding to nearest under the default scale rule; `gptq`
+    summarizes a calibration on the token ids of `calibration_sha256`; an export has the digest of its weights.
+    `environment` is None if it is the result's.
     """
 
     quality: MethodQuality
@@ -26,10 +26,10 @@ class PtqMethod(Record):
 
 
 class PtqResult(Document):
-    """Ways to quantize one model, the first entry being the model itself, on `num_tokens` held-out tokens.
+    """Methods on `num_tokens` held-out tokens; the first is the full-precision model.
 
-    `text_sha256` is of the windows' token ids. Digests are None where a file does not say. `unavailable` are ways that
-    failed. `environment` is that of the command that began the file; rows of others name theirs.
+    `text_sha256` is of the windows' token ids. `unavailable` are failed methods. `environment` is of the command that
+    began the file.
     """
 
     kind: Literal["ptq"] = "ptq"
@@ -44,7 +44,7 @@ class PtqResult(Document):
     environment: Environment
 
     def table(self) -> str:
-        """The methods as lines of text."""
+        """Aligned text."""
         failed = [f"{entry.name}: failed: {entry.reason}" for entry in self.unavailable]
         return "\n".join([Table.of(_PTQ_COLUMNS, self.methods).text(), *failed])
 
@@ -68,7 +68,7 @@ _PTQ_COLUMNS = (
 
 class QatEvaluation(Record):
     """One evaluation on held-out text. `flips_since_start`, `flips_since_look` and `oscillating` are shares of the
-    weights, see `speedstack.train.qat.flips`; None in runs without looks.
+    weights (see `speedstack.train.qat.flips`), None in runs without looks.
     """
 
     step: int
@@ -81,8 +81,8 @@ class QatEvaluation(Record):
 
 
 class QatRun(Record):
-    """A run. `changes` are its config's fields that differ from the first run's, by dotted name; `kl_over_rtn` is the
-    last evaluation's KL over that of rounding; `environment` is the run's env.json.
+    """A run. `changes` are config fields that differ from the first run's, by dotted name; `kl_over_rtn` is of the last
+    evaluation; `environment` is the run's env.json.
     """
 
     run: str
@@ -94,14 +94,12 @@ class QatRun(Record):
 
     @property
     def last(self) -> QatEvaluation | None:
-        """The last evaluation; None for a run without any."""
+        """The last evaluation, if any."""
         return self.evaluations[-1] if self.evaluations else None
 
 
 class QatRuns(Document):
-    """Runs on the weights `model_sha256`. `rtn` is that model rounded to nearest, None where no run began with it;
-    `quality` are models of the runs measured on other text.
-    """
+    """Runs from one model. `rtn` is that model rounded to nearest, if a run began so; `quality` is on other text."""
 
     kind: Literal["qat_runs"] = "qat_runs"
     model_sha256: str
@@ -112,7 +110,7 @@ class QatRuns(Document):
     environment: Environment | None = None
 
     def table(self) -> str:
-        """The runs as lines of text."""
+        """Aligned text."""
         return Table.of(_QAT_COLUMNS, self.runs).text()
 
 

@@ -1,4 +1,4 @@
-"""A whole run in one file: what it did, its measurements, its curves and texts."""
+"""A whole run in one file: stages, measurements, curves and texts."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from speedstack.eval.results.speed import AcceptanceResult, TimingResult
 
 
 class Curve(Record):
-    """A quantity over training steps: one line in a plot of its stage."""
+    """A quantity over training steps."""
 
     stage: str
     label: str
@@ -23,16 +23,12 @@ class Curve(Record):
 
 
 class StageSummary(Record):
-    """One stage of the run: what it did, how long it took."""
-
     name: str
     summary: str
     seconds: float | None = None
 
 
 class ModelSummary(Record):
-    """The model under study."""
-
     name: str
     architecture: str
     num_parameters: int
@@ -42,7 +38,7 @@ class ModelSummary(Record):
 
 
 class ExpertStorage(Record):
-    """Bytes of the routed experts' weights, packed against bfloat16, in one place ("on disk", "in memory")."""
+    """Bytes of the routed experts' weights, packed and in bfloat16, in one place ("on disk", "in memory")."""
 
     place: str
     packed_bytes: int
@@ -55,7 +51,7 @@ class ExpertStorage(Record):
 
 
 class Example(Record):
-    """A generated text to look at."""
+    """A generated text."""
 
     title: str
     prompt: str
@@ -63,17 +59,17 @@ class Example(Record):
 
 
 class Attachment(Record):
-    """A result file as it was read, its JSON unchanged; `name` is its path as it was given."""
+    """The JSON of a result file, unchanged; `name` is its path as given."""
 
     name: str
     content: dict[str, Any]
 
 
 class Report(Document):
-    """A whole run in one file; every part may be absent, so that a report can be made of what is finished.
+    """A whole run in one file; every part may be absent.
 
-    `attached` are results of all other kinds, and those of a kind that the run has one of already; where those are, the
-    file of the run's own is in `own_files`, by kind. Of several runs with different models, `model` is the first's.
+    `attached` are results of other kinds, and further ones of a kind the run has; `own_files` maps a kind to the file
+    of the run's own. If runs have different models, `model` is the first's.
     """
 
     kind: Literal["report"] = "report"
@@ -109,7 +105,7 @@ DOCUMENTS: tuple[type[Document], ...] = (
 
 
 def write_json_schemas(directory: str | Path) -> list[Path]:
-    """Write one JSON Schema file a document kind; returns their paths."""
+    """Write one JSON Schema file per document kind; returns their paths."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -1,8 +1,7 @@
-"""What every result is made of: records, documents that are files, the machine, a spread over repeats.
+"""What every result is made of: records, documents, the environment, spreads.
 
-Each file is one JSON document that names its `kind` and `schema_version`; a reader refuses another version rather than
-guess. Units are in the names. Not-a-number and infinity are refused when a result is made: JSON has neither, and a
-result that holds one is a bug upstream, not a value.
+A file is one JSON document with `kind` and `schema_version`; readers refuse other versions. Units are in the names. NaN
+and infinity are refused: JSON has neither.
 """
 
 import json
@@ -19,18 +18,18 @@ Z95 = 1.96
 
 
 class Record(BaseModel):
-    """Immutable, no unknown fields, finite numbers; numpy and torch scalars become plain Python numbers."""
+    """Immutable; no unknown fields, finite numbers; numpy and torch scalars become Python numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Document(Record):
-    """A result that is a file of its own."""
+    """A result that is a file."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
 
     def save(self, path: str | Path) -> Path:
-        """Write as JSON, whole or not at all; returns the path. Raises OSError as the file system does."""
+        """Write as JSON, atomically; returns the path. Raises OSError as the file system does."""
         return write_atomically(path, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
@@ -40,7 +39,7 @@ class Document(Record):
 
     @classmethod
     def check(cls, content: Any, path: str | Path) -> Self:
-        """The document that `content`, read from `path`, is. Raises ValueError as `load`."""
+        """`content`, read from `path`, as a document. Raises ValueError as `load`."""
         kind = cls.model_fields["kind"].default
         if not isinstance(content, dict) or content.get("kind") != kind:
             found = content.get("kind", "none") if isinstance(content, dict) else type(content).__name__
@@ -59,7 +58,7 @@ class Document(Record):
 
 
 def read_json(path: str | Path) -> Any:
-    """Content of a JSON file. Raises ValueError, one line, for a missing file and for anything but JSON."""
+    """Content of a JSON file. Raises ValueError, one line, if it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -69,11 +68,10 @@ def read_json(path: str | Path) -> Any:
 
 
 class Environment(Record):
-    """The machine and the software a result was measured with; `command` is the line that did it, None for a caller
-    in Python.
+    """The machine and software of a measurement; `command` is None for a caller in Python.
 
-    `thread_settings` are the environment variables that change how threads work and wait: with OMP_WAIT_POLICY=PASSIVE
-    the CPU kernels, which meet often, decode several times slower.
+    `thread_settings` are environment variables for threads: OMP_WAIT_POLICY=PASSIVE slows the CPU kernels several
+    times.
     """
 
     machine: str
@@ -91,7 +89,7 @@ class Environment(Record):
 
 
 class Spread(Record):
-    """A repeated measurement: median, quartiles, extremes, and how many repeats."""
+    """Median, quartiles and extremes of a repeated measurement."""
 
     median: float
     q1: float
@@ -102,14 +100,14 @@ class Spread(Record):
 
 
 class Unavailable(Record):
-    """A peer that was to run and could not, with its reason."""
+    """A peer that could not run."""
 
     name: str
     reason: str
 
 
 def to_plain(value: object) -> Any:
-    """`value` as plain JSON types: numpy and torch scalars and arrays too; any other object as its str()."""
+    """`value` as plain JSON types: numpy and torch values included, other objects as str()."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, dict):

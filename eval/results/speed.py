@@ -1,23 +1,20 @@
-"""How fast and how well drafted a model decodes: a race between ways of generating, and acceptance alone.
+"""Results of decoding: a race between ways of generating, and acceptance.
 
-What is measured, precisely. A contestant's call begins when it gets the token ids of a prompt. Tokens *arrive* when the
-host has them: one at a time, or several at once where a round of speculation commits them together, or a backend makes
-several rounds before the host hears of them.
+A call begins when the contestant gets a prompt's token ids. Tokens *arrive* when the host has them: singly, or several
+at once after a round of speculation.
 
 - First token: from the call to the first arrival.
-- Prompt rate: the tokens of the prompt over that time, which also samples that token.
-- Decode rate: the tokens after the first, over the time from the first arrival to the end of the call.
-- Time of a token: its share of the wait for the arrival that brought it, which is the time since the arrival before
-  divided by the tokens that came together. Tokens of the first arrival have none. The mean over tokens is the inverse
-  of the decode rate, but for what a call does after its last arrival, so percentiles compare contestants with and
-  without a drafter.
-- Wait: the time between two arrivals, however many tokens the second brings. This is what a reader sees as stutter; a
-  drafter makes tokens cheaper and may make waits longer.
+- Prompt rate: prompt tokens over that time, which includes sampling.
+- Decode rate: tokens after the first, over the time from the first arrival to the end of the call.
+- Time of a token: the time since the previous arrival, divided by the tokens that arrived together; none for the first
+  arrival. Its mean is the inverse of the decode rate, except for work after the last arrival, so that percentiles
+  compare contestants with and without a drafter.
+- Wait: the time between two arrivals. It is what a reader sees as stutter: a drafter may make waits longer.
 
-Where several sequences are decoded at once, one call has all their prompts. Its first token is the one with which every
-sequence has its first; what arrives later, of all sequences, over the time that is left is the decode rate.
+Several sequences decoded at once are one call. Its first token is complete when every sequence has one; the decode rate
+is of all sequences after that.
 
-Percentiles are taken over all tokens (or waits) of a repeat; the spread is over repeats.
+Percentiles are over the tokens (or waits) of a repeat, spreads over repeats.
 """
 
 from typing import Any, Literal
@@ -34,11 +31,10 @@ ENGINE, ENGINE_DRAFTER, TRANSFORMERS = "engine", "engine + drafter", "transforme
 class AcceptanceSet(Record):
     """Acceptance on one set of prompts.
 
-    `acceptance_length` is tokens committed / decode rounds, the bonus token included (tau); `mean_of_responses` is the
-    same ratio a response, then averaged, as the DFlash paper reports it. `survival[i]` is the share of the rounds in
-    which the drafts up to position i + 1 were all accepted: the shares add up to tau - 1. (Files of 2026-11 have the
-    share of the rounds that drafted the position.) `rows_per_token` are rows of the target, and `drafted_per_token`
-    proposals made, a token committed; None in files written before they were counted.
+    `acceptance_length` (tau) is committed tokens per round, bonus token included; `mean_of_responses` averages it over
+    responses, as the DFlash paper does. `survival[i]` is the share of rounds that accepted all drafts up to position i
+    + 1; the shares add up to tau - 1. (Files of 2026-11 have the share of rounds that drafted the position.)
+    `rows_per_token` and `drafted_per_token` are per committed token; None in older files.
     """
 
     name: str
@@ -55,7 +51,7 @@ class AcceptanceSet(Record):
 class AcceptanceResult(Document):
     """Acceptance of one drafter by one target.
 
-    `block_size`: the most tokens that a round commits. `strategy`: the fields of the engine's `DraftStrategy`.
+    `block_size` is the most tokens a round commits; `strategy` has the fields of `DraftStrategy`.
     """
 
     kind: Literal["acceptance"] = "acceptance"
@@ -70,7 +66,7 @@ class AcceptanceResult(Document):
 
 
 class Identity(Record):
-    """Whether a contestant's tokens are those of `reference`, and whether it promises so."""
+    """Whether a contestant's tokens equal those of `reference`, and whether it promises that."""
 
     reference: str
     promised: bool
@@ -80,12 +76,12 @@ class Identity(Record):
 
     @property
     def is_broken(self) -> bool:
-        """A promise was made and not kept."""
+        """A promise was broken."""
         return self.promised and self.num_identical < self.num_prompts
 
 
 class TokenTimes(Record):
-    """Percentiles of a time, in milliseconds; each with its spread over repeats."""
+    """Percentiles in milliseconds, with spreads over repeats."""
 
     p50: Spread
     p95: Spread
@@ -93,18 +89,13 @@ class TokenTimes(Record):
 
 
 class ContestantTiming(Record):
-    """One way of generating. Rates are tokens a second over all prompts of a repeat; the module says what is timed.
+    """One way of generating; the module defines what is timed. Values that do not apply, or are unknown, are None or
+    empty.
 
-    `decode_tokens_per_second` counts the tokens after the first one and the time after it;
-    `tokens_per_second` counts all of them over the whole call, prefill included;
-    `prompt_tokens_per_second` is of the prompts.
-    `acceptance_length` is tokens a decode round; `survival[i]` as in `AcceptanceSet`.
-    Both are for contestants that speculate.
-    `joules_per_token` is of whole calls; `usd_per_million_tokens` follows from `tokens_per_second`: decoding
-    more sequences at once is cheaper.
-    `prepare_seconds` is until the first call may come: weights read, arranged for the kernels, code compiled ahead.
-    Contestants that share what was read count it each.
-    None, or empty, where a contestant or a machine has no such figure, and in files older than the figure.
+    `tokens_per_second` is of the whole call, prefill included. `acceptance_length` and `survival` (see `AcceptanceSet`)
+    are of contestants that speculate. `joules_per_token` is of whole calls; `usd_per_million_tokens` follows from
+    `tokens_per_second`. `prepare_seconds` is until the first call: reading and arranging weights, compiling; shared
+    work counts for each contestant.
     """
 
     name: str
@@ -125,7 +116,7 @@ class ContestantTiming(Record):
 
 
 class SetTiming(Record):
-    """The race on one set of prompts, `batch_size` of them decoded at once. `source` is where they came from."""
+    """The race on one set of prompts, `batch_size` of them at once."""
 
     name: str
     source: str
@@ -135,11 +126,10 @@ class SetTiming(Record):
 
 
 class TimingResult(Document):
-    """A race: every contestant on the same prompts, repeats interleaved.
+    """A race on the same prompts, repeats interleaved.
 
-    `contestants` is over all sets with the smallest batch size; `unavailable` are those that could not run, on some set
-    or at all. `energy` says how joules were counted, or why they were not. A file may be of a race that was
-    interrupted: spreads say of how many repeats they are.
+    `contestants` is over all sets with the smallest batch size; `unavailable` could not run, on some set or at all.
+    `energy` says how joules were counted, or why not. An interrupted race has fewer repeats, which spreads count.
     """
 
     kind: Literal["timing"] = "timing"
@@ -165,24 +155,23 @@ class TimingResult(Document):
 
     @property
     def batch_size(self) -> int:
-        """Sequences decoded at once where the figures over all sets were taken."""
+        """Sequences at once in `contestants`."""
         return min((entry.batch_size for entry in self.sets), default=1)
 
     def contestant(self, name: str) -> ContestantTiming | None:
-        """The entry named `name`, None if it did not run."""
+        """The entry named `name`, or None."""
         return next((entry for entry in self.contestants if entry.name == name), None)
 
     def speedup(self, name: str, over: str) -> float | None:
-        """Ratio of median decode rates, None if either did not run, or decoded nothing after its first tokens."""
+        """Ratio of median decode rates; None if either is missing or decoded nothing."""
         fast, slow = self.contestant(name), self.contestant(over)
         if fast is None or slow is None or not slow.decode_tokens_per_second.median:
             return None
         return fast.decode_tokens_per_second.median / slow.decode_tokens_per_second.median
 
     def rows(self, set_name: str | None = None) -> list[dict[str, str]]:
-        """A table's rows, heading -> cell, of one set of prompts or of all; columns without any figure are left out.
-
-        Raises ValueError for a set that is not there.
+        """Table rows, heading -> cell, of one set or of all; empty columns are dropped. Raises ValueError for an
+        unknown set.
         """
         entries = self.contestants
         if set_name is not None:
@@ -195,7 +184,7 @@ class TimingResult(Document):
         return [dict(zip(titles, row, strict=True)) for row in table.plain_rows()]
 
     def table(self) -> str:
-        """Markdown: all prompts, then each set where there are several, and a line for everything that is not there."""
+        """Markdown: all prompts, then each set if there are several, then a line per missing contestant."""
         parts = [_table(self.contestants).markdown()] if self.contestants else []
         if len(self.sets) > 1:
             parts += [
@@ -207,7 +196,7 @@ class TimingResult(Document):
 
 
 def _number(value: float) -> str:
-    """Three significant digits at least, and no exponent."""
+    """At least three significant digits, no exponent."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""How repeats of a measurement spread: plain numbers, for results with and without a schema."""
+"""Spreads of repeated measurements as plain numbers."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import TypedDict
 
 
 class SpreadFields(TypedDict):
-    """What `speedstack.eval.results.schema.Spread` holds."""
+    """The fields of `speedstack.eval.results.schema.Spread`."""
 
     median: float
     q1: float

@@ -1,4 +1,4 @@
-"""The result file of a suite: lm-eval's own document, unchanged, with one more key that holds our block."""
+"""Results of a suite: lm-eval's document, unchanged, with our block under one more key."""
 
 import json
 import math
@@ -17,7 +17,7 @@ BLOCK = "speedstack"
 
 
 class HeadlineMetric(Record):
-    """The metric a task of the suite is reported by, as lm-eval names it: metric and filter."""
+    """The metric a task is reported by, as lm-eval's 'metric,filter'."""
 
     task: str
     metric: str | None
@@ -25,10 +25,9 @@ class HeadlineMetric(Record):
 
 
 class TaskDocuments(Record):
-    """Every document's scores of one task, in the task's order; `doc_hashes` are lm-eval's.
+    """Scores of every document of a task, in its order; `doc_hashes` are lm-eval's.
 
-    A score is a number, or numbers that only their sums over documents make a metric of, as perplexity's; None for what
-    is neither, as a text that is compared with the others at the end.
+    A score is a number, or several that only make a metric in sum (perplexity); None for others.
     """
 
     doc_hashes: tuple[str, ...]
@@ -37,7 +36,7 @@ class TaskDocuments(Record):
 
 
 class TaskRequests(Record):
-    """What happened to a task's requests; fields as in `speedstack.eval.lm_eval.adapter.TaskCounts`."""
+    """Counts of a task's requests, as in `speedstack.eval.lm_eval.adapter.TaskCounts`."""
 
     num_requests: int
     num_cached: int
@@ -51,17 +50,15 @@ class TaskRequests(Record):
 
     @property
     def acceptance_length(self) -> float | None:
-        """Tokens a round of decoding; None where nothing was decoded in rounds."""
+        """Tokens per round; None without rounds."""
         return self.num_round_tokens / self.num_rounds if self.num_rounds else None
 
 
 class SuiteBlock(Document):
-    """What lm-eval does not know: the models, how they were run, and every document's scores.
+    """What lm-eval does not record: models, settings, and the scores of every document.
 
-    `quantization` is the format that the target's config names, None for none. `code_isolation` says what kept
-    generated programs in; None where none was run. `num_cached` requests were known from an earlier run.
-    `include_path` is the folder that `own_tasks` came from, with the SHA-256 of its files. `max_gen_toks` stands for
-    each task's own; None: those. `limit` and `think_end_token` are as they were given.
+    `quantization` is the format in the target's config. `code_isolation` says how generated programs were contained,
+    None if none ran. `own_tasks` came from `include_path`. `max_gen_toks` overrides each task's own.
     """
 
     kind: Literal["eval"] = "eval"
@@ -96,24 +93,24 @@ class SuiteBlock(Document):
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """`lm_eval` is the document that lm-eval made, as plain JSON types."""
+    """`lm_eval` is lm-eval's document, as plain JSON types."""
 
     lm_eval: dict[str, Any]
     block: SuiteBlock
 
     def save(self, path: str | Path) -> Path:
-        """Write as JSON, whole or not at all; returns the path."""
+        """Write as JSON, atomically; returns the path."""
         content = self.lm_eval | {BLOCK: self.block.model_dump(mode="json")}
         return write_atomically(path, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read and validate. Raises ValueError as `Document.load`, and for lm-eval's documents without our block."""
+        """Read and validate. Raises ValueError as `Document.load`, and for documents without our block."""
         return cls.check(read_json(path), path)
 
     @classmethod
     def check(cls, content: Any, path: str | Path) -> Self:
-        """The result that `content`, read from `path`, is. Raises ValueError as `load`."""
+        """`content`, read from `path`, as a result. Raises ValueError as `load`."""
         if not isinstance(content, dict) or BLOCK not in content:
             raise ValueError(f"{path} is no result of a suite: it has no part '{BLOCK}' (speedstack eval --suite)")
         lm_eval = {key: value for key, value in content.items() if key != BLOCK}
@@ -123,10 +120,10 @@ class SuiteResult:
         return cls(lm_eval, block)
 
     def scores(self, task: str, metric: str | None) -> list[tuple[str, str, float]]:
-        """(task, 'metric,filter', value) of what a task or group of the suite is reported by.
+        """(task, 'metric,filter', value) of a task or group: the metric, or all; members' scores for a group without
+        its own.
 
-        That is the metric, or without one all it has, and where a group has no score of its own, its members'. Empty
-        where lm-eval reported no such metric, or no finite number.
+        Empty if lm-eval reported no such metric, or no finite number.
         """
         reported = self.lm_eval["results"].get(task, {})
         names = [metric] if metric is not None else [name for name in reported if _is_score(name)]
@@ -138,9 +135,7 @@ class SuiteResult:
         return [score for member in members for score in self.scores(member, None)]
 
     def check_headline(self) -> None:
-        """Raises ValueError for a task or group without the metric that the suite names, with the nearest it has, and
-        where that is NaN.
-        """
+        """Raises ValueError for a headline metric that is missing, with the nearest one, or not finite."""
         for entry in self.block.headline:
             if self.scores(entry.task, entry.metric):
                 continue
@@ -153,19 +148,19 @@ class SuiteResult:
             raise ValueError(no_metric(entry.task, entry.metric or "any", known))
 
     def value(self, task: str, metric: str) -> float | None:
-        """lm-eval's value of a task's or group's metric, such as 'acc,none', NaN included; None where it has none."""
+        """lm-eval's value of a metric such as 'acc,none', NaN included; None if missing."""
         value = self.lm_eval["results"].get(task, {}).get(metric)
         return float(value) if isinstance(value, int | float) else None
 
     def stderr(self, task: str, metric: str) -> float | None:
-        """lm-eval's standard error of it; None where it gives no finite one."""
+        """lm-eval's standard error of it; None if not finite."""
         name, _, filter_name = metric.partition(",")
         stderr = self.value(task, f"{name}_stderr,{filter_name}")
         return stderr if stderr is not None and math.isfinite(stderr) else None
 
 
 def no_metric(task: str, metric: str, known: Sequence[str]) -> str:
-    """What to say of a metric that a task or group has not, but others of the form 'metric,filter'."""
+    """The message for a missing metric; `known` are of the form 'metric,filter'."""
     if not known:
         return f"{task} has no metric '{metric}', and no score of its own: name tasks of it"
     of_that_name = [name for name in known if name.partition(",")[0] == metric.partition(",")[0]]
@@ -175,6 +170,6 @@ def no_metric(task: str, metric: str, known: Sequence[str]) -> str:
 
 
 def _is_score(name: str) -> bool:
-    """Whether lm-eval's entry of a task's results is a metric: it has a filter, and is no standard error."""
+    """Whether an entry of lm-eval's results is a metric: it has a filter and is no standard error."""
     metric, comma, _ = name.partition(",")
     return bool(comma) and not metric.endswith("_stderr")

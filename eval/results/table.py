@@ -1,8 +1,8 @@
-"""Tables of results. A column is declared once: its heading, its unit, the field that it shows, and how it is written.
+"""Tables of results. A column is declared once: heading, unit, field and format.
 
     Column("KL", "millinats a token", "kl_nats", ".3f", scale=1e3, error="kl_stderr_nats")
 
-`Table.of` fills columns from records. A report shows the table as HTML, a terminal as aligned text, a file as Markdown.
+`Table.of` fills columns from records; a page, a terminal or a Markdown file shows the table.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,13 +11,13 @@ from typing import Any, Self
 
 from speedstack.eval.results.schema import Spread, Unavailable
 
-# A field by its dotted name, None where a part of it is None; or a function of the record.
+# A dotted field name, or a function of the record.
 Shown = str | Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is read, and the number it is sorted by; `note` and `warning` are lines below it."""
+    """Text, and the number to sort by; `note` and `warning` are lines below."""
 
     text: str
     value: float | None = None
@@ -30,11 +30,11 @@ MISSING = Cell("\u2013")
 
 @dataclass(frozen=True)
 class Column:
-    """A heading with its unit; numbers stand right, words left.
+    """A heading with its unit; numbers align right, words left.
 
-    `form` is a format spec, or a function to text; a number is multiplied by `scale` before, `suffix` comes after.
-    A `Spread` is written as its median and quartiles, a number with its standard `error` behind a plus-minus, None as
-    a dash, a `Cell` as it is.
+    `shows` is the value: a field by its dotted name (None if a part is), or a function of the record. `form` is a
+    format spec or a function to text; numbers are multiplied by `scale` and followed by `suffix`. A `Spread` shows
+    median and quartiles, a number its standard `error`, None a dash, and a `Cell` itself.
     """
 
     title: str
@@ -50,7 +50,7 @@ class Column:
     is_number: bool = True
 
     def cell(self, record: Any) -> Cell:
-        """What stands in this column of a record."""
+        """The cell of a record."""
         value, stderr = _value(record, self.shows), _value(record, self.error)
         if value is None:
             return MISSING
@@ -82,33 +82,30 @@ def _value(record: Any, shown: Shown) -> Any:
 
 
 def words(title: str, shows: Shown, note: Shown = "", warning: Shown = "") -> Column:
-    """A column of words."""
     return Column(title, shows=shows, note=note, warning=warning, is_number=False)
 
 
 def count(title: str, shows: Shown, unit: str = "") -> Column:
-    """A column of counts."""
     return Column(title, unit, shows, ",")
 
 
 def size(title: str, shows: Shown) -> Column:
-    """A column of bytes, in binary units."""
+    """Bytes in binary units."""
     return Column(title, shows=shows, form=format_bytes)
 
 
 def percent(title: str, shows: Shown, form: str = ".2f") -> Column:
-    """A column of shares."""
     return Column(title, shows=shows, form=form, scale=100, suffix="%")
 
 
 def ratio(title: str, shows: Shown, unit: str = "", form: str = ".2f") -> Column:
-    """A column of "so many times"."""
+    """A multiple, with a times sign."""
     return Column(title, unit, shows, form, suffix="\u00d7")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a cell a column. `command` made what it shows, `source` is the file it was read from."""
+    """Rows with a cell per column; `command` and `source` say where the values came from."""
 
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
@@ -121,18 +118,18 @@ class Table:
 
     @classmethod
     def of(cls, columns: Sequence[Column], records: Iterable[Any], caption: str = "") -> Self:
-        """A row a record."""
+        """A row per record."""
         rows = tuple(tuple(column.cell(record) for column in columns) for record in records)
         return cls(tuple(columns), rows, caption)
 
     def with_absent(self, absent: Sequence[Unavailable], how: str) -> Self:
-        """The table with a row of dashes for each that is not there: its name, and below it `how` and its reason."""
+        """Adds a row of dashes per absent entry, with its name and reason."""
         dashes = (MISSING,) * (len(self.columns) - 1)
         added = tuple((Cell(one.name, note=f"{how}: {one.reason}"), *dashes) for one in absent)
         return replace(self, rows=self.rows + added)
 
     def without_empty_columns(self) -> Self:
-        """The table without the columns of numbers that are empty in every row."""
+        """Drops number columns that are empty in every row."""
         kept = [
             index
             for index, column in enumerate(self.columns)
@@ -142,11 +139,11 @@ class Table:
         return replace(self, columns=columns, rows=tuple(tuple(row[index] for index in kept) for row in self.rows))
 
     def plain_rows(self) -> list[list[str]]:
-        """The cells as text, empty for dashes."""
+        """Cell texts, empty for dashes."""
         return [["" if cell == MISSING else cell.text for cell in row] for row in self.rows]
 
     def markdown(self) -> str:
-        """Markdown, without its caption."""
+        """Markdown without the caption."""
         rows = [[text.replace("|", "\\|") for text in row] for row in self.plain_rows()]
         lines = [[column.title for column in self.columns]]
         marks = "|".join("---:" if column.is_number else "---" for column in self.columns)
@@ -154,7 +151,7 @@ class Table:
         return "\n".join([titles, f"|{marks}|", *below])
 
     def text(self) -> str:
-        """Aligned lines of text, without its caption."""
+        """Aligned text without the caption."""
         lines = [[column.title for column in self.columns], *self.plain_rows()]
         widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
         sides = [str.rjust if column.is_number else str.ljust for column in self.columns]
@@ -162,12 +159,6 @@ class Table:
             "  ".join(side(text, width) for side, text, width in zip(sides, line, widths, strict=True)).rstrip()
             for line in lines
         )
-
-
-def format_spread(spread: Spread, scale: float = 1.0, digits: int = 0) -> str:
-    """Median and quartiles: "412 (405-418)"."""
-    median, q1, q3 = (f"{scale * value:,.{digits}f}" for value in (spread.median, spread.q1, spread.q3))
-    return f"{median} ({q1}\u2013{q3})"
 
 
 def format_count(value: float) -> str:
@@ -195,7 +186,7 @@ def format_seconds(value: float) -> str:
 
 
 def format_number(value: float, significant: int = 4) -> str:
-    """A score with `significant` digits and without an exponent where it can do without."""
+    """A number with `significant` digits, without an exponent if possible."""
     return f"{value:.{significant}g}" if abs(value) < 10**significant else f"{value:,.0f}"
 
 

@@ -1,4 +1,4 @@
-"""The kinds of result that a report shows: of each the class of its documents, and what turns results into sections."""
+"""The kinds of result a report shows: their document classes, and the functions that make their sections."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ __all__ = ["KINDS", "Found", "Kind", "check", "environment_of", "kind_of", "sect
 
 @dataclass(frozen=True)
 class Kind:
-    """`document.check(content, path)` gives a result, or raises ValueError; `sections` shows some, one or many."""
+    """`document.check(content, path)` returns a result or raises ValueError; `sections` shows one or several."""
 
     document: Any
     sections: Callable[[Sequence[Found[Any]]], list[Section]]
@@ -58,7 +58,7 @@ KINDS = {
 
 
 def kind_of(content: Any) -> str | None:
-    """The kind that a result's JSON says it is of; None for JSON that is no result. A suite's lies beside lm-eval's."""
+    """The kind named in a result's JSON (in its block, for a suite); None for other JSON."""
     if not isinstance(content, dict):
         return None
     block = content.get(BLOCK, content)
@@ -67,7 +67,7 @@ def kind_of(content: Any) -> str | None:
 
 
 def check(kind: str, content: Any, path: str) -> Any:
-    """The result that `content` is. Raises ValueError, naming `path`, for content that does not fit the kind."""
+    """`content` as a result. Raises ValueError, naming `path`, if it does not fit the kind."""
     return KINDS[kind].document.check(content, path)
 
 
@@ -77,5 +77,5 @@ def sections(kind: str, found: Sequence[Found[Any]]) -> list[Section]:
 
 
 def environment_of(result: Any) -> Environment | None:
-    """Where a result was measured; None where it does not say."""
+    """Where a result was measured, if known."""
     return getattr(getattr(result, "block", result), "environment", None)

@@ -1,4 +1,4 @@
-"""Ablations: what each combination of a grid costs and gives, and what each way of drafting is worth."""
+"""Sections of ablations: a grid of formats and drafters, and ways of drafting."""
 
 import statistics
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ NUM_SURVIVAL_CURVES = 6
 
 
 def grid(result: AblationGrid, title: str) -> Section:
-    """A grid of number format, modules, method, drafter and temperature."""
     table = Table.of(tables.grid(result), result.rows, "\u00b1 is one standard error.").without_empty_columns()
     failed = plural(result.num_failed, "row") + " failed; their errors are in the table."
     return Section(
@@ -69,7 +68,7 @@ def _grid_headlines(result: AblationGrid) -> tuple[Headline, ...]:
 
 
 def drafters(result: DrafterAblation, title: str) -> Section:
-    """Drafters that were trained on the same text for the same time."""
+    """Drafters trained on the same text for the same time."""
     means = {mean.row: mean for mean in result.means()}
     table = Table.of(tables.DRAFTERS, means.values(), "Means over seeds; extremes in brackets.")
     blocks: list[Block] = [table.without_empty_columns()]
@@ -103,7 +102,7 @@ def _tau_figure(result: DrafterAblation, rows: Sequence[str]) -> FigureBlock:
 
 
 def _survival_figures(result: DrafterAblation, tau: dict[str, float]) -> list[FigureBlock]:
-    """Plain and the rows above it, or the first. None without curves."""
+    """Plain and the best rows; none without curves."""
     order = sorted(tau, key=lambda row: (row != PLAIN, -tau[row]))
     found = {row: _survival(result.of(row)) for row in order[:NUM_SURVIVAL_CURVES]}
     curves = {row: survival for row, survival in found.items() if survival}

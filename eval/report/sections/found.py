@@ -1,4 +1,4 @@
-"""A result as a report found it, and the sections of several of one kind."""
+"""A result as a report found it, and section titles for several of one kind."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Found(Generic[T]):
-    """A result and where it was read; `name` is empty for the measurements of the one run that a report is of."""
+    """A result and its file; `name` is empty for the run's own measurements."""
 
     name: str
     result: T
@@ -20,15 +20,15 @@ class Found(Generic[T]):
 
 
 def titled(title: str, one: Found[Any], found: Sequence[Found[Any]]) -> str:
-    """The title, with a short name of the result when there are several of its kind."""
+    """The title, with a short name if there are several results."""
     name = _short_name(one, found)
     return f"{title}: {name}" if name else title
 
 
 def each(title: str, section: Callable[[T, str], Section]) -> Callable[[Sequence[Found[T]]], list[Section]]:
-    """A function to a section a result, which `section(result, title)` makes, with its command and file.
+    """A function that makes one section per result with `section(result, title)`, and adds command and file.
 
-    Of several, headlines say which one they are of.
+    If there are several, headlines name their result.
     """
 
     def sections(found: Sequence[Found[T]]) -> list[Section]:
@@ -43,7 +43,7 @@ def each(title: str, section: Callable[[T, str], Section]) -> Callable[[Sequence
 
 
 def _short_name(one: Found[Any], found: Sequence[Found[Any]]) -> str:
-    """What tells a result from the others of its kind; empty for one alone, and for that of the run itself."""
+    """What tells a result from the others; empty for a single one and for the run's own."""
     if len(found) == 1 or not one.name:
         return ""
     named = [other for other in found if other.name]

@@ -1,4 +1,4 @@
-"""Measurements of single parts: of each kind a section."""
+"""Sections of microbenchmarks."""
 
 from speedstack.eval.report import plots
 from speedstack.eval.report.page import FigureBlock, Headline, Section
@@ -30,7 +30,7 @@ from speedstack.eval.results.table import Table, compact, plural
 
 
 def lm(result: LmBench, title: str) -> Section:
-    """lm-eval through the engine beside its own adapter: agreement and speed."""
+    """lm-eval through the engine beside its own adapter."""
     text = (
         f"The same requests, in one process, {result.dtype} on {result.device} with "
         f"{plural(result.num_threads, 'thread')}, {result.batch_size} sequences together, taking turns. The adapter "
@@ -64,7 +64,7 @@ def _lm_figures(result: LmBench) -> list[FigureBlock]:
 
 
 def _lm_speedup(task: LmTask, contestant: str) -> tuple[float, float, float] | None:
-    """Ratio of medians, and what it would be at the quartiles of the contestant's own times."""
+    """Ratio of medians, and the ratios at the contestant's quartiles."""
     own = next((timing for timing in task.timings if timing.contestant == contestant), None)
     if own is None or own.seconds.q1 <= 0:
         return None
@@ -100,7 +100,7 @@ def drafter(result: DrafterCost, title: str) -> Section:
 
 
 def qat(result: QatCost, title: str) -> Section:
-    """Memory of layers that are trained through their quantization, time of a step."""
+    """Memory of fake-quantized layers, time of a step."""
     return Section(
         title,
         (f"Layers of {compact(result.layer_shape)}.",),
@@ -127,7 +127,7 @@ def conversion(result: ConversionResult, title: str) -> Section:
 
 
 def kernels(result: KernelResourcesResult, title: str) -> Section:
-    """Registers and shared memory of the GPU kernels."""
+    """Registers and shared memory of GPU kernels."""
     num_spilling = sum(one.local_bytes > 0 for one in result.kernels)
     num_kernels = plural(len(result.kernels), "kernel")
     text = f"{num_kernels} compiled for {result.target}, {num_spilling} of which spill registers."

@@ -1,4 +1,4 @@
-"""Perplexity, divergence from a teacher and task scores of models on held-out text; what each layer costs alone."""
+"""Sections of quality: divergence and task scores of models, and sensitivity of layers and experts."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,7 +16,7 @@ NUM_EXPERTS_SHOWN = 16
 
 
 def quality(result: QualityResult, title: str) -> Section:
-    """Several models on the same held-out text."""
+    """Models on the same held-out text."""
     blocks: list[Block] = [Table.of(DIVERGENCE, result.methods)]
     text = (
         f"All models run in the same engine on the same held-out text. \u201c{result.teacher}\u201d is the teacher: "
@@ -39,7 +39,7 @@ def quality(result: QualityResult, title: str) -> Section:
 
 
 class _Task(NamedTuple):
-    """Scores of a task's metric by method, and one of them for what they have in common."""
+    """Scores of a task's metric by method, and any one of them."""
 
     first: TaskScore
     scores: dict[str, TaskScore]
@@ -65,7 +65,7 @@ def _task_columns(result: QualityResult) -> tuple[Column, ...]:
 
 
 def _score_of(method: str) -> Callable[[_Task], Cell | None]:
-    """A share as a percentage with its standard error, anything else as a number; None where there is none."""
+    """Shows the score of a method: a share in percent with its standard error, anything else as a number."""
 
     def cell(task: _Task) -> Cell | None:
         score = task.scores.get(method)
@@ -95,13 +95,12 @@ def _headlines(result: QualityResult) -> tuple[Headline, ...]:
 
 
 def _millinats(entry: MethodQuality) -> str:
-    """A divergence in the unit in which these have a digit before the point."""
     assert entry.kl_to_teacher_nats is not None
     return format_number(1e3 * entry.kl_to_teacher_nats, significant=3)
 
 
 def sensitivity(result: SensitivityResult, title: str) -> Section:
-    """What each layer, and each expert, costs when it alone is quantized."""
+    """Layers and experts, each quantized alone."""
     layers = result.layers()
     worst = sorted(result.experts(), key=lambda unit: -unit.kl_nats)[:NUM_EXPERTS_SHOWN]
     caption = f"The layers, and the {len(worst)} worst of {len(result.experts())} experts." if worst else ""

@@ -1,4 +1,4 @@
-"""Ways to quantize one model, after training and by training, by their divergence from it."""
+"""Sections of quantization: post-training methods, and QAT runs."""
 
 from speedstack.eval.report import plots
 from speedstack.eval.report.page import Block, FigureBlock, Headline, Section
@@ -10,7 +10,6 @@ KL_LABEL = "KL from full precision (millinats a token; less is better)"
 
 
 def ptq(result: PtqResult, title: str) -> Section:
-    """Ways to quantize after training."""
     table = Table.of(PTQ, result.methods, "\u00b1 is one standard error over windows.")
     blocks: list[Block] = [table.with_absent(result.unavailable, "failed")]
     headlines: tuple[Headline, ...] = ()
@@ -37,7 +36,6 @@ def ptq(result: PtqResult, title: str) -> Section:
 
 
 def qat_runs(result: QatRuns, title: str) -> Section:
-    """Runs of quantization-aware training."""
     caption = (
         "Last evaluation of each run; below its name what it changed. Changed and oscillating: shares of MXFP4 values."
     )

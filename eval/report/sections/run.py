@@ -1,7 +1,4 @@
-"""What a run says of itself beside its measurements: stages, model, memory, training curves, texts it wrote.
-
-No kind of its own: these are fields of the report.
-"""
+"""Sections of a run itself: stages, model, memory, training curves, generated texts."""
 
 from speedstack.eval.report import plots
 from speedstack.eval.report.page import Block, FigureBlock, Headline, Listing, Section
@@ -20,7 +17,7 @@ RECIPE = (
 
 
 def done(report: Report) -> list[Section]:
-    """The model and the stages of the run."""
+    """The model and the stages."""
     if report.model is None and not report.stages:
         return []
     models = () if report.model is None else (report.model, *report.other_models)
@@ -29,7 +26,7 @@ def done(report: Report) -> list[Section]:
 
 
 def memory(report: Report) -> list[Section]:
-    """Bytes of the experts, and of everything an engine holds."""
+    """The experts' bytes, and everything an engine holds."""
     blocks: list[Block] = []
     if report.storage:
         blocks.append(Table.of(STORAGE, report.storage))
@@ -40,7 +37,7 @@ def memory(report: Report) -> list[Section]:
 
 
 def training(report: Report) -> list[Section]:
-    """A figure a stage and quantity; stages of one name that several runs have share theirs."""
+    """A figure per stage and quantity, shared by runs."""
     figures: dict[tuple[str, str], list[Curve]] = {}
     for curve in report.curves:
         if curve.steps:
@@ -55,7 +52,6 @@ def training(report: Report) -> list[Section]:
 
 
 def examples(report: Report) -> list[Section]:
-    """Generated texts."""
     if not report.examples:
         return []
     listings = tuple(Listing(example.title, example.prompt, example.text) for example in report.examples)
@@ -63,7 +59,7 @@ def examples(report: Report) -> list[Section]:
 
 
 def thin_curve(curve: Curve, max_points: int = MAX_CURVE_POINTS) -> Curve:
-    """Every n-th point of a long curve, the last one always: a page needs no thousand points a line."""
+    """Every n-th point of a long curve, and the last."""
     stride = -(-len(curve.steps) // max_points)
     if stride <= 1:
         return curve

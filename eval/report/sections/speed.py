@@ -1,4 +1,4 @@
-"""How fast a model decodes: a race of contestants, acceptance of a drafter, and ways to speculate."""
+"""Sections of decode speed: a race, acceptance, and ways to speculate."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ PERCENTILES = ("p50", "p95", "p99")
 
 
 def timing(result: TimingResult, title: str) -> Section:
-    """Decode rates of the engine and its peers on the same prompts."""
+    """Decode rates of the engine and its peers."""
     everything = Table.of(TIMING, result.contestants).with_absent(result.unavailable, "did not run")
     blocks: list[Block] = [everything.without_empty_columns()]
     if result.contestants:
@@ -75,7 +75,7 @@ def _timing_headlines(result: TimingResult) -> tuple[Headline, ...]:
 
 
 def acceptance(result: AcceptanceResult, title: str) -> Section:
-    """Acceptance of one drafter by one target, by set of prompts and by position in the block."""
+    """Acceptance by prompt set and by position in the block."""
     caption = "How far into a block the target agrees. The sum of a curve's points, plus 1, is about its \u03c4."
     sampling = "greedy" if result.temperature == 0 else f"temperature {result.temperature:g}"
     text = (
@@ -96,7 +96,7 @@ def acceptance(result: AcceptanceResult, title: str) -> Section:
 
 
 def serving(result: ServingBench, title: str) -> Section:
-    """Ways of speculating with one target and one drafter."""
+    """Ways to speculate with one target and drafter."""
     table = Table.of(SERVING, result.rows, "Medians of the repeats, with quartiles in brackets.")
     blocks: list[Block] = [table.without_empty_columns()]
     timed = [row for row in result.rows if row.decode_tokens_per_second is not None]
@@ -105,9 +105,10 @@ def serving(result: ServingBench, title: str) -> Section:
     blocks.append(_lengths(result.rows))
     text = (
         f"{plural(result.num_prompts, 'prompt')}, {result.num_new_tokens} new tokens each, one sequence at a time. "
-        "Every row's text is that of the row without a drafter at its temperature; the reference backend, which trees "
-        "need, is built to be checked and not to be fast."
+        "Every row's text is that of the row without a drafter at its temperature."
     )
+    if any(row.backend == "reference" for row in result.rows):
+        text += " The reference backend is built to be checked and not to be fast."
     return Section(title, (text,), tuple(blocks), _serving_headlines(timed))
 
 
@@ -157,7 +158,7 @@ def _lengths(rows: Sequence[ServingRow]) -> FigureBlock:
 
 
 def _label(row: ServingRow, rows: Sequence[ServingRow]) -> str:
-    """The way's name, with what tells it from the others of that name."""
+    """The name of a way, with its temperature and backend if needed."""
     label = row.name if row.temperature == 0 else f"{row.name}, T\u00a0=\u00a0{row.temperature:g}"
     same = [other for other in rows if (other.name, other.temperature) == (row.name, row.temperature)]
     return label if len(same) == 1 else f"{label} ({row.backend})"

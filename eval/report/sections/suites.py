@@ -1,4 +1,4 @@
-"""Results of lm-eval suites: a section a suite, a column a model; and a comparison, with differences and recovery."""
+"""Sections of lm-eval suites: scores with a column per model, and comparisons."""
 
 import math
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from speedstack.eval.results.table import (
 
 
 def suites(found: Sequence[Found[SuiteResult]]) -> list[Section]:
-    """A section a suite."""
+    """A section per suite."""
     by_suite: dict[str, list[Found[SuiteResult]]] = {}
     for one in found:
         by_suite.setdefault(one.result.block.suite, []).append(one)
@@ -66,7 +66,7 @@ def _suite(suite: str, found: Sequence[Found[SuiteResult]]) -> Section:
 
 
 def _labels(found: Sequence[Found[SuiteResult]]) -> list[str]:
-    """A short name a result: the end of its model's directory where models differ, else that of its file."""
+    """A short name per result: of its model's directory if models differ, else of its file."""
     targets = [Path(one.result.block.target).parts for one in found]
     if len(set(targets)) == len(targets):
         return short_names(targets)
@@ -112,7 +112,7 @@ def _score(result: SuiteResult, headline: HeadlineMetric) -> Cell | None:
 
 
 def _score_figures(suite: str, tasks: Sequence[HeadlineMetric], results: dict[str, SuiteResult]) -> list[FigureBlock]:
-    """The shares among the scores, with 95 % intervals; other metrics share no axis with them."""
+    """Scores that are shares, with 95 % intervals."""
     points = {task: [_interval(result, task) for result in results.values()] for task in tasks}
     shown = {task: row for task, row in points.items() if any(row)}
     if not shown:
@@ -145,20 +145,20 @@ def _better(result: SuiteResult, task: str, metric: str) -> str | None:
 
 
 def _is_share(result: SuiteResult, task: str, metric: str) -> bool:
-    """Whether a score counts documents done right: bits and perplexities may lie in [0, 1] too, but less is better."""
+    """Whether a score counts correct documents; perplexities and bits may lie in [0, 1] too, but less is better."""
     value = result.value(task, metric)
     return value is not None and 0 <= value <= 1 and _better(result, task, metric) == "higher"
 
 
 class _Run(NamedTuple):
-    """How a model was run, under its short name."""
+    """How a model was run."""
 
     label: str
     block: SuiteBlock
 
 
 class _Requests(NamedTuple):
-    """What happened to a task's requests of a model."""
+    """Counts of a task's requests."""
 
     label: str
     task: str
