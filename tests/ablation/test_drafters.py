@@ -213,6 +213,17 @@ def test_what_does_not_fit_is_one_line(config, tmp_path, change, message, capsys
     assert error.startswith("drafters: error: ") and message in error
 
 
+def test_rows_of_another_version_are_refused_and_stay(config, tmp_path, capsys):
+    """It kept its results in the runs alone, which have no record here."""
+    out = tmp_path / "out"
+    export = out / "runs" / "plain-seed-0" / "export"
+    export.mkdir(parents=True)
+    raw = yaml.safe_load(config.read_text()) | {"out": str(out)}
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    assert main([str(tmp_path / "old.yaml")]) == 2
+    assert "holds rows of another version of speedstack" in capsys.readouterr().err and export.is_dir()
+
+
 def test_rows_of_another_target_are_not_gone_on_with(config, tmp_path):
     raw = yaml.safe_load(config.read_text())
     base = yaml.safe_load(Path(raw["base"]).read_text())
