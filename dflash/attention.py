@@ -52,7 +52,7 @@ def attend(
 ) -> Tensor:
     """Softmax attention [B, N, Q, H]: SDPA for a bool mask [B, 1, Q, S], flex_attention for a BlockMask."""
     if mask is not None and not isinstance(mask, Tensor):
-        from speedstack.dflash.flex import attend as flex_attend  # # compiles a kernel: imported only if needed
+        from speedstack.dflash.flex import attend as flex_attend  # compiles a kernel: imported only if needed
 
         return flex_attend(q_BNQH, k_BGSH, v_BGSH, mask, sinks_N)
     if sinks_N is None:

@@ -150,7 +150,7 @@ def flex_mask(
     documents_BT: Tensor, anchors_BA: Tensor, block_size: int, window: int | None = None, is_causal: bool = True
 ) -> BlockMask:
     """`dense_mask` as a flex_attention BlockMask, whose empty tiles cost nothing. For CUDA."""
-    from speedstack.dflash.flex import make_block_mask  # # imports the compiler: only if needed
+    from speedstack.dflash.flex import make_block_mask  # imports the compiler: only if needed
 
     num_windows, length = documents_BT.shape
     num_queries = anchors_BA.shape[1] * block_size

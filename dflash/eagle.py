@@ -74,7 +74,7 @@ class EagleHead(nn.Module):
         for step in range(chain_BAJD.shape[2]):
             position_BA = anchors_BA - 1 + step
             inputs = self._inputs(chain_BAJD[:, :, step], state_BAD)
-            if step:  # # the first pass uses a context position
+            if step:  # the first pass uses a context position
                 chain.append(self._keys_values(inputs, position_BA))
             query_BANH = rotate(
                 self.q_proj(inputs).unflatten(-1, (-1, self.config.head_dim)), self._rotary(position_BA)

@@ -30,7 +30,7 @@ from torch.nn.functional import linear
 
 Weighting = Literal["exponential", "dpace"]
 DPACE_FLOOR = 0.5
-ABSENT = -1  # # label of a token outside the draft vocabulary
+ABSENT = -1  # label of a token outside the draft vocabulary
 # Logits per chunk: as many as a CPU's caches hold, or enough to fill a GPU.
 _CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
 

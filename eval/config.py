@@ -179,7 +179,7 @@ class BenchConfig(ModelConfig):
     llama_cpp_python: Path | None = Field(
         None, description="Interpreter that has llama-cpp-python; None: .venv-peers/bin/python, or without it this one."
     )
-    look_up: bool = Field(True, description="Time the engine with prompt look-up too.")
+    look_up: bool = Field(True, description="Time the engine with prompt lookup too.")
     gguf: Path | None = Field(
         None, description="GGUF file of the model, for llama.cpp; None: its own converter makes one in `copies`."
     )
@@ -227,7 +227,7 @@ class BenchConfig(ModelConfig):
     @model_validator(mode="after")
     def _drafter_is_a_model(self) -> "BenchConfig":
         if self.drafter == Path("ngram"):
-            raise ValueError("prompt look-up is timed beside a drafter anyway (look_up): give its directory, or None")
+            raise ValueError("prompt lookup is timed beside a drafter anyway (look_up): give its directory, or None")
         return self
 
 

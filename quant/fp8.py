@@ -20,7 +20,7 @@ SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu)
 # In quantization_config: whether the LM head is FP8 too, which only we write. GPTQ's configs have the same field.
 HEAD_FIELD = "lm_head"
 _MAX = 448.0
-_NAN_BITS = 0x7F  # # of an element, sign aside
+_NAN_BITS = 0x7F  # of an element, sign aside
 # Rows converted to float32 at a time.
 _ROWS_AT_A_TIME = 1024
 

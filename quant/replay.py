@@ -93,7 +93,7 @@ def _handing_on(layers: Iterable[nn.Module], output: Callable[[], Any]) -> Itera
         for layer, forward in before:
             if forward is None:
                 vars(layer).pop("forward", None)
-            else:  # # somebody else's forward, such as accelerate's
+            else:  # somebody else's forward, such as accelerate's
                 vars(layer)["forward"] = forward
 
 

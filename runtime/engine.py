@@ -188,7 +188,7 @@ class Engine:
 
     def _plan(self, drafter: Drafter, strategy: DraftStrategy) -> None:
         num_drafts = strategy.num_per_round(drafter)
-        rounds = rounds_for(self.backend, drafter, strategy)  # # may fail; nothing has changed yet
+        rounds = rounds_for(self.backend, drafter, strategy)  # may fail; nothing has changed yet
         self._drafter, self.strategy, self.num_drafts = drafter, strategy, num_drafts
         self._histories: dict[SamplingParams, DraftHistory] = {}
         proposer: Proposer = DrafterProposer(self.backend, strategy)

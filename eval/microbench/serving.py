@@ -48,7 +48,7 @@ class Way:
 
 
 def ways_of(num_proposals: int) -> list[Way]:
-    """The rows: chains of all lengths, adaptive, look-up; greedy and at temperature 1."""
+    """The rows: chains of all lengths, adaptive, prompt lookup; greedy and at temperature 1."""
     ways = [Way("no drafter", "none")]
     ways += [Way(f"chain of {count}", "drafter", DraftStrategy(count)) for count in range(1, num_proposals + 1)]
     ways += [Way("adaptive", "drafter", DraftStrategy("adaptive"))]

@@ -28,5 +28,5 @@ def top1_matches(teacher_TV: torch.Tensor, student_TV: torch.Tensor) -> torch.Te
 def check_numbers(logits_TV: torch.Tensor, model: str) -> torch.Tensor:
     """The same logits. Raises ValueError, naming the model, for NaN."""
     if bool(torch.isnan(logits_TV).any()):
-        raise ValueError(f"the logits of {model} are not numbers; its checkpoint is broken or its dtype overflows")
+        raise ValueError(f"the logits of {model} are NaN; its checkpoint is broken or its dtype overflows")
     return logits_TV

@@ -56,7 +56,7 @@ class TimingSettings:
     """How long, how often, and against whom. `dtype` names the dtype of all contestants: "float32" or "bfloat16";
     transformers and vLLM may have another one, `peer_dtype`.
 
-    `look_up` adds our prompt look-up; `gpu_hour_usd` is the price of an hour of this machine; `seed` is of the orders
+    `look_up` adds our prompt lookup; `gpu_hour_usd` is the price of an hour of this machine; `seed` is of the orders
     in which contestants run. Every set of prompts is decoded in batches of each of `batch_sizes`.
 
     The peer "unpacked" is our own engine on the same values with experts that are not packed. `gguf` is the file that
@@ -97,8 +97,8 @@ def measure_timing(
     """Race the engine against its peers on the checkpoint `target`, with and without `drafter`.
 
     `on_result` gets what is finished after every set of every repeat, with the acceptance of whole blocks. Raises
-    ValueError for a dtype that is neither float32 nor bfloat16, when our engine cannot run the model, its logits are
-    not numbers say, and as `race` and the loaders do.
+    ValueError for a dtype that is neither float32 nor bfloat16, when our engine cannot run the model or its logits are
+    NaN, and as `race` and the loaders do.
     """
     settings = settings or TimingSettings()
     for name in ("dtype", "peer_dtype"):
@@ -194,8 +194,8 @@ def engine_contestants(
 ) -> tuple[list[Contestant], dict[str, str | None]]:
     """Our engine without and with speculation, all of which promise the first one's tokens; and what is timed.
 
-    One engine has no drafter: it decodes plainly and with look-up. Another has the drafter, whose context it writes in
-    every step. They change how they speculate before a call.
+    One engine has no drafter: it decodes plainly and with prompt lookup. Another has the drafter, whose context it
+    writes in every step. They change how they speculate before a call.
     """
     started = time.perf_counter()
     loaded = load_target(target, settings.device, dtype)
@@ -257,7 +257,7 @@ def engine_contestants(
             plain.set_drafter(NGRAM)
             plain.set_strategy(adaptive)
 
-        ways.append((ENGINE_LOOK_UP, plain, plain_seconds, look_up, "prompt look-up, as many as pay"))
+        ways.append((ENGINE_LOOK_UP, plain, plain_seconds, look_up, "prompt lookup, as many as pay"))
     contestants += [
         Contestant(
             name=name,

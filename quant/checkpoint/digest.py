@@ -39,7 +39,7 @@ def model_sha256(path: str | Path) -> str:
     for name in (CONFIG_FILE, "generation_config.json"):
         file = Path(path) / name
         digest.update(f"\0{name}\0".encode() + (file.read_bytes() if file.is_file() else b""))
-    index = Path(path) / INDEX_FILE  # # decides which shard's copy of a tensor counts
+    index = Path(path) / INDEX_FILE  # decides which shard's copy of a tensor counts
     if index.is_file():
         digest.update(json.dumps(read_json(index).get("weight_map"), sort_keys=True).encode())
     return digest.hexdigest()

@@ -132,7 +132,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _loss(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str | None:
-    """What is lost when ordinary text is encoded as these ids."""
+    """What is wrong with the ids of ordinary text, None if nothing."""
     num_unknown = ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
     if 2 * num_unknown > len(ids):
         return f"does not know {num_unknown} of the {len(ids)} tokens of ordinary text: is it the model's?"

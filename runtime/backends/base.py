@@ -88,7 +88,7 @@ class Rounds(Protocol):
     """Runs several rounds without the host, which gets the results at the end."""
 
     max_rounds: int
-    num_rows: int  # # rows of a step, an upper bound for a sequence's anchor and drafts
+    num_rows: int  # rows of a step, an upper bound for a sequence's anchor and drafts
 
     def run(self, requests: Sequence[RoundsRequest], num_rounds: int) -> list[list[Round]]:
         """Up to `num_rounds` rounds of each sequence. Raises RuntimeError as `Backend.step`.

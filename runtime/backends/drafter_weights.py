@@ -47,7 +47,7 @@ def read_drafter(
 
     def rows(*names: str) -> torch.Tensor:
         parts = [tensors[f"{name}.weight"] for name in names]
-        together = torch.cat(parts) if len(parts) > 1 else parts[0]  # # cat of a single tensor would copy it
+        together = torch.cat(parts) if len(parts) > 1 else parts[0]  # cat of a single tensor would copy it
         return together.to(matrices) if together.dim() == 2 else together
 
     layers = []

@@ -38,7 +38,7 @@ class TextStream:
         if self._stop and skip_special_tokens:
             self._views.append(_View(tokenizer, skip_special_tokens=False))
         self._is_cleaned = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
-        self._context: Sequence[int] | None = None  # # tokens before the tail, some of them visible
+        self._context: Sequence[int] | None = None  # tokens before the tail, some of them visible
         self._tail: list[int] = []
         if prompt is not None:
             self._continue(prompt)
@@ -103,7 +103,7 @@ class TextStream:
             return
         if self._shown.tail:
             self._context, self._tail = self._tail, []
-        elif not self._shown.num_before:  # # no token is visible yet
+        elif not self._shown.num_before:  # no token is visible yet
             self._context, self._tail = [*self._context, *self._tail], []
         else:
             self._tail = []
@@ -141,10 +141,10 @@ class _View:
     def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
         self._tokenizer, self._skips = tokenizer, skip_special_tokens
         self.settled = ""
-        self.decoded = ""  # # the tail's tokens and the prompt's
+        self.decoded = ""  # the tail's tokens and the prompt's
         self.tail = ""
         self.num_before = 0  # characters of the tokens before the tail
-        self._unfinished = ""  # # replacement characters at the prompt's end that the tail may complete
+        self._unfinished = ""  # replacement characters at the prompt's end that the tail may complete
 
     @property
     def text(self) -> str:

@@ -189,7 +189,7 @@ def _encoded(encoding: Mapping[str, Any], tokenizer: Any) -> tuple[list[Prompt],
     if isinstance(ids, str | Mapping):
         raise ValueError(f"input_ids must be token ids, not {type(ids).__name__}")
     rows, is_single = _array(ids, tokenizer, is_masked=True) if _is_array(ids) else split_prompts(ids, tokenizer)
-    if not rows:  # # an empty text
+    if not rows:  # an empty text
         return [[]], True
     if any(isinstance(row, str) for row in rows):
         raise ValueError("input_ids must be token ids, not text")

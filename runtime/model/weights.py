@@ -63,7 +63,7 @@ class DenseWeights:
 @dataclass
 class MoeWeights:
     norm_D: torch.Tensor
-    router_ED: torch.Tensor  # # always float32: near ties between experts must not depend on the engine's dtype
+    router_ED: torch.Tensor  # always float32: near ties between experts must not depend on the engine's dtype
     correction_bias_E: torch.Tensor | None
     gate_up_EID: Weight  # gate rows, then up rows
     down_EDI: Weight

@@ -6,7 +6,7 @@ from typing import Literal
 from speedstack.dflash.model import DFlashDraftModel
 from speedstack.runtime.model.kv_ring import MAX_ROWS
 
-NGRAM: Literal["ngram"] = "ngram"  # # given instead of a drafter's path: prompt lookup
+NGRAM: Literal["ngram"] = "ngram"  # given instead of a drafter's path: prompt lookup
 DEFAULT_NUM_NGRAM_DRAFTS = 7
 
 

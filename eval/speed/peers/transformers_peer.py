@@ -240,11 +240,11 @@ class CompiledGenerate:
 
 
 def refuse_broken_logits(model: Any, prompt: list[int]) -> None:
-    """Raises ValueError when the model's logits are not numbers: its argmax would be some token all the same."""
+    """Raises ValueError when the model's logits are NaN: its argmax would be some token all the same."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt], device=model.device)).logits[0, -1]
     if not torch.isfinite(logits).all():
-        raise ValueError("its logits are not numbers; the checkpoint is broken or its dtype overflows")
+        raise ValueError("its logits are NaN; the checkpoint is broken or its dtype overflows")
 
 
 def try_experts_implementations(

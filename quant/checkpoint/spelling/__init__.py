@@ -1,14 +1,13 @@
-"""config.json in transformers' own spelling, from any spelling that makers, other loaders and older releases use.
+"""Translates config.json from the spellings of makers, other loaders and older releases to transformers' own.
 
-transformers keeps a key that it does not know as an attribute that nothing reads, and computes with a default in its
-place. So keys of a family's makers are translated here, keys that say the same thing twice must agree, values that
-transformers' class has hard-wired must be those, and any other key that it does not read and that sounds like a part of
-the computation is refused by name.
+transformers keeps an unknown key as an attribute that nothing reads and computes with a default. So makers' keys are
+translated, duplicate keys must agree, hard-wired values must match, and unread keys that may matter are refused by
+name.
 
-fields    a whole config.json: what is read of it, and what is refused
-families  what a family's class has hard-wired, and the keys of its makers
-rotary    the rotary embedding's keys, of this release of transformers and of older ones
-keys      which keys a class reads, and what each check says
+    fields    a whole config.json: what is read of it, and what is refused
+    families  hard-wired values and makers' keys, by family
+    rotary    the rotary embedding's keys, current and older
+    keys      which keys a class reads, and checks of single keys
 """
 
 from speedstack.quant.checkpoint.spelling.fields import NUM_EXPERTS, transformers_fields

@@ -1,11 +1,11 @@
-"""What transformers' classes of single families have hard-wired, and how the makers of a family spell its keys."""
+"""Values hard-wired in transformers' classes, and makers' spellings, by family."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from speedstack.quant.checkpoint.spelling.keys import Fields
 
-# What transformers' classes have hard-wired: of each key, or each entry of it, the values that mean that, beside null.
+# Hard-wired values: for each key, or each entry of it, the accepted values beside null.
 HARD_WIRED: dict[str, dict[str, tuple[Any, ...]]] = {
     "deepseek_v2": {"scoring_func": ("softmax",), "moe_layer_freq": (1,), "norm_topk_prob": (False,)},
     "deepseek_v3": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
@@ -46,7 +46,7 @@ HARD_WIRED: dict[str, dict[str, tuple[Any, ...]]] = {
     "qwen2_moe": {"partial_rotary_factor": (1,)},
     "qwen3_moe": {"partial_rotary_factor": (1,)},
 }
-# Keys of which the second, if it is there, must have the first one's value.
+# Pairs of keys: the second, if present, must equal the first.
 SAME: dict[str, tuple[tuple[str, str], ...]] = {
     "gpt_oss": (("num_experts_per_tok", "experts_per_token"),),
     "mimo_v2_flash": (
@@ -58,7 +58,7 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 def check_hard_wired(fields: Fields, model_type: str) -> None:
-    """Raises ValueError for a value that the family's class does not compute, whatever config.json says."""
+    """Raises ValueError for a value that the family's class does not compute."""
     for key, values in HARD_WIRED.get(model_type, {}).items():
         value = fields.get(key)
         entries = value if isinstance(value, list) and value else [value]
@@ -68,7 +68,7 @@ def check_hard_wired(fields: Fields, model_type: str) -> None:
 
 
 def _mimo_v2_flash(fields: Fields) -> Fields:
-    """From the keys of MiMo's makers (those of their vLLM and SGLang model files)."""
+    """Translates the keys of MiMo's makers (those of their vLLM and SGLang files)."""
     found = dict(fields)
 
     def put(key: str, value: Any, source: str) -> None:
@@ -99,7 +99,7 @@ def _mimo_v2_flash(fields: Fields) -> Fields:
     epsilon = found.pop("layernorm_epsilon", None)
     if epsilon is not None:
         put("rms_norm_eps", epsilon, "layernorm_epsilon")
-    # So many tokens before the token itself; what `sliding_window` says beside it, transformers ignores.
+    # The makers' window leaves out the token itself; transformers ignores `sliding_window` beside it.
     before = found.pop("sliding_window_size", None)
     if before is not None:
         if not isinstance(before, int):
@@ -115,7 +115,7 @@ def _mimo_v2_flash(fields: Fields) -> Fields:
 
 
 def _drop_flat_rope(found: Fields) -> None:
-    """Take away the rotary embedding of one kind of layer, which older files have beside the makers' keys."""
+    """Removes one layer kind's rotary embedding, which older files have beside the makers' keys."""
     given = found.get("rope_parameters")
     if isinstance(given, Mapping) and not any(isinstance(part, Mapping) for part in given.values()):
         if given.get("rope_type", given.get("type", "default")) != "default":
@@ -124,7 +124,7 @@ def _drop_flat_rope(found: Fields) -> None:
 
 
 def _mimo_rope(found: Fields, rope: Fields, put: Callable[[str, Any, str], None]) -> None:
-    """Three keys of a rotary embedding as transformers' two, one for each kind of layer."""
+    """Three rotary keys as transformers' two, one per kind of layer."""
     given = found.get("rope_parameters")
     if given is not None:
         for layer_type, source in (("full_attention", "rope_theta"), ("sliding_attention", "swa_rope_theta")):

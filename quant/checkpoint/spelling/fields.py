@@ -1,4 +1,4 @@
-"""A whole config.json: what transformers reads of it, in its own keys, and a refusal of what it would ignore."""
+"""Translates a whole config.json to transformers' keys and refuses what it would ignore."""
 
 import re
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from speedstack.quant.checkpoint.spelling.families import HARD_WIRED, SAME, TRAN
 from speedstack.quant.checkpoint.spelling.keys import Fields, check_numbers, check_same, hint, own_keys, words
 from speedstack.quant.checkpoint.spelling.rotary import OLD_ROPE_KEYS, check_rope
 
-# Keys that say nothing of what a model computes, though they sound like it.
+# Keys that do not affect what a model computes, despite their names.
 _HARMLESS = {
     *("attn_implementation", "experts_implementation", "use_flash_attn", "flash_attention", "ep_size"),
     *("initializer_range", "router_aux_loss_coef", "aux_loss_alpha", "seq_aux", "output_router_logits"),
     *("router_jitter_noise", "max_window_layers", "initial_context_length", "attention_chunk_size"),
-    # Heads for multi-token prediction, which decoding leaves out.
+    # Multi-token-prediction heads, which decoding leaves out.
     *("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_transformer_layers", "use_mtp"),
 }
 _COMPUTATIONAL = re.compile(
@@ -23,19 +23,19 @@ _COMPUTATIONAL = re.compile(
     "|window|sink|vocab|embed|emb|dim|rank|lora|glu|mlp|ffn|moe|kv|qk|softcap|logit|position|group|shared|dense|tie|clip"
     "|residual|multiplier|temperature|parallel|hybrid|pattern|freq|conv|mamba|ssm|memory|recurr|sparse|index"
 )
-# A size that is wrong is seen in the shapes of the tensors, but for these.
+# Wrong sizes show in tensor shapes, except these.
 _SIZE = re.compile(r"(?<!window)(?<!chunk)(?<!block)(?<!group)(?<!rotary)_(size|dim)$")
-# Keys that do something where they are false: most classes without the key do what true would mean.
+# Keys that matter when false: most classes without the key compute as if it were true.
 _NEVER_OFF = {"norm_topk_prob"}
-# The number of a layer's routed experts, by family.
+# Names for the number of routed experts, by family.
 NUM_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 
 
 def transformers_fields(fields: Fields) -> Fields:
-    """A parsed config.json with transformers' keys alone, as far as they decide what is computed.
+    """A parsed config.json with only transformers' keys, as far as they affect the computation.
 
-    Raises ValueError, of one line without a file name, for a `model_type` that transformers does not know, keys that
-    contradict each other, values that its class does not compute, and keys that it would ignore.
+    Raises ValueError, one line without a file name, for an unknown `model_type`, contradictory keys, values that the
+    class does not compute, and keys that it would ignore.
     """
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -56,9 +56,9 @@ def transformers_fields(fields: Fields) -> Fields:
 
 
 def _with_text_part(fields: Fields, config_class: type[PreTrainedConfig]) -> Fields:
-    """The part that is the language model, in transformers' spelling too, where a family has it as a part.
+    """The language-model part, in transformers' spelling, for families that nest it.
 
-    Raises ValueError as `transformers_fields`, and for a rotary embedding beside the part, where nothing reads it.
+    Raises ValueError as `transformers_fields`, and for a rotary embedding outside the part, which nothing reads.
     """
     part, part_class = fields.get("text_config"), config_class.sub_configs.get("text_config")
     if part_class is None or not isinstance(part, Mapping):
@@ -80,7 +80,7 @@ def _dtypes(fields: Fields) -> Fields:
 
 
 def _with_num_experts(fields: Fields, config_class: type[PreTrainedConfig]) -> Fields:
-    """The number of experts under the name that the family's class has, whichever of the usual three a file uses."""
+    """Renames the number of experts to the class's name for it."""
     names = own_keys(config_class)
     own = [name for name in NUM_EXPERTS if name in names]
     others = [name for name in NUM_EXPERTS if name not in names and fields.get(name) is not None]
@@ -98,7 +98,7 @@ def _check_known(fields: Fields, config_class: type[PreTrainedConfig]) -> None:
     """Raises ValueError for a key that transformers' code for the family never mentions and that may matter."""
     own = own_keys(config_class)
     for key, value in fields.items():
-        # False turns something off that the class does not have.
+        # False turns off something that the class does not have.
         if (
             value is None
             or (value is False and key not in _NEVER_OFF)
@@ -126,5 +126,5 @@ def _check_known(fields: Fields, config_class: type[PreTrainedConfig]) -> None:
 
 @cache
 def _generation_keys() -> frozenset[str]:
-    """Settings of generation, which older releases wrote into config.json."""
+    """Generation settings, which older releases wrote into config.json."""
     return frozenset(GenerationConfig().to_dict())

@@ -1,4 +1,4 @@
-"""The keys of a rotary embedding, as this release of transformers spells them and as older ones did."""
+"""Keys of a rotary embedding, in current and older spellings of transformers."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _ROPE_KEYS = {
     *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor"),
     *("high_freq_factor", "short_factor", "long_factor", "mrope_section", "mrope_interleaved", "finetuned"),
 }
-# Keys of a rotary embedding that stretch it, with the types that read them; what others call these, transformers drops.
+# Keys that scale a rotary embedding, with the types that read them; transformers drops other spellings.
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _STRETCHING = {
     "factor": ("linear", "dynamic", "yarn", "longrope", "llama3"),
@@ -28,7 +28,7 @@ OLD_ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 
 
 def check_rope(fields: Fields, config_class: type[PreTrainedConfig]) -> None:
-    """Raises ValueError for keys of a rotary embedding that nothing reads, and for two that differ."""
+    """Raises ValueError for rotary keys that nothing reads, and for two that differ."""
     model_type = config_class.model_type
     for name in ("rope_parameters", "rope_scaling"):
         value = fields.get(name)
@@ -55,7 +55,7 @@ def check_rope(fields: Fields, config_class: type[PreTrainedConfig]) -> None:
 
 
 def _check_rotary_embedding(part: Fields, where: str, config_class: type[PreTrainedConfig]) -> None:
-    """Of one kind of layer."""
+    """Checks the rotary embedding of one kind of layer."""
     check_numbers(part)
     check_same(part, "rope_type", "type")
     _check_rotary_numbers(part, f"{where}.")

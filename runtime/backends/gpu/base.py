@@ -96,7 +96,7 @@ class PlanBackend:
 
     name: str
     rounds: Rounds | None = None
-    plans_drafters = False  # # whether its plans include drafters (`drafter_spec.why_not_planned`)
+    plans_drafters = False  # whether its plans include drafters (`drafter_spec.why_not_planned`)
     has_measured_cost = False
     round_cost = COMPILED
     plan: Plan

@@ -79,7 +79,7 @@ class Memory:
         for name, num_bytes in plan.memory_bytes().items():
             if name.endswith(".cache") or name in self.buffers:
                 continue
-            if name == "history":  # # for all slots, as the caches
+            if name == "history":  # for all slots, as the caches
                 self.buffers[name] = torch.zeros(num_slots, max_length, dtype=torch.int32, device=device)
                 continue
             dtype = INTEGER.get(name, WIDE.get(name, like.dtype))

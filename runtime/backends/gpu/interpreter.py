@@ -19,8 +19,8 @@ import numpy as np
 
 from speedstack.runtime.plan.verify.scheduler import Scheduler
 
-_SPINNING = 2  # # failed polls after which a program counts as waiting
-PATIENCE = 4  # # rounds of failed polls by all programs that make a deadlock
+_SPINNING = 2  # failed polls after which a program counts as waiting
+PATIENCE = 4  # rounds of failed polls by all programs that make a deadlock
 
 
 class _Polls:
@@ -31,7 +31,7 @@ class _Polls:
         self.address = [0] * num_programs
         self.value = [0] * num_programs
         self.num_failed_polls = [0] * num_programs
-        self.progress = 0  # # counts everything except failed polls
+        self.progress = 0  # counts everything except failed polls
         self.since_progress = 0
 
     def record(self, program: int, is_poll: bool, address: int, value: int) -> None:

@@ -65,7 +65,7 @@ class ResidentRounds(Rounds):
     def __init__(self, backend: Launcher, num_rows: int) -> None:
         self.num_rows = num_rows
         self._backend = backend
-        self._num_known: dict[int, int] = {}  # # by slot: tokens of its text on the GPU
+        self._num_known: dict[int, int] = {}  # by slot: tokens of its text on the GPU
 
     def set_prompt_lookup(self, is_wanted: bool) -> None:
         self._num_known.clear()

@@ -128,7 +128,7 @@ def check_early_choices(plan: Plan) -> None:
         producer = producers.pop()
         assert producer is not None
         between = plan.phases[plan.phase_named[producer] + 1 : index]
-        whole = Wait(producer, plan.num_programs, plan.num_programs)  # # by all programs, in this step
+        whole = Wait(producer, plan.num_programs, plan.num_programs)  # by all programs, in this step
         is_behind = any(whole in one.waits for one in between)
         assert is_behind, f"{phase.name} looks before anything has waited for {producer}"
 

@@ -78,7 +78,7 @@ class DrafterOps:
         return Phase(
             "pick",
             "pick",
-            (Axis("sequence", R),),  # # all: one without a block must say so
+            (Axis("sequence", R),),  # all: one without a block must say so
             reads=(self.stack.rows, Read(Region("drafter.best", tiles), "D.lm_head")),
             writes=(Region("proposals", 1, 0, (1,)),),
             waits=(self.builder.all_programs("D.lm_head"),),

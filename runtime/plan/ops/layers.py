@@ -12,15 +12,15 @@
 the phases that choose tokens. Decisions:
 
 - A norm has no phase. The writer of hidden columns also writes them times the next norm's weight (`scaled`) and their
-sums of squares in blocks of 16 (`squares`). The reader multiplies `scaled` and divides the product by the root mean
-square. Every program repeats top-k. Both read a few KB from L2 and save a synchronization, which costs more.
+  sums of squares in blocks of 16 (`squares`). The reader multiplies `scaled` and divides the product by the root mean
+  square. Every program repeats top-k. Both read a few KB from L2 and save a synchronization, which costs more.
 - QK-norm, rotary and append are in `attention`, so `qkv` can be cut finer than a head and keeps all programs busy with
-few heads. The item whose split holds a row's position appends it.
+  few heads. The item whose split holds a row's position appends it.
 - `gate_up` has an item per (active expert, tile), a number known only at run time. `down` has an item per hidden tile
-and loops over the active experts: its load does not depend on routing, and the weighted sum has one order and needs no
-atomics.
+  and loops over the active experts: its load does not depend on routing, and the weighted sum has one order and needs
+  no atomics.
 - Splits have a fixed size and absolute bounds, so a row's bits depend on its position alone. Tiles cut columns only:
-one item sums an element's whole contraction axis.
+  one item sums an element's whole contraction axis.
 
 Items compute all rows of a step's capacity, missing ones as zeros. Buffers may hold garbage for missing rows; it never
 reaches other rows.
@@ -57,7 +57,7 @@ class LayerBuilder(PlanBuilder):
         """Determines the rows and embeds their tokens. own: other regions that an item writes for its row."""
         D = self.spec.hidden_size
         self.add(
-            name, op, (Axis("row", self.rows),),  # # all: an idle row must say so
+            name, op, (Axis("row", self.rows),),  # all: an idle row must say so
             reads=list(reads),
             # An item writes one row of all columns; other items write other rows of the same columns.
             writes=[*own, *(self.whole(each, OWN_COLUMN) for each in ("hidden", "scaled", "squares"))],
@@ -72,7 +72,7 @@ class LayerBuilder(PlanBuilder):
 
     def layer(self, index: int, layer: LayerSpec, before: str) -> str:
         """Adds a layer of the stack; returns its last phase's name."""
-        self.rotation = 0  # # layers of one kind share a task list
+        self.rotation = 0  # layers of one kind share a task list
         before = self.attention(index, layer.attention, before)
         if isinstance(layer.mlp, DenseSpec):
             return self.dense(index, layer.mlp, before)

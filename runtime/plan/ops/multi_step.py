@@ -54,7 +54,7 @@ class MultiStepOps:
             Buffer("rows", R, RECORD_BYTES),
             Buffer("sequences", R, RECORD_BYTES),
             Buffer("chosen", R, WIDE_BYTES),
-            Buffer("bins", R, 2 * NUM_BINS * SUM_BYTES),  # # masses and token counts
+            Buffer("bins", R, 2 * NUM_BINS * SUM_BYTES),  # masses and token counts
             Buffer("outcome", R, OUTCOME * WIDE_BYTES),
         ]
         if self.proposer is not None:
@@ -82,7 +82,7 @@ class MultiStepOps:
         `embed` also clears its row's bins, long before `logit_histogram` adds to them.
         """
         own = _own("rows")
-        reads = (Read(self._whole("sequences"), "accept", 1), Read(own, None))  # # rows that the host named
+        reads = (Read(self._whole("sequences"), "accept", 1), Read(own, None))  # rows that the host named
         if self.proposer is not None:
             read = Read(self._whole("proposals"), self.proposer)
             return (*reads, read), (own, _own("bins")), self._all_programs(self.proposer), None
@@ -133,7 +133,7 @@ class MultiStepOps:
             writes=(_own("chosen"), _own("notes")),
             waits=(self._all_programs("logit_histogram"),),
             signals=(Signal("sample", "program"),),
-            work=Work(activation_bytes=num_tiles * 2 * WIDE_BYTES),  # # for a row without top-k and top-p
+            work=Work(activation_bytes=num_tiles * 2 * WIDE_BYTES),  # for a row without top-k and top-p
         )
         return buffers, [logit_histogram, sample]
 
@@ -147,7 +147,7 @@ class MultiStepOps:
         return Phase(
             "accept",
             "accept",
-            (Axis("sequence", self.rows),),  # # all: one that is finished must tell the host
+            (Axis("sequence", self.rows),),  # all: one that is finished must tell the host
             reads=tuple(reads),
             writes=tuple(writes),
             waits=(self._all_programs("sample"),),

@@ -282,7 +282,7 @@ class Walk:
                 np.maximum.at(needed, earlier.table.programs[meets], base + 1 + earlier.table.rounds[meets])
                 needed_of[low, high] = needed
             unknown = cases.knows[case] < needed_of[low, high]
-            unknown[program] = False  # # a program runs its own items in order
+            unknown[program] = False  # a program runs its own items in order
             if unknown.any():
                 verb = "writes" if access.is_write else "reads"
                 did = "written" if earlier.access.is_write else "read"

@@ -9,17 +9,17 @@ vectors). Phases are walked in sequential order. A wait whose threshold is the n
 phase joins the clocks of all those signals. Checks:
 
 - *no deadlock*: signals that precede a wait in the sequential order reach its threshold. That order extends every
-program's own, so the first event that has not happened is never blocked.
+  program's own, so the first event that has not happened is never blocked.
 - *no fooled wait*: a counter does not say whose signals it counted, so signals of a later phase or step must know, by
-their clocks, all signals of earlier ones. By induction over the wall-clock order of passing waits, the join is then
-true: in the first wait to pass too early, a later signal would have replaced a missing one, although the waits behind
-that signal were not fooled.
+  their clocks, all signals of earlier ones. By induction over the wall-clock order of passing waits, the join is then
+  true: in the first wait to pass too early, a later signal would have replaced a missing one, although the waits behind
+  that signal were not fooled.
 - *no race*: of two items that access a common byte, one writing, the later one knows the earlier one. Execution is then
-equivalent to the sequential one.
+  equivalent to the sequential one.
 - *one end*: every program reads `Phase.early_exit` on entering a step's first phase, with items or not. These reads are
-ordered like all others, so all programs agree and leave between two steps, with whole counters.
+  ordered like all others, so all programs agree and leave between two steps, with whole counters.
 - *right value*: the last writer of a read region is the named producer, and it wrote all of it. This rejects live
-buffers that share memory.
+  buffers that share memory.
 
 **Unknown lists.** Dynamic axes count at full size for conflicts. A wait inside an item that may not exist teaches
 nothing. Signals do not depend on lists. Items that divide a `Region.exclusive` by a list are disjoint by the list's

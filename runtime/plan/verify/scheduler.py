@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-_PRIORITY_CHANGES = 3  # # priority drops of the running program, in a run of odd seed
+_PRIORITY_CHANGES = 3  # priority drops of the running program, in a run of odd seed
 
 
 class Deadlock(RuntimeError):

@@ -189,7 +189,7 @@ def test_a_job_is_all_kernels_of_its_plan(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(compiler.compile(job) > 10 for job in jobs)
     assert calls == [
         ("resident", {}, "block"),  # a drafter's blocks
-        ("resident", {}, "draft"),  # look-up
+        ("resident", {}, "draft"),  # prompt lookup
         ("resident", {}, "embed"),
         ("graph", {"is_dependent": False}, "embed"),
     ]

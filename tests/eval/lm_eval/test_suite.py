@@ -315,7 +315,7 @@ def test_logits_that_are_no_numbers_end_the_suite_and_keep_what_was_answered(
         return logits, [-1] * len(best) if steps > 12 else best
 
     monkeypatch.setattr(engine.backend, "step", step)
-    with pytest.raises(ValueError, match="are not numbers; the checkpoint is broken"):
+    with pytest.raises(ValueError, match="are NaN; the checkpoint is broken"):
         run_suite(engine, tiny_model_dir, None, "offline", OFFLINE, settings(task_data, tmp_path))
     assert len(RequestCache(tmp_path)) > 0
 

@@ -58,7 +58,7 @@ def test_quality_of_known_distance(engine: Engine, documents: dict[str, str]) ->
 
 def test_logits_that_are_no_numbers_name_their_model(engine: Engine) -> None:
     engines = {"teacher": engine, "broken": Shifted(engine, float("nan"))}
-    with pytest.raises(ValueError, match=r"^the logits of broken are not numbers; its checkpoint is broken"):
+    with pytest.raises(ValueError, match=r"^the logits of broken are NaN; its checkpoint is broken"):
         measure_quality(engines, "teacher", [[1, 2, 3]], progress=False)  # type: ignore[arg-type]
 
 

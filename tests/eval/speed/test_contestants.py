@@ -386,11 +386,11 @@ def test_broken_logits_are_an_error_that_names_them(tiny_model_dir: Path, tmp_pa
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     settings = TimingSettings(num_new_tokens=4, num_repeats=1, backend="reference", peers=("transformers",))
     seen: list[Any] = []
-    with pytest.raises(ValueError, match=r"engine cannot decode this model: .*are not numbers"):
+    with pytest.raises(ValueError, match=r"engine cannot decode this model: .*are NaN"):
         measure_timing(broken, None, ONE, settings, on_result=lambda *found: seen.append(found), progress=False)
     (unavailable,) = [result.unavailable for result, _ in seen]
     assert {entry.name for entry in unavailable} == {ENGINE, TRANSFORMERS}
-    assert all("not numbers" in entry.reason for entry in unavailable)
+    assert all("NaN" in entry.reason for entry in unavailable)
 
 
 def test_arrival_clock_skips_the_prompt_and_counts_tokens() -> None:

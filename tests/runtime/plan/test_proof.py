@@ -199,7 +199,10 @@ def test_what_ends_a_launch_is_read_by_programs_without_items_too() -> None:
     leaving = with_phase(plan, 0, early_exit=Read(Region("b1", 1), "p1", 1))
     assert prove(leaving).is_safe and harm_of(leaving) is None
     # p0 signals for its item alone: programs 1 and 2, which have none, may read what p1 already overwrites
-    for safe, harm, change in ((True, None, {}), (False, "wrong value", {"leave": Read(Region("b1", 1), "p1", 1)})):
+    for safe, harm, change in (
+        (True, None, {}),
+        (False, "wrong value", {"early_exit": Read(Region("b1", 1), "p1", 1)}),
+    ):
         by_item = with_phase(plan, 0, signals=(Signal("c0", "item"),), **change)
         by_item = with_phase(by_item, 1, waits=(Wait("c0", 1, 1),))
         failure = prove(by_item).failure

@@ -91,8 +91,8 @@ inline void histogram_values(const Op& op, const Query* query, const T* v, int f
         for (int n = 0; n < D; n++) store(query[g].out + d + n * W, acc[g][n] / total[g]);
 }
 
-// Softmax attention of Q queries that share a key/value head of one sequence. A position that only others see is masked
-// in the scores and skipped in the sum, so company changes no bit, whatever lies there.
+// Softmax attention of Q queries that share a key/value head of one sequence. Positions that a query does not see are
+// masked in the scores and skipped in the sum, so other queries change no bit.
 template <int Q, class T>
 void attend(const Op& op, const Query* query, const T* k, const T* v, Worker& me) {
     constexpr int B = std::max(1, CHAINS / (Q * VECTORS)), D = std::max(1, CHAINS / Q);
@@ -136,7 +136,7 @@ inline const Query* attend_all(const Op& op, const Query* next, int& num, const 
     return next;
 }
 
-// Rows of one sequence that follow one another, as many as make a tile of queries with the heads of a group.
+// Consecutive rows of one sequence that fill a tile of queries with the heads of a group.
 struct RowRun {
     int begin, end;
 };

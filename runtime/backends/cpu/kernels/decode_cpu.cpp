@@ -1,15 +1,15 @@
-// Decode kernels for CPUs: a program of fused operations, whose items are claimed by a pool of threads (see pool.h).
+// Decode kernels for CPUs: a program of fused operations, run by a pool of threads (see thread_pool.h).
 //
-// Row invariance is built in. Every output element is one accumulation over the contraction axis in ascending order, in
-// one lane of a vector (see matmul.h). Attention walks keys in ascending blocks of 16 absolute positions. Nothing is
-// split over threads along a reduction, so the bits depend neither on the number of threads nor on who computes what.
-// Sums over a row are made in 16 lanes and then by halves, on every instruction set alike: all give the same bits.
+// Row invariance: every output element is one accumulation over the contraction axis in ascending order, in one vector
+// lane (see matmul.h). Attention walks ascending blocks of 16 absolute positions. Threads never split a reduction, so
+// bits do not depend on the threads. Sums over a row use 16 lanes, then halves, on every instruction set: all give the
+// same bits.
 //
-// Left out: activations in anything but float32, and head or hidden sizes that are not multiples of 16; the Python side
+// Left out: activations other than float32, and head or hidden sizes that are not multiples of 16; the Python side
 // refuses those by name.
 //
-// Layouts of weights: weights.h. Keys are [slot, kv head, block of 16 positions, qk head dim, 16]; values
-// [slot, kv head, position, v head dim]. Both are rings of whole blocks: absolute block b lies at b % num_blocks.
+// Weight layouts: weights.h. Keys are [slot, kv head, block of 16 positions, qk head dim, 16]; values [slot, kv head,
+// position, v head dim]. Both are rings of whole blocks: absolute block b lies at b % num_blocks.
 
 #include <pthread.h>
 
@@ -55,7 +55,7 @@ struct Process {
 // Never destroyed: threads may sleep in it when the process ends.
 std::atomic<Process*> current{nullptr};
 
-// A child of a fork has none of its parent's threads, and its lock may be one that a thread held which is not there.
+// A forked child has none of its parent's threads, and a missing thread may still hold the lock.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { current = nullptr; });
 
 Process& process() {
@@ -80,7 +80,7 @@ int speedstack_mxfp4_format() { return MXFP4; }
 // Bytes of sixteen outputs' weights.
 int speedstack_panel_bytes(int format, int K) { return int(Panels{format, int(K), nullptr}.panel_bytes()); }
 
-// Writes panels (see pack.h). 1: the caller has another layout of `Matrices`, or other kernels' format.
+// Writes panels (see pack.h). Returns 1 if the caller's layout of `Matrices` or its format differs.
 int speedstack_pack(const Matrices* matrices, int size, int num_threads) {
     const Matrices& m = *matrices;
     if (size != int(sizeof m) || m.format == OTHER_MXFP4) return 1;
@@ -90,8 +90,8 @@ int speedstack_pack(const Matrices* matrices, int size, int num_threads) {
     return 0;
 }
 
-// 0, or one more than the number of the operation whose kind is unknown; -1: more operations than a program may have;
-// -2: weights that were packed for another instruction set.
+// Returns 0; one more than the index of an operation of unknown kind; -1: too many operations; -2: weights packed for
+// another instruction set.
 int speedstack_run(const Op* ops, int num_ops, const Rows* rows, int num_threads) {
     if (num_ops > ThreadPool::MAX_OPERATIONS) return -1;
     for (int n = 0; n < num_ops; n++) {

@@ -56,7 +56,7 @@ inline void choose(const Item& at) {
         for (int e = 0; e < E; e++) total += score[e];
         for (int e = 0; e < E; e++) score[e] /= total;
     }
-    // What is NaN, or below all numbers, comes last; below it is only what was taken, so that no expert is twice.
+    // NaN comes last. Taken experts sort below all numbers, so that none is taken twice.
     for (int e = 0; e < E; e++) {
         const float value = bias ? score[e] + bias[e] : score[e];
         choice[e] = value > -FLT_MAX ? value : -FLT_MAX;
@@ -113,7 +113,7 @@ inline Panels expert_panels(const Op& op, int K, int N, int expert, int first_pa
 inline Columns expert_columns(const Op& op, int num_threads) {
     return {2 * op.i[1] / LANES, weights_of(op, 2, op.i[0]).panel_bytes(), num_threads};
 }
-// Which experts are used is known when the step has come here; items of those that turn out not to be are empty.
+// The used experts are known only at run time; items of unused ones are empty.
 inline int expert_gate_up_items(const Op& op, const Rows& rows, int num_threads) {
     return std::min(op.i[2], rows.num_rows * op.i[3]) * expert_columns(op, num_threads).num_items();
 }
@@ -126,7 +126,7 @@ inline vf clamped_swiglu(vf gate, vf up, float limit, float alpha) {
     return (up + 1.0f) * (gate * (1.0f / (1.0f + exp_lanes(-(gate * alpha)))));
 }
 
-// Some columns of one expert's gate and up projections, for all rows that chose it. Gate and up panels alternate.
+// Some columns of one expert's gate and up projections, for all rows routed to it. Gate and up panels alternate.
 inline void expert_gate_up(const Item& at) {
     const Op& op = at.op;
     const int D = op.i[0], I = op.i[1], E = op.i[2], top_k = op.i[3], is_clamped = op.i[4];

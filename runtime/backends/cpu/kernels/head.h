@@ -72,10 +72,9 @@ inline int markov_items(const Op& op, const Rows&, int num_threads) {
     return markov_columns(op, num_threads).num_items();
 }
 
-// Logits of one proposal a drafted block, corrected by the token before it: logits += W2 W1[previous] (a Markov head).
-// A block has `step` wanted rows and this is the one at `depth`; the token before the first is the block's anchor, and
-// before any other the best of the row before, which `argmax` has found by now. A row after one that has no best token
-// is left as it is: nobody reads it.
+// Logits of one proposal per block, corrected by the token before it: logits += W2 W1[previous] (a Markov head). A
+// block has `step` wanted rows, this one at `depth`. The previous token is the anchor, or the best of the row before,
+// which `argmax` has found. A row after one without a best token is not read and stays as it is.
 inline void markov(const Item& at) {
     const Op& op = at.op;
     const Rows& rows = at.rows;

@@ -1,13 +1,12 @@
 // Matrix products: rows of float32 activations by panels of weights.
 //
-// Every output element is one accumulation over the contraction axis in ascending order, in one lane of a vector. With
-// MXFP4 and INT8 it is one accumulation a block of 32, whose sum is scaled and added: as exact as scaling the
-// weights, and a multiplication less a weight. Whichever of the two ways below computes an
-// element, and beside whichever others, its bits are the same.
+// Every output element is one accumulation over the contraction axis in ascending order, in one vector lane. MXFP4 and
+// INT8 accumulate per block of 32, then scale and add: as exact as scaling the weights, with one multiplication less
+// per weight. Both ways below give the same bits, whatever else is computed.
 //
-// "Fused": values are decoded into registers and used at once, for as many rows as registers hold sums of; more rows do
-// it again. "Staged", where decoding is dear and registers are few: a block is decoded into the first-level cache and
-// multiplied by all rows from there.
+// "Fused": values are decoded into registers and used at once, for as many rows as registers hold sums; further rows
+// decode again. "Staged", for expensive decoding and few registers: a block is decoded into the L1 cache and multiplied
+// by all rows.
 
 #pragma once
 
@@ -23,8 +22,8 @@ constexpr bool is_staged(int format, int rows) { return has_scales(format) && W 
 
 constexpr int fused_rows(int format) { return W == 16 ? 8 : has_scales(format) ? 3 : 4; }
 
-// Panels of a fused tile: accumulators that hide the latency of a multiply-add, and as many streams as panels, which
-// prefetchers follow; one panel's is asked for ahead. Where there are scales its blocks are independent sums already.
+// Panels of a fused tile: enough accumulators to hide a multiply-add's latency, and one stream per panel for the
+// hardware prefetchers; a single panel is prefetched explicitly. With scales, blocks are independent sums already.
 constexpr int fused_panels(int format, int rows) {
     if (W == 16) return has_scales(format) ? 1 : rows == 1 ? 8 : rows <= 4 ? 4 : 2;
     if (has_scales(format)) return rows == 1 ? 4 : 2;

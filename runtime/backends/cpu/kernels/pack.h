@@ -1,4 +1,4 @@
-// Weight matrices from the order of checkpoints to panels: bits are moved, never changed.
+// Packs weight matrices from checkpoint order into panels; bits are moved, never changed.
 
 #pragma once
 

@@ -1,4 +1,5 @@
-// Philox4x32-10 for the tokens of a row, a chunk of 32 at a time: ../sampling.py, `philox4x32` and `gumbel_noise`.
+// Philox4x32-10 for the tokens of a row, a chunk of 32 at a time: `philox4x32` and `gumbel_noise` of
+// runtime/rounds/sampling.py.
 //
 // GCC vector extensions, as wide as the target's registers. Two things they lack are intrinsics: a 64-bit product of
 // 32-bit lanes, which would become three multiplications or scalar code, and "any lane".
@@ -45,8 +46,8 @@ inline vq low_product(vq a, vq b) {
 #endif
 }
 
-// Even lanes of both, alternating; odd lanes of both. ORDER is what lanes hold so that the first then has LANES64 / 2
-// consecutive numbers of each, and the second those that follow.
+// Even lanes of both, alternating; odd lanes of both. ORDER makes the first hold LANES64 / 2 consecutive numbers of
+// each, and the second the following ones.
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 inline vq even_lanes(vq a, vq b) { return __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14); }
 inline vq odd_lanes(vq a, vq b) { return __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15); }

@@ -1,4 +1,4 @@
-// What a program is made of: operations, the rows of a step, and what a thread has to itself.
+// The parts of a program: operations, the rows of a step, and thread-private memory.
 
 #pragma once
 
@@ -52,8 +52,8 @@ inline void rms_norm(const float* x, const float* weight, int D, float eps, floa
 
 inline int num_blocks_of(int total, int size) { return (total + size - 1) / size; }
 
-// The columns of an operation's matrix product that are one item of work: a few panels, enough of them that taking an
-// item costs nothing beside computing it, and few enough that every thread gets some.
+// Columns of a matrix product per work item: a few panels, enough to make taking an item cheap and few enough to occupy
+// every thread.
 struct Columns {
     int num_panels, chunk;
     Columns(int num_panels, int64_t panel_bytes, int num_threads) : num_panels(num_panels), chunk(4) {
@@ -64,7 +64,7 @@ struct Columns {
     int end(int item) const { return std::min(num_panels, (item + 1) * chunk); }
 };
 
-// One thread: how many there are, its private memory, and the operations for which `prepared` and `lists` were made.
+// One thread: the number of threads, its private memory, and the operations that `prepared` and `lists` are for.
 struct alignas(64) Worker {
     int num_threads = 1;
     std::vector<float> scratch, prepared;
@@ -83,7 +83,7 @@ struct alignas(64) Worker {
     }
     float* reserve(int64_t floats) { return reserve(scratch, floats); }
 
-    // Normed rows, made once an operation by each thread that works on it: cheaper than a thread that waits for them.
+    // Normed rows, computed by each thread that needs them, which is cheaper than waiting for another thread.
     float* normed(int op, int num_rows, int D, const float* h, const int32_t* row_of, const float* weight, float eps) {
         float* x = reserve(prepared, int64_t(num_rows) * D);
         if (prepared_for == op) return x;
@@ -94,7 +94,7 @@ struct alignas(64) Worker {
     }
 };
 
-// What an item of work is given: its operation and that operation's number, the rows, its own number, its thread.
+// Arguments of a work item: its operation and that operation's index, the rows, its own index, its thread.
 struct Item {
     const Op& op;
     int number;

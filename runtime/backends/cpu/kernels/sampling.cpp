@@ -1,15 +1,14 @@
-// Tokens of logits as ../sampling.py defines them, to the token: top-k, top-p, and the argmax of what they keep with
-// Gumbel noise. What it cannot decide for certain it leaves to that definition, see AMBIGUOUS.
+// Tokens of logits as runtime/rounds/sampling.py defines them: top-k, top-p, Gumbel-max. Rows that it cannot decide for
+// certain are AMBIGUOUS and left to the definition.
 //
-// Most tokens cannot win, and of those nothing is computed that is not needed to know it. A row is read in chunks of 32,
-// whose largest logits are found first. Dividing by the temperature keeps order, so that what top-k and top-p keep is
-// all logits from some floor on, and chunks below it are left alone, as are those from which even the largest noise
-// there is would not reach the best token so far. Of the others noise is drawn, as integers; a bound on the Gumbel
-// value that takes a conversion and a product shows who else cannot win. What is left, about log(V) tokens, is computed
-// in double precision.
+// Most tokens cannot win and are skipped early. A row is read in chunks of 32 whose largest logits are found first.
+// Dividing by the temperature keeps order, so top-k and top-p keep all logits from some floor on: chunks below it are
+// skipped, and so are chunks that even the largest possible noise cannot lift above the best token. Other chunks draw
+// noise as integers; a bound on the Gumbel value, one conversion and one product, excludes more. About log(V) tokens
+// remain, computed in double precision.
 //
-// Top-p needs no sorting: the winner among all tokens is kept if the mass of what is more probable falls short of what
-// is asked for; if it does not, the winner and all below it are not kept, and the next winner is sought above it.
+// Top-p needs no sorting: the winner among all tokens is kept if the mass of more probable tokens is below the
+// requested share; otherwise it and everything below are dropped, and the next winner is searched above it.
 
 #include <algorithm>
 #include <cmath>
@@ -28,7 +27,7 @@ constexpr int32_t AMBIGUOUS = -2;   // which of two is larger may depend on how 
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
-// The masses of ../sampling.py.
+// The masses of runtime/rounds/sampling.py.
 constexpr int OCTAVE_BITS = 20;
 constexpr float FARTHEST = 43.0f;
 constexpr float STEPS_A_NAT = (float)(1.4426950408889634 * (1 << OCTAVE_BITS));
@@ -39,8 +38,8 @@ constexpr float NO_MASS = 22.0f;  // nats below the peak from where on a mass is
 
 // The largest noise, 33 log 2 = 22.873, of the word 0.
 constexpr float MOST_NOISE = 22.88f;
-// How far, in units in the last place, PyTorch's float32 log1p and log may each be off: MKL and SLEEF promise 1, glibc
-// 2 for log1p. The logarithm carries the first error over as it is, because d log(e) = de / e; its own is relative.
+// Error of PyTorch's float32 log1p and log in units in the last place: MKL and SLEEF promise 1, glibc 2 for log1p. The
+// logarithm keeps the first relative error, because d log(e) = de / e, and adds its own.
 constexpr double ULPS = 4.0;
 
 struct Range {
@@ -57,8 +56,8 @@ inline Range gumbel(uint32_t word) {
     return {(float)(noise - error), (float)(noise + error)};
 }
 
-// The tokens that may win. Scores are ranges, because noise is; a score whose range is one number is known exactly, and
-// equals of it are won by the lowest token.
+// Tokens that may win. Scores are ranges because noise is; a range of one number is exact, and ties go to the lowest
+// token.
 class Contest {
    public:
     void add(int32_t token, float scaled, Range noise) {
@@ -297,7 +296,7 @@ class Row {
 
 extern "C" {
 
-// One sequence's part of a round; mirrored in ../compiled_sampling.py.
+// One sequence's part of a round; mirrored in ../sampling.py.
 struct SampledSequence {
     uint64_t seed, key;
     int64_t top_k;

@@ -5,7 +5,7 @@
 //   bfloat16  a chunk two k: 16 words, k in the lower half and k + 1 in the upper
 //   MXFP4     for every 128 k (fewer at the end) a chunk of scales, 16 words of the four blocks' E8M0 bytes, then a
 //             chunk for every 8 k. With AVX-512 (words) a word a lane holds eight codes, lowest nibble lowest k. Elsewhere
-//             (bytes) they are in the order in which a table prompt lookup of 16 bytes and an interleaving of bytes give whole
+//             (bytes) they are in the order in which a table lookup of 16 bytes and an interleaving of bytes give whole
 //             vectors: of four outputs 16 bytes, byte 2e + (k & 1) + 8 * (k / 2) of output e, k + 4 in the upper nibble.
 //   INT8      for every 64 k (fewer at the end) a chunk of scales, 16 words of the two blocks' bfloat16 scales, then a
 //             chunk for every 4 k: 16 bytes a k

@@ -20,7 +20,7 @@ from speedstack.runtime.model.qkv_layout import grouped_qkv
 from speedstack.runtime.plan.ir import Phase
 from speedstack.runtime.plan.tiling import power_of_two
 
-TILES_AT_A_TIME = 128  # # LM-head tiles compared at a time; does not affect results
+TILES_AT_A_TIME = 128  # LM-head tiles compared at a time; does not affect results
 
 
 class DrafterBinder:
@@ -83,7 +83,7 @@ class DrafterBinder:
 
     def append(self, phase: Phase) -> Bound:
         binder, a = self.binder, self.spec.layers[0].attention
-        cos_TH, sin_TH = binder.tables(replace(a, window=None, ahead=0))  # # layers differ in these two fields only
+        cos_TH, sin_TH = binder.tables(replace(a, window=None, ahead=0))  # layers differ in these two fields only
         rows, raw = binder.buffer("rows", "context.kv")
         return (rows, raw, self.k_norm_LH, cos_TH, sin_TH, binder.memory.contexts), {
             "value_scale": float(a.value_scale),

@@ -50,7 +50,7 @@ SLICES = 8
 # The largest E8M0 scale whose product with 2**126 is a bfloat16; larger ones need another multiplication.
 LARGEST_NARROW_SCALE = 128
 QUERIES = 32
-LONG_CHUNK = 512  # # for sums without tensor cores
+LONG_CHUNK = 512  # for sums without tensor cores
 KEY_CHUNK = 64
 SPLITS_AT_A_TIME = 16
 

@@ -14,7 +14,7 @@ from speedstack.runtime.backends.gpu.kernels.rows import has_rows
 from speedstack.runtime.backends.gpu.kernels.sync import agreed
 
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_LANES = tl.constexpr(256)  # # 16-byte pieces, one per thread of eight warps
+_LANES = tl.constexpr(256)  # 16-byte pieces, one per thread of eight warps
 _LINE = tl.constexpr(128)  # bytes of a cache line
 
 

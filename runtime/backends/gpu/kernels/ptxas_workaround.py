@@ -40,7 +40,7 @@ def first_values() -> Iterator[None]:
         other = knobs.runtime.add_stages_inspection_hook
 
         def hook(*arguments: Any) -> Any:
-            if not arguments:  # # asked for the hook's cache key, as text and hash
+            if not arguments:  # asked for the hook's cache key, as text and hash
                 texts = other() if other is not None else ("", "")
                 return tuple(_KEY + text for text in texts)
             if other is not None:

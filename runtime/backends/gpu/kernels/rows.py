@@ -66,7 +66,7 @@ def last_position_of(row, rows_ptr, R: tl.constexpr):
 @triton.jit
 def is_drawn(sampling_ptr, row):
     """Whether noise is added after these rows: their temperature is not zero."""
-    return field(sampling_ptr, row, TEMPERATURE) > 0  # # bits of a nonnegative float
+    return field(sampling_ptr, row, TEMPERATURE) > 0  # bits of a nonnegative float
 
 
 @triton.jit

@@ -3,15 +3,15 @@
 Pitfalls, each checked in the compiled code by tests/runtime/backends/gpu/resident/test_compiled.py:
 
 - A polling `tl.load` is deleted because it has no effect, and a plain load may hit a stale L1 line for ever. An atomic
-add of zero becomes one `ld.global.gpu.acquire` by one thread, which reads L2; a barrier passes its result to the other
-threads.
+  add of zero becomes one `ld.global.gpu.acquire` by one thread, which reads L2; a barrier passes its result to the
+  other threads.
 - Loads after a wait must not move above it or hit older L1 lines. The barrier keeps their order, and the acquire
-invalidates L1 (CCTL.IVALL). Non-coherent loads (`ld.global.nc`) ignore both, so pointers to data written in the launch
-must not be marked read-only. Ours come from a table or from unmarked arguments.
+  invalidates L1 (CCTL.IVALL). Non-coherent loads (`ld.global.nc`) ignore both, so pointers to data written in the
+  launch must not be marked read-only. Ours come from a table or from unmarked arguments.
 - A release orders only its own thread's stores and what that thread has seen, so a barrier must precede it. Triton
-3.6.0 omits that barrier; later versions insert it.
+  3.6.0 omits that barrier; later versions insert it.
 - A loop that waits must not be software-pipelined, which would load before the wait. Triton pipelines only `for` loops,
-so these are `while` loops.
+  so these are `while` loops.
 """
 
 import triton
@@ -26,7 +26,7 @@ ITEM = tl.constexpr(3)
 COUNTER = tl.constexpr(4)
 AWAITED = tl.constexpr(5)
 SEEN = tl.constexpr(6)
-SCRATCH = tl.constexpr(7)  # # scratch word
+SCRATCH = tl.constexpr(7)  # scratch word
 
 
 @triton.jit

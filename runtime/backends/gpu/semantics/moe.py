@@ -94,7 +94,7 @@ class MoeSemantics:
     def _down(self, phase: Phase, index: tuple[int, ...], step: int) -> Steps:
         (w, moe), R = self._moe(phase), self.memory.plan.rows
         act_RKI = self.shared[phase.reads[1].region.buffer].unflatten(0, (-1, moe.top_k)).clone()
-        routes_NW = self.shared[phase.reads[2].region.buffer].nan_to_num()  # # NaN if read too early
+        routes_NW = self.shared[phase.reads[2].region.buffer].nan_to_num()  # NaN if read too early
         num_active = int(routes_NW[0, 2 * R + NUM_ACTIVE]) if (self.memory.rows_RF[:, TOKEN] >= 0).any() else 0
         columns = self.memory.columns(phase, index, self.memory.spec.hidden_size)
         before = self.memory.hidden_RD[:, columns].clone()

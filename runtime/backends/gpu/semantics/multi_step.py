@@ -139,7 +139,7 @@ class MultiStepSemantics:
     def params(self, row: int) -> SamplingParams:
         """The sampling parameters of a row."""
         temperature = float(self.sampling_RF[row, TEMPERATURE].to(torch.int32).view(torch.float32))
-        if temperature > 0.0:  # # the smallest temperature as float32 is slightly below the limit
+        if temperature > 0.0:  # the smallest temperature as float32 is slightly below the limit
             temperature = max(temperature, LEAST_TEMPERATURE)
         top_k, share = self.sampling_RF[row, TOP_K : TOP_P + 1].tolist()
         return SamplingParams(temperature, share / 2**SHARE_BITS if share else 1.0, top_k)

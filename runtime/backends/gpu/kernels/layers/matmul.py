@@ -19,9 +19,9 @@ from speedstack.runtime.plan.tiling import BLOCK_COLUMNS, PART_COLUMNS
 
 BLOCK = tl.constexpr(BLOCK_COLUMNS)
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_FP8_COLUMNS = tl.constexpr(128)  # # columns per scale
+_FP8_COLUMNS = tl.constexpr(128)  # columns per scale
 _PART = tl.constexpr(PART_COLUMNS)
-_SLICES = 8  # # at most: one per warp
+_SLICES = 8  # at most: one per warp
 
 
 @triton.jit

@@ -3,15 +3,15 @@
 At memory speed, a program may spend about three lane instructions per 4-bit weight, everything included. Hence:
 
 - Each warp takes a slice of the contraction axis for all T rows, so no two warps decode the same weight. The slices'
-sums are added at the end.
+  sums are added at the end.
 - A lane reads a block of 32 weights, 16 bytes under one scale, and decodes its own part of the tensor core's operand.
-This permutes the contraction axis; activations are permuted to match, and those between an expert's two products are
-stored so.
+  This permutes the contraction axis; activations are permuted to match, and those between an expert's two products are
+  stored so.
 - A code's bits become the sign, low exponent and high mantissa bits of a bfloat16, in both halves of a word at once.
-That is the value times 2**-126, also for code 1, which is subnormal in both formats. One multiplication by a power of
-two gives the weight. All this is exact.
+  That is the value times 2**-126, also for code 1, which is subnormal in both formats. One multiplication by a power of
+  two gives the weight. All this is exact.
 - Words come by asynchronous copies, several rounds ahead. Scales are bytes, which such copies do not support: they are
-loaded a round ahead.
+  loaded a round ahead.
 
 No value moves between lanes because of Triton's layout of loads: axes that are not contiguous in memory go to lanes,
 then warps, then registers, first axis first in Triton 3.6 and last first in 3.9.0 (`_axis`). It also depends on the
@@ -35,7 +35,7 @@ _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _SLICE = tl.constexpr(SLICE)
 _IS_FIRST_DEALT_FIRST = tl.constexpr(triton.__version__.startswith("3.6."))
 route_words = triton.constexpr_function(record_layout.route_words)
-_STAGES = tl.constexpr(4)  # # of `experts_sum_mxfp4`: rounds of words in flight, plus one
+_STAGES = tl.constexpr(4)  # of `experts_sum_mxfp4`: rounds of words in flight, plus one
 # Adjacent element pairs that a lane has of each half of a tensor core operand, for joined operands in either Triton
 # version; another number would move them through shared memory.
 _NEIGHBOURS = tl.constexpr(2 if _IS_FIRST_DEALT_FIRST.value else 1)

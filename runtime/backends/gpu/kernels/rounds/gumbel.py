@@ -15,7 +15,7 @@ _MOST_UNIFORM = tl.constexpr(sampling.MOST_UNIFORM)
 @triton.jit
 def row_words(block, row, rows_ptr, sampling_ptr):
     """Four uint32 words per block of four tokens, for the token after each row; block and row broadcast."""
-    position = (field(rows_ptr, row, POSITION) + 1).to(tl.uint32)  # # of the chosen token
+    position = (field(rows_ptr, row, POSITION) + 1).to(tl.uint32)  # of the chosen token
     at = sampling_ptr + row * RECORD
     return uniform_words(
         block, position, _word(at + SEQUENCE), _word(at + SEQUENCE + 1), _word(at + SEED), _word(at + SEED + 1)

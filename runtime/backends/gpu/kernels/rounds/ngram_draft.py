@@ -20,7 +20,7 @@ from speedstack.runtime.backends.gpu.kernels.rows import (
     RECORD,
 )
 
-GRAMS = tl.constexpr(4)  # # run sizes compared at a time
+GRAMS = tl.constexpr(4)  # run sizes compared at a time
 
 
 @triton.jit
