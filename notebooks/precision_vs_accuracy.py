@@ -42,7 +42,6 @@ BITS = {"full precision": 32.0, "MXFP4, rounded": 4.25, "MXFP4, distilled": 4.25
 # %matplotlib inline
 from pathlib import Path
 
-from speedstack.eval.lm_eval.compare import Comparison
 from speedstack.eval.report.ablation_figures import (
     grid_score_by_bits,
     kl_by_bits,
@@ -54,6 +53,7 @@ from speedstack.eval.report.figures import divergence, score_by_bits, suite_diff
 from speedstack.eval.report.gather import gather
 from speedstack.eval.report.notebook import comparison_table, grid_table, load, show
 from speedstack.eval.results.ablation import AblationGrid
+from speedstack.eval.results.suite import Comparison
 
 report = gather([Path(REPORT)], title=REPORT)
 comparison, grid = load(Comparison, COMPARISON), load(AblationGrid, GRID)

@@ -7,15 +7,12 @@ correction for multiple tasks: at a significance of 0.05 one task in twenty diff
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from speedstack.eval.results.environment import command_line
-from speedstack.eval.results.schema import Z95, Document, Environment, Record
-from speedstack.eval.results.suite import HeadlineMetric, SuiteResult
-from speedstack.support.files import write_atomically
+from speedstack.eval.results.suite import ComparedMetric, Comparison, Difference, HeadlineMetric, SuiteResult, TestName
 
 # Resamples drawn at once; bounds memory for tasks of ten thousand documents.
 RESAMPLES_AT_ONCE = 128
@@ -25,103 +22,6 @@ RATIO_METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "byte_perplexity": lambda nats: np.exp(nats),
     "bits_per_byte": lambda nats: nats / math.log(2),
 }
-TestName = Literal["McNemar", "paired bootstrap"]
-
-
-class Difference(Record):
-    """One result's score and `delta` to the first one; `stderr` is of `delta`, over documents.
-
-    `p_value` is two-sided, or None if documents do not make up the score. `recovery` is the score over the first one's,
-    inverted if less is better; None if the scores are not positive.
-    """
-
-    result: str
-    value: float
-    delta: float
-    stderr: float | None
-    p_value: float | None
-    is_noise: bool | None
-    recovery: float | None
-
-    @property
-    def recovery_interval(self) -> tuple[float, float, float] | None:
-        """Recovery and the ends of its 95 % interval; None without one.
-
-        To first order, a relative error of the score is one of its ratio too.
-        """
-        if self.recovery is None:
-            return None
-        error = Z95 * (self.stderr or 0.0) * self.recovery / abs(self.value) if self.value else 0.0
-        return self.recovery, self.recovery - error, self.recovery + error
-
-
-class ComparedMetric(Record):
-    """One task: the first result's score, and the others'."""
-
-    task: str
-    metric: str
-    num_documents: int
-    higher_is_better: bool | None
-    test: TestName | None
-    baseline: float
-    baseline_stderr: float | None
-    others: tuple[Difference, ...]
-
-
-class Comparison(Document):
-    """Tasks common to all results; by result, the target's SHA-256 and the mean recovery over tasks that have one.
-
-    `left_out` are tasks that some results lack, such as those that need a teacher. `environment` is the first result's,
-    with the comparison's command.
-    """
-
-    kind: Literal["comparison"] = "comparison"
-    suite: str
-    baseline: str
-    significance: float
-    metrics: tuple[ComparedMetric, ...]
-    left_out: tuple[str, ...] = ()
-    mean_recovery: dict[str, float]
-    target_sha256: dict[str, str]
-    environment: Environment
-
-    def markdown(self) -> str:
-        """The table, one row per task and result."""
-        lines = [
-            f"Suite {self.suite}, differences from {self.baseline}; within noise: p > {self.significance:g}",
-            "",
-            "| task | metric | documents | baseline | result | score | difference | p | | recovery |",
-            "|---|---|---:|---:|---|---:|---:|---:|---|---:|",
-        ]
-        for entry in self.metrics:
-            metric = entry.metric + ("" if entry.higher_is_better is not False else " (less is better)")
-            for other in entry.others:
-                stderr = "" if other.stderr is None else f" ± {other.stderr:.2g}"
-                p_value = "" if other.p_value is None else _p(other.p_value)
-                verdict = {None: "no paired test", True: "within noise", False: entry.test}[other.is_noise]
-                recovery = "" if other.recovery is None else f"{100 * other.recovery:.2f} %"
-                cells = [
-                    entry.task,
-                    metric,
-                    str(entry.num_documents),
-                    _score(entry.baseline, entry.baseline_stderr),
-                    other.result,
-                    f"{other.value:.5g}",
-                    f"{other.delta:+.3g}{stderr}",
-                    p_value,
-                    str(verdict),
-                    recovery,
-                ]
-                lines.append(f"| {' | '.join(cells)} |")
-        for result, mean in self.mean_recovery.items():
-            lines += ["", f"Mean recovery of {result}: {100 * mean:.2f} %"]
-        if self.left_out:
-            lines += ["", f"Left out, because not all results have them: {', '.join(self.left_out)}"]
-        return "\n".join(lines)
-
-    def save_markdown(self, path: Path) -> Path:
-        """Write the table atomically; returns the path."""
-        return write_atomically(path, self.markdown() + "\n")
 
 
 def compare_results(
@@ -339,11 +239,3 @@ def _recovery(baseline: float, value: float, higher_is_better: bool | None) -> f
     if higher_is_better is None or baseline <= 0 or value < 0 or (value == 0 and not higher_is_better):
         return None
     return value / baseline if higher_is_better else baseline / value
-
-
-def _score(value: float, stderr: float | None) -> str:
-    return f"{value:.5g}" + ("" if stderr is None else f" ± {stderr:.2g}")
-
-
-def _p(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from speedstack.eval.lm_eval.compare import Comparison
 from speedstack.eval.report.drawing import (
     COLOURS,
     MARKERS,
@@ -32,6 +31,7 @@ from speedstack.eval.results.quality import QualityResult
 from speedstack.eval.results.report import StageSummary
 from speedstack.eval.results.schema import Z95
 from speedstack.eval.results.speed import AcceptanceResult, AcceptanceSet, TimingResult
+from speedstack.eval.results.suite import Comparison
 
 STYLE = style("black", "#dddddd") | {"figure.facecolor": "white", "figure.dpi": 150}
 # What whiskers are.

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from speedstack.eval.lm_eval.compare import Comparison
 from speedstack.eval.report.figures import NothingToDraw
 from speedstack.eval.results.ablation import AblationGrid
 from speedstack.eval.results.schema import Document, Environment
 from speedstack.eval.results.speed import ENGINE, ENGINE_DRAFTER, TRANSFORMERS, AcceptanceResult, TimingResult
+from speedstack.eval.results.suite import Comparison
 
 T = TypeVar("T")
 DocumentT = TypeVar("DocumentT", bound=Document)

@@ -1,15 +1,16 @@
-"""Results of a suite: lm-eval's document, unchanged, with our block under one more key."""
+"""Results of a suite (lm-eval's document, unchanged, with our block under one more key), and comparisons of several."""
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field
 
-from speedstack.eval.results.schema import Document, Environment, Record, read_json
+from speedstack.eval.results.schema import Z95, Document, Environment, Record, read_json
+from speedstack.eval.results.table import Column, Table, words
 from speedstack.support.files import write_atomically
 from speedstack.support.near_miss import nearest
 
@@ -173,3 +174,116 @@ def _is_score(name: str) -> bool:
     """Whether an entry of lm-eval's results is a metric: it has a filter and is no standard error."""
     metric, comma, _ = name.partition(",")
     return bool(comma) and not metric.endswith("_stderr")
+
+
+TestName = Literal["McNemar", "paired bootstrap"]
+
+
+class Difference(Record):
+    """One result's score and `delta` to the first one; `stderr` is of `delta`, over documents.
+
+    `p_value` is two-sided, or None if documents do not make up the score. `recovery` is the score over the first one's,
+    inverted if less is better; None if the scores are not positive.
+    """
+
+    result: str
+    value: float
+    delta: float
+    stderr: float | None
+    p_value: float | None
+    is_noise: bool | None
+    recovery: float | None
+
+    @property
+    def recovery_interval(self) -> tuple[float, float, float] | None:
+        """Recovery and the ends of its 95 % interval; None without one.
+
+        To first order, a relative error of the score is one of its ratio too.
+        """
+        if self.recovery is None:
+            return None
+        error = Z95 * (self.stderr or 0.0) * self.recovery / abs(self.value) if self.value else 0.0
+        return self.recovery, self.recovery - error, self.recovery + error
+
+
+class ComparedMetric(Record):
+    """One task: the first result's score, and the others'."""
+
+    task: str
+    metric: str
+    num_documents: int
+    higher_is_better: bool | None
+    test: TestName | None
+    baseline: float
+    baseline_stderr: float | None
+    others: tuple[Difference, ...]
+
+
+class ComparedResult(NamedTuple):
+    """One result in one metric."""
+
+    entry: ComparedMetric
+    other: Difference
+
+
+class Comparison(Document):
+    """Tasks common to all results; by result, the target's SHA-256 and the mean recovery over tasks that have one.
+
+    `left_out` are tasks that some results lack, such as those that need a teacher. `environment` is the first result's,
+    with the comparison's command.
+    """
+
+    kind: Literal["comparison"] = "comparison"
+    suite: str
+    baseline: str
+    significance: float
+    metrics: tuple[ComparedMetric, ...]
+    left_out: tuple[str, ...] = ()
+    mean_recovery: dict[str, float]
+    target_sha256: dict[str, str]
+    environment: Environment
+
+    def rows(self) -> list[ComparedResult]:
+        """One per task and result."""
+        return [ComparedResult(entry, other) for entry in self.metrics for other in entry.others]
+
+    def markdown(self) -> str:
+        """The table, and what qualifies it."""
+        lines = [
+            f"Suite {self.suite}, differences from {self.baseline}; within noise: p > {self.significance:g}",
+            Table.of(_COMPARISON_COLUMNS, self.rows()).markdown(),
+            *(f"Mean recovery of {result}: {100 * mean:.2f} %" for result, mean in self.mean_recovery.items()),
+        ]
+        if self.left_out:
+            lines.append(f"Left out, because not all results have them: {', '.join(self.left_out)}")
+        return "\n\n".join(lines)
+
+    def save_markdown(self, path: Path) -> Path:
+        """Write the table atomically; returns the path."""
+        return write_atomically(path, self.markdown() + "\n")
+
+
+def format_p_value(p_value: float) -> str:
+    return f"{p_value:.3f}" if p_value >= 0.001 else f"{p_value:.0e}"
+
+
+def _metric(row: ComparedResult) -> str:
+    return row.entry.metric + ("" if row.entry.higher_is_better is not False else " (less is better)")
+
+
+def _verdict(row: ComparedResult) -> str:
+    return str({None: "no paired test", True: "within noise", False: row.entry.test}[row.other.is_noise])
+
+
+_COMPARISON_COLUMNS = (
+    words("task", "entry.task"),
+    words("metric", _metric),
+    Column("documents", "", "entry.num_documents"),
+    Column("baseline", "", "entry.baseline", ".5g", error="entry.baseline_stderr", error_form=".2g"),
+    words("result", "other.result"),
+    Column("score", "", "other.value", ".5g"),
+    Column("difference", "", "other.delta", "+.3g", error="other.stderr", error_form=".2g"),
+    Column("p", "", "other.p_value", format_p_value),
+    words("", _verdict),
+    Column("recovery", "", "other.recovery", ".2f", 100, " %"),
+)

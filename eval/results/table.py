@@ -144,10 +144,10 @@ class Table:
 
     def markdown(self) -> str:
         """Markdown without the caption."""
-        rows = [[text.replace("|", "\\|") for text in row] for row in self.plain_rows()]
-        lines = [[column.title for column in self.columns]]
+        rows = [[column.title for column in self.columns], *self.plain_rows()]
+        escaped = [[text.replace("|", "\\|") for text in row] for row in rows]
+        titles, *below = (f"| {' | '.join(row)} |" for row in escaped)
         marks = "|".join("---:" if column.is_number else "---" for column in self.columns)
-        titles, *below = (f"| {' | '.join(line)} |" for line in lines + rows)
         return "\n".join([titles, f"|{marks}|", *below])
 
     def text(self) -> str:

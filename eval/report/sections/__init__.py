@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from speedstack.eval.lm_eval.compare import Comparison
 from speedstack.eval.report.page import Section
 from speedstack.eval.report.sections import ablation, microbench, quality, quantization, speed, suites
 from speedstack.eval.report.sections.found import Found, each, titled
@@ -22,7 +21,7 @@ from speedstack.eval.results.quality import QualityResult, SensitivityResult
 from speedstack.eval.results.quantization import PtqResult, QatRuns
 from speedstack.eval.results.schema import Environment
 from speedstack.eval.results.speed import AcceptanceResult, TimingResult
-from speedstack.eval.results.suite import BLOCK, SuiteResult
+from speedstack.eval.results.suite import BLOCK, Comparison, SuiteResult
 
 __all__ = ["KINDS", "Found", "Kind", "check", "environment_of", "kind_of", "sections", "titled"]
 

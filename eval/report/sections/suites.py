@@ -6,14 +6,20 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from speedstack.eval.lm_eval.compare import ComparedMetric, Comparison, Difference
 from speedstack.eval.report import plots
 from speedstack.eval.report.page import Block, FigureBlock, Headline, Section
 from speedstack.eval.report.plots import Point
 from speedstack.eval.report.sections.found import Found
 from speedstack.eval.results.labels import short_file_names, short_names
 from speedstack.eval.results.schema import Z95
-from speedstack.eval.results.suite import HeadlineMetric, SuiteBlock, SuiteResult, TaskRequests
+from speedstack.eval.results.suite import (
+    Comparison,
+    HeadlineMetric,
+    SuiteBlock,
+    SuiteResult,
+    TaskRequests,
+    format_p_value,
+)
 from speedstack.eval.results.table import (
     Cell,
     Column,
@@ -199,18 +205,10 @@ REQUESTS = (
 )
 
 
-class _Compared(NamedTuple):
-    """A result's difference from the baseline in one metric."""
-
-    entry: ComparedMetric
-    other: Difference
-
-
 def comparison(result: Comparison, title: str) -> Section:
     """Results of one suite side by side."""
-    rows = [_Compared(entry, other) for entry in result.metrics for other in entry.others]
     caption = "\u00b1 is one standard error, of the difference over documents."
-    table = Table.of(_comparison_columns(result.baseline), rows, caption)
+    table = Table.of(_comparison_columns(result.baseline), result.rows(), caption)
     text = (
         f"Suite {result.suite}: every result against {result.baseline}, on the same documents. A difference "
         f"is called within noise when its p-value is above {result.significance:g}; several tasks are looked at, "
@@ -236,14 +234,10 @@ def _comparison_columns(baseline: str) -> tuple[Column, ...]:
         Column(baseline, "", "entry.baseline", ".4g", error="entry.baseline_stderr", error_form=".2g"),
         Column("score", "", "other.value", ".4g"),
         Column("difference", "", "other.delta", "+.3g", error="other.stderr", error_form=".2g"),
-        Column("p", "", "other.p_value", _p_value),
+        Column("p", "", "other.p_value", format_p_value),
         words("verdict", lambda row: verdict[row.other.is_noise], note="entry.test"),
         percent("recovery", "other.recovery"),
     )
-
-
-def _p_value(p_value: float) -> str:
-    return f"{p_value:.3f}" if p_value >= 0.001 else f"{p_value:.0e}"
 
 
 def _recovery_figures(result: Comparison) -> list[FigureBlock]:

@@ -7,11 +7,11 @@ import pytest
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from speedstack.eval.lm_eval.compare import ComparedMetric, Comparison, Difference
 from speedstack.eval.report import figures
 from speedstack.eval.results.environment import describe_environment
 from speedstack.eval.results.report import Report, StageSummary
 from speedstack.eval.results.schema import Spread
+from speedstack.eval.results.suite import ComparedMetric, Comparison, Difference
 
 NAMES = {"a": "full precision", "b": "rounded"}
 

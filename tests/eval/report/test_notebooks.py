@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from speedstack.eval.lm_eval.compare import Comparison
 from speedstack.eval.report import notebook
 from speedstack.eval.results.ablation import AblationGrid
 from speedstack.eval.results.report import Report
+from speedstack.eval.results.suite import Comparison
 from tests.eval.report.test_gather import metrics
 
 RESULTS = Path(__file__).resolve().parents[3] / "results"

@@ -9,7 +9,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from speedstack.eval.lm_eval.compare import ComparedMetric, Comparison, Difference
 from speedstack.eval.report import sections
 from speedstack.eval.report.page import FigureBlock, Section
 from speedstack.eval.report.sections import KINDS, Found, check, kind_of, titled
@@ -18,7 +17,16 @@ from speedstack.eval.results.environment import describe_environment
 from speedstack.eval.results.microbench import ConversionCost, ConversionResult
 from speedstack.eval.results.quality import SensitivityResult, UnitSensitivity
 from speedstack.eval.results.schema import Environment
-from speedstack.eval.results.suite import BLOCK, HeadlineMetric, SuiteBlock, SuiteResult, TaskRequests
+from speedstack.eval.results.suite import (
+    BLOCK,
+    ComparedMetric,
+    Comparison,
+    Difference,
+    HeadlineMetric,
+    SuiteBlock,
+    SuiteResult,
+    TaskRequests,
+)
 from speedstack.eval.results.table import MISSING, Cell, Column, Table
 from speedstack.eval.speed.harness import spread
 
