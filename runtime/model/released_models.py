@@ -24,12 +24,12 @@ def released_config(model: str, num_layers: int | None = None) -> Any:
     return _config(model, _REAL, num_layers)
 
 
-def tiny_config(model: str) -> Any:
+def tiny_config(model: str, num_layers: int | None = None) -> Any:
     """The same family with all its ingredients in two or three layers, too small to fill a kernel tile.
 
     Raises ValueError as `released_config`.
     """
-    return _config(model, _TINY)
+    return _config(model, _TINY, num_layers)
 
 
 def released_spec(model: str) -> ModelSpec:
@@ -57,7 +57,7 @@ def drafter_config(spec: ModelSpec) -> DFlashConfig:
     )
 
 
-def _config(model: str, fields: dict[str, dict[str, Any]], num_layers: int | None = None) -> Any:
+def _config(model: str, fields: dict[str, dict[str, Any]], num_layers: int | None) -> Any:
     if model not in fields:
         raise ValueError(f"unknown model {model!r}; known: {', '.join(fields)}")
     from transformers import GptOssConfig, MiMoV2FlashConfig, Qwen3MoeConfig
