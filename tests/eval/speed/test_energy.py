@@ -49,7 +49,9 @@ def test_what_cannot_be_counted_says_why(a_gpu: None, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "pynvml", None)
     counter = EnergyCounter("cuda")
     assert counter.joules() is None
-    assert counter.description == "not counted: pynvml is not installed (pip install nvidia-ml-py, or speedstack[energy])"
+    assert (
+        counter.description == "not counted: pynvml is not installed (pip install nvidia-ml-py, or speedstack[energy])"
+    )
     asked: list[str] = []
 
     def unsupported(handle: object) -> int:
