@@ -34,7 +34,7 @@ help:
 	@echo "make setup    create $(VENV) and install speedstack with its development tools"
 	@echo "make peers    llama.cpp, compiled here, and vLLM's CPU build in .venv-peers, for speedstack bench"
 	@echo "make demo     the whole stack on a small model, on this machine; ARGS=\"--seed 1 --out runs/mine\""
-	@echo "make test     lint, types and the tests that take seconds, a few of every package: for each change"
+	@echo "make test     lint, types and all tests but those that take long: for each change"
 	@echo "make test-all lint, types and every test, 200 interleavings of the resident kernel instead of 20: as CI does"
 	@echo "make lint     ruff and mypy alone"
 	@echo "make format   rewrite the code as ruff formats it"

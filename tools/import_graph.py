@@ -1,7 +1,7 @@
-"""Draws which rooms of the house import which: `python tools/import_graph.py docs/imports.svg`.
+"""Draws which folders import which: `python tools/import_graph.py docs/imports.svg`.
 
-A room is a folder of Python files. Imports are read as text, lazy ones too. An arrow that follows from others (a room
-that is reached through a third) is left out, so that the picture shows the floors.
+Imports are read as text, lazy ones too. An arrow that follows from others is left out, so that the picture shows the
+floors.
 """
 
 from __future__ import annotations

@@ -153,7 +153,12 @@ class _Gathered:
                     self.num_found += 1
                     self.left_out.append(" ".join(str(error).split()))
         if (directory / RECORDS).is_dir() and self._is_new(directory / RECORDS):
-            for name, record in stage_store(directory).completed():
+            try:
+                stages = stage_store(directory).completed()
+            except ValueError as error:
+                self.left_out.append(f"stages: {error}")
+                return
+            for name, record in stages:
                 self.num_found += 1
                 stage = StageSummary(name=name, summary=record.result, seconds=record.seconds)
                 self._parts.append(_Part((*_place(directory), name), stage))

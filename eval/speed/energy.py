@@ -91,6 +91,6 @@ def _open(device: torch.device) -> tuple[NvmlMeter | None, str]:
     try:
         return NvmlMeter(uuid), ""
     except ImportError:
-        return None, "pynvml is not installed (pip install nvidia-ml-py)"
+        return None, "pynvml is not installed (pip install nvidia-ml-py, or speedstack[energy])"
     except Exception as error:  # NVMLError, of a package that may not be there
         return None, f"NVML: {error}"

@@ -176,10 +176,6 @@ class Phase:
             coordinates.append(coordinate)
         return tuple(reversed(coordinates))
 
-    def items_of(self, program: int, num_programs: int) -> range:
-        """Items of one program, in order."""
-        return range((program - self.rotation) % num_programs, self.num_items, num_programs)
-
 
 @dataclass(frozen=True)
 class Plan:

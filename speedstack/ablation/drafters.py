@@ -146,6 +146,11 @@ class Ablation:
         """Record settings of rows and measurements. Raises ValueError if the directory has another row of that name."""
         config, file, measured = self.config, self.config.out / "settings.json", self._measured
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"measured": measured, "rows": {}}
+        if any(config.out.glob("runs/*")) and not (config.out / "rows").is_dir():
+            raise ValueError(
+                f"{config.out} holds rows of another version of speedstack, which alone can go on there: choose "
+                "another out"
+            )
         # Older directories lack newer settings.
         changed = [name for name, value in measured.items() if known["measured"].get(name, value) != value]
         if changed:

@@ -27,7 +27,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -249,11 +249,20 @@ class StepStore:
             return False
 
     def _read(self, name: str) -> StepRecord | None:
-        """The record, or None if it cannot be read."""
+        """The record, or None if it cannot be read. Raises ValueError for one that another version wrote."""
+        path = self.record_path(name)
         try:
-            return StepRecord(**json.loads(self.record_path(name).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return None
+        if not isinstance(content, dict) or "key" not in content:
+            return None
+        if content.keys() != {known.name for known in fields(StepRecord)}:
+            raise ValueError(
+                f"{path} was written by another version of speedstack, which alone can go on there: choose another "
+                f"directory, or remove {self.root} to start over"
+            )
+        return StepRecord(**content)
 
     def _write(self, step: Step, record: StepRecord) -> None:
         write_atomically(self.record_path(step.name), json.dumps(vars(record), indent=1, allow_nan=False) + "\n")

@@ -33,7 +33,8 @@ ROWS = {
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, tiny_packed_dir: Path) -> Path:
+def unmade(tmp_path_factory: pytest.TempPathFactory, tiny_packed_dir: Path) -> Path:
+    """The config of an ablation that has not run."""
     root = tmp_path_factory.mktemp("ablation")
     lines = [json.dumps({"text": f"def f{i}(x):\n" + f"    return x + {i}\n" * 30}) for i in range(12)]
     (root / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -81,7 +82,18 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_packed_dir: Path) -> P
     return root / "ablation.yaml"
 
 
-def test_a_stopped_ablation_goes_on_with_what_is_missing(config, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def config(unmade: Path) -> Path:
+    """The config of one that has."""
+    assert main([str(unmade)]) == 0
+    return unmade
+
+
+def test_a_stopped_ablation_goes_on_with_what_is_missing(unmade, tmp_path, capsys, monkeypatch):
+    config = tmp_path / "ablation.yaml"
+    raw = yaml.safe_load(unmade.read_text(encoding="utf-8")) | {"out": str(tmp_path / "out")}
+    config.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+
     class Stop(Exception):
         pass
 
@@ -211,6 +223,17 @@ def test_what_does_not_fit_is_one_line(config, tmp_path, change, message, capsys
     assert main([str(tmp_path / "changed.yaml")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("drafters: error: ") and message in error
+
+
+def test_rows_of_another_version_are_refused_and_stay(config, tmp_path, capsys):
+    """It kept its results in the runs alone, which have no record here."""
+    out = tmp_path / "out"
+    export = out / "runs" / "plain-seed-0" / "export"
+    export.mkdir(parents=True)
+    raw = yaml.safe_load(config.read_text()) | {"out": str(out)}
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    assert main([str(tmp_path / "old.yaml")]) == 2
+    assert "holds rows of another version of speedstack" in capsys.readouterr().err and export.is_dir()
 
 
 def test_rows_of_another_target_are_not_gone_on_with(config, tmp_path):

@@ -138,6 +138,15 @@ def test_unreadable_record_counts_as_none(content: str, workshop: Workshop) -> N
     assert workshop.runs == ["b", "c"]
 
 
+def test_record_of_another_version_is_refused_and_nothing_is_deleted(workshop: Workshop) -> None:
+    workshop.go()
+    record = workshop.directory / "stages" / "b.json"
+    record.write_text('{"name": "b", "key": "1", "completion": "2", "seconds": 3.0, "summary": "b"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"b\.json was written by another version of speedstack.*: choose another dir"):
+        workshop.go()
+    assert workshop.runs == [] and (workshop.directory / "b").exists()
+
+
 def test_stage_that_writes_nothing_is_not_complete(workshop: Workshop) -> None:
     stage = replace(workshop.stages()[0], run=lambda advance: "nothing")
     progress = StageProgress(Console(file=io.StringIO()), {"a": 1.0})

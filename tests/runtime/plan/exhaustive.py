@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from speedstack.runtime.plan.ir import Phase, Plan, Read, Signal, Wait
 from speedstack.runtime.plan.verify.access_tables import Access, Tables, check_well_formed
+from tests.runtime.plan.interpret import items_of
 
 Place = tuple[str, int]  # a buffer, and a byte of it
 _INITIAL = -1
@@ -197,7 +198,7 @@ class _Expansion:
             (access,) = self.tables.entry(phase.early_exit).accesses
             expects = self.expected(step, phase, phase.early_exit, access, 0, state)
             result.append(_Event(f"step {step} entry of {phase.name} on {program}", entry, tuple(expects)))
-        for item in phase.items_of(program, self.plan.num_programs):
+        for item in items_of(phase, program, self.plan.num_programs):
             name, signals = f"step {step} {phase.name}[{item}] on {program}", tuple(counters(item_signals, item))
             if item not in existing:
                 result.append(_Event(name, entry, signals=signals))

@@ -9,6 +9,11 @@ from speedstack.runtime.plan.ir import Phase, Plan, Signal, Wait, at
 from speedstack.runtime.plan.verify.scheduler import Scheduler
 
 
+def items_of(phase: Phase, program: int, num_programs: int) -> range:
+    """Items of one program, in order."""
+    return range((program - phase.rotation) % num_programs, phase.num_items, num_programs)
+
+
 def interpret(
     plan: Plan,
     semantics: Mapping[str, ItemSemantics],
@@ -62,7 +67,7 @@ def interpret(
                         wait(program, phase, what, (), step)
                 if phase.early_exit is not None and is_over(step):
                     return
-                for item in phase.items_of(program, plan.num_programs):
+                for item in items_of(phase, program, plan.num_programs):
                     index = phase.index(item)
                     for what in phase.waits:
                         if what.strides:

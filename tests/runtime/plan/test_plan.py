@@ -20,8 +20,10 @@ from speedstack.runtime.perf.gpus import Gpu, gpu_named
 from speedstack.runtime.plan.ir import Plan
 from speedstack.runtime.plan.step import build_plan
 from speedstack.runtime.plan.tiling import MMA_TILES, choose_tile
+from speedstack.runtime.plan.verify.access_tables import Tables
 from speedstack.runtime.plan.verify.proof import prove
 from tests.runtime.plan.exhaustive import Lists, search
+from tests.runtime.plan.interpret import items_of
 
 SHAPES = Path(__file__).parents[2] / "shapes"
 ALL_SHAPES = sorted(path.stem for path in SHAPES.glob("*.json"))
@@ -189,8 +191,12 @@ def test_phases_and_items() -> None:
         ("expert", 6, True),
         ("tile", 1, False),
     ]
+    tables = Tables(plan)
     for phase in plan.phases:
-        items = sorted(item for program in range(3) for item in phase.items_of(program, 3))
+        for program in range(3):  # the proof has each item on the program that executes it
+            (proved,) = (tables.table(phase).programs == program).nonzero()
+            assert proved.tolist() == list(items_of(phase, program, 3))
+        items = sorted(item for program in range(3) for item in items_of(phase, program, 3))
         assert items == list(range(phase.num_items))
         assert [phase.index(item) for item in items[:2]] == sorted(phase.index(item) for item in items[:2])
 

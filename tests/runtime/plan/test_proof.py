@@ -1,7 +1,7 @@
 """The proof against every interleaving: valid plans pass, and no harmful change to one does.
 
 Plans are small and random: two or three programs, a few phases, counters a program or an item, dynamic phases, buffers
-that share memory when their lives do not overlap. The oracle is an exhaustive search (`runtime.interleave`).
+that share memory when their lives do not overlap. The oracle is an exhaustive search (`exhaustive.py`).
 """
 
 import random
