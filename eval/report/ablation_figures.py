@@ -13,9 +13,19 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import AutoLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
-from speedstack.eval.report.drawing import COLOURS, MARKERS, NothingToDraw, ink, label_x, legend_above, new_figure
+from speedstack.eval.report.drawing import (
+    COLOURS,
+    MARKERS,
+    NothingToDraw,
+    ink,
+    label_x,
+    label_y,
+    legend_above,
+    legend_height,
+    new_figure,
+)
 from speedstack.eval.report.figures import STYLE, WINDOWS
 from speedstack.eval.results.ablation import AblationGrid, AblationRow
 from speedstack.eval.results.schema import Z95
@@ -24,6 +34,7 @@ _MODULES = ("experts", "attention", "lm_head", "all", "")
 _METHODS = ("rtn", "mse", "gptq", "qat-ce", "qad", "none")
 # Bits that an axis names, where it reaches so far.
 _TICKS = (2, 3, 4, 5, 6, 8, 12, 16, 32)
+HEIGHT_INCHES = 2.8  # without a legend
 BITS = "bits a quantized weight, scales included (log scale)"
 BYTES = "bytes of the whole model (MB)"
 NATS = "KL from full precision (millinats a token, log scale)"
@@ -82,7 +93,7 @@ def kl_by_speed(grid: AblationGrid) -> Figure:
 def _linear_x(figure: Figure) -> Figure:
     (axes,) = figure.axes
     axes.set_xscale("linear")
-    axes.xaxis.set_major_locator(AutoLocator())
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
     return figure
 
 
@@ -109,7 +120,7 @@ def tau_by_bits(grid: AblationGrid) -> Figure:
     # More lines than colours that are told apart: shades, from cold to hot.
     shades = [to_hex(colormaps["cividis"](index / len(keys))) for index in range(len(keys))]
     colours = COLOURS if len(keys) <= len(COLOURS) else shades
-    with new_figure(STYLE, 3.4) as (figure, axes):
+    with new_figure(STYLE, HEIGHT_INCHES) as (figure, axes):
         for index, key in enumerate(keys):
             for row in rows:
                 if (row.temperature, row.drafter) == key:
@@ -118,7 +129,7 @@ def tau_by_bits(grid: AblationGrid) -> Figure:
             (f"trained for {drafter}, T={temperature:g}", colours[index])
             for index, (temperature, drafter) in enumerate(keys)
         ]
-        _finish(axes, rows, named, BITS, "tokens a round (tau)", "95 % interval over texts")
+        _finish(figure, rows, named, BITS, "tokens a round (tau)", "95 % interval over texts")
     return figure
 
 
@@ -160,7 +171,7 @@ def _points(
         raise NothingToDraw(f"no row has both {_quantity(y_label)} and {_quantity(x_label)}")
     modules = dict.fromkeys((*_MODULES, *(row.modules for row in rows)))
     colours = dict(zip(modules, itertools.cycle(COLOURS)))
-    with new_figure(STYLE, 3.4) as (figure, axes):
+    with new_figure(STYLE, HEIGHT_INCHES) as (figure, axes):
         if log_y:
             axes.set_yscale("log")
         for row in rows:
@@ -173,7 +184,7 @@ def _points(
         if full_precision_x is not None:
             label = "full precision, undrafted"
             lines = [axes.axvline(full_precision_x, color=ink(), linestyle=":", linewidth=1.0, label=label)]
-        _finish(axes, rows, named, x_label, y_label, whiskers, lines)
+        _finish(figure, rows, named, x_label, y_label, whiskers, lines)
     return figure
 
 
@@ -194,7 +205,7 @@ def _point(
 
 
 def _finish(
-    axes: Axes,
+    figure: Figure,
     rows: Sequence[AblationRow],
     named: Sequence[tuple[str, str]],
     x_label: str,
@@ -202,14 +213,15 @@ def _finish(
     whiskers: str,
     lines: Sequence[Line2D] = (),
 ) -> None:
-    """Labels, and the legend of colours, markers and `lines`."""
+    """Labels, and the legend of colours, markers and `lines`, which the figure is made higher for."""
+    (axes,) = figure.axes
     axes.set_xscale("log", base=2)
     low, high = axes.get_xlim()
     axes.set_xticks([bits for bits in _TICKS if low <= bits <= high])
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
     label_x(axes, x_label, whiskers)
-    axes.set_ylabel(y_label)
+    label_y(axes, y_label)
     used = {row.method for row in rows} - {"none"}
     methods = [name for name in dict.fromkeys((*_METHODS, *(row.method for row in rows))) if name in used]
     handles = [Line2D([], [], color=colour, linewidth=3, label=label) for label, colour in named]
@@ -226,4 +238,5 @@ def _finish(
         for name in methods
     ]
     handles += lines
+    figure.set_figheight(HEIGHT_INCHES + legend_height([str(handle.get_label()) for handle in handles]))
     legend_above(axes, handles)

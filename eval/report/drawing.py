@@ -124,8 +124,8 @@ def dots(
 
 def dots_height(num_names: int, labels: Sequence[str]) -> float:
     """Figure height in inches, including a legend for several series."""
-    num_legend_rows = -(-len(labels) // legend_columns(labels)) if len(labels) > 1 else 0
-    return 0.85 + (0.26 + 0.12 * min(3, len(labels))) * num_names + 0.2 * num_legend_rows
+    legend = legend_height(labels) if len(labels) > 1 else 0.0
+    return 0.85 + (0.26 + 0.12 * min(3, len(labels))) * num_names + legend
 
 
 def either_side(points: Sequence[Point]) -> tuple[list[float], list[float]]:
@@ -153,9 +153,19 @@ def label_x(axes: Axes, quantity: str, whiskers: str = "") -> None:
     axes.set_xlabel(textwrap.fill(quantity, AXIS_LABEL_WIDTH) + below)
 
 
+def label_y(axes: Axes, quantity: str) -> None:
+    """The label of the y axis, on lines that fit a low figure."""
+    axes.set_ylabel(textwrap.fill(quantity, 28))
+
+
 def legend_columns(labels: Sequence[str]) -> int:
     """2 if the two longest labels fit side by side over the axes, else 1."""
     return 2 if len(labels) > 1 and sum(sorted(map(len, labels))[-2:]) <= LEGEND_WIDTH else 1
+
+
+def legend_height(labels: Sequence[str]) -> float:
+    """Inches."""
+    return 0.2 * -(-len(labels) // legend_columns(labels))
 
 
 def legend_above(axes: Axes, handles: Sequence[Any] | None = None) -> None:

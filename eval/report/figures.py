@@ -22,6 +22,7 @@ from speedstack.eval.report.drawing import (
     either_side,
     ink,
     label_x,
+    label_y,
     legend_above,
     name_rows,
     new_figure,
@@ -87,7 +88,7 @@ def score_by_bits(comparison: Comparison, task: str, bits: Mapping[str, float], 
             f"bits a weight of the experts, scales included (log scale){unknown}",
             "95 % interval of the difference from full precision",
         )
-        axes.set_ylabel(f"{entry.metric.partition(',')[0]} (share of {entry.num_documents} documents)")
+        label_y(axes, f"{entry.metric.partition(',')[0]} (share of {entry.num_documents} documents)")
         legend_above(axes)
     return figure
 
@@ -144,7 +145,7 @@ def survival(acceptance: AcceptanceResult) -> Figure:
         axes.set_ylim(0, 100)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         label_x(axes, "position in the drafted block (tokens after the anchor)", ROUNDS)
-        axes.set_ylabel("all accepted up to here (% of rounds)")
+        label_y(axes, "all accepted up to here (% of rounds)")
         legend_above(axes)
     return figure
 
@@ -169,7 +170,7 @@ def tokens_by_block(acceptance: AcceptanceResult) -> Figure:
             label="every draft accepted",
         )
         label_x(axes, "drafted tokens a round", ROUNDS)
-        axes.set_ylabel("committed tokens a round")
+        label_y(axes, "committed tokens a round")
         legend_above(axes)
     return figure
 

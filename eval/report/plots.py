@@ -6,7 +6,6 @@ matplotlib draws with stand-in colours for ink and grid, which become `currentCo
 import html
 import io
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -26,6 +25,7 @@ from speedstack.eval.report.drawing import (
     dots_height,
     ink,
     label_x,
+    label_y,
     legend_above,
     new_figure,
     style,
@@ -60,7 +60,7 @@ def training_curves(curves: Sequence[Curve]) -> str:
             axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
         axes.set_xlabel("training step")
-        axes.set_ylabel(textwrap.fill(curves[0].quantity, 28))
+        label_y(axes, curves[0].quantity)
         legend_above(axes)
         return _svg(figure, f"{curves[0].stage}: {curves[0].quantity} over training steps")
 

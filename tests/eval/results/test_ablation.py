@@ -87,6 +87,9 @@ def test_figures_say_what_they_show(grid: AblationGrid, tmp_path: Path) -> None:
         (axes,) = figure.axes
         assert "\nwhiskers: 95 % interval" in axes.get_xlabel() and axes.get_ylabel(), name
         assert axes.get_legend() is not None
+        figure.draw_without_rendering()
+        inside, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert min(inside.x0, inside.y0) > -0.02 and inside.x1 < width + 0.02 and inside.y1 < height + 0.02, name
         figure.savefig(tmp_path / f"{name}.png")
     assert "millinats" in figures["kl_by_bits"].axes[0].get_ylabel()
     assert "MB" in figures["kl_by_bytes"].axes[0].get_xlabel()
